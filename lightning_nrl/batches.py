@@ -1,0 +1,99 @@
+"""One batch of known data, whatever shape the user's data loader gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["Adapter", "Batch", "Source", "unpack"]
+
+TARGET_KEYS = ("label", "labels", "target", "targets", "y")
+INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
+
+Adapter = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any], Any]]
+"""Turns a raw batch into `(args, kwargs, target)`: what the model is called with, and the truth."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the model's device.
+
+    Attributes:
+        args: positional arguments of the model's forward.
+        kwargs: its keyword arguments.
+        target: the truth, first dimension `n`.
+        index: `n` int64 on the CPU, each sample's position in its data set.
+        raw: the batch as the data loader gave it, extras included, for a target's predicate.
+    """
+
+    args: tuple[Any, ...]
+    target: Any
+    index: Tensor
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    raw: Any = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Known or unseen data of one split, readable again and again in the same order.
+
+    Attributes:
+        split: the name that reports use, such as `train` or `repair`.
+        passed: whether its passed samples are to be kept and scored.
+        failed: whether its failed samples are candidates for repair.
+        size: number of samples of the whole data set, over all ranks.
+    """
+
+    split: str
+    passed: bool
+    failed: bool
+    size: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's share, in evaluation order."""
+        ...
+
+
+def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
+    """The default adapter: `(x, y)`, `(x, y, *extras)`, or a mapping with one of the usual keys.
+
+    Args:
+        raw: a batch as a data loader gives it.
+
+    Returns:
+        `(args, kwargs, target)`. A mapping without a usual input key is passed to the model as keyword arguments, its target
+        and all that is no tensor left out, as text models expect.
+
+    Raises:
+        ConfigurationError: the batch has no shape that is known here.
+    """
+    if isinstance(raw, Mapping):
+        target_key = next((key for key in TARGET_KEYS if key in raw), None)
+        if target_key is None:
+            raise ConfigurationError(
+                explain(
+                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} has none of the target keys {list(TARGET_KEYS)}.",
+                    "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
+                )
+            )
+        input_key = next((key for key in INPUT_KEYS if key in raw), None)
+        if input_key is not None:
+            return (raw[input_key],), {}, raw[target_key]
+        rest = {key: value for key, value in raw.items() if key != target_key and isinstance(value, Tensor)}
+        return (), rest, raw[target_key]
+    if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) >= 2:
+        return (raw[0],), {}, raw[1]
+    raise ConfigurationError(
+        explain(
+            f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.",
+            "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
+        )
+    )

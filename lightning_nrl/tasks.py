@@ -1,0 +1,92 @@
+"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["Multiclass", "Task"]
+
+
+class Task(ABC):
+    """Decides, sample by sample, what is right and how wrong the rest is."""
+
+    @abstractmethod
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        """Whether each sample is right: `n` bool from an output with first dimension `n`."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        """Each sample's loss, `n`, at least float32, to be made small."""
+
+    def logits(self, output: Any) -> Tensor:
+        """The tensor to be judged inside whatever the model returns.
+
+        A tensor is taken as it is; else the `logits` of an object or mapping; else the first of a sequence.
+
+        Raises:
+            ConfigurationError: there is no such tensor.
+        """
+        if isinstance(output, Tensor):
+            return output
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+        if isinstance(found, Tensor):
+            return found
+        raise ConfigurationError(
+            explain(
+                f"`task`: the model's forward returned {type(output).__name__}, in which no tensor of logits was found.",
+                "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
+            )
+        )
+
+    def prediction(self, output: Tensor) -> Tensor | None:
+        """The predicted class of each sample, `n` int64, or None where the task has no classes."""
+        return None
+
+    def label(self, target: Any) -> Tensor | None:
+        """The true class of each sample, `n` int64, or None where the task has no classes."""
+        return None
+
+
+class Multiclass(Task):
+    """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32."""
+
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.prediction(output) == target
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(at_least_float32(output), target, reduction="none")
+
+    def prediction(self, output: Tensor) -> Tensor:
+        if output.ndim != 2:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: multiclass needs logits of shape [samples, classes], the model returned {list(output.shape)}.",
+                    "pass `task=` with a `Task` that says what passed and loss mean for this output.",
+                )
+            )
+        return output.argmax(1)
+
+    def label(self, target: Tensor) -> Tensor:
+        if target.ndim != 1 or target.is_floating_point():
+            raise ConfigurationError(
+                explain(
+                    f"`task`: multiclass needs whole-number labels of shape [samples], found {target.dtype} {list(target.shape)}.",
+                    "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
+                )
+            )
+        return target.long()
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precisions as float32, everything else as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
