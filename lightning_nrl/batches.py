@@ -27,18 +27,18 @@ class Batch:
         args: positional arguments of the model's forward.
         kwargs: its keyword arguments.
         target: the truth, first dimension `n`.
-        index: `n` int64 on the CPU, each sample's position in its data set.
+        position: `n` int64 on the CPU, each sample's place in the order of its split, from 0.
         raw: the batch as the data loader gave it, extras included, for a target's predicate.
     """
 
     args: tuple[Any, ...]
     target: Any
-    index: Tensor
+    position: Tensor
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     raw: Any = None
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.position)
 
 
 @runtime_checkable
@@ -49,13 +49,13 @@ class Source(Protocol):
         split: the name that reports use, such as `train` or `repair`.
         passed: whether its passed samples are to be kept and scored.
         failed: whether its failed samples are candidates for repair.
-        size: number of samples of the whole data set, over all ranks.
+        index: `size` int64, each sample's position in its data set, in the order of the split and over all ranks.
     """
 
     split: str
     passed: bool
     failed: bool
-    size: int
+    index: Tensor
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's share, in evaluation order."""
@@ -69,8 +69,8 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
         raw: a batch as a data loader gives it.
 
     Returns:
-        `(args, kwargs, target)`. A mapping without a usual input key is passed to the model as keyword arguments, its target
-        and all that is no tensor left out, as text models expect.
+        `(args, kwargs, target)`. A mapping without a usual input key is passed to the model as keyword arguments, its
+        target and all that is no tensor left out, as text models expect.
 
     Raises:
         ConfigurationError: the batch has no shape that is known here.
@@ -80,7 +80,7 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
         if target_key is None:
             raise ConfigurationError(
                 explain(
-                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} has none of the target keys {list(TARGET_KEYS)}.",
+                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} has no target key out of {list(TARGET_KEYS)}.",
                     "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
                 )
             )

@@ -16,6 +16,7 @@ class Evidence:
     Attributes:
         splits: names of the splits, `S` of them.
         sizes: samples in each split.
+        index: `N` int64, each sample's position in its data set: the id that reports give.
         label: `N` int64, the true class, -1 where the task has none.
         prediction: `N` int64, the predicted class, -1 where the task has none.
         loss: `N` float, each sample's loss.
@@ -26,6 +27,7 @@ class Evidence:
 
     splits: tuple[str, ...]
     sizes: tuple[int, ...]
+    index: Tensor
     label: Tensor
     prediction: Tensor
     loss: Tensor
@@ -36,9 +38,9 @@ class Evidence:
     def __len__(self) -> int:
         return len(self.passed)
 
-    def rows(self, split: str, index: Tensor) -> Tensor:
-        """Rows of the samples with these data-set positions in this split."""
-        return index + self.start(split)
+    def rows(self, split: str, position: Tensor) -> Tensor:
+        """Rows of the samples at these positions (`Batch.position`) of a split."""
+        return position + self.start(split)
 
     def start(self, split: str) -> int:
         """The first row of a split."""
@@ -51,4 +53,4 @@ class Evidence:
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
         """Data-set positions of the marked rows, by split."""
-        return {split: mask[self.of(split)].nonzero().flatten().tolist() for split in self.splits}
+        return {split: self.index[self.of(split)][mask[self.of(split)]].tolist() for split in self.splits}

@@ -43,7 +43,7 @@ class Task(ABC):
             return found
         raise ConfigurationError(
             explain(
-                f"`task`: the model's forward returned {type(output).__name__}, in which no tensor of logits was found.",
+                f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
                 "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
             )
         )
@@ -70,7 +70,7 @@ class Multiclass(Task):
         if output.ndim != 2:
             raise ConfigurationError(
                 explain(
-                    f"`task`: multiclass needs logits of shape [samples, classes], the model returned {list(output.shape)}.",
+                    f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
                     "pass `task=` with a `Task` that says what passed and loss mean for this output.",
                 )
             )
@@ -80,7 +80,7 @@ class Multiclass(Task):
         if target.ndim != 1 or target.is_floating_point():
             raise ConfigurationError(
                 explain(
-                    f"`task`: multiclass needs whole-number labels of shape [samples], found {target.dtype} {list(target.shape)}.",
+                    f"`task`: multiclass needs whole-number labels [samples], found {target.dtype} {list(target.shape)}.",
                     "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
                 )
             )
