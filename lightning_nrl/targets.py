@@ -1,7 +1,7 @@
 """Which failures are to be repaired: a small tree of conditions on samples.
 
-Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine them with
-`&`, `|` and `~`. A target is a value: frozen, comparable, and readable with `str`.
+Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine
+them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readable with `str`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 __all__ = ["AllFailures", "And", "Confusion", "Label", "Not", "Or", "Predicate", "Target", "Where"]
 
 Predicate = Callable[[Any], Any]
-"""Takes a batch as the data loader gave it, extras included, and returns one bool a sample: a tensor, an array or a list."""
+"""Takes a batch as the data loader gave it, extras included; gives one bool a sample: a tensor, an array or a list."""
 
 
 class Target(ABC):
@@ -49,8 +49,8 @@ class Target(ABC):
             `n` bool on the CPU, where evidence lives.
 
         Raises:
-            ConfigurationError: the target asks for classes and the task has none, or a predicate failed or did not return
-                one bool a sample.
+            ConfigurationError: the target asks for classes and the task has none, or a predicate raised or did not
+                return one bool a sample.
         """
 
     @abstractmethod
@@ -77,8 +77,8 @@ class Target(ABC):
         """Failures with an attribute that need not be a class, such as "partly occluded".
 
         Args:
-            predicate: a function of the whole batch as the data loader gives it, extras included, that returns one bool a
-                sample; or its address as text, `package.module:function`.
+            predicate: a function of the whole batch as the data loader gives it, extras included, that returns one bool
+                a sample; or its address as text, `package.module:function`.
             name: what reports call it; by default the function's name.
         """
         return Where(predicate, name)
@@ -97,7 +97,7 @@ class Target(ABC):
         raise TypeError(
             explain(
                 "`target`: a Target is neither true nor false.",
-                "combine targets with `&`, `|` and `~`, each in parentheses.",
+                "combine targets with `&`, `|` and `~`.",
             )
         )
 
@@ -170,7 +170,7 @@ class Where(Target):
     """Samples for which a predicate on the batch is true.
 
     Attributes:
-        predicate: a function of the raw batch that returns one bool a sample, or its address, `package.module:function`.
+        predicate: a function of the raw batch that returns one bool a sample, or its address, `package.mod:function`.
         name: what reports call it; None for the function's own name.
 
     Raises:
@@ -191,7 +191,7 @@ class Where(Target):
             raise ConfigurationError(
                 explain(
                     f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
-                    "it is called with the whole batch as the data loader gives it, extras included; its traceback is above.",
+                    "it is called with the whole batch as the data loader gives it, extras included.",
                 )
             ) from error
         return _one_bool_a_sample(self, found, len(batch))
@@ -271,7 +271,7 @@ def _check_targets(kind: str, *targets: Any) -> None:
             raise ConfigurationError(
                 explain(
                     f"`target`: {kind} was given {target!r}, which is no Target.",
-                    "combine `Target.label(k)`, `Target.confusion(true, predicted)`, `Target.where(predicate)` and the like.",
+                    "combine what `Target.label(k)`, `Target.where(predicate)` and the like give.",
                 )
             )
 
@@ -283,9 +283,7 @@ def _class_number(argument: str, value: Any) -> int:
         number = -1
     if number < 0:
         raise ConfigurationError(
-            explain(
-                f"`target`: `{argument}={value!r}` is no class.", "give the number of a class, a whole number from 0."
-            )
+            explain(f"`target`: `{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
         )
     return number
 
@@ -332,7 +330,7 @@ def _checked_callable(predicate: Any) -> Predicate:
 
 def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
     if isinstance(found, Sequence) and not isinstance(found, (str, bytes)):
-        found = np.asarray(found) if all(isinstance(x, (bool, np.bool_)) for x in found) else found
+        found = np.asarray(found, dtype=np.bool_) if all(isinstance(x, (bool, np.bool_)) for x in found) else found
     mask = torch.from_numpy(found) if isinstance(found, np.ndarray) and found.dtype == np.bool_ else found
     if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (n,):
         return mask.cpu()
