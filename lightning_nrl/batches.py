@@ -47,7 +47,7 @@ class Source(Protocol):
 
     Attributes:
         split: the name that reports use, such as `train` or `repair`.
-        passed: whether its passed samples are to be kept and scored.
+        passed: whether a sample of passed data (#pos) is drawn from it. Passed samples of every known split are kept.
         failed: whether its failed samples are candidates for repair.
         index: `size` int64, each sample's position in its data set, in the order of the split and over all ranks.
     """
