@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -329,10 +329,8 @@ def _checked_callable(predicate: Any) -> Predicate:
 
 
 def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
-    if isinstance(found, Sequence) and not isinstance(found, (str, bytes)):
-        found = np.asarray(found, dtype=np.bool_) if all(isinstance(x, (bool, np.bool_)) for x in found) else found
-    mask = torch.from_numpy(found) if isinstance(found, np.ndarray) and found.dtype == np.bool_ else found
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (n,):
+    mask = _bools(found)
+    if mask is not None and mask.shape == (n,):
         return mask.cpu()
     if isinstance(found, (Tensor, np.ndarray)):
         what = f"{found.dtype} {list(found.shape)}"
@@ -344,3 +342,14 @@ def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
             f"return one bool a sample: here a bool tensor, array or list of length {n}.",
         )
     )
+
+
+def _bools(found: Any) -> Tensor | None:
+    """The answer of a predicate as a bool tensor; None if it is not made of bools."""
+    if isinstance(found, Tensor):
+        return found if found.dtype == torch.bool else None
+    if isinstance(found, np.ndarray):
+        return torch.from_numpy(found) if found.dtype == np.bool_ else None
+    if isinstance(found, (list, tuple)) and all(isinstance(x, (bool, np.bool_)) for x in found):
+        return torch.tensor(found, dtype=torch.bool)
+    return None
