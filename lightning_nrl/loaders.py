@@ -1,0 +1,240 @@
+"""Lightning's data, read again for a repair: in order, once per sample, as validation reads it."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import RunningStage
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from lightning_nrl.batches import Adapter, Batch, unpack
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["LoaderSource", "evaluating", "find_loader", "import_function", "make_source"]
+
+SPLITS = ("train", "val", "repair", "test")
+
+
+@dataclass(frozen=True)
+class LoaderSource:
+    """A split read through a data loader, this rank's share of it (see `lightning_nrl.batches.Source`).
+
+    Attributes:
+        split: the name that reports use.
+        passed: whether #pos passed samples are drawn from it.
+        failed: whether its failed samples may be repaired.
+        index: data-set positions of all its samples, over all ranks.
+        positions: this rank's places in that order.
+        loader: reads this rank's samples in order.
+        transfer: brings a raw batch to the device, as Lightning does in validation.
+        adapter: takes a batch apart.
+        seed: what random transforms of the data set are seeded with at every pass.
+    """
+
+    split: str
+    passed: bool
+    failed: bool
+    index: Tensor
+    positions: Tensor
+    loader: DataLoader[Any]
+    transfer: Callable[[Any], Any]
+    adapter: Adapter = unpack
+    seed: int = 0
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.generator.manual_seed(self.seed)
+        for seed_global in (torch.manual_seed, np.random.seed, random.seed):
+            seed_global(self.seed)
+        at = 0
+        for raw in self.loader:
+            raw = self.transfer(raw)
+            args, kwargs, target = self.adapter(raw)
+            n = _length(target)
+            expected = min(self.loader.batch_size or 1, len(self.positions) - at)
+            if n != expected:
+                raise ConfigurationError(
+                    explain(
+                        f"`{self.split}` data: a batch of {expected} samples came with {n} targets.",
+                        "the target's first dimension must count samples; pass an `adapter` for your batches.",
+                    )
+                )
+            yield Batch(args, target, self.positions[at : at + n], kwargs, raw)
+            at += n
+
+
+def make_source(
+    loader: Any,
+    split: str,
+    *,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    passed: bool = False,
+    failed: bool = False,
+    adapter: Adapter = unpack,
+    seed: int = 0,
+    limit: int | None = None,
+) -> LoaderSource:
+    """Rebuilds a data loader so that each rank reads its own samples once, in order, nothing dropped or padded.
+
+    Args:
+        loader: a `DataLoader` over a map-style data set. A sampler over a subset is kept to that subset, sorted.
+        split: the name that reports use.
+        trainer: whose strategy moves batches to the device and says how many ranks there are.
+        model: whose batch transfer hooks apply.
+        passed: whether #pos passed samples are drawn from it.
+        failed: whether its failed samples may be repaired.
+        adapter: takes a batch apart.
+        seed: for random transforms of the data set: the same at every pass.
+        limit: read only this many batches, for `fast_dev_run`.
+
+    Raises:
+        ConfigurationError: an iterable data set, several loaders at once, or a data set that batches itself.
+    """
+    loader = check_loader(loader, split)
+    index = _index(loader)
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    if limit is not None:
+        index = index[: limit * batch_size]
+    positions = torch.arange(len(index))[trainer.global_rank :: trainer.world_size]
+    generator = torch.Generator()
+    workers: dict[str, Any] = {}
+    if loader.num_workers:
+        workers = {
+            "num_workers": loader.num_workers,
+            "prefetch_factor": loader.prefetch_factor,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+    again: DataLoader[Any] = DataLoader(
+        loader.dataset,
+        batch_size=batch_size,
+        sampler=index[positions].tolist(),
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=loader.worker_init_fn,
+        generator=generator,
+        **workers,
+    )
+
+    def transfer(raw: Any) -> Any:
+        raw = trainer.precision_plugin.convert_input(raw)
+        raw = model._on_before_batch_transfer(raw, dataloader_idx=0)
+        return trainer.strategy.batch_to_device(raw, dataloader_idx=0)
+
+    return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
+
+
+def check_loader(loader: Any, split: str) -> DataLoader[Any]:
+    """The one data loader inside what the user gave, if it can be read sample by sample.
+
+    Raises:
+        ConfigurationError: it cannot; the message says why.
+    """
+    if isinstance(loader, Mapping):
+        loader = list(loader.values())
+    if isinstance(loader, (list, tuple)):
+        if len(loader) != 1:
+            raise ConfigurationError(
+                explain(
+                    f"`{split}` data: {len(loader)} data loaders at once.",
+                    "name one of them: pass a single DataLoader as `passed=` or `failed=`.",
+                )
+            )
+        return check_loader(loader[0], split)
+    if not isinstance(loader, DataLoader):
+        raise ConfigurationError(
+            explain(
+                f"`{split}` data: found {type(loader).__name__}, not a DataLoader.",
+                "wrap the data set in a DataLoader.",
+            )
+        )
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        raise ConfigurationError(
+            explain(
+                f"`{split}` data: {type(loader.dataset).__name__} is iterable, its samples have no stable index.",
+                "repair needs a map-style data set; pass one as `passed=` and `failed=`.",
+            )
+        )
+    if loader.batch_sampler is None:
+        raise ConfigurationError(
+            explain(f"`{split}` data: its data set makes whole batches itself.", "give the DataLoader a `batch_size`.")
+        )
+    return loader
+
+
+def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:
+    """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
+    if split == "train" and trainer.train_dataloader is not None:
+        return trainer.train_dataloader
+    if split == "val" and trainer.val_dataloaders is not None:
+        return trainer.val_dataloaders
+    holder = trainer.datamodule if trainer.datamodule is not None else model  # type: ignore[attr-defined]
+    hook = f"{split}_dataloader"
+    if not callable(getattr(holder, hook, None)):
+        return None
+    inherited = pl.LightningDataModule if holder is not model else pl.LightningModule
+    if getattr(type(holder), hook, None) is getattr(inherited, hook, object()):
+        return None
+    if split == "test" and holder is not model:
+        holder.setup("test")
+    return getattr(holder, hook)()
+
+
+@contextmanager
+def evaluating(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
+    """The model and the trainer as in validation; afterwards each module's training flag and the stage are as found."""
+    flags = [(module, module.training) for module in model.modules()]
+    stage = trainer.state.stage
+    try:
+        trainer.state.stage = RunningStage.VALIDATING
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        trainer.state.stage = stage
+
+
+def import_function(path: str, argument: str) -> Callable[..., Any]:
+    """The function that a string such as `package.module:name` stands for.
+
+    Raises:
+        ConfigurationError: there is no such function.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            explain(f"`{argument}={path!r}`: {error}.", "write 'package.module:function'.")
+        ) from error
+    if not callable(found):
+        raise ConfigurationError(explain(f"`{argument}={path!r}` is not callable.", "name a function."))
+    return found
+
+
+def _index(loader: DataLoader[Any]) -> Tensor:
+    """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
+    sampler: Any = loader.sampler
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed wrapper
+    subset = getattr(sampler, "indices", None)
+    if subset is not None and not isinstance(sampler, SequentialSampler):
+        return torch.as_tensor(sorted({int(i) for i in subset}), dtype=torch.int64)
+    return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+
+
+def _length(target: Any) -> int:
+    if isinstance(target, Mapping):
+        target = next(iter(target.values()))
+    if isinstance(target, Sequence) and target and isinstance(target[0], Tensor):
+        target = target[0]
+    return len(target)
