@@ -30,8 +30,8 @@ class Collective:
         """The default process group if there is one, else a single process.
 
         Args:
-            device: the model's. Tensors are exchanged there, except where the group cannot take them (gloo, MPI, and MPS,
-                for which there is no backend): then on the CPU.
+            device: the model's. Tensors are exchanged there, except where the group cannot take them (gloo, MPI;
+                MPS, for which there is no backend): then on the CPU.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
