@@ -1,0 +1,275 @@
+"""Whether a repair may be kept: the arrow from a candidate to a verdict.
+
+A gate looks at what became of every known sample, not only of those that the search was scored on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.flips import FlipCounts, Flips
+
+__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "judge"]
+
+KINDS = ("instance", "accuracy", "tolerance:3", "tolerance:0.01", "tolerance:1%")
+
+
+@dataclass(frozen=True)
+class Gate(ABC):
+    """How many known samples a repair may break.
+
+    `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads
+    them from text. A gate of your own is a frozen dataclass with `allowed`, `rule` and `__str__`.
+
+    Example:
+        >>> Gate.parse("tolerance:1%")
+        Tolerance(limit=0.01)
+        >>> Gate.tolerance(0.01).allowed(FlipCounts(kept=5_590, broken=10, repaired=40, failing=17))
+        56
+    """
+
+    @abstractmethod
+    def allowed(self, counts: FlipCounts) -> int:
+        """The most broken samples that the gate lets through, given what became of all known samples."""
+
+    @property
+    @abstractmethod
+    def rule(self) -> str:
+        """What the gate lets through, in words that end a sentence beginning with "the gate allows"."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """What `Gate.parse` reads."""
+
+    @staticmethod
+    def instance() -> Gate:
+        """Not one known sample broken (instance-level suppression; paper, section III)."""
+        return Instance()
+
+    @staticmethod
+    def accuracy() -> Gate:
+        """No more known samples broken than repaired (accuracy-level suppression; paper, section III)."""
+        return Accuracy()
+
+    @staticmethod
+    def tolerance(limit: int | float) -> Gate:
+        """A few known samples broken.
+
+        Args:
+            limit: a whole number of samples, or a fraction in [0, 1] of the samples that passed before.
+        """
+        return Tolerance(limit)
+
+    @staticmethod
+    def parse(gate: str | Gate) -> Gate:
+        """Reads a gate from text; a gate is given back as it is.
+
+        Args:
+            gate: `instance`, `accuracy`, `tolerance:3` (samples),
+                `tolerance:0.01` or `tolerance:1%` (of those that passed).
+
+        Raises:
+            ConfigurationError: the text is none of these.
+        """
+        if isinstance(gate, Gate):
+            return gate
+        kind, _, limit = str(gate).strip().lower().partition(":")
+        if kind == "instance" and not limit:
+            return Instance()
+        if kind == "accuracy" and not limit:
+            return Accuracy()
+        if kind == "tolerance" and limit:
+            return Tolerance(_number(limit.strip(), gate))
+        near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in KINDS], n=1)
+        raise ConfigurationError(
+            explain(
+                f"`gate={gate!r}` is no gate{f', did you mean {near[0]!r}?' if near and near[0] != kind else '.'}",
+                f"write one of {list(KINDS)}, or pass a `Gate`.",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Instance(Gate):
+    """Not one known sample may break."""
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return 0
+
+    @property
+    def rule(self) -> str:
+        return "none"
+
+    def __str__(self) -> str:
+        return "instance"
+
+
+@dataclass(frozen=True)
+class Accuracy(Gate):
+    """No more known samples may break than are repaired."""
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return counts.repaired
+
+    @property
+    def rule(self) -> str:
+        return "as many as are repaired"
+
+    def __str__(self) -> str:
+        return "accuracy"
+
+
+@dataclass(frozen=True)
+class Tolerance(Gate):
+    """A given number or share of the known samples that passed may break.
+
+    Attributes:
+        limit: a whole number of samples, or a fraction in [0, 1] of the samples that passed before the repair.
+
+    Raises:
+        ConfigurationError: on construction, if the limit is negative, a fraction above 1 or no number.
+    """
+
+    limit: int | float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "limit", _checked_limit(self.limit))
+
+    def allowed(self, counts: FlipCounts) -> int:
+        if isinstance(self.limit, int):
+            return self.limit
+        # As a decimal fraction: in binary, 29 % of 100 samples would be 28.
+        return math.floor(Fraction(repr(self.limit)) * counts.passed)
+
+    @property
+    def rule(self) -> str:
+        if isinstance(self.limit, int):
+            return f"at most {self.limit:,}"
+        return f"at most {float(Fraction(repr(self.limit)) * 100):g} % of those that passed"
+
+    def __str__(self) -> str:
+        return f"tolerance:{self.limit!r}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a candidate may replace the original weights, and why.
+
+    Attributes:
+        status: `repaired`, `refused` by the gate, or `not repaired` since no targeted sample was.
+        reason: why, in a sentence or two, with figures.
+        gate: the gate, as text.
+        counts: what became of all known samples.
+        target: what became of the targeted ones (I_neg); its `kept` and `broken` are 0.
+        repaired: data-set positions of the repaired samples, by split.
+        broken: data-set positions of the broken samples, by split.
+    """
+
+    status: Literal["repaired", "refused", "not repaired"]
+    reason: str
+    gate: str
+    counts: FlipCounts
+    target: FlipCounts
+    repaired: dict[str, list[int]]
+    broken: dict[str, list[int]]
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the candidate's weights are to be written into the model."""
+        return self.status == "repaired"
+
+
+def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
+    """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
+
+    A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
+    made for, and every change of weights is a risk on unseen data.
+
+    Args:
+        before: the original model on all known data; its `targeted` marks what was to be repaired.
+        after: the candidate on the same data, from a real forward pass of the deployed module.
+        gate: how many known samples may break.
+
+    Returns:
+        The verdict, the same on every rank if the tables are.
+
+    Raises:
+        EvidenceError: the tables are not about the same samples in the same order.
+    """
+    flips = Flips.between(before, after)
+    counts, target = flips.counts(), flips.counts(before.targeted)
+    broken = before.ids(flips.broken)
+    where = ", ".join(f"{len(ids):,} in {split}" for split, ids in broken.items() if ids)
+    spread = f" ({where})" if where and len(broken) > 1 else ""
+    not_finite = int((~after.loss.isfinite()).sum())
+    warning = f" The loss of {_samples(not_finite)} is not finite; they count as wrong." if not_finite else ""
+    damage = f"{counts.broken:,} of {counts.passed:,} known samples that passed would break{spread}"
+    status: Literal["repaired", "refused", "not repaired"]
+    if target.repaired == 0:
+        status = "not repaired"
+        reason = f"None of {_targeted(target.n)} would pass, and {damage}."
+    elif counts.broken > gate.allowed(counts):
+        status = "refused"
+        reason = f"{damage}, and the gate allows {gate.rule}; {target.repaired:,} of {_targeted(target.n)} would pass."
+    else:
+        status = "repaired"
+        loss = "none" if counts.broken == 0 else f"{counts.broken:,}"
+        reason = (
+            f"{target.repaired:,} of {_targeted(target.n)} now pass, and {loss} of {counts.passed:,} known samples "
+            f"that passed broke{spread}; the gate allows {gate.rule}."
+        )
+    return Verdict(
+        status=status,
+        reason=reason + warning,
+        gate=str(gate),
+        counts=counts,
+        target=target,
+        repaired=before.ids(flips.repaired),
+        broken=broken,
+    )
+
+
+def _samples(n: int) -> str:
+    return f"{n:,} sample{'s' if n != 1 else ''}"
+
+
+def _targeted(n: int) -> str:
+    return f"{n:,} targeted failure{'s' if n != 1 else ''}"
+
+
+def _number(text: str, gate: str) -> int | float:
+    try:
+        if text.endswith("%"):
+            return float(Fraction(text[:-1].strip()) / 100)
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            explain(f"`gate={gate!r}`: {text!r} is no number.", f"write one of {list(KINDS)}.")
+        ) from error
+
+
+def _checked_limit(limit: int | float) -> int | float:
+    if not isinstance(limit, bool):
+        try:
+            whole = operator.index(limit)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+        else:
+            if whole >= 0:
+                return whole
+        if isinstance(limit, float) and 0.0 <= limit <= 1.0:
+            return float(limit)
+    raise ConfigurationError(
+        explain(
+            f"`limit={limit!r}` is no tolerance.",
+            "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
+        )
+    )
