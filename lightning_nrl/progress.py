@@ -1,0 +1,146 @@
+"""A progress line for the repair that lives with Lightning's own bars, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+    from rich.progress import Progress
+
+__all__ = ["RepairProgress"]
+
+
+class RepairProgress:
+    """Shows which stage a repair is in, how far the search is, and what its best candidate repairs and breaks.
+
+    The line goes with the trainer's progress bar: rich with rich, tqdm with tqdm. There is none where the user turned
+    bars off, on ranks other than zero, and beside a bar of a kind that is not known here, since drawing might spoil it.
+
+    Args:
+        trainer: whose bars it stands beside.
+
+    Example::
+
+        with RepairProgress(trainer) as progress:
+            with progress.stage("search"):
+                progress.search(done=10, total=100, repaired=18, broken=0)
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._line: _Line | None = None
+
+    def __enter__(self) -> RepairProgress:
+        self._line = _line_beside(self._trainer)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._line = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """The line is there while a stage is, also when the stage raises.
+
+        Args:
+            name: such as `collect`, `localize`, `search` or `judge`.
+        """
+        line = self._line
+        if line is None:
+            yield
+            return
+        line.begin(f"Repair: {name}")
+        try:
+            yield
+        finally:
+            line.end()
+
+    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
+        """Shows how far the search is, inside a stage.
+
+        Args:
+            done: iterations made.
+            total: iterations at most.
+            repaired: failed samples that the best candidate so far repairs.
+            broken: passed samples that it breaks.
+        """
+        if self._line is not None:
+            self._line.show(done, total, f"{repaired} repaired, {broken} broken")
+
+
+class _Line(Protocol):
+    """One line of a terminal."""
+
+    def begin(self, text: str) -> None: ...
+
+    def show(self, done: int, total: int, note: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _line_beside(trainer: Trainer) -> _Line | None:
+    from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
+
+    bar = trainer.progress_bar_callback
+    if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
+        return None
+    return _RichLine(bar.progress) if isinstance(bar, RichProgressBar) else _TqdmLine()
+
+
+class _TqdmLine:
+    """A plain tqdm, which finds a free row below bars that are still open."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, text: str) -> None:
+        from tqdm.auto import tqdm
+
+        # On stdout as Lightning's, so that both are drawn in step.
+        self._bar = tqdm(bar_format="{desc} ...", desc=text, leave=False, dynamic_ncols=True, file=sys.stdout)
+
+    def show(self, done: int, total: int, note: str) -> None:
+        self._bar.total, self._bar.bar_format = total, None
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def end(self) -> None:
+        self._bar.close()
+
+
+class _RichLine:
+    """A task in the display of Lightning's bar; in a display of its own where Lightning's is not running."""
+
+    def __init__(self, lightning: Progress | None) -> None:
+        # Lightning has none before its first loop, and a console shows only one at a time.
+        self._lightning = lightning if lightning is not None and lightning.live.is_started else None
+        self._progress: Any = self._lightning
+        self._task: Any = None
+        self._text = ""
+
+    def begin(self, text: str) -> None:
+        if self._lightning is None:
+            from rich import get_console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=get_console(), transient=True)
+            self._progress.start()
+        self._text = text
+        # An unknown total is infinity to Lightning's columns, None to rich's own.
+        self._task = self._progress.add_task(text, total=float("inf") if self._lightning is not None else None)
+
+    def show(self, done: int, total: int, note: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, description=f"{self._text} ({note})")
+
+    def end(self) -> None:
+        self._progress.remove_task(self._task)
+        if self._lightning is None:
+            self._progress.stop()
+        else:
+            self._progress.refresh()
