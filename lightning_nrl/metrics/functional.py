@@ -1,6 +1,6 @@
 """How two versions of a model differ, sample by sample: the numbers behind the metrics, as pure functions.
 
-Every number here comes from four counts, kept, broken, repaired and failing, that add up over batches and over machines.
+Every number comes from four counts, kept, broken, repaired and failing, that add up over batches and over machines.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ __all__ = [
     "backward_error_compatibility",
     "backward_trust_compatibility",
     "break_rate",
+    "flip_rates",
     "negative_flip_impact",
     "negative_flip_rate",
     "positive_flip_rate",
@@ -95,6 +96,27 @@ def _repair_rate(flips: Tensor) -> Tensor:
 def _break_rate(flips: Tensor) -> Tensor:
     kept, broken, _, _ = flips.unbind(-1)
     return broken / (kept + broken)
+
+
+def flip_rates(flips: Tensor) -> dict[str, Tensor]:
+    """All rates of this module, by the names of its functions.
+
+    Args:
+        flips: `... x 4`, kept, broken, repaired, failing; floats keep their precision, integers give float32.
+
+    Returns:
+        One tensor `...` a rate. Undefined ones are NaN.
+    """
+    return {
+        "negative_flip_rate": _negative_flip_rate(flips),
+        "positive_flip_rate": _positive_flip_rate(flips),
+        "negative_flip_impact": _negative_flip_impact(flips),
+        "relative_negative_flip_rate": _relative_negative_flip_rate(flips),
+        "backward_trust_compatibility": _backward_trust_compatibility(flips),
+        "backward_error_compatibility": _backward_error_compatibility(flips),
+        "repair_rate": _repair_rate(flips),
+        "break_rate": _break_rate(flips),
+    }
 
 
 def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -187,8 +209,8 @@ def backward_trust_compatibility(
     .. math::
         \text{BTC} = \frac{\text{kept}}{\text{kept} + \text{broken}}
 
-    (Srivastava et al., KDD 2020.) Arguments and errors are those of :func:`negative_flip_rate`. 1 where the old model got
-    nothing right, since then nothing could break.
+    (Srivastava et al., KDD 2020.) Arguments and errors are those of :func:`negative_flip_rate`. 1 where the old model
+    got nothing right, since then nothing could break.
 
     Example:
         >>> from torch import tensor
@@ -223,8 +245,8 @@ def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_ind
     .. math::
         \text{RR} = \frac{\text{repaired}}{\text{repaired} + \text{failing}}
 
-    Arguments and errors are those of :func:`negative_flip_rate`. Give the targeted samples alone for the rate within I_neg.
-    NaN where the old model got nothing wrong.
+    Arguments and errors are those of :func:`negative_flip_rate`. Give the targeted samples alone for the rate
+    within I_neg. NaN where the old model got nothing wrong.
 
     Example:
         >>> from torch import tensor
