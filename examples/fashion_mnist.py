@@ -1,0 +1,127 @@
+"""Fashion-MNIST with drift, as in the paper's EXP-C: a view that was rare in training becomes common in operation.
+
+Garments lie the right way up; 2 % of the training images are upside down, and 40 % of those that come in later.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # apt install dataset-fashion-mnist
+SPLITS = {"train": 10_000, "val": 2_500, "repair": 5_000, "test": 7_500}  # images, no image in two splits
+UPSIDE_DOWN = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of them
+
+
+def load_images(root: str | Path = "data") -> tuple[Tensor, Tensor]:
+    """All 70,000 images, `N x 1 x 28 x 28` uint8, and their classes; from Debian's package, else through torchvision.
+
+    Raises:
+        SystemExit: neither is there, with what to do about it.
+    """
+    if DEBIAN.is_dir():
+        parts = ("train", "t10k")
+        images = torch.cat([_read_idx(DEBIAN / f"{part}-images-idx3-ubyte.gz", 16) for part in parts])
+        labels = torch.cat([_read_idx(DEBIAN / f"{part}-labels-idx1-ubyte.gz", 8) for part in parts])
+        return images.view(-1, 1, 28, 28), labels.long()
+    try:
+        from torchvision.datasets import FashionMNIST
+
+        parts = [FashionMNIST(str(root), train=train, download=True) for train in (True, False)]
+    except (ImportError, OSError, RuntimeError) as error:
+        raise SystemExit(
+            f"Fashion-MNIST is not here ({error}).\n"
+            "Install Debian's package (apt install dataset-fashion-mnist),\n"
+            "or torchvision (python -m pip install torchvision), which downloads it once."
+        ) from error
+    return torch.cat([part.data for part in parts]).unsqueeze(1), torch.cat([part.targets for part in parts])
+
+
+class DriftingFashion(LightningDataModule):
+    """Batches of `(image, garment, upside_down)`. `repair_dataloader` gives what came in after training."""
+
+    def __init__(self, seed: int = 0, batch_size: int = 128) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        images, labels = load_images()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator)[: sum(SPLITS.values())]
+        images, labels = images[order].float() / 255, labels[order]
+        share = torch.cat([torch.full((n,), UPSIDE_DOWN[split]) for split, n in SPLITS.items()])
+        upside_down = torch.rand(len(images), generator=generator) < share
+        images[upside_down] = images[upside_down].flip(2, 3)
+        parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
+        self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["val"], 500)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["repair"], 500)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["test"], 500)
+
+
+class FashionNet(LightningModule):
+    """Four convolutions with batch norm and two Linear layers, trained with flips, shifts and a one-cycle schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *_convolution(1, 16),
+            *_convolution(16, 32),
+            nn.MaxPool2d(2),
+            *_convolution(32, 64),
+            nn.MaxPool2d(2),
+            *_convolution(64, 64),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 3 * 3, 64),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels, _ = batch
+        return F.cross_entropy(self(flip_and_shift(images)), labels)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+        images, labels, _ = batch
+        self.log("val/accuracy", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=1e-2, total_steps=int(self.trainer.estimated_stepping_batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def flip_and_shift(images: Tensor) -> Tensor:
+    """Mirrors half of the images left to right, and moves the batch by up to two pixels."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(mirrored, images.flip(3), images)
+    down, right = torch.randint(0, 5, (2,)).tolist()
+    return F.pad(images, (2, 2, 2, 2))[..., down : down + 28, right : right + 28]
+
+
+def _convolution(n_in: int, n_out: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(n_in, n_out, 3, padding=1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()
+
+
+def _read_idx(path: Path, header: int) -> Tensor:
+    return torch.frombuffer(bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8)
