@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["Site", "WeightSpace", "find_sites"]
+__all__ = ["Convolution", "Layer", "Site", "WeightSpace", "find_sites"]
 
-REPAIRABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | Convolution
+"""The kinds of layer that can be repaired."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Site:
     """
 
     name: str
-    module: nn.Module
+    module: Layer
     offset: int
     include_bias: bool = False
 
@@ -36,39 +39,41 @@ class Site:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its repairable parameters by dotted name, in the order of the flat vector."""
         prefix = f"{self.name}." if self.name else ""
-        found: dict[str, nn.Parameter] = {f"{prefix}weight": self.module.weight}  # type: ignore[dict-item]
-        if self.include_bias and self.module.bias is not None:
-            found[f"{prefix}bias"] = self.module.bias  # type: ignore[assignment]
-        return found
+        own = dict(self.module.named_parameters(recurse=False))
+        names = ("weight", "bias") if self.include_bias else ("weight",)
+        return {f"{prefix}{name}": own[name] for name in names if name in own}
 
     @property
     def size(self) -> int:
+        """How many weights it has."""
         return sum(p.numel() for p in self.parameters.values())
 
     @property
     def weight_shape(self) -> torch.Size:
         """`out x in/groups x kernel...`, for a Linear `out x in`."""
-        return self.module.weight.shape  # type: ignore[return-value]
+        return self.module.weight.shape
 
 
 @dataclass(frozen=True)
 class WeightSpace:
-    """All sites as one flat vector of `size` weights: for each site its weight in memory order, then its bias if it is included."""
+    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included."""
 
     sites: tuple[Site, ...]
 
     @property
     def size(self) -> int:
+        """How many weights there are."""
         return sum(site.size for site in self.sites)
 
     @property
     def device(self) -> torch.device:
-        return self.sites[0].module.weight.device  # type: ignore[return-value]
+        """Where the weights lie."""
+        return self.sites[0].module.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights as deployed."""
-        return self.sites[0].module.weight.dtype  # type: ignore[return-value]
+        return self.sites[0].module.weight.dtype
 
     def flat(self) -> Tensor:
         """A detached copy of the live weights, `size`."""
@@ -105,57 +110,81 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
         include_bias: whether biases may be changed too.
 
     Raises:
-        ConfigurationError: an unknown name (the nearest ones are given), a kind that cannot be repaired, a name twice, a lazy
-            or quantised layer, layers of several dtypes or devices.
+        ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
+            a lazy, quantised or parametrised layer, weights shared with another module, several dtypes or devices.
     """
-    modules = dict(model.named_modules())
-    names = [layer] if isinstance(layer, str) else list(layer)
-    if names == ["auto"]:
-        linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise ConfigurationError(
-                explain("`layer='auto'` found no Linear layer.", f"name one of {_repairable(modules)} with `layer=`.")
-            )
-        names = [linear[-1]]
-    if not names or len(set(names)) != len(names):
-        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer or one twice.", "name each layer once."))
+    modules = dict(model.named_modules(remove_duplicate=False))
     sites: list[Site] = []
-    offset = 0
-    for name in names:
-        if name not in modules:
-            near = difflib.get_close_matches(name, list(modules), n=3, cutoff=0.3) or _repairable(modules)
-            raise ConfigurationError(
-                explain(f"`layer={name!r}` is not in the model.", f"the nearest names are {near}.")
-            )
-        module = modules[name]
-        if not isinstance(module, REPAIRABLE):
-            inside = _repairable(dict(module.named_modules(prefix=name)))
-            raise ConfigurationError(
-                explain(
-                    f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
-                    f"name a Linear or Conv1d/2d/3d{', such as ' + str(inside) if inside else ''}.",
-                )
-            )
-        if isinstance(module.weight, nn.parameter.UninitializedParameter) or not module.weight.is_floating_point():
-            raise ConfigurationError(
-                explain(
-                    f"`layer={name!r}` has no floating-point weight yet (lazy or quantised).",
-                    "run one batch through a lazy model first; repair before quantising.",
-                )
-            )
-        site = Site(name, module, offset, include_bias)
-        offset += site.size
-        sites.append(site)
-    kinds = {(site.module.weight.dtype, site.module.weight.device) for site in sites}
+    for name in _names(layer, modules):
+        offset = sites[-1].offset + sites[-1].size if sites else 0
+        sites.append(Site(name, _repairable(name, modules), offset, include_bias))
+    if len({id(site.module) for site in sites}) < len(sites):
+        raise ConfigurationError(explain(f"`layer={layer!r}` names a layer twice.", "name each layer once."))
+    _check_shared(model, sites)
+    kinds = {f"{parameter.dtype} on {parameter.device}" for site in sites for parameter in site.parameters.values()}
     if len(kinds) > 1:
         raise ConfigurationError(
-            explain(
-                f"`layer={layer!r}` spans several dtypes or devices: {sorted(map(str, kinds))}.",
-                "repair them one by one.",
-            )
+            explain(f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one.")
         )
     return WeightSpace(tuple(sites))
 
 
-def _repairable(modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if isinstance(module, REPAIRABLE)][-5:]
+def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    names = [layer] if isinstance(layer, str) else list(layer)
+    if not names:
+        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
+    if names != ["auto"] or "auto" in modules:
+        return names
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ConfigurationError(
+            explain("`layer='auto'` found no Linear layer.", f"name one with `layer=`: {_suggest('', modules)}.")
+        )
+    return linear[-1:]
+
+
+def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
+    if name not in modules:
+        raise ConfigurationError(
+            explain(f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}.")
+        )
+    module = modules[name]
+    if not isinstance(module, Layer):
+        inside = _suggest("", dict(module.named_modules(prefix=name)))
+        raise ConfigurationError(
+            explain(
+                f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
+                f"name a Linear or Conv1d/2d/3d{f', such as one of {inside}' if inside else ''}.",
+            )
+        )
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            explain(f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first.")
+        )
+    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        raise ConfigurationError(
+            explain(
+                f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
+                "remove a parametrisation with `torch.nn.utils.parametrize`; repair before quantising.",
+            )
+        )
+    return module
+
+
+def _check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuses weights that another module uses too: what is repaired in one place would change the other."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for site in sites:
+        if any(owners[id(parameter)] > 1 for parameter in site.parameters.values()):
+            raise ConfigurationError(
+                explain(
+                    f"`layer={site.name!r}` shares its weights with another module (tied weights).",
+                    "name a layer whose weights are its own, or untie them before the repair.",
+                )
+            )
+
+
+def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of layers that can be repaired: the nearest to a name, else the last ones."""
+    names = [other for other, module in modules.items() if isinstance(module, Layer)]
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-5:]

@@ -1,1 +1,20 @@
-""""""
+"""Which weights are worth searching: the impact of each, and the sets they are chosen by."""
+
+from lightning_nrl.localization.everything import Everything
+from lightning_nrl.localization.impact import Aggregation, measure
+from lightning_nrl.localization.localization import Impact, Localization
+from lightning_nrl.localization.localizer import Localizer
+from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n_weights, localize, set_sizes
+
+__all__ = [
+    "Aggregation",
+    "Everything",
+    "Impact",
+    "Localization",
+    "Localizer",
+    "NeuRecoverLite",
+    "default_n_weights",
+    "localize",
+    "measure",
+    "set_sizes",
+]

@@ -1,0 +1,119 @@
+"""What one call of a layer adds to the impacts of its weights, for a Linear and every convolution alike.
+
+Inputs and output gradients come as `m x p x ...`: m samples, p rows or images of each, then the layer's own dimensions:
+`features` for a Linear, `channels x space...` for a convolution.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn import grad as convolution
+
+from lightning_nrl.sites import Convolution, Layer
+
+__all__ = ["absolute_input", "bias_gradients", "by_sample", "positions", "weight_gradient", "weight_gradients"]
+
+_WEIGHT_GRADIENT = {
+    3: convolution.conv1d_weight,
+    4: convolution.conv2d_weight,
+    5: convolution.conv3d_weight,
+}
+"""By dimensions of the weight."""
+
+
+def by_sample(layer: Layer, x: Tensor, n: int) -> Tensor:
+    """A layer's input or output as `n x p x ...`; its first dimension is n or a multiple of it, sample by sample."""
+    return x.reshape(n, -1, *x.shape[1 - layer.weight.ndim :])
+
+
+def positions(layer: Layer, gradient: Tensor) -> int:
+    """How many values each weight was multiplied with, over samples and positions; `gradient` is that of the output."""
+    return gradient.numel() // len(layer.weight)
+
+
+def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the weight, summed over samples.
+
+    Args:
+        layer: a Linear or convolution.
+        x: its input, `m x p x ...`.
+        gradient: the gradient of its output, `m x p x ...`.
+    """
+    if isinstance(layer, nn.Linear):
+        return gradient.flatten(0, 1).T @ x.flatten(0, 1)
+    return _convolution_gradient(layer, x.flatten(0, 1), gradient.flatten(0, 1))
+
+
+def weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the weight for each sample, `m x weight shape`; arguments as in `weight_gradient`.
+
+    A convolution takes each sample as a group of its own, so that one call of the gradient kernel serves them all.
+    """
+    if isinstance(layer, nn.Linear):
+        return torch.bmm(gradient.mT, x)
+    m = len(x)
+    x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
+    return _convolution_gradient(layer, x, gradient, samples=m).unflatten(0, (m, -1))
+
+
+def bias_gradients(gradient: Tensor) -> Tensor:
+    """The gradient of the bias for each sample, `m x out`, from that of the output, `m x p x out...`."""
+    return gradient.transpose(1, 2).flatten(2).sum(2)
+
+
+def absolute_input(layer: Layer, x: Tensor) -> Tensor:
+    """Sum over samples and positions of the absolute value that each weight is multiplied with, in the weight's shape.
+
+    It is the same for every output of a group, so it is computed once for each input channel and place in the kernel:
+    as the kernel gradient of a depthwise convolution whose output gradient is one everywhere.
+    """
+    total = x.abs().sum((0, 1))
+    if isinstance(layer, nn.Linear):
+        return total.expand_as(layer.weight)
+    channels, groups, shape = len(total), layer.groups, layer.weight.shape
+    padded = _pad(layer, total.unsqueeze(0))
+    positions = [
+        (size - dilation * (kernel - 1) - 1) // stride + 1
+        for size, kernel, stride, dilation in zip(
+            padded.shape[2:], shape[2:], layer.stride, layer.dilation, strict=True
+        )
+    ]
+    one = padded.new_ones(()).expand(1, channels, *positions)
+    windows = _WEIGHT_GRADIENT[len(shape)](
+        padded, (channels, 1, *shape[2:]), one, stride=layer.stride, dilation=layer.dilation, groups=channels
+    )
+    by_group = windows.reshape(groups, 1, *shape[1:])
+    return by_group.expand(-1, shape[0] // groups, *by_group.shape[2:]).reshape(shape)
+
+
+def _convolution_gradient(layer: Convolution, x: Tensor, gradient: Tensor, samples: int = 1) -> Tensor:
+    """The kernel gradient; with several samples side by side in the channels, one behind the other in dimension 0."""
+    out, *kernel = layer.weight.shape
+    return _WEIGHT_GRADIENT[x.ndim](
+        _pad(layer, x),
+        (samples * out, *kernel),
+        gradient,
+        stride=layer.stride,
+        dilation=layer.dilation,
+        groups=samples * layer.groups,
+    )
+
+
+def _pad(layer: Convolution, x: Tensor) -> Tensor:
+    """The input with the layer's own padding written out, whatever its mode."""
+    if not isinstance(layer.padding, str):
+        sides = [(p, p) for p in layer.padding]
+    elif layer.padding == "valid":
+        sides = []
+    else:
+        # The odd element of an even kernel goes behind, as in torch's own convolutions.
+        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        sides = [(span // 2, span - span // 2) for span in spans]
+    if not any(map(any, sides)):
+        return x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(x, list(chain.from_iterable(reversed(sides))), mode=mode)

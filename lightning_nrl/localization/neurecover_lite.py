@@ -1,0 +1,191 @@
+"""NeuRecoverLite's localisation: weights that matter for the failed data and not for the passed (paper, section II.1).
+
+One number, N_g, decides how many weights remain, and not in one direction: none at 0, none again when each of the
+four sets holds every weight. So sizes are tabled for all N_g at once. A weight is in `B_failed & F_failed` from the N_g
+on that equals the worse of its two ranks; likewise for the passed data. It is localised for every N_g between the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.collective import Collective
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
+from lightning_nrl.localization.impact import Aggregation, Replay, check_aggregation, measure
+from lightning_nrl.localization.localization import Impact, Localization
+from lightning_nrl.tasks import Task
+
+__all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
+
+
+@dataclass(frozen=True)
+class NeuRecoverLite:
+    """Localises the weights that matter for the failed samples and not for the passed.
+
+    Attributes:
+        n_weights: how many weights to localise (#lw); the nearest number that can be reached is taken. None, with `n_g`
+            None too, leaves the choice to `default_n_weights`.
+        n_g: how many top weights each of the four sets has (N_g), instead of `n_weights`.
+        aggregation: how the gradients of many samples become one backward impact: `mean_gradient`, the absolute value
+            of their mean, or `per_sample`, the mean of their absolute values.
+        include_bias: whether biases may be localised too.
+
+    Raises:
+        ConfigurationError: a number below 1 or not whole, both numbers at once, an unknown aggregation.
+
+    Example:
+        >>> NeuRecoverLite(n_weights=32)
+        NeuRecoverLite(n_weights=32, n_g=None, aggregation='mean_gradient', include_bias=False)
+    """
+
+    n_weights: int | None = None
+    n_g: int | None = None
+    aggregation: Aggregation = "mean_gradient"
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.n_weights, self.n_g)
+        check_aggregation(self.aggregation)
+
+    def __call__(
+        self, recording: Replay, task: Task, *, failed: Tensor, passed: Tensor, collective: Collective | None = None
+    ) -> Localization:
+        """Measures both impacts and localises; see `measure` for the arguments and `localize` for the rest."""
+        of_failed, of_passed = (
+            measure(recording, task, rows, aggregation=self.aggregation, collective=collective)
+            for rows in (failed, passed)
+        )
+        return localize(of_failed, of_passed, n_weights=self.n_weights, n_g=self.n_g)
+
+
+def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_g: int | None = None) -> Localization:
+    """Weights that matter for the failed data and not for the passed (paper, section II.1, step ii).
+
+    `(B_failed & F_failed) - (B_passed & F_passed)`, each the top N_g weights of one impact; of equal impacts the one
+    that comes first in the weight space ranks first. Every N_g is looked at, and of those that leave any weight
+    the one is taken whose number of weights is nearest to the request; the smallest, if several are equally near, since
+    its weights have the greatest impact on the failed data. The result says what was requested and what was reached.
+
+    Args:
+        failed: impacts on the failed samples (I_neg).
+        passed: impacts on the passed samples (I_pos).
+        n_weights: how many weights to localise (#lw).
+        n_g: N_g itself, instead of `n_weights`. Without either, `default_n_weights` says how many.
+
+    Returns:
+        The localised weights, on the device of the impacts.
+
+    Raises:
+        ConfigurationError: a number below 1, both numbers at once, an N_g above the number of weights.
+        EmptyLocalizationError: no weight is left; the message has the sizes of the four sets and the nearest N_g that
+            leaves any.
+    """
+    _check(n_weights, n_g)
+    total = len(failed.backward)
+    if n_g is not None and n_g > total:
+        raise ConfigurationError(
+            explain(
+                f"`n_g={n_g}` is more than the {total} weights of the layer.",
+                f"choose 1 to {total}, or give `n_weights`.",
+            )
+        )
+    enter, leave = _enter(failed), _enter(passed)
+    sizes = _set_sizes(enter, leave)
+    if n_g is None:
+        some = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
+        n_weights = n_weights or default_n_weights(total)
+        chosen = _nearest(some, n_weights)
+    else:
+        chosen = n_g
+    at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
+    if not at["localized"]:
+        raise _empty(sizes["localized"], chosen, at)
+    weights = ((enter <= chosen) & (leave > chosen)).nonzero().squeeze(1)
+    return Localization(weights, chosen, n_weights, at)
+
+
+def default_n_weights(total: int) -> int:
+    """How many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
+
+    The number is the dimension of the space that a swarm of some hundred particles searches: a large convolution must
+    not drown the swarm, nor a small head starve it. The limits are those of the three runs that the paper puts forward
+    (Table II: 32 in EXP-C1, 309 in EXP-A1). A layer that cannot give as many gives the most that it can.
+
+    Example:
+        >>> [default_n_weights(total) for total in (224, 640, 589_824)]
+        [32, 64, 309]
+    """
+    return min(max(total // 10, 32), 309)
+
+
+def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
+    """Sizes of the sets for every N_g: under each name a `W + 1` int64 tensor, indexed by N_g.
+
+    `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|, `both` and `localized`: their intersection and
+    their difference.
+    """
+    return _set_sizes(_enter(failed), _enter(passed))
+
+
+def _enter(impact: Impact) -> Tensor:
+    """The N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
+    return torch.maximum(_rank(impact.backward), _rank(impact.forward))
+
+
+def _rank(impact: Tensor) -> Tensor:
+    """Places from 1, the greatest impact first, equal ones in the order of the weight space."""
+    order = impact.argsort(descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
+
+
+def _set_sizes(enter: Tensor, leave: Tensor) -> dict[str, Tensor]:
+    n = len(enter) + 1
+    failed, passed, both = (
+        place.bincount(minlength=n).cumsum(0) for place in (enter, leave, torch.maximum(enter, leave))
+    )
+    return {"failed": failed, "passed": passed, "both": both, "localized": failed - both}
+
+
+def _nearest(sizes: Tensor, size: int) -> int:
+    """The smallest N_g whose set, if it has any weight, is nearest in size to the one wanted."""
+    off = (sizes - size).abs().masked_fill(sizes == 0, 2**62)
+    return int(off[1:].argmin()) + 1
+
+
+def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalizationError:
+    candidates = localized.nonzero().squeeze(1)
+    if len(candidates):
+        nearest = int(candidates[(candidates - n_g).abs().argmin()])
+        hint = f"the nearest N_g that leaves any is {nearest} ({int(localized[nearest])} weights); or give `n_weights`."
+    else:
+        hint = "no N_g leaves a weight: failed and passed data rank the weights alike; choose another layer or target."
+    found = ", ".join(
+        f"|{sets}| = {at[name]}"
+        for name, sets in {
+            "failed": "B_failed & F_failed",
+            "passed": "B_passed & F_passed",
+            "both": "intersection of the two",
+            "localized": "W_localized",
+        }.items()
+    )
+    return EmptyLocalizationError(
+        explain(f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: {found}.", hint)
+    )
+
+
+def _check(n_weights: int | None, n_g: int | None) -> None:
+    for name, number in {"n_weights": n_weights, "n_g": n_g}.items():
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise ConfigurationError(
+                explain(f"`{name}={number!r}` is no number of weights.", "give a whole number from 1, or None.")
+            )
+    if n_weights is not None and n_g is not None:
+        raise ConfigurationError(
+            explain(
+                f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.",
+                "give one of them.",
+            )
+        )
