@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigurationError", "EmptyLocalizationError", "EvidenceError", "RepairError", "ReplayError", "explain"]
+import difflib
+from collections.abc import Sequence
+
+__all__ = [
+    "ConfigurationError",
+    "EmptyLocalizationError",
+    "EvidenceError",
+    "RepairError",
+    "ReplayError",
+    "check_choice",
+    "explain",
+]
 
 
 class RepairError(Exception):
@@ -28,3 +39,21 @@ class ReplayError(RepairError):
 def explain(problem: str, hint: str) -> str:
     """Joins what was found with what to do about it, in the one form that all messages have."""
     return f"{problem}\nHINT: {hint}"
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Refuses a word that is not among the choices, and names the one that was probably meant.
+
+    Raises:
+        ConfigurationError: `value` is none of the choices.
+    """
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    known = "one of " + ", ".join(repr(choice) for choice in choices)
+    raise ConfigurationError(
+        explain(
+            f"`{argument}={value!r}` is unknown.",
+            f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}.",
+        )
+    )

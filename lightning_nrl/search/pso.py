@@ -1,0 +1,255 @@
+"""Particle swarm optimisation as a pure step: a state, `start`, `ask` and `tell` (paper, section II.2).
+
+S independent swarms of P particles over K weights move in one batch. Each has a generator of its own, so that a swarm
+among many does, bit for bit, what it would do alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.fitness import score_dtype
+
+__all__ = ["ParticleSwarm", "Spread", "Streams", "Swarm", "ask", "start", "tell"]
+
+STARTS = ("half", "local", "paper")
+CONSTANTS = ("clerc", "arachne")
+
+CHI = 0.7298
+"""2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
+
+TOP_SPEED = 0.2
+"""The upper speed limit of `clerc`, in ranges of the layer's weights."""
+
+ARACHNE_SPEED = (0.2, 5.0)
+"""The speed limits of `arachne`, in ranges of the layer's weights."""
+
+
+@dataclass(frozen=True)
+class ParticleSwarm:
+    """Settings of the search by particle swarm. The defaults need no tuning.
+
+    Attributes:
+        particles: how many, at least 2.
+        iterations: steps at most; 0 only scores the start.
+        patience: steps without a better fitness after which the search stops, at least 1.
+        start: where the particles begin, all at rest. `local`: one at the original weights, where it stays, the others
+            around it. `half`: the same for half of the swarm, the rest drawn from N(mean, std) of the layer's weights.
+            `paper`: half exactly at the original weights and free to move, the rest drawn from N(mean, std).
+        constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, random numbers for every weight, no speed above 0.2 of
+            the range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number a particle
+            and term, every speed between 0.2 and 5 ranges: that lower limit throws the particles that start at the
+            original weights away from them.
+        scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
+            weights, above 0.
+        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale, so that some scale
+            fits any layer.
+
+    Raises:
+        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
+    """
+
+    particles: int = 100
+    iterations: int = 100
+    patience: int = 20
+    start: Literal["half", "local", "paper"] = "local"
+    constants: Literal["clerc", "arachne"] = "clerc"
+    scale_min: float = 0.01
+    scale_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("search.start", self.start, STARTS)
+        check_choice("search.constants", self.constants, CONSTANTS)
+        for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigurationError(
+                    explain(f"`search.{name}={value!r}` is out of range.", f"give a whole number of at least {least}.")
+                )
+        if not 0 < self.scale_min <= self.scale_max < math.inf:
+            raise ConfigurationError(
+                explain(
+                    f"`search.scale_min={self.scale_min!r}`, `search.scale_max={self.scale_max!r}` are out of order.",
+                    "give 0 < scale_min <= scale_max.",
+                )
+            )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the weights of a layer are distributed. Numbers, or tensors that broadcast to `S x K`.
+
+    Attributes:
+        mean: their mean.
+        std: their standard deviation.
+        lowest: the least weight.
+        highest: the greatest weight.
+    """
+
+    mean: float | Tensor
+    std: float | Tensor
+    lowest: float | Tensor
+    highest: float | Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Spread:
+        """The spread of one layer's weights, of any shape, in at least float32 and on their device."""
+        weights = weights.detach().to(_float(weights.dtype))
+        return cls(weights.mean(), weights.std(correction=0), weights.min(), weights.max())
+
+
+class Swarm(NamedTuple):
+    """A particle swarm in mid-flight: S independent swarms of P particles over K weights."""
+
+    position: Tensor  # S x P x K
+    velocity: Tensor  # S x P x K
+    best_position: Tensor  # S x P x K, each particle's own best
+    best_fitness: Tensor  # S x P
+    leader: Tensor  # S x K, the best of the whole swarm; the original weights until something is better
+    leader_fitness: Tensor  # S
+    free: Tensor  # bool, broadcasts to S x P x K: False where nothing ever moves (the elite, padding)
+    range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
+
+
+@dataclass(frozen=True)
+class Streams:
+    """One stream of random numbers a swarm. A swarm draws the same numbers alone, among others, and under padding.
+
+    Attributes:
+        generators: one a swarm, on the device of the swarm.
+        sizes: how many of its K weights each swarm has, the rest is padding; None: all have K.
+    """
+
+    generators: tuple[torch.Generator, ...]
+    sizes: tuple[int, ...] | None = None
+
+    @classmethod
+    def seeded(cls, seeds: Sequence[int], device: torch.device, sizes: Sequence[int] | None = None) -> Streams:
+        """Fresh streams, each from its own seed."""
+        generators = tuple(torch.Generator(device).manual_seed(seed) for seed in seeds)
+        return cls(generators, None if sizes is None else tuple(sizes))
+
+    def uniform(self, like: Tensor, *shape: int) -> Tensor:
+        """Numbers in [0, 1) of the dtype of `like`: `shape`, with the swarms before its last two dimensions."""
+        return self._draw(torch.rand, like, shape)
+
+    def normal(self, like: Tensor, *shape: int) -> Tensor:
+        """Standard normal numbers, shaped likewise."""
+        return self._draw(torch.randn, like, shape)
+
+    def _draw(self, sample: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        *lead, n_particles, n_weights = shape
+        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        if self.sizes is None or n_weights == 1:
+            drawn = [sample(*shape, generator=generator, **options) for generator in self.generators]
+            return drawn[0].unsqueeze(-3) if len(drawn) == 1 else torch.stack(drawn, -3)
+        padded = torch.zeros(*lead, len(self.generators), n_particles, n_weights, **options)
+        for s, (generator, size) in enumerate(zip(self.generators, self.sizes, strict=True)):
+            padded[..., s, :, :size] = sample(*lead, n_particles, size, generator=generator, **options)
+        return padded
+
+
+def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: Streams) -> Swarm:
+    """Places the particles, at rest. The first of each swarm is at the original weights, whatever the kind of start.
+
+    Args:
+        original: `S x K`, the weights before the repair. Half precisions are searched in float32.
+        spread: the distribution of the layer's weights.
+        settings: how many particles, and where.
+        streams: the source of randomness.
+
+    Returns:
+        A swarm that was not told any fitness yet: score its `position` and `tell`.
+    """
+    dtype, device, n = _float(original.dtype), original.device, settings.particles
+    original = original.to(dtype)[:, None]
+    n_weights = original.shape[-1]
+    mean, std, lowest, highest = (
+        _per_particle(torch.as_tensor(x, dtype=dtype, device=device))
+        for x in (spread.mean, spread.std, spread.lowest, spread.highest)
+    )
+    half = n if settings.start == "local" else (n + 1) // 2
+    still = half if settings.start == "paper" else 1
+    scale = torch.ones(n, 1, dtype=dtype, device=device)
+    scale[still:half, 0] = torch.logspace(
+        math.log10(settings.scale_min), math.log10(settings.scale_max), half - still, dtype=dtype, device=device
+    )
+    particle = torch.arange(n, device=device)[:, None]
+    free = (particle > 0) | torch.tensor(settings.start == "paper", device=device)
+    placed = particle >= still
+    if streams.sizes is not None:
+        real = torch.arange(n_weights, device=device) < torch.tensor(streams.sizes, device=device)[:, None, None]
+        free, placed = free & real, placed & real
+    offset = scale * std * streams.normal(original, n, n_weights)
+    position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
+    worst = torch.full(position.shape[:2], -math.inf, dtype=score_dtype(device), device=device)
+    return Swarm(
+        position=position,
+        velocity=torch.zeros_like(position),
+        best_position=position,
+        best_fitness=worst,
+        leader=original[:, 0],
+        leader_fitness=worst[:, 0],
+        free=free.expand(1, *free.shape) if free.ndim == 2 else free,
+        range=highest - lowest,
+    )
+
+
+def ask(swarm: Swarm, settings: ParticleSwarm, streams: Streams) -> Swarm:
+    """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1); its `position` is to be scored.
+
+    v = chi (v + phi_1 r_1 (own best - x) + phi_2 r_2 (leader - x)), x = x + v.
+    """
+    x = swarm.position
+    _, n, n_weights = x.shape
+    if settings.constants == "clerc":
+        phi = CHI * 2.05
+        own, social = phi * streams.uniform(x, 2, n, n_weights)
+    else:
+        phi = CHI * 4.1
+        own, social = phi * streams.uniform(x, 2, n, 1)
+    velocity = CHI * swarm.velocity + own * (swarm.best_position - x) + social * (swarm.leader[:, None] - x)
+    if settings.constants == "clerc":
+        limit = TOP_SPEED * swarm.range
+        velocity = velocity.clamp(-limit, limit)
+    else:
+        slow, fast = (bound * swarm.range for bound in ARACHNE_SPEED)
+        velocity = velocity.abs().clamp(slow, fast).copysign(velocity)
+    velocity = velocity.masked_fill(~swarm.free, 0.0)
+    return swarm._replace(position=x + velocity, velocity=velocity)
+
+
+def tell(swarm: Swarm, fitness: Tensor) -> Swarm:
+    """Remembers what was best. NaN counts as worst; among equals the earlier stays.
+
+    Args:
+        swarm: as it came from `start` or `ask`.
+        fitness: `S x P`, of its positions.
+    """
+    fitness = fitness.to(swarm.best_fitness.dtype)
+    fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+    better = fitness > swarm.best_fitness
+    top, which = fitness.max(1)
+    leads = top > swarm.leader_fitness
+    candidate = swarm.position.take_along_dim(which[:, None, None], 1)[:, 0]
+    return swarm._replace(
+        best_position=torch.where(better[..., None], swarm.position, swarm.best_position),
+        best_fitness=torch.where(better, fitness, swarm.best_fitness),
+        leader=torch.where(leads[:, None], candidate, swarm.leader),
+        leader_fitness=torch.where(leads, top, swarm.leader_fitness),
+    )
+
+
+def _per_particle(x: Tensor) -> Tensor:
+    return x[:, None] if x.ndim == 2 else x
+
+
+def _float(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
