@@ -1,0 +1,95 @@
+"""The default settings beside two rows of the paper's Table II, on Fashion-MNIST with drift (EXP-C in small).
+
+    python examples/paper_rows.py           # ten runs a setting, as in the paper
+    python examples/paper_rows.py --quick   # two runs a setting, on a network that was trained for a shorter time
+
+The network is trained once and kept in `runs/`. The failures to be repaired are those of upside-down garments.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from statistics import mean
+
+from fashion_mnist import DriftingFashion, FashionNet
+from pytorch_lightning import Trainer, seed_everything
+from rich import print
+from rich.progress import track
+from rich.table import Table
+
+from lightning_nrl import RepairReport, Target, paper_arguments, repair
+
+SETTINGS = {"default": {}, "EXP-B1": paper_arguments("EXP-B1"), "EXP-C1": paper_arguments("EXP-C1")}
+
+
+def trained(data: DriftingFashion, epochs: int) -> Path:
+    """The checkpoint of the network to be repaired; trained if there is none yet."""
+    path = Path("runs") / f"fashion_{epochs}_epochs.ckpt"
+    if not path.exists():
+        seed_everything(0, verbose=False)
+        trainer = Trainer(max_epochs=epochs, logger=False, enable_checkpointing=False, enable_model_summary=False)
+        trainer.fit(FashionNet(), datamodule=data)
+        trainer.save_checkpoint(path)
+    return path
+
+
+def repaired(data: DriftingFashion, checkpoint: Path, seed: int, **setting: object) -> RepairReport:
+    """One run of one setting; the seed is that of the repair, data and network stay the same."""
+    trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
+    return repair(
+        trainer,
+        FashionNet(),
+        datamodule=data,
+        ckpt_path=checkpoint,
+        target=Target.where(lambda batch: batch[2], name="upside down"),
+        unseen="test",
+        seed=seed,
+        dirpath="runs/paper_rows",
+        verbose=False,
+        **setting,
+    )
+
+
+def table_of(reports: dict[str, list[RepairReport]]) -> Table:
+    """Means over the runs of each setting, and how many runs were accepted."""
+    first = reports["default"][0]
+    table = Table(
+        "setting",
+        f"known: repaired\nof {first.pooled('known').targeted} in the target",
+        f"known: broken\nof {first.pooled('known').passed}",
+        "unseen:\nrepaired",
+        f"unseen: broken\nof {first.pooled('unseen').passed}",
+        "unseen accuracy:\nuntouched",
+        "unseen accuracy:\nrepaired",
+        "verdicts",
+        title=f"Means of {len(reports['default'])} runs",
+    )
+    for setting, runs in reports.items():
+        known, unseen = ([run.pooled(role) for run in runs] for role in ("known", "unseen"))
+        counts = (
+            mean(split.repaired_in_target for split in known),
+            mean(split.broken for split in known),
+            mean(split.repaired for split in unseen),
+            mean(split.broken for split in unseen),
+        )
+        accuracies = (mean(split.accuracy_before for split in unseen), mean(split.accuracy_after for split in unseen))
+        verdicts = ", ".join(f"{n} {status}" for status, n in Counter(run.status for run in runs).items())
+        table.add_row(setting, *(f"{x:.1f}" for x in counts), *(f"{x:.4f}" for x in accuracies), verdicts)
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer runs on a network that was trained for less long")
+    quick = parser.parse_args().quick
+
+    data = DriftingFashion()
+    checkpoint = trained(data, epochs=6 if quick else 20)
+    seeds = range(2 if quick else 10)
+    runs = [(name, seed) for name in SETTINGS for seed in seeds]
+    reports: dict[str, list[RepairReport]] = {name: [] for name in SETTINGS}
+    for name, seed in track(runs, description="Repairing"):
+        reports[name].append(repaired(data, checkpoint, seed, **SETTINGS[name]))
+    print(table_of(reports))

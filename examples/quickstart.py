@@ -1,0 +1,86 @@
+"""Repairs a digit classifier on tilted digits without breaking what it gets right. Under a minute on two cores.
+
+    python examples/quickstart.py              # one repair, explained
+    python examples/quickstart.py --seeds 10   # ten of them, each with its own data, training and repair: one table
+
+The data and the network are in `digits.py`; all that a repair needs is in `train_and_repair`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import mean
+
+from digits import DigitNet, TiltedDigits
+from pytorch_lightning import Trainer, seed_everything
+from rich import print
+from rich.table import Table
+from torch import Tensor
+
+from lightning_nrl import RegressionFreeRepair, RepairReport, Target
+
+
+def is_tilted(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    _image, _digit, tilted = batch
+    return tilted
+
+
+def train_and_repair(seed: int, verbose: bool = True) -> tuple[RegressionFreeRepair, Trainer]:
+    seed_everything(seed, verbose=False)
+    repair = RegressionFreeRepair(target=Target.where(is_tilted), unseen="test", seed=seed, verbose=verbose)
+    trainer = Trainer(
+        max_epochs=30,
+        accelerator="cpu",
+        callbacks=[repair],
+        enable_progress_bar=verbose,
+        enable_model_summary=False,
+    )
+    trainer.fit(DigitNet(), datamodule=TiltedDigits(seed))
+    return repair, trainer
+
+
+def one_repair(seed: int) -> None:
+    repair, trainer = train_and_repair(seed)
+    print("known: what the repair looked at (train, repair).  unseen: what it never looked at (test).")
+    print("repaired: wrong before, right now.  broken: right before, wrong now.")
+    print(f"\nThe repaired model:  {repair.repaired_model_path or 'none, the weights are those of training'}")
+    print(f"To look inside:      tensorboard --logdir {trainer.log_dir}")
+
+
+def many_repairs(seeds: range) -> None:
+    reports = []
+    for seed in seeds:
+        reports.append(train_and_repair(seed, verbose=False)[0].report)
+        print(f"seed {seed}: {reports[-1].reason}")
+    print(table_of(seeds, reports))
+
+
+def table_of(seeds: range, reports: list[RepairReport]) -> Table:
+    """One row a seed and one for their mean; beside each repair the untouched model."""
+    names = ("tilted failures", "repaired", "broken", "repaired", "broken", "untouched", "repaired", "verdict")
+    heads = ("known:", "known:", "known:", "unseen:", "unseen:", "unseen accuracy:", "unseen accuracy:", "")
+    table = Table("seed", *(f"{head}\n{name}" for head, name in zip(heads, names, strict=True)))
+    rows = []
+    for seed, report in zip(seeds, reports, strict=True):
+        known, unseen = report.pooled("known"), report.pooled("unseen")
+        counts = (known.targeted, known.repaired, known.broken, unseen.repaired, unseen.broken)
+        rows.append((*counts, unseen.accuracy_before, unseen.accuracy_after))
+        table.add_row(str(seed), *map(shown, rows[-1]), report.status)
+    table.add_section()
+    table.add_row("mean", *(shown(mean(column)) for column in zip(*rows, strict=True)), "")
+    return table
+
+
+def shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.3f}" if number <= 1 else f"{number:.1f}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of data, training and repair")
+    parser.add_argument("--seeds", type=int, help="how many repairs, from seed 0; prints one table")
+    arguments = parser.parse_args()
+    if arguments.seeds:
+        many_repairs(range(arguments.seeds))
+    else:
+        one_repair(arguments.seed)
