@@ -1,3 +1,33 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback."""
 
-__all__: list[str] = []
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
+from lightning_nrl.fitness import Fitness
+from lightning_nrl.gate import Gate
+from lightning_nrl.localization import Everything, NeuRecoverLite
+from lightning_nrl.pipeline import repair_module
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.settings import Settings
+from lightning_nrl.standalone import repair
+from lightning_nrl.targets import Target
+from lightning_nrl.tasks import Multiclass, Task
+
+__all__ = [
+    "ConfigurationError",
+    "Everything",
+    "EvidenceError",
+    "Fitness",
+    "Gate",
+    "Multiclass",
+    "NeuRecoverLite",
+    "ParticleSwarm",
+    "RegressionFreeRepair",
+    "RepairError",
+    "RepairReport",
+    "Settings",
+    "Target",
+    "Task",
+    "repair",
+    "repair_module",
+]

@@ -52,10 +52,17 @@ class Source(Protocol):
         index: `size` int64, each sample's position in its data set, in the order of the split and over all ranks.
     """
 
-    split: str
-    passed: bool
-    failed: bool
-    index: Tensor
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def passed(self) -> bool: ...
+
+    @property
+    def failed(self) -> bool: ...
+
+    @property
+    def index(self) -> Tensor: ...
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's share, in evaluation order."""
@@ -80,7 +87,7 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
         if target_key is None:
             raise ConfigurationError(
                 explain(
-                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} has no target key out of {list(TARGET_KEYS)}.",
+                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} lacks a target key: {list(TARGET_KEYS)}.",
                     "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
                 )
             )

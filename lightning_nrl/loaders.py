@@ -5,21 +5,20 @@ from __future__ import annotations
 import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_nrl.batches import Adapter, Batch, unpack
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["LoaderSource", "evaluating", "find_loader", "import_function", "make_source"]
+__all__ = ["LoaderSource", "check_loader", "find_loader", "import_function", "make_source", "warn_if_random"]
 
 SPLITS = ("train", "val", "repair", "test")
 
@@ -189,19 +188,31 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
     return getattr(holder, hook)()
 
 
-@contextmanager
-def evaluating(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
-    """The model and the trainer as in validation; afterwards each module's training flag and the stage are as found."""
-    flags = [(module, module.training) for module in model.modules()]
-    stage = trainer.state.stage
-    try:
-        trainer.state.stage = RunningStage.VALIDATING
-        model.eval()
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        trainer.state.stage = stage
+def warn_if_random(sources: Sequence[LoaderSource]) -> None:
+    """Warns of a data set that gives another sample at a second look, such as one that augments for training.
+
+    Every pass of a repair sees the same random numbers, so that the repair itself is consistent.
+    """
+    for source in sources:
+        if len(source.index):
+            first, again = (source.loader.dataset[int(source.index[0])] for _ in range(2))
+            if not _same(first, again):
+                rank_zero_warn(
+                    explain(
+                        f"`{source.split}` data: reading a sample twice gives two different samples.",
+                        "if that is augmentation, pass a DataLoader without it as `passed=` or `failed=`.",
+                    )
+                )
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, (Tensor, np.ndarray)):
+        return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return not isinstance(a, (int, float, str)) or a == b or a != a
 
 
 def import_function(path: str, argument: str) -> Callable[..., Any]:

@@ -80,7 +80,7 @@ class Multiclass(Task):
         if target.ndim != 1 or target.is_floating_point():
             raise ConfigurationError(
                 explain(
-                    f"`task`: multiclass needs whole-number labels [samples], found {target.dtype} {list(target.shape)}.",
+                    f"`task`: multiclass needs whole labels [samples], found {target.dtype} {list(target.shape)}.",
                     "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
                 )
             )

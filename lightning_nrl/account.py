@@ -1,0 +1,142 @@
+"""What a report needs, gathered while a repair goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.gate import Verdict
+from lightning_nrl.localization import Localization
+from lightning_nrl.report import (
+    Hashes,
+    LocalizationReport,
+    RepairReport,
+    SearchReport,
+    SplitReport,
+    Status,
+    WeightChange,
+    hash_tensors,
+    split_report,
+)
+from lightning_nrl.search import SearchResult
+from lightning_nrl.settings import Settings
+from lightning_nrl.sites import WeightSpace
+from lightning_nrl.tasks import Task
+
+__all__ = ["Account"]
+
+
+@dataclass(frozen=True)
+class Account:
+    """A report in the making.
+
+    Attributes:
+        model: the original model.
+        space: the layers that are to be changed.
+        settings: what was asked for.
+        task: what right and wrong mean.
+        known: the evidence that the repair looks at, before it.
+        unseen: the evidence that it never looks at, before it.
+        seconds: wall time by stage, still growing.
+        localization: which weights are searched, once that is known.
+        result: what the search found, once it is over.
+    """
+
+    model: nn.Module
+    space: WeightSpace
+    settings: Settings
+    task: Task
+    known: Evidence
+    unseen: Evidence | None
+    seconds: Mapping[str, float]
+    localization: Localization | None = None
+    result: SearchResult | None = None
+
+    def searched(self, localization: Localization, result: SearchResult) -> Account:
+        """The account after the search."""
+        return replace(self, localization=localization, result=result)
+
+    def closed(self, status: Status, reason: str) -> RepairReport:
+        """The report of a repair that ended without a candidate: the weights stay."""
+        old = self._layers()
+        layers, model = hash_tensors(old), self._hash_model({})
+        return self._report(status, reason, self._splits(None, None), hashes=Hashes(layers, layers, model, model))
+
+    def judged(
+        self, verdict: Verdict, parameters: Mapping[str, Tensor], after: Evidence, unseen_after: Evidence | None
+    ) -> RepairReport:
+        """The report of a candidate.
+
+        Args:
+            verdict: what the gate said.
+            parameters: the candidate's whole parameters by dotted name.
+            after: the evidence on known data under the candidate.
+            unseen_after: likewise on unseen data; None unless it was accepted.
+        """
+        old = self._layers()
+        new = parameters if verdict.accepted else old
+        hashes = Hashes(
+            hash_tensors(old),
+            hash_tensors(new),
+            self._hash_model({}),
+            self._hash_model(new),
+        )
+        candidate = self._splits(after, unseen_after)
+        return self._report(
+            verdict.status,
+            verdict.reason,
+            candidate if verdict.accepted else self._splits(None, None),
+            candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
+            change=WeightChange.between(old, parameters),
+            hashes=hashes,
+        )
+
+    def _report(self, status: Status, reason: str, splits: tuple[SplitReport, ...], **rest: Any) -> RepairReport:
+        return RepairReport(
+            status=status,
+            reason=reason,
+            layers=tuple(site.name or type(site.module).__name__ for site in self.space.sites),
+            target=str(self.settings.target),
+            gate=str(self.settings.gate),
+            task=type(self.task).__name__,
+            splits=splits,
+            localization=None if self.localization is None else LocalizationReport.of(self.localization),
+            search=None if self.result is None else SearchReport.of(self.result),
+            seed=self.settings.seed,
+            seconds=dict(self.seconds),
+            settings=plain(self.settings),
+            **rest,
+        )
+
+    def _splits(self, after: Evidence | None, unseen_after: Evidence | None) -> tuple[SplitReport, ...]:
+        known = [split_report(split, "known", self.known, after) for split in self.known.splits]
+        if self.unseen is None:
+            return tuple(known)
+        unseen = [split_report(split, "unseen", self.unseen, unseen_after) for split in self.unseen.splits]
+        return (*known, *unseen)
+
+    def _layers(self) -> dict[str, Tensor]:
+        return {name: value for site in self.space.sites for name, value in site.parameters.items()}
+
+    def _hash_model(self, changed: Mapping[str, Tensor]) -> str:
+        """Of the whole state dict with some parameters changed; a weight tied to one of them changes with it."""
+        layers = self._layers()
+        tied = {layers[name].data_ptr(): value for name, value in changed.items()}
+        state = self.model.state_dict()
+        return hash_tensors({name: tied.get(value.data_ptr(), value) for name, value in state.items()})
+
+
+def plain(value: Any) -> Any:
+    """Settings as dicts, lists, numbers and text."""
+    if isinstance(value, Settings):
+        own = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        return {name: str(item) if name in ("target", "gate") else plain(item) for name, item in own.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **asdict(value)} if "kind" not in asdict(value) else asdict(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

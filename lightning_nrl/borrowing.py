@@ -1,0 +1,67 @@
+"""Borrowing the live model and trainer: everything is as found when they are given back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from lightning_nrl.errors import explain
+
+__all__ = ["StartingWeights", "evaluating", "starting_weights"]
+
+
+@dataclass
+class StartingWeights:
+    """Whether the weights that were loaded for a repair are to stay in the model."""
+
+    keep: bool = False
+
+
+@contextmanager
+def evaluating(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
+    """The model and the trainer as in validation; afterwards each module's training flag and the stage are as found."""
+    flags = [(module, module.training) for module in model.modules()]
+    stage = trainer.state.stage
+    try:
+        trainer.state.stage = RunningStage.VALIDATING
+        model.eval()
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        trainer.state.stage = stage
+
+
+@contextmanager
+def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[StartingWeights]:
+    """The model with the weights that a repair starts from.
+
+    With `last` that is the model as it is. With `best` it is the best checkpoint; the weights come back bit for bit
+    afterwards, also after an exception, unless `keep` was set.
+    """
+    start = StartingWeights()
+    checkpoint = trainer.checkpoint_callback
+    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    if start_from == "last" or not path:
+        if start_from == "best":
+            rank_zero_warn(
+                explain(
+                    "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
+                    "add a ModelCheckpoint with `monitor=`.",
+                )
+            )
+        yield start
+        return
+    last = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
+        yield start
+    finally:
+        if not start.keep:
+            model.load_state_dict(last)

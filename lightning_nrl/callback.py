@@ -1,0 +1,269 @@
+"""The Lightning shell: hooks and checks, in order. What a repair is stands in `lightning_nrl.pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nrl.batches import Adapter, unpack
+from lightning_nrl.borrowing import evaluating, starting_weights
+from lightning_nrl.checks import check_arguments, check_order, check_strategy
+from lightning_nrl.collective import Collective
+from lightning_nrl.errors import explain
+from lightning_nrl.files import headline, output_folder, show, write_report
+from lightning_nrl.fitness import Fitness
+from lightning_nrl.gate import Gate
+from lightning_nrl.loaders import import_function, warn_if_random
+from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.paper import paper_arguments
+from lightning_nrl.pipeline import Outcome, repair_module
+from lightning_nrl.progress import RepairProgress
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.settings import Settings
+from lightning_nrl.sites import WeightSpace, find_sites
+from lightning_nrl.splits import DataRequest
+from lightning_nrl.targets import Target
+from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tracking import track
+
+__all__ = ["RegressionFreeRepair"]
+
+
+class RegressionFreeRepair(Callback):
+    """Repairs the model that `fit` has trained, and keeps what worked working.
+
+    After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
+    matter for the failures and not for the rest, searches new values for them, and accepts the result only if it passes
+    the gate on all known data. It then writes `repaired.ckpt`, `report.json` and `report.md` to `<log_dir>/repair/`,
+    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as training
+    left them.
+
+    Args:
+        target: which failures are to be repaired, such as `Target.label(3)`; None: all.
+        layer: dotted name of the layer to be repaired, several names, or `auto`: the last Linear.
+        gate: what is accepted: `instance` (no known passed sample broken), `accuracy` (at least as many repaired as
+            broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
+        method: how new weights are searched; None: a particle swarm with its default settings.
+        fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired), `eq1` and `eq2` (the
+            paper's equations), or a `Fitness`.
+        localizer: how the weights to be searched are chosen; None: NeuRecoverLite with its default settings.
+        n_passed: how many passed samples the search scores (#pos in the paper); None: all that are known.
+        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `repair` or a DataLoader.
+        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else the
+            validation data), `train`, `val`, `repair` or a DataLoader. All samples of both are known data, and the gate
+            counts them.
+        unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a
+            DataLoader or None.
+        task: what passed and loss mean; None: multiclass classification from logits.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or `package.module:function`; None:
+            `(x, y, *extras)` or a mapping with the usual keys.
+        start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
+        seed: the same seed gives the same repair.
+        dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
+        budget: bytes that the search may use on the device; None takes a share of what is free.
+        verbose: whether the report is printed at the end.
+
+    Attributes:
+        report: what was done, once it is done. With strategies that start processes (`ddp_spawn`) read the files.
+        repaired_model_path: the repaired checkpoint, empty unless a repair was accepted.
+
+    Raises:
+        ConfigurationError: an argument that cannot be used, as early as that can be known.
+
+    Example::
+
+        repair = RegressionFreeRepair(target=Target.label(3))
+        trainer = Trainer(max_epochs=10, callbacks=[repair])
+        trainer.fit(model, datamodule=dm)
+        trainer.test(model, ckpt_path=repair.repaired_model_path, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        target: Target | None = None,
+        layer: str | list[str] = "auto",
+        gate: str | Gate = "instance",
+        method: ParticleSwarm | None = None,
+        fitness: str | Fitness = "lexicographic",
+        localizer: Localizer | None = None,
+        n_passed: int | None = None,
+        passed: str | DataLoader = "auto",
+        failed: str | DataLoader = "auto",
+        unseen: str | DataLoader | None = None,
+        task: Task | None = None,
+        adapter: str | Adapter | None = None,
+        start_from: Literal["last", "best"] = "last",
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+        budget: int | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        check_arguments(n_passed=n_passed, start_from=start_from, seed=seed, budget=budget)
+        self.settings = Settings(
+            target=target if target is not None else Target.all(),
+            layer=layer,
+            gate=Gate.parse(gate),
+            method=method or ParticleSwarm(),
+            fitness=Fitness(fitness) if isinstance(fitness, str) else fitness,  # type: ignore[arg-type]
+            localizer=localizer or NeuRecoverLite(),
+            n_passed=n_passed,
+            seed=seed,
+            budget=budget,
+        )
+        self.data = DataRequest(passed, failed, unseen)
+        self.task = task or Multiclass()
+        self.adapter = import_function(adapter, "adapter") if isinstance(adapter, str) else adapter or unpack
+        self.start_from = start_from
+        self.dirpath = dirpath
+        self.verbose = verbose
+        self.report: RepairReport | None = None
+        self.repaired_model_path = ""
+        self._parameters: Mapping[str, Tensor] | None = None
+        self._saving = False
+        self._ran = False
+
+    @classmethod
+    def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
+        """A callback with the settings of one row of the paper's Table II, such as `EXP-B1`.
+
+        Where the paper is silent or contradicts itself, the package's decisions stand (docs/concept.md).
+
+        Args:
+            row: the paper's ID of the experiment.
+            **arguments: further arguments of the constructor, such as `target` and `layer`; they go before the row's.
+
+        Raises:
+            ConfigurationError: Table II has no such row.
+        """
+        return cls(**{**paper_arguments(row), **arguments})
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layer=self.settings.layer)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_strategy(trainer)
+            check_order(self, trainer)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._space(pl_module)
+        self._ran = False
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.data.find_known(trainer, pl_module)
+        self.report, self.repaired_model_path, self._parameters = None, "", None
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.run(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._ran:
+            rank_zero_warn(
+                explain(
+                    "no repair was made, because no training step ran (training was complete, skipped or stopped).",
+                    "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
+                )
+            )
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts the repaired weights into the file, whatever other callbacks have put there.
+
+        That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
+        layer holds the repaired weights: weight averaging would save its average instead.
+        """
+        if self._parameters is not None and (self._saving or self._is_live(pl_module)):
+            checkpoint["state_dict"].update({name: value.clone() for name, value in self._parameters.items()})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.report is None else {"report": self.report.to_json()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "report" in state_dict:
+            self.report = RepairReport.from_json(state_dict["report"])
+
+    def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Repairs, saves, logs, and last of all writes the repaired weights into the model."""
+        with starting_weights(self.start_from, trainer, pl_module) as start:
+            outcome = self.attempt(trainer, pl_module)
+            self.finish(trainer, pl_module, outcome)
+            start.keep = outcome.parameters is not None
+
+    def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
+        """Searches a repair. The model, the trainer and the random state are left as found."""
+        self._ran = True
+        limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+        with isolate_rng(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
+            known, unseen = self.data.sources(
+                trainer, pl_module, adapter=self.adapter, seed=self.settings.seed, limit=limit
+            )
+            warn_if_random(known)
+            return repair_module(
+                pl_module,
+                known,
+                self.settings,
+                unseen=unseen,
+                task=self.task,
+                context=trainer.precision_plugin.forward_context,
+                collective=Collective.current(pl_module.device),
+                observer=progress,
+            )
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
+        """Writes the files, logs, prints, and last of all changes the weights."""
+        folder = output_folder(self.dirpath, trainer)
+        files: dict[str, str] = {}
+        if folder is not None and outcome.parameters is not None:
+            files["checkpoint"] = str(folder / "repaired.ckpt")
+            self._save(trainer, files["checkpoint"], outcome.parameters)
+        report = replace(outcome.report, files=files)
+        if folder is not None:
+            report = write_report(report, folder, trainer)
+        if trainer.is_global_zero:
+            track(report, trainer.loggers, step=trainer.global_step, change=outcome.change)
+            if self.verbose:
+                show(report)
+        trainer.callback_metrics.update(headline(report))
+        self.report, self._parameters = report, outcome.parameters
+        if outcome.parameters is not None:
+            self.repaired_model_path = files.get("checkpoint", "")
+            self._space(pl_module).write(outcome.parameters)
+
+    def _save(self, trainer: pl.Trainer, path: str, parameters: Mapping[str, Tensor]) -> None:
+        """Saves a checkpoint that holds these parameters while the live model still holds the old ones."""
+        self._parameters, self._saving = parameters, True
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            self._parameters, self._saving = None, False
+
+    def _space(self, pl_module: pl.LightningModule) -> WeightSpace:
+        return find_sites(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
+
+    def _is_live(self, pl_module: pl.LightningModule) -> bool:
+        assert self._parameters is not None
+        live = {name: value for site in self._space(pl_module).sites for name, value in site.parameters.items()}
+        return all(torch.equal(live[name].to(value.device), value) for name, value in self._parameters.items())

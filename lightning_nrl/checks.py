@@ -1,0 +1,71 @@
+"""What can be known to be wrong before training starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["check_arguments", "check_order", "check_strategy"]
+
+SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+
+
+def check_arguments(*, n_passed: int | None, start_from: str, seed: int, budget: int | None) -> None:
+    """Refuses numbers and names that have no meaning.
+
+    Raises:
+        ConfigurationError: the first of them.
+    """
+    if n_passed is not None and n_passed < 1:
+        raise ConfigurationError(
+            explain(f"`n_passed={n_passed!r}` must be positive.", "leave it out to score every known passed sample.")
+        )
+    if start_from not in ("last", "best"):
+        raise ConfigurationError(explain(f"`start_from={start_from!r}` is unknown.", "write 'last' or 'best'."))
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigurationError(explain(f"`seed={seed!r}` is no seed.", "give a whole number from 0 to 2**32 - 1."))
+    if budget is not None and budget < 1:
+        raise ConfigurationError(
+            explain(f"`budget={budget!r}` must be a positive number of bytes.", "leave it out to use what is free.")
+        )
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Refuses strategies under which no rank holds the whole layer.
+
+    Raises:
+        ConfigurationError: the strategy shards the model.
+    """
+    name = type(trainer.strategy).__name__
+    if name.startswith(SHARDED) or "Sharded" in name:
+        raise ConfigurationError(
+            explain(
+                f"`strategy`: {name} shards the weights, a repair needs them whole.",
+                "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
+            )
+        )
+
+
+def check_order(callback: Callback, trainer: pl.Trainer) -> None:
+    """Refuses to stand before a callback that overwrites the weights when training ends.
+
+    Raises:
+        ConfigurationError: weight averaging or pruning comes later.
+    """
+    overwriting: list[Any] = [StochasticWeightAveraging, ModelPruning]
+    averaging = getattr(pl.callbacks, "WeightAveraging", None)
+    if averaging is not None:
+        overwriting.append(averaging)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    behind = [c for c in callbacks[callbacks.index(callback) + 1 :] if isinstance(c, tuple(overwriting))]
+    if behind:
+        raise ConfigurationError(
+            explain(
+                f"`callbacks`: {type(behind[0]).__name__} comes after the repair and would undo it.",
+                f"put {type(callback).__name__} last.",
+            )
+        )

@@ -1,0 +1,73 @@
+"""What a repair leaves on disk and on the screen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from lightning_nrl.report import RepairReport
+
+__all__ = ["headline", "output_folder", "show", "write_report"]
+
+
+def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | None:
+    """The folder for the files of a repair, made on the first rank, the same on all.
+
+    Args:
+        dirpath: the folder that the user named; None: `repair` in the log folder, or the next free of `repair-1`,
+            `repair-2` ... where an earlier repair has left its report.
+        trainer: knows the log folder.
+
+    Returns:
+        None in a `fast_dev_run`, which writes nothing.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    base = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+    folder = Path(dirpath) if dirpath is not None else base / "repair"
+    if trainer.is_global_zero:
+        free, k = folder, 0
+        while dirpath is None and (free / "report.json").exists():
+            k += 1
+            free = folder.with_name(f"{folder.name}-{k}")
+        folder = free
+        folder.mkdir(parents=True, exist_ok=True)
+    return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def write_report(report: RepairReport, folder: Path, trainer: pl.Trainer) -> RepairReport:
+    """Writes `report.json` and `report.md` on the first rank; the report that comes back names them."""
+    files = {**report.files, "json": str(folder / "report.json"), "markdown": str(folder / "report.md")}
+    report = replace(report, files=files)
+    if trainer.is_global_zero:
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
+    return report
+
+
+def show(report: RepairReport) -> None:
+    """Prints the report: as a rich table where rich is installed, else as plain text."""
+    try:
+        from rich import get_console
+    except ImportError:
+        print(report.render())
+    else:
+        get_console().print(report.to_table())
+
+
+def headline(report: RepairReport) -> dict[str, Tensor]:
+    """The numbers that `trainer.callback_metrics` gets; they outlive processes that a strategy has started."""
+    known = report.pooled("known")
+    assert known is not None
+    numbers = {
+        "repair/accepted": float(report.status == "repaired"),
+        "repair/repaired": float(known.repaired),
+        "repair/broken": float(known.broken),
+        "repair/repaired_in_target": float(known.repaired_in_target),
+        "repair/targeted": float(known.targeted),
+    }
+    return {name: torch.tensor(value) for name, value in numbers.items()}

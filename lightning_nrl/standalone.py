@@ -1,0 +1,121 @@
+"""Repairing a trained checkpoint, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from typing_extensions import override
+
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.pipeline import Outcome
+from lightning_nrl.report import RepairReport
+
+__all__ = ["repair"]
+
+
+def repair(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    callback: RegressionFreeRepair | None = None,
+    **arguments: Any,
+) -> RepairReport:
+    """Repairs a trained model: the same report, files and logs as after training, and no training.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        callback: a `RegressionFreeRepair` that says how to repair, such as one of `from_paper`.
+        **arguments: arguments of `RegressionFreeRepair` instead, such as `target=Target.label(3)`.
+
+    Returns:
+        The report. Its `files["checkpoint"]` is the repaired checkpoint; the model holds the repaired weights.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or the trainer holds a repair or wants a minimum of training.
+
+    Example::
+
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+    """
+    if callback is not None and arguments:
+        raise ConfigurationError(
+            explain(f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself.")
+        )
+    _check_trainer(trainer)
+    chosen = callback or RegressionFreeRepair(**arguments)
+    only = _WithoutTraining(chosen)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(only)
+    sanity = trainer.num_sanity_val_steps
+    trainer.num_sanity_val_steps = 0
+    try:
+        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    finally:
+        trainer.num_sanity_val_steps = sanity
+        callbacks.remove(only)
+    if chosen.report is None:
+        raise RepairError(
+            explain(
+                "the repair was made in another process, its report is in the files alone.",
+                "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
+            )
+        )
+    return chosen.report
+
+
+class _WithoutTraining(pl.Callback):
+    """Repairs at the start of a fit and stops it before its first step."""
+
+    def __init__(self, callback: RegressionFreeRepair) -> None:
+        self.callback = callback
+        self.outcome: Outcome | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.callback.setup(trainer, pl_module, stage)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.callback.on_fit_start(trainer, pl_module)
+        self.callback.on_train_start(trainer, pl_module)
+        self.outcome = self.callback.attempt(trainer, pl_module)
+        trainer.should_stop = True
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
+        if self.outcome is not None:
+            self.callback.finish(trainer, pl_module, self.outcome)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _check_trainer(trainer: pl.Trainer) -> None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(c, RegressionFreeRepair) for c in callbacks):
+        raise ConfigurationError(
+            explain("`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`.")
+        )
+    if trainer.min_epochs or (trainer.min_steps or 0) > 0:
+        raise ConfigurationError(
+            explain(
+                "`trainer` has `min_epochs` or `min_steps`, which make it train.",
+                "use a trainer without a minimum of training.",
+            )
+        )
