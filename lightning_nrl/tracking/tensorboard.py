@@ -1,0 +1,94 @@
+"""What TensorBoard shows of a repair beyond scalars: overlaid curves, the report, a histogram, its hyperparameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_nrl.report import RepairReport
+from lightning_nrl.tracking.scalars import before_after, search_curves, verdict
+
+__all__ = ["hparams", "layout", "write_extras"]
+
+RUN_NAME = "repair"
+"""The sub-run of the hyperparameters: only the first that are written to a run are read, and training has its own."""
+
+
+def write_extras(report: RepairReport, writer: SummaryWriter, *, step: int, change: Tensor | None) -> None:
+    """Writes what only TensorBoard shows.
+
+    Args:
+        report: the account of the repair.
+        writer: of the run in which the scalars are.
+        step: the global step of training.
+        change: the change of every searched weight; None if there was no candidate.
+    """
+    writer.add_text("repair/report", report.to_markdown(), step)
+    writer.add_custom_scalars(layout(report))
+    if change is not None and change.numel():
+        writer.add_histogram("repair/weight_change", change.detach().float().cpu(), step)
+    writer.add_hparams(hparams(report), verdict(report), run_name=RUN_NAME, global_step=step)
+
+
+def layout(report: RepairReport) -> dict[str, dict[str, list[Any]]]:
+    """Charts of the Custom Scalars tab, in the order in which a reviewer asks; only of tags that the report gives."""
+    tags = {tag for scalars in (*search_curves(report), *before_after(report)) for tag in scalars}
+    splits = [split.split for split in report.splits]
+    outcome = {
+        "Accuracy of each split: 0 before, 1 after": [f"repair/{split}/accuracy" for split in splits],
+        "Broken samples of each split: should stay at 0": [f"repair/{split}/broken" for split in splits],
+        "Targeted samples still wrong: should fall": [f"repair/{split}/wrong_in_target" for split in splits],
+    }
+    search = {
+        "Best candidate: repaired and broken samples": ["repair/search/repaired", "repair/search/broken"],
+        "Fitness: best and mean of the swarm": ["repair/search/best_fitness", "repair/search/mean_fitness"],
+        "Best candidate: mean loss on failed and passed": ["repair/search/loss_failed", "repair/search/loss_passed"],
+        "Diversity of the swarm": ["repair/search/diversity"],
+    }
+    return {
+        title: charts
+        for title, charts in (
+            ("1 Outcome of the repair", _charts(outcome, tags)),
+            ("2 Course of the search", _charts(search, tags)),
+        )
+        if charts
+    }
+
+
+def hparams(report: RepairReport) -> dict[str, bool | int | float | str]:
+    """What was asked for, flat, for a row of the HParams tab."""
+    asked: dict[str, Any] = {
+        "status": report.status,
+        "layer": ", ".join(report.layers),
+        "target": report.target,
+        "gate": report.gate,
+        "task": report.task,
+        "seed": report.seed,
+    }
+    if report.localization is not None:
+        asked["n_g"] = report.localization.n_g
+        asked["searched_weights"] = report.localization.sizes.get("localized")
+    # What was found out goes before what was said, such as a layer `auto`.
+    return _flat(report.settings) | _flat(asked)
+
+
+def _charts(charts: Mapping[str, list[str]], tags: set[str]) -> dict[str, list[Any]]:
+    present = {title: [tag for tag in chart if tag in tags] for title, chart in charts.items()}
+    # Each entry is a regular expression over tags.
+    return {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in chart]] for title, chart in present.items() if chart}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    out: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            out |= _flat(value, f"{prefix}{name}.")
+        elif value is not None:
+            plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+            out[f"{prefix}{name}"] = value if plain else str(value)
+    return out

@@ -1,0 +1,53 @@
+"""One repair to all loggers of a trainer. Logging comes last and must never cost the repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_nrl.report import RepairReport
+from lightning_nrl.tracking.scalars import before_after, search_curves, verdict
+from lightning_nrl.tracking.tensorboard import write_extras
+
+__all__ = ["track"]
+
+
+@rank_zero_only
+def track(report: RepairReport, loggers: Sequence[Logger], *, step: int, change: Tensor | None = None) -> None:
+    """Writes a repair to every logger, on rank zero.
+
+    The search goes over its iterations, the state of every split over 0 (before) and 1 (after), the verdict to the step
+    of training at which the repair was made. TensorBoard gets more, see `write_extras`. To be called before the loggers
+    are finalised: a TensorBoard writer that is used later opens a second file.
+
+    Args:
+        report: the account of the repair.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        change: the change of every searched weight, for a histogram; None if there was no candidate.
+    """
+    for logger in loggers:
+        try:
+            _write(report, logger, step, change)
+        except Exception as error:
+            rank_zero_warn(
+                f"The repair was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
+                "The repair itself and its files are not affected."
+            )
+
+
+def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None) -> None:
+    for iteration, scalars in enumerate(search_curves(report)):
+        logger.log_metrics(scalars, step=iteration)
+    for state, scalars in enumerate(before_after(report)):
+        logger.log_metrics(scalars, step=state)
+    logger.log_metrics(verdict(report), step=step)
+    writer = getattr(logger, "experiment", None)
+    if isinstance(writer, SummaryWriter):
+        write_extras(report, writer, step=step, change=change)
+    # Now, as the process may end before loggers are finalised.
+    logger.save()

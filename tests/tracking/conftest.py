@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+
+HISTORY = {
+    "best": [4.25, 6.5, 7.5],
+    "mean": [-2.0, float("nan"), 3.0],
+    "patched": [4.0, 6.0, 7.0],
+    "intact": [90.0, 90.0, 90.0],
+    "loss_failed": [2.5, 1.0, 0.5],
+    "loss_passed": [0.25, 0.25, 0.25],
+    "diversity": [1.0, 0.5, 0.25],
+}
+
+
+@pytest.fixture
+def accepted() -> RepairReport:
+    """Ten failures, seven of them repaired; nothing known broken, one unseen sample broken."""
+    return RepairReport(
+        status="repaired",
+        reason="7 of 10 targeted failures now pass, and none of 90 known samples that passed broke.",
+        layers=("classifier",),
+        target="label 3",
+        gate="instance",
+        task="Multiclass",
+        splits=(
+            SplitReport("train", "known", kept=80, broken=0, repaired=2, failing=8, targeted=0, repaired_in_target=0),
+            SplitReport("val", "known", kept=10, broken=0, repaired=7, failing=3, targeted=10, repaired_in_target=7),
+            SplitReport("test", "unseen", kept=15, broken=1, repaired=3, failing=1, targeted=4, repaired_in_target=3),
+        ),
+        localization=LocalizationReport(requested=8, n_g=20, sizes={"localized": 8, "total": 640}),
+        search=SearchReport(2, "all 2 iterations were made", 7.5, 4.25, HISTORY, n_failed=10, n_passed=90),
+        change=WeightChange(changed=8, total=640, l2=1.5, relative=0.25, largest=0.75),
+        seed=3,
+        seconds={"collect": 0.5, "search": 1.5},
+        settings={"n_passed": None, "fitness": {"kind": "eq2", "alpha": 6.0}, "layer": "auto"},
+    )
+
+
+@pytest.fixture
+def refused() -> RepairReport:
+    """Weights that would have broken two known samples."""
+    return RepairReport(
+        status="refused",
+        reason="2 of 90 known samples that passed would break, and the gate allows none.",
+        layers=("classifier",),
+        target="label 3",
+        gate="instance",
+        task="Multiclass",
+        splits=(
+            SplitReport("val", "known", kept=90, broken=0, repaired=0, failing=10, targeted=10, repaired_in_target=0),
+        ),
+        candidate=(SplitReport("val", "known", 88, 2, 9, 1, targeted=10, repaired_in_target=9),),
+        seed=3,
+    )
+
+
+@pytest.fixture
+def nothing() -> RepairReport:
+    """No failure to repair: neither localisation nor search was reached."""
+    return RepairReport(
+        status="nothing to repair",
+        reason="no failed sample of val is in the target (label 3).",
+        layers=("classifier",),
+        target="label 3",
+        gate="instance",
+        task="Multiclass",
+        splits=(
+            SplitReport("val", "known", kept=100, broken=0, repaired=0, failing=0, targeted=0, repaired_in_target=0),
+        ),
+    )

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from lightning_nrl.report import RepairReport
+from lightning_nrl.tracking import before_after, search_curves, track, verdict
+
+CHANGE = torch.tensor([0.5, -0.25, 0.0, 0.75])
+
+
+class Notes(Logger):
+    """A user's logger, which has nothing but what Lightning asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "notes"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a repair has no business with the hyperparameters of training")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.entries.append((step, dict(metrics)))
+
+
+class Remote(Notes):
+    """A logger whose experiment is a client of some service, as those of WandB and MLflow are."""
+
+    experiment = object()
+
+
+class Broken(Notes):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        raise ConnectionError("no server")
+
+
+def board(tmp_path: Path) -> TensorBoardLogger:
+    return TensorBoardLogger(tmp_path, name="", version="run")
+
+
+def read(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "scalars": 0, "histograms": 0}).Reload()
+
+
+@pytest.fixture
+def events(tmp_path: Path, accepted: RepairReport) -> EventAccumulator:
+    logger = board(tmp_path)
+    track(accepted, [logger], step=120, change=CHANGE)
+    logger.finalize("success")
+    return read(tmp_path / "run")
+
+
+def expected_points(report: RepairReport, step: int) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for stepwise in (search_curves(report), before_after(report)):
+        for at, scalars in enumerate(stepwise):
+            for tag, value in scalars.items():
+                points.setdefault(tag, []).append((at, pytest.approx(value)))
+    return points | {tag: [(step, pytest.approx(value))] for tag, value in verdict(report).items()}
+
+
+def test_tensorboard_reads_back_every_scalar(events: EventAccumulator, accepted: RepairReport) -> None:
+    found = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert found == expected_points(accepted, step=120)
+
+
+def test_tensorboard_reads_back_the_report_as_text(events: EventAccumulator, accepted: RepairReport) -> None:
+    (event,) = events.Tensors("repair/report/text_summary")
+    assert event.step == 120
+    assert event.tensor_proto.string_val[0].decode() == accepted.to_markdown()
+
+
+def test_tensorboard_reads_back_the_change_of_the_weights(events: EventAccumulator) -> None:
+    (event,) = events.Histograms("repair/weight_change")
+    assert event.step == 120
+    assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (4, -0.25, 0.75)
+
+
+def test_tensorboard_overlays_curves_that_exist(events: EventAccumulator) -> None:
+    (event,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["1 Outcome of the repair", "2 Course of the search"]
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts["Fitness: best and mean of the swarm"] == [
+        "^repair/search/best_fitness$",
+        "^repair/search/mean_fitness$",
+    ]
+    assert charts["Best candidate: repaired and broken samples"] == [
+        "^repair/search/repaired$",
+        "^repair/search/broken$",
+    ]
+    tags = {tag.strip("^$") for chart in charts.values() for tag in chart}
+    assert tags <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_has_a_row_of_hyperparameters(
+    events: EventAccumulator, tmp_path: Path, accepted: RepairReport
+) -> None:
+    row = read(tmp_path / "run" / "repair")
+    content = row.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    asked = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert asked["layer"].string_value == "classifier"
+    assert asked["target"].string_value == "label 3"
+    assert asked["fitness.alpha"].number_value == 6.0
+    assert asked["seed"].number_value == 3
+    assert "n_passed" not in asked
+    assert set(row.Tags()["scalars"]) == set(verdict(accepted))
+
+
+def test_training_and_repair_share_one_event_file(tmp_path: Path, accepted: RepairReport) -> None:
+    logger = board(tmp_path)
+    logger.log_metrics({"loss": 1.0}, step=0)
+    track(accepted, [logger], step=1, change=CHANGE)
+    logger.finalize("success")
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize("change", [None, torch.zeros(0)])
+def test_without_a_change_there_is_no_histogram(
+    tmp_path: Path, refused: RepairReport, change: torch.Tensor | None
+) -> None:
+    track(refused, [board(tmp_path)], step=5, change=change)
+    assert read(tmp_path / "run").Tags()["histograms"] == []
+
+
+def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: RepairReport) -> None:
+    track(accepted, [board(tmp_path)], step=5, change=CHANGE.bfloat16().requires_grad_())
+    (event,) = read(tmp_path / "run").Histograms("repair/weight_change")
+    assert event.histogram_value.sum == 1.0
+
+
+def test_a_report_without_a_search_is_tracked(tmp_path: Path, nothing: RepairReport) -> None:
+    track(nothing, [board(tmp_path)], step=5)
+    events = read(tmp_path / "run")
+    assert events.Scalars("repair/verdict/accepted")[0].value == 0.0
+    assert "repair/report/text_summary" in events.Tags()["tensors"]
+    (event,) = events.Tensors("custom_scalars__config__")
+    assert [c.title for c in layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category] == [
+        "1 Outcome of the repair"
+    ]
+
+
+def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run")
+    track(accepted, [logger], step=120, change=CHANGE)
+    header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert set(header.split(",")) == {"step", *expected_points(accepted, step=120)}
+    assert len(rows) == 3 + 2 + 1
+
+
+def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:
+    logger = CSVLogger(tmp_path, name="", version="run", flush_logs_every_n_steps=1)
+    logger.log_metrics({"train_loss": 0.125}, step=0)
+    logger.save()
+    track(accepted, [logger], step=120)
+    header, first, *_ = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert first.split(",")[header.split(",").index("train_loss")] == "0.125"
+
+
+def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
+    notes = Notes()
+    track(accepted, [notes], step=120, change=CHANGE)
+    curves, states = search_curves(accepted), before_after(accepted)
+    assert notes.entries == [*enumerate(curves), *enumerate(states), (120, verdict(accepted))]
+
+
+def test_two_loggers_at_once_get_the_same(tmp_path: Path, accepted: RepairReport) -> None:
+    notes, remote = Notes(), Remote()
+    track(accepted, [notes, board(tmp_path), remote], step=120, change=CHANGE)
+    assert notes.entries == remote.entries
+    assert "repair/verdict/accepted" in read(tmp_path / "run").Tags()["scalars"]
+
+
+def test_no_logger_and_a_dummy_are_fine(accepted: RepairReport) -> None:
+    track(accepted, [], step=120, change=CHANGE)
+    track(accepted, [DummyLogger()], step=120, change=CHANGE)
+
+
+def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: RepairReport) -> None:
+    notes = Notes()
+    with pytest.warns(UserWarning, match="not logged to Broken, which raised ConnectionError: no server"):
+        track(accepted, [Broken(), notes], step=120)
+    assert notes.entries[-1] == (120, verdict(accepted))
+
+
+def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch, accepted: RepairReport) -> None:
+    notes = Notes()
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    track(accepted, [notes], step=120)
+    assert notes.entries == []
+
+
+def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
+    notes = Notes()
+    assert accepted.change is not None
+    report = replace(accepted, change=replace(accepted.change, relative=float("nan")))
+    track(report, [notes], step=120)
+    assert all(value == value for _, scalars in notes.entries for value in scalars.values())
