@@ -23,14 +23,13 @@ __all__ = [
 ]
 
 
-def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     """Counts the flips of one batch.
 
     Args:
-        old_preds: the old model's classes `N x ...` (integers), or its logits or probabilities `N x C x ...` (floats).
+        old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
         new_preds: the new model's, likewise; it may know another number of classes.
         target: the true classes, `N x ...` integers.
-        ignore_index: a true class that is not counted.
 
     Returns:
         `4` int64: kept, broken, repaired, failing. On the device of the target; nothing waits for it.
@@ -40,8 +39,7 @@ def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_i
     """
     old = _right("old_preds", old_preds, target)
     new = _right("new_preds", new_preds, target)
-    counted = torch.ones_like(old) if ignore_index is None else target != ignore_index
-    return torch.stack([(mask & counted).sum() for mask in (old & new, old & ~new, ~old & new, ~old & ~new)])
+    return torch.stack([mask.sum() for mask in (old & new, old & ~new, ~old & new, ~old & ~new)])
 
 
 def _right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
@@ -119,17 +117,16 @@ def flip_rates(flips: Tensor) -> dict[str, Tensor]:
     }
 
 
-def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `negative flip rate`: the share of all samples that the update breaks (Yan et al., CVPR 2021).
 
     .. math::
         \text{NFR} = \frac{\text{broken}}{N}
 
     Args:
-        old_preds: the old model's classes `N x ...` (integers), or its logits or probabilities `N x C x ...` (floats).
+        old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
         new_preds: the new model's, likewise; it may know another number of classes.
         target: the true classes, `N x ...` integers.
-        ignore_index: a true class that is not counted.
 
     Returns:
         A number in [0, 1]; NaN without samples.
@@ -142,10 +139,10 @@ def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ign
         >>> negative_flip_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.2500)
     """
-    return _negative_flip_rate(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _negative_flip_rate(_flips_update(old_preds, new_preds, target))
 
 
-def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `positive flip rate`: the share of all samples that the update repairs.
 
     .. math::
@@ -158,12 +155,10 @@ def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ign
         >>> positive_flip_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.5000)
     """
-    return _positive_flip_rate(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _positive_flip_rate(_flips_update(old_preds, new_preds, target))
 
 
-def negative_flip_impact(
-    old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None
-) -> Tensor:
+def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `negative flip impact`: the share of the new model's errors that are regressions.
 
     .. math::
@@ -176,12 +171,10 @@ def negative_flip_impact(
         >>> negative_flip_impact(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.5000)
     """
-    return _negative_flip_impact(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _negative_flip_impact(_flips_update(old_preds, new_preds, target))
 
 
-def relative_negative_flip_rate(
-    old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None
-) -> Tensor:
+def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `relative negative flip rate`: NFR against that of two models that err independently.
 
     .. math::
@@ -198,12 +191,10 @@ def relative_negative_flip_rate(
         >>> relative_negative_flip_rate(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(1.)
     """
-    return _relative_negative_flip_rate(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _relative_negative_flip_rate(_flips_update(old_preds, new_preds, target))
 
 
-def backward_trust_compatibility(
-    old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None
-) -> Tensor:
+def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `backward trust compatibility`: the share of what was right that stays right.
 
     .. math::
@@ -217,12 +208,10 @@ def backward_trust_compatibility(
         >>> backward_trust_compatibility(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _backward_trust_compatibility(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _backward_trust_compatibility(_flips_update(old_preds, new_preds, target))
 
 
-def backward_error_compatibility(
-    old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None
-) -> Tensor:
+def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `backward error compatibility`: the share of the new model's errors that the old one made too.
 
     .. math::
@@ -236,10 +225,10 @@ def backward_error_compatibility(
         >>> backward_error_compatibility(tensor([0, 2, 2, 1]), tensor([0, 2, 2, 2]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _backward_error_compatibility(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _backward_error_compatibility(_flips_update(old_preds, new_preds, target))
 
 
-def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `repair rate` RR: the share of what was wrong that is now right (Sohn et al., Arachne).
 
     .. math::
@@ -253,10 +242,10 @@ def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_ind
         >>> repair_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _repair_rate(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _repair_rate(_flips_update(old_preds, new_preds, target))
 
 
-def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_index: int | None = None) -> Tensor:
+def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
     r"""Compute the `break rate` BR: the share of what was right that is now wrong (Sohn et al., Arachne).
 
     .. math::
@@ -269,4 +258,4 @@ def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor, ignore_inde
         >>> break_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.3333)
     """
-    return _break_rate(_flips_update(old_preds, new_preds, target, ignore_index))
+    return _break_rate(_flips_update(old_preds, new_preds, target))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torchmetrics import MetricCollection
+
+from lightning_nrl import metrics
+from lightning_nrl.metrics import functional as F
+from lightning_nrl.metrics.base import FlipMetric
+
+CLASSES = {
+    metrics.NegativeFlipRate: F.negative_flip_rate,
+    metrics.PositiveFlipRate: F.positive_flip_rate,
+    metrics.NegativeFlipImpact: F.negative_flip_impact,
+    metrics.RelativeNegativeFlipRate: F.relative_negative_flip_rate,
+    metrics.BackwardTrustCompatibility: F.backward_trust_compatibility,
+    metrics.BackwardErrorCompatibility: F.backward_error_compatibility,
+    metrics.RepairRate: F.repair_rate,
+    metrics.BreakRate: F.break_rate,
+}
+GENERATOR = torch.Generator().manual_seed(0)
+OLD, NEW, TARGET = torch.randint(3, (3, 101), generator=GENERATOR).unbind(0)
+UNEVEN = (slice(0, 83), slice(83, 101))
+
+
+def collection() -> MetricCollection:
+    return MetricCollection([kind() for kind in CLASSES], compute_groups=True)
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_batches_add_up_to_the_function_on_all(kind: type[FlipMetric]) -> None:
+    metric, function = kind(), CLASSES[kind]
+    of_batch = [metric(OLD[rows], NEW[rows], TARGET[rows]) for rows in UNEVEN]
+    torch.testing.assert_close(metric.compute(), function(OLD, NEW, TARGET))
+    for value, rows in zip(of_batch, UNEVEN, strict=True):
+        torch.testing.assert_close(value, function(OLD[rows], NEW[rows], TARGET[rows]))
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_reset_and_pickle(kind: type[FlipMetric]) -> None:
+    metric = kind()
+    metric.update(OLD, NEW, TARGET)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(metric)).compute(), CLASSES[kind](OLD, NEW, TARGET))
+    metric.reset()
+    assert metric.flips.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_higher_is_better_agrees_with_a_repair_that_breaks_more(kind: type[FlipMetric]) -> None:
+    worse, better = kind(), kind()
+    worse.flips, better.flips = torch.tensor([6, 4, 2, 3]), torch.tensor([8, 2, 3, 2])
+    worse._update_count = better._update_count = 1
+    assert (better.compute() > worse.compute()).item() is kind.higher_is_better
+
+
+def test_a_collection_updates_one_state_for_all() -> None:
+    together = collection()
+    for rows in UNEVEN:
+        together.update(OLD[rows], NEW[rows], TARGET[rows])
+    assert list(map(len, together.compute_groups.values())) == [len(CLASSES)]
+    for kind, function in CLASSES.items():
+        torch.testing.assert_close(together.compute()[kind.__name__], function(OLD, NEW, TARGET))
+
+
+def test_more_samples_than_float32_can_count() -> None:
+    metric = metrics.NegativeFlipRate()
+    metric.update(OLD, NEW, TARGET)
+    counted = metric.flips.clone()
+    metric.flips += 2**25
+    metric.update(OLD, NEW, TARGET)
+    assert (metric.flips - 2**25).tolist() == (2 * counted).tolist()
+
+
+def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    together = collection()
+    together.update(OLD[UNEVEN[rank]], NEW[UNEVEN[rank]], TARGET[UNEVEN[rank]])
+    torch.save(together.compute(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_two_ranks_with_uneven_shards_give_the_single_process_values(tmp_path: os.PathLike[str]) -> None:
+    mp.spawn(_rank, args=(2, _free_port(), str(tmp_path)), nprocs=2, join=True)
+    for rank in range(2):
+        found = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
+        for kind, function in CLASSES.items():
+            torch.testing.assert_close(found[kind.__name__], function(OLD, NEW, TARGET))
