@@ -120,7 +120,7 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
     regressions: only perfect intact and the lexicographic kind do.
 
     Args:
-        n_failed: |I_neg|, at least 1.
+        n_failed: |I_neg|.
         n_passed: |I_pos|.
         alpha: the intact weight.
 
@@ -128,7 +128,7 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
         5.0
     """
-    return math.inf if alpha == 0 else n_passed / (alpha * n_failed)
+    return math.inf if alpha * n_failed == 0 else n_passed / (alpha * n_failed)
 
 
 def per_swarm(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_nrl.search.pso import ParticleSwarm, Spread
+from lightning_nrl.search.pso import ParticleSwarm
 from lightning_nrl.search.result import SearchHistory, SearchResult
+from lightning_nrl.search.spread import Spread
 from lightning_nrl.search.swarm import search, search_many
 
 __all__ = ["ParticleSwarm", "SearchHistory", "SearchResult", "Spread", "search", "search_many"]

@@ -7,17 +7,18 @@ among many does, bit for bit, what it would do alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.fitness import score_dtype
+from lightning_nrl.search.spread import Spread, search_dtype
+from lightning_nrl.search.streams import Streams
 
-__all__ = ["ParticleSwarm", "Spread", "Streams", "Swarm", "ask", "start", "tell"]
+__all__ = ["ParticleSwarm", "Swarm", "ask", "start", "tell"]
 
 STARTS = ("half", "local", "paper")
 CONSTANTS = ("clerc", "arachne")
@@ -82,29 +83,6 @@ class ParticleSwarm:
             )
 
 
-@dataclass(frozen=True)
-class Spread:
-    """How the weights of a layer are distributed. Numbers, or tensors that broadcast to `S x K`.
-
-    Attributes:
-        mean: their mean.
-        std: their standard deviation.
-        lowest: the least weight.
-        highest: the greatest weight.
-    """
-
-    mean: float | Tensor
-    std: float | Tensor
-    lowest: float | Tensor
-    highest: float | Tensor
-
-    @classmethod
-    def of(cls, weights: Tensor) -> Spread:
-        """The spread of one layer's weights, of any shape, in at least float32 and on their device."""
-        weights = weights.detach().to(_float(weights.dtype))
-        return cls(weights.mean(), weights.std(correction=0), weights.min(), weights.max())
-
-
 class Swarm(NamedTuple):
     """A particle swarm in mid-flight: S independent swarms of P particles over K weights."""
 
@@ -116,44 +94,6 @@ class Swarm(NamedTuple):
     leader_fitness: Tensor  # S
     free: Tensor  # bool, broadcasts to S x P x K: False where nothing ever moves (the elite, padding)
     range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
-
-
-@dataclass(frozen=True)
-class Streams:
-    """One stream of random numbers a swarm. A swarm draws the same numbers alone, among others, and under padding.
-
-    Attributes:
-        generators: one a swarm, on the device of the swarm.
-        sizes: how many of its K weights each swarm has, the rest is padding; None: all have K.
-    """
-
-    generators: tuple[torch.Generator, ...]
-    sizes: tuple[int, ...] | None = None
-
-    @classmethod
-    def seeded(cls, seeds: Sequence[int], device: torch.device, sizes: Sequence[int] | None = None) -> Streams:
-        """Fresh streams, each from its own seed."""
-        generators = tuple(torch.Generator(device).manual_seed(seed) for seed in seeds)
-        return cls(generators, None if sizes is None else tuple(sizes))
-
-    def uniform(self, like: Tensor, *shape: int) -> Tensor:
-        """Numbers in [0, 1) of the dtype of `like`: `shape`, with the swarms before its last two dimensions."""
-        return self._draw(torch.rand, like, shape)
-
-    def normal(self, like: Tensor, *shape: int) -> Tensor:
-        """Standard normal numbers, shaped likewise."""
-        return self._draw(torch.randn, like, shape)
-
-    def _draw(self, sample: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        *lead, n_particles, n_weights = shape
-        options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-        if self.sizes is None or n_weights == 1:
-            drawn = [sample(*shape, generator=generator, **options) for generator in self.generators]
-            return drawn[0].unsqueeze(-3) if len(drawn) == 1 else torch.stack(drawn, -3)
-        padded = torch.zeros(*lead, len(self.generators), n_particles, n_weights, **options)
-        for s, (generator, size) in enumerate(zip(self.generators, self.sizes, strict=True)):
-            padded[..., s, :, :size] = sample(*lead, n_particles, size, generator=generator, **options)
-        return padded
 
 
 def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: Streams) -> Swarm:
@@ -168,7 +108,7 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
     Returns:
         A swarm that was not told any fitness yet: score its `position` and `tell`.
     """
-    dtype, device, n = _float(original.dtype), original.device, settings.particles
+    dtype, device, n = search_dtype(original.dtype), original.device, settings.particles
     original = original.to(dtype)[:, None]
     n_weights = original.shape[-1]
     mean, std, lowest, highest = (
@@ -249,7 +189,3 @@ def tell(swarm: Swarm, fitness: Tensor) -> Swarm:
 
 def _per_particle(x: Tensor) -> Tensor:
     return x[:, None] if x.ndim == 2 else x
-
-
-def _float(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

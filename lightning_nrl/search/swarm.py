@@ -16,8 +16,10 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
 from lightning_nrl.fitness import Fitness, per_swarm
 from lightning_nrl.scoring.scores import Scorer, Scores
-from lightning_nrl.search.pso import ParticleSwarm, Spread, Streams, Swarm, ask, start, tell
+from lightning_nrl.search.pso import ParticleSwarm, Swarm, ask, start, tell
 from lightning_nrl.search.result import SearchHistory, SearchResult
+from lightning_nrl.search.spread import Spread
+from lightning_nrl.search.streams import Streams
 
 __all__ = ["search", "search_many"]
 
@@ -73,11 +75,11 @@ def search_many(
     sizes: Sequence[int] | None = None,
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
 ) -> list[SearchResult]:
-    """Runs S searches at once. Each gives, bit for bit, what `search` gives for it alone.
+    """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
 
     Args:
         scorer: scores candidates of `S x P x K`, in the dtype of `original`; each swarm may have samples of its own.
-        original: `S x K`, each swarm's weights before the repair, with any values as padding.
+        original: `S x K`, each swarm's weights before the repair, padded with finite values.
         spread: the distribution of the layers' weights; its tensors broadcast to `S x K`.
         seeds: one a swarm.
         fitness: one for all or one a swarm; None: the lexicographic ranking.
@@ -107,15 +109,17 @@ def search_many(
     swarm = books.enter(swarm, scores, value(scores, before))
     original_fitness = swarm.best_fitness[:, 0]
     interval = _interval(original.device)
-    while books.done < settings.iterations and books.any_active():
+    rows = books.read()
+    while books.done < settings.iterations and _searching(rows, settings):
         for _ in range(min(interval - books.done % interval, settings.iterations - books.done)):
             swarm = ask(swarm, settings, streams)
             scores = scorer(swarm.position.to(original.dtype))
             swarm = books.enter(swarm, scores, value(scores, before))
+        rows = books.read()
         if on_progress is not None and books.done % PROGRESS_EVERY == 0:
-            histories = books.histories()
+            histories = _histories(rows, settings)
             on_progress(_longest(histories), histories)
-    histories = books.histories()
+    histories = _histories(rows, settings)
     if on_progress is not None and (books.done % PROGRESS_EVERY or books.done == 0):
         on_progress(_longest(histories), histories)
     values = [
@@ -167,26 +171,32 @@ class _Books:
         self.done += 1
         finite = fitness.isfinite()
         mean = fitness.masked_fill(~finite, 0.0).sum(1) / finite.sum(1)
-        diversity = swarm.position.std(1, correction=0).sum(1) / self.sizes
+        spread = (swarm.position - swarm.position.mean(1, keepdim=True)).square().mean(1).sqrt()
+        diversity = spread.sum(1) / self.sizes
         self.rows[self.done] = torch.stack(
             [told.leader_fitness, mean, *self.best, diversity.to(fitness.dtype), self.stale]
         )
         return told
 
-    def any_active(self) -> bool:
-        """Whether a swarm still searches. The host waits for the device here."""
-        return bool((self.stale < self.patience).any())
+    def read(self) -> Tensor:
+        """The iterations so far, `T x ROWS x S`, on the CPU. The host waits for the device here, and here alone."""
+        return self.rows[: self.done + 1].cpu()
 
-    def histories(self) -> list[SearchHistory]:
-        """One a swarm, as long as it was in search. The host waits for the device here."""
-        rows = self.rows[: self.done + 1].cpu().double()
-        out = []
-        for swarm in rows.unbind(2):
-            *columns, stale = swarm.unbind(1)
-            over = (stale >= self.patience).nonzero()
-            end = int(over[0]) + 1 if len(over) else len(stale)
-            out.append(SearchHistory(*(column[:end].clone() for column in columns)))
-        return out
+
+def _searching(rows: Tensor, settings: ParticleSwarm) -> bool:
+    return bool((rows[-1, -1] < settings.patience).any())
+
+
+def _histories(rows: Tensor, settings: ParticleSwarm) -> list[SearchHistory]:
+    """One a swarm, as long as it was in search."""
+    stale = rows[:, -1]
+    length = torch.arange(1, len(rows) + 1)[:, None]
+    ends = torch.where(stale < settings.patience, len(rows), length).amin(0).tolist()
+    columns = rows[:, :-1].double().unbind(2)
+    return [
+        SearchHistory(*(column[:end].clone() for column in swarm.unbind(1)))
+        for swarm, end in zip(columns, ends, strict=True)
+    ]
 
 
 def _reason(iterations: int, settings: ParticleSwarm) -> str:
