@@ -1,1 +1,22 @@
-""""""
+"""Scoring of candidates: known data is recorded once and replayed from the repaired layer on, for many at once."""
+
+from lightning_nrl.scoring.passes import Context, SiteEdit
+from lightning_nrl.scoring.recording import Chunk, Recording, record
+from lightning_nrl.scoring.scorer import Outcome, SwarmScorer, make_scorer
+from lightning_nrl.scoring.scores import Scorer, Scores
+from lightning_nrl.scoring.sparse import SiteChange, make_changes
+
+__all__ = [
+    "Chunk",
+    "Context",
+    "Outcome",
+    "Recording",
+    "Scorer",
+    "Scores",
+    "SiteChange",
+    "SiteEdit",
+    "SwarmScorer",
+    "make_changes",
+    "make_scorer",
+    "record",
+]

@@ -1,0 +1,108 @@
+"""Tensors of many samples: where in a tensor the samples are, how to take some of them and how to repeat them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Layout", "infer_layout", "joined", "repeat_all", "select", "select_all", "to_device"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are in a tensor.
+
+    Attributes:
+        dim: the dimension that counts samples, `m` entries a sample one after the other.
+        m: entries a sample; more than 1 where the model folds another dimension into the batch, such as frames.
+    """
+
+    dim: int
+    m: int = 1
+
+    def count(self, x: Tensor) -> int:
+        """Samples in `x`."""
+        return x.shape[self.dim] // self.m
+
+    def take(self, x: Tensor, samples: Tensor | slice) -> Tensor:
+        """The chosen samples; a view if a slice chooses them."""
+        x = x.unflatten(self.dim, (-1, self.m))
+        if isinstance(samples, slice):
+            start, stop, _ = samples.indices(x.shape[self.dim])
+            x = x.narrow(self.dim, start, stop - start)
+        else:
+            x = x.index_select(self.dim, samples.to(x.device))
+        return x.flatten(self.dim, self.dim + 1)
+
+    def widened(self, x: Tensor, n: int) -> Tensor:
+        """One sample shown `n` times, without a copy where `m` is 1."""
+        x = x.unsqueeze(self.dim)
+        return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
+
+    def repeated(self, x: Tensor, copies: int) -> Tensor:
+        """All samples `copies` times, copy by copy, in memory of its own."""
+        return x.clone() if copies == 1 else self.widened(x, copies)
+
+    def matches(self, shape: Sequence[int], other: Sequence[int], n: int) -> bool:
+        """Whether `shape` is `other`, of any number of samples, with `n` samples."""
+        expected = list(other)
+        if self.dim < len(expected):
+            expected[self.dim] = n * self.m
+        return list(shape) == expected
+
+
+def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> Layout | None:
+    """Where the samples are, from a tensor's shapes in two passes with different numbers of samples.
+
+    Returns:
+        The layout, or None if the shape does not depend on the number of samples.
+
+    Raises:
+        ValueError: the shape depends on it in a way that no layout describes.
+    """
+    if len(small) != len(large):
+        raise ValueError(f"{list(small)} became {list(large)}")
+    differing = [dim for dim, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    if not differing:
+        return None
+    dim = differing[0]
+    m, rest = divmod(small[dim], n_small)
+    if len(differing) > 1 or rest or m == 0 or large[dim] != m * n_large:
+        raise ValueError(f"{list(small)} for {n_small} samples became {list(large)} for {n_large}")
+    return Layout(dim, m)
+
+
+def select(tree: Any, index: Tensor, n: int) -> Any:
+    """The chosen samples of every tensor in a batch of `n` whose first dimension counts them; all else as it is."""
+
+    def take(x: Tensor) -> Tensor:
+        return x.index_select(0, index.to(x.device)) if x.ndim and len(x) == n else x
+
+    return pytree.tree_map_only(Tensor, take, tree)
+
+
+def select_all(tree: Any, index: Tensor) -> Any:
+    """The chosen samples of every tensor."""
+    return pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index.to(x.device)), tree)
+
+
+def repeat_all(tree: Any, copies: int) -> Any:
+    """Every tensor's samples `copies` times, copy by copy."""
+    return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
+
+
+def joined(parts: list[Tensor], dim: int) -> Tensor:
+    """The parts after one another; the list is emptied on the way, so that memory is held once."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    parts.clear()
+    return whole
+
+
+def to_device(tree: Any, device: torch.device) -> Any:
+    """Every tensor of a tree on a device."""
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device), tree)

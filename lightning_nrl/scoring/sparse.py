@@ -1,0 +1,241 @@
+"""The sparse change of one layer: what K changed weights of a Linear or a convolution add to its output.
+
+The new output is the old one plus, for each output unit that has changed weights, a dense product of the weights'
+change with the few input values that they meet. Units are grouped by how many changed weights they have (within a
+factor of two), and each group is one batched matrix product.
+
+In half precisions the old output and the change are summed in float32 and rounded once, as matrix products in half
+precision do themselves; under autocast inputs and weights are rounded first, as autocast does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl.sites import Site, WeightSpace
+
+__all__ = ["SiteChange", "Taps", "layer_output", "make_changes"]
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay.
+
+    Attributes:
+        slots: places of its units in `SiteChange.units`, `u` int64.
+        columns: which of the K values each weight is, `u x m` int64; K stands for a weight that stays.
+        taps: its place in the unit's flattened kernel, `u x m` int64.
+        channels: input channels that the weights meet, ascending, int64.
+        channel: which of them each weight meets, `u x m` int64.
+    """
+
+    slots: Tensor
+    columns: Tensor
+    taps: Tensor
+    channels: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What the change of a layer needs to know of some samples.
+
+    Attributes:
+        x: for each bucket the input values that the changed weights meet, `u x B x m x R` with `R` output positions of
+            all samples; `B` is 1 if all candidates have the same input, else `P`.
+        base: the units' old outputs, `B x n x U x ...`, float32 in half precisions.
+        rounded: the same as the layer gave them.
+    """
+
+    x: tuple[Tensor, ...]
+    base: Tensor
+    rounded: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.x, self.base))
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """The change of one layer, for any values of the changed weights.
+
+    Attributes:
+        site: the layer.
+        units: the output units with changed weights, `U` int64, ascending.
+        buckets: the units by how many changed weights they have.
+        bias: for each unit which of the K values is its bias, `U` int64; K where the bias stays.
+        original: the K values as they are now, in the deployed dtype.
+    """
+
+    site: Site
+    units: Tensor
+    buckets: tuple[_Bucket, ...]
+    bias: Tensor
+    original: Tensor
+
+    @property
+    def unit_dim(self) -> int:
+        """The dimension of the layer's output that counts its units."""
+        return -1 if isinstance(self.site.module, nn.Linear) else 1
+
+    def output(self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1) -> Tensor:
+        """The layer's output under each candidate.
+
+        Args:
+            values: `P x K`, new values of the changed weights.
+            x: the layer's input, `copies * n` samples.
+            y: the layer's output under the weights as they are, as many samples as `x`.
+            copies: 1 if the input is the same for all candidates, P if it goes candidate by candidate.
+
+        Returns:
+            `P * n` samples, candidate by candidate, in memory of its own.
+        """
+        return self.assembled(self.unit_outputs(values, self.taps(x, y, copies)), y, copies)
+
+    def assembled(self, units: Tensor, y: Tensor, copies: int = 1) -> Tensor:
+        """The whole output `P * n x ...` from the changed units' `P x n x U x ...` and the old output."""
+        p = len(units)
+        y = y.unflatten(0, (copies, -1))
+        out = y.expand(p, *y.shape[1:]).clone(memory_format=torch.contiguous_format)
+        if len(self.units):
+            dim, slot_dim = (out.ndim - 1, units.ndim - 1) if self.unit_dim == -1 else (2, 2)
+            out.index_copy_(dim, self.units, units.movedim(2, slot_dim))
+        return out.flatten(0, 1)
+
+    def taps(self, x: Tensor, y: Tensor, copies: int = 1) -> Taps:
+        """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
+        conv = self.unit_dim == 1
+        rounded = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
+        rounded = rounded if conv else rounded.movedim(-1, 2)
+        base = rounded
+        if y.dtype in HALF:
+            base = self._in_float32(x, y.dtype).index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
+            base = base if conv else base.movedim(-1, 2)
+        gather = self._conv_taps if conv else self._linear_taps
+        compute = torch.float32 if y.dtype in HALF else y.dtype
+        return Taps(tuple(gather(b, x, y, copies).to(y.dtype).to(compute) for b in self.buckets), base, rounded)
+
+    def unit_outputs(self, values: Tensor, taps: Taps) -> Tensor:
+        """The changed units' outputs under each candidate, `P x n x U x ...`, in the layer's output dtype."""
+        change = self.change(values, taps.rounded.dtype)
+        p, (_, n, u, *rest) = len(values), taps.base.shape
+        new = taps.base.expand(p, n, u, *rest)
+        delta = self._delta(change, taps).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
+        new = new + delta
+        if taps.rounded.dtype in HALF:
+            same = (change == 0).all(1).view(p, *[1] * (new.ndim - 1))
+            new = torch.where(same, taps.rounded, new.to(taps.rounded.dtype))
+        return new
+
+    def change(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """New minus old of each weight as the layer's product sees them, `P x (K + 1)`; the last one is 0."""
+        compute = torch.float32 if dtype in HALF else dtype
+        new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
+        return F.pad(new - old, (0, 1))
+
+    def _delta(self, change: Tensor, taps: Taps) -> Tensor:
+        """What is added to each unit, `U x P x R`."""
+        if not self.buckets:
+            return change.new_zeros(0, len(change), taps.base[0, :, 0:1].numel())
+        parts = []
+        for bucket, x in zip(self.buckets, taps.x, strict=True):
+            d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
+            parts.append(torch.bmm(d, x[:, 0]) if x.shape[1] == 1 else (d.unsqueeze(2) @ x).squeeze(2))
+        delta = torch.cat(parts)
+        if len(self.buckets) > 1:
+            delta = delta.index_select(0, self._order)
+        return delta + change[:, self.bias].t().unsqueeze(2) if self.site.include_bias else delta
+
+    @property
+    def _order(self) -> Tensor:
+        return torch.cat([b.slots for b in self.buckets]).argsort()
+
+    def _linear_taps(self, bucket: _Bucket, x: Tensor, y: Tensor, copies: int) -> Tensor:
+        u, m = bucket.taps.shape
+        flat = x.reshape(copies, -1, x.shape[-1]).index_select(-1, bucket.taps.flatten())
+        return flat.unflatten(-1, (u, m)).permute(2, 0, 3, 1).contiguous()
+
+    def _conv_taps(self, bucket: _Bucket, x: Tensor, y: Tensor, copies: int) -> Tensor:
+        """For each weight, the padded input at its place in the kernel, at every output position."""
+        conv: Any = self.site.module
+        u, m = bucket.taps.shape
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x = F.pad(x.index_select(1, bucket.channels), conv._reversed_padding_repeated_twice, mode=mode)
+        size, out, kernel = x.shape[2:], y.shape[2:], conv.kernel_size
+        index = bucket.channel.view(u, m, 1)
+        position = torch.zeros(1, dtype=torch.int64, device=x.device)
+        within = bucket.taps % math.prod(kernel)
+        for d in range(len(size)):
+            inner = math.prod(kernel[d + 1 :])
+            at = within // inner % kernel[d] * conv.dilation[d]
+            index = index * size[d] + at.unsqueeze(2)
+            step = torch.arange(out[d], device=x.device) * conv.stride[d]
+            position = (position.unsqueeze(1) * size[d] + step).flatten()
+        places = (index + position).flatten()
+        flat = x.flatten(1).index_select(1, places).view(copies, -1, u, m, len(position))
+        return flat.permute(2, 0, 3, 1, 4).flatten(3)
+
+    def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        module: Any = self.site.module
+        bias = None if module.bias is None else module.bias.detach().to(dtype).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return layer_output(module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias)
+
+
+def layer_output(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a Linear or a convolution gives with other weights."""
+    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
+
+
+def make_changes(space: WeightSpace, where: Tensor) -> tuple[SiteChange, ...]:
+    """The change of each site.
+
+    Args:
+        space: all sites.
+        where: `K` int64, flat positions of the changed weights, each once.
+
+    Returns:
+        One change a site, in the order of the sites; a site without changed weights has one without units.
+    """
+    where = where.to(space.device)
+    original = space.flat()[where]
+    return tuple(_make_change(site, where - site.offset, original) for site in space.sites)
+
+
+def _make_change(site: Site, where: Tensor, original: Tensor) -> SiteChange:
+    k, out = len(where), site.weight_shape[0]
+    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
+    columns = torch.arange(k, device=where.device)
+    weight = (where >= 0) & (where < size)
+    is_bias = (where >= size) & (where < site.size)
+    unit, tap, column = where[weight] // per_unit, where[weight] % per_unit, columns[weight]
+    units = torch.cat([unit, where[is_bias] - size]).unique()
+    bias = torch.full((len(units),), k, device=where.device)
+    bias[torch.searchsorted(units, where[is_bias] - size)] = columns[is_bias]
+    slot = torch.searchsorted(units, unit)
+    counts = torch.bincount(slot, minlength=len(units)).cpu()
+    groups: Any = getattr(site.module, "groups", 1)
+    kernel = math.prod(site.weight_shape[2:])
+    buckets = []
+    level = torch.where(counts > 0, counts.double().log2().ceil(), 0.0).long()
+    for size_class in level.unique().tolist():
+        slots = (level == size_class).nonzero().flatten().to(where.device)
+        m = int(counts[slots.cpu()].max()) or 1
+        cols = torch.full((len(slots), m), k, device=where.device)
+        taps = torch.zeros_like(cols)
+        for row, s in enumerate(slots.tolist()):
+            mine = (slot == s).nonzero().flatten()
+            cols[row, : len(mine)], taps[row, : len(mine)] = column[mine], tap[mine]
+        group = units[slots] // (out // groups)
+        channels, channel = (group.unsqueeze(1) * site.weight_shape[1] + taps // kernel).unique(return_inverse=True)
+        buckets.append(_Bucket(slots, cols, taps, channels, channel))
+    return SiteChange(site, units, tuple(buckets), bias, original)

@@ -1,0 +1,197 @@
+"""Watching one forward pass, and running it again with the finished part of it taken from memory.
+
+When the first repaired layer is called, some modules are done: their outputs do not depend on the repaired weights. The
+outermost of them, in the order they finished, are the *frontier*. A later pass that returns their outputs from memory
+runs only the code between them and what comes after the layer, whatever plain Python that is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_nrl.errors import ReplayError, explain
+
+__all__ = ["Edit", "Moment", "eagerly", "editing", "remembering", "watching"]
+
+Edit = Callable[[Tensor, Tensor], Tensor]
+"""Takes a layer's input and its output, and gives the output to go on with."""
+
+
+@dataclass
+class Moment:
+    """What a forward pass had done when it first called a repaired layer, and what that layer then gave.
+
+    Attributes:
+        calls: the frontier: names of the outermost modules that were done, in order, a name once a call.
+        outputs: what each of them returned.
+        order: the repaired layers in the order of their calls, a name once a call.
+        shapes: the shape of each of their outputs.
+        x: the first layer's input.
+        y: the first layer's output, before any hook of the user.
+    """
+
+    calls: list[str] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    order: list[str] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
+    x: Tensor | None = None
+    y: Tensor | None = None
+
+
+@contextmanager
+def watching(
+    model: nn.Module, sites: Mapping[str, nn.Module], keep: Callable[[str], bool] = lambda name: True
+) -> Iterator[Moment]:
+    """Watches the forward pass that is run inside.
+
+    Args:
+        model: the whole model.
+        sites: the repaired layers by name.
+        keep: whether the values of a module's outputs are needed; of others only shapes are noted, as meta tensors.
+    """
+    moment = Moment()
+    open_calls: list[list[tuple[str, Any]]] = [[]]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if not moment.order:
+            open_calls.append([])
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not moment.order:
+                open_calls.pop()
+                copy = _clone if keep(name) else _shape_only
+                open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
+
+        return hook
+
+    def edit(name: str) -> Edit:
+        def note(x: Tensor, y: Tensor) -> Tensor:
+            if not moment.order:
+                frontier = [call for calls in open_calls for call in calls]
+                moment.calls, moment.outputs = [c for c, _ in frontier], [o for _, o in frontier]
+                moment.x, moment.y = x.detach().clone(), y.detach().clone()
+            moment.order.append(name)
+            moment.shapes.append(y.shape)
+            return y
+
+        return note
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
+                stack.callback(handle.remove)
+        for name, module in sites.items():
+            stack.enter_context(editing(module, edit(name)))
+        stack.enter_context(eagerly())
+        yield moment
+
+
+@contextmanager
+def editing(module: nn.Module, edit: Edit) -> Iterator[None]:
+    """Inside, the layer's output goes through `edit(input, output)`; the user's hooks see what it returns."""
+    forward = module.forward
+
+    def edited(input: Tensor) -> Tensor:
+        return edit(input, forward(input))
+
+    with _instead(module, edited):
+        yield
+
+
+@contextmanager
+def remembering(
+    model: nn.Module, calls: Sequence[str], outputs: Sequence[Any], first: nn.Module, result: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
+
+    Raises:
+        ReplayError: from inside, if the pass does not call the frontier in the recorded order.
+    """
+    modules = dict(model.named_modules())
+    left = OrderedDict((name, calls.count(name)) for name in calls)
+    at = 0
+
+    with ExitStack() as stack:
+        asleep = {name: stack.enter_context(ExitStack()) for name in left}
+
+        def recorded(name: str) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal at
+                if at >= len(calls) or calls[at] != name:
+                    raise _out_of_order(name)
+                left[name] -= 1
+                if not left[name]:
+                    asleep[name].close()
+                at += 1
+                return outputs[at - 1]
+
+            return forward
+
+        def live(*args: Any, **kwargs: Any) -> Tensor:
+            if at != len(calls):
+                raise _out_of_order(calls[at])
+            return result()
+
+        for name in left:
+            asleep[name].enter_context(_instead(modules[name], recorded(name), hooks=False))
+        stack.enter_context(_instead(first, live))
+        stack.enter_context(eagerly())
+        yield
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
+    with ExitStack() as stack:
+        stance = getattr(torch.compiler, "set_stance", None)
+        if stance is not None and "torch._dynamo" in sys.modules:
+            stack.enter_context(stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
+    """Inside, the module runs `forward`, with or without the user's hooks around it.
+
+    A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
+    its parts has hooks, and would not call them otherwise.
+    """
+    held = module.__dict__
+    replaced: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
+    if hooks:
+        replaced["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
+        replaced["_forward_hooks"][-1] = lambda module, args, output: None
+    else:
+        replaced |= {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
+    before = {name: held[name] for name in replaced if name in held}
+    held.update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            held.pop(name, None)
+        held.update(before)
+
+
+def _clone(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _shape_only(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="meta")
+
+
+def _out_of_order(name: str) -> ReplayError:
+    return ReplayError(
+        explain(f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model.")
+    )

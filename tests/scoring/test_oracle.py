@@ -1,0 +1,53 @@
+"""Scoring against the whole real model, candidate by candidate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scoring_networks import REPLAYED, WHOLE, Case, Problem, make_problem
+
+from lightning_nrl.scoring import Recording, make_scorer
+from lightning_nrl.tasks import Multiclass
+
+DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def check(problem: Problem, recording: Recording, tolerance: float, p: int = 7, k: int = 9, seed: int = 0) -> None:
+    """Same predictions on every candidate, same counts, losses within a tolerance."""
+    where, values = problem.candidates(p, k, seed)
+    n = len(problem.target)
+    failed = torch.arange(n) % 3 == 0
+    scorer = make_scorer(recording, where, failed, ~failed, Multiclass())
+    logits = problem.oracle(where, values).flatten(0, 1)
+    target = problem.target.repeat(p)
+    passed = Multiclass().passed(logits, target).view(p, n)
+    loss = Multiclass().loss(logits, target).view(p, n).double()
+
+    outcome = scorer.outcome(values)
+    order = outcome.rows.argsort()
+    assert torch.equal(outcome.passed[:, order], passed)
+    torch.testing.assert_close(outcome.loss[:, order], loss, rtol=tolerance, atol=tolerance)
+    scores = scorer(values.unsqueeze(0))
+    assert scores.patched.tolist() == [passed[:, failed].sum(1).tolist()]
+    assert scores.intact.tolist() == [passed[:, ~failed].sum(1).tolist()]
+    torch.testing.assert_close(scores.loss_failed[0].double(), loss[:, failed].mean(1), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(scores.loss_passed[0].double(), loss[:, ~failed].mean(1), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", REPLAYED.values(), ids=REPLAYED)
+def test_replayed_candidates_are_those_of_the_whole_model(case: Case, dtype: torch.dtype) -> None:
+    problem = make_problem(case, dtype=dtype)
+    recording = problem.recording(5, 6, 1)
+    assert recording.fallback_reason is None
+    check(problem, recording, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "reason"), WHOLE.values(), ids=WHOLE)
+def test_what_cannot_be_replayed_is_run_as_a_whole(case: Case, reason: str, dtype: torch.dtype) -> None:
+    problem = make_problem(case, dtype=dtype)
+    with pytest.warns(UserWarning, match=reason):
+        recording = problem.recording(5, 6, 1)
+    assert recording.fallback_reason is not None
+    check(problem, recording, DTYPES[dtype])
