@@ -6,7 +6,7 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -36,12 +36,15 @@ PIECE = 2**24
 """Most gradient entries (samples x weights) that are held at once when each sample has its own."""
 
 
+CHUNK = 256
+"""Most samples whose gradients are computed at once, as in a training step."""
+
+
 class Replay(Protocol):
     """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
 
-    @property
-    def chunks(self) -> Sequence[Any]:
-        """This rank's data; each has `rows` (`n` int64, rows of the evidence) and `target`."""
+    def chunks(self, size: int | None = None) -> Iterable[Any]:
+        """This rank's data, at most `size` samples each, with `rows` (`n` int64, rows of the evidence) and `target`."""
         ...
 
     @property
@@ -100,7 +103,7 @@ def measure(
     space = recording.space
     sums = _Sums.zeros(space)
     with _deterministic():
-        for chunk in recording.chunks:
+        for chunk in recording.chunks(CHUNK):
             marked = rows_mask[chunk.rows.to(rows_mask.device)].nonzero().squeeze(1)
             if len(marked):
                 _add(sums, recording, chunk, task, marked.to(space.device), aggregation)
@@ -158,8 +161,12 @@ def _trace(recording: Replay, chunk: Any, task: Task, marked: Tensor) -> tuple[l
     seen: list[tuple[int, Tensor, Tensor]] = []
 
     def add_zero(site: Site, x: Tensor, output: Tensor) -> Tensor:
+        if len(x) % n or len(output) % n:
+            raise _not_by_sample(site, f"its input is {list(x.shape)} for {n} samples")
         zero = torch.zeros_like(output, requires_grad=True)
-        seen.append((sites.index(site), x.detach(), zero))
+        # A copy, since the model may go on to change its own tensors in place.
+        mine = by_sample(site.module, x.detach(), n).index_select(0, marked)
+        seen.append((sites.index(site), mine, zero))
         return output + zero
 
     with torch.enable_grad():
@@ -177,18 +184,16 @@ def _trace(recording: Replay, chunk: Any, task: Task, marked: Tensor) -> tuple[l
     calls: list[list[_Call]] = [[] for _ in sites]
     strayed = torch.zeros(len(sites), dtype=torch.bool, device=marked.device)
     for (i, x, _), gradient in zip(seen, gradients, strict=True):
-        if len(x) % n or len(gradient) % n:
-            raise _not_by_sample(sites[i], f"its input is {list(x.shape)} for {n} samples")
-        x, gradient = (by_sample(sites[i].module, t, n) for t in (x, gradient))
-        strayed[i] |= (gradient.index_fill(0, marked, 0) != 0).any()
-        calls[i].append(_Call(*(at_least_float32(t.index_select(0, marked)) for t in (x, gradient))))
+        gradient = by_sample(sites[i].module, gradient, n)
+        strayed[i] |= (gradient.index_fill(0, marked, 0).abs() > 0).any()
+        calls[i].append(_Call(at_least_float32(x), at_least_float32(gradient.index_select(0, marked))))
     return calls, strayed
 
 
 def _gradient_sum(site: Site, calls: Sequence[_Call], aggregation: Aggregation) -> Tensor:
     """Sum over samples of the gradient of a site's weights over all its calls, or of that gradient's absolute value."""
     layer = site.module
-    total = torch.zeros(site.size, device=layer.weight.device)
+    total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
     if aggregation == "per_sample" and isinstance(layer, nn.Linear) and [c.input.shape[1] for c in calls] == [1]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
         calls, aggregation = [_Call(calls[0].input.abs(), calls[0].gradient.abs())], "mean_gradient"

@@ -159,7 +159,7 @@ def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalization
     candidates = localized.nonzero().squeeze(1)
     if len(candidates):
         nearest = int(candidates[(candidates - n_g).abs().argmin()])
-        hint = f"the nearest N_g that leaves any is {nearest} ({int(localized[nearest])} weights); or give `n_weights`."
+        hint = f"the nearest N_g that leaves any is {nearest} (size {int(localized[nearest])}); or give `n_weights`."
     else:
         hint = "no N_g leaves a weight: failed and passed data rank the weights alike; choose another layer or target."
     found = ", ".join(

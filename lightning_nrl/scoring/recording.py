@@ -116,6 +116,11 @@ class Recording:
     rows: Tensor
     fallback_reason: str | None = None
 
+    @property
+    def space(self) -> WeightSpace:
+        """The layers to be repaired."""
+        return self.subject.space
+
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
         """The recorded samples, group by group.
 

@@ -1,0 +1,148 @@
+"""Real data and real networks for tests that go through a Trainer."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair
+
+QUICK: dict[str, Any] = {
+    "method": ParticleSwarm(particles=20, iterations=20),
+    "localizer": NeuRecoverLite(n_weights=30),
+    "verbose": False,
+}
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    data = load_digits()
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16, torch.tensor(data.target)[order]
+
+
+class Digits(LightningDataModule):
+    """Batches of `(image, digit, noisy)`; noise is rare in training and common afterwards."""
+
+    sizes = (400, 100, 203, 300)
+    noisy = (0.0, 0.0, 0.5, 0.5)
+
+    def __init__(self, batch_size: int = 32, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        images, labels = (x[: sum(self.sizes)] for x in digits())
+        generator = torch.Generator().manual_seed(1)
+        share = torch.cat([torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)])
+        noisy = torch.rand(len(images), generator=generator) < share
+        images = images + noisy.view(-1, 1, 1, 1) * 0.5 * torch.randn(images.shape, generator=generator)
+        parts = zip(*(x.split(self.sizes) for x in (images.to(dtype), labels, noisy)), strict=True)
+        self.train, self.val, self.repair, self.test = (TensorDataset(*part) for part in parts)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val, 64)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.repair, 64)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test, 64)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.norm(self.first(x)))))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(256, 10),
+    )
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), Residual(8), Residual(8), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(128, 10)
+    )
+
+
+NETWORKS = {"mlp": mlp, "cnn": cnn, "resnet": resnet}
+
+
+class Classifier(LightningModule):
+    def __init__(self, network: str = "mlp", lr: float = 3e-3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(0)
+        self.network = NETWORKS[network]()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def test_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> None:
+        right = (self(batch[0]).argmax(1) == batch[1]).double()
+        self.log("test_right", right.sum(), on_step=False, on_epoch=True, reduce_fx="sum")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
+
+
+def quiet_trainer(path: Any, *callbacks: Any, **arguments: Any) -> Trainer:
+    """A trainer on one CPU process that shows nothing and writes below `path`."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 3,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **arguments})
+
+
+def quick_repair(**arguments: Any) -> RegressionFreeRepair:
+    return RegressionFreeRepair(**{**QUICK, **arguments})
+
+
+def right(model: LightningModule, data: TensorDataset) -> Tensor:
+    """Which samples a model gets right, by a plain forward pass of its own."""
+    images, labels = data.tensors[:2]
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad():
+        found = model(images.to(next(model.parameters()).dtype)).argmax(1) == labels
+    for module, flag in training.items():
+        module.training = flag
+    return found

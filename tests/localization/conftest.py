@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl.sites import find_sites
+from lightning_nrl.tasks import Task
+
+
+@dataclass
+class Piece:
+    rows: Tensor
+    x: Tensor
+    target: Tensor
+
+
+class WholeModel:
+    """A recording that remembers nothing: every replay runs the whole model, with hooks at the sites."""
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Tensor, layer: Any, include_bias: bool, size: int) -> None:
+        self.model, self.space = model, find_sites(model, layer, include_bias=include_bias)
+        pieces = torch.arange(len(x)).split(size)
+        self.pieces = [Piece(rows, x[rows], target[rows]) for rows in pieces]
+
+    def chunks(self, size: int | None = None) -> list[Piece]:
+        return self.pieces
+
+    def replay(self, chunk: Piece, edit: Any, copies: int = 1) -> Tensor:
+        hooks = [
+            site.module.register_forward_hook(lambda _, args, output, site=site: edit(site, args[0], output))
+            for site in self.space.sites
+        ]
+        try:
+            return self.model(chunk.x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Weighted(Task):
+    """The loss is the sum of outputs times targets, so that the targets are the output's gradient."""
+
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.loss(output, target) < 0
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output * target).flatten(1).sum(1)
+
+
+@pytest.fixture
+def recorded():
+    def make(model, x, target, layer="auto", include_bias=False, size=5):
+        return WholeModel(model, x, target, layer, include_bias, size)
+
+    return make
+
+
+@pytest.fixture
+def weighted() -> Task:
+    return Weighted()

@@ -1,0 +1,319 @@
+"""Backward and forward impacts, against numbers worked out by hand and against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from lightning_nrl.collective import Collective
+from lightning_nrl.errors import ConfigurationError, EvidenceError, ReplayError
+from lightning_nrl.localization import impact as impact_module
+from lightning_nrl.localization import measure
+from lightning_nrl.tasks import Multiclass
+
+AGGREGATIONS = ["mean_gradient", "per_sample"]
+EVERY = torch.ones(2, dtype=torch.bool)
+
+
+def toy_linear() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    layer = nn.Linear(2, 2)
+    layer.weight.data = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    layer.bias.data = torch.tensor([-0.25, 4.0])
+    return layer, torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.tensor([[1.0, 0.0], [-1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "backward"),
+    [("mean_gradient", [1.0, 1.5, 3.0, 1.0, 0.0, 1.0]), ("per_sample", [2.0, 1.5, 3.0, 1.0, 1.0, 1.0])],
+)
+def test_linear_by_hand(recorded, weighted, aggregation, backward):
+    recording = recorded(*toy_linear(), include_bias=True)
+    impact = measure(recording, weighted, EVERY, aggregation=aggregation)
+    assert impact.backward.tolist() == backward
+    assert impact.forward.tolist() == [2.0, 3.0, 1.0, 4.5, 0.25, 4.0]
+    assert impact.n_samples == 2
+
+
+def test_only_marked_samples_count(recorded, weighted):
+    impact = measure(recorded(*toy_linear()), weighted, torch.tensor([False, True]))
+    assert impact.backward.tolist() == [3.0, 1.0, 6.0, 2.0]
+    assert impact.forward.tolist() == [3.0, 2.0, 1.5, 3.0]
+    assert impact.n_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "backward"),
+    [("mean_gradient", [0.0] * 8), ("per_sample", [2.0, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0, 2.0])],
+)
+def test_convolution_with_stride_and_groups_by_hand(recorded, weighted, aggregation, backward):
+    layer = nn.Conv2d(2, 2, kernel_size=2, stride=2, groups=2, bias=False)
+    layer.weight.data = torch.tensor([[[[1.0, -1.0], [2.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
+    x = torch.tensor([[[[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]], [[1.0, 0.0, -1.0, 0.0], [0.0, 2.0, 0.0, -2.0]]]])
+    target = torch.tensor([[[[1.0, -1.0]], [[2.0, 1.0]]]])
+    recording = recorded(layer, torch.cat([x, -x]), torch.cat([target, target]), layer="")
+    impact = measure(recording, weighted, EVERY, aggregation=aggregation)
+    assert impact.backward.tolist() == backward
+    assert impact.forward.tolist() == [2.0, 3.0, 12.0, 0.0, 1.0, 0.0, 0.0, 2.0]
+
+
+CONVOLUTIONS = [
+    nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+    nn.Conv1d(4, 3, 4, padding="same", dilation=2),
+    nn.Conv1d(4, 4, 3, padding=2, padding_mode="reflect", groups=4),
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 2, (2, 3), stride=(3, 2), padding=(0, 2), dilation=(2, 1), groups=2),
+    nn.Conv2d(4, 2, (3, 2), padding="same", padding_mode="circular"),
+    nn.Conv2d(4, 8, 3, stride=2, padding="valid", padding_mode="replicate", groups=4, bias=False),
+    nn.Conv3d(4, 2, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1), groups=2),
+    nn.Conv3d(4, 3, 2, padding="same", dilation=(2, 1, 1)),
+]
+
+
+def convolution_data(layer: nn.Module, n: int = 7) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A network around the layer, with inputs and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, *(9, 7, 5)[: layer.weight.ndim - 2], generator=generator, dtype=torch.float64)
+    layer = layer.double()
+    head = nn.Linear(layer(x).flatten(1).shape[1], 3).double()
+    head.weight.data = torch.randn(head.weight.shape, generator=generator, dtype=torch.float64)
+    return nn.Sequential(layer, nn.Tanh(), nn.Flatten(), head), x, torch.arange(n) % 3
+
+
+def autograd_oracle(model: nn.Module, x: torch.Tensor, y: torch.Tensor, aggregation: str) -> torch.Tensor:
+    """Backward impacts of all parameters from one gradient a sample."""
+
+    def loss(parameters, x, y):
+        return F.cross_entropy(functional_call(model, parameters, (x[None],)), y[None])
+
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
+    flat = torch.cat([g.flatten(1) for g in gradients.values()], 1)
+    return flat.mean(0).abs() if aggregation == "mean_gradient" else flat.abs().mean(0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_backward_of_several_layers_is_that_of_autograd(recorded, layer, aggregation):
+    model, x, y = convolution_data(layer)
+    recording = recorded(model, x, y, ["0", "3"], include_bias=True, size=3)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
+    impact = measure(recording, Multiclass(), mask, aggregation=aggregation)
+    torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_forward_is_the_mean_of_what_each_weight_alone_passes_on(recorded, layer):
+    model, x, y = convolution_data(layer)
+    impact = measure(recorded(model, x, y, "0"), Multiclass(), torch.ones(len(x), dtype=torch.bool))
+    weight = layer.weight.detach()
+    alone = []
+    for i in range(weight.numel()):
+        only = torch.zeros_like(weight).flatten().index_copy(0, torch.tensor([i]), weight.flatten()[i : i + 1])
+        parameters = {"weight": only.view_as(weight)} | (
+            {} if layer.bias is None else {"bias": 0 * layer.bias.detach()}
+        )
+        alone.append(functional_call(layer, parameters, (x,))[:, i // weight[0].numel()].abs().mean())
+    torch.testing.assert_close(impact.forward, torch.stack(alone))
+
+
+class Tokens(nn.Module):
+    """A linear layer at every token, twice, the second time with tokens folded into the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.tanh(self.mix(x))
+        return self.mix(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_positions_and_calls_of_a_layer_count_together(recorded, aggregation):
+    torch.manual_seed(0)
+    model, x, y = Tokens().double(), torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 4
+    mask = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    impact = measure(recorded(model, x, y, include_bias=True), Multiclass(), mask, aggregation=aggregation)
+    torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
+    second = torch.tanh(model.mix(x[mask])).detach()
+    mean = (x[mask].abs().mean((0, 1)) + second.abs().mean((0, 1))) / 2
+    torch.testing.assert_close(impact.forward[:16].view(4, 4), mean * model.mix.weight.detach().abs())
+
+
+@pytest.mark.parametrize("layer", [CONVOLUTIONS[3], nn.Linear(4, 5)], ids=str)
+def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch, layer):
+    model = nn.Sequential(nn.Flatten(), layer, nn.Linear(5, 3)).double()
+    x, y = torch.randn(7, 4, dtype=torch.float64), torch.arange(7) % 3
+    if not isinstance(layer, nn.Linear):
+        model, x, y = convolution_data(layer)
+    recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
+    whole = measure(recording, Multiclass(), mask, aggregation="per_sample")
+    monkeypatch.setattr(impact_module, "PIECE", 2 * layer.weight.numel())
+    pieces = measure(recording, Multiclass(), mask, aggregation="per_sample")
+    torch.testing.assert_close(pieces.backward, whole.backward)
+
+
+def small_network(seed: int = 0) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    return model, torch.randn(12, 5), torch.arange(12) % 4
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_order_and_chunks_do_not_matter(recorded, aggregation):
+    model, x, y = small_network()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(12) % 3 > 0
+    one = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask, aggregation=aggregation)
+    other_recording = recorded(model, x[order], y[order], ["0", "2"], size=2)
+    other = measure(other_recording, Multiclass(), mask[order], aggregation=aggregation)
+    torch.testing.assert_close(one.backward, other.backward, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(one.forward, other.forward, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
+    model, x, y = small_network()
+    mask = torch.arange(12) >= 3
+    total = torch.zeros(())
+
+    class Ranks(Collective):
+        def sum(self, x):
+            nonlocal total
+            total = total + x
+            return total
+
+    for share in (slice(3, 8), slice(8, 12), slice(0, 3)):
+        recording = recorded(model, x[share], y[share], size=3)
+        ranks = measure(recording, Multiclass(), mask[share], aggregation=aggregation, collective=Ranks())
+    alone = measure(recorded(model, x, y), Multiclass(), mask, aggregation=aggregation)
+    torch.testing.assert_close(ranks.backward, alone.backward, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(ranks.forward, alone.forward, rtol=1e-5, atol=1e-8)
+    assert ranks.n_samples == 9
+
+
+def test_frozen_model_is_measured_and_left_as_it_was(recorded):
+    model, x, y = small_network()
+    mask = torch.ones(12, dtype=torch.bool)
+    free = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask)
+    model.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    frozen = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask)
+    assert torch.equal(free.backward, frozen.backward)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_gradients_of_the_model_and_cudnn_flags_are_left_alone(recorded, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model, x, y = small_network()
+    with torch.no_grad():
+        measure(recorded(model, x, y), Multiclass(), torch.ones(12) > 0)
+        assert not torch.is_grad_enabled()
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.deterministic
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_half_precision_is_summed_in_full_width(recorded, aggregation):
+    model, x, y = small_network()
+    mask = torch.ones(12, dtype=torch.bool)
+    exact = measure(recorded(model, x, y, ["0", "2"], True), Multiclass(), mask, aggregation=aggregation)
+    half = measure(
+        recorded(model.bfloat16(), x.bfloat16(), y, ["0", "2"], True), Multiclass(), mask, aggregation=aggregation
+    )
+    assert half.backward.dtype == half.forward.dtype == torch.float64
+    torch.testing.assert_close(half.backward, exact.backward, rtol=0.1, atol=5e-3)
+    torch.testing.assert_close(half.forward, exact.forward, rtol=0.02, atol=1e-3)
+
+
+def test_autocast_does_not_reach_the_sums(recorded):
+    model, x, y = convolution_data(CONVOLUTIONS[3])
+    recording = recorded(model.float(), x.float(), y, ["0", "3"])
+    mask = torch.ones(len(x), dtype=torch.bool)
+    exact = measure(recording, Multiclass(), mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = measure(recording, Multiclass(), mask)
+    torch.testing.assert_close(mixed.backward, exact.backward, rtol=0.1, atol=2e-2)
+    # The first layer's input is the same in both, so that its forward impact must be, to the last bit.
+    assert torch.equal(mixed.forward[: model[0].weight.numel()], exact.forward[: model[0].weight.numel()])
+    model.double()
+
+
+def test_input_that_is_changed_in_place_later_counts_as_it_was(recorded, weighted):
+    class Overwrites(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            x = x.clone()
+            output = self.layer(x)
+            x.zero_()
+            return output
+
+    layer, x, target = toy_linear()
+    impact = measure(recorded(Overwrites(layer.requires_grad_(False)), x, target), weighted, EVERY)
+    assert impact.backward.tolist() == [1.0, 1.5, 3.0, 1.0]
+
+
+def test_unmarked_sample_without_finite_loss_does_no_harm(recorded):
+    model, x, y = small_network()
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[3] = False
+    clean = measure(recorded(model, x, y, ["0", "2"], size=12), Multiclass(), mask)
+    x[3] = torch.nan
+    spoilt = measure(recorded(model, x, y, ["0", "2"], size=12), Multiclass(), mask)
+    assert torch.equal(clean.backward, spoilt.backward)
+    with pytest.raises(EvidenceError, match="not finite"):
+        measure(recorded(model, x, y), Multiclass(), ~mask)
+
+
+def test_no_sample_is_refused(recorded):
+    with pytest.raises(EvidenceError, match="no sample"):
+        measure(recorded(*small_network()), Multiclass(), torch.zeros(12, dtype=torch.bool))
+
+
+def test_unknown_aggregation_is_refused(recorded):
+    with pytest.raises(ConfigurationError, match=r"`aggregation='median'`.*\n.*per_sample"):
+        measure(recorded(*small_network()), Multiclass(), torch.ones(12) > 0, aggregation="median")
+
+
+def test_layer_that_is_never_called_is_refused(recorded):
+    model = nn.Sequential(nn.Linear(5, 4))
+    model.idle = nn.Linear(5, 4)
+    model.forward = model[0].forward
+    with pytest.raises(ReplayError, match="`layer='idle'` is never called"):
+        measure(recorded(model, *small_network()[1:], layer="idle"), Multiclass(), torch.ones(12) > 0)
+
+
+def test_detached_output_is_refused(recorded):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.layer(x).detach()
+
+    with pytest.raises(ReplayError, match="has no gradient"):
+        measure(recorded(Model(), *small_network()[1:]), Multiclass(), torch.ones(12) > 0)
+
+
+@pytest.mark.parametrize(("steps", "found"), [(12, "other samples"), (7, r"\[7, 12, 5\] for 12 samples")])
+def test_samples_in_another_dimension_are_refused(recorded, steps, found):
+    class TimeFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.layer(x[None].expand(steps, -1, -1)).mean(0)
+
+    mask = torch.arange(12) < 6
+    with pytest.raises(ReplayError, match=f"(?s)`layer='layer'` does not have samples as the first.*{found}"):
+        measure(recorded(TimeFirst(), *small_network()[1:], size=12), Multiclass(), mask)

@@ -1,0 +1,207 @@
+"""The set operation of NeuRecoverLite, against the operation as the paper writes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
+from lightning_nrl.localization import (
+    Everything,
+    Impact,
+    Localizer,
+    NeuRecoverLite,
+    default_n_weights,
+    localize,
+    measure,
+    set_sizes,
+)
+from lightning_nrl.tasks import Multiclass
+
+
+def impact(backward: list[float], forward: list[float]) -> Impact:
+    return Impact(torch.tensor(backward, dtype=torch.float64), torch.tensor(forward, dtype=torch.float64), 1)
+
+
+# Ranks: B_failed 0 1 2 3, F_failed 1 0 2 3, B_passed 3 2 1 0, F_passed 3 2 0 1.
+FAILED = impact([4.0, 3.0, 2.0, 1.0], [3.0, 4.0, 2.0, 1.0])
+PASSED = impact([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0])
+
+
+def test_sizes_by_hand():
+    sizes = {name: size.tolist() for name, size in set_sizes(FAILED, PASSED).items()}
+    assert sizes == {
+        "failed": [0, 0, 2, 3, 4],
+        "passed": [0, 0, 2, 3, 4],
+        "both": [0, 0, 0, 2, 4],
+        "localized": [0, 0, 2, 1, 0],
+    }
+
+
+@pytest.mark.parametrize(("n_g", "weights"), [(2, [0, 1]), (3, [0])])
+def test_given_n_g_by_hand(n_g, weights):
+    found = localize(FAILED, PASSED, n_g=n_g)
+    assert found.weights.tolist() == weights
+    assert found.weights.dtype == torch.int64
+    assert (found.n_g, found.requested) == (n_g, None)
+
+
+def test_request_by_hand():
+    found = localize(FAILED, PASSED, n_weights=1)
+    assert (found.weights.tolist(), found.n_g, found.requested) == ([0], 3, 1)
+    assert found.sizes == {"failed": 3, "passed": 3, "both": 2, "localized": 1, "total": 4}
+
+
+def test_request_beyond_reach_gets_the_most_there_is():
+    found = localize(FAILED, PASSED, n_weights=100)
+    assert (found.weights.tolist(), found.n_g, found.requested) == ([0, 1], 2, 100)
+
+
+def test_equally_near_takes_the_smaller_n_g():
+    failed = impact([6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [6.0, 4.0, 5.0, 3.0, 2.0, 1.0])
+    passed = impact([1.0, 3.0, 2.0, 6.0, 5.0, 4.0], [1.0, 2.0, 3.0, 6.0, 5.0, 4.0])
+    assert set_sizes(failed, passed)["localized"].tolist() == [0, 1, 1, 3, 3, 1, 0]
+    found = {n_weights: localize(failed, passed, n_weights=n_weights).n_g for n_weights in (1, 2, 3, 9)}
+    assert found == {1: 1, 2: 1, 3: 3, 9: 3}
+
+
+def test_equal_impacts_rank_in_the_order_of_the_weights():
+    even = impact([1.0] * 6, [1.0] * 6)
+    passed = impact([0.0] * 3 + [1.0] * 3, [0.0] * 3 + [1.0] * 3)
+    assert localize(even, passed, n_g=2).weights.tolist() == [0, 1]
+    assert localize(even, passed, n_g=4).weights.tolist() == [1, 2]
+
+
+def naive(failed: Impact, passed: Impact, n_g: int) -> tuple[set[int], set[int]]:
+    def top(values: torch.Tensor) -> set[int]:
+        return set(sorted(range(len(values)), key=lambda i: (-values[i].item(), i))[:n_g])
+
+    return top(failed.backward) & top(failed.forward), top(passed.backward) & top(passed.forward)
+
+
+@st.composite
+def two_impacts(draw):
+    n = draw(st.integers(1, 14))
+    column = st.lists(st.integers(0, 6).map(float), min_size=n, max_size=n)
+    return impact(draw(column), draw(column)), impact(draw(column), draw(column))
+
+
+@settings(max_examples=60, deadline=None)
+@given(two_impacts())
+def test_every_n_g_gives_the_paper_s_sets(impacts):
+    tabled = set_sizes(*impacts)
+    total = len(impacts[0].backward)
+    for n_g in range(1, total + 1):
+        failed, passed = naive(*impacts, n_g)
+        sizes = {"failed": len(failed), "passed": len(passed), "both": len(failed & passed)}
+        sizes |= {"localized": len(failed - passed)}
+        assert {name: int(size[n_g]) for name, size in tabled.items()} == sizes
+        if failed - passed:
+            found = localize(*impacts, n_g=n_g)
+            assert found.weights.tolist() == sorted(failed - passed)
+            assert found.sizes == sizes | {"total": total}
+        else:
+            with pytest.raises(EmptyLocalizationError):
+                localize(*impacts, n_g=n_g)
+
+
+@settings(max_examples=60, deadline=None)
+@given(two_impacts(), st.integers(1, 16))
+def test_n_g_is_the_smallest_of_those_nearest_to_the_request(impacts, n_weights):
+    sizes = {n_g: len(naive(*impacts, n_g)[0] - naive(*impacts, n_g)[1]) for n_g in range(1, len(impacts[0].backward))}
+    some = {n_g: size for n_g, size in sizes.items() if size}
+    if not some:
+        with pytest.raises(EmptyLocalizationError, match="no N_g leaves a weight"):
+            localize(*impacts, n_weights=n_weights)
+        return
+    best = min(some, key=lambda n_g: (abs(some[n_g] - n_weights), n_g))
+    found = localize(*impacts, n_weights=n_weights)
+    assert (found.n_g, len(found.weights), found.requested) == (best, some[best], n_weights)
+
+
+@settings(max_examples=30, deadline=None)
+@given(two_impacts(), st.floats(0.01, 100.0))
+def test_scale_of_an_impact_does_not_matter(impacts, scale):
+    failed, passed = impacts
+    scaled = Impact(failed.backward * scale, failed.forward, 5)
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(set_sizes(f, passed).values() for f in (failed, scaled)), strict=True)
+    )
+
+
+def test_empty_names_the_set_sizes_and_the_nearest_n_g():
+    with pytest.raises(EmptyLocalizationError) as caught:
+        localize(FAILED, PASSED, n_g=4)
+    assert str(caught.value) == (
+        "`localizer` leaves no weight at N_g = 4 of 4: |B_failed & F_failed| = 4, |B_passed & F_passed| = 4, "
+        "|intersection of the two| = 4, |W_localized| = 0.\n"
+        "HINT: the nearest N_g that leaves any is 3 (size 1); or give `n_weights`."
+    )
+
+
+def test_data_that_rank_alike_leave_nothing():
+    with pytest.raises(
+        EmptyLocalizationError, match=r"= 2, \|intersection of the two\| = 2, .*\n.*rank the weights alike"
+    ):
+        localize(FAILED, FAILED, n_weights=2)
+
+
+def test_default_is_within_the_paper_s_range():
+    generator = torch.Generator().manual_seed(0)
+    for total, reached in ((640, 64), (40_000, 309)):
+        failed, passed = (Impact(*torch.rand(2, total, generator=generator), 1) for _ in range(2))
+        found = localize(failed, passed)
+        assert found.requested == default_n_weights(total) == reached
+        assert abs(len(found.weights) - reached) <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"n_weights": -3}, "`n_weights=-3`"),
+        ({"n_weights": 0}, "`n_weights=0`"),
+        ({"n_weights": 2.5}, "`n_weights=2.5`"),
+        ({"n_weights": True}, "`n_weights=True`"),
+        ({"n_g": 0}, "`n_g=0`"),
+        ({"n_g": "all"}, "`n_g='all'`"),
+        ({"n_g": 3, "n_weights": 3}, "both given"),
+        ({"aggregation": "sum"}, "`aggregation='sum'`"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(arguments, found):
+    with pytest.raises(ConfigurationError, match=f"{found}.*\nHINT: "):
+        NeuRecoverLite(**arguments)
+
+
+def test_n_g_beyond_the_layer_is_refused():
+    with pytest.raises(ConfigurationError, match="`n_g=5` is more than the 4 weights"):
+        localize(FAILED, PASSED, n_g=5)
+
+
+def toy_recording(recorded):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    return recorded(model, torch.randn(40, 6), torch.arange(40) % 4, ["0", "2"], include_bias=True)
+
+
+@pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
+def test_localizer_measures_failed_and_passed(recorded, aggregation):
+    recording, failed = toy_recording(recorded), torch.arange(40) < 9
+    localizer: Localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
+    found = localizer(recording, Multiclass(), failed=failed, passed=~failed)
+    of_failed, of_passed = (measure(recording, Multiclass(), m, aggregation=aggregation) for m in (failed, ~failed))
+    expected = localize(of_failed, of_passed, n_weights=20)
+    assert torch.equal(found.weights, expected.weights)
+    assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)
+
+
+def test_everything_takes_all_weights(recorded):
+    recording, failed = toy_recording(recorded), torch.arange(40) < 9
+    localizer: Localizer = Everything(include_bias=True)
+    found = localizer(recording, Multiclass(), failed=failed, passed=~failed)
+    assert found.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
+    assert found.requested is None
+    assert found.sizes["localized"] == found.sizes["total"] == 180
