@@ -9,6 +9,7 @@ import difflib
 import math
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -206,29 +207,15 @@ def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
     """
     flips = Flips.between(before, after)
     counts, target = flips.counts(), flips.counts(before.targeted)
-    broken = before.ids(flips.broken)
-    where = ", ".join(f"{len(ids):,} in {split}" for split, ids in broken.items() if ids)
-    spread = f" ({where})" if where and len(broken) > 1 else ""
-    not_finite = int((~after.loss.isfinite()).sum())
-    warning = f" The loss of {_samples(not_finite)} is not finite; they count as wrong." if not_finite else ""
-    damage = f"{counts.broken:,} of {counts.passed:,} known samples that passed would break{spread}"
-    status: Literal["repaired", "refused", "not repaired"]
+    status: Literal["repaired", "refused", "not repaired"] = "repaired"
     if target.repaired == 0:
         status = "not repaired"
-        reason = f"None of {_targeted(target.n)} would pass, and {damage}."
     elif counts.broken > gate.allowed(counts):
         status = "refused"
-        reason = f"{damage}, and the gate allows {gate.rule}; {target.repaired:,} of {_targeted(target.n)} would pass."
-    else:
-        status = "repaired"
-        loss = "none" if counts.broken == 0 else f"{counts.broken:,}"
-        reason = (
-            f"{target.repaired:,} of {_targeted(target.n)} now pass, and {loss} of {counts.passed:,} known samples "
-            f"that passed broke{spread}; the gate allows {gate.rule}."
-        )
+    broken = before.ids(flips.broken)
     return Verdict(
         status=status,
-        reason=reason + warning,
+        reason=_reason(status, gate, counts, target, broken) + _warning(after),
         gate=str(gate),
         counts=counts,
         target=target,
@@ -237,12 +224,30 @@ def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
     )
 
 
-def _samples(n: int) -> str:
-    return f"{n:,} sample{'s' if n != 1 else ''}"
+def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, broken: Mapping[str, list[int]]) -> str:
+    if target.n == 0:
+        return "No failed sample was targeted, so no change of weights is called for."
+    happen, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
+    gain = f"{_count(target.repaired)} of {target.n:,} targeted failure{'s' if target.n != 1 else ''} {happen}"
+    split = ", ".join(f"{len(ids):,} in {name}" for name, ids in broken.items() if ids)
+    loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
+    loss += f" ({split})" if split else ""
+    if status == "refused":
+        sentences = f"{loss}; the gate allows {gate.rule}", f"{gain}"
+    elif status == "repaired":
+        sentences = gain, f"{loss}; the gate allows {gate.rule}"
+    else:
+        sentences = gain, loss
+    return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
 
 
-def _targeted(n: int) -> str:
-    return f"{n:,} targeted failure{'s' if n != 1 else ''}"
+def _warning(after: Evidence) -> str:
+    n = int((~after.loss.isfinite()).sum())
+    return f" The loss is not finite on {n:,} known sample{'s' if n != 1 else ''}; they count as wrong." if n else ""
+
+
+def _count(n: int) -> str:
+    return f"{n:,}" if n else "none"
 
 
 def _number(text: str, gate: str) -> int | float:

@@ -1,12 +1,15 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table."""
 
-from lightning_nrl.report.report import Hashes, LocalizationReport, RepairReport, SearchReport, Status, versions
+from lightning_nrl.report.page import Page
+from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
+from lightning_nrl.report.report import RepairReport, Status, installed_versions
 from lightning_nrl.report.split import Role, SplitReport, pool, split_report
 from lightning_nrl.report.weights import WeightChange, hash_tensors
 
 __all__ = [
     "Hashes",
     "LocalizationReport",
+    "Page",
     "RepairReport",
     "Role",
     "SearchReport",
@@ -14,7 +17,7 @@ __all__ = [
     "Status",
     "WeightChange",
     "hash_tensors",
+    "installed_versions",
     "pool",
     "split_report",
-    "versions",
 ]

@@ -4,97 +4,55 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
-from lightning_nrl.localization.localization import Localization
-from lightning_nrl.report.split import SplitReport, pool
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
+from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
+from lightning_nrl.report.serial import dumps, plain
+from lightning_nrl.report.split import Role, SplitReport, pool
 from lightning_nrl.report.weights import WeightChange
-from lightning_nrl.search.result import SearchResult
+from lightning_nrl.report.words import (
+    change_words,
+    hash_facts,
+    id_facts,
+    localization_words,
+    outcome_table,
+    rates_table,
+    search_words,
+    sentence,
+    setting_facts,
+    unchanged_table,
+)
 
-__all__ = ["Hashes", "LocalizationReport", "RepairReport", "SearchReport", "Status", "versions"]
+__all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
+TONES: dict[Status, Tone] = {"repaired": "good", "refused": "warn", "not repaired": "warn", "nothing to repair": "good"}
+PARTS = {"localization": LocalizationReport, "search": SearchReport, "change": WeightChange, "hashes": Hashes}
 
 
-@dataclass(frozen=True)
-class LocalizationReport:
-    """Which weights were searched.
-
-    Attributes:
-        requested: the number of weights that was asked for (#lw); None if `n_g` was given.
-        n_g: how many top weights each of the four sets had.
-        sizes: sizes of the sets on the way, as in `Localization.sizes`.
-    """
-
-    requested: int | None
-    n_g: int
-    sizes: Mapping[str, int]
-
-    @classmethod
-    def of(cls, localization: Localization) -> LocalizationReport:
-        """Everything but the positions of the weights."""
-        return cls(localization.requested, localization.n_g, dict(localization.sizes))
-
-
-@dataclass(frozen=True)
-class SearchReport:
-    """How the search went.
-
-    Attributes:
-        iterations: how many steps were made.
-        stopped: why the search ended, in words.
-        fitness: that of the best candidate.
-        original_fitness: that of the unchanged weights.
-        history: the curves of `SearchHistory` by name, one number an iteration.
-        n_failed: failed samples that every candidate was scored on, |I_neg|; None if that was not noted.
-        n_passed: passed samples that every candidate was scored on, |I_pos|; None if that was not noted.
-    """
-
-    iterations: int
-    stopped: str
-    fitness: float
-    original_fitness: float
-    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    n_failed: int | None = None
-    n_passed: int | None = None
-
-    @classmethod
-    def of(cls, result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
-        """Everything but the candidate itself."""
-        curves = {curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)}
-        return cls(
-            result.iterations, result.stopped, result.fitness, result.original_fitness, curves, n_failed, n_passed
-        )
-
-
-@dataclass(frozen=True)
-class Hashes:
-    """SHA-256 of weights, see `hash_tensors`.
-
-    Attributes:
-        layers_before: the repaired layers as training left them.
-        layers_after: the repaired layers as they are now; the same if the weights stay.
-        model_before: the whole state dict as training left it, if it was hashed.
-        model_after: the whole state dict as it is now, if it was hashed.
-    """
-
-    layers_before: str
-    layers_after: str
-    model_before: str | None = None
-    model_after: str | None = None
+def installed_versions() -> dict[str, str]:
+    """Versions of the software that a repair depends on, by name."""
+    found = {"python": python_version()}
+    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
 
 
 @dataclass(frozen=True)
 class RepairReport:
-    """The account of one repair.
+    """The account of one repair. `rich.print(report)` shows it as a table.
 
     Attributes:
-        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`; the weights changed in the first
-            case alone.
+        status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`; the first alone changes
+            weights.
         reason: why, in a sentence or two, with figures.
         layers: dotted names of the layers that were to be changed.
         target: which failures were to be repaired, in words.
@@ -110,7 +68,7 @@ class RepairReport:
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
         files: paths of what was written, by kind.
-        settings: the arguments of the repair by name, as plain values.
+        settings: the arguments of the repair by name; kept as plain values.
     """
 
     status: Status
@@ -127,93 +85,112 @@ class RepairReport:
     hashes: Hashes | None = None
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    versions: Mapping[str, str] = field(default_factory=installed_versions)
     files: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def pooled(self, role: Literal["known", "unseen"]) -> SplitReport | None:
+    def __post_init__(self) -> None:
+        for name in ("seconds", "files", "settings"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
+    def pooled(self, role: Role) -> SplitReport | None:
         """All splits of a role taken together; None if there is none."""
         chosen = [split for split in self.splits if split.role == role]
-        return pool(f"all {role}", chosen) if chosen else None
+        return pool("all", chosen) if chosen else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; a split also gets what follows from its counts."""
-        return _plain(self)
+        """Plain dicts, lists, text and numbers; a split also gets the numbers that follow from its counts."""
+        own = plain(self)
+        for name in ("splits", "candidate"):
+            for split, data in zip(getattr(self, name), own[name], strict=True):
+                data.update(split.numbers)
+        return own
 
     def to_json(self) -> str:
-        """Strict JSON: what is not finite is null."""
-        return json.dumps(_strict(self.to_dict()), indent=2, allow_nan=False) + "\n"
+        """Strict JSON: a number that is not finite is null."""
+        return dumps(self.to_dict()) + "\n"
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RepairReport:
-        """Reads what `to_dict` gives."""
-        own = {key: value for key, value in data.items() if key in {f.name for f in fields(cls)}}
+        """Reads what `to_dict` gives. What it does not know is left out, so that later versions can be read."""
+        own = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         own["layers"] = tuple(own["layers"])
         for name in ("splits", "candidate"):
             own[name] = tuple(_read(SplitReport, split) for split in own.get(name, ()))
-        parts = {
-            "localization": LocalizationReport,
-            "search": SearchReport,
-            "change": WeightChange,
-            "hashes": Hashes,
-        }
-        for name, part in parts.items():
-            own[name] = None if own.get(name) is None else _read(part, own[name])
+        for name, kind in PARTS.items():
+            own[name] = None if own.get(name) is None else _read(kind, own[name])
         return cls(**own)
 
     @classmethod
     def from_json(cls, text: str) -> RepairReport:
-        """Reads what `to_json` gives; a null where a number belongs becomes NaN."""
+        """Reads what `to_json` gives; a null in place of a number is NaN."""
         return cls.from_dict(json.loads(text))
 
+    def to_markdown(self) -> str:
+        """What a reviewer reads: the verdict, a table of the splits, then everything else."""
+        return Page((*self._verdict(), *self._tables(), *self._details())).markdown()
 
-def versions() -> dict[str, str]:
-    """Versions of the software that repairs depend on."""
-    found = {"python": python_version()}
-    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    def to_table(self) -> Page:
+        """The verdict, a table of the splits and the facts that one needs next, for rich's `print`."""
+        return Page((*self._verdict(), *self._tables(), Facts(self._facts())))
+
+    def render(self, width: int = 80) -> str:
+        """The same as `to_table` as plain ASCII text, for where rich is not installed."""
+        return self.to_table().plain(width)
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        """The table of `to_table`."""
+        yield self.to_table()
+
+    def _verdict(self) -> tuple[Block, ...]:
+        changed = "" if self.status == "repaired" else " The model's weights are unchanged."
+        return Heading(self.status.capitalize(), 1, TONES[self.status]), Text(sentence(self.reason) + changed)
+
+    def _tables(self) -> tuple[Block, ...]:
+        if self.status == "repaired":
+            return (outcome_table(self.splits),)
+        unchanged = unchanged_table(self.splits)
+        if not self.candidate:
+            return (unchanged,)
+        refused = Heading("What the refused weights would have done"), outcome_table(self.candidate)
+        return (*refused, Heading("The model as it is"), unchanged)
+
+    def _facts(self) -> tuple[tuple[str, str], ...]:
+        facts = [("target", self.target), ("layer", ", ".join(self.layers)), ("gate", self.gate)]
+        if self.localization is not None:
+            facts.append(("weights searched", localization_words(self.localization)))
+        if self.search is not None:
+            facts.append(("search", search_words(self.search, self.seconds.get("search"))))
+        if self.change is not None:
+            facts.append(
+                ("weights changed" if self.status == "repaired" else "would change", change_words(self.change))
+            )
+        return (*facts, *self.files.items())
+
+    def _details(self) -> tuple[Block, ...]:
+        shown = self.candidate or self.splits
+        run = [("task", self.task), ("seed", str(self.seed))]
+        run += [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in self.seconds.items()]
+        run += self.versions.items()
+        blocks: list[Block] = [Heading("What was done"), Facts(self._facts())]
+        if self.status == "repaired" or self.candidate:
+            blocks += [Heading("Samples, by position in their data set"), Facts(id_facts(shown, "report.json"))]
+            blocks += [Heading("Rates"), rates_table(shown)]
+        if self.hashes is not None:
+            blocks += [Heading("Weights"), Facts(hash_facts(self.hashes))]
+        blocks += [Heading("Run"), Facts(tuple(run))]
+        if self.settings:
+            blocks += [Heading("Settings"), Facts(setting_facts(self.settings))]
+        return tuple(blocks)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, SplitReport):
-        own = {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-        return (
-            own
-            | {"n": value.n, "accuracy_before": value.accuracy_before, "accuracy_after": value.accuracy_after}
-            | {"rates": value.rates}
-        )
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(kind: type, data: Mapping[str, Any]) -> Any:
-    own = {}
+def _read(kind: type[Any], data: Mapping[str, Any]) -> Any:
+    own = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for f in fields(kind):
-        if f.name not in data:
-            continue
-        value = data[f.name]
-        if value is None and f.type == "float":
-            value = math.nan
-        elif isinstance(value, list):
-            value = tuple(value)
-        own[f.name] = value
+        if f.type == "float" and own.get(f.name, 0.0) is None:
+            own[f.name] = math.nan
+        elif str(f.type).startswith("tuple"):
+            own[f.name] = tuple(own.get(f.name, ()))
+    if "history" in own:
+        own["history"] = {name: [math.nan if x is None else x for x in curve] for name, curve in own["history"].items()}
     return kind(**own)

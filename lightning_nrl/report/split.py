@@ -83,8 +83,7 @@ class SplitReport:
     def numbers(self) -> dict[str, float]:
         """Every number of the split by name, as loggers take them: counts, accuracies, rates."""
         counts = ("n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
-        named = {name: float(getattr(self, name)) for name in (*counts, "accuracy_before", "accuracy_after")}
-        return named | self.rates
+        return {name: getattr(self, name) for name in (*counts, "accuracy_before", "accuracy_after")} | self.rates
 
 
 def split_report(split: str, role: Role, before: Evidence, after: Evidence | None = None) -> SplitReport:

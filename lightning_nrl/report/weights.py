@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +46,19 @@ class WeightChange:
         )
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, the same on every device and in every order of the names.
 
     Args:
-        tensors: such as a state dict; strides do not matter, only values in C order.
+        tensors: such as a state dict; what is no tensor in it is left out. Strides do not matter.
 
     Returns:
         64 hexadecimal digits.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        if not isinstance(tensors[name], Tensor):
+            continue
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,211 @@
+"""A page of headings, text, tables and facts, written once and shown as Markdown, as plain text or by rich."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Table", "Text"]
+
+Tone = Literal["", "good", "warn", "gain", "harm"]
+STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
+GAP = 2
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A line that stands out; level 1 is the page's own."""
+
+    text: str
+    level: int = 2
+    tone: Tone = ""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Attributes:
+        label: what the numbers are.
+        cells: one a column.
+        tone: `gain` if large is good; `harm` if all but 0 is bad.
+        ends_group: whether a space follows.
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    tone: Tone = ""
+    ends_group: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Labelled rows of right-aligned cells. Where it is too wide, it is continued below, a few columns at a time.
+
+    Attributes:
+        columns: for each column its name and what kind it is.
+        rows: the lines.
+    """
+
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[Row, ...]
+
+    def within(self, width: int) -> Iterator[Table]:
+        """This table in pieces of some columns each, none wider than `width` characters unless one column is."""
+        label, widths = self.widths()
+        start = 0
+        while start < len(widths):
+            stop, used = start + 1, label + GAP + widths[start]
+            while stop < len(widths) and used + GAP + widths[stop] <= width:
+                used += GAP + widths[stop]
+                stop += 1
+            rows = tuple(Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows)
+            yield Table(self.columns[start:stop], rows)
+            start = stop
+
+    def widths(self) -> tuple[int, list[int]]:
+        """Characters that the labels and each column need."""
+        cells = zip(*(row.cells for row in self.rows), strict=True)
+        columns = [max(map(len, (*head, *column))) for head, column in zip(self.columns, cells, strict=True)]
+        return max(len(row.label) for row in self.rows), columns
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Short statements, each under its name."""
+
+    items: tuple[tuple[str, str], ...]
+
+
+Block = Heading | Text | Table | Facts
+
+
+@dataclass(frozen=True)
+class Page:
+    """Blocks from top to bottom."""
+
+    blocks: tuple[Block, ...]
+
+    def markdown(self) -> str:
+        """GitHub's Markdown, which TensorBoard's text tab shows too."""
+        return "\n\n".join(_markdown(block) for block in self.blocks) + "\n"
+
+    def plain(self, width: int = 80) -> str:
+        """ASCII, no line longer than `width` save for words that are, such as paths."""
+        return "\n\n".join(_plain(block, width) for block in self.blocks) + "\n"
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        """What `rich.print` shows, fitted to the console's width."""
+        for i, block in enumerate(self.blocks):
+            if i:
+                yield ""
+            yield from _rich(block, options.max_width)
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {_escaped(block.text)}"
+    if isinstance(block, Text):
+        return _escaped(block.text)
+    if isinstance(block, Facts):
+        return "\n".join(f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items)
+    heads = [_escaped(f"{name} ({kind})" if kind else name) for name, kind in block.columns]
+    lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+    for row in block.rows:
+        mark = "**" if row.tone else ""
+        lines.append([f"{mark}{_escaped(cell)}{mark}" for cell in (row.label, *row.cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\|*<`":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+def _plain(block: Block, width: int) -> str:
+    if isinstance(block, Heading):
+        return block.text.upper() if block.level == 1 else f"{block.text}\n{'-' * len(block.text)}"
+    if isinstance(block, Text):
+        return _wrapped(block.text, width)
+    if isinstance(block, Facts):
+        names = max(len(name) for name, _ in block.items) + GAP
+        return "\n".join(_wrapped(value, width, name.ljust(names)) for name, value in block.items)
+    return "\n\n".join(_plain_table(piece) for piece in block.within(width))
+
+
+def _plain_table(table: Table) -> str:
+    label, widths = table.widths()
+
+    def line(first: str, cells: Sequence[str]) -> str:
+        padded = (" " * GAP + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return (first.ljust(label) + "".join(padded)).rstrip()
+
+    lines = [line("", [name for name, _ in table.columns]), line("", [kind for _, kind in table.columns])]
+    lines.append("-" * (label + sum(width + GAP for width in widths)))
+    for row in table.rows:
+        lines.append(line(row.label, row.cells))
+        if row.ends_group:
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _wrapped(text: str, width: int, name: str = "") -> str:
+    # Words are never broken, so that a path can be copied.
+    return textwrap.fill(
+        text,
+        max(width, len(name) + 1),
+        initial_indent=name,
+        subsequent_indent=" " * len(name),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _rich(block: Block, width: int) -> Iterator[Any]:
+    from rich.padding import Padding
+    from rich.table import Table as Grid
+    from rich.text import Text as Line
+
+    if isinstance(block, Heading):
+        style = f"bold {STYLES[block.tone]}".strip()
+        yield Line(block.text.upper() if block.level == 1 else block.text, style=style)
+    elif isinstance(block, Text):
+        yield Line(block.text)
+    elif isinstance(block, Facts):
+        grid = Grid.grid(padding=(0, GAP, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, value in block.items:
+            grid.add_row(Line(name), Line(value))
+        yield grid
+    else:
+        for i, piece in enumerate(block.within(width)):
+            yield Padding(_rich_table(piece), (1 if i else 0, 0, 0, 0))
+
+
+def _rich_table(table: Table) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as Grid
+    from rich.text import Text as Line
+
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True, pad_edge=False)
+    grid.add_column("", no_wrap=True)
+    for name, kind in table.columns:
+        grid.add_column(Line.assemble((name, "bold"), "\n", (kind, "not bold dim")), justify="right", no_wrap=True)
+    for row in table.rows:
+        harmless = STYLES["good"] if row.tone == "harm" else STYLES[row.tone]
+        cells = [Line(cell, style=harmless if cell == "0" else STYLES[row.tone]) for cell in row.cells]
+        grid.add_row(Line(row.label, style="bold" if row.tone else ""), *cells)
+        if row.ends_group:
+            grid.add_row("")
+    return grid

@@ -1,0 +1,73 @@
+"""How a repair went, stage by stage, without the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from lightning_nrl.localization.localization import Localization
+from lightning_nrl.search.result import SearchResult
+
+__all__ = ["Hashes", "LocalizationReport", "SearchReport"]
+
+
+@dataclass(frozen=True)
+class LocalizationReport:
+    """Which weights were searched.
+
+    Attributes:
+        requested: the number of weights that was asked for (#lw); None if `n_g` was given.
+        n_g: how many top weights each of the four sets had.
+        sizes: sizes of the sets on the way, as in `Localization.sizes`.
+    """
+
+    requested: int | None
+    n_g: int
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, localization: Localization) -> LocalizationReport:
+        """Everything but the positions of the weights."""
+        return cls(localization.requested, localization.n_g, dict(localization.sizes))
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """How the search went.
+
+    Attributes:
+        iterations: how many steps were made.
+        stopped: why the search ended, in words.
+        fitness: that of the best candidate.
+        original_fitness: that of the unchanged weights.
+        history: the curves of `SearchHistory` by name, one number an iteration.
+    """
+
+    iterations: int
+    stopped: str
+    fitness: float
+    original_fitness: float
+    history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, result: SearchResult) -> SearchReport:
+        """Everything but the candidate itself."""
+        curves = {curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)}
+        return cls(result.iterations, result.stopped, float(result.fitness), float(result.original_fitness), curves)
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """SHA-256 of weights, see `hash_tensors`.
+
+    Attributes:
+        layers_before: the repaired layers as training left them.
+        layers_after: the repaired layers as they are now; the same if the weights stay.
+        model_before: the whole state dict as training left it, if it was hashed.
+        model_after: the whole state dict as it is now, if it was hashed.
+    """
+
+    layers_before: str
+    layers_after: str
+    model_before: str | None = None
+    model_after: str | None = None
