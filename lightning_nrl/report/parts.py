@@ -41,6 +41,8 @@ class SearchReport:
         fitness: that of the best candidate.
         original_fitness: that of the unchanged weights.
         history: the curves of `SearchHistory` by name, one number an iteration.
+        n_failed: failed samples that every candidate was scored on, |I_neg|; None if that was not noted.
+        n_passed: passed samples that every candidate was scored on, |I_pos|; None if that was not noted.
     """
 
     iterations: int
@@ -48,12 +50,21 @@ class SearchReport:
     fitness: float
     original_fitness: float
     history: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    n_failed: int | None = None
+    n_passed: int | None = None
 
     @classmethod
-    def of(cls, result: SearchResult) -> SearchReport:
+    def of(cls, result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
         """Everything but the candidate itself."""
-        curves = {curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)}
-        return cls(result.iterations, result.stopped, float(result.fitness), float(result.original_fitness), curves)
+        return cls(
+            iterations=result.iterations,
+            stopped=result.stopped,
+            fitness=float(result.fitness),
+            original_fitness=float(result.original_fitness),
+            history={curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)},
+            n_failed=n_failed,
+            n_passed=n_passed,
+        )
 
 
 @dataclass(frozen=True)
