@@ -44,6 +44,7 @@ class Account:
         seconds: wall time by stage, still growing.
         localization: which weights are searched, once that is known.
         result: what the search found, once it is over.
+        n_passed: passed samples that it scored candidates on, |I_pos|.
     """
 
     model: nn.Module
@@ -55,10 +56,11 @@ class Account:
     seconds: Mapping[str, float]
     localization: Localization | None = None
     result: SearchResult | None = None
+    n_passed: int | None = None
 
-    def searched(self, localization: Localization, result: SearchResult) -> Account:
-        """The account after the search."""
-        return replace(self, localization=localization, result=result)
+    def searched(self, localization: Localization, result: SearchResult, n_passed: int) -> Account:
+        """The account after the search, which scored candidates on this many passed samples (|I_pos|)."""
+        return replace(self, localization=localization, result=result, n_passed=n_passed)
 
     def closed(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
@@ -105,7 +107,9 @@ class Account:
             task=type(self.task).__name__,
             splits=splits,
             localization=None if self.localization is None else LocalizationReport.of(self.localization),
-            search=None if self.result is None else SearchReport.of(self.result),
+            search=None
+            if self.result is None
+            else SearchReport.of(self.result, int(self.known.targeted.sum()), self.n_passed),
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=plain(self.settings),

@@ -243,7 +243,9 @@ class RegressionFreeRepair(Callback):
         if folder is not None:
             report = write_report(report, folder, trainer)
         if trainer.is_global_zero:
-            track(report, trainer.loggers, step=trainer.global_step, change=outcome.change)
+            # A second repair in one log gets tags of its own, as it gets a folder of its own.
+            name = folder.name if folder is not None and self.dirpath is None else "repair"
+            track(report, trainer.loggers, step=trainer.global_step, change=outcome.change, name=name)
             if self.verbose:
                 show(report)
         trainer.callback_metrics.update(headline(report))

@@ -116,7 +116,7 @@ def repair_module(
             return _given_up(account, str(error))
     with clock.stage("search"):
         result = _search(recording, localization, before.targeted, passed, task, settings, collective, clock)
-    account = account.searched(localization, result)
+    account = account.searched(localization, result, int(passed.sum()))
     values = _agreed(result.values, collective)
     old = space.flat()[localization.weights.to(space.device)]
     if torch.equal(values.to(old.dtype), old):

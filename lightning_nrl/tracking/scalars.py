@@ -1,6 +1,7 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value, one dict a step.
 
-Numbers that are not finite are left out, since several loggers refuse or misdraw them.
+Every tag begins with the `name` of the repair. Numbers that are not finite are left out, since several loggers refuse
+or misdraw them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CURVES = {
 """Tags by the names of `SearchHistory`. Its `intact` is logged as `broken`, the number that ought to be 0."""
 
 
-def search_curves(report: RepairReport) -> list[Scalars]:
+def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
     """The course of the search, one dict an iteration from 0, the starting swarm; empty if there was no search.
 
     `repair/search/repaired` and `repair/search/broken` count samples under the best candidate so far.
@@ -38,12 +39,12 @@ def search_curves(report: RepairReport) -> list[Scalars]:
         curves["broken"] = [search.n_passed - intact for intact in search.history["intact"]]
     length = max((len(curve) for curve in curves.values()), default=0)
     return [
-        _finite({f"repair/search/{tag}": curve[i] for tag, curve in curves.items() if i < len(curve)})
+        _finite({f"{name}/search/{tag}": curve[i] for tag, curve in curves.items() if i < len(curve)})
         for i in range(length)
     ]
 
 
-def before_after(report: RepairReport) -> tuple[Scalars, Scalars]:
+def before_after(report: RepairReport, name: str = "repair") -> tuple[Scalars, Scalars]:
     """The state of every split before and after the repair, the same tags twice, to be drawn as a line of two points.
 
     `repair/<split>/accuracy`, and counts of samples: `wrong_in_target`, `repaired` and `broken`, the latter two from 0.
@@ -52,12 +53,12 @@ def before_after(report: RepairReport) -> tuple[Scalars, Scalars]:
     after: Scalars = {}
     for split in report.splits:
         for tag, (old, new) in _states(split).items():
-            before[f"repair/{split.split}/{tag}"] = old
-            after[f"repair/{split.split}/{tag}"] = new
+            before[f"{name}/{split.split}/{tag}"] = old
+            after[f"{name}/{split.split}/{tag}"] = new
     return _finite(before), _finite(after)
 
 
-def verdict(report: RepairReport) -> Scalars:
+def verdict(report: RepairReport, name: str = "repair") -> Scalars:
     """The outcome in few numbers, `repair/verdict/...`.
 
     `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together: `..._target_repaired`
@@ -78,7 +79,7 @@ def verdict(report: RepairReport) -> Scalars:
     if report.search is not None:
         out["iterations"] = float(report.search.iterations)
     out["seconds"] = float(sum(report.seconds.values()))
-    return _finite({f"repair/verdict/{tag}": value for tag, value in out.items()})
+    return _finite({f"{name}/verdict/{tag}": value for tag, value in out.items()})
 
 
 def _states(split: SplitReport) -> dict[str, tuple[float, float]]:

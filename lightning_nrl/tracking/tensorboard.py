@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,46 +16,50 @@ from lightning_nrl.tracking.scalars import before_after, search_curves, verdict
 
 __all__ = ["hparams", "layout", "write_extras"]
 
-RUN_NAME = "repair"
-"""The sub-run of the hyperparameters: only the first that are written to a run are read, and training has its own."""
 
-
-def write_extras(report: RepairReport, writer: SummaryWriter, *, step: int, change: Tensor | None) -> None:
+def write_extras(
+    report: RepairReport, writer: SummaryWriter, *, step: int, change: Tensor | None, name: str = "repair"
+) -> None:
     """Writes what only TensorBoard shows.
+
+    Layout and hyperparameters go to a sub-run: TensorBoard reads but one of each from a run, and training may have its
+    own. Layouts of several runs are shown together.
 
     Args:
         report: the account of the repair.
         writer: of the run in which the scalars are.
         step: the global step of training.
         change: the change of every searched weight; None if there was no candidate.
+        name: the first part of every tag, and the name of the sub-run.
     """
-    writer.add_text("repair/report", report.to_markdown(), step)
-    writer.add_custom_scalars(layout(report))
+    writer.add_text(f"{name}/report", report.to_markdown(), step)
     if change is not None and change.numel():
-        writer.add_histogram("repair/weight_change", change.detach().float().cpu(), step)
-    writer.add_hparams(hparams(report), verdict(report), run_name=RUN_NAME, global_step=step)
+        writer.add_histogram(f"{name}/weight_change", change.detach().float().cpu(), step)
+    with SummaryWriter(os.path.join(writer.log_dir, name)) as sub_run:
+        sub_run.add_custom_scalars(layout(report, name))
+    writer.add_hparams(hparams(report), verdict(report, name), run_name=name, global_step=step)
 
 
-def layout(report: RepairReport) -> dict[str, dict[str, list[Any]]]:
+def layout(report: RepairReport, name: str = "repair") -> dict[str, dict[str, list[Any]]]:
     """Charts of the Custom Scalars tab, in the order in which a reviewer asks; only of tags that the report gives."""
-    tags = {tag for scalars in (*search_curves(report), *before_after(report)) for tag in scalars}
+    tags = {tag for scalars in (*search_curves(report, name), *before_after(report, name)) for tag in scalars}
     splits = [split.split for split in report.splits]
     outcome = {
-        "Accuracy of each split: 0 before, 1 after": [f"repair/{split}/accuracy" for split in splits],
-        "Broken samples of each split: should stay at 0": [f"repair/{split}/broken" for split in splits],
-        "Targeted samples still wrong: should fall": [f"repair/{split}/wrong_in_target" for split in splits],
+        "Accuracy of each split: 0 before, 1 after": [f"{name}/{split}/accuracy" for split in splits],
+        "Broken samples of each split: should stay at 0": [f"{name}/{split}/broken" for split in splits],
+        "Targeted samples still wrong: should fall": [f"{name}/{split}/wrong_in_target" for split in splits],
     }
     search = {
-        "Best candidate: repaired and broken samples": ["repair/search/repaired", "repair/search/broken"],
-        "Fitness: best and mean of the swarm": ["repair/search/best_fitness", "repair/search/mean_fitness"],
-        "Best candidate: mean loss on failed and passed": ["repair/search/loss_failed", "repair/search/loss_passed"],
-        "Diversity of the swarm": ["repair/search/diversity"],
+        "Best candidate: repaired and broken samples": [f"{name}/search/repaired", f"{name}/search/broken"],
+        "Fitness: best and mean of the swarm": [f"{name}/search/best_fitness", f"{name}/search/mean_fitness"],
+        "Best candidate: mean loss on failed and passed": [f"{name}/search/loss_failed", f"{name}/search/loss_passed"],
+        "Diversity of the swarm": [f"{name}/search/diversity"],
     }
     return {
         title: charts
         for title, charts in (
-            ("1 Outcome of the repair", _charts(outcome, tags)),
-            ("2 Course of the search", _charts(search, tags)),
+            (f"{name}: outcome", _charts(outcome, tags)),
+            (f"{name}: search", _charts(search, tags)),
         )
         if charts
     }

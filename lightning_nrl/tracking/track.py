@@ -17,7 +17,14 @@ __all__ = ["track"]
 
 
 @rank_zero_only
-def track(report: RepairReport, loggers: Sequence[Logger], *, step: int, change: Tensor | None = None) -> None:
+def track(
+    report: RepairReport,
+    loggers: Sequence[Logger],
+    *,
+    step: int,
+    change: Tensor | None = None,
+    name: str = "repair",
+) -> None:
     """Writes a repair to every logger, on rank zero.
 
     The search goes over its iterations, the state of every split over 0 (before) and 1 (after), the verdict to the step
@@ -29,10 +36,11 @@ def track(report: RepairReport, loggers: Sequence[Logger], *, step: int, change:
         loggers: any number of any kind. One that raises is warned of and left, the others go on.
         step: the global step of training.
         change: the change of every searched weight, for a histogram; None if there was no candidate.
+        name: the first part of every tag; a second repair in the same log needs another one.
     """
     for logger in loggers:
         try:
-            _write(report, logger, step, change)
+            _write(report, logger, step, change, name)
         except Exception as error:
             rank_zero_warn(
                 f"The repair was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
@@ -40,14 +48,14 @@ def track(report: RepairReport, loggers: Sequence[Logger], *, step: int, change:
             )
 
 
-def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None) -> None:
-    for iteration, scalars in enumerate(search_curves(report)):
+def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None, name: str) -> None:
+    for iteration, scalars in enumerate(search_curves(report, name)):
         logger.log_metrics(scalars, step=iteration)
-    for state, scalars in enumerate(before_after(report)):
+    for state, scalars in enumerate(before_after(report, name)):
         logger.log_metrics(scalars, step=state)
-    logger.log_metrics(verdict(report), step=step)
+    logger.log_metrics(verdict(report, name), step=step)
     writer = getattr(logger, "experiment", None)
     if isinstance(writer, SummaryWriter):
-        write_extras(report, writer, step=step, change=change)
+        write_extras(report, writer, step=step, change=change, name=name)
     # Now, as the process may end before loggers are finalised.
     logger.save()

@@ -95,10 +95,14 @@ def test_tensorboard_reads_back_the_change_of_the_weights(events: EventAccumulat
     assert (event.histogram_value.num, event.histogram_value.min, event.histogram_value.max) == (4, -0.25, 0.75)
 
 
-def test_tensorboard_overlays_curves_that_exist(events: EventAccumulator) -> None:
-    (event,) = events.Tensors("custom_scalars__config__")
-    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in layout.category] == ["1 Outcome of the repair", "2 Course of the search"]
+def read_layout(folder: Path) -> layout_pb2.Layout:
+    (event,) = read(folder).Tensors("custom_scalars__config__")
+    return layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+
+
+def test_tensorboard_overlays_curves_that_exist(events: EventAccumulator, tmp_path: Path) -> None:
+    layout = read_layout(tmp_path / "run" / "repair")
+    assert [category.title for category in layout.category] == ["repair: outcome", "repair: search"]
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts["Fitness: best and mean of the swarm"] == [
         "^repair/search/best_fitness$",
@@ -134,6 +138,28 @@ def test_training_and_repair_share_one_event_file(tmp_path: Path, accepted: Repa
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
 
 
+def test_a_second_repair_in_one_log_is_told_apart(
+    tmp_path: Path, accepted: RepairReport, refused: RepairReport
+) -> None:
+    logger = board(tmp_path)
+    track(accepted, [logger], step=5, change=CHANGE)
+    track(refused, [logger], step=6, name="repair-1")
+    events = read(tmp_path / "run")
+    assert [event.value for event in events.Scalars("repair/verdict/accepted")] == [1.0]
+    assert [event.value for event in events.Scalars("repair-1/verdict/accepted")] == [0.0]
+    assert [category.title for category in read_layout(tmp_path / "run" / "repair-1").category] == ["repair-1: outcome"]
+
+
+def test_layout_and_hyperparameters_of_training_are_left_alone(tmp_path: Path, accepted: RepairReport) -> None:
+    logger = board(tmp_path)
+    logger.log_hyperparams({"lr": 0.5})
+    logger.experiment.add_custom_scalars({"mine": {"chart": ["Multiline", ["loss"]]}})
+    track(accepted, [logger], step=5, change=CHANGE)
+    assert [category.title for category in read_layout(tmp_path / "run").category] == ["mine"]
+    content = read(tmp_path / "run").SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert list(plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams) == ["lr"]
+
+
 @pytest.mark.parametrize("change", [None, torch.zeros(0)])
 def test_without_a_change_there_is_no_histogram(
     tmp_path: Path, refused: RepairReport, change: torch.Tensor | None
@@ -153,10 +179,7 @@ def test_a_report_without_a_search_is_tracked(tmp_path: Path, nothing: RepairRep
     events = read(tmp_path / "run")
     assert events.Scalars("repair/verdict/accepted")[0].value == 0.0
     assert "repair/report/text_summary" in events.Tags()["tensors"]
-    (event,) = events.Tensors("custom_scalars__config__")
-    assert [c.title for c in layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category] == [
-        "1 Outcome of the repair"
-    ]
+    assert [category.title for category in read_layout(tmp_path / "run" / "repair").category] == ["repair: outcome"]
 
 
 def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
