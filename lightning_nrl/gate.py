@@ -232,10 +232,12 @@ def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, bro
     split = ", ".join(f"{len(ids):,} in {name}" for name, ids in broken.items() if ids)
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
+    allowed = f"{gate.allowed(counts):,}"
+    limit = f"the gate allows {gate.rule}" + ("" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}")
     if status == "refused":
-        sentences = f"{loss}; the gate allows {gate.rule}", f"{gain}"
+        sentences = f"{loss}; {limit}", gain
     elif status == "repaired":
-        sentences = gain, f"{loss}; the gate allows {gate.rule}"
+        sentences = gain, f"{loss}; {limit}"
     else:
         sentences = gain, loss
     return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
