@@ -130,16 +130,16 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
 
 
 def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    names = [layer] if isinstance(layer, str) else list(layer)
-    if not names:
+    names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
     if names != ["auto"] or "auto" in modules:
         return names
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ConfigurationError(
-            explain("`layer='auto'` found no Linear layer.", f"name one with `layer=`: {_suggest('', modules)}.")
-        )
+        others = _suggest("", modules)
+        hint = f"name one with `layer=`: {others}." if others else "only Linear and Conv1d/2d/3d can be repaired."
+        raise ConfigurationError(explain("`layer='auto'` found no Linear layer.", hint))
     return linear[-1:]
 
 

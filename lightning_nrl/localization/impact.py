@@ -17,9 +17,10 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, EvidenceError, ReplayError, explain
 from lightning_nrl.localization.layers import (
     absolute_input,
+    bias_gradient,
     bias_gradients,
-    by_sample,
     positions,
+    rows,
     weight_gradient,
     weight_gradients,
 )
@@ -35,21 +36,20 @@ Aggregation = Literal["mean_gradient", "per_sample"]
 PIECE = 2**24
 """Most gradient entries (samples x weights) that are held at once when each sample has its own."""
 
-
-CHUNK = 256
-"""Most samples whose gradients are computed at once, as in a training step."""
+CHUNK = 64
+"""Most samples that run forward and backward at once, as few as in a small training step."""
 
 
 class Replay(Protocol):
     """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
 
-    def chunks(self, size: int | None = None) -> Iterable[Any]:
-        """This rank's data, at most `size` samples each, with `rows` (`n` int64, rows of the evidence) and `target`."""
-        ...
-
     @property
     def space(self) -> WeightSpace:
         """The layers to be repaired."""
+        ...
+
+    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
+        """This rank's samples that `keep` marks by row of the evidence, at most `size` at once: `rows` and `target`."""
         ...
 
     def replay(self, chunk: Any, edit: Callable[[Site, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
@@ -97,16 +97,18 @@ def measure(
     Raises:
         ConfigurationError: an unknown aggregation.
         EvidenceError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called, or the first dimension of its input is not that of the samples.
+        ReplayError: a layer is never called or its output detached; for `per_sample`, samples that are not the first
+            dimension of its input.
     """
     check_aggregation(aggregation)
     space = recording.space
     sums = _Sums.zeros(space)
+    unchecked = aggregation == "per_sample"
     with _deterministic():
-        for chunk in recording.chunks(CHUNK):
-            marked = rows_mask[chunk.rows.to(rows_mask.device)].nonzero().squeeze(1)
-            if len(marked):
-                _add(sums, recording, chunk, task, marked.to(space.device), aggregation)
+        for chunk in recording.chunks(CHUNK, rows_mask):
+            check = unchecked and len(chunk.rows) > 1
+            unchecked = unchecked and not check
+            _add(sums, recording, chunk, task, aggregation, check)
     return _mean(space, _Sums.of(space, (collective or Collective()).sum(sums.flat)))
 
 
@@ -117,7 +119,7 @@ class _Sums(NamedTuple):
     gradient: Tensor  # W, of gradients or of their absolute values
     input: Tensor  # W, of the absolute value that each weight is multiplied with
     positions: Tensor  # one a site: how many such values there were
-    strayed: Tensor  # one a site: in how many chunks unmarked samples got a gradient
+    strayed: Tensor  # one a site: above 0 if its rows are not sample by sample
     samples: Tensor  # 1
 
     @classmethod
@@ -133,45 +135,50 @@ class _Sums(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of a layer: its input and its output's loss gradient, `m x p x ...` in at least float32."""
+    """One call of a layer: its input and its output's loss gradient, `r x ...` in at least float32."""
 
     input: Tensor
     gradient: Tensor
 
 
-def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, marked: Tensor, aggregation: Aggregation) -> None:
-    """Adds the marked samples of one chunk to the sums."""
-    calls, strayed = _trace(recording, chunk, task, marked)
-    sums.samples.add_(len(marked))
+def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, aggregation: Aggregation, check: bool) -> None:
+    """Adds the samples of one chunk to the sums."""
+    n = len(chunk.rows)
+    calls, strayed = _trace(recording, chunk, task, check)
+    sums.samples.add_(n)
     sums.strayed.add_(strayed)
-    with _no_autocast(marked.device):
+    with _no_autocast(sums.flat.device):
         for i, site in enumerate(recording.space.sites):
             here = slice(site.offset, site.offset + site.size)
-            sums.gradient[here] += _gradient_sum(site, calls[i], aggregation)
-            for call in calls[i]:
-                count = positions(site.module, call.gradient)
-                one = call.input.new_full(site.weight_shape[:1], count)
-                sums.input[here] += _flat(site, absolute_input(site.module, call.input), one)
+            for x, g in calls[i]:
+                count = positions(site.module, g)
+                sums.input[here] += _flat(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
                 sums.positions[i] += count
+            if aggregation == "mean_gradient":
+                for x, g in calls[i]:
+                    sums.gradient[here] += _flat(site, weight_gradient(site.module, x, g), bias_gradient(g))
+            elif all(len(x) % n == len(g) % n == 0 for x, g in calls[i]):
+                sums.gradient[here] += _absolute_gradients(site, calls[i], n)
+            else:
+                sums.strayed[i] += 1
 
 
-def _trace(recording: Replay, chunk: Any, task: Task, marked: Tensor) -> tuple[list[list[_Call]], Tensor]:
-    """Calls of each site on the marked samples of a chunk, and at which sites unmarked samples got a gradient too."""
-    n, sites = len(chunk.rows), recording.space.sites
+def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list[list[_Call]], Tensor]:
+    """Calls of each site, and if `check`, at which sites the rows of a sample are not those where its gradient is."""
+    sites = recording.space.sites
     seen: list[tuple[int, Tensor, Tensor]] = []
 
     def add_zero(site: Site, x: Tensor, output: Tensor) -> Tensor:
-        if len(x) % n or len(output) % n:
-            raise _not_by_sample(site, f"its input is {list(x.shape)} for {n} samples")
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may go on to change its own tensors in place.
-        mine = by_sample(site.module, x.detach(), n).index_select(0, marked)
-        seen.append((sites.index(site), mine, zero))
+        seen.append((sites.index(site), x.detach().clone(), zero))
         return output + zero
 
     with torch.enable_grad():
-        loss = task.loss(recording.replay(chunk, add_zero), chunk.target)[marked].sum()
-    if seen and not loss.requires_grad:
+        logits = recording.replay(chunk, add_zero)
+        with _no_autocast(logits.device):
+            losses = task.loss(logits, chunk.target)
+    if seen and not losses.requires_grad:
         names = [sites[i].name for i, _, _ in seen]
         raise ReplayError(
             explain(
@@ -180,30 +187,38 @@ def _trace(recording: Replay, chunk: Any, task: Task, marked: Tensor) -> tuple[l
             )
         )
     zeros = [zero for _, _, zero in seen]
-    gradients = torch.autograd.grad(loss, zeros, materialize_grads=True) if seen else ()
     calls: list[list[_Call]] = [[] for _ in sites]
-    strayed = torch.zeros(len(sites), dtype=torch.bool, device=marked.device)
-    for (i, x, _), gradient in zip(seen, gradients, strict=True):
-        gradient = by_sample(sites[i].module, gradient, n)
-        strayed[i] |= (gradient.index_fill(0, marked, 0).abs() > 0).any()
-        calls[i].append(_Call(at_least_float32(x), at_least_float32(gradient.index_select(0, marked))))
+    strayed = torch.zeros(len(sites), dtype=torch.bool, device=losses.device)
+    each = torch.ones_like(losses)
+    if check:
+        half = len(losses) // 2
+        first = each * (torch.arange(len(losses), device=losses.device) < half)
+        for (i, _, _), gradient in zip(seen, _gradients(losses, first, zeros), strict=True):
+            g = rows(sites[i].module, gradient)
+            strayed[i] |= (g[len(g) * half // len(losses) :].abs() > 0).any()
+    for (i, x, _), gradient in zip(seen, _gradients(losses, each, zeros), strict=True):
+        calls[i].append(_Call(*(at_least_float32(rows(sites[i].module, t)) for t in (x, gradient))))
     return calls, strayed
 
 
-def _gradient_sum(site: Site, calls: Sequence[_Call], aggregation: Aggregation) -> Tensor:
-    """Sum over samples of the gradient of a site's weights over all its calls, or of that gradient's absolute value."""
+def _gradients(losses: Tensor, each: Tensor, zeros: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Gradients of the sum of `each * losses` with respect to the zeros."""
+    if not zeros:
+        return ()
+    with _no_autocast(losses.device):
+        return torch.autograd.grad(losses, zeros, each, retain_graph=True, materialize_grads=True)
+
+
+def _absolute_gradients(site: Site, calls: Sequence[_Call], n: int) -> Tensor:
+    """Sum over samples of the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
-    total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
-    if aggregation == "per_sample" and isinstance(layer, nn.Linear) and [c.input.shape[1] for c in calls] == [1]:
+    if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
-        calls, aggregation = [_Call(calls[0].input.abs(), calls[0].gradient.abs())], "mean_gradient"
-    if aggregation == "mean_gradient":
-        for x, g in calls:
-            total = total + _flat(site, weight_gradient(layer, x, g), bias_gradients(g).sum(0))
-        return total
-    m, step = len(calls[0].input) if calls else 0, max(1, PIECE // site.size)
-    for start in range(0, m, step):
-        pieces = [(x[start : start + step], g[start : start + step]) for x, g in calls]
+        x, g = calls[0].input.abs(), calls[0].gradient.abs()
+        return _flat(site, weight_gradient(layer, x, g), bias_gradient(g))
+    total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
+    for start in range(0, n, step := max(1, PIECE // site.size)):
+        pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
         weight = torch.stack([weight_gradients(layer, x, g) for x, g in pieces]).sum(0)
         bias = torch.stack([bias_gradients(g) for _, g in pieces]).sum(0)
         total = total + _flat(site, weight.abs().sum(0), bias.abs().sum(0))
@@ -230,7 +245,7 @@ def _mean(space: WeightSpace, sums: _Sums) -> Impact:
                 )
             )
         if strayed:
-            raise _not_by_sample(site, "the losses of other samples reach into the chosen ones")
+            raise _not_by_sample(site)
     size = torch.tensor([site.size for site in space.sites], device=sums.flat.device)
     backward = sums.gradient.abs() / sums.samples
     forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
@@ -244,11 +259,11 @@ def _mean(space: WeightSpace, sums: _Sums) -> Impact:
     return Impact(backward, forward, int(sums.samples))
 
 
-def _not_by_sample(site: Site, found: str) -> ReplayError:
+def _not_by_sample(site: Site) -> ReplayError:
     return ReplayError(
         explain(
-            f"`layer={site.name!r}` does not have samples as the first dimension: {found}.",
-            "name a layer whose input is [samples, ...], or [samples * positions, ...] sample by sample.",
+            f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
+            "use `aggregation='mean_gradient'`, which needs no order, or a layer with samples in the first dimension.",
         )
     )
 

@@ -1,7 +1,7 @@
-"""What one call of a layer adds to the impacts of its weights, for a Linear and every convolution alike.
+"""What calls of a layer add to the impacts of its weights, for a Linear and every convolution alike.
 
-Inputs and output gradients come as `m x p x ...`: m samples, p rows or images of each, then the layer's own dimensions:
-`features` for a Linear, `channels x space...` for a convolution.
+Inputs and output gradients come as rows, `r x ...`, where `...` is all that the layer looks at: `features` for a Linear,
+`channels x space...` for a convolution. Where samples are told apart, each has as many rows: `m x p x ...`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from torch.nn import grad as convolution
 
 from lightning_nrl.sites import Convolution, Layer
 
-__all__ = ["absolute_input", "bias_gradients", "by_sample", "positions", "weight_gradient", "weight_gradients"]
+__all__ = [
+    "absolute_input",
+    "bias_gradient",
+    "bias_gradients",
+    "positions",
+    "rows",
+    "weight_gradient",
+    "weight_gradients",
+]
 
 _WEIGHT_GRADIENT = {
     3: convolution.conv1d_weight,
@@ -25,31 +33,25 @@ _WEIGHT_GRADIENT = {
 """By dimensions of the weight."""
 
 
-def by_sample(layer: Layer, x: Tensor, n: int) -> Tensor:
-    """A layer's input or output as `n x p x ...`; its first dimension is n or a multiple of it, sample by sample."""
-    return x.reshape(n, -1, *x.shape[1 - layer.weight.ndim :])
+def rows(layer: Layer, x: Tensor) -> Tensor:
+    """A layer's input or output as `r x ...`."""
+    return x.reshape(-1, *x.shape[1 - layer.weight.ndim :])
 
 
 def positions(layer: Layer, gradient: Tensor) -> int:
-    """How many values each weight was multiplied with, over samples and positions; `gradient` is that of the output."""
+    """How many values each weight was multiplied with, over rows and space; `gradient` is that of the output."""
     return gradient.numel() // len(layer.weight)
 
 
 def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight, summed over samples.
-
-    Args:
-        layer: a Linear or convolution.
-        x: its input, `m x p x ...`.
-        gradient: the gradient of its output, `m x p x ...`.
-    """
+    """The gradient of the weight, from the layer's input `r x ...` and the gradient of its output `r x ...`."""
     if isinstance(layer, nn.Linear):
-        return gradient.flatten(0, 1).T @ x.flatten(0, 1)
-    return _convolution_gradient(layer, x.flatten(0, 1), gradient.flatten(0, 1))
+        return gradient.T @ x
+    return _convolution_gradient(layer, x, gradient)
 
 
 def weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight for each sample, `m x weight shape`; arguments as in `weight_gradient`.
+    """The gradient of the weight for each sample, `m x weight shape`, from the same as `m x p x ...`.
 
     A convolution takes each sample as a group of its own, so that one call of the gradient kernel serves them all.
     """
@@ -60,18 +62,23 @@ def weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
     return _convolution_gradient(layer, x, gradient, samples=m).unflatten(0, (m, -1))
 
 
+def bias_gradient(gradient: Tensor) -> Tensor:
+    """The gradient of the bias, from that of the output, `r x out...`."""
+    return gradient.transpose(0, 1).flatten(1).sum(1)
+
+
 def bias_gradients(gradient: Tensor) -> Tensor:
     """The gradient of the bias for each sample, `m x out`, from that of the output, `m x p x out...`."""
     return gradient.transpose(1, 2).flatten(2).sum(2)
 
 
 def absolute_input(layer: Layer, x: Tensor) -> Tensor:
-    """Sum over samples and positions of the absolute value that each weight is multiplied with, in the weight's shape.
+    """Sum over rows and space of the absolute value that each weight is multiplied with, in the weight's shape.
 
     It is the same for every output of a group, so it is computed once for each input channel and place in the kernel:
     as the kernel gradient of a depthwise convolution whose output gradient is one everywhere.
     """
-    total = x.abs().sum((0, 1))
+    total = x.abs().sum(0)
     if isinstance(layer, nn.Linear):
         return total.expand_as(layer.weight)
     channels, groups, shape = len(total), layer.groups, layer.weight.shape

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,13 @@ class WholeModel:
 
     def __init__(self, model: nn.Module, x: Tensor, target: Tensor, layer: Any, include_bias: bool, size: int) -> None:
         self.model, self.space = model, find_sites(model, layer, include_bias=include_bias)
-        pieces = torch.arange(len(x)).split(size)
-        self.pieces = [Piece(rows, x[rows], target[rows]) for rows in pieces]
+        self.x, self.target, self.size = x, target, size
 
-    def chunks(self, size: int | None = None) -> list[Piece]:
-        return self.pieces
+    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Piece]:
+        wanted = torch.arange(len(self.x)) if keep is None else keep.nonzero().flatten()
+        for rows in wanted.split(self.size):
+            if len(rows):
+                yield Piece(rows, self.x[rows], self.target[rows])
 
     def replay(self, chunk: Piece, edit: Any, copies: int = 1) -> Tensor:
         hooks = [
