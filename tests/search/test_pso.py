@@ -1,0 +1,216 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.search.pso import ParticleSwarm, Swarm, ask, start, tell
+from lightning_nrl.search.spread import Spread
+from lightning_nrl.search.streams import Streams
+
+CPU = torch.device("cpu")
+SPREAD = Spread(mean=5.0, std=2.0, lowest=-1.0, highest=9.0)
+
+
+class Fixed:
+    """Streams whose uniform numbers are known: r_1 = 0.5, r_2 = 0.25 for every weight."""
+
+    def uniform(self, like, *shape):
+        self.shape = shape
+        return torch.tensor([0.5, 0.25]).view(2, 1, 1, 1).expand(shape[0], 1, *shape[1:])
+
+
+def swarm(velocity, width=20.0, **changes):
+    """One swarm of one particle at x = 1 in each of two weights, own best 2, leader 4."""
+    x = torch.ones(1, 1, 2)
+    state = Swarm(
+        position=x,
+        velocity=torch.tensor([[velocity]]),
+        best_position=2 * x,
+        best_fitness=torch.tensor([[1.0]]),
+        leader=4 * x[:, 0],
+        leader_fitness=torch.tensor([3.0]),
+        free=torch.tensor(True),
+        range=torch.tensor(width),
+    )
+    return state._replace(**changes)
+
+
+def begin(kind="local", particles=9, seeds=(0,), original=None, sizes=None, **changes):
+    original = torch.tensor([[0.5, -1.5, 2.0]]).repeat(len(seeds), 1) if original is None else original
+    how = ParticleSwarm(particles=particles, start=kind, **changes)
+    return start(original, SPREAD, how, Streams.seeded(seeds, CPU, sizes))
+
+
+def test_clerc_step_by_hand():
+    streams = Fixed()
+    moved = ask(swarm([0.5, 0.0]), ParticleSwarm(), streams)
+    # 0.7298 * (v + 2.05 * 0.5 * (2 - 1) + 2.05 * 0.25 * (4 - 1)), v = 0.5 and 0
+    torch.testing.assert_close(moved.velocity, torch.tensor([[[2.2350125, 1.8701125]]]))
+    torch.testing.assert_close(moved.position, torch.tensor([[[3.2350125, 2.8701125]]]))
+    assert streams.shape == (2, 1, 2)
+
+
+def test_clerc_has_an_upper_speed_limit_and_no_lower():
+    fast = ask(swarm([0.5, -90.0], width=5.0), ParticleSwarm(), Fixed())
+    torch.testing.assert_close(fast.position, torch.tensor([[[2.0, 0.0]]]))
+    still = ask(swarm([0.0, 0.0], best_position=torch.ones(1, 1, 2), leader=torch.ones(1, 2)), ParticleSwarm(), Fixed())
+    assert torch.equal(still.position, torch.ones(1, 1, 2))
+
+
+def test_arachne_step_by_hand():
+    streams = Fixed()
+    moved = ask(swarm([0.5, 0.0], width=3.0), ParticleSwarm(constants="arachne"), streams)
+    # 0.7298 * (v + 4.1 * 0.5 * (2 - 1) + 4.1 * 0.25 * (4 - 1)), v = 0.5 and 0
+    torch.testing.assert_close(moved.velocity, torch.tensor([[[4.105125, 3.740225]]]))
+    assert streams.shape == (2, 1, 1)
+
+
+def test_arachne_has_both_speed_limits():
+    here = {"best_position": torch.ones(1, 1, 2), "leader": torch.ones(1, 2)}
+    slow = ask(swarm([-0.1, 0.0], width=3.0, **here), ParticleSwarm(constants="arachne"), Fixed())
+    torch.testing.assert_close(slow.velocity, torch.tensor([[[-0.6, 0.6]]]))
+    fast = ask(swarm([-90.0, 90.0], width=3.0, **here), ParticleSwarm(constants="arachne"), Fixed())
+    torch.testing.assert_close(fast.velocity, torch.tensor([[[-15.0, 15.0]]]))
+
+
+@pytest.mark.parametrize("constants", ["clerc", "arachne"])
+def test_what_is_not_free_never_moves(constants):
+    free = torch.tensor([[[True, False]]])
+    moved = ask(swarm([0.5, 0.5], free=free), ParticleSwarm(constants=constants), Fixed())
+    assert moved.position[0, 0, 1] == 1
+    assert moved.velocity[0, 0, 1] == 0
+    assert moved.position[0, 0, 0] != 1
+
+
+def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals():
+    state = Swarm(
+        position=torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]),
+        velocity=torch.zeros(1, 4, 1),
+        best_position=torch.zeros(1, 4, 1),
+        best_fitness=torch.tensor([[5.0, 5.0, 5.0, 5.0]]),
+        leader=torch.zeros(1, 1),
+        leader_fitness=torch.tensor([5.0]),
+        free=torch.tensor(True),
+        range=torch.tensor(1.0),
+    )
+    same = tell(state, torch.tensor([[5.0, 4.0, math.nan, -math.inf]]))
+    assert torch.equal(same.best_position, state.best_position)
+    assert torch.equal(same.leader, state.leader)
+    told = tell(state, torch.tensor([[math.nan, 6.0, 7.0, 7.0]]))
+    assert told.best_position.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
+    assert told.best_fitness.tolist() == [[5.0, 6.0, 7.0, 7.0]]
+    assert told.leader.tolist() == [[3.0]]
+    assert told.leader_fitness.tolist() == [7.0]
+
+
+def test_tell_takes_nan_for_worst_from_the_start_on():
+    told = tell(begin(particles=2), torch.tensor([[math.nan, -3.0]]))
+    assert told.best_fitness.tolist() == [[-math.inf, -3.0]]
+    assert told.leader_fitness.tolist() == [-3.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "at_original", "near"),
+    [("local", 1, 8), ("half", 1, 4), ("paper", 5, 0)],
+)
+def test_where_particles_start(kind, at_original, near):
+    position = begin(kind, scale_min=1e-6, scale_max=1e-6).position[0]
+    distance = (position - torch.tensor([0.5, -1.5, 2.0])).abs().amax(1)
+    assert (distance[:at_original] == 0).all()
+    assert (distance[at_original : at_original + near] > 0).all()
+    assert (distance[at_original : at_original + near] < 1e-4).all()
+    assert (distance[at_original + near :] > 0.1).all()
+
+
+@pytest.mark.parametrize("kind", ["half", "paper"])
+def test_the_wide_half_has_the_layers_mean_and_standard_deviation(kind):
+    wide = begin(kind, particles=20_000).position[0, 10_000:]
+    torch.testing.assert_close(wide.mean(0), torch.full((3,), 5.0), atol=0.1, rtol=0)
+    torch.testing.assert_close(wide.std(0), torch.full((3,), 2.0), atol=0.1, rtol=0)
+
+
+def test_local_scales_are_spread_on_a_logarithmic_scale():
+    near = begin(particles=5, original=torch.zeros(1, 20_000), scale_min=0.01, scale_max=10.0).position[0]
+    torch.testing.assert_close(near.std(1), 2.0 * torch.tensor([0.0, 0.01, 0.1, 1.0, 10.0]), rtol=0.05, atol=0)
+
+
+def test_spread_may_differ_from_weight_to_weight_and_from_swarm_to_swarm():
+    std = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    spread = Spread(mean=torch.zeros(3), std=std, lowest=0.0, highest=torch.ones(2, 1))
+    state = start(torch.ones(2, 3), spread, ParticleSwarm(particles=4), Streams.seeded((0, 0), CPU))
+    moved = (state.position[:, 1:] != 1).all(1)
+    assert moved.tolist() == [[False, True, True], [True, False, False]]
+    assert ask(state, ParticleSwarm(particles=4), Streams.seeded((0, 0), CPU)).position.shape == (2, 4, 3)
+
+
+def test_half_precision_is_searched_in_float32_and_double_in_double():
+    for dtype, searched in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        original = torch.tensor([[0.5, -1.5, 2.0]], dtype=dtype)
+        state = begin(original=original)
+        assert state.position.dtype == searched
+        assert torch.equal(state.leader.to(dtype), original)
+
+
+@given(
+    kind=st.sampled_from(["local", "half", "paper"]),
+    constants=st.sampled_from(["clerc", "arachne"]),
+    seed=st.integers(0, 2**40),
+    sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+)
+@settings(max_examples=40, deadline=None)
+def test_elite_and_padding_never_move_and_a_swarm_does_what_it_does_alone(kind, constants, seed, sizes):
+    how = ParticleSwarm(particles=7, start=kind, constants=constants)
+    original = torch.randn(len(sizes), 5, generator=torch.Generator().manual_seed(seed))
+    seeds = [seed + s for s in range(len(sizes))]
+
+    def run(rows, sizes):
+        streams = Streams.seeded([seeds[s] for s in rows], CPU, sizes)
+        state = start(original[list(rows), : max(sizes)], SPREAD, how, streams)
+        for _ in range(4):
+            state = ask(tell(state, -state.position[..., 0].square()), how, streams)
+        return state
+
+    together = run(range(len(sizes)), sizes)
+    for s, size in enumerate(sizes):
+        alone = run([s], [size])
+        assert torch.equal(together.position[s, :, :size], alone.position[0])
+        assert torch.equal(together.leader[s, :size], alone.leader[0])
+        assert torch.equal(together.position[s, :, size:], original[s, size : max(sizes)].expand(7, -1))
+        if kind != "paper":
+            assert torch.equal(together.position[s, 0], original[s, : max(sizes)])
+
+
+def test_padding_changes_no_number_of_a_swarm():
+    padded = begin(original=torch.zeros(1, 5), sizes=[3])
+    assert torch.equal(padded.position[..., :3], begin(original=torch.zeros(1, 3)).position)
+
+
+def test_the_global_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    state = begin()
+    ask(state, ParticleSwarm(particles=9), Streams.seeded((1,), CPU))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": "locale"}, "did you mean 'local'"),
+        ({"constants": "clark"}, "did you mean 'clerc'"),
+        ({"particles": 1}, "`search.particles=1`"),
+        ({"particles": 10.5}, "`search.particles=10.5`"),
+        ({"iterations": -1}, "`search.iterations=-1`"),
+        ({"patience": 0}, "`search.patience=0`"),
+        ({"scale_min": 0.0}, "`search.scale_min=0.0`"),
+        ({"scale_min": 2.0}, "`search.scale_max=1.0`"),
+        ({"scale_max": math.inf}, "`search.scale_max=inf`"),
+    ],
+)
+def test_bad_settings_are_told(change, message):
+    with pytest.raises(ConfigurationError, match="HINT: ") as error:
+        replace(ParticleSwarm(), **change)
+    assert message in str(error.value)

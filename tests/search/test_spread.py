@@ -1,0 +1,28 @@
+import torch
+from torch import nn
+
+from lightning_nrl.search.spread import Spread
+from lightning_nrl.sites import find_sites
+
+
+def numbers(spread):
+    return torch.stack([spread.mean, spread.std, spread.lowest, spread.highest])
+
+
+def test_spread_of_one_layer_by_hand():
+    spread = Spread.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(numbers(spread), torch.tensor([4.0, 5.0**0.5, 1.0, 7.0]))
+
+
+def test_one_weight_has_no_spread_rather_than_nan():
+    assert numbers(Spread.of(torch.tensor([2.0]))).tolist() == [2.0, 0.0, 2.0, 2.0]
+
+
+def test_each_weight_has_the_spread_of_its_own_layer():
+    model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 3.0]]))
+        model[1].weight.fill_(10.0)
+    spread = Spread.around(find_sites(model, ["0", "1"]), torch.tensor([1, 2]))
+    expected = torch.tensor([[2.0, 10.0], [1.0, 0.0], [1.0, 10.0], [3.0, 10.0]])
+    torch.testing.assert_close(numbers(spread), expected)
