@@ -1,0 +1,305 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nrl.errors import ConfigurationError, EvidenceError
+from lightning_nrl.fitness import Fitness
+from lightning_nrl.scoring.scores import Scores
+from lightning_nrl.search import ParticleSwarm, Spread, search, search_many
+from lightning_nrl.search import swarm as module
+
+WIDE = Spread(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
+N = 50
+
+
+def sphere(values):
+    """The loss is the mean square; nothing is ever repaired or broken."""
+    loss = values.double().square().mean(-1)
+    none = torch.zeros_like(loss)
+    return Scores(none, none + N, loss, loss, N, N)
+
+
+def wall(values):
+    """Each weight below 0 breaks a passed sample, each weight within 1/4 of 1/2 repairs a failed one."""
+    values = values.double()
+    loss = (values - 0.5).abs().mean(-1)
+    patched = ((values - 0.5).abs() < 0.25).sum(-1)
+    return Scores(patched.double(), N - (values < 0).sum(-1).double(), loss, loss, values.shape[-1], N)
+
+
+def original(n_swarms=1, n_weights=4, seed=0):
+    return torch.rand(n_swarms, n_weights, generator=torch.Generator().manual_seed(seed)) + 1.0
+
+
+def same(a, b):
+    return (
+        torch.equal(a.values, b.values)
+        and (a.fitness, a.iterations, a.stopped) == (b.fitness, b.iterations, b.stopped)
+        and torch.equal(a.history.best, b.history.best)
+        and torch.equal(a.history.patched, b.history.patched)
+        and torch.equal(a.history.loss_failed, b.history.loss_failed)
+    )
+
+
+def test_solves_a_sphere():
+    result = search(sphere, original()[0], WIDE, settings=ParticleSwarm(patience=100))
+    assert result.values.abs().max() < 1e-3
+    assert result.history.loss_failed[-1] < 1e-6
+
+
+@pytest.mark.parametrize("start", ["local", "half", "paper"])
+def test_finds_its_way_back_to_feasibility(start):
+    result = search(wall, original()[0], WIDE, settings=ParticleSwarm(start=start))
+    assert (result.values >= 0).all()
+    assert result.history.patched[-1] == 4
+    assert result.history.intact[-1] == N
+
+
+def test_history_is_what_was_found():
+    result = search(wall, original()[0], WIDE, settings=ParticleSwarm(iterations=7))
+    history, found = result.history, wall(result.values[None, None])
+    assert len(history) == 8 == result.iterations + 1
+    assert result.stopped == "all 7 iterations were made"
+    assert history.patched[-1] == found.patched
+    assert history.intact[-1] == found.intact
+    assert history.loss_failed[-1] == found.loss_failed
+    assert history.loss_passed[-1] == found.loss_passed
+    assert history.best[-1] == result.fitness > result.original_fitness == 0.25
+    assert result.seconds > 0
+
+
+def test_history_of_the_starting_swarm_by_hand():
+    rows = []
+
+    def scorer(values):
+        rows.append(values)
+        return sphere(values)
+
+    how = ParticleSwarm(particles=3, iterations=0)
+    history = search(scorer, original()[0], WIDE, settings=how, fitness=Fitness("eq2", alpha=0)).history
+    (values,) = rows
+    loss = values[0].double().square().mean(-1)
+    value = 0.25 * (1 - (loss + 1e-3) / (loss[0] + 1e-3))
+    torch.testing.assert_close(history.mean, value.mean()[None])
+    torch.testing.assert_close(history.best, value.max()[None])
+    torch.testing.assert_close(
+        history.diversity, values[0].double().std(0, correction=0).mean()[None], rtol=1e-5, atol=0
+    )
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
+    start=st.sampled_from(["local", "half", "paper"]),
+    constants=st.sampled_from(["clerc", "arachne"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_best_never_falls_and_never_lies_below_the_original(seed, kind, start, constants):
+    how = ParticleSwarm(particles=6, iterations=15, start=start, constants=constants)
+    result = search(wall, original(seed=seed)[0], WIDE, settings=how, fitness=Fitness(kind), seed=seed)
+    assert (result.history.best.diff() >= 0).all()
+    assert result.history.best[0] >= result.original_fitness
+    if kind == "lexicographic":
+        assert (result.history.intact == N).all()
+
+
+@given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(1, 5), min_size=2, max_size=4))
+@settings(max_examples=15, deadline=None)
+def test_a_swarm_among_many_finds_what_it_finds_alone(seed, sizes):
+    kinds = [Fitness(), Fitness("eq1"), Fitness("eq2", perfect_intact=True), Fitness("eq1", alpha=4)]
+    begin = original(len(sizes), max(sizes), seed)
+    fitness = [kinds[s % 4] for s in range(len(sizes))]
+    how = ParticleSwarm(particles=6, iterations=12, patience=3)
+    seeds = [seed + s // 2 for s in range(len(sizes))]
+    together = search_many(first_weight, begin, WIDE, seeds=seeds, fitness=fitness, settings=how, sizes=sizes)
+    for s, size in enumerate(sizes):
+        alone = search(first_weight, begin[s, :size], WIDE, fitness=fitness[s], settings=how, seed=seeds[s])
+        assert same(together[s], alone)
+        for name in ("mean", "diversity"):
+            curves = (getattr(result.history, name) for result in (together[s], alone))
+            torch.testing.assert_close(*curves, rtol=1e-5, atol=1e-6)
+
+
+def first_weight(values):
+    """Looks at the first weight only, which no swarm has as padding."""
+    return wall(values[..., :1])
+
+
+def test_same_seed_same_result_and_another_seed_another():
+    a, b, c = (search(wall, original()[0], WIDE, seed=seed).values for seed in (3, 3, 4))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("interval", [2, 7, 10, 100])
+@pytest.mark.parametrize("patience", [1, 3, 10])
+def test_the_stop_rule_is_exact_however_seldom_the_host_looks(monkeypatch, interval, patience):
+    how = ParticleSwarm(particles=5, iterations=40, patience=patience)
+    arguments = {"seeds": range(4), "settings": how}
+    each = search_many(wall, original(4), WIDE, **arguments)
+    monkeypatch.setattr(module, "_interval", lambda device: interval)
+    seldom = search_many(wall, original(4), WIDE, **arguments)
+    assert all(same(a, b) for a, b in zip(each, seldom, strict=True))
+    assert len({result.iterations for result in each}) > 1
+
+
+def test_stops_after_patience_iterations_without_a_better_fitness():
+    calls = []
+
+    def better_until_the_fifth(values):
+        calls.append(len(calls))
+        step = min(calls[-1], 5)
+        loss = torch.full(values.shape[:2], 10.0 - step)
+        return Scores(torch.zeros_like(loss), torch.full_like(loss, N), loss, loss, N, N)
+
+    result = search(better_until_the_fifth, original()[0], WIDE, settings=ParticleSwarm(patience=4))
+    assert result.iterations == 9
+    assert len(calls) == 10
+    assert result.stopped == "no better fitness in 4 iterations"
+    assert result.history.best.argmax() == 5
+
+
+def test_nothing_better_gives_the_original_bit_for_bit():
+    def flat(values):
+        same = torch.ones(values.shape[:2])
+        return Scores(same, same, same, same, N, N)
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        begin = (original()[0] / 3).to(dtype)
+        result = search(flat, begin, WIDE, settings=ParticleSwarm(start="paper"))
+        assert result.values.dtype == dtype
+        assert torch.equal(result.values, begin)
+        assert (result.iterations, result.fitness) == (20, result.original_fitness)
+
+
+def test_candidates_come_in_the_dtype_of_the_weights():
+    def scorer(values):
+        assert values.dtype == torch.bfloat16
+        assert values.shape == (1, 100, 4)
+        return sphere(values)
+
+    result = search(scorer, original()[0].bfloat16(), WIDE, settings=ParticleSwarm(iterations=3))
+    assert sphere(result.values[None, None]).loss_failed == result.history.loss_failed[-1]
+
+
+def test_candidates_with_nan_losses_rank_last():
+    def scorer(values):
+        scores = sphere(values)
+        return Scores(
+            scores.patched,
+            scores.intact,
+            scores.loss_failed.where(values[..., 0] > 0.5, math.nan),
+            scores.loss_passed,
+            N,
+            N,
+        )
+
+    result = search(scorer, original()[0], WIDE)
+    assert result.values[0] > 0.5
+    assert result.fitness > result.original_fitness
+    assert result.history.mean.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_original_without_a_finite_loss_is_refused(value):
+    def scorer(values):
+        scores = sphere(values)
+        return Scores(scores.patched, scores.intact, scores.loss_failed, scores.loss_passed * value, N, N)
+
+    with pytest.raises(EvidenceError, match="HINT"):
+        search(scorer, original()[0], WIDE)
+
+
+def test_what_the_scorer_raises_passes_through():
+    error = RuntimeError("out of memory")
+
+    def scorer(values):
+        raise error
+
+    with pytest.raises(RuntimeError) as raised:
+        search(scorer, original()[0], WIDE)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (ParticleSwarm(iterations=25, patience=100), [10, 20, 25]),
+        (ParticleSwarm(iterations=20, patience=100), [10, 20]),
+        (ParticleSwarm(iterations=0), [0]),
+    ],
+)
+@pytest.mark.parametrize("interval", [1, 10])
+def test_progress_is_told_every_tenth_iteration_and_at_the_end(monkeypatch, how, told, interval):
+    monkeypatch.setattr(module, "_interval", lambda device: interval)
+    heard = []
+    result = search(sphere, original()[0], WIDE, settings=how, on_progress=lambda *x: heard.append(x))
+    assert [done for done, _ in heard] == told
+    assert [len(history) for _, history in heard] == [done + 1 for done in told]
+    assert torch.equal(heard[-1][1].best, result.history.best)
+
+
+def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
+    weight = original()[0].requires_grad_()
+    before = torch.get_rng_state()
+    result = search(sphere, weight, WIDE, settings=ParticleSwarm(iterations=3))
+    assert not result.values.requires_grad
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seeds": [0]}, "`seeds` has 1 entries for 2 swarms"),
+        ({"fitness": [Fitness()] * 3}, "`fitness` has 3 entries for 2 swarms"),
+        ({"sizes": [1]}, "`sizes` has 1 entries for 2 swarms"),
+        ({"sizes": [0, 4]}, r"`sizes` is \[0, 4\] of 4"),
+        ({"sizes": [1, 5]}, r"`sizes` is \[1, 5\] of 4"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_told(arguments, message):
+    with pytest.raises(ConfigurationError, match=message):
+        search_many(sphere, original(2), WIDE, **{"seeds": [0, 1], **arguments})
+
+
+def test_no_weights_at_all_are_told():
+    with pytest.raises(ConfigurationError, match="`original` has 0 weights"):
+        search(sphere, torch.zeros(0), WIDE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_host_does_not_wait_between_two_looks():
+    looks = []
+
+    class Watched(module._Books):
+        def read(self):
+            torch.cuda.set_sync_debug_mode("default")
+            looks.append(self.done)
+            rows = super().read()
+            if self.done < 25:
+                torch.cuda.set_sync_debug_mode("error")
+            return rows
+
+    mixed = [Fitness(), Fitness("eq2", perfect_intact=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_Books", Watched)
+        try:
+            how = ParticleSwarm(iterations=25, patience=100)
+            results = search_many(
+                sphere,
+                original(2).cuda(),
+                WIDE,
+                seeds=[0, 1],
+                fitness=mixed,
+                sizes=[4, 3],
+                settings=how,
+                on_progress=print,
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert looks == [0, 10, 20, 25]
+    assert all(result.values.is_cuda for result in results)
