@@ -1,7 +1,7 @@
 """What calls of a layer add to the impacts of its weights, for a Linear and every convolution alike.
 
-Inputs and output gradients come as rows, `r x ...`, where `...` is all that the layer looks at: `features` for a Linear,
-`channels x space...` for a convolution. Where samples are told apart, each has as many rows: `m x p x ...`.
+Inputs and output gradients come as rows, `r x ...`, where `...` is all that the layer looks at: `features` for a
+Linear, `channels x space...` for a convolution. Where samples are told apart, each has as many rows: `m x p x ...`.
 """
 
 from __future__ import annotations

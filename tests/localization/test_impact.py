@@ -220,17 +220,18 @@ def test_gradients_of_the_model_and_cudnn_flags_are_left_alone(recorded, monkeyp
     assert not torch.backends.cudnn.deterministic
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_half_precision_is_summed_in_full_width(recorded, aggregation):
-    model, x, y = small_network()
-    mask = torch.ones(12, dtype=torch.bool)
-    exact = measure(recorded(model, x, y, ["0", "2"], True), Multiclass(), mask, aggregation=aggregation)
-    half = measure(
-        recorded(model.bfloat16(), x.bfloat16(), y, ["0", "2"], True), Multiclass(), mask, aggregation=aggregation
-    )
-    assert half.backward.dtype == half.forward.dtype == torch.float64
-    torch.testing.assert_close(half.backward, exact.backward, rtol=0.1, atol=5e-3)
-    torch.testing.assert_close(half.forward, exact.forward, rtol=0.02, atol=1e-3)
+def test_half_precision_is_summed_in_full_width(recorded, weighted, aggregation, dtype):
+    # 2049 ones add up to 2048 in either half precision.
+    layer, ones = nn.Linear(1, 1, dtype=dtype), torch.ones(2049, 1, dtype=dtype)
+    nn.init.constant_(layer.weight, -0.5)
+    nn.init.constant_(layer.bias, 0.25)
+    recording = recorded(layer, ones, ones, include_bias=True, size=2049)
+    impact = measure(recording, weighted, torch.ones(2049, dtype=torch.bool), aggregation=aggregation)
+    assert impact.backward.dtype == impact.forward.dtype == torch.float64
+    assert impact.backward.tolist() == [1.0, 1.0]
+    assert impact.forward.tolist() == [0.5, 0.25]
 
 
 class FullWidth(nn.Module):
