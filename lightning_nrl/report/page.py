@@ -198,7 +198,8 @@ def _rich_table(table: Table) -> Any:
     from rich.table import Table as Grid
     from rich.text import Text as Line
 
-    grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, GAP, 0, 0), collapse_padding=True, pad_edge=False)
+    # The box itself puts one space between columns.
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     for name, kind in table.columns:
         grid.add_column(Line.assemble((name, "bold"), "\n", (kind, "not bold dim")), justify="right", no_wrap=True)
@@ -207,5 +208,5 @@ def _rich_table(table: Table) -> Any:
         cells = [Line(cell, style=harmless if cell == "0" else STYLES[row.tone]) for cell in row.cells]
         grid.add_row(Line(row.label, style="bold" if row.tone else ""), *cells)
         if row.ends_group:
-            grid.add_row("")
+            grid.add_row()
     return grid

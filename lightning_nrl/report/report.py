@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from platform import python_version
@@ -17,6 +17,7 @@ from lightning_nrl.report.split import Role, SplitReport, pool
 from lightning_nrl.report.weights import WeightChange
 from lightning_nrl.report.words import (
     change_words,
+    from_here,
     hash_facts,
     id_facts,
     localization_words,
@@ -32,6 +33,7 @@ __all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 TONES: dict[Status, Tone] = {"repaired": "good", "refused": "warn", "not repaired": "warn", "nothing to repair": "good"}
+FILES = {"json": "report (JSON)", "markdown": "report (Markdown)"}
 PARTS = {"localization": LocalizationReport, "search": SearchReport, "change": WeightChange, "hashes": Hashes}
 
 
@@ -67,7 +69,7 @@ class RepairReport:
         seed: what reproduces the run.
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
-        files: paths of what was written, by kind.
+        files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
     """
 
@@ -132,7 +134,7 @@ class RepairReport:
 
     def to_table(self) -> Page:
         """The verdict, a table of the splits and the facts that one needs next, for rich's `print`."""
-        return Page((*self._verdict(), *self._tables(), Facts(self._facts())))
+        return Page((*self._verdict(), *self._tables(), Facts((*self._facts(), *self._written(from_here)))))
 
     def render(self, width: int = 80) -> str:
         """The same as `to_table` as plain ASCII text, for where rich is not installed."""
@@ -165,14 +167,17 @@ class RepairReport:
             facts.append(
                 ("weights changed" if self.status == "repaired" else "would change", change_words(self.change))
             )
-        return (*facts, *self.files.items())
+        return tuple(facts)
+
+    def _written(self, shown: Callable[[str], str] = str) -> tuple[tuple[str, str], ...]:
+        return tuple((FILES.get(kind, kind), shown(path)) for kind, path in self.files.items())
 
     def _details(self) -> tuple[Block, ...]:
         shown = self.candidate or self.splits
         run = [("task", self.task), ("seed", str(self.seed))]
         run += [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in self.seconds.items()]
         run += self.versions.items()
-        blocks: list[Block] = [Heading("What was done"), Facts(self._facts())]
+        blocks: list[Block] = [Heading("What was done"), Facts((*self._facts(), *self._written()))]
         if self.status == "repaired" or self.candidate:
             blocks += [Heading("Samples, by position in their data set"), Facts(id_facts(shown, "report.json"))]
             blocks += [Heading("Rates"), rates_table(shown)]

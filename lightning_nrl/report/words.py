@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning_nrl.report.page import Row, Table
@@ -13,6 +14,7 @@ from lightning_nrl.report.weights import WeightChange
 
 __all__ = [
     "change_words",
+    "from_here",
     "hash_facts",
     "id_facts",
     "localization_words",
@@ -121,8 +123,10 @@ def localization_words(localization: LocalizationReport) -> str:
 
 
 def search_words(search: SearchReport, seconds: float | None) -> str:
-    """How long the search took and what it gained."""
+    """How long the search took, on what and with what gain."""
     took = f" in {seconds:,.1f} s" if seconds is not None else ""
+    if search.n_failed is not None and search.n_passed is not None:
+        took += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
     plural = "s" if search.iterations != 1 else ""
     return (
         f"{search.iterations:,} iteration{plural}{took}, fitness {_number(search.original_fitness)} -> "
@@ -166,6 +170,12 @@ def percent(share: float) -> str:
     if text == "0.00 %" and share > 0:
         return "< 0.01 %"
     return "> 99.99 %" if text == "100.00 %" and share < 1 else text
+
+
+def from_here(path: str) -> str:
+    """The path as one would type it in the working directory: relative if it lies below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def sentence(text: str) -> str:

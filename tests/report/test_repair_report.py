@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import builtins
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lightning_nrl.localization.localization import Localization
+from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.report.words import percent
+from lightning_nrl.search.result import SearchHistory, SearchResult
+
+STATES = ("repaired", "refused", "nothing")
+
+
+@pytest.fixture(params=STATES)
+def report(request: pytest.FixtureRequest) -> RepairReport:
+    return request.getfixturevalue(request.param)
+
+
+def test_json_is_strict_and_comes_back_the_same(report: RepairReport) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = report.to_json()
+    json.loads(text, parse_constant=refuse)
+    assert RepairReport.from_json(text) == report
+    assert RepairReport.from_dict(report.to_dict()) == report
+
+
+def test_what_is_not_finite_is_null_and_comes_back_as_nan(repaired: RepairReport) -> None:
+    search = SearchReport(3, "stopped", math.nan, -math.inf, {"best": [1.0, math.nan]})
+    odd = replace(repaired, search=search, change=WeightChange(0, 4, 0.0, math.nan, 0.0))
+    data = json.loads(odd.to_json())
+    assert data["search"]["fitness"] is data["search"]["original_fitness"] is data["change"]["relative"] is None
+    assert data["search"]["history"]["best"] == [1.0, None]
+    back = RepairReport.from_json(odd.to_json())
+    assert back.search is not None
+    assert back.change is not None
+    assert math.isnan(back.search.fitness)
+    assert math.isnan(back.change.relative)
+    assert math.isnan(back.search.history["best"][1])
+    assert back.to_json() == odd.to_json()
+
+
+def test_json_gives_every_number_of_a_split_with_its_name_and_role(repaired: RepairReport) -> None:
+    test = json.loads(repaired.to_json())["splits"][2]
+    assert (test["split"], test["role"], test["n"], test["broken"], test["broken_ids"]) == (
+        "test",
+        "unseen",
+        297,
+        1,
+        [17],
+    )
+    assert test["negative_flip_rate"] == pytest.approx(1 / 297)
+    assert test["accuracy_after"] == pytest.approx(282 / 297)
+    assert "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]" in repaired.to_json()
+
+
+def test_unknown_fields_of_a_later_version_are_left_out(repaired: RepairReport) -> None:
+    data = repaired.to_dict()
+    data["bound"] = 0.01
+    data["splits"][0]["margin"] = 1.0
+    assert RepairReport.from_dict(data) == repaired
+
+
+def test_an_earlier_version_without_optional_fields_is_read(repaired: RepairReport) -> None:
+    data = {key: repaired.to_dict()[key] for key in ("status", "reason", "layers", "target", "gate", "task", "splits")}
+    assert RepairReport.from_dict(data).splits == repaired.splits
+
+
+def test_settings_become_plain_values(repaired: RepairReport) -> None:
+    settings = {
+        "layer": ("a", "b"),
+        "at": Path("x"),
+        "share": np.float64(0.5),
+        "n": np.int64(3),
+        "device": torch.device("cpu"),
+    }
+    odd = replace(repaired, settings=settings)
+    assert odd.settings["layer"] == ["a", "b"]
+    assert odd.settings["at"] == str(Path("x"))
+    assert type(odd.settings["share"]) is float
+    assert RepairReport.from_json(odd.to_json()) == odd
+
+
+def test_it_travels_in_a_checkpoint_that_loads_with_weights_only(report: RepairReport, tmp_path: Path) -> None:
+    torch.save(report.to_dict(), tmp_path / "report.pt")
+    assert RepairReport.from_dict(torch.load(tmp_path / "report.pt", weights_only=True)) == report
+
+
+def test_pooled_adds_up_the_splits_of_a_role(repaired: RepairReport, refused: RepairReport) -> None:
+    assert repaired.pooled("known") == SplitReport("all", "known", 1460, 0, 23, 33, 30, 14)
+    assert repaired.pooled("unseen") == SplitReport("all", "unseen", 270, 1, 12, 14, 22, 11)
+    assert replace(repaired, splits=repaired.splits[:2]).pooled("unseen") is None
+
+
+def test_parts_are_taken_from_the_arrows() -> None:
+    sizes = {"failed": 3, "passed": 2, "both": 1, "localized": 2, "total": 9}
+    localization = LocalizationReport.of(Localization(torch.tensor([1, 4]), 5, 2, sizes))
+    assert localization == LocalizationReport(2, 5, sizes)
+    history = SearchHistory(*(torch.tensor([float(i), 0.5]) for i in range(7)))
+    search = SearchReport.of(SearchResult(torch.zeros(2), 1.0, 0.5, 1, "done", history, 0.1), 4, 6)
+    assert (search.iterations, search.n_failed, search.n_passed) == (1, 4, 6)
+    assert search.history["diversity"] == [6.0, 0.5]
+
+
+def test_markdown_begins_with_the_verdict_and_its_reason(report: RepairReport) -> None:
+    heading, _, reason = report.to_markdown().split("\n")[:3]
+    assert heading == f"# {report.status.capitalize()}"
+    assert reason.lower().startswith(report.reason.lower())
+    assert ("weights are unchanged" in reason) is (report.status != "repaired")
+
+
+def test_markdown_of_a_repair_has_counts_ids_rates_and_hashes(repaired: RepairReport) -> None:
+    text = repaired.to_markdown()
+    for line in (
+        "|  | train (known) | val (known) | all (known) | test (unseen) |",
+        "| accuracy after | 98.58 % | 94.97 % | 97.82 % | 94.95 % |",
+        "| **repaired of these** | **0** | **14** | **14** | **11** |",
+        "| repaired (was wrong, now right) | 9 | 14 | 23 | 12 |",
+        "| **broken (was right, now wrong)** | **0** | **0** | **0** | **1** |",
+        "- **weights searched**: 31 of 640, the nearest to the 32 asked for; 80 matter for the failed data, "
+        "90 for the passed, 49 for both (the top 210 by each impact)",
+        "- **search**: 62 iterations in 3.2 s, scored on 30 failed and 1,460 passed samples, fitness 1.5 -> 0.25; "
+        "stopped: no better fitness for 20 iterations",
+        "- **weights changed**: 31 of 640, by at most 0.04; norm of the change 0.123 (1.23 % of the layers' norm)",
+        "- **broken in val**: none",
+        "- **broken in test**: 17",
+        "| break rate: broken of those right before | 0.00 % | 0.00 % | 0.00 % | 0.37 % |",
+        f"- **sha256 of the layers before**: {'a' * 64}",
+        "- **seed**: 7",
+        "- **torch**: 2.9.0",
+        "- **method**: particles=100",
+    ):
+        assert line in text.splitlines()
+
+
+def test_markdown_of_a_refusal_tells_what_would_have_broken(refused: RepairReport) -> None:
+    text = refused.to_markdown()
+    assert "| **broken (was right, now wrong)** | **0** | **3** | **3** |" in text
+    assert "- **broken in val**: 7, 99, 130" in text
+    assert "| right | 1,172 | 288 | 1,460 | 271 |" in text
+    assert f"- **sha256 of the layers, unchanged**: {'a' * 64}" in text
+
+
+def test_markdown_of_no_candidate_has_no_table_of_flips(nothing: RepairReport) -> None:
+    assert "broken" not in nothing.to_markdown()
+    assert "| failures to repair (the target) | 0 | 30 | 30 | 22 |" in nothing.to_markdown()
+
+
+def test_long_lists_of_ids_are_cut_short(repaired: RepairReport) -> None:
+    many = replace(repaired.splits[0], repaired_ids=tuple(range(1234)))
+    text = replace(repaired, splits=(many,)).to_markdown()
+    assert "17, 18, 19 ... all 1,234 in report.json" in text
+    assert "20, 21" not in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_plain_text_fits_and_needs_no_rich(report: RepairReport, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = builtins.__import__
+
+    def without_rich(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "rich":
+            raise ModuleNotFoundError(name)
+        return find(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_rich)
+    text = report.render(width)
+    assert text.startswith(report.status.upper() + "\n")
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_rich_shows_the_same_words_within_the_width(report: RepairReport, width: int) -> None:
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(report)
+    assert max(map(len, capture.get().splitlines())) <= width
+    plain, shown = report.render(width).split(), capture.get().split()
+    assert [word for word in shown if word.strip("─")] == [word for word in plain if word.strip("-")]
+
+
+def test_a_screen_shows_paths_from_here_and_a_file_shows_them_whole(
+    repaired: RepairReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(Path.cwd() / "logs" / "repaired.ckpt")
+    report = replace(repaired, files={"checkpoint": checkpoint, "json": "elsewhere/report.json"})
+    lines = [line.split("  ")[-1].strip() for line in report.render(120).splitlines()]
+    assert lines[-2:] == [str(Path("logs/repaired.ckpt")), "elsewhere/report.json"]
+    assert f"- **checkpoint**: {checkpoint}" in report.to_markdown()
+
+
+def test_harm_is_red_where_it_is_done_and_only_there(repaired: RepairReport) -> None:
+    console = Console(width=100, force_terminal=True, color_system="standard", legacy_windows=False)
+    with console.capture() as capture:
+        console.print(repaired.to_table())
+    line = next(line for line in capture.get().splitlines() if "broken (was right" in line)
+    assert line.count("\x1b[1;31m") == 1
+    assert line.count("\x1b[32m") == 3
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (0.0, "0.00 %"),
+        (1.0, "100.00 %"),
+        (1e-6, "< 0.01 %"),
+        (1 - 1e-6, "> 99.99 %"),
+        (0.12345, "12.35 %"),
+        (math.nan, "-"),
+    ],
+)
+def test_percentages_never_round_a_sample_away(share: float, text: str) -> None:
+    assert percent(share) == text

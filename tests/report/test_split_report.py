@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lightning_nrl.errors import EvidenceError
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.metrics import functional
+from lightning_nrl.report import SplitReport, pool, split_report
+
+
+def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> Evidence:
+    n = len(passed)
+    ok = torch.tensor([sign == "+" for sign in passed])
+    return Evidence(
+        splits=("train", "val"),
+        sizes=(3, n - 3),
+        index=torch.arange(n) * 10,
+        label=torch.full((n,), -1),
+        prediction=torch.full((n,), -1),
+        loss=torch.full((n,), loss),
+        passed=ok,
+        targeted=torch.tensor([sign == "x" for sign in targeted.ljust(n)]),
+    )
+
+
+#                 train val
+BEFORE = evidence("++--+--+-", "   x  x x")
+AFTER = evidence("-+++++-++")
+
+
+def test_a_split_counts_its_own_rows() -> None:
+    assert split_report("val", "known", BEFORE, AFTER) == SplitReport(
+        split="val",
+        role="known",
+        kept=2,
+        broken=0,
+        repaired=3,
+        failing=1,
+        targeted=3,
+        repaired_in_target=2,
+        targeted_ids=(30, 60, 80),
+        repaired_ids=(30, 50, 80),
+        broken_ids=(),
+    )
+    train = split_report("train", "unseen", BEFORE, AFTER)
+    assert (train.kept, train.broken, train.repaired, train.failing) == (1, 1, 1, 0)
+    assert (train.role, train.broken_ids, train.repaired_ids) == ("unseen", (0,), (20,))
+
+
+def test_accuracies_and_rates_follow_from_the_counts() -> None:
+    report = split_report("val", "known", BEFORE, AFTER)
+    assert (report.n, report.passed) == (6, 2)
+    assert (report.accuracy_before, report.accuracy_after) == (2 / 6, 5 / 6)
+    assert report.rates == {
+        "negative_flip_rate": 0.0,
+        "positive_flip_rate": 3 / 6,
+        "negative_flip_impact": 0.0,
+        "relative_negative_flip_rate": 0.0,
+        "backward_trust_compatibility": 1.0,
+        "backward_error_compatibility": 1.0,
+        "repair_rate": 2 / 3,  # in I_neg
+        "break_rate": 0.0,
+    }
+
+
+def test_rates_are_those_of_the_metrics_on_predictions() -> None:
+    target = torch.zeros(9, dtype=torch.int64)
+    old, new = (~BEFORE.passed).long(), (~AFTER.passed).long()
+    report = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
+    for name in set(report.rates) - {"repair_rate"}:
+        assert report.rates[name] == pytest.approx(getattr(functional, name)(old, new, target).item())
+
+
+def test_without_an_after_the_model_is_unchanged() -> None:
+    report = split_report("val", "known", BEFORE)
+    assert (report.kept, report.broken, report.repaired, report.failing) == (2, 0, 0, 4)
+    assert (report.targeted, report.repaired_in_target) == (3, 0)
+    assert report.accuracy_after == report.accuracy_before
+
+
+def test_an_empty_split_has_no_accuracy() -> None:
+    report = split_report("val", "known", evidence("+-+"))
+    assert report.n == 0
+    assert math.isnan(report.accuracy_before)
+    assert math.isnan(report.accuracy_after)
+    assert math.isnan(report.rates["repair_rate"])
+    assert report.rates["backward_trust_compatibility"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_is_wrong() -> None:
+    report = split_report("val", "known", BEFORE, evidence("+++++++++", loss=float("inf")))
+    assert (report.kept, report.broken, report.repaired, report.failing) == (0, 2, 0, 4)
+
+
+def test_tables_of_other_samples_are_refused() -> None:
+    with pytest.raises(EvidenceError, match="not about the same samples"):
+        split_report("val", "known", BEFORE, evidence("+++"))
+
+
+def test_numbers_are_named_and_counts_stay_whole() -> None:
+    numbers = split_report("val", "known", BEFORE, AFTER).numbers
+    assert numbers["repaired"] == 3
+    assert isinstance(numbers["repaired"], int)
+    assert numbers["accuracy_after"] == 5 / 6
+    assert numbers["repair_rate"] == 2 / 3
+
+
+def test_pooled_splits_add_up_without_ids() -> None:
+    pooled = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
+    assert pooled == SplitReport("all", "known", 3, 1, 4, 1, 3, 2)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import pytest
+import torch
+
+from lightning_nrl.report import WeightChange, hash_tensors
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
+
+
+def test_change_between_two_layers() -> None:
+    old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
+    new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
+    assert WeightChange.between(old, new) == WeightChange(changed=3, total=5, l2=3.0, relative=0.6, largest=2.0)
+
+
+def test_change_of_half_precision_is_measured_in_full() -> None:
+    old = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
+    new = {"a": torch.full((1000,), 100.5, dtype=torch.bfloat16)}
+    assert WeightChange.between(old, new).l2 == pytest.approx(0.5 * math.sqrt(1000))
+
+
+def test_no_change_and_no_norm() -> None:
+    zero = {"a": torch.zeros(2)}
+    change = WeightChange.between(zero, zero)
+    assert (change.changed, change.l2, change.largest) == (0, 0.0, 0.0)
+    assert math.isnan(change.relative)
+
+
+def test_hash_is_sha256_of_name_dtype_shape_and_bytes() -> None:
+    tensor = torch.tensor([[1.5, -2.0]])
+    expected = hashlib.sha256(b"w\0torch.float32\0(1, 2)\0" + tensor.numpy().tobytes()).hexdigest()
+    assert hash_tensors({"w": tensor}) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hash_takes_every_dtype_and_sees_one_value(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 2).to(dtype)
+    y = x.clone()
+    y[2, 1] = 0
+    assert hash_tensors({"w": x}) == hash_tensors({"w": x.clone()}) != hash_tensors({"w": y})
+
+
+def test_hash_tells_names_shapes_and_dtypes_apart() -> None:
+    x = torch.zeros(2, 2)
+    tensors = [{"w": x}, {"v": x}, {"w": x.flatten()}, {"w": x.int()}, {"w": x, "v": x}, {"w": -x}, {}]
+    assert len({hash_tensors(each) for each in tensors}) == len(tensors)
+
+
+def test_hash_ignores_order_strides_and_gradients() -> None:
+    x, y = torch.arange(6.0).view(2, 3), torch.tensor(1.0)
+    other = torch.nn.Parameter(x.t().contiguous().t())
+    assert not other.is_contiguous()
+    assert hash_tensors({"x": x, "y": y}) == hash_tensors({"y": y, "x": other})
+
+
+def test_hash_takes_scalars_and_empty_tensors_and_leaves_out_what_is_no_tensor() -> None:
+    tensors = {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4)}
+    assert hash_tensors(tensors | {"_extra_state": {"version": 2}}) == hash_tensors(tensors)
