@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
@@ -233,7 +233,8 @@ def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, bro
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
     allowed = f"{gate.allowed(counts):,}"
-    limit = f"the gate allows {gate.rule}" + ("" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}")
+    here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
+    limit = f"the gate allows {gate.rule}{here}"
     if status == "refused":
         sentences = f"{loss}; {limit}", gain
     elif status == "repaired":
@@ -264,16 +265,10 @@ def _number(text: str, gate: str) -> int | float:
 
 
 def _checked_limit(limit: int | float) -> int | float:
-    if not isinstance(limit, bool):
-        try:
-            whole = operator.index(limit)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-        else:
-            if whole >= 0:
-                return whole
-        if isinstance(limit, float) and 0.0 <= limit <= 1.0:
-            return float(limit)
+    if isinstance(limit, Integral) and not isinstance(limit, bool) and limit >= 0:
+        return int(limit)
+    if isinstance(limit, Real) and not isinstance(limit, Integral) and 0 <= limit <= 1:
+        return float(limit)
     raise ConfigurationError(
         explain(
             f"`limit={limit!r}` is no tolerance.",
