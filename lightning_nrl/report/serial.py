@@ -12,7 +12,7 @@ __all__ = ["dumps", "plain"]
 
 
 def plain(value: Any) -> Any:
-    """Dicts, lists, text, numbers, bools and None; of a dataclass its fields; of anything else its text."""
+    """Dicts, lists, text, numbers, bools and None; of a dataclass its fields, of an array its numbers, else its text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
@@ -22,6 +22,8 @@ def plain(value: Any) -> Any:
     # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)

@@ -76,19 +76,26 @@ def test_an_earlier_version_without_optional_fields_is_read(repaired: RepairRepo
     assert RepairReport.from_dict(data).splits == repaired.splits
 
 
-def test_settings_become_plain_values(repaired: RepairReport) -> None:
-    settings = {
-        "layer": ("a", "b"),
-        "at": Path("x"),
-        "share": np.float64(0.5),
-        "n": np.int64(3),
-        "device": torch.device("cpu"),
-    }
-    odd = replace(repaired, settings=settings)
-    assert odd.settings["layer"] == ["a", "b"]
-    assert odd.settings["at"] == str(Path("x"))
-    assert type(odd.settings["share"]) is float
-    assert RepairReport.from_json(odd.to_json()) == odd
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [
+        (("a", "b"), ["a", "b"]),
+        (Path("x"), "x"),
+        (np.float64(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.bool_(True), True),
+        (torch.tensor([1, 2]), [1, 2]),
+        (torch.device("cpu"), "cpu"),
+        (WeightChange(1, 2, 0.5, 0.5, 0.5), {"changed": 1, "total": 2, "l2": 0.5, "relative": 0.5, "largest": 0.5}),
+        ({3: None}, {"3": None}),
+    ],
+    ids=str,
+)
+def test_settings_become_plain_values(repaired: RepairReport, value: Any, kept: Any) -> None:
+    report = replace(repaired, settings={"option": value})
+    assert report.settings["option"] == kept
+    assert type(report.settings["option"]) is type(kept)
+    assert RepairReport.from_json(report.to_json()) == report
 
 
 def test_it_travels_in_a_checkpoint_that_loads_with_weights_only(report: RepairReport, tmp_path: Path) -> None:
