@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.borrowing import evaluating, starting_weights
-from lightning_nrl.checks import check_arguments, check_order, check_strategy
+from lightning_nrl.checks import check_arguments, check_kind, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
 from lightning_nrl.files import headline, output_folder, show, write_report
@@ -111,20 +111,24 @@ class RegressionFreeRepair(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        check_arguments(n_passed=n_passed, start_from=start_from, seed=seed, budget=budget)
+        check_arguments(n_passed=n_passed, start_from=start_from, seed=seed, budget=budget, layer=layer)
         self.settings = Settings(
             target=target if target is not None else Target.all(),
             layer=layer,
             gate=Gate.parse(gate),
-            method=method or ParticleSwarm(),
+            method=method if method is not None else ParticleSwarm(),
             fitness=Fitness(fitness) if isinstance(fitness, str) else fitness,  # type: ignore[arg-type]
             localizer=localizer or NeuRecoverLite(),
             n_passed=n_passed,
             seed=seed,
             budget=budget,
         )
-        self.data = DataRequest(passed, failed, unseen)
         self.task = task or Multiclass()
+        check_kind("target", self.settings.target, Target, "give what `Target.label(k)` and the like return.")
+        check_kind("method", self.settings.method, ParticleSwarm, "give a `ParticleSwarm(...)`, or leave it out.")
+        check_kind("fitness", self.settings.fitness, Fitness, "give a `Fitness(...)`, or its kind as text.")
+        check_kind("task", self.task, Task, "give an object of a `Task` class, or leave it out for multiclass.")
+        self.data = DataRequest(passed, failed, unseen)
         self.adapter = import_function(adapter, "adapter") if isinstance(adapter, str) else adapter or unpack
         self.start_from = start_from
         self.dirpath = dirpath
@@ -167,7 +171,7 @@ class RegressionFreeRepair(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.data.find_known(trainer, pl_module)
+        self.data.find(trainer, pl_module)
         self.report, self.repaired_model_path, self._parameters = None, "", None
 
     @override

@@ -7,31 +7,43 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, check_choice, explain
 
-__all__ = ["check_arguments", "check_order", "check_strategy"]
+__all__ = ["check_arguments", "check_kind", "check_order", "check_strategy"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
-def check_arguments(*, n_passed: int | None, start_from: str, seed: int, budget: int | None) -> None:
+def check_arguments(*, n_passed: int | None, start_from: str, seed: int, budget: int | None, layer: Any) -> None:
     """Refuses numbers and names that have no meaning.
 
     Raises:
         ConfigurationError: the first of them.
     """
-    if n_passed is not None and n_passed < 1:
+    check_choice("start_from", start_from, ("last", "best"))
+    if n_passed is not None and not _whole(n_passed, 1):
         raise ConfigurationError(
             explain(f"`n_passed={n_passed!r}` must be positive.", "leave it out to score every known passed sample.")
         )
-    if start_from not in ("last", "best"):
-        raise ConfigurationError(explain(f"`start_from={start_from!r}` is unknown.", "write 'last' or 'best'."))
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+    if not _whole(seed, 0) or seed >= 2**32:
         raise ConfigurationError(explain(f"`seed={seed!r}` is no seed.", "give a whole number from 0 to 2**32 - 1."))
-    if budget is not None and budget < 1:
+    if budget is not None and not _whole(budget, 1):
         raise ConfigurationError(
             explain(f"`budget={budget!r}` must be a positive number of bytes.", "leave it out to use what is free.")
         )
+    names = layer if isinstance(layer, (list, tuple)) else [layer]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
+
+
+def check_kind(argument: str, value: Any, kind: type[Any], hint: str) -> None:
+    """Refuses a value of another kind than the argument's.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind.__name__}.", hint))
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -69,3 +81,7 @@ def check_order(callback: Callback, trainer: pl.Trainer) -> None:
                 f"put {type(callback).__name__} last.",
             )
         )
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -167,6 +167,10 @@ def check_loader(loader: Any, split: str) -> DataLoader[Any]:
         raise ConfigurationError(
             explain(f"`{split}` data: its data set makes whole batches itself.", "give the DataLoader a `batch_size`.")
         )
+    if len(loader.dataset) == 0:
+        raise ConfigurationError(
+            explain(f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples.")
+        )
     return loader
 
 

@@ -15,6 +15,9 @@ from lightning_nrl.loaders import SPLITS, LoaderSource, check_loader, find_loade
 
 __all__ = ["DataRequest"]
 
+Found = tuple[DataLoader[Any], str]
+"""A data loader and the name that reports use for it."""
+
 
 @dataclass(frozen=True)
 class DataRequest:
@@ -41,16 +44,25 @@ class DataRequest:
             if isinstance(value, DataLoader):
                 check_loader(value, argument)
 
-    def find_known(self, trainer: pl.Trainer, model: pl.LightningModule) -> list[tuple[str, Any]]:
-        """Name and data loader of the passed and of the failed data.
+    def find(self, trainer: pl.Trainer, model: pl.LightningModule) -> tuple[Found, Found, Found | None]:
+        """The data loaders and names of the passed, the failed and the unseen data.
 
         Raises:
-            ConfigurationError: there is no such data, or it cannot be read by index.
+            ConfigurationError: there is no such data, it cannot be read by index, or the unseen data are known too.
         """
-        return [
-            self._find("passed", ("train",), trainer, model),
-            self._find("failed", ("repair", "val"), trainer, model),
-        ]
+        passed = self._find("passed", ("train",), trainer, model)
+        failed = self._find("failed", ("repair", "val"), trainer, model)
+        if self.unseen is None:
+            return passed, failed, None
+        unseen = self._find("unseen", (), trainer, model)
+        if unseen[1] in (passed[1], failed[1]):
+            raise ConfigurationError(
+                explain(
+                    f"`unseen={self.unseen!r}` is known data too: the repair looks at it.",
+                    "name a split that is neither `passed` nor `failed`.",
+                )
+            )
+        return passed, failed, unseen
 
     def sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, *, adapter: Adapter, seed: int, limit: int | None
@@ -65,37 +77,26 @@ class DataRequest:
             limit: read only this many batches of each.
 
         Raises:
-            ConfigurationError: as in `find_known`, or the unseen data are known too.
+            ConfigurationError: as in `find`.
         """
         make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit)
-        (passed, passed_loader), (failed, failed_loader) = self.find_known(trainer, model)
-        if passed == failed:
-            known = [make(passed_loader, passed, passed=True, failed=True)]
+        passed, failed, unseen = self.find(trainer, model)
+        if passed[1] == failed[1]:
+            known = [make(*passed, passed=True, failed=True)]
         else:
-            known = [make(passed_loader, passed, passed=True), make(failed_loader, failed, failed=True)]
-        if self.unseen is None:
-            return known, []
-        unseen, unseen_loader = self._find("unseen", (), trainer, model)
-        if unseen in (passed, failed):
-            raise ConfigurationError(
-                explain(
-                    f"`unseen={self.unseen!r}` is known data too: the repair looks at it.",
-                    "name a split that is neither `passed` nor `failed`.",
-                )
-            )
-        return known, [make(unseen_loader, unseen)]
+            known = [make(*passed, passed=True), make(*failed, failed=True)]
+        # Counted only: how many failures of the same kind there are, and how many of them are right afterwards.
+        return known, [] if unseen is None else [make(*unseen, failed=True)]
 
-    def _find(
-        self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule
-    ) -> tuple[str, Any]:
+    def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
         value = getattr(self, argument)
         if isinstance(value, DataLoader):
-            return argument, value
+            return check_loader(value, argument), argument
         splits = automatic if value == "auto" else (value,)
         for split in splits:
             loader = find_loader(split, trainer, model)
             if loader is not None and loader != []:
-                return split, check_loader(loader, split)
+                return check_loader(loader, split), split
         raise ConfigurationError(
             explain(
                 f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",

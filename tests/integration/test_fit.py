@@ -20,9 +20,6 @@ def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path: Path, network: 
     data, model = Digits(), Classifier(network)
     before: dict[str, torch.Tensor] = {}
 
-    class Snapshot(type(model)):  # type: ignore[misc]
-        pass
-
     repair = quick_repair(layer="auto" if layer == "head" else LAYERS[network], unseen="test")
     original = repair.attempt
 

@@ -1,0 +1,175 @@
+"""What cannot work is refused before the first training batch, with the argument's name and a hint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from pytorch_lightning import LightningDataModule
+from pytorch_lightning.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair
+
+ARGUMENTS: dict[str, Callable[[], Any]] = {
+    "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(fitness="eq3"),
+    "`fitness.alpha=-1` is out of range": lambda: RegressionFreeRepair(fitness=Fitness("eq1", alpha=-1)),
+    "`gate='instant'` is no gate, did you mean 'instance'": lambda: RegressionFreeRepair(gate="instant"),
+    "`start_from='first'` is unknown": lambda: RegressionFreeRepair(start_from="first"),  # type: ignore[arg-type]
+    "`n_weights=-3`": lambda: RegressionFreeRepair(localizer=NeuRecoverLite(n_weights=-3)),
+    "`n_passed=-1`": lambda: RegressionFreeRepair(n_passed=-1),
+    "`n_passed=True`": lambda: RegressionFreeRepair(n_passed=True),
+    "`budget=0`": lambda: RegressionFreeRepair(budget=0),
+    "`seed=-1`": lambda: RegressionFreeRepair(seed=-1),
+    "`failed='valid'` is no split": lambda: RegressionFreeRepair(failed="valid"),
+    "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
+    "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(adapter="nowhere:f"),
+    "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
+    "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
+    "`row='EXP-B9'` is not in Table II": lambda: RegressionFreeRepair.from_paper("EXP-B9"),
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_an_argument_without_a_meaning_is_refused_at_once(message: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^{re.escape(message)}[\s\S]*\nHINT: "):
+        ARGUMENTS[message]()
+
+
+class Untrainable(Classifier):
+    """Fails the test if training begins."""
+
+    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
+        raise AssertionError("training has begun")
+
+
+def refused(path: Path, data: Any, *callbacks: Any, **arguments: Any) -> str:
+    model = Untrainable("cnn")
+    with pytest.raises(ConfigurationError) as refusal:
+        quiet_trainer(path, *callbacks, **arguments).fit(model, datamodule=data)
+    problem, hint = str(refusal.value).split("\nHINT: ")
+    assert problem.startswith("`")
+    assert hint.endswith(".")
+    return str(refusal.value)
+
+
+def test_an_unknown_layer_is_answered_with_the_nearest_names(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(layer="netwrok.7"))
+    assert message.startswith("`layer='netwrok.7'` is not in the model.")
+    assert "network.7" in message
+
+
+def test_a_layer_that_cannot_be_repaired_is_refused(tmp_path: Path) -> None:
+    assert "`layer='network.1'` is a BatchNorm2d" in refused(tmp_path, Digits(), quick_repair(layer="network.1"))
+
+
+@pytest.mark.parametrize("later", [StochasticWeightAveraging(1e-2), WeightAveraging(), ModelPruning("l1_unstructured")])
+def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: Any) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(), later)
+    assert f"`callbacks`: {type(later).__name__} comes after the repair" in message
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    """Has the name of a strategy that shards."""
+
+
+def test_a_sharded_strategy_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=FSDPStrategy("cpu"))
+    assert message.startswith("`strategy`: FSDPStrategy shards the weights")
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        yield from Digits().train
+
+
+class Streamed(Digits):
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(), 32)
+
+
+def test_an_iterable_data_set_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Streamed(), quick_repair())
+    assert message.startswith("`train` data: Stream is iterable")
+
+
+def test_an_iterable_data_set_given_by_argument_is_refused_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="`passed` data: Stream is iterable"):
+        quick_repair(passed=DataLoader(Stream(), 32))
+
+
+class Several(Digits):
+    def train_dataloader(self) -> Any:
+        return {"a": DataLoader(self.train, 32), "b": DataLoader(self.val, 32)}
+
+
+def test_several_loaders_at_once_are_refused(tmp_path: Path) -> None:
+    assert refused(tmp_path, Several(), quick_repair()).startswith("`train` data: 2 data loaders at once.")
+
+
+def test_one_of_several_loaders_may_be_named(tmp_path: Path) -> None:
+    data = Several()
+    repair = quick_repair(passed=DataLoader(data.train, 32))
+    quiet_trainer(tmp_path, repair, limit_train_batches=2, max_epochs=1).fit(FirstOfSeveral(), datamodule=data)
+    assert [split.n for split in repair.report.splits] == [400, 203]
+
+
+class FirstOfSeveral(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step(batch["a"], batch_idx)
+
+
+class WholeBatches(Digits):
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.repair, batch_size=None)
+
+
+def test_a_data_set_that_batches_itself_is_refused(tmp_path: Path) -> None:
+    assert "`repair` data: its data set makes whole batches itself" in refused(tmp_path, WholeBatches(), quick_repair())
+
+
+class TrainAlone(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return Digits().train_dataloader()
+
+
+def test_without_data_that_may_fail_there_is_an_error(tmp_path: Path) -> None:
+    message = refused(tmp_path, TrainAlone(), quick_repair())
+    assert message.startswith("`failed='auto'`: there is no `repair_dataloader()` or `val_dataloader()`")
+
+
+def test_failures_may_come_from_the_train_data_alone(tmp_path: Path) -> None:
+    repair = quick_repair(failed="train")
+    quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
+    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400)]
+
+
+def test_unseen_data_that_is_not_there_is_missed_before_training(tmp_path: Path) -> None:
+    message = refused(tmp_path, TrainAlone(), quick_repair(failed="train", unseen="test"))
+    assert message.startswith("`unseen='test'`: there is no `test_dataloader()`")
+
+
+def test_known_data_cannot_be_unseen(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(failed="val", unseen="val"))
+    assert message.startswith("`unseen='val'` is known data too")
+
+
+def test_a_task_or_method_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"`task='multiclass'`"):
+        quick_repair(task="multiclass")
+    with pytest.raises(ConfigurationError, match=r"`method='pso'`"):
+        quick_repair(method="pso")
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
+    class Empty(Digits):
+        def repair_dataloader(self) -> DataLoader:
+            return DataLoader(TensorDataset(*(x[:0] for x in self.repair.tensors)), 8)
+
+    assert refused(tmp_path, Empty(), quick_repair()).startswith("`repair` data: the data set is empty.")
