@@ -1,8 +1,8 @@
-"""What you already have: a data set with a weak spot, and a network that was trained on it.
+"""What you already have: data with a weak spot, and a network that was trained on it.
 
-Handwritten digits (scikit-learn) come from scanners that hold the page straight; one in fifty comes from a camera that
-tilts it. Then the camera becomes popular: 40 % of the digits that come in from now on are tilted, and the network
-fails on many of them.
+Some people write a zero with a slash through it. Among the handwritten digits of the training data (scikit-learn's) one
+zero in fifty is slashed. Then a form comes into use that asks for slashed zeros: four in five of the zeros that come in
+from now on are slashed, and the network takes many of them for another digit.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images, no image in two splits
-TILTED = {"train": 0.02, "val": 0.02, "repair": 0.4, "test": 0.4}  # share of them from the camera
+SLASHED = {"train": 0.02, "val": 0.02, "repair": 0.8, "test": 0.8}  # share of the zeros
 
 
-class TiltedDigits(LightningDataModule):
-    """Batches of `(image, digit, tilted)`. `repair_dataloader` gives what came in after the network was trained."""
+class SlashedZeros(LightningDataModule):
+    """Batches of `(image, digit, slashed)`. `repair_dataloader` gives what came in after the network was trained."""
 
     def __init__(self, seed: int = 0, batch_size: int = 32) -> None:
         super().__init__()
@@ -29,12 +29,10 @@ class TiltedDigits(LightningDataModule):
         order = torch.randperm(len(digits.images), generator=generator)
         images = torch.tensor(digits.images[order], dtype=torch.float32).unsqueeze(1) / 16
         labels = torch.tensor(digits.target[order])
-        share = torch.cat([torch.full((n,), TILTED[split]) for split, n in SPLITS.items()])
-        tilted = torch.rand(len(images), generator=generator) < share
-        degrees = torch.empty(len(images)).uniform_(20, 35, generator=generator)
-        side = torch.randint(0, 2, (len(images),), generator=generator) * 2 - 1
-        images = tilt(images, degrees * side * tilted)
-        parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, tilted)), strict=True)
+        share = torch.cat([torch.full((n,), SLASHED[split]) for split, n in SPLITS.items()])
+        slashed = (labels == 0) & (torch.rand(len(labels), generator=generator) < share)
+        images[slashed] = slash(images[slashed], generator)
+        parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, slashed)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
     def train_dataloader(self) -> DataLoader:
@@ -50,16 +48,17 @@ class TiltedDigits(LightningDataModule):
         return DataLoader(self.data["test"], 256)
 
 
-def tilt(images: Tensor, degrees: Tensor) -> Tensor:
-    """Turns each of `n x 1 x 8 x 8` images by its own angle."""
-    cos, sin, zero = (f(degrees.deg2rad()) for f in (torch.cos, torch.sin, torch.zeros_like))
-    turn = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
+def slash(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a line from the lower left to the upper right of `n x 1 x 8 x 8` images, on each a little different."""
+    y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")
+    slope = torch.empty(len(images), 1, 1, 1).uniform_(0.8, 1.3, generator=generator)
+    shift = torch.empty(len(images), 1, 1, 1).uniform_(-0.7, 0.7, generator=generator)
+    distance = (y + slope * x - shift).abs() / (1 + slope**2).sqrt()
+    return torch.maximum(images, (1.2 - distance).clamp(0, 1))
 
 
 class DigitNet(LightningModule):
-    """Two convolutions and two Linear layers; about 0.98 right on straight digits that it has not seen."""
+    """Two convolutions and two Linear layers; about 0.97 right on validation data."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,8 @@ from rich import print
 from rich.progress import track
 from rich.table import Table
 
-from lightning_nrl import RepairReport, Target, paper_arguments, repair
+from lightning_nrl import RepairReport, Target, repair
+from lightning_nrl.paper import paper_arguments
 
 SETTINGS = {"default": {}, "EXP-B1": paper_arguments("EXP-B1"), "EXP-C1": paper_arguments("EXP-C1")}
 

@@ -1,4 +1,4 @@
-"""Repairs a digit classifier on tilted digits without breaking what it gets right. Under a minute on two cores.
+"""Repairs a digit classifier on slashed zeros without breaking what it gets right. Under a minute on two cores.
 
     python examples/quickstart.py              # one repair, explained
     python examples/quickstart.py --seeds 10   # ten of them, each with its own data, training and repair: one table
@@ -9,9 +9,12 @@ The data and the network are in `digits.py`; all that a repair needs is in `trai
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from statistics import mean
 
-from digits import DigitNet, TiltedDigits
+import torch
+from digits import DigitNet, SlashedZeros
 from pytorch_lightning import Trainer, seed_everything
 from rich import print
 from rich.table import Table
@@ -20,22 +23,23 @@ from torch import Tensor
 from lightning_nrl import RegressionFreeRepair, RepairReport, Target
 
 
-def is_tilted(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    _image, _digit, tilted = batch
-    return tilted
+def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    _image, _digit, slashed = batch
+    return slashed
 
 
 def train_and_repair(seed: int, verbose: bool = True) -> tuple[RegressionFreeRepair, Trainer]:
     seed_everything(seed, verbose=False)
-    repair = RegressionFreeRepair(target=Target.where(is_tilted), unseen="test", seed=seed, verbose=verbose)
+    repair = RegressionFreeRepair(target=Target.where(slashed_zero), unseen="test", seed=seed, verbose=verbose)
     trainer = Trainer(
         max_epochs=30,
         accelerator="cpu",
         callbacks=[repair],
+        log_every_n_steps=20,
         enable_progress_bar=verbose,
         enable_model_summary=False,
     )
-    trainer.fit(DigitNet(), datamodule=TiltedDigits(seed))
+    trainer.fit(DigitNet(), datamodule=SlashedZeros(seed))
     return repair, trainer
 
 
@@ -80,6 +84,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of data, training and repair")
     parser.add_argument("--seeds", type=int, help="how many repairs, from seed 0; prints one table")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     if arguments.seeds:
         many_repairs(range(arguments.seeds))
     else:

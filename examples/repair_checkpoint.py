@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from digits import DigitNet, TiltedDigits
+from digits import DigitNet, SlashedZeros
 from pytorch_lightning import Trainer, seed_everything
 
 from lightning_nrl import Target, repair
@@ -20,7 +20,7 @@ def train() -> str:
     """What happened long ago: a plain training, without a thought of repair."""
     seed_everything(0, verbose=False)
     trainer = Trainer(max_epochs=30, accelerator="cpu", enable_model_summary=False)
-    trainer.fit(DigitNet(), datamodule=TiltedDigits())
+    trainer.fit(DigitNet(), datamodule=SlashedZeros())
     return trainer.checkpoint_callback.best_model_path
 
 
@@ -30,13 +30,13 @@ if __name__ == "__main__":
     checkpoint = parser.parse_args().checkpoint or train()
 
     trainer = Trainer(accelerator="cpu", enable_model_summary=False)
-    data, network = TiltedDigits(), DigitNet()
+    data, network = SlashedZeros(), DigitNet()
     report = repair(
         trainer,
         network,
         datamodule=data,
         ckpt_path=checkpoint,
-        target=Target.where(lambda batch: batch[2], name="tilted"),
+        target=Target.where(lambda batch: batch[2], name="slashed zero"),
         unseen="test",
     )
 
