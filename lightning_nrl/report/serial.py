@@ -12,7 +12,7 @@ __all__ = ["dumps", "plain"]
 
 
 def plain(value: Any) -> Any:
-    """Dicts, lists, text, numbers, bools and None; of a dataclass its fields, of an array its numbers, else its text."""
+    """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
