@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import before_after, search_curves, verdict
+from lightning_nrl.tracking.scalars import outcome, search_curves
 
 __all__ = ["hparams", "layout", "write_extras"]
+
+FIRST = ("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken")
+"""The HParams tab shows five metrics of its own accord."""
 
 
 def write_extras(
@@ -35,65 +38,62 @@ def write_extras(
     writer.add_text(f"{name}/report", report.to_markdown(), step)
     if change is not None and change.numel():
         writer.add_histogram(f"{name}/weight_change", change.detach().float().cpu(), step)
-    with SummaryWriter(os.path.join(writer.log_dir, name)) as sub_run:
-        sub_run.add_custom_scalars(layout(report, name))
-    writer.add_hparams(hparams(report), verdict(report, name), run_name=name, global_step=step)
+    charts = layout(report, name)
+    if charts:
+        with SummaryWriter(os.path.join(writer.log_dir, name)) as sub_run:
+            sub_run.add_custom_scalars(charts)
+    found = outcome(report, name)
+    first = {tag: found[tag] for tag in (f"{name}/{number}" for number in FIRST) if tag in found}
+    writer.add_hparams(hparams(report), first | found, run_name=name, global_step=step)
 
 
 def layout(report: RepairReport, name: str = "repair") -> dict[str, dict[str, list[Any]]]:
-    """Charts of the Custom Scalars tab, in the order in which a reviewer asks; only of tags that the report gives."""
-    tags = {tag for scalars in (*search_curves(report, name), *before_after(report, name)) for tag in scalars}
-    splits = [split.split for split in report.splits]
-    outcome = {
-        "Accuracy of each split: 0 before, 1 after": [f"{name}/{split}/accuracy" for split in splits],
-        "Broken samples of each split: should stay at 0": [f"{name}/{split}/broken" for split in splits],
-        "Targeted samples still wrong: should fall": [f"{name}/{split}/wrong_in_target" for split in splits],
+    """Charts of the Custom Scalars tab: the course of the search, only of tags that the report gives."""
+    charts = {
+        "Best candidate: samples repaired (should rise) and broken (should stay low)": ("repaired", "broken"),
+        "Fitness: best and mean of the swarm": ("best_fitness", "mean_fitness"),
+        "Best candidate: mean loss on failed and on passed samples": ("loss_failed", "loss_passed"),
+        "Diversity of the swarm": ("diversity",),
     }
-    search = {
-        "Best candidate: repaired and broken samples": [f"{name}/search/repaired", f"{name}/search/broken"],
-        "Fitness: best and mean of the swarm": [f"{name}/search/best_fitness", f"{name}/search/mean_fitness"],
-        "Best candidate: mean loss on failed and passed": [f"{name}/search/loss_failed", f"{name}/search/loss_passed"],
-        "Diversity of the swarm": [f"{name}/search/diversity"],
+    tags = {tag for scalars in search_curves(report, name) for tag in scalars}
+    present = {
+        title: [tag for tag in (f"{name}_search/{curve}" for curve in curves) if tag in tags]
+        for title, curves in charts.items()
     }
-    return {
-        title: charts
-        for title, charts in (
-            (f"{name}: outcome", _charts(outcome, tags)),
-            (f"{name}: search", _charts(search, tags)),
-        )
-        if charts
+    # Each entry is a regular expression over tags.
+    lines = {
+        title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]] for title, found in present.items() if found
     }
+    return {f"{name}: course of the search": lines} if lines else {}
 
 
 def hparams(report: RepairReport) -> dict[str, bool | int | float | str]:
-    """What was asked for, flat, for a row of the HParams tab."""
+    """What was asked for, flat, for a row of the HParams tab.
+
+    The tab sorts names and shows five of its own accord: the details, `with. ...`, come last.
+    """
     asked: dict[str, Any] = {
-        "status": report.status,
-        "layer": ", ".join(report.layers),
-        "target": report.target,
+        "fitness": _kind(report.settings.get("fitness")),
         "gate": report.gate,
-        "task": report.task,
+        "layer": ", ".join(report.layers),
         "seed": report.seed,
+        "target": report.target,
+        "weights": None if report.localization is None else report.localization.sizes.get("localized"),
     }
-    if report.localization is not None:
-        asked["n_g"] = report.localization.n_g
-        asked["searched_weights"] = report.localization.sizes.get("localized")
-    # What was found out goes before what was said, such as a layer `auto`.
-    return _flat(report.settings) | _flat(asked)
+    details = {key: value for key, value in report.settings.items() if key not in asked or isinstance(value, Mapping)}
+    return _flat(asked) | _flat(details, "with.")
 
 
-def _charts(charts: Mapping[str, list[str]], tags: set[str]) -> dict[str, list[Any]]:
-    present = {title: [tag for tag in chart if tag in tags] for title, chart in charts.items()}
-    # Each entry is a regular expression over tags.
-    return {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in chart]] for title, chart in present.items() if chart}
+def _kind(settings: Any) -> Any:
+    return settings.get("kind") if isinstance(settings, Mapping) else settings
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
     out: dict[str, bool | int | float | str] = {}
-    for name, value in settings.items():
+    for key, value in settings.items():
         if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{name}.")
+            out |= _flat(value, f"{prefix}{key}.")
         elif value is not None:
             plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-            out[f"{prefix}{name}"] = value if plain else str(value)
+            out[f"{prefix}{key}"] = value if plain else str(value)
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import before_after, search_curves, verdict
+from lightning_nrl.tracking.scalars import outcome, search_curves, split_numbers
 from lightning_nrl.tracking.tensorboard import write_extras
 
 __all__ = ["track"]
@@ -27,9 +27,9 @@ def track(
 ) -> None:
     """Writes a repair to every logger, on rank zero.
 
-    The search goes over its iterations, the state of every split over 0 (before) and 1 (after), the verdict to the step
-    of training at which the repair was made. TensorBoard gets more, see `write_extras`. To be called before the loggers
-    are finalised: a TensorBoard writer that is used later opens a second file.
+    The search has its iterations for steps; the outcome and the numbers of the splits stand at the step of training at
+    which the repair was made. TensorBoard gets more, see `write_extras`. To be called before the loggers are finalised:
+    a TensorBoard writer that is used later opens a second file.
 
     Args:
         report: the account of the repair.
@@ -51,9 +51,7 @@ def track(
 def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None, name: str) -> None:
     for iteration, scalars in enumerate(search_curves(report, name)):
         logger.log_metrics(scalars, step=iteration)
-    for state, scalars in enumerate(before_after(report, name)):
-        logger.log_metrics(scalars, step=state)
-    logger.log_metrics(verdict(report, name), step=step)
+    logger.log_metrics(outcome(report, name) | split_numbers(report, name), step=step)
     writer = getattr(logger, "experiment", None)
     if isinstance(writer, SummaryWriter):
         write_extras(report, writer, step=step, change=change, name=name)

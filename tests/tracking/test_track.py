@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking import before_after, search_curves, track, verdict
+from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl.tracking import outcome, search_curves, split_numbers, track
 
 CHANGE = torch.tensor([0.5, -0.25, 0.0, 0.75])
 
@@ -71,11 +71,10 @@ def events(tmp_path: Path, accepted: RepairReport) -> EventAccumulator:
 
 def expected_points(report: RepairReport, step: int) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, list[tuple[int, float]]] = {}
-    for stepwise in (search_curves(report), before_after(report)):
-        for at, scalars in enumerate(stepwise):
-            for tag, value in scalars.items():
-                points.setdefault(tag, []).append((at, pytest.approx(value)))
-    return points | {tag: [(step, pytest.approx(value))] for tag, value in verdict(report).items()}
+    for at, scalars in (*enumerate(search_curves(report)), (step, outcome(report)), (step, split_numbers(report))):
+        for tag, value in scalars.items():
+            points.setdefault(tag, []).append((at, pytest.approx(value)))
+    return points
 
 
 def test_tensorboard_reads_back_every_scalar(events: EventAccumulator, accepted: RepairReport) -> None:
@@ -102,15 +101,15 @@ def read_layout(folder: Path) -> layout_pb2.Layout:
 
 def test_tensorboard_overlays_curves_that_exist(events: EventAccumulator, tmp_path: Path) -> None:
     layout = read_layout(tmp_path / "run" / "repair")
-    assert [category.title for category in layout.category] == ["repair: outcome", "repair: search"]
+    assert [category.title for category in layout.category] == ["repair: course of the search"]
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
     assert charts["Fitness: best and mean of the swarm"] == [
-        "^repair/search/best_fitness$",
-        "^repair/search/mean_fitness$",
+        "^repair_search/best_fitness$",
+        "^repair_search/mean_fitness$",
     ]
-    assert charts["Best candidate: repaired and broken samples"] == [
-        "^repair/search/repaired$",
-        "^repair/search/broken$",
+    assert charts["Best candidate: samples repaired (should rise) and broken (should stay low)"] == [
+        "^repair_search/repaired$",
+        "^repair_search/broken$",
     ]
     tags = {tag.strip("^$") for chart in charts.values() for tag in chart}
     assert tags <= set(events.Tags()["scalars"])
@@ -124,10 +123,10 @@ def test_tensorboard_has_a_row_of_hyperparameters(
     asked = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert asked["layer"].string_value == "classifier"
     assert asked["target"].string_value == "label 3"
-    assert asked["fitness.alpha"].number_value == 6.0
     assert asked["seed"].number_value == 3
-    assert "n_passed" not in asked
-    assert set(row.Tags()["scalars"]) == set(verdict(accepted))
+    assert asked["with.fitness.alpha"].number_value == 6.0
+    assert "with.n_passed" not in asked
+    assert set(row.Tags()["scalars"]) == set(outcome(accepted))
 
 
 def test_training_and_repair_share_one_event_file(tmp_path: Path, accepted: RepairReport) -> None:
@@ -138,16 +137,16 @@ def test_training_and_repair_share_one_event_file(tmp_path: Path, accepted: Repa
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
 
 
-def test_a_second_repair_in_one_log_is_told_apart(
-    tmp_path: Path, accepted: RepairReport, refused: RepairReport
-) -> None:
+def test_a_second_repair_in_one_log_is_told_apart(tmp_path: Path, accepted: RepairReport) -> None:
     logger = board(tmp_path)
     track(accepted, [logger], step=5, change=CHANGE)
-    track(refused, [logger], step=6, name="repair-1")
+    track(replace(accepted, status="refused"), [logger], step=6, name="repair-1")
     events = read(tmp_path / "run")
-    assert [event.value for event in events.Scalars("repair/verdict/accepted")] == [1.0]
-    assert [event.value for event in events.Scalars("repair-1/verdict/accepted")] == [0.0]
-    assert [category.title for category in read_layout(tmp_path / "run" / "repair-1").category] == ["repair-1: outcome"]
+    assert [event.value for event in events.Scalars("repair/accepted")] == [1.0]
+    assert [event.value for event in events.Scalars("repair-1/accepted")] == [0.0]
+    assert [category.title for category in read_layout(tmp_path / "run" / "repair-1").category] == [
+        "repair-1: course of the search"
+    ]
 
 
 def test_layout_and_hyperparameters_of_training_are_left_alone(tmp_path: Path, accepted: RepairReport) -> None:
@@ -177,9 +176,9 @@ def test_half_precision_changes_have_a_histogram(tmp_path: Path, accepted: Repai
 def test_a_report_without_a_search_is_tracked(tmp_path: Path, nothing: RepairReport) -> None:
     track(nothing, [board(tmp_path)], step=5)
     events = read(tmp_path / "run")
-    assert events.Scalars("repair/verdict/accepted")[0].value == 0.0
+    assert events.Scalars("repair/accepted")[0].value == 0.0
     assert "repair/report/text_summary" in events.Tags()["tensors"]
-    assert [category.title for category in read_layout(tmp_path / "run" / "repair").category] == ["repair: outcome"]
+    assert "custom_scalars__config__" not in read(tmp_path / "run" / "repair").Tags()["tensors"]
 
 
 def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
@@ -187,7 +186,7 @@ def test_csv_gets_every_number(tmp_path: Path, accepted: RepairReport) -> None:
     track(accepted, [logger], step=120, change=CHANGE)
     header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert set(header.split(",")) == {"step", *expected_points(accepted, step=120)}
-    assert len(rows) == 3 + 2 + 1
+    assert len(rows) == 3 + 1
 
 
 def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairReport) -> None:
@@ -202,15 +201,15 @@ def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairRepo
 def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
     notes = Notes()
     track(accepted, [notes], step=120, change=CHANGE)
-    curves, states = search_curves(accepted), before_after(accepted)
-    assert notes.entries == [*enumerate(curves), *enumerate(states), (120, verdict(accepted))]
+    final = outcome(accepted) | split_numbers(accepted)
+    assert notes.entries == [*enumerate(search_curves(accepted)), (120, final)]
 
 
 def test_two_loggers_at_once_get_the_same(tmp_path: Path, accepted: RepairReport) -> None:
     notes, remote = Notes(), Remote()
     track(accepted, [notes, board(tmp_path), remote], step=120, change=CHANGE)
     assert notes.entries == remote.entries
-    assert "repair/verdict/accepted" in read(tmp_path / "run").Tags()["scalars"]
+    assert "repair/accepted" in read(tmp_path / "run").Tags()["scalars"]
 
 
 def test_no_logger_and_a_dummy_are_fine(accepted: RepairReport) -> None:
@@ -222,7 +221,7 @@ def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: Repair
     notes = Notes()
     with pytest.warns(UserWarning, match="not logged to Broken, which raised ConnectionError: no server"):
         track(accepted, [Broken(), notes], step=120)
-    assert notes.entries[-1] == (120, verdict(accepted))
+    assert [step for step, _ in notes.entries] == [0, 1, 2, 120]
 
 
 def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch, accepted: RepairReport) -> None:
@@ -234,7 +233,6 @@ def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch, accepted: Repa
 
 def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     notes = Notes()
-    assert accepted.change is not None
-    report = replace(accepted, change=replace(accepted.change, relative=float("nan")))
-    track(report, [notes], step=120)
+    track(replace(accepted, splits=(SplitReport("empty", "known", 0, 0, 0, 0, 0, 0),)), [notes], step=120)
+    assert "repair_splits/empty/n" in notes.entries[-1][1]
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
