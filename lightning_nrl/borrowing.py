@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_nrl.errors import explain
 
-__all__ = ["StartingWeights", "evaluating", "starting_weights"]
+__all__ = ["StartingWeights", "evaluating", "random_state", "starting_weights"]
 
 
 @dataclass
@@ -36,6 +40,28 @@ def evaluating(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]
         for module, training in flags:
             module.training = training
         trainer.state.stage = stage
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """The global random states of torch, numpy and Python are as found afterwards.
+
+    Also after an exception, where Lightning's `isolate_rng` leaves them as they are then.
+    """
+    states: list[tuple[Callable[[Any], None], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (np.random.set_state, np.random.get_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_available():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        for restore, state in states:
+            restore(state)
 
 
 @contextmanager

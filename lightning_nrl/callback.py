@@ -11,13 +11,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nrl.batches import Adapter, unpack
-from lightning_nrl.borrowing import evaluating, starting_weights
+from lightning_nrl.borrowing import evaluating, random_state, starting_weights
 from lightning_nrl.checks import check_arguments, check_kind, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
@@ -47,8 +46,8 @@ class RegressionFreeRepair(Callback):
     After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
     matter for the failures and not for the rest, searches new values for them, and accepts the result only if it passes
     the gate on all known data. It then writes `repaired.ckpt`, `report.json` and `report.md` to `<log_dir>/repair/`,
-    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as training
-    left them.
+    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
+    training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)`; None: all.
@@ -220,7 +219,7 @@ class RegressionFreeRepair(Callback):
         """Searches a repair. The model, the trainer and the random state are left as found."""
         self._ran = True
         limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
-        with isolate_rng(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
+        with random_state(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
             known, unseen = self.data.sources(
                 trainer, pl_module, adapter=self.adapter, seed=self.settings.seed, limit=limit
             )

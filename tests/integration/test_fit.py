@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
-
-from lightning_nrl import Target
 
 LAYERS = {"mlp": "network.1", "cnn": "network.3", "resnet": "network.2.second"}
 

@@ -1,0 +1,24 @@
+"""A network trained once, for tests that need one and not its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from digit_models import Classifier, Digits, quiet_trainer
+
+
+@pytest.fixture(scope="session")
+def trained_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an MLP after three epochs."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer = quiet_trainer(folder, enable_checkpointing=False)
+    trainer.fit(Classifier(), datamodule=Digits())
+    trainer.save_checkpoint(folder / "trained.ckpt", weights_only=False)
+    return folder / "trained.ckpt"
+
+
+@pytest.fixture
+def trained(trained_path: Path) -> Classifier:
+    """The trained MLP, fresh for each test."""
+    return Classifier.load_from_checkpoint(trained_path)

@@ -1,0 +1,133 @@
+"""A repair that does not come about leaves the weights as training left them, and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+
+from lightning_nrl import EvidenceError, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl.errors import EmptyLocalizationError
+
+
+class Remember(Callback):
+    """Keeps the weights that training left; to stand before the repair."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+    def assert_unchanged(self, model: Classifier) -> None:
+        assert all(torch.equal(value, self.weights[name]) for name, value in model.state_dict().items())
+
+
+def fit(path: Path, repair: RegressionFreeRepair, model: Classifier | None = None, data: Any = None) -> Classifier:
+    model, data, remember = model or Classifier(), data or Digits(), Remember()
+    quiet_trainer(path, remember, repair, max_epochs=1).fit(model, datamodule=data)
+    remember.assert_unchanged(model)
+    assert repair.repaired_model_path == ""
+    assert not (path / "repair" / "repaired.ckpt").exists()
+    assert (path / "repair" / "report.json").exists()
+    return model
+
+
+def no_sample(batch: Any) -> Tensor:
+    return torch.zeros(len(batch[0]), dtype=torch.bool)
+
+
+def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path: Path) -> None:
+    repair = quick_repair(target=Target.where(no_sample, name="purple digits"))
+    fit(tmp_path, repair)
+    assert repair.report.status == "nothing to repair"
+    assert repair.report.reason.startswith("no failed sample of repair is in the target (where purple digits)")
+    assert all(split.targeted == split.broken == split.repaired == 0 for split in repair.report.splits)
+
+
+class AllWrong(Digits):
+    """Every digit is called a nine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (self.train, self.repair):
+            part.tensors = (part.tensors[0], torch.full_like(part.tensors[1], 9))
+
+
+class NeverNine(Classifier):
+    """Cannot learn to say nine."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) - 1e4 * torch.eye(10)[9]
+
+
+def test_without_passed_samples_there_is_a_warning_and_no_repair(tmp_path: Path) -> None:
+    repair = quick_repair()
+    with pytest.warns(UserWarning, match="not repaired: no known sample passes"):
+        fit(tmp_path, repair, NeverNine(), AllWrong())
+    assert repair.report.status == "not repaired"
+
+
+class Nowhere(NeuRecoverLite):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise EmptyLocalizationError("no weight matters for the failures alone.")
+
+
+def test_an_empty_localisation_is_a_warning_and_a_report(tmp_path: Path) -> None:
+    repair = quick_repair(localizer=Nowhere())
+    with pytest.warns(UserWarning, match="not repaired: no weight matters"):
+        fit(tmp_path, repair)
+    assert repair.report.status == "not repaired"
+    assert repair.report.reason == "no weight matters for the failures alone."
+
+
+def test_a_search_without_a_step_repairs_nothing(tmp_path: Path) -> None:
+    repair = quick_repair(method=ParticleSwarm(particles=2, iterations=0, start="paper"))
+    fit(tmp_path, repair)
+    assert repair.report.status == "not repaired"
+
+
+def test_a_refused_repair_names_the_samples_that_it_would_break(tmp_path: Path, trained: Classifier) -> None:
+    data, settings = Digits(), {"fitness": "eq2", "n_passed": 1, "method": ParticleSwarm(20, 40, start="half")}
+    before = {split: right(trained, getattr(data, split)) for split in ("train", "repair")}
+    refused, accepted = quick_repair(**settings), quick_repair(**settings, gate="tolerance:100%")
+    fit_without_learning(tmp_path / "a", refused, trained)
+    new = fit_without_learning(tmp_path / "b", accepted, trained)
+
+    assert refused.report.status == "refused"
+    assert accepted.report.status == "repaired"
+    for split in refused.report.candidate:
+        broken = before[split.split] & ~right(new, getattr(data, split.split))
+        assert list(split.broken_ids) == broken.nonzero().flatten().tolist()
+    assert sum(len(split.broken_ids) for split in refused.report.candidate) > 0
+    assert all(split.broken == 0 for split in refused.report.splits)
+
+
+def fit_without_learning(path: Path, repair: RegressionFreeRepair, model: Classifier) -> Classifier:
+    model.hparams["lr"] = 0.0
+    quiet_trainer(path, repair, max_epochs=1).fit(model, datamodule=Digits())
+    return model
+
+
+class BadPixels(Digits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.repair.tensors[0][[5, 17]] = torch.nan
+
+
+def test_a_loss_that_is_nan_is_an_error_that_names_the_samples(tmp_path: Path) -> None:
+    model, remember = Classifier(), Remember()
+    trainer = quiet_trainer(tmp_path, remember, quick_repair(), max_epochs=1)
+    with pytest.raises(EvidenceError, match=r"NaN or infinite on 2 known samples \(repair: \[5, 17\]\)[\s\S]*HINT: "):
+        trainer.fit(model, datamodule=BadPixels())
+    remember.assert_unchanged(model)
+
+
+@pytest.mark.parametrize("arguments", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_where_training_is_skipped_a_warning_says_so(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    repair = quick_repair()
+    with pytest.warns(UserWarning, match=r"no repair was made, because no training step ran"):
+        quiet_trainer(tmp_path, repair, **arguments).fit(Classifier(), datamodule=Digits())
+    assert repair.report is None
