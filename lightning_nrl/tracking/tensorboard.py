@@ -26,7 +26,7 @@ def write_extras(
     """Writes what only TensorBoard shows.
 
     Layout and hyperparameters go to a sub-run: TensorBoard reads but one of each from a run, and training may have its
-    own. Layouts of several runs are shown together.
+    own. Layouts of several runs are shown together; of hyperparameters only the columns of the first run that has any.
 
     Args:
         report: the account of the repair.
@@ -50,9 +50,9 @@ def write_extras(
 def layout(report: RepairReport, name: str = "repair") -> dict[str, dict[str, list[Any]]]:
     """Charts of the Custom Scalars tab: the course of the search, only of tags that the report gives."""
     charts = {
-        "Best candidate: samples repaired (should rise) and broken (should stay low)": ("repaired", "broken"),
-        "Fitness: best and mean of the swarm": ("best_fitness", "mean_fitness"),
-        "Best candidate: mean loss on failed and on passed samples": ("loss_failed", "loss_passed"),
+        "Best so far: samples repaired and broken": ("repaired", "broken"),
+        "Fitness: best so far and mean of the swarm": ("best_fitness", "mean_fitness"),
+        "Best so far: loss on failed and on passed": ("loss_failed", "loss_passed"),
         "Diversity of the swarm": ("diversity",),
     }
     tags = {tag for scalars in search_curves(report, name) for tag in scalars}

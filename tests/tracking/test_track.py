@@ -103,11 +103,11 @@ def test_tensorboard_overlays_curves_that_exist(events: EventAccumulator, tmp_pa
     layout = read_layout(tmp_path / "run" / "repair")
     assert [category.title for category in layout.category] == ["repair: course of the search"]
     charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
-    assert charts["Fitness: best and mean of the swarm"] == [
+    assert charts["Fitness: best so far and mean of the swarm"] == [
         "^repair_search/best_fitness$",
         "^repair_search/mean_fitness$",
     ]
-    assert charts["Best candidate: samples repaired (should rise) and broken (should stay low)"] == [
+    assert charts["Best so far: samples repaired and broken"] == [
         "^repair_search/repaired$",
         "^repair_search/broken$",
     ]
