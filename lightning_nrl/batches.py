@@ -49,7 +49,7 @@ class Source(Protocol):
         split: the name that reports use, such as `train` or `repair`.
         passed: whether a sample of passed data (#pos) is drawn from it. Passed samples of every known split are kept.
         failed: whether its failed samples are candidates for repair.
-        index: `size` int64, each sample's position in its data set, in the order of the split and over all ranks.
+        index: `n` int64, each sample's position in its data set, in the order of the split and over all ranks.
     """
 
     @property
@@ -82,25 +82,25 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
     Raises:
         ConfigurationError: the batch has no shape that is known here.
     """
+    hint = "pass `adapter=f` with f(batch) -> (args, kwargs, target)."
     if isinstance(raw, Mapping):
+        keys = sorted(map(str, raw))
         target_key = next((key for key in TARGET_KEYS if key in raw), None)
         if target_key is None:
             raise ConfigurationError(
-                explain(
-                    f"`adapter`: a batch with the keys {sorted(map(str, raw))} lacks a target key: {list(TARGET_KEYS)}.",
-                    "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
-                )
+                explain(f"`adapter`: a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}.", hint)
             )
         input_key = next((key for key in INPUT_KEYS if key in raw), None)
         if input_key is not None:
             return (raw[input_key],), {}, raw[target_key]
         rest = {key: value for key, value in raw.items() if key != target_key and isinstance(value, Tensor)}
+        if not rest:
+            raise ConfigurationError(
+                explain(f"`adapter`: a batch with the keys {keys} has no tensor beside the target.", hint)
+            )
         return (), rest, raw[target_key]
     if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) >= 2:
         return (raw[0],), {}, raw[1]
     raise ConfigurationError(
-        explain(
-            f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.",
-            "pass `adapter=f` with f(batch) -> (args, kwargs, target).",
-        )
+        explain(f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.", hint)
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.batches import Source
+from lightning_nrl.batches import Batch, Source
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import EvidenceError, explain
+from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Task
+from lightning_nrl.tasks import Task, at_least_float32
 
 __all__ = ["Evidence", "collect", "non_finite"]
 
@@ -34,7 +35,7 @@ class Evidence:
         prediction: `N` int64, the predicted class, -1 where the task has none.
         loss: `N` float, each sample's loss.
         passed: `N` bool.
-        targeted: `N` bool, failed samples that the target selects (I_neg).
+        targeted: `N` bool, failed samples that the target selects; on known data I_neg.
     """
 
     splits: tuple[str, ...]
@@ -74,6 +75,7 @@ def collect(
     *,
     task: Task,
     target: Target | None = None,
+    everywhere: bool = False,
     context: Context = nullcontext,
     collective: Collective | None = None,
 ) -> Evidence:
@@ -85,7 +87,9 @@ def collect(
         forward: the model in evaluation mode, or a function that calls it.
         sources: the splits, this rank's share of each.
         task: what passed and loss mean.
-        target: which failed samples are to be repaired; None marks none.
+        target: which failed samples are marked as targeted; None marks none.
+        everywhere: whether the failed samples of all sources are marked, not only of those whose failures are
+            candidates for repair.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the work.
 
@@ -93,12 +97,23 @@ def collect(
         The evidence, on the CPU.
 
     Raises:
-        EvidenceError: a split's samples are not there exactly once.
+        ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
+        EvidenceError: a split's samples are not there exactly once, or another rank could not read its share.
     """
     collective = collective or Collective()
-    tables = [_collect_split(forward, source, task, target, context, collective) for source in sources]
+    splits = tuple(source.split for source in sources)
+    if not splits or len(set(splits)) < len(splits):
+        raise ConfigurationError(
+            explain(
+                f"`sources` has the splits {list(splits)}.", "give at least one source, each with a name of its own."
+            )
+        )
+    tables = []
+    for source in sources:
+        wanted = target if everywhere or source.failed else None
+        tables.append(_exchanged(source, partial(_read, forward, source, task, wanted, context), collective))
     columns = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-    return Evidence(tuple(s.split for s in sources), tuple(len(s.index) for s in sources), **columns)
+    return Evidence(splits, tuple(len(source.index) for source in sources), **columns)
 
 
 def non_finite(evidence: Evidence) -> dict[str, list[int]]:
@@ -106,39 +121,82 @@ def non_finite(evidence: Evidence) -> dict[str, list[int]]:
     return {split: ids for split, ids in evidence.ids(~evidence.loss.isfinite()).items() if ids}
 
 
-def _collect_split(
-    forward: Forward, source: Source, task: Task, target: Target | None, context: Context, collective: Collective
-) -> dict[str, Tensor]:
-    parts: dict[str, list[Tensor]] = {
-        "position": [],
-        "label": [],
-        "prediction": [],
-        "loss": [],
-        "passed": [],
-        "targeted": [],
-    }
+Table = dict[str, Tensor]
+"""Columns by name, one row a sample."""
+
+DTYPES = {
+    "position": torch.int64,
+    "label": torch.int64,
+    "prediction": torch.int64,
+    "loss": torch.float32,
+    "passed": torch.bool,
+    "targeted": torch.bool,
+}
+
+
+def _read(forward: Forward, source: Source, task: Task, target: Target | None, context: Context) -> Table:
+    """This rank's rows of one split, on the CPU, in the order in which they came."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
     for batch in source:
         with context():
             output = task.logits(forward(*batch.args, **batch.kwargs))
-        passed = task.passed(output, batch.target)
-        label, prediction = task.label(batch.target), task.prediction(output)
-        if target is None or not source.failed:
-            targeted = torch.zeros_like(passed)
-        else:
-            targeted = ~passed & target.select(batch, label, prediction).to(passed.device)
-        unknown = torch.full_like(passed, -1, dtype=torch.int64)
-        parts["position"].append(batch.position)
-        parts["label"].append(unknown if label is None else label)
-        parts["prediction"].append(unknown if prediction is None else prediction)
-        parts["loss"].append(task.loss(output, batch.target))
-        parts["passed"].append(passed)
-        parts["targeted"].append(targeted)
-    empty = {"loss": torch.float32, "passed": torch.bool, "targeted": torch.bool}
-    mine = {
-        name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=empty.get(name, torch.int64))
-        for name, rows in parts.items()
+        for name, column in _columns(batch, output, task, target).items():
+            parts[name].append(column)
+    return {name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()}
+
+
+def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) -> Table:
+    n = len(batch)
+    label, prediction = task.label(batch.target), task.prediction(output)
+    passed = _checked("passed", task.passed(output, batch.target), n, task)
+    loss = _checked("loss", task.loss(output, batch.target), n, task)
+    if passed.dtype != torch.bool:
+        raise ConfigurationError(
+            explain(f"`task`: `passed` of {type(task).__name__} gave {passed.dtype}.", "return one bool a sample.")
+        )
+    unknown = torch.full_like(passed, -1, dtype=torch.int64)
+    if target is None:
+        targeted = torch.zeros_like(passed)
+    else:
+        targeted = ~passed & target.select(batch, label, prediction).to(passed.device)
+    return {
+        "position": batch.position,
+        "label": unknown if label is None else _checked("label", label, n, task),
+        "prediction": unknown if prediction is None else _checked("prediction", prediction, n, task),
+        "loss": at_least_float32(loss),
+        "passed": passed,
+        "targeted": targeted,
     }
-    whole = {name: torch.cat(collective.gather(column)).cpu() for name, column in mine.items()}
+
+
+def _checked(name: str, column: Tensor, n: int, task: Task) -> Tensor:
+    """Refuses what would be spread out silently, such as `n x 1` against `n`."""
+    if column.shape == (n,):
+        return column
+    raise ConfigurationError(
+        explain(
+            f"`task`: `{name}` of {type(task).__name__} gave {list(column.shape)} for a batch of {n} samples.",
+            f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
+        )
+    )
+
+
+def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
+    """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
+    error: Exception | None = None
+    mine: Table = {}
+    try:
+        mine = read()
+    except Exception as caught:
+        error = caught
+    failed = collective.any(error is not None)
+    if error is not None:
+        raise error
+    if failed:
+        raise EvidenceError(
+            explain(f"`{source.split}` data could not be read on another rank.", "look at that rank's own error.")
+        )
+    whole = {name: torch.cat(collective.gather(column)) for name, column in mine.items()}
     position = whole.pop("position")
     order = position.argsort()
     if not torch.equal(position[order], torch.arange(len(source.index))):
@@ -148,5 +206,4 @@ def _collect_split(
                 "the collate function must neither drop nor add samples.",
             )
         )
-    table = {name: column[order] for name, column in whole.items()}
-    return {"index": source.index, **table}
+    return {"index": source.index, **{name: column[order] for name, column in whole.items()}}

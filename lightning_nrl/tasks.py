@@ -61,26 +61,27 @@ class Multiclass(Task):
     """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32."""
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
-        return self.prediction(output) == target
+        return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_float32(output), target, reduction="none")
+        return F.cross_entropy(at_least_float32(output), self.label(target), reduction="none")
 
     def prediction(self, output: Tensor) -> Tensor:
-        if output.ndim != 2:
+        if output.ndim != 2 or output.shape[1] < 2:
             raise ConfigurationError(
                 explain(
                     f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                    "pass `task=` with a `Task` that says what passed and loss mean for this output.",
+                    "return one logit for each of two or more classes, or pass a `Task` that fits as `task=`.",
                 )
             )
         return output.argmax(1)
 
     def label(self, target: Tensor) -> Tensor:
-        if target.ndim != 1 or target.is_floating_point():
+        if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
+            found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
                 explain(
-                    f"`task`: multiclass needs whole labels [samples], found {target.dtype} {list(target.shape)}.",
+                    f"`task`: multiclass needs whole labels [samples], found {found}.",
                     "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
                 )
             )
