@@ -5,13 +5,14 @@ from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
-from lightning_nrl.pipeline import repair_module
+from lightning_nrl.pipeline import Outcome, repair_module
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.standalone import repair
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tensors import TensorSource
 
 __all__ = [
     "ConfigurationError",
@@ -21,6 +22,7 @@ __all__ = [
     "Gate",
     "Multiclass",
     "NeuRecoverLite",
+    "Outcome",
     "ParticleSwarm",
     "RegressionFreeRepair",
     "RepairError",
@@ -28,6 +30,7 @@ __all__ = [
     "Settings",
     "Target",
     "Task",
+    "TensorSource",
     "repair",
     "repair_module",
 ]

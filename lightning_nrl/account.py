@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Account:
             else SearchReport.of(self.result, int(self.known.targeted.sum()), self.n_passed),
             seed=self.settings.seed,
             seconds=dict(self.seconds),
-            settings=plain(self.settings),
+            settings=self.settings.plain(),
             **rest,
         )
 
@@ -129,18 +129,6 @@ class Account:
     def _hash_model(self, changed: Mapping[str, Tensor]) -> str:
         """Of the whole state dict with some parameters changed; a weight tied to one of them changes with it."""
         layers = self._layers()
-        tied = {layers[name].data_ptr(): value for name, value in changed.items()}
-        state = self.model.state_dict()
-        return hash_tensors({name: tied.get(value.data_ptr(), value) for name, value in state.items()})
-
-
-def plain(value: Any) -> Any:
-    """Settings as dicts, lists, numbers and text."""
-    if isinstance(value, Settings):
-        own = {name: getattr(value, name) for name in value.__dataclass_fields__}
-        return {name: str(item) if name in ("target", "gate") else plain(item) for name, item in own.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **asdict(value)} if "kind" not in asdict(value) else asdict(value)
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+        new = {id(layers[name]): value for name, value in changed.items()}
+        state = self.model.state_dict(keep_vars=True)
+        return hash_tensors({name: new.get(id(value), changed.get(name, value)) for name, value in state.items()})

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.fitness import Fitness
+from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.search import ParticleSwarm
 
@@ -65,7 +66,7 @@ def paper_row(row: str) -> PaperRow:
 
 
 def paper_arguments(row: str) -> dict[str, Any]:
-    """Arguments of `RegressionFreeRepair` for one row of Table II.
+    """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
 
     The swarm starts and stops as in the paper (half of it exactly the original weights, at most 10 iterations without a
     better fitness), and under pi a regression makes the fitness 0. The gate is `accuracy`, the paper's weaker level.
@@ -79,5 +80,5 @@ def paper_arguments(row: str) -> dict[str, Any]:
         "method": ParticleSwarm(particles=found.particles, patience=10, start="paper"),
         "localizer": NeuRecoverLite(n_weights=found.n_weights),
         "n_passed": found.n_passed,
-        "gate": "accuracy",
+        "gate": Gate.accuracy(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_nrl.account import Account
+from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Batch, Source
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import EmptyLocalizationError, EvidenceError, explain
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, EvidenceError, RepairError, explain
 from lightning_nrl.evidence import Context, Evidence, collect, non_finite
 from lightning_nrl.gate import judge
 from lightning_nrl.localization import Localization
@@ -58,6 +59,31 @@ class Outcome:
     parameters: Mapping[str, Tensor] | None = None
     change: Tensor | None = None
 
+    @torch.no_grad()
+    def write(self, model: nn.Module) -> bool:
+        """Copies the repaired parameters into a model; one whose repair was not accepted stays as it is.
+
+        Args:
+            model: the model that was repaired, or another with the same parameters, on any device.
+
+        Returns:
+            Whether the model was changed.
+
+        Raises:
+            ConfigurationError: a parameter is not in the model, or has another shape; nothing was written.
+        """
+        live = dict(model.named_parameters(remove_duplicate=False))
+        new = self.parameters or {}
+        for name, value in new.items():
+            if name not in live or live[name].shape != value.shape:
+                found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
+                raise ConfigurationError(
+                    explain(f"`model`: its parameter {name!r} {found}.", "give the model that was repaired.")
+                )
+        for name, value in new.items():
+            live[name].copy_(value)
+        return bool(new)
+
 
 def repair_module(
     model: nn.Module,
@@ -70,13 +96,13 @@ def repair_module(
     collective: Collective | None = None,
     observer: Observer | None = None,
 ) -> Outcome:
-    """Collects evidence, localises, searches and judges. The model is left as found.
+    """Collects evidence, localises, searches and judges. The model is left as found: `Outcome.write` changes it.
 
     Args:
-        model: the trained model, in evaluation mode, on its device.
+        model: the trained model on its device; it runs in evaluation mode.
         known: data that the repair may look at; all of it is what the gate judges by.
         settings: what to repair and how.
-        unseen: data that is only counted, before and after an accepted repair.
+        unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
         task: what passed and loss mean; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same outcome.
@@ -86,50 +112,51 @@ def repair_module(
         The outcome. That there is nothing to repair, or no way to, is a report, not an exception.
 
     Raises:
-        ConfigurationError: the layer, the data or the target cannot be used.
+        ConfigurationError: the layer, the data, the target or the task cannot be used.
         EvidenceError: the original model gives losses that are not finite; the samples are named.
     """
     settings, task = settings or Settings(), task or Multiclass()
     collective, clock = collective or Collective(), _Clock(observer)
+    _check_sources(known, unseen, settings)
     space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
     see = partial(collect, task=task, context=context, collective=collective)
-    with clock.stage("collect"):
-        before = see(model, known, target=settings.target)
-        unseen_before = see(model, unseen, target=settings.target) if unseen else None
-    _check_losses(before)
-    account = Account(model, space, settings, task, before, unseen_before, clock.seconds)
-    if not before.targeted.any():
-        return Outcome(account.closed("nothing to repair", _nothing(before, known, settings.target)))
-    if not before.passed.any():
-        return _given_up(account, "no known sample passes, so there is nothing to keep and nothing to compare with.")
-    passed = _passed_rows(before, known, settings)
-    with clock.stage("localize"):
-        recording = record(
-            model, _rows(known, before), space, task, before.targeted | before.passed, context=context,
-            budget=settings.budget,
-        )  # fmt: skip
+    with as_found(model):
+        with clock.stage("collect"):
+            before = see(model, known, target=settings.target)
+            unseen_before = _see_unseen(see, model, unseen, settings.target) if unseen else None
+        _check_losses(before)
+        account = Account(model, space, settings, task, before, unseen_before, clock.seconds)
+        if not before.targeted.any():
+            return Outcome(account.closed("nothing to repair", _nothing(before, known, settings.target)))
+        passed = _passed_rows(before, known, settings)
+        if not passed.any():
+            return _given_up(account, _nothing_passes(before, known))
         try:
-            localization = settings.localizer(
-                recording, task, failed=before.targeted, passed=before.passed, collective=collective
-            )
+            with clock.stage("localize"):
+                batches = _rows(known, before)
+                keep = before.targeted | before.passed
+                recording = record(model, batches, space, task, keep, context=context, budget=settings.budget)
+                localization = settings.localizer(
+                    recording, task, failed=before.targeted, passed=before.passed, collective=collective
+                )
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
-    with clock.stage("search"):
-        result = _search(recording, localization, before.targeted, passed, task, settings, collective, clock)
-    account = account.searched(localization, result, int(passed.sum()))
-    values = _agreed(result.values, collective)
-    old = space.flat()[localization.weights.to(space.device)]
-    if torch.equal(values.to(old.dtype), old):
-        reason = "the search found nothing better than the original weights."
-        return Outcome(account.closed("not repaired", reason))
-    parameters = space.changed(localization.weights, values)
-    repaired = partial(_call, model, parameters)
-    with clock.stage("judge"):
-        after = see(repaired, known)
-        verdict = judge(before, after, settings.gate)
-        unseen_after = see(repaired, unseen) if unseen and verdict.accepted else None
-    report = account.judged(verdict, parameters, after, unseen_after)
-    return Outcome(report, parameters if verdict.accepted else None, (values - old).float().cpu())
+        with clock.stage("search"):
+            result = _search(recording, localization, before.targeted, passed, task, settings, collective, clock)
+        del recording
+        account = account.searched(localization, result, int(passed.sum()))
+        values, old = _agreed(result.values, collective), space.flat()[localization.weights.to(space.device)]
+        if torch.equal(values, old):
+            return Outcome(account.closed("not repaired", "the search found nothing better than the original weights."))
+        parameters = space.changed(localization.weights, values)
+        repaired = partial(_call, model, parameters)
+        with clock.stage("judge"):
+            after = see(repaired, known)
+            verdict = judge(before, after, settings.gate)
+            unseen_after = see(repaired, unseen) if unseen and verdict.accepted else None
+        report = account.judged(verdict, parameters, after, unseen_after)
+        change = (values.cpu().double() - old.cpu().double()).float()
+        return Outcome(report, parameters if verdict.accepted else None, change)
 
 
 def _search(
@@ -142,19 +169,27 @@ def _search(
     collective: Collective,
     clock: _Clock,
 ) -> SearchResult:
-    flat = recording.space.flat()
-    scorer = make_scorer(
-        recording, localization.weights, failed, passed, task, collective=collective, budget=settings.budget
-    )
+    space = recording.space
+    where = localization.weights.to(space.device)
+    scorer = make_scorer(recording, where, failed, passed, task, collective=collective, budget=settings.budget)
     return search(
         scorer,
-        flat[localization.weights.to(flat.device)],
-        spread=Spread.of(flat),
+        space.flat()[where],
+        spread=Spread.around(space, where),
         fitness=settings.fitness,
         settings=settings.method,
         seed=settings.seed,
         on_progress=partial(clock.searched, total=settings.method.iterations, n_passed=int(passed.sum())),
     )
+
+
+def _see_unseen(see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target) -> Evidence:
+    """The evidence on unseen data; what the target would be there is for the report alone, so it may fail."""
+    try:
+        return see(model, unseen, target=target, everywhere=True)
+    except RepairError as error:
+        warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
+        return see(model, unseen)
 
 
 def _call(model: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +215,32 @@ def _passed_rows(before: Evidence, known: Sequence[Source], settings: Settings) 
     drawn = torch.zeros_like(pool)
     drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
     return drawn
+
+
+def _nothing_passes(before: Evidence, known: Sequence[Source]) -> str:
+    if not before.passed.any():
+        return "no known sample passes, so there is nothing to keep and nothing to compare with."
+    names = " and ".join(source.split for source in known if source.passed)
+    return f"no sample of {names} passes, so `n_passed` has nothing to draw from."
+
+
+def _check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
+    names = [source.split for source in (*known, *unseen)]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(
+            explain(f"`known` and `unseen` have the splits {names}.", "give each split a name of its own.")
+        )
+    if not any(source.failed for source in known):
+        raise ConfigurationError(
+            explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
+        )
+    if settings.n_passed is not None and not any(source.passed for source in known):
+        raise ConfigurationError(
+            explain(
+                f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
+                "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
+            )
+        )
 
 
 def _agreed(values: Tensor, collective: Collective) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
@@ -27,8 +30,16 @@ class Settings:
         localizer: how the weights to be searched are chosen.
         n_passed: how many passed samples are scored in the search (#pos), drawn from the sources marked `passed`; None
             scores every known passed sample.
-        seed: of the sample and of the search.
+        seed: of the sample and of the search, from 0 to 2^32 - 1.
         budget: bytes that scoring may use on the device; None takes a share of what is free.
+
+    Raises:
+        ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
+            model, such as the layer, is checked when the repair begins.
+
+    Example:
+        >>> Settings(target=Target.label(3)).plain()["target"]
+        'label 3'
     """
 
     target: Target = field(default_factory=AllFailures)
@@ -40,3 +51,57 @@ class Settings:
     n_passed: int | None = None
     seed: int = 0
     budget: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
+        _check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
+        _check_kind("method", self.method, isinstance(self.method, ParticleSwarm), "ParticleSwarm", "ParticleSwarm()")
+        _check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
+        localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
+        _check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
+        for name, least, most in (("n_passed", 1, None), ("seed", 0, 2**32 - 1), ("budget", 1, None)):
+            value = getattr(self, name)
+            if value is None and name != "seed":
+                continue
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < least or (most is not None and value > most):
+                limits = f"from {least}" + (f" to {most}" if most is not None else "")
+                raise ConfigurationError(
+                    explain(f"`{name}={value!r}` is out of range.", f"give a whole number {limits}.")
+                )
+
+    def plain(self) -> dict[str, Any]:
+        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""
+        return {name: _plain(value) for name, value in _fields(self).items()}
+
+
+def _check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
+    if not fits or isinstance(value, type):
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", f"write {example}."))
+
+
+def _plain(value: Any) -> Any:
+    """A value without memory addresses, since these would tell two equal runs apart."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Target, Gate)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(item) for item in value), key=str)
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    if is_dataclass(value):
+        return {"class": type(value).__name__, **{name: _plain(item) for name, item in _fields(value).items()}}
+    if type(value).__repr__ is object.__repr__:
+        own = getattr(value, "__dict__", {}).items()
+        simple = {name: item for name, item in own if item is None or isinstance(item, (bool, int, float, str))}
+        return {"class": type(value).__name__, **simple}
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
