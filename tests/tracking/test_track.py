@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.tracking import outcome, search_curves, split_numbers, track
@@ -236,3 +239,48 @@ def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     track(replace(accepted, splits=(SplitReport("empty", "known", 0, 0, 0, 0, 0, 0),)), [notes], step=120)
     assert "repair_splits/empty/n" in notes.entries[-1][1]
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
+
+
+class Tiny(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = self.layer(batch[0]).square().mean()
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Tracking(Callback):
+    """Tracks where a repair does."""
+
+    def __init__(self, report: RepairReport) -> None:
+        self.report = report
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        track(self.report, trainer.loggers, step=trainer.global_step, change=CHANGE)
+
+
+def test_a_trainer_with_two_loggers_keeps_one_event_file(tmp_path: Path, accepted: RepairReport) -> None:
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=[board(tmp_path), CSVLogger(tmp_path, name="csv", version="run")],
+        callbacks=[Tracking(accepted)],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Tiny(), DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2))
+    assert len(list((tmp_path / "run").glob("events.*"))) == 1
+    events = read(tmp_path / "run")
+    assert len(events.Scalars("train_loss")) == 4
+    assert [event.step for event in events.Scalars("repair/accepted")] == [4]
+    header, *rows = (tmp_path / "csv" / "run" / "metrics.csv").read_text().splitlines()
+    assert {"train_loss", "repair/accepted", "repair_search/broken"} <= set(header.split(","))
+    assert len(rows) == 4 + 3 + 1
