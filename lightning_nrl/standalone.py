@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.checks import check_strategy
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
@@ -84,7 +85,8 @@ class _WithoutTraining(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.callback.setup(trainer, pl_module, stage)
+        # Order does not matter: nothing else happens in this fit.
+        check_strategy(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
