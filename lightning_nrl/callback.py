@@ -20,7 +20,7 @@ from lightning_nrl.borrowing import evaluating, random_state, starting_weights
 from lightning_nrl.checks import check_arguments, check_kind, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
-from lightning_nrl.files import headline, output_folder, show, write_report
+from lightning_nrl.files import file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.loaders import import_function, warn_if_random
@@ -76,7 +76,6 @@ class RegressionFreeRepair(Callback):
 
     Attributes:
         report: what was done, once it is done. With strategies that start processes (`ddp_spawn`) read the files.
-        repaired_model_path: the repaired checkpoint, empty unless a repair was accepted.
 
     Raises:
         ConfigurationError: an argument that cannot be used, as early as that can be known.
@@ -133,9 +132,8 @@ class RegressionFreeRepair(Callback):
         self.dirpath = dirpath
         self.verbose = verbose
         self.report: RepairReport | None = None
-        self.repaired_model_path = ""
         self._parameters: Mapping[str, Tensor] | None = None
-        self._saving = False
+        self._pending = False
         self._ran = False
 
     @classmethod
@@ -152,6 +150,11 @@ class RegressionFreeRepair(Callback):
             ConfigurationError: Table II has no such row.
         """
         return cls(**{**paper_arguments(row), **arguments})
+
+    @property
+    def repaired_model_path(self) -> str:
+        """The repaired checkpoint; empty unless a repair was accepted."""
+        return "" if self.report is None else self.report.files.get("checkpoint", "")
 
     @property
     def state_key(self) -> str:
@@ -171,7 +174,7 @@ class RegressionFreeRepair(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.data.find(trainer, pl_module)
-        self.report, self.repaired_model_path, self._parameters = None, "", None
+        self.report = self._parameters = None
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -196,7 +199,7 @@ class RegressionFreeRepair(Callback):
         That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
         layer holds the repaired weights: weight averaging would save its average instead.
         """
-        if self._parameters is not None and (self._saving or self._is_live(pl_module)):
+        if self._parameters is not None and (self._pending or self._is_live(pl_module)):
             checkpoint["state_dict"].update({name: value.clone() for name, value in self._parameters.items()})
 
     @override
@@ -237,33 +240,27 @@ class RegressionFreeRepair(Callback):
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
-        folder = output_folder(self.dirpath, trainer)
-        files: dict[str, str] = {}
-        if folder is not None and outcome.parameters is not None:
-            files["checkpoint"] = str(folder / "repaired.ckpt")
-            self._save(trainer, files["checkpoint"], outcome.parameters)
-        report = replace(outcome.report, files=files)
-        if folder is not None:
-            report = write_report(report, folder, trainer)
-        if trainer.is_global_zero:
-            # A second repair in one log gets tags of its own, as it gets a folder of its own.
-            name = folder.name if folder is not None and self.dirpath is None else "repair"
-            track(report, trainer.loggers, step=trainer.global_step, change=outcome.change, name=name)
-            if self.verbose:
-                show(report)
-        trainer.callback_metrics.update(headline(report))
-        self.report, self._parameters = report, outcome.parameters
-        if outcome.parameters is not None:
-            self.repaired_model_path = files.get("checkpoint", "")
-            self._space(pl_module).write(outcome.parameters)
-
-    def _save(self, trainer: pl.Trainer, path: str, parameters: Mapping[str, Tensor]) -> None:
-        """Saves a checkpoint that holds these parameters while the live model still holds the old ones."""
-        self._parameters, self._saving = parameters, True
+        folder, accepted = output_folder(self.dirpath, trainer), outcome.parameters is not None
+        report = replace(outcome.report, files=file_names(folder, checkpoint=accepted))
+        self.report, self._parameters, self._pending = report, outcome.parameters, True
         try:
-            trainer.save_checkpoint(path)
+            if accepted and folder is not None:
+                trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
+            if trainer.is_global_zero:
+                write_report(report)
+                # A second repair in one log gets tags of its own, as it gets a folder of its own.
+                name = folder.name if folder is not None and self.dirpath is None else "repair"
+                track(report, trainer.loggers, step=trainer.global_step, change=outcome.change, name=name)
+                if self.verbose:
+                    show(report)
+            trainer.callback_metrics.update(headline(report))
+        except BaseException:
+            self.report = self._parameters = None
+            raise
         finally:
-            self._parameters, self._saving = None, False
+            self._pending = False
+        if outcome.parameters is not None:
+            self._space(pl_module).write(outcome.parameters)
 
     def _space(self, pl_module: pl.LightningModule) -> WeightSpace:
         return find_sites(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)

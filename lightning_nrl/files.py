@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.report import RepairReport
 
-__all__ = ["headline", "output_folder", "show", "write_report"]
+__all__ = ["file_names", "headline", "output_folder", "show", "write_report"]
 
 
 def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | None:
@@ -39,14 +38,19 @@ def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | Non
     return Path(trainer.strategy.broadcast(str(folder)))
 
 
-def write_report(report: RepairReport, folder: Path, trainer: pl.Trainer) -> RepairReport:
-    """Writes `report.json` and `report.md` on the first rank; the report that comes back names them."""
-    files = {**report.files, "json": str(folder / "report.json"), "markdown": str(folder / "report.md")}
-    report = replace(report, files=files)
-    if trainer.is_global_zero:
-        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-        (folder / "report.md").write_text(report.to_markdown(), encoding="utf-8")
-    return report
+def file_names(folder: Path | None, *, checkpoint: bool) -> dict[str, str]:
+    """The files of a repair by kind: the checkpoint if there is one, `json` and `markdown`."""
+    names = {"checkpoint": "repaired.ckpt", "json": "report.json", "markdown": "report.md"}
+    if folder is None:
+        return {}
+    return {kind: str(folder / name) for kind, name in names.items() if checkpoint or kind != "checkpoint"}
+
+
+def write_report(report: RepairReport) -> None:
+    """Writes the report to the files that it names."""
+    for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
+        if kind in report.files:
+            Path(report.files[kind]).write_text(text, encoding="utf-8")
 
 
 def show(report: RepairReport) -> None:

@@ -176,10 +176,11 @@ def check_loader(loader: Any, split: str) -> DataLoader[Any]:
 
 def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:
     """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
-    if split == "train" and trainer.train_dataloader is not None:
-        return trainer.train_dataloader
-    if split == "val" and trainer.val_dataloaders is not None:
-        return trainer.val_dataloaders
+    if split in ("train", "val"):
+        ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
+        given = ready if ready is not None else _given(split, trainer)
+        if given is not None:
+            return given
     holder = trainer.datamodule if trainer.datamodule is not None else model  # type: ignore[attr-defined]
     hook = f"{split}_dataloader"
     if not callable(getattr(holder, hook, None)):
@@ -190,6 +191,16 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
     if split == "test" and holder is not model:
         holder.setup("test")
     return getattr(holder, hook)()
+
+
+def _given(split: str, trainer: pl.Trainer) -> Any:
+    """What was given to `fit` as data loaders; None where hooks make them.
+
+    The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint.
+    """
+    loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+    holder = loop._data_source.instance
+    return None if isinstance(holder, (pl.LightningModule, pl.LightningDataModule)) else holder
 
 
 def warn_if_random(sources: Sequence[LoaderSource]) -> None:

@@ -54,8 +54,8 @@ def repair(
         raise ConfigurationError(
             explain(f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself.")
         )
-    _check_trainer(trainer)
-    chosen = callback or RegressionFreeRepair(**arguments)
+    chosen = callback if callback is not None else RegressionFreeRepair(**arguments)
+    _check(trainer, chosen)
     only = _WithoutTraining(chosen)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.append(only)
@@ -64,7 +64,7 @@ def repair(
     try:
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     finally:
-        trainer.num_sanity_val_steps = sanity
+        trainer.num_sanity_val_steps, trainer.should_stop = sanity, False
         callbacks.remove(only)
     if chosen.report is None:
         raise RepairError(
@@ -82,6 +82,10 @@ class _WithoutTraining(pl.Callback):
     def __init__(self, callback: RegressionFreeRepair) -> None:
         self.callback = callback
         self.outcome: Outcome | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self.callback.state_key
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -107,8 +111,19 @@ class _WithoutTraining(pl.Callback):
     ) -> None:
         self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.callback.state_dict()
 
-def _check_trainer(trainer: pl.Trainer) -> None:
+
+def _check(trainer: pl.Trainer, callback: RegressionFreeRepair) -> None:
+    if callback.start_from != "last":
+        raise ConfigurationError(
+            explain(
+                f"`start_from={callback.start_from!r}` has no meaning without training.",
+                "name the checkpoint to start from as `ckpt_path`.",
+            )
+        )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(c, RegressionFreeRepair) for c in callbacks):
         raise ConfigurationError(

@@ -151,7 +151,7 @@ def test_a_failure_to_save_leaves_everything_as_it_was(
 
     class Full(Callback):
         def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-            if repair._saving:
+            if repair._pending:
                 raise Broken("no space left on device")
 
     with pytest.raises(Broken):
