@@ -42,6 +42,8 @@ class RepairProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._line is not None:
+            self._line.close()
         self._line = None
 
     @contextmanager
@@ -83,6 +85,8 @@ class _Line(Protocol):
 
     def end(self) -> None: ...
 
+    def close(self) -> None: ...
+
 
 def _line_beside(trainer: Trainer) -> _Line | None:
     from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
@@ -98,12 +102,14 @@ class _TqdmLine:
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._below_others = False
 
     def begin(self, text: str) -> None:
         from tqdm.auto import tqdm
 
         # On stdout as Lightning's, so that both are drawn in step.
         self._bar = tqdm(bar_format="{desc} ...", desc=text, leave=False, dynamic_ncols=True, file=sys.stdout)
+        self._below_others |= bool(getattr(self._bar, "pos", 0))
 
     def show(self, done: int, total: int, note: str) -> None:
         self._bar.total, self._bar.bar_format = total, None
@@ -112,6 +118,11 @@ class _TqdmLine:
 
     def end(self) -> None:
         self._bar.close()
+
+    def close(self) -> None:
+        # Lightning's bar is still open and the cursor on its line: what is printed next is to have its own.
+        if self._below_others:
+            print()
 
 
 class _RichLine:
@@ -137,10 +148,14 @@ class _RichLine:
 
     def show(self, done: int, total: int, note: str) -> None:
         self._progress.update(self._task, completed=done, total=total, description=f"{self._text} ({note})")
+        # Lightning's display is not drawn until it is told to.
+        self._progress.refresh()
 
     def end(self) -> None:
         self._progress.remove_task(self._task)
+        self._progress.refresh()
         if self._lightning is None:
             self._progress.stop()
-        else:
-            self._progress.refresh()
+
+    def close(self) -> None:
+        return None

@@ -120,6 +120,36 @@ def final_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.split("\n")[-1].split("\r")[-1]
 
 
+def test_what_is_printed_after_a_repair_has_a_line_of_its_own(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Printing(Repairing):
+        def repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            super().repair(trainer, pl_module)
+            print("the report")
+
+    fit(tmp_path, [Printing(), TQDMProgressBar()])
+    assert "the report" in capsys.readouterr().out.split("\n")
+
+
+def test_rich_draws_what_is_shown(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.progress import Progress
+
+    drawn: list[str] = []
+
+    class Unwatched(Repairing):
+        def look(self, progress: RepairProgress) -> None:
+            pass
+
+    def refresh(self: Progress) -> None:
+        drawn.extend(task.description for task in self.tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "refresh", refresh)
+        fit(tmp_path, [Unwatched(), RichProgressBar()])
+    assert "Repair: search (20 repaired, 1 broken)" in drawn
+
+
 def eager(init: Any) -> Any:
     """A tqdm that draws every update, however soon it comes."""
 
