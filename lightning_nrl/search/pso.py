@@ -62,22 +62,25 @@ class ParticleSwarm:
     patience: int = 20
     start: Literal["half", "local", "paper"] = "local"
     constants: Literal["clerc", "arachne"] = "clerc"
-    scale_min: float = 0.01
-    scale_max: float = 1.0
+    scale_min: float = 0.003
+    scale_max: float = 0.3
 
     def __post_init__(self) -> None:
-        check_choice("search.start", self.start, STARTS)
-        check_choice("search.constants", self.constants, CONSTANTS)
+        check_choice("ParticleSwarm.start", self.start, STARTS)
+        check_choice("ParticleSwarm.constants", self.constants, CONSTANTS)
         for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(
-                    explain(f"`search.{name}={value!r}` is out of range.", f"give a whole number of at least {least}.")
+                    explain(
+                        f"`ParticleSwarm.{name}={value!r}` is out of range.",
+                        f"give a whole number of at least {least}.",
+                    )
                 )
         if not 0 < self.scale_min <= self.scale_max < math.inf:
             raise ConfigurationError(
                 explain(
-                    f"`search.scale_min={self.scale_min!r}`, `search.scale_max={self.scale_max!r}` are out of order.",
+                    f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",
                     "give 0 < scale_min <= scale_max.",
                 )
             )

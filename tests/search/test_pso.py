@@ -201,13 +201,13 @@ def test_the_global_random_state_is_left_alone():
     [
         ({"start": "locale"}, "did you mean 'local'"),
         ({"constants": "clark"}, "did you mean 'clerc'"),
-        ({"particles": 1}, "`search.particles=1`"),
-        ({"particles": 10.5}, "`search.particles=10.5`"),
-        ({"iterations": -1}, "`search.iterations=-1`"),
-        ({"patience": 0}, "`search.patience=0`"),
-        ({"scale_min": 0.0}, "`search.scale_min=0.0`"),
-        ({"scale_min": 2.0}, "`search.scale_max=1.0`"),
-        ({"scale_max": math.inf}, "`search.scale_max=inf`"),
+        ({"particles": 1}, "`ParticleSwarm.particles=1`"),
+        ({"particles": 10.5}, "`ParticleSwarm.particles=10.5`"),
+        ({"iterations": -1}, "`ParticleSwarm.iterations=-1`"),
+        ({"patience": 0}, "`ParticleSwarm.patience=0`"),
+        ({"scale_min": 0.0}, "`ParticleSwarm.scale_min=0.0`"),
+        ({"scale_min": 2.0}, "`scale_max=0.3`"),
+        ({"scale_max": math.inf}, "`scale_max=inf`"),
     ],
 )
 def test_bad_settings_are_told(change, message):
