@@ -125,7 +125,7 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
         math.log10(settings.scale_min), math.log10(settings.scale_max), half - still, dtype=dtype, device=device
     )
     particle = torch.arange(n, device=device)[:, None]
-    free = (particle > 0) | torch.tensor(settings.start == "paper", device=device)
+    free = particle >= (0 if settings.start == "paper" else 1)
     placed = particle >= still
     if streams.sizes is not None:
         real = torch.arange(n_weights, device=device) < torch.tensor(streams.sizes, device=device)[:, None, None]
@@ -140,7 +140,7 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
         best_fitness=worst,
         leader=original[:, 0],
         leader_fitness=worst[:, 0],
-        free=free.expand(1, *free.shape) if free.ndim == 2 else free,
+        free=free,
         range=highest - lowest,
     )
 
