@@ -1,0 +1,84 @@
+"""Fits with a repair, for `test_distributed.py`; also a script, since plain `ddp` starts it again.
+
+python distributed_fit.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from digit_models import Classifier, Digits, quick_repair
+from pytorch_lightning import Callback, Trainer
+from torch.utils.data import DataLoader, Subset
+
+from lightning_nrl import RegressionFreeRepair
+
+SIZES = (203, 3, 1)
+"""203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""
+
+
+class FewRepairs(Digits):
+    """As many repair samples as asked for: also fewer than there are ranks."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Subset(self.train, range(101)), self.batch_size, shuffle=True)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(Subset(self.repair, range(self.n)), 64)
+
+
+class Frozen(Classifier):
+    """Takes no step, so that one process and two repair the same weights."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Leave(Callback):
+    """Every rank writes down its weights and its report; to stand behind the repair."""
+
+    def __init__(self, repair: RegressionFreeRepair) -> None:
+        self.repair = repair
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        left = {"state": state, "report": self.repair.report.to_json()}
+        torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
+
+
+def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
+    """One fit for each number of repair samples, which leaves its files in a folder of that name."""
+    repair = quick_repair(unseen="test")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_epochs=1,
+        limit_train_batches=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        callbacks=[repair, Leave(repair)],
+    )
+    for n in sizes:
+        repair.dirpath = folder / str(n)
+        model = Frozen()
+        model.load_state_dict(torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"])
+        trainer.fit_loop.epoch_progress.reset()
+        trainer.fit(model, datamodule=FewRepairs(n))
+    return trainer, model
+
+
+if __name__ == "__main__":
+    fit(Path(sys.argv[1]), SIZES, "ddp", 2)

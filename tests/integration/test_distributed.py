@@ -1,0 +1,66 @@
+"""Two processes repair what one process repairs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_fit
+import pytest
+import torch
+
+from lightning_nrl import RepairReport
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, trained_path: Path) -> Path:
+    """A folder with what one process does."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shutil.copy(trained_path, folder)
+    distributed_fit.fit(folder / "alone", distributed_fit.SIZES)
+    return folder / "alone"
+
+
+def report_in(folder: Path) -> RepairReport:
+    return RepairReport.from_json((folder / "report.json").read_text())
+
+
+def ranks(folder: Path) -> list[dict]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def assert_like_one_process(one: Path, two: Path) -> RepairReport:
+    """Every sample was counted once, and both ranks came to the same end."""
+    alone, together = report_in(one), report_in(two)
+    for a, b in zip(alone.splits, together.splits, strict=True):
+        assert (a.split, a.n, a.passed, a.targeted_ids) == (b.split, b.n, b.passed, b.targeted_ids)
+    first, second = ranks(two)
+    assert first["state"].keys() == second["state"].keys()
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    reports = [RepairReport.from_json(rank["report"]) for rank in (first, second)]
+    assert reports[0].splits == reports[1].splits == together.splits
+    assert reports[0].hashes == reports[1].hashes
+    return together
+
+
+def test_two_processes_of_a_script_repair_as_one(alone: Path) -> None:
+    script, together = HERE / "distributed_fit.py", alone.with_name("script")
+    subprocess.run([sys.executable, script, together], check=True, capture_output=True, timeout=300)
+    reports = [assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES]
+    assert reports[0].status == "repaired"
+    assert [[split.n for split in report.splits] for report in reports] == [[101, n, 300] for n in (203, 3, 1)]
+
+
+def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(alone: Path) -> None:
+    together = alone.with_name("spawned")
+    trainer, model = distributed_fit.fit(together, [203], "ddp_spawn", 2)
+    report = assert_like_one_process(alone / "203", together / "203")
+    assert report.status == "repaired"
+    assert trainer.callback_metrics["repair/accepted"] == 1.0
+    saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, ranks(together / "203")[1]["state"][name]) for name, value in saved.items())
