@@ -2,8 +2,8 @@
 
     python examples/plain_pytorch.py
 
-A network learns handwritten digits (scikit-learn). Then the scanner gets a scratch: a bright line down the right of half
-of the images that come in, and the network fails on many of these. They are repaired; nothing that worked may break.
+A network learns handwritten digits (scikit-learn). Then the scanner gets a scratch, a bright line down the right of
+half of the images that come in, and the network fails on many of these. They are repaired; nothing that worked breaks.
 """
 
 from __future__ import annotations
