@@ -1,0 +1,158 @@
+"""A repair from a configuration file, through LightningCLI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from digit_models import Classifier, Digits
+from pytorch_lightning.cli import LightningCLI
+
+from lightning_nrl import Fitness, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl.gate import Instance, Tolerance
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*deprecated in v4.49.0"),
+]
+
+TRAINER = """
+model: {class_path: digit_models.Classifier}
+data: {class_path: digit_models.Digits}
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  enable_model_summary: false
+"""
+
+WORDS = """
+layer: network.3
+target: {class_path: lightning_nrl.targets.Label, init_args: {label: 3}}
+gate: tolerance:1%
+fitness: eq2
+method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
+n_passed: 100
+verbose: false
+"""
+
+OBJECTS = """
+layer: [network.1, network.3]
+target:
+  class_path: lightning_nrl.targets.And
+  init_args:
+    left: {class_path: lightning_nrl.targets.Where, init_args: {predicate: "test_cli:is_noisy"}}
+    right:
+      class_path: lightning_nrl.targets.Not
+      init_args: {target: {class_path: lightning_nrl.targets.Label, init_args: {label: 1}}}
+gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
+fitness: {class_path: lightning_nrl.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
+method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half}}
+localizer: {class_path: lightning_nrl.NeuRecoverLite, init_args: {n_weights: 12}}
+task: {class_path: lightning_nrl.Multiclass}
+adapter: lightning_nrl.batches:unpack
+unseen: test
+start_from: best
+verbose: false
+"""
+
+
+def is_noisy(batch: Any) -> Any:
+    return batch[2]
+
+
+def cli(folder: Path, repair: str, *arguments: str, run: bool = True) -> LightningCLI:
+    config = yaml.safe_load(TRAINER)
+    entry = {"class_path": "lightning_nrl.RegressionFreeRepair", "init_args": yaml.safe_load(repair) or {}}
+    config["trainer"] |= {"callbacks": [entry], "default_root_dir": str(folder)}
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    args = ["fit"] if run else []
+    return LightningCLI(
+        save_config_callback=None, run=run, args=[*args, "--config", str(file), *arguments], seed_everything_default=0
+    )
+
+
+def repair_of(found: LightningCLI) -> RegressionFreeRepair:
+    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))  # type: ignore[attr-defined]
+    return repair
+
+
+def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
+    found = cli(tmp_path, WORDS)
+    settings = repair_of(found).settings
+    assert settings.target == Target.label(3)
+    assert settings.gate == Tolerance(0.01)
+    assert settings.fitness == Fitness("eq2")
+    assert settings.method == ParticleSwarm(particles=10, iterations=5)
+    assert repair_of(found).report.target == "label 3"
+    assert (tmp_path / "repair" / "report.json").exists()
+
+
+def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
+    found = cli(tmp_path, OBJECTS)
+    settings = repair_of(found).settings
+    assert settings.layer == ["network.1", "network.3"]
+    assert str(settings.target) == "where is_noisy and not label 1"
+    assert settings.gate == Tolerance(3)
+    assert settings.fitness == Fitness("eq1", alpha=5, perfect_intact=True)
+    assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half")
+    assert settings.localizer == NeuRecoverLite(n_weights=12)
+    assert repair_of(found).report.layers == ("network.1", "network.3")
+
+
+def test_a_file_may_leave_everything_out_and_the_command_line_may_add(tmp_path: Path) -> None:
+    found = cli(
+        tmp_path,
+        "",
+        "--trainer.callbacks.seed=5",
+        "--trainer.callbacks.method=lightning_nrl.ParticleSwarm",
+        "--trainer.callbacks.method.particles=7",
+        run=False,
+    )
+    settings = repair_of(found).settings
+    assert settings.seed == 5
+    assert settings.gate == Instance()
+    assert settings.method == ParticleSwarm(particles=7)
+
+
+def test_a_command_line_alone_will_do(tmp_path: Path) -> None:
+    found = LightningCLI(
+        Classifier,
+        Digits,
+        save_config_callback=None,
+        run=False,
+        args=[
+            "--trainer.logger=false",
+            "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair",
+            "--trainer.callbacks.layer=network.3",
+            "--trainer.callbacks.target=lightning_nrl.targets.Label",
+            "--trainer.callbacks.target.label=3",
+            "--trainer.callbacks.gate=accuracy",
+        ],
+    )
+    assert repair_of(found).settings.target == Target.label(3)
+
+
+def test_a_bad_word_in_a_file_is_refused_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"`gate='instant'` is no gate, did you mean 'instance'\?\n +HINT: write one of"
+    ):
+        cli(tmp_path, "gate: instant", run=False)
+
+
+def test_the_configuration_that_is_printed_can_be_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["fit", "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair", "--print_config"]
+    with pytest.raises(SystemExit):
+        LightningCLI(Classifier, Digits, args=arguments)
+    (entry,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert entry["class_path"] == "lightning_nrl.RegressionFreeRepair"
+    assert entry["init_args"]["gate"] == "instance"
+    assert entry["init_args"]["layer"] == "auto"
+    again = repair_of(cli(tmp_path, yaml.safe_dump(entry["init_args"]), run=False))
+    assert again.settings == RegressionFreeRepair().settings
