@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.slots import Layout
 from lightning_nrl.scoring.tracing import Moment, editing, remembering, watching
 from lightning_nrl.sites import Site, WeightSpace
@@ -67,8 +67,8 @@ class Subject:
     def whole(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
         """The logits of the whole model with some parameters replaced."""
         args, kwargs = _own(inputs)
-        with self.context():
-            return self.task.logits(functional_call(self.model, dict(parameters), args, kwargs))
+        with self.space.holding(parameters), self.context():
+            return self.task.logits(self.model(*args, **kwargs))
 
     def edited(self, inputs: Inputs, edit: SiteEdit) -> Tensor:
         """The logits of the whole model with every site's output edited."""
@@ -118,7 +118,7 @@ class Plan:
         dims: for each site the dimension of its output that counts samples.
         spec: the shape of the tree `(inputs, outputs of the frontier, input and output of the first site)`.
         leaves: what that tree holds.
-        wide: whether what only has a shape is repeated too, since code before the site mixes it with what has values.
+        direct: whether the first site's output is what the model returns, so that nothing has to be run.
     """
 
     calls: tuple[str, ...]
@@ -126,7 +126,7 @@ class Plan:
     dims: Mapping[str, int]
     spec: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
-    wide: bool
+    direct: bool = False
 
     @property
     def live_calls(self) -> frozenset[str]:
@@ -162,18 +162,21 @@ class Plan:
         Returns:
             Logits of `copies * n` samples, copy by copy.
         """
+        if self.direct:
+            x, y = (t.to(subject.space.device) for t in stored[-2:])
+            return _own_memory(edit(self.first, x, y), y)
         source = iter(stored)
-        device = subject.space.device
-        made = [self._made(leaf, source, n, copies, device) for leaf in self.leaves]
+        made = [self._made(leaf, source, n, copies, subject.space.device) for leaf in self.leaves]
         (args, kwargs), outputs, (x, y) = pytree.tree_unflatten(made, self.spec)
 
         def samples_first(site: Site, x: Tensor, y: Tensor) -> Tensor:
             dim = self.dims[site.name]
+            if dim == 0:
+                return edit(site, x, y)
             return edit(site, x.movedim(dim, 0), y.movedim(dim, 0)).movedim(0, dim)
 
         def result() -> Tensor:
-            new = samples_first(self.first, x, y)
-            return new.clone() if new.data_ptr() in (x.data_ptr(), y.data_ptr()) and new.numel() else new
+            return _own_memory(samples_first(self.first, x, y), y)
 
         later = [site for site in subject.space.sites if site is not self.first]
         first = self.first.module
@@ -189,15 +192,21 @@ class Plan:
             return leaf.value.clone() if isinstance(leaf.value, Tensor) else leaf.value
         if not leaf.repeats:
             return next(source).to(device)
-        if leaf.live:
-            return leaf.layout.repeated(next(source).to(device), copies)
-        return leaf.layout.widened(leaf.value.to(device), n * copies if self.wide else n).clone()
+        if copies == 1:
+            return next(source).to(device, copy=True) if leaf.live else leaf.layout.widened(leaf.value, n).clone()
+        base = next(source).to(device) if leaf.live else leaf.layout.widened(leaf.value, n)
+        return Varied.repeated(base, copies) if leaf.layout.dim == 0 else leaf.layout.widened(base, copies)
 
 
 def flatten(inputs: Inputs, moment: Moment) -> tuple[list[Any], pytree.TreeSpec]:
     """The tree `(inputs, outputs of the frontier, input and output of the first site)` of a watched pass."""
     args, kwargs = inputs
     return pytree.tree_flatten(((tuple(args), dict(kwargs)), list(moment.outputs), (moment.x, moment.y)))
+
+
+def _own_memory(new: Tensor, recorded: Tensor) -> Tensor:
+    """The tensor itself, or a copy if it is the recorded one, which what comes after might change in place."""
+    return new.clone() if new is recorded or (type(new) is Tensor and new.data_ptr() == recorded.data_ptr()) else new
 
 
 def _own(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

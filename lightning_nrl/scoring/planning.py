@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_nrl.errors import ReplayError
+from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.passes import Inputs, Leaf, Plan, Subject, flatten
 from lightning_nrl.scoring.slots import Layout, infer_layout, select
-from lightning_nrl.scoring.sparse import layer_output
+from lightning_nrl.scoring.sparse import edits, layer_output, make_changes
 from lightning_nrl.scoring.tracing import Moment, remembering
 from lightning_nrl.sites import Site
 
@@ -57,18 +59,17 @@ def make_plan(subject: Subject, inputs: Inputs, n: int) -> Plan | str:
     first = subject.sites[moment.order[0]]
     alive = _liveness(subject, moment, few)
     problem = ""
-    for live, wide in ((alive, False), (alive, True), ([True] * len(leaves), True)):
+    for live in (alive, [True] * len(leaves)):
         made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
         site = tuple(Leaf(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
-        plan = Plan(tuple(moment.calls), first, dims, spec, (*made[:-2], *site), wide)
+        plan = Plan(tuple(moment.calls), first, dims, spec, (*made[:-2], *site))
+        stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
         try:
-            problem = _check(
-                subject, plan, [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored], few, small
-            )
+            problem = _check_all(subject, plan, stored, few, small) or _check_few(subject, plan, stored, few, small)
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
             problem = f"resuming it failed: {error}".splitlines()[0]
         if not problem:
-            return plan
+            return replace(plan, direct=_is_direct(subject, plan, stored, small))
     return problem
 
 
@@ -86,26 +87,60 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
 
 
-def _check(subject: Subject, plan: Plan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """Resumes the pass under original and changed weights at once; says what is wrong, or nothing."""
-    generator = torch.Generator().manual_seed(0)
+def _check_all(subject: Subject, plan: Plan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """Resumes the pass under original weights and with all of them changed; says what is wrong, or nothing."""
     flat = subject.space.flat()
-    noise = torch.randn(flat.shape, generator=generator).to(flat)
-    changed = flat + noise * flat.std(correction=0).clamp_min(1e-3)
-    parameters = subject.space.changed(torch.arange(len(flat), device=flat.device), changed)
+    where = torch.arange(len(flat), device=flat.device)
+    parameters = subject.space.changed(where, _perturbed(flat))
 
     def edit(site: Site, x: Tensor, y: Tensor) -> Tensor:
         if site is not plan.first:
             x, y = x[len(x) // 2 :], y[: len(y) // 2]
         new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
-        return torch.cat([y, layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))])
+        module: Any = site.module
+        return torch.cat([y, layer_output(module, x, new["weight"], new.get("bias", module.bias))])
 
-    resumed = plan.resume(subject, stored, n, edit, copies=2)
-    precision = min((stored[-1].dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
-    for half, weights in zip(resumed.chunk(2), ({}, parameters), strict=True):
+    return _compared(subject, inputs, ({}, parameters), plan.resume(subject, stored, n, edit, copies=2), stored[-1])
+
+
+def _check_few(subject: Subject, plan: Plan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """The same with a few weights changed, whose effect is followed channel by channel."""
+    flat = subject.space.flat()
+    where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
+    values = torch.stack([flat, _perturbed(flat)])[:, where]
+    changes = make_changes(subject.space, where)
+    parameters = [subject.space.changed(where, v) for v in values]
+    return _compared(
+        subject, inputs, parameters, plan.resume(subject, stored, n, edits(changes, values), 2), stored[-1]
+    )
+
+
+def _compared(
+    subject: Subject, inputs: Inputs, parameters: Sequence[Mapping[str, Tensor]], resumed: Tensor, y: Tensor
+) -> str:
+    precision = min((y.dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
+    halves = (resumed.dense() if isinstance(resumed, Varied) else resumed).chunk(2)
+    for half, weights in zip(halves, parameters, strict=True):
         if not same_values(half, subject.whole(inputs, weights), precision):
             return "resuming it after the layer gives other outputs than the whole model"
     return ""
+
+
+def _perturbed(flat: Tensor) -> Tensor:
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
+    return flat + noise * flat.std(correction=0).clamp_min(1e-3)
+
+
+def _is_direct(subject: Subject, plan: Plan, stored: list[Tensor], n: int) -> bool:
+    """Whether the first site's output, untouched, is what the model returns."""
+    seen: list[Tensor] = []
+
+    def edit(site: Site, x: Tensor, y: Tensor) -> Tensor:
+        seen.append(y.clone())
+        return seen[-1]
+
+    logits = plan.resume(subject, stored, n, edit)
+    return len(seen) == 1 and logits is seen[0]
 
 
 def _liveness(subject: Subject, moment: Moment, inputs: Inputs) -> list[bool]:

@@ -26,7 +26,7 @@ from lightning_nrl.errors import ReplayError, explain
 from lightning_nrl.scoring.passes import Context, Inputs, Plan, SiteEdit, Subject
 from lightning_nrl.scoring.planning import make_plan, same_values
 from lightning_nrl.scoring.slots import Layout, joined, select, select_all, to_device
-from lightning_nrl.sites import WeightSpace
+from lightning_nrl.sites import Site, WeightSpace
 from lightning_nrl.tasks import Task
 
 __all__ = ["Chunk", "Recording", "record"]
@@ -138,6 +138,42 @@ class Recording:
                 whole = len(part) == int(part[-1] - part[0]) + 1
                 samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part
                 yield Chunk(number, samples, rows[part], to_device(select_all(group.targets[0], part), device))
+
+    def split(self, chunk: Chunk, size: int) -> Iterator[Chunk]:
+        """The same samples in chunks of at most `size`."""
+        for start in range(0, len(chunk), size):
+            part = slice(start, min(start + size, len(chunk)))
+            index = torch.arange(part.start, part.stop)
+            samples = chunk.samples
+            if isinstance(samples, slice):
+                samples = slice(samples.start + part.start, samples.start + part.stop)
+            else:
+                samples = samples[part]
+            yield Chunk(chunk.group, samples, chunk.rows[part], select_all(chunk.target, index))
+
+    def first(self, chunk: Chunk) -> Site:
+        """The site that the model calls first, for samples that are replayable."""
+        return self._plan(chunk).first
+
+    def direct(self, chunk: Chunk) -> bool:
+        """Whether the first site's output is what the model returns."""
+        return self._plan(chunk).direct
+
+    def site(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The first site's input and output, samples first."""
+        plan, device = self._plan(chunk), self.subject.space.device
+        group = self.groups[chunk.group]
+        x, y = (
+            layout.take(parts[0], chunk.samples).to(device)
+            for parts, layout in zip(group.parts[-2:], group.layouts[-2:], strict=True)
+        )
+        dim = plan.dims[plan.first.name]
+        return x.movedim(dim, 0), y.movedim(dim, 0)
+
+    def _plan(self, chunk: Chunk) -> Plan:
+        plan = self.groups[chunk.group].plan
+        assert plan is not None
+        return plan
 
     def replayable(self, chunk: Chunk) -> bool:
         """Whether the chunk is resumed at the first site; else it is run as a whole."""

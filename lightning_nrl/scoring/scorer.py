@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.collective import Collective
-from lightning_nrl.scoring.recording import Chunk, Recording
-from lightning_nrl.scoring.scores import Scorer, Scores
-from lightning_nrl.scoring.slots import repeat_all
-from lightning_nrl.scoring.sparse import make_changes
-from lightning_nrl.sites import Site
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.scoring.memory import default_budget
+from lightning_nrl.scoring.pieces import Piece, make_pieces
+from lightning_nrl.scoring.recording import Recording
+from lightning_nrl.scoring.scores import Scores
 from lightning_nrl.tasks import Task
 
 __all__ = ["Outcome", "SwarmScorer", "make_scorer"]
@@ -24,9 +24,9 @@ class Outcome:
     """What each candidate does on each of this rank's samples.
 
     Attributes:
-        rows: rows of the samples in the evidence, `n` int64.
-        passed: `P x n` bool.
-        loss: `P x n`.
+        rows: rows of the samples in the evidence, `n` int64 on the CPU.
+        passed: `P x n` bool on the CPU.
+        loss: `P x n` on the CPU.
     """
 
     rows: Tensor
@@ -34,93 +34,87 @@ class Outcome:
     loss: Tensor
 
 
-class SwarmScorer:
-    """Scores candidates on a recording. See `make_scorer`."""
+@dataclass(frozen=True)
+class _Problem:
+    """Swarms that search the same weights on the same samples, scored as one.
 
-    def __init__(
-        self,
-        recording: Recording,
-        where: Tensor,
-        failed: Tensor,
-        passed: Tensor,
-        task: Task,
-        *,
-        collective: Collective,
-        budget: int,
-    ) -> None:
-        self.recording = recording
-        self.task = task
-        self.collective = collective
-        self.budget = budget
-        self.where = where
-        self.changes = make_changes(recording.subject.space, where)
-        self.failed, self.passed = failed.cpu(), passed.cpu()
-        counts = torch.tensor([int(m[recording.rows].sum()) for m in (self.failed, self.passed)])
-        self.n_failed, self.n_passed = (int(c) for c in collective.sum(counts))
+    Attributes:
+        swarms: which swarms, int64.
+        columns: which of the K values are theirs; a slice if all are.
+        failed: samples of I_neg, in pieces.
+        passed: samples of I_pos, in pieces.
+    """
+
+    swarms: Tensor
+    columns: Tensor | slice
+    failed: list[Piece]
+    passed: list[Piece]
+
+
+@dataclass(frozen=True)
+class SwarmScorer:
+    """Scores candidates on a recording; see `make_scorer`.
+
+    Attributes:
+        recording: the known data of this rank.
+        problems: swarms with equal weights and samples together.
+        n_failed: |I_neg| over all ranks, a number or `S x 1`.
+        n_passed: |I_pos| over all ranks, a number or `S x 1`.
+        collective: the ranks that share the work.
+        passed_loss: whether losses on I_pos are asked for.
+    """
+
+    recording: Recording
+    problems: tuple[_Problem, ...]
+    n_failed: int | Tensor
+    n_passed: int | Tensor
+    collective: Collective
+    passed_loss: bool
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> Scores:
         """Scores candidates, `S x P x K`, on all ranks' samples."""
-        s, p, k = values.shape
         device = self.recording.subject.space.device
-        values = values.reshape(s * p, k).to(device)
+        values = values.to(device)
         precise = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(4, s * p, device=device, dtype=precise)
-        for chunk, part, passes, loss in self._blocks(values):
-            for i, mask in enumerate((self.failed, self.passed)):
-                inside = mask[chunk.rows].to(device)
-                sums[i, part] += (passes & inside).sum(1)
-                sums[2 + i, part] += torch.where(inside, loss, 0.0).sum(1, dtype=precise)
-        patched, intact, loss_failed, loss_passed = self.collective.sum(sums).view(4, s, p)
+        sums = torch.zeros(4, *values.shape[:2], device=device, dtype=precise)
+        for problem in self.problems:
+            own = values if len(self.problems) == 1 else values[problem.swarms]
+            own = own[..., problem.columns]
+            found = torch.zeros(4, own.shape[0] * own.shape[1], device=device, dtype=precise)
+            for role, pieces in enumerate((problem.failed, problem.passed)):
+                with_loss = role == 0 or self.passed_loss
+                for piece in pieces:
+                    for part, passed, loss in piece.judge(own.flatten(0, 1), with_loss):
+                        found[role, part] += passed.sum(1)
+                        if loss is not None:
+                            found[2 + role, part] += loss.sum(1, dtype=precise)
+            if len(self.problems) == 1:
+                sums = found.view(sums.shape)
+            else:
+                sums[:, problem.swarms] = found.view(4, *own.shape[:2])
+        patched, intact, loss_failed, loss_passed = self.collective.sum(sums)
+        least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
             patched.float(),
             intact.float(),
-            (loss_failed / max(self.n_failed, 1)).to(torch.promote_types(values.dtype, torch.float32)),
-            (loss_passed / max(self.n_passed, 1)).to(torch.promote_types(values.dtype, torch.float32)),
+            (loss_failed / _at_least_one(self.n_failed)).to(least),
+            (loss_passed / _at_least_one(self.n_passed)).to(least),
             self.n_failed,
             self.n_passed,
         )
 
     @torch.no_grad()
-    def outcome(self, values: Tensor) -> Outcome:
-        """What each candidate, `P x K`, does on each of this rank's samples."""
-        wanted = (self.failed | self.passed)[self.recording.rows]
-        rows = self.recording.rows[wanted]
-        place = torch.full((len(self.failed),), -1)
-        place[rows] = torch.arange(len(rows))
-        passed = torch.zeros(len(values), len(rows), dtype=torch.bool)
-        loss = torch.zeros(len(values), len(rows), dtype=torch.float64)
-        for chunk, part, passes, losses in self._blocks(values.to(self.recording.subject.space.device)):
-            passed[part, place[chunk.rows]] = passes.cpu()
-            loss[part, place[chunk.rows]] = losses.cpu().double()
-        return Outcome(rows, passed, loss)
-
-    def _blocks(self, values: Tensor) -> Iterator[tuple[Chunk, slice, Tensor, Tensor]]:
-        """Passes and losses, `p x n`, of blocks of candidates and samples."""
-        row_bytes = 64 << 10
-        rows = max(1, min(self.budget // row_bytes, 4096))
-        p = min(len(values), rows)
-        for chunk in self.recording.chunks(max(1, rows // p), self.failed | self.passed):
-            for start in range(0, len(values), p):
-                part = slice(start, min(start + p, len(values)))
-                logits = self._logits(chunk, values[part])
-                copies = part.stop - part.start
-                target = repeat_all(chunk.target, copies)
-                passes, loss = self.task.passed(logits, target), self.task.loss(logits, target)
-                yield chunk, part, passes.view(copies, -1), loss.view(copies, -1)
-
-    def _logits(self, chunk: Chunk, values: Tensor) -> Tensor:
-        if not self.recording.replayable(chunk):
-            return self.recording.rerun(chunk, self.where, values)
-        changes = {id(change.site): change for change in self.changes}
-        copies = 1
-
-        def edit(site: Site, x: Tensor, y: Tensor) -> Tensor:
-            nonlocal copies
-            before, copies = copies, len(values)
-            return changes[id(site)].output(values, x, y, before)
-
-        return self.recording.replay(chunk, edit, copies=len(values))
+    def outcome(self, values: Tensor, swarm: int = 0) -> Outcome:
+        """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
+        values = values.to(self.recording.subject.space.device)
+        problem = next(problem for problem in self.problems if swarm in problem.swarms.tolist())
+        pieces = [*problem.failed, *problem.passed]
+        passed = [torch.cat([p.cpu() for _, p, _ in piece.judge(values[:, problem.columns])]) for piece in pieces]
+        losses = [_losses(piece, values[:, problem.columns]) for piece in pieces]
+        none = torch.zeros(len(values), 0)
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.chunk.rows for piece in pieces)])
+        return Outcome(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
 
 
 def make_scorer(
@@ -132,21 +126,70 @@ def make_scorer(
     *,
     collective: Collective | None = None,
     budget: int | None = None,
-) -> Scorer:
+    passed_loss: bool = True,
+) -> SwarmScorer:
     """Prepares the scoring of candidates.
 
     Args:
         recording: the known data of this rank.
-        where: `K` int64, flat positions of the localised weights.
-        failed: `N` bool by row of the evidence, I_neg.
-        passed: `N` bool by row of the evidence, I_pos.
+        where: `K` int64, flat positions of the localised weights; or `S x K`, those of each swarm, -1 where a swarm has
+            fewer than K.
+        failed: `N` bool by row of the evidence, I_neg; or `S x N`, that of each swarm.
+        passed: `N` bool by row of the evidence, I_pos; or `S x N`, that of each swarm.
         task: says what passed and loss mean.
         collective: the ranks that share the work.
-        budget: bytes that scoring may take on the device; by default a share of what is free.
+        budget: bytes that scoring may take on the device beside the recording; by default a share of what is free.
+        passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
+            candidate of a call can break are not computed.
 
     Returns:
         A scorer of candidates, with `outcome` for a look at single samples.
+
+    Raises:
+        ConfigurationError: numbers of swarms that do not agree.
     """
-    return SwarmScorer(
-        recording, where, failed, passed, task, collective=collective or Collective(), budget=budget or (1 << 28)
-    )
+    collective = collective or Collective()
+    device = recording.subject.space.device
+    budget = default_budget(device) if budget is None else budget
+    where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
+    swarms = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
+    if len(swarms) > 1:
+        raise ConfigurationError(
+            explain(f"`where`, `failed` and `passed` are for {sorted(swarms)} swarms.", "give all for the same number.")
+        )
+    s = swarms.pop() if swarms else 1
+    several = s > 1 or any(x.ndim == 2 for x in (where, failed, passed))
+    tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
+    counts = torch.stack([mask[:, recording.rows].sum(1) for mask in tables[1:]])
+    n_failed, n_passed = collective.sum(counts).to(device)
+    problems = []
+    groups = list(_alike(tables)) if several else [torch.zeros(1, dtype=torch.int64)]
+    for members in groups:
+        own, mask_failed, mask_passed = (table[members[0]] for table in tables)
+        columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
+        share = budget // len(groups)
+        failed_pieces = make_pieces(recording, own[own >= 0], mask_failed, task, budget, share // 4)
+        passed_pieces = make_pieces(recording, own[own >= 0], mask_passed, task, budget, share // 4)
+        problems.append(_Problem(members.to(device), columns, failed_pieces, passed_pieces))
+    if several:
+        return SwarmScorer(
+            recording, tuple(problems), n_failed.view(s, 1), n_passed.view(s, 1), collective, passed_loss
+        )
+    return SwarmScorer(recording, tuple(problems), int(n_failed), int(n_passed), collective, passed_loss)
+
+
+def _alike(tables: list[Tensor]) -> Iterator[Tensor]:
+    """Numbers of the swarms that have the same rows in all tables, one tensor a group."""
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for swarm in range(len(tables[0])):
+        groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)
+    for members in groups.values():
+        yield torch.tensor(members)
+
+
+def _losses(piece: Piece, values: Tensor) -> Tensor:
+    return torch.cat([loss.cpu().double() for _, _, loss in piece.judge(values) if loss is not None])
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)

@@ -40,13 +40,9 @@ class Layout:
         return x.flatten(self.dim, self.dim + 1)
 
     def widened(self, x: Tensor, n: int) -> Tensor:
-        """One sample shown `n` times, without a copy where `m` is 1."""
+        """All samples `n` times, one after the other; one sample is only shown `n` times where `m` is 1."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
-
-    def repeated(self, x: Tensor, copies: int) -> Tensor:
-        """All samples `copies` times, copy by copy, in memory of its own."""
-        return x.clone() if copies == 1 else self.widened(x, copies)
 
     def matches(self, shape: Sequence[int], other: Sequence[int], n: int) -> bool:
         """Whether `shape` is `other`, of any number of samples, with `n` samples."""

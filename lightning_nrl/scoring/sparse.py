@@ -11,6 +11,7 @@ precision do themselves; under autocast inputs and weights are rounded first, as
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_nrl.scoring.varied import Varied
 from lightning_nrl.sites import Site, WeightSpace
 
-__all__ = ["SiteChange", "Taps", "layer_output", "make_changes"]
+__all__ = ["SiteChange", "Taps", "edits", "layer_output", "make_changes"]
+
+NEARLY_ALL = 0.9
+"""Beyond this share of changed units all units are treated as changed: that saves putting them together."""
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -30,14 +35,12 @@ class _Bucket:
     """`u` output units with about equally many changed weights, `m` each, padded with weights that stay.
 
     Attributes:
-        slots: places of its units in `SiteChange.units`, `u` int64.
         columns: which of the K values each weight is, `u x m` int64; K stands for a weight that stays.
         taps: its place in the unit's flattened kernel, `u x m` int64.
         channels: input channels that the weights meet, ascending, int64.
         channel: which of them each weight meets, `u x m` int64.
     """
 
-    slots: Tensor
     columns: Tensor
     taps: Tensor
     channels: Tensor
@@ -70,7 +73,7 @@ class SiteChange:
 
     Attributes:
         site: the layer.
-        units: the output units with changed weights, `U` int64, ascending.
+        units: the output units with changed weights, `U` int64, bucket by bucket.
         buckets: the units by how many changed weights they have.
         bias: for each unit which of the K values is its bias, `U` int64; K where the bias stays.
         original: the K values as they are now, in the deployed dtype.
@@ -87,7 +90,7 @@ class SiteChange:
         """The dimension of the layer's output that counts its units."""
         return -1 if isinstance(self.site.module, nn.Linear) else 1
 
-    def output(self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1) -> Tensor:
+    def output(self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1, taps: Taps | None = None) -> Tensor:
         """The layer's output under each candidate.
 
         Args:
@@ -95,21 +98,20 @@ class SiteChange:
             x: the layer's input, `copies * n` samples.
             y: the layer's output under the weights as they are, as many samples as `x`.
             copies: 1 if the input is the same for all candidates, P if it goes candidate by candidate.
+            taps: what `taps(x, y, copies)` gave, if it was kept.
 
         Returns:
-            `P * n` samples, candidate by candidate, in memory of its own.
+            `P * n` samples, candidate by candidate, in memory of its own. If the input is the same for all candidates
+            and some units do not change, a `Varied`.
         """
-        return self.assembled(self.unit_outputs(values, self.taps(x, y, copies)), y, copies)
-
-    def assembled(self, units: Tensor, y: Tensor, copies: int = 1) -> Tensor:
-        """The whole output `P * n x ...` from the changed units' `P x n x U x ...` and the old output."""
-        p = len(units)
-        y = y.unflatten(0, (copies, -1))
-        out = y.expand(p, *y.shape[1:]).clone(memory_format=torch.contiguous_format)
-        if len(self.units):
-            dim, slot_dim = (out.ndim - 1, units.ndim - 1) if self.unit_dim == -1 else (2, 2)
-            out.index_copy_(dim, self.units, units.movedim(2, slot_dim))
-        return out.flatten(0, 1)
+        p, dim = len(values), self.unit_dim % y.ndim
+        if not len(self.units):
+            return Varied.repeated(y, p) if copies != p else y
+        with torch.autocast(y.device.type, enabled=False):
+            units = self.unit_outputs(values, self.taps(x, y, copies) if taps is None else taps).movedim(2, dim + 1)
+            if copies == 1:
+                return Varied(y, p, dim, self.units, units)
+            return y.unflatten(0, (p, -1)).index_copy(dim + 1, self.units, units).flatten(0, 1)
 
     def taps(self, x: Tensor, y: Tensor, copies: int = 1) -> Taps:
         """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
@@ -128,9 +130,8 @@ class SiteChange:
         """The changed units' outputs under each candidate, `P x n x U x ...`, in the layer's output dtype."""
         change = self.change(values, taps.rounded.dtype)
         p, (_, n, u, *rest) = len(values), taps.base.shape
-        new = taps.base.expand(p, n, u, *rest)
         delta = self._delta(change, taps).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
-        new = new + delta
+        new = torch.add(taps.base, delta, out=taps.base.new_empty(p, n, u, *rest))
         if taps.rounded.dtype in HALF:
             same = (change == 0).all(1).view(p, *[1] * (new.ndim - 1))
             new = torch.where(same, taps.rounded, new.to(taps.rounded.dtype))
@@ -142,22 +143,25 @@ class SiteChange:
         new, old = (w.to(self.original.dtype).to(dtype).to(compute) for w in (values, self.original))
         return F.pad(new - old, (0, 1))
 
+    def deltas(self, values: Tensor, taps: Taps) -> Tensor:
+        """What each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
+        with torch.autocast(values.device.type, enabled=False):
+            return self._delta(self.change(values, taps.rounded.dtype), taps)
+
     def _delta(self, change: Tensor, taps: Taps) -> Tensor:
-        """What is added to each unit, `U x P x R`."""
-        if not self.buckets:
-            return change.new_zeros(0, len(change), taps.base[0, :, 0:1].numel())
-        parts = []
+        delta = change.new_empty(len(self.units), len(change), taps.base[0, :, 0].numel())
+        start = 0
         for bucket, x in zip(self.buckets, taps.x, strict=True):
             d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
-            parts.append(torch.bmm(d, x[:, 0]) if x.shape[1] == 1 else (d.unsqueeze(2) @ x).squeeze(2))
-        delta = torch.cat(parts)
-        if len(self.buckets) > 1:
-            delta = delta.index_select(0, self._order)
-        return delta + change[:, self.bias].t().unsqueeze(2) if self.site.include_bias else delta
-
-    @property
-    def _order(self) -> Tensor:
-        return torch.cat([b.slots for b in self.buckets]).argsort()
+            part = delta[start : start + len(d)]
+            start += len(d)
+            if x.shape[1] == 1:
+                torch.bmm(d, x[:, 0], out=part)
+            else:
+                torch.matmul(d.unsqueeze(2), x, out=part.unsqueeze(2))
+        if self.site.include_bias:
+            delta += change[:, self.bias].t().unsqueeze(2)
+        return delta
 
     def _linear_taps(self, bucket: _Bucket, x: Tensor, y: Tensor, copies: int) -> Tensor:
         u, m = bucket.taps.shape
@@ -196,6 +200,30 @@ def layer_output(module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
 
 
+def edits(
+    changes: Sequence[SiteChange], values: Tensor, taps: Taps | None = None
+) -> Callable[[Site, Tensor, Tensor], Tensor]:
+    """What `Plan.resume` calls at each site to run candidates `P x K` on the same samples.
+
+    Args:
+        changes: the change of each site.
+        values: `P x K`.
+        taps: what the first site's change needs to know of the samples, if it was kept.
+    """
+    by_site = {id(change.site): change for change in changes}
+    first = True
+
+    def edit(site: Site, x: Tensor, y: Tensor) -> Tensor:
+        nonlocal first
+        if first:
+            first = False
+            return by_site[id(site)].output(values, x, y, 1, taps)
+        x, y = (t.dense() if isinstance(t, Varied) else t for t in (x, y))
+        return by_site[id(site)].output(values, x, y, len(values))
+
+    return edit
+
+
 def make_changes(space: WeightSpace, where: Tensor) -> tuple[SiteChange, ...]:
     """The change of each site.
 
@@ -219,17 +247,19 @@ def _make_change(site: Site, where: Tensor, original: Tensor) -> SiteChange:
     is_bias = (where >= size) & (where < site.size)
     unit, tap, column = where[weight] // per_unit, where[weight] % per_unit, columns[weight]
     units = torch.cat([unit, where[is_bias] - size]).unique()
+    if len(units) > NEARLY_ALL * out:
+        units = torch.arange(out, device=where.device)
     bias = torch.full((len(units),), k, device=where.device)
     bias[torch.searchsorted(units, where[is_bias] - size)] = columns[is_bias]
     slot = torch.searchsorted(units, unit)
-    counts = torch.bincount(slot, minlength=len(units)).cpu()
+    counts = torch.bincount(slot, minlength=len(units))
+    level = counts.clamp_min(1).double().log2().ceil().long()
     groups: Any = getattr(site.module, "groups", 1)
     kernel = math.prod(site.weight_shape[2:])
-    buckets = []
-    level = torch.where(counts > 0, counts.double().log2().ceil(), 0.0).long()
+    buckets, order = [], []
     for size_class in level.unique().tolist():
-        slots = (level == size_class).nonzero().flatten().to(where.device)
-        m = int(counts[slots.cpu()].max()) or 1
+        slots = (level == size_class).nonzero().flatten()
+        m = max(1, int(counts[slots].max()))
         cols = torch.full((len(slots), m), k, device=where.device)
         taps = torch.zeros_like(cols)
         for row, s in enumerate(slots.tolist()):
@@ -237,5 +267,8 @@ def _make_change(site: Site, where: Tensor, original: Tensor) -> SiteChange:
             cols[row, : len(mine)], taps[row, : len(mine)] = column[mine], tap[mine]
         group = units[slots] // (out // groups)
         channels, channel = (group.unsqueeze(1) * site.weight_shape[1] + taps // kernel).unique(return_inverse=True)
-        buckets.append(_Bucket(slots, cols, taps, channels, channel))
+        buckets.append(_Bucket(cols, taps, channels, channel))
+        order.append(slots)
+    if order:
+        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
     return SiteChange(site, units, tuple(buckets), bias, original)

@@ -1,0 +1,105 @@
+"""From logits to what counts: which samples pass and how large their losses are, in one pass over the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.scoring.sparse import SiteChange, Taps
+from lightning_nrl.tasks import Multiclass, Task
+
+__all__ = ["Head", "is_plain_multiclass", "make_head"]
+
+
+def is_plain_multiclass(task: Task) -> bool:
+    """Whether passed and loss mean arg max and cross entropy, with nothing of the user's in between."""
+    return all(getattr(type(task), name) is getattr(Multiclass, name) for name in ("passed", "loss", "prediction"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """Samples in front of a last layer whose output is the model's: `n` samples, `U` classes with changed weights.
+
+    Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
+    exponentials, and the largest logit before and after the true class, since arg max takes the first of equals.
+
+    Attributes:
+        change: the change of the layer.
+        taps: what it needs to know of the samples.
+        rivals: `U x 1 x n`, old logits of the changed classes, minus infinity for the true one.
+        slot: `1 x 1 x n` int64, place of the true class among the changed ones, 0 if it does not change.
+        own: `n`, the true class's old logit.
+        moves: `n`, 1 if the true class changes, else 0.
+        top: `n`, the largest logit of the classes that do not change, the true one left out.
+        mass: `n`, their exponentials, relative to `top`, summed.
+        top_before: `n`, the largest of them before the true class.
+        before: `U x 1 x n` bool, which changed classes come before the true one.
+    """
+
+    change: SiteChange
+    taps: Taps
+    rivals: Tensor
+    slot: Tensor
+    own: Tensor
+    moves: Tensor
+    top: Tensor
+    mass: Tensor
+    top_before: Tensor
+    before: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.taps.nbytes + self.rivals.nbytes + self.before.nbytes
+
+    def judge(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for, of candidates `P x K`."""
+        z = self.change.deltas(values, self.taps)  # U x P x n
+        own = torch.addcmul(self.own, self.moves, z.gather(0, self.slot.expand(1, *z.shape[1:])).squeeze(0))
+        z += self.rivals
+        best = torch.maximum(z.amax(0), self.top)
+        passed = own > best
+        tied = own == best
+        if z.device.type != "cpu" or bool(tied.any()):
+            before = torch.where(self.before, z, -torch.inf).amax(0).maximum(self.top_before)
+            passed |= tied & (own > before)
+        if not with_loss:
+            return passed, None
+        most = torch.maximum(best, own)
+        z -= most
+        mass = z.exp_().sum(0).add_((own - most).exp_()).addcmul_(self.mass, (self.top - most).exp_())
+        return passed, mass.log_().add_(most).sub_(own)
+
+
+def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor) -> Head:
+    """Prepares samples for `Head.judge`.
+
+    Args:
+        change: the change of the last layer, some units of it.
+        taps: what it needs to know of the samples.
+        y: `n x C`, logits under the weights as they are.
+        target: `n` int64, true classes.
+    """
+    n, c = y.shape
+    units = change.units
+    place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))
+    slot = place[target]
+    classes = torch.arange(c, device=y.device)
+    rest = y.index_fill(1, units, -torch.inf).scatter(1, target.unsqueeze(1), -torch.inf)
+    top = rest.amax(1)
+    mass = torch.where(top.isneginf(), 0.0, (rest - top.unsqueeze(1)).exp().sum(1))
+    rivals = y.scatter(1, target.unsqueeze(1), -torch.inf)[:, units].t().contiguous().unsqueeze(1)
+    top_before = rest.masked_fill(classes >= target.unsqueeze(1), -torch.inf).amax(1)
+    return Head(
+        change,
+        taps,
+        rivals,
+        slot.clamp_min(0).view(1, 1, n),
+        y.gather(1, target.unsqueeze(1)).squeeze(1),
+        (slot >= 0).to(y.dtype),
+        top,
+        mass,
+        top_before,
+        (units.unsqueeze(1) < target).unsqueeze(1),
+    )

@@ -1,0 +1,153 @@
+"""A piece of the known data, ready to be run under many candidates at once within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.scoring.channelwise import Varied
+from lightning_nrl.scoring.judging import Head, is_plain_multiclass, make_head
+from lightning_nrl.scoring.memory import is_out_of_memory, peak_bytes
+from lightning_nrl.scoring.recording import Chunk, Recording
+from lightning_nrl.scoring.slots import repeat_all
+from lightning_nrl.scoring.sparse import SiteChange, Taps, edits, make_changes
+from lightning_nrl.tasks import Task
+
+__all__ = ["Piece", "make_pieces"]
+
+BLOCK = {"cpu": 4 << 20}
+"""Bytes of the first site's output, or of logits in front of a last layer, that are worked on at once: what fits a
+processor's cache; elsewhere enough to keep a GPU busy."""
+BLOCK_ELSEWHERE = 256 << 20
+SAMPLES = 512
+"""Samples a piece at most."""
+
+
+@dataclass
+class Piece:
+    """`n` samples with all that does not depend on the candidates.
+
+    Attributes:
+        recording: where they come from.
+        chunk: the samples.
+        changes: the change of each site.
+        where: flat positions of the changed weights.
+        task: says what passed and loss mean.
+        rows: how many rows, candidates times samples, are run at once. Halved for good when memory runs out.
+        taps: what the first site's change needs to know of the samples, if there is room to keep it.
+        head: the samples in front of a last layer that is the model's output.
+    """
+
+    recording: Recording
+    chunk: Chunk
+    changes: tuple[SiteChange, ...]
+    where: Tensor
+    task: Task
+    rows: int
+    taps: Taps | None = None
+    head: Head | None = None
+
+    def judge(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Runs candidates.
+
+        Args:
+            values: `P x K`.
+            with_loss: whether losses are asked for.
+
+        Yields:
+            Which candidates, their passes `p x n` bool, their losses `p x n` or None.
+        """
+        start = 0
+        while start < len(values):
+            part = slice(start, min(len(values), start + max(1, self.rows // len(self.chunk))))
+            try:
+                passed, loss = self._run(values[part], with_loss)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.rows <= 1:
+                    raise
+                self.rows //= 2
+                if self.recording.subject.space.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            yield part, passed, loss
+            start = part.stop
+
+    def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
+        if self.head is not None:
+            return self.head.judge(values, with_loss)
+        n = len(self.chunk)
+        if self.rows >= n:
+            return self._outputs(self.chunk, self.taps, values, with_loss)
+        parts = [self._outputs(chunk, None, values, with_loss) for chunk in self.recording.split(self.chunk, self.rows)]
+        losses = [loss for _, loss in parts if loss is not None]
+        return torch.cat([passed for passed, _ in parts], 1), torch.cat(losses, 1) if losses else None
+
+    def _outputs(
+        self, chunk: Chunk, taps: Taps | None, values: Tensor, with_loss: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        p = len(values)
+        if self.recording.replayable(chunk):
+            logits = self.recording.replay(chunk, edits(self.changes, values, taps), copies=p)
+            logits = logits.dense() if isinstance(logits, Varied) else logits
+        else:
+            logits = self.recording.rerun(chunk, self.where, values)
+        target = repeat_all(chunk.target, p)
+        passed = self.task.passed(logits, target).view(p, -1)
+        return passed, self.task.loss(logits, target).view(p, -1) if with_loss else None
+
+
+@torch.no_grad()
+def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, budget: int, room: int) -> list[Piece]:
+    """Cuts samples into pieces.
+
+    Args:
+        recording: the known data.
+        where: `K` int64, flat positions of the changed weights.
+        mask: `N` bool by row of the evidence, which samples.
+        task: says what passed and loss mean.
+        budget: bytes that running a block may take.
+        room: bytes that may be kept from one call to the next.
+    """
+    device = recording.subject.space.device
+    changes = make_changes(recording.subject.space, where)
+    block = BLOCK.get(device.type, BLOCK_ELSEWHERE)
+    pieces: list[Piece] = []
+    for group in recording.chunks(None, mask):
+        piece = Piece(recording, group, changes, where, task, 1)
+        if not recording.replayable(group):
+            pieces.append(replace(piece, rows=_rows_within(piece, budget, 1 << 62)))
+            continue
+        first = recording.first(group)
+        change = next(c for c in changes if c.site is first)
+        direct = recording.direct(group) and is_plain_multiclass(task) and len(change.units) > 0
+        x, y = recording.site(next(iter(recording.split(group, 1))))
+        direct = direct and y.ndim == 2 and y.dtype in (torch.float32, torch.float64)
+        per_row = len(change.units) * y.element_size() if direct else y.nbytes
+        rows = max(1, block // max(1, per_row))
+        if not direct:
+            rows = _rows_within(piece, budget, rows)
+        samples = SAMPLES if direct else max(1, min(SAMPLES, int(rows**0.5)))
+        for chunk in recording.split(group, samples):
+            x, y = recording.site(chunk)
+            taps = change.taps(x, y) if len(change.units) else None
+            made = replace(
+                piece, chunk=chunk, rows=min(rows, max(1, budget // max(1, 6 * per_row))) if direct else rows
+            )
+            if direct and taps is not None:
+                made.head = make_head(change, taps, y, chunk.target)
+            elif taps is not None and taps.nbytes <= room:
+                made.taps = taps
+                room -= taps.nbytes
+            pieces.append(made)
+    return pieces
+
+
+def _rows_within(piece: Piece, budget: int, most: int) -> int:
+    """How many rows fit the budget, by what a few of them take."""
+    few = next(iter(piece.recording.split(piece.chunk, 2)))
+    values = piece.recording.subject.space.flat()[piece.where.to(piece.recording.subject.space.device)].repeat(4, 1)
+    taken = peak_bytes(lambda: piece._outputs(few, None, values, True))
+    return max(1, min(most, budget * len(few) * len(values) // max(1, taken)))
