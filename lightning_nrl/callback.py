@@ -23,11 +23,12 @@ from lightning_nrl.errors import explain
 from lightning_nrl.files import file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
-from lightning_nrl.loaders import import_function, warn_if_random
+from lightning_nrl.loaders import LoaderSource, import_function, warn_if_random
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
 from lightning_nrl.progress import RepairProgress
+from lightning_nrl.rehearsal import rehearse
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -173,8 +174,10 @@ class RegressionFreeRepair(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.data.find(trainer, pl_module)
         self.report = self._parameters = None
+        with random_state(), evaluating(trainer, pl_module):
+            known, unseen = self._sources(trainer, pl_module, limit=1)
+            rehearse(pl_module, [*known, *unseen], self.settings, **self._means(trainer, pl_module))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -221,22 +224,11 @@ class RegressionFreeRepair(Callback):
     def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found."""
         self._ran = True
-        limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
         with random_state(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
-            known, unseen = self.data.sources(
-                trainer, pl_module, adapter=self.adapter, seed=self.settings.seed, limit=limit
-            )
+            known, unseen = self._sources(trainer, pl_module, limit=int(trainer.fast_dev_run) or None)  # type: ignore[attr-defined]
             warn_if_random(known)
-            return repair_module(
-                pl_module,
-                known,
-                self.settings,
-                unseen=unseen,
-                task=self.task,
-                context=trainer.precision_plugin.forward_context,
-                collective=Collective.current(pl_module.device),
-                observer=progress,
-            )
+            means = self._means(trainer, pl_module)
+            return repair_module(pl_module, known, self.settings, unseen=unseen, observer=progress, **means)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
@@ -261,6 +253,18 @@ class RegressionFreeRepair(Callback):
             self._pending = False
         if outcome.parameters is not None:
             self._space(pl_module).write(outcome.parameters)
+
+    def _sources(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None
+    ) -> tuple[list[LoaderSource], list[LoaderSource]]:
+        return self.data.sources(trainer, pl_module, adapter=self.adapter, seed=self.settings.seed, limit=limit)
+
+    def _means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "context": trainer.precision_plugin.forward_context,
+            "collective": Collective.current(pl_module.device),
+        }
 
     def _space(self, pl_module: pl.LightningModule) -> WeightSpace:
         return find_sites(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)

@@ -250,7 +250,7 @@ def import_function(path: str, argument: str) -> Callable[..., Any]:
 
 def _index(loader: DataLoader[Any]) -> Tensor:
     """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
-    sampler: Any = loader.sampler
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed wrapper
     subset = getattr(sampler, "indices", None)
     if subset is not None and not isinstance(sampler, SequentialSampler):

@@ -22,3 +22,12 @@ def trained_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(trained_path: Path) -> Classifier:
     """The trained MLP, fresh for each test."""
     return Classifier.load_from_checkpoint(trained_path)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for noise in (
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "Checkpoint directory .* exists and is not empty",
+        "You defined a `validation_step` but have no `val_dataloader`",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{noise}")

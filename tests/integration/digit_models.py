@@ -119,6 +119,13 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
+class Untrainable(Classifier):
+    """Fails the test if training begins."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("training has begun")
+
+
 def quiet_trainer(path: Any, *callbacks: Any, **arguments: Any) -> Trainer:
     """A trainer on one CPU process that shows nothing and writes below `path`."""
     defaults: dict[str, Any] = {

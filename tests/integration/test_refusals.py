@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair
+from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair, Target
+from lightning_nrl.errors import ReplayError
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(fitness="eq3"),
@@ -40,13 +41,6 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
 def test_an_argument_without_a_meaning_is_refused_at_once(message: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{re.escape(message)}[\s\S]*\nHINT: "):
         ARGUMENTS[message]()
-
-
-class Untrainable(Classifier):
-    """Fails the test if training begins."""
-
-    def training_step(self, batch: tuple[torch.Tensor, ...], batch_idx: int) -> torch.Tensor:
-        raise AssertionError("training has begun")
 
 
 def refused(path: Path, data: Any, *callbacks: Any, **arguments: Any) -> str:
@@ -173,3 +167,30 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
             return DataLoader(TensorDataset(*(x[:0] for x in self.repair.tensors)), 8)
 
     assert refused(tmp_path, Empty(), quick_repair()).startswith("`repair` data: the data set is empty.")
+
+
+class Attentive(Untrainable):
+    """Has a layer that is never called as a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        rows = images.squeeze(1)
+        return self.network(self.attention(rows, rows, rows)[0])
+
+
+def test_a_layer_that_is_never_called_is_refused(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, quick_repair(layer="attention.out_proj"))
+    with pytest.raises(ReplayError, match=r"`layer='attention.out_proj'` is never called[\s\S]*HINT: "):
+        trainer.fit(Attentive(), datamodule=Digits())
+
+
+def no_bools(batch: Any) -> Any:
+    return batch[1]
+
+
+def test_a_predicate_that_gives_no_bools_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(target=Target.where(no_bools)))
+    assert "returned torch.int64" in message

@@ -1,0 +1,51 @@
+"""A repair in small before training begins: what cannot work is to be found now, not after hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from lightning_nrl.batches import Source
+from lightning_nrl.collective import Collective
+from lightning_nrl.evidence import Context, collect
+from lightning_nrl.scoring.passes import Subject
+from lightning_nrl.settings import Settings
+from lightning_nrl.sites import find_sites
+from lightning_nrl.tasks import Task
+
+__all__ = ["rehearse"]
+
+
+@torch.no_grad()
+def rehearse(
+    model: nn.Module,
+    sources: Sequence[Source],
+    settings: Settings,
+    *,
+    task: Task,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> None:
+    """Collects evidence from a few samples, and looks whether the layers are called.
+
+    Args:
+        model: the model in evaluation mode, trained or not.
+        sources: a little of each split.
+        settings: what to repair and how.
+        task: what passed and loss mean.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data.
+
+    Raises:
+        ConfigurationError: the layer, the batches, the target or the task do not fit.
+        EvidenceError: a collate function drops or adds samples.
+        ReplayError: a layer is never called.
+    """
+    space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
+    collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
+    for batch in sources[0]:
+        Subject(model, space, task, context).watch((batch.args, batch.kwargs))
+        break

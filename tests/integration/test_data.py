@@ -1,0 +1,304 @@
+"""Data in every shape that Lightning takes: read whole, in order, as in validation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, WeightedRandomSampler
+
+from lightning_nrl import ConfigurationError, RepairReport, Target
+
+
+def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:
+    repair, model = quick_repair(**arguments), model or Classifier()
+    quiet_trainer(path, repair, max_epochs=1, num_sanity_val_steps=0).fit(model, datamodule=data)
+    assert repair.report is not None
+    return repair.report, model
+
+
+def sizes(report: RepairReport) -> dict[str, int]:
+    return {split.split: split.n for split in report.splits}
+
+
+def assert_true(report: RepairReport, split: str, model: Classifier, data: Any) -> None:
+    """The counts of a split are those of an independent pass over its samples, in order."""
+    (found,) = (s for s in report.splits if s.split == split)
+    now = right(model, data)
+    assert found.kept + found.repaired == int(now.sum())
+    assert set(found.repaired_ids) <= set(now.nonzero().flatten().tolist())
+
+
+def test_a_shuffled_loader_that_drops_its_last_batch_is_read_whole_and_in_order(tmp_path: Path) -> None:
+    data = Digits(batch_size=96)  # 400 is no multiple of it
+    assert data.train_dataloader().drop_last
+    report, model = repaired(tmp_path, data)
+    assert sizes(report) == {"train": 400, "repair": 203}
+    assert_true(report, "train", model, data.train)
+    assert_true(report, "repair", model, data.repair)
+
+
+SAMPLERS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
+    "subset": (lambda n: {"sampler": SubsetRandomSampler(range(0, n, 3)), "batch_size": 32}, 134),
+    "subset in batches": (
+        lambda n: {"batch_sampler": BatchSampler(SubsetRandomSampler(range(0, n, 3)), 32, drop_last=True)},
+        134,
+    ),
+    "weighted": (lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32}, 400),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_sampler_over_a_subset_is_kept_to_and_any_other_is_not(tmp_path: Path, kind: str) -> None:
+    make, n = SAMPLERS[kind]
+
+    class Sampled(Digits):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train, **make(400))
+
+    report, _ = repaired(tmp_path, Sampled(), failed="train", target=Target.label(3))
+    assert sizes(report) == {"train": n}
+    labels = Digits().train.tensors[1]
+    assert all(labels[i] == 3 for i in report.splits[0].targeted_ids)
+    assert n == 400 or all(i % 3 == 0 for i in report.splits[0].targeted_ids)
+    assert report.splits[0].targeted > 0
+
+
+def test_workers_read_the_same(tmp_path: Path) -> None:
+    class Workers(Digits):
+        def repair_dataloader(self) -> DataLoader:
+            return DataLoader(self.repair, 64, num_workers=2, shuffle=True, persistent_workers=True)
+
+    alone, _ = repaired(tmp_path / "alone", Digits())
+    report, model = repaired(tmp_path / "workers", Workers())
+    assert report.splits == alone.splits
+    assert_true(report, "repair", model, Digits().repair)
+
+
+def test_validation_data_stand_in_for_repair_data(tmp_path: Path) -> None:
+    class WithoutRepair(Digits):
+        repair_dataloader = None  # type: ignore[assignment]
+
+    assert sizes(repaired(tmp_path, WithoutRepair())[0]) == {"train": 400, "val": 100}
+
+
+def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
+    report, _ = repaired(tmp_path, Digits(), passed="val", failed="repair", unseen="test")
+    assert [(split.split, split.role, split.n) for split in report.splits] == [
+        ("val", "known", 100),
+        ("repair", "known", 203),
+        ("test", "unseen", 300),
+    ]
+
+
+def test_data_loaders_are_given_by_argument(tmp_path: Path) -> None:
+    data = Digits()
+    report, model = repaired(tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader())
+    assert sizes(report) == {"train": 400, "failed": 300, "unseen": 203}
+    assert_true(report, "failed", model, data.test)
+
+
+class Named(Dataset):
+    """Samples as a mapping, with a name that no network can read."""
+
+    def __init__(self, data: Any, keys: tuple[str, str]) -> None:
+        self.data, self.keys = data, keys
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        image, digit, noisy = self.data[i]
+        return {self.keys[0]: image, self.keys[1]: digit, "noisy": noisy, "name": f"digit {i}"}
+
+
+class NamedDigits(Digits):
+    def __init__(self, keys: tuple[str, str] = ("image", "label")) -> None:
+        super().__init__()
+        self.train, self.val, self.repair = (Named(part, keys) for part in (self.train, self.val, self.repair))
+
+
+class NamedClassifier(Classifier):
+    keys = ("image", "label")
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step((batch[self.keys[0]], batch[self.keys[1]]), batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def is_noisy(batch: Any) -> Tensor:
+    return batch["noisy"] if isinstance(batch, Mapping) else batch[2]
+
+
+@pytest.mark.parametrize(("data", "model"), [(Digits, Classifier), (NamedDigits, NamedClassifier)])
+def test_a_target_sees_the_whole_batch_extras_included(tmp_path: Path, data: Any, model: Any) -> None:
+    report, found = repaired(tmp_path, data(), model(), target=Target.where(is_noisy))
+    plain = Digits().repair
+    noisy = set(plain.tensors[2].nonzero().flatten().tolist())
+    assert 0 < report.splits[1].targeted < report.splits[1].failing
+    assert set(report.splits[1].targeted_ids) <= noisy
+    assert_true(report, "repair", found, plain)
+
+
+class ByKeyword(NamedClassifier):
+    """Its forward takes keyword arguments, as text models do."""
+
+    keys = ("scan", "label")
+
+    def forward(self, scan: Tensor, noisy: Tensor | None = None) -> Tensor:
+        return super().forward(scan)
+
+
+def test_a_mapping_without_a_usual_key_goes_to_the_model_as_keywords(tmp_path: Path) -> None:
+    report, model = repaired(tmp_path, NamedDigits(("scan", "label")), ByKeyword())
+    assert_true(report, "repair", model, Digits().repair)
+
+
+class OddlyNamed(NamedClassifier):
+    keys = ("scan", "digit")
+
+
+def take_apart(batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    return (batch["scan"],), {}, batch["digit"]
+
+
+@pytest.mark.parametrize("adapter", [take_apart, "test_data:take_apart", "test_data.take_apart"])
+def test_an_adapter_takes_other_batches_apart(tmp_path: Path, adapter: Any) -> None:
+    report, model = repaired(tmp_path, NamedDigits(("scan", "digit")), OddlyNamed(), adapter=adapter)
+    assert_true(report, "repair", model, Digits().repair)
+
+
+def test_a_batch_that_nobody_understands_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"`adapter`: a batch with the keys \['digit', 'name', 'noisy', 'scan'"
+    ):
+        repaired(tmp_path, NamedDigits(("scan", "digit")), Untrainable())
+
+
+class TwoEyes(Dataset):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        image, digit, _ = self.data[i]
+        return (image, image.flip(-1)), digit
+
+
+class TwoEyedDigits(Digits):
+    def __init__(self) -> None:
+        super().__init__()
+        self.train, self.val, self.repair = map(TwoEyes, (self.train, self.val, self.repair))
+
+
+class TwoEyed(Classifier):
+    """Looks at an image twice, with the repaired layer called once an eye."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.head = mlp()[:-1], nn.Linear(32, 10)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(self.network(left) + self.network(right))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(*batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def both_eyes(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    return tuple(batch[0]), {}, batch[1]
+
+
+@pytest.mark.filterwarnings("ignore:`layer`")
+@pytest.mark.parametrize("layer", ["head", "network.1"])
+def test_a_model_may_have_several_inputs(tmp_path: Path, layer: str) -> None:
+    model = TwoEyed()
+    report, _ = repaired(tmp_path, TwoEyedDigits(), model, layer=layer, adapter=both_eyes)
+    images, labels, _ = Digits().repair.tensors
+    with torch.no_grad():
+        now = model.eval()(images, images.flip(-1)).argmax(1) == labels
+    assert report.splits[1].kept + report.splits[1].repaired == int(now.sum())
+    assert report.splits[1].broken == report.splits[0].broken == 0
+
+
+def upside_down(self: Any, batch: Any, dataloader_idx: int) -> Any:
+    """Augmentation on the device, guarded as the documentation of Lightning has it."""
+    return (batch[0].flip(-2), *batch[1:]) if self.trainer.training else batch
+
+
+class AugmentingDigits(Digits):
+    on_after_batch_transfer = upside_down
+
+
+class AugmentingClassifier(Classifier):
+    on_after_batch_transfer = upside_down
+
+
+def test_augmentation_on_the_device_by_the_data_module_is_left_to_training(tmp_path: Path) -> None:
+    report, model = repaired(tmp_path, AugmentingDigits())
+    assert_true(report, "train", model, Digits().train)
+    assert_true(report, "repair", model, Digits().repair)
+
+
+def test_augmentation_on_the_device_by_the_model_is_left_to_training(tmp_path: Path) -> None:
+    repair, model, data = quick_repair(), AugmentingClassifier(), Digits()
+    quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, data.train_dataloader(), data.repair_dataloader())
+    assert_true(repair.report, "train", model, data.train)
+    assert_true(repair.report, "val", model, data.repair)
+
+
+class Jitter(Dataset):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        image, digit, noisy = self.data[i]
+        return image + 0.05 * torch.randn(image.shape), digit, noisy
+
+
+def test_a_data_set_that_augments_at_random_is_warned_of(tmp_path: Path) -> None:
+    class Jittered(Digits):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(Jitter(self.train), 32)
+
+    with pytest.warns(UserWarning, match="`train` data: reading a sample twice gives two different samples"):
+        report, _ = repaired(tmp_path, Jittered())
+    assert report.splits[0].broken == 0
+
+
+def test_nothing_else_is_warned_of(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|number of training batches)")
+        repaired(tmp_path, Digits(), unseen="test")
+
+
+class Lossy(Digits):
+    """Its collate function leaves out noisy samples."""
+
+    def repair_dataloader(self) -> DataLoader:
+        def collate(samples: list[Any]) -> Any:
+            return [torch.stack(column) for column in zip(*(s for s in samples if not s[2]), strict=True)]
+
+        return DataLoader(self.repair, 64, collate_fn=collate)
+
+
+def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"`repair` data: a batch of 64 samples came with \d+ targets"):
+        repaired(tmp_path, Lossy(), Untrainable())
