@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_nrl.account import Account
 from lightning_nrl.as_found import as_found
@@ -149,16 +148,16 @@ def repair_module(
         if torch.equal(values, old):
             return Outcome(account.closed("not repaired", "the search found nothing better than the original weights."))
         parameters = space.changed(localization.weights, values)
-        repaired = partial(_call, model, parameters)
-        with clock.stage("judge"):
-            after = see(repaired, known)
+        with clock.stage("judge"), space.holding(parameters):
+            after = see(model, known)
             verdict = judge(before, after, settings.gate)
-            unseen_after = see(repaired, unseen) if unseen and verdict.accepted else None
+            unseen_after = see(model, unseen) if unseen and verdict.accepted else None
         report = account.judged(verdict, parameters, after, unseen_after)
         change = (values.cpu().double() - old.cpu().double()).float()
         return Outcome(report, parameters if verdict.accepted else None, change)
 
 
+@torch.no_grad()
 def _search(
     recording: Recording,
     localization: Localization,
@@ -190,10 +189,6 @@ def _see_unseen(see: Callable[..., Evidence], model: nn.Module, unseen: Sequence
     except RepairError as error:
         warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
         return see(model, unseen)
-
-
-def _call(model: nn.Module, parameters: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-    return functional_call(model, dict(parameters), args, kwargs)
 
 
 def _rows(known: Sequence[Source], before: Evidence) -> Iterator[tuple[Batch, Tensor]]:

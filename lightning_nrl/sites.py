@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +84,7 @@ class WeightSpace:
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
 
-        The live parameters are not touched. The result suits `torch.func.functional_call` and `write`.
+        The live parameters are not touched. The result suits `holding` and `write`.
         """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
@@ -92,6 +94,26 @@ class WeightSpace:
                 out[name] = flat[at : at + parameter.numel()].view_as(parameter)
                 at += parameter.numel()
         return out
+
+    @contextmanager
+    def holding(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the layers run with these whole parameters; afterwards with their own again, the very same objects.
+
+        `torch.func.functional_call` would leave new weights behind in a layer that the model holds under two names.
+        """
+        own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+        try:
+            for site in self.sites:
+                for name, parameter in site.parameters.items():
+                    if name in parameters:
+                        held: dict[str, Any] = site.module._parameters
+                        kind = name.rpartition(".")[2]
+                        own.append((held, kind, parameter))
+                        held[kind] = parameters[name]
+            yield
+        finally:
+            for held, kind, parameter in own:
+                held[kind] = parameter
 
     @torch.no_grad()
     def write(self, parameters: Mapping[str, Tensor]) -> None:
