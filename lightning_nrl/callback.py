@@ -225,7 +225,8 @@ class RegressionFreeRepair(Callback):
         """Searches a repair. The model, the trainer and the random state are left as found."""
         self._ran = True
         with random_state(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
-            known, unseen = self._sources(trainer, pl_module, limit=int(trainer.fast_dev_run) or None)  # type: ignore[attr-defined]
+            batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+            known, unseen = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
             means = self._means(trainer, pl_module)
             return repair_module(pl_module, known, self.settings, unseen=unseen, observer=progress, **means)
@@ -234,18 +235,18 @@ class RegressionFreeRepair(Callback):
         """Writes the files, logs, prints, and last of all changes the weights."""
         folder, accepted = output_folder(self.dirpath, trainer), outcome.parameters is not None
         report = replace(outcome.report, files=file_names(folder, checkpoint=accepted))
+        # A second repair in one log gets tags of its own, as it gets a folder of its own.
+        name = folder.name if folder is not None and self.dirpath is None else "repair"
         self.report, self._parameters, self._pending = report, outcome.parameters, True
         try:
             if accepted and folder is not None:
                 trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
             if trainer.is_global_zero:
                 write_report(report)
-                # A second repair in one log gets tags of its own, as it gets a folder of its own.
-                name = folder.name if folder is not None and self.dirpath is None else "repair"
                 track(report, trainer.loggers, step=trainer.global_step, change=outcome.change, name=name)
                 if self.verbose:
                     show(report)
-            trainer.callback_metrics.update(headline(report))
+            trainer.callback_metrics.update(headline(report, name))
         except BaseException:
             self.report = self._parameters = None
             raise

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.report import RepairReport
+from lightning_nrl.tracking import outcome
 
 __all__ = ["file_names", "headline", "output_folder", "show", "write_report"]
 
@@ -63,15 +64,6 @@ def show(report: RepairReport) -> None:
         get_console().print(report.to_table())
 
 
-def headline(report: RepairReport) -> dict[str, Tensor]:
-    """The numbers that `trainer.callback_metrics` gets; they outlive processes that a strategy has started."""
-    known = report.pooled("known")
-    assert known is not None
-    numbers = {
-        "repair/accepted": float(report.status == "repaired"),
-        "repair/repaired": float(known.repaired),
-        "repair/broken": float(known.broken),
-        "repair/repaired_in_target": float(known.repaired_in_target),
-        "repair/targeted": float(known.targeted),
-    }
-    return {name: torch.tensor(value) for name, value in numbers.items()}
+def headline(report: RepairReport, name: str) -> dict[str, Tensor]:
+    """What `trainer.callback_metrics` gets, named as in the logs; it outlives processes that a strategy has started."""
+    return {tag: torch.tensor(value) for tag, value in outcome(report, name).items()}

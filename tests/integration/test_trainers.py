@@ -1,0 +1,171 @@
+"""A repair with trainers and loggers of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_nrl import RegressionFreeRepair, Target
+
+
+class Remember(Callback):
+    """Keeps the weights that training left; to stand before the repair."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def fit(path: Path, *callbacks: Callback, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:
+    torch.manual_seed(3)
+    trainer, model = quiet_trainer(path, *callbacks, **{"max_epochs": 1, **arguments}), Classifier(network)
+    trainer.fit(model, datamodule=Digits())
+    return trainer, model
+
+
+def test_training_is_the_same_with_a_repair_and_without(tmp_path: Path) -> None:
+    plain, repaired = Remember(), Remember()
+    fit(tmp_path, plain, network="cnn")  # has dropout, and its data are shuffled
+    fit(tmp_path, repaired, quick_repair(), network="cnn")
+    assert all(torch.equal(value, repaired.weights[name]) for name, value in plain.weights.items())
+
+
+WAYS: dict[str, tuple[dict[str, Any], int]] = {
+    "max_steps": ({"max_steps": 5, "max_epochs": -1}, 5),
+    "limit_train_batches": ({"limit_train_batches": 3}, 3),
+    "limit_train_batches as a share": ({"limit_train_batches": 0.25}, 3),
+    "overfit_batches": ({"overfit_batches": 2}, 2),
+    "early stopping": ({"callbacks": [EarlyStopping("val_loss", patience=1, min_delta=1e3)], "max_epochs": 9}, 24),
+    "no validation": ({"limit_val_batches": 0}, 12),
+    "accumulation": ({"accumulate_grad_batches": 4}, 3),
+    "barebones": (
+        {"barebones": True, "enable_checkpointing": False, "logger": False, "enable_progress_bar": False},
+        12,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit", r"ignore:You are trying to `self.log\(\)`")
+@pytest.mark.parametrize("way", WAYS)
+def test_the_whole_data_are_known_however_training_ends(tmp_path: Path, way: str) -> None:
+    arguments, steps = WAYS[way]
+    arguments = dict(arguments)
+    repair = quick_repair()
+    trainer, model = fit(tmp_path, *arguments.pop("callbacks", []), repair, **arguments)
+    assert trainer.global_step == steps
+    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400), ("repair", 203)]
+    found = repair.report.splits[1]
+    assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
+
+
+def test_a_fast_run_of_a_few_batches_repairs_on_those_and_writes_nothing(tmp_path: Path) -> None:
+    repair = quick_repair()
+    fit(tmp_path, repair, fast_dev_run=2)
+    assert [split.n for split in repair.report.splits] == [64, 128]
+    assert repair.report.files == {}
+    assert repair.repaired_model_path == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def scalars(folder: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("kinds", [[CSVLogger], [TensorBoardLogger], [CSVLogger, TensorBoardLogger]])
+def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[Any]) -> None:
+    repair, loggers = quick_repair(), [kind(tmp_path, name=kind.__name__) for kind in kinds]
+    trainer, _ = fit(tmp_path, repair, logger=loggers)
+    folder = Path(loggers[0].log_dir)
+    assert repair.repaired_model_path == str(folder / "repair" / "repaired.ckpt")
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            text = (Path(logger.log_dir) / "metrics.csv").read_text()
+            assert "repair/known_repaired" in text.splitlines()[0].split(",")
+        else:
+            found = scalars(Path(logger.log_dir))
+            assert found["repair/accepted"] == [1.0]
+            assert found["repair/known_repaired"] == [sum(s.repaired for s in repair.report.splits)]
+            assert found["repair_splits/repair/broken"] == [0.0]
+            assert len(found["repair_search/best_fitness"]) == repair.report.search.iterations + 1
+    assert trainer.callback_metrics["repair/known_broken"] == 0.0
+
+
+def test_without_a_logger_files_go_to_the_root_folder(tmp_path: Path) -> None:
+    repair = quick_repair()
+    fit(tmp_path, repair, logger=False)
+    assert (tmp_path / "repair" / "report.md").read_text().startswith("# Repaired")
+
+
+def test_two_repairs_in_one_log_have_tags_of_their_own(tmp_path: Path) -> None:
+    first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
+    logger = TensorBoardLogger(tmp_path)
+    trainer, _ = fit(tmp_path, first, second, logger=logger)
+    found = scalars(Path(logger.log_dir))
+    for name, repair in (("repair", first), ("repair-1", second)):
+        repaired = sum(split.repaired for split in repair.report.splits)
+        assert found[f"{name}/known_repaired"] == [repaired]
+        assert trainer.callback_metrics[f"{name}/known_repaired"] == repaired
+
+
+def test_the_report_is_shown_once_and_can_be_silenced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, quick_repair(verbose=True))
+    assert capsys.readouterr().out.lower().count("targeted failures pass now") == 1
+    fit(tmp_path, quick_repair(verbose=False))
+    assert "targeted" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_progress_is_shown_beside_the_trainers(
+    tmp_path: Path, bar: type[Callback], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repair = quick_repair()
+    fit(tmp_path, bar(), repair, enable_progress_bar=True)
+    assert repair.report.status == "repaired"
+
+
+def test_a_row_of_the_papers_table_repairs(tmp_path: Path) -> None:
+    repair = RegressionFreeRepair.from_paper(
+        "EXP-C1", target=Target.label(8), method=quick_repair().settings.method, verbose=False
+    )
+    fit(tmp_path, repair, max_epochs=2)
+    assert repair.report.settings["fitness"]["perfect_intact"]
+    assert repair.report.target == "label 8"
+    assert repair.report.localization.requested == 32
+
+
+class Lookahead(LightningModule):
+    """Manual optimisation, two optimisers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.inner = Classifier()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        network = self.inner.network
+        return [torch.optim.Adam(network[i].parameters(), lr=3e-3) for i in (1, 3)]
+
+
+def test_manual_optimisation_is_repaired_too(tmp_path: Path) -> None:
+    repair, model = quick_repair(), Lookahead()
+    quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, datamodule=Digits())
+    assert repair.report.layers == ("inner.network.3",)
+    assert repair.report.splits[1].kept + repair.report.splits[1].repaired == int(right(model, Digits().repair).sum())
