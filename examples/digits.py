@@ -1,8 +1,8 @@
 """What you already have: data with a weak spot, and a network that was trained on it.
 
-Some people write a zero with a slash through it. Among the handwritten digits of the training data (scikit-learn's) one
-zero in fifty is slashed. Then a form comes into use that asks for slashed zeros: four in five of the zeros that come in
-from now on are slashed, and the network takes many of them for another digit.
+Some people write a zero with a slash through it; nobody did among those who wrote the training data (scikit-learn's
+handwritten digits). Then a form comes into use that asks for slashed zeros: four in five of the zeros that come in from
+now on are slashed, and the network takes most of them for another digit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 SPLITS = {"train": 720, "val": 180, "repair": 360, "test": 537}  # images, no image in two splits
-SLASHED = {"train": 0.02, "val": 0.02, "repair": 0.8, "test": 0.8}  # share of the zeros
+SLASHED = {"train": 0.0, "val": 0.0, "repair": 0.8, "test": 0.8}  # share of the zeros
 
 
 class SlashedZeros(LightningDataModule):

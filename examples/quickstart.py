@@ -45,9 +45,11 @@ def train_and_repair(seed: int, verbose: bool = True) -> tuple[RegressionFreeRep
 
 def one_repair(seed: int) -> None:
     repair, trainer = train_and_repair(seed)
-    print("known: what the repair looked at (train, repair).  unseen: what it never looked at (test).")
-    print("repaired: wrong before, right now.  broken: right before, wrong now.")
-    print(f"\nThe repaired model:  {repair.repaired_model_path or 'none, the weights are those of training'}")
+    print(
+        "\nknown: the repair looked at it.  unseen: it never did; what happens there cannot be promised, but counted."
+    )
+    print("repaired: wrong before, right now.  broken: right before, wrong now.\n")
+    print(f"The repaired model:  {repair.repaired_model_path or 'none, the weights are those of training'}")
     print(f"To look inside:      tensorboard --logdir {trainer.log_dir}")
 
 

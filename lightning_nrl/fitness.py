@@ -39,9 +39,11 @@ class Fitness:
     With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
     loss terms :math:`l` (see `loss_term`), the kinds are
 
-    - `lexicographic`: fewer broken first, then more repaired, then lower loss on I_neg. As a number: N_patched + loss
-      part while nothing of I_pos is broken, which is positive; negative otherwise. The loss part is the bounded loss
-      term, squashed into 0 to 1/2 (1/4 for an unchanged loss), so that it decides between equal counts only.
+    - `lexicographic`: fewer broken first, then more repaired, then lower mean loss over I_neg and I_pos together: with
+      that of I_neg alone, a search that can repair no more would go on to push passed samples to the brink. As a
+      number: N_patched + loss part while nothing of I_pos is broken, which is positive; negative otherwise. The loss
+      part is the bounded loss term, squashed into 0 to 1/2 (1/4 for an unchanged loss): it decides between equal
+      counts only.
     - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
@@ -183,7 +185,10 @@ def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, bet
     broken = scores.n_passed - intact
 
     def lexicographic() -> Tensor:
-        gain = (before_failed - loss_failed) / (before_failed.abs() + delta)
+        n = scores.n_failed + scores.n_passed
+        loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
+        before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
+        gain = (before - loss) / (before.abs() + delta)
         return patched + 0.25 * (1 + F.softsign(gain)) - broken * (scores.n_failed + 1)
 
     if how.kind == "lexicographic":

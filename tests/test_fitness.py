@@ -53,9 +53,15 @@ def test_bounded_is_at_most_one_where_the_inverse_outweighs_every_count():
 
 def test_lexicographic_by_hand():
     value = Fitness(delta=0.5)(AFTER, BEFORE)
-    gain = [1.0 / 2.5, 2.0 / 2.5]
+    # Losses of all 14 samples: 4 * 2 + 10 * 1/2 = 13 before, 4 * 1 + 10 * 3/4 = 11.5 and 4 * 0 + 10 * 1 = 10 after.
+    gain = [(13 - 11.5) / (13 + 14 * 0.5), (13 - 10) / (13 + 14 * 0.5)]
     loss = [0.25 * (1 + g / (1 + g)) for g in gain]
     torch.testing.assert_close(value, torch.tensor([[1 + loss[0], 4 + loss[1] - 1 * 5]]).double())
+
+
+def test_between_equal_counts_lexicographic_weighs_the_loss_of_passed_samples_too():
+    reckless, careful = Fitness()(scores([2, 2], [10, 10], [1.0, 1.5], [1.0, 0.5]), BEFORE)[0]
+    assert careful > reckless
 
 
 def test_perfect_intact_zero_is_the_papers():
