@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from toy_repairs import known, quick, trained, unseen
+
+from lightning_nrl import (
+    Fitness,
+    Gate,
+    Outcome,
+    RepairReport,
+    TensorSource,
+    repair_module,
+)
+from lightning_nrl.batches import Batch
+from lightning_nrl.evidence import Evidence, collect
+from lightning_nrl.pipeline import _passed_rows
+from lightning_nrl.tasks import Multiclass
+
+
+def timeless(report: RepairReport) -> str:
+    return replace(report, seconds={}).to_json()
+
+
+def test_the_same_seed_gives_the_same_report_to_the_bit() -> None:
+    reports = [repair_module(trained(), known(), quick(seed=3), unseen=unseen()) for _ in range(2)]
+    assert timeless(reports[0].report) == timeless(reports[1].report)
+    assert torch.equal(reports[0].change, reports[1].change)
+    other = repair_module(trained(), known(), quick(seed=4), unseen=unseen())
+    assert not torch.equal(other.change, reports[0].change)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_the_batch_size_of_the_data_does_not_matter(batch_size: int) -> None:
+    expected = repair_module(trained(), known(), quick())
+    found = repair_module(trained(), known(batch_size=batch_size), quick())
+    assert found.report.splits == expected.report.splits
+    torch.testing.assert_close(found.change, expected.change, rtol=1e-4, atol=1e-6)
+
+
+def test_the_global_random_state_does_not_matter() -> None:
+    expected = repair_module(trained(), known(), quick())
+    torch.rand(3)
+    assert torch.equal(repair_module(trained(), known(), quick()).change, expected.change)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of a split."""
+
+    whole: TensorSource
+    rank: int
+    world_size: int
+
+    @property
+    def split(self) -> str:
+        return self.whole.split
+
+    @property
+    def passed(self) -> bool:
+        return self.whole.passed
+
+    @property
+    def failed(self) -> bool:
+        return self.whole.failed
+
+    @property
+    def index(self) -> Tensor:
+        return self.whole.index
+
+    def __iter__(self) -> Iterator[Batch]:
+        for position in self.index[self.rank :: self.world_size].split(8):
+            yield Batch((self.whole.inputs[position],), self.whole.targets[position], position)
+
+
+def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
+    alone = repair_module(trained(), known(), quick(n_passed=50))
+
+    def run(collective: Any) -> Outcome:
+        sources = [Share(source, collective.rank, 2) for source in known()]
+        return repair_module(trained(), sources, quick(n_passed=50), collective=collective)
+
+    deterministic = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    with warnings.catch_warnings():
+        first, second = on_ranks(2, run)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic
+    assert timeless(first.report) == timeless(second.report)
+    assert torch.equal(first.change, second.change)
+    assert first.report.splits == alone.report.splits
+    assert first.report.search.n_passed == alone.report.search.n_passed == 50
+
+
+def test_passed_samples_are_drawn_without_replacement_from_passed_sources() -> None:
+    model, sources = trained(), known()
+    evidence = collected(model, sources)
+    rows = _passed_rows(evidence, sources, quick(n_passed=40, seed=1))
+    assert int(rows.sum()) == 40
+    assert not (rows & ~evidence.passed).any()
+    assert not rows[evidence.of("new")].any()
+    assert torch.equal(rows, _passed_rows(evidence, sources, quick(n_passed=40, seed=1)))
+    assert not torch.equal(rows, _passed_rows(evidence, sources, quick(n_passed=40, seed=2)))
+
+
+def test_more_than_there_are_is_all_of_them_and_none_given_is_every_known_one() -> None:
+    sources = known()
+    evidence = collected(trained(), sources)
+    train = evidence.of("train")
+    assert torch.equal(_passed_rows(evidence, sources, quick(n_passed=9999))[train], evidence.passed[train])
+    assert torch.equal(_passed_rows(evidence, sources, quick()), evidence.passed)
+
+
+def test_the_gate_counts_known_samples_that_were_not_drawn() -> None:
+    model, sources = trained(), known()
+    outcome = repair_module(model, sources, quick(n_passed=1, fitness=Fitness("eq1", alpha=0.0), gate=Gate.instance()))
+    assert outcome.report.search.n_passed == 1
+    assert outcome.report.status == "refused"
+    assert sum(split.broken for split in outcome.report.candidate) > 0
+
+
+def collected(model: nn.Module, sources: Any) -> Evidence:
+    return collect(model.eval(), sources, task=Multiclass())
