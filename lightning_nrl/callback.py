@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.borrowing import evaluating, random_state, starting_weights
-from lightning_nrl.checks import check_arguments, check_kind, check_order, check_strategy
+from lightning_nrl.checks import check_arguments, check_kind, check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
 from lightning_nrl.files import file_names, headline, output_folder, show, write_report
@@ -159,10 +159,11 @@ class RegressionFreeRepair(Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(layer=self.settings.layer)
+        return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_namespace(trainer)
         if stage == "fit":
             check_strategy(trainer)
             check_order(self, trainer)

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeight
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
 
-__all__ = ["check_arguments", "check_kind", "check_order", "check_strategy"]
+__all__ = ["check_arguments", "check_kind", "check_namespace", "check_order", "check_strategy"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
@@ -44,6 +44,21 @@ def check_kind(argument: str, value: Any, kind: type[Any], hint: str) -> None:
     """
     if not isinstance(value, kind):
         raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind.__name__}.", hint))
+
+
+def check_namespace(trainer: Any) -> None:
+    """Refuses a trainer of the package `lightning`, whose classes are others than those of `pytorch_lightning`.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if not isinstance(trainer, pl.Trainer):
+        raise ConfigurationError(
+            explain(
+                f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
+                "import everything from `pytorch_lightning`; the classes of `lightning.pytorch` do not mix with it.",
+            )
+        )
 
 
 def check_strategy(trainer: pl.Trainer) -> None:

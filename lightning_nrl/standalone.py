@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.checks import check_strategy
+from lightning_nrl.checks import check_namespace, check_strategy
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
@@ -117,6 +117,7 @@ class _WithoutTraining(pl.Callback):
 
 
 def _check(trainer: pl.Trainer, callback: RegressionFreeRepair) -> None:
+    check_namespace(trainer)
     if callback.start_from != "last":
         raise ConfigurationError(
             explain(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from digit_models import Classifier, Digits, quick_repair
 from pytorch_lightning import Callback, Trainer
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair
 
@@ -29,7 +29,7 @@ class FewRepairs(Digits):
         self.n = n
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Subset(self.train, range(101)), self.batch_size, shuffle=True)
+        return DataLoader(self.train, self.batch_size, sampler=SubsetRandomSampler(range(101)))
 
     def repair_dataloader(self) -> DataLoader:
         return DataLoader(Subset(self.repair, range(self.n)), 64)

@@ -12,7 +12,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
-from lightning_nrl import RepairReport
+from lightning_nrl import RepairReport, Target
 
 
 def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:
@@ -152,6 +152,15 @@ def test_two_repairs_of_two_layers_come_one_after_the_other(tmp_path: Path) -> N
         first.report,
         second.report,
     ]
+
+
+def test_two_targets_in_one_layer_are_repaired_one_after_the_other(tmp_path: Path) -> None:
+    first, second = quick_repair(target=Target.label(1)), quick_repair(target=Target.label(8))
+    fit(tmp_path, first, second)
+    assert [split.broken for split in second.report.splits] == [0, 0]
+    passing = first.report.splits[1].kept + first.report.splits[1].repaired
+    assert second.report.splits[1].passed == passing
+    assert first.report.splits[1].repaired_in_target > 0
 
 
 def test_a_second_fit_with_the_same_callback_repairs_anew(tmp_path: Path) -> None:

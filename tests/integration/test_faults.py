@@ -79,7 +79,7 @@ class Frozen(Classifier):
 STAGES = {
     "collect": (lightning_nrl.pipeline, "collect"),
     "record": (lightning_nrl.pipeline, "record"),
-    "search": (lightning_nrl.pipeline, "judge"),
+    "judge": (lightning_nrl.pipeline, "judge"),
     "report": (lightning_nrl.callback, "write_report"),
     "track": (lightning_nrl.callback, "track"),
     "show": (lightning_nrl.callback, "headline"),

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelPruning, StochasticWeightAveraging,
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair, Target
+from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair, Target, repair
 from lightning_nrl.errors import ReplayError
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
@@ -194,3 +194,14 @@ def no_bools(batch: Any) -> Any:
 def test_a_predicate_that_gives_no_bools_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(target=Target.where(no_bools)))
     assert "returned torch.int64" in message
+
+
+class Trainer:
+    """Of another package."""
+
+
+def test_a_trainer_of_another_package_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
+        quick_repair().setup(Trainer(), Classifier(), "fit")  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
+        repair(Trainer(), Classifier())  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, Target
+from lightning_nrl.progress import RepairProgress
 
 
 class Remember(Callback):
@@ -123,13 +124,16 @@ def test_the_report_is_shown_once_and_can_be_silenced(tmp_path: Path, capsys: py
     assert "targeted" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+@pytest.mark.parametrize(("bar", "line"), [(TQDMProgressBar, "_TqdmLine"), (RichProgressBar, "_RichLine")])
 def test_progress_is_shown_beside_the_trainers(
-    tmp_path: Path, bar: type[Callback], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bar: type[Callback], line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    repair = quick_repair()
-    fit(tmp_path, bar(), repair, enable_progress_bar=True)
-    assert repair.report.status == "repaired"
+    repair, bars = quick_repair(), bar()
+    shown = []
+    monkeypatch.setattr(RepairProgress, "search", lambda self, *counts: shown.append((type(self._line), *counts)))
+    fit(tmp_path, bars, repair, enable_progress_bar=True)
+    assert [kind.__name__ for kind, *_ in shown] == [line] * len(shown)
+    assert shown[-1][1:] == (20, 20, repair.report.splits[1].repaired_in_target, 0)
 
 
 def test_a_row_of_the_papers_table_repairs(tmp_path: Path) -> None:
