@@ -80,13 +80,8 @@ class Account:
             unseen_after: likewise on unseen data; None unless it was accepted.
         """
         old = self._layers()
-        new = parameters if verdict.accepted else old
-        hashes = Hashes(
-            hash_tensors(old),
-            hash_tensors(new),
-            self._hash_model({}),
-            self._hash_model(new),
-        )
+        before = hash_tensors(old), self._hash_model({})
+        now = (hash_tensors(parameters), self._hash_model(parameters)) if verdict.accepted else before
         candidate = self._splits(after, unseen_after)
         return self._report(
             verdict.status,
@@ -94,7 +89,7 @@ class Account:
             candidate if verdict.accepted else self._splits(None, None),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
             change=WeightChange.between(old, parameters),
-            hashes=hashes,
+            hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
 
     def _report(self, status: Status, reason: str, splits: tuple[SplitReport, ...], **rest: Any) -> RepairReport:

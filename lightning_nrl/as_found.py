@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["as_found"]
 
@@ -33,5 +33,10 @@ def as_found(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for (module, name, buffer), value in zip(buffers, values, strict=True):
                 module._buffers[name] = buffer
-                if buffer is not None and value is not None and not torch.equal(buffer, value):
+                if buffer is not None and value is not None and not _same(buffer, value):
                     buffer.copy_(value)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # Sparse tensors cannot be compared; copying does no harm.
+    return a.layout == torch.strided and torch.equal(a, b)

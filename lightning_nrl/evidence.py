@@ -203,7 +203,7 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
         raise EvidenceError(
             explain(
                 f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
-                "the collate function must neither drop nor add samples.",
+                "over all ranks each must come once; a collate function must neither drop nor add samples.",
             )
         )
     return {"index": source.index, **{name: column[order] for name, column in whole.items()}}

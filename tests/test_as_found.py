@@ -132,6 +132,14 @@ def test_buffers_that_were_not_there_are_left_alone() -> None:
     assert model.new == 1
 
 
+def test_buffers_of_any_layout_are_given_back() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    with as_found(model):
+        model.graph.mul_(2)
+    assert torch.equal(model.graph.to_dense(), torch.eye(2))
+
+
 class TwoNames(nn.Module):
     def __init__(self) -> None:
         super().__init__()

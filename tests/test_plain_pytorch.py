@@ -90,6 +90,22 @@ def test_double_and_half_precision_are_repaired_as_they_are() -> None:
             assert split.repaired == int((~old & right(model, source)).sum())
 
 
+def test_the_gate_judges_in_the_precision_that_is_deployed() -> None:
+    def deployed() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    model, sources = trained(), known()
+    with deployed():
+        before = [right(model, source) for source in sources]
+    outcome = repair_module(model, sources, quick(), context=deployed)
+    assert outcome.write(model)
+    for source, old, split in zip(sources, before, outcome.report.splits, strict=True):
+        with deployed():
+            new = right(model, source)
+        assert (split.repaired, split.broken) == (int((~old & new).sum()), int((old & ~new).sum()))
+    assert model[2].weight.dtype == torch.float32
+
+
 def test_an_outcome_is_written_whole_or_not_at_all() -> None:
     model = trained()
     outcome = repair_module(model, known(), quick(layer=["0", "2"], localizer=Everything()))
