@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import (
+    Everything,
     Fitness,
     Gate,
     Outcome,
@@ -21,7 +22,8 @@ from lightning_nrl import (
 )
 from lightning_nrl.batches import Batch
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.pipeline import _passed_rows
+from lightning_nrl.pipeline import _agreed, _passed_rows
+from lightning_nrl.search import Spread, search
 from lightning_nrl.tasks import Multiclass
 
 
@@ -95,6 +97,28 @@ def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
     assert torch.equal(first.change, second.change)
     assert first.report.splits == alone.report.splits
     assert first.report.search.n_passed == alone.report.search.n_passed == 50
+
+
+def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
+    def run(collective: Any) -> Tensor:
+        return _agreed(torch.tensor([1.0, -2.0]) + 1e-7 * collective.rank, collective)
+
+    assert [values.tolist() for values in on_ranks(3, run)] == [[1.0, -2.0]] * 3
+
+
+def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Spread] = []
+
+    def listen(*args: Any, spread: Spread, **kwargs: Any) -> Any:
+        given.append(spread)
+        return search(*args, spread=spread, **kwargs)
+
+    monkeypatch.setattr("lightning_nrl.pipeline.search", listen)
+    model = trained()
+    repair_module(model, known(), quick(layer=["0", "2"], localizer=Everything(include_bias=True)))
+    parameters = [model[0].weight, model[0].bias, model[2].weight, model[2].bias]
+    expected = torch.cat([p.detach().max().expand(p.numel()) for p in parameters])
+    assert torch.equal(torch.as_tensor(given[0].highest), expected)
 
 
 def test_passed_samples_are_drawn_without_replacement_from_passed_sources() -> None:
