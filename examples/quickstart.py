@@ -16,7 +16,8 @@ from statistics import mean
 import torch
 from digits import DigitNet, SlashedZeros
 from pytorch_lightning import Trainer, seed_everything
-from rich import print
+from rich import box, print
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -45,40 +46,42 @@ def train_and_repair(seed: int, verbose: bool = True) -> tuple[RegressionFreeRep
 
 def one_repair(seed: int) -> None:
     repair, trainer = train_and_repair(seed)
-    print(
-        "\nknown: the repair looked at it.  unseen: it never did; what happens there cannot be promised, but counted."
-    )
+    print("\nknown: the repair looked at it.  unseen: it never did; what happens there is counted, not promised.")
     print("repaired: wrong before, right now.  broken: right before, wrong now.\n")
     print(f"The repaired model:  {repair.repaired_model_path or 'none, the weights are those of training'}")
     print(f"To look inside:      tensorboard --logdir {trainer.log_dir}")
 
 
 def many_repairs(seeds: range) -> None:
-    reports = []
-    for seed in seeds:
-        reports.append(train_and_repair(seed, verbose=False)[0].report)
-        print(f"seed {seed}: {reports[-1].reason}")
-    print(table_of(seeds, reports))
+    reports = [train_and_repair(seed, verbose=False)[0].report for seed in track(seeds, "Training and repairing")]
+    print(table_of(reports))
 
 
-def table_of(seeds: range, reports: list[RepairReport]) -> Table:
-    """One row a seed and one for their mean; beside each repair the untouched model."""
-    names = ("tilted failures", "repaired", "broken", "repaired", "broken", "untouched", "repaired", "verdict")
-    heads = ("known:", "known:", "known:", "unseen:", "unseen:", "unseen accuracy:", "unseen accuracy:", "")
-    table = Table("seed", *(f"{head}\n{name}" for head, name in zip(heads, names, strict=True)))
+def table_of(reports: list[RepairReport]) -> Table:
+    """One row a seed and one for their mean; the accuracy on unseen data beside that of the untouched model."""
+    accepted = sum(report.status == "repaired" for report in reports)
+    table = Table(
+        title="Repair of slashed zeros",
+        caption=f"known: searched; unseen: only counted. Accepted: {accepted} of {len(reports)} repairs.",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
+    heads = ("seed", "known:\ntargeted", "\nrepaired", "\nbroken", "unseen:\nrepaired", "\nbroken")
+    for head in (*heads, "accuracy:\nuntouched", "\nrepaired"):
+        table.add_column(head, justify="right")
     rows = []
-    for seed, report in zip(seeds, reports, strict=True):
+    for report in reports:
         known, unseen = report.pooled("known"), report.pooled("unseen")
-        counts = (known.targeted, known.repaired, known.broken, unseen.repaired, unseen.broken)
-        rows.append((*counts, unseen.accuracy_before, unseen.accuracy_after))
-        table.add_row(str(seed), *map(shown, rows[-1]), report.status)
+        *counts, before, after = (
+            *(known.targeted, known.repaired_in_target, known.broken),
+            *(unseen.repaired, unseen.broken, unseen.accuracy_before, unseen.accuracy_after),
+        )
+        table.add_row(str(report.seed), *map(str, counts), f"{before:.3f}", f"{after:.3f}")
+        rows.append((*counts, before, after))
+    *counts, before, after = (mean(column) for column in zip(*rows, strict=True))
     table.add_section()
-    table.add_row("mean", *(shown(mean(column)) for column in zip(*rows, strict=True)), "")
+    table.add_row("mean", *(f"{x:.1f}" for x in counts), f"{before:.3f}", f"{after:.3f}")
     return table
-
-
-def shown(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:.3f}" if number <= 1 else f"{number:.1f}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ The data and the network are in `digits.py`.
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 
 from digits import DigitNet, SlashedZeros
 from pytorch_lightning import Trainer, seed_everything
@@ -27,6 +29,8 @@ def train() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint of DigitNet")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
     checkpoint = parser.parse_args().checkpoint or train()
 
     trainer = Trainer(accelerator="cpu", enable_model_summary=False)
