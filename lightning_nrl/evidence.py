@@ -21,6 +21,17 @@ __all__ = ["Evidence", "collect", "non_finite"]
 
 Forward = Callable[..., Any]
 Context = Callable[[], AbstractContextManager[Any]]
+Table = dict[str, Tensor]
+"""Columns by name, one row a sample."""
+
+DTYPES = {
+    "position": torch.int64,
+    "label": torch.int64,
+    "prediction": torch.int64,
+    "loss": torch.float32,
+    "passed": torch.bool,
+    "targeted": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -121,19 +132,6 @@ def non_finite(evidence: Evidence) -> dict[str, list[int]]:
     return {split: ids for split, ids in evidence.ids(~evidence.loss.isfinite()).items() if ids}
 
 
-Table = dict[str, Tensor]
-"""Columns by name, one row a sample."""
-
-DTYPES = {
-    "position": torch.int64,
-    "label": torch.int64,
-    "prediction": torch.int64,
-    "loss": torch.float32,
-    "passed": torch.bool,
-    "targeted": torch.bool,
-}
-
-
 def _read(forward: Forward, source: Source, task: Task, target: Target | None, context: Context) -> Table:
     """This rank's rows of one split, on the CPU, in the order in which they came."""
     parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
@@ -161,8 +159,8 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
         targeted = ~passed & target.select(batch, label, prediction).to(passed.device)
     return {
         "position": batch.position,
-        "label": unknown if label is None else _checked("label", label, n, task),
-        "prediction": unknown if prediction is None else _checked("prediction", prediction, n, task),
+        "label": unknown if label is None else _checked("label", label, n, task).long(),
+        "prediction": unknown if prediction is None else _checked("prediction", prediction, n, task).long(),
         "loss": at_least_float32(loss),
         "passed": passed,
         "targeted": targeted,
