@@ -20,7 +20,7 @@ from lightning_nrl.borrowing import evaluating, random_state, starting_weights
 from lightning_nrl.checks import check_arguments, check_kind, check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
-from lightning_nrl.files import file_names, headline, output_folder, show, write_report
+from lightning_nrl.files import base_folder, file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.loaders import LoaderSource, import_function, warn_if_random
@@ -176,6 +176,7 @@ class RegressionFreeRepair(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report = self._parameters = None
+        base_folder(self.dirpath, trainer)
         with random_state(), evaluating(trainer, pl_module):
             known, unseen = self._sources(trainer, pl_module, limit=1)
             rehearse(pl_module, [*known, *unseen], self.settings, **self._means(trainer, pl_module))
@@ -204,7 +205,9 @@ class RegressionFreeRepair(Callback):
         layer holds the repaired weights: weight averaging would save its average instead.
         """
         if self._parameters is not None and (self._pending or self._is_live(pl_module)):
-            checkpoint["state_dict"].update({name: value.clone() for name, value in self._parameters.items()})
+            state = checkpoint["state_dict"]
+            for name, value in self._parameters.items():
+                state[name] = value.to(state.get(name, value).device, copy=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -8,10 +8,28 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tracking import outcome
 
-__all__ = ["file_names", "headline", "output_folder", "show", "write_report"]
+__all__ = ["base_folder", "file_names", "headline", "output_folder", "show", "write_report"]
+
+
+def base_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path:
+    """The folder that the user named, or `repair` in the log folder.
+
+    Raises:
+        ConfigurationError: it is not on this machine's file system.
+    """
+    found = dirpath if dirpath is not None else trainer.log_dir or trainer.default_root_dir  # asks all ranks
+    if "://" in str(found):
+        raise ConfigurationError(
+            explain(
+                f"`dirpath`: the files of a repair cannot go to '{found}', which is no local folder.",
+                "pass a local folder as `dirpath=`, and copy it where it should be.",
+            )
+        )
+    return Path(found) if dirpath is not None else Path(found) / "repair"
 
 
 def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | None:
@@ -27,8 +45,7 @@ def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | Non
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    base = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
-    folder = Path(dirpath) if dirpath is not None else base / "repair"
+    folder = base_folder(dirpath, trainer)
     if trainer.is_global_zero:
         free, k = folder, 0
         while dirpath is None and (free / "report.json").exists():

@@ -5,14 +5,27 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pytest
+import pytorch_lightning as pl
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+from packaging.version import Version
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer, callbacks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair
+
+OVERWRITING: dict[str, dict[str, Any]] = {
+    "StochasticWeightAveraging": {"swa_lrs": 1e-3, "swa_epoch_start": 1},
+    "ModelPruning": {"pruning_fn": "l1_unstructured", "amount": 0.3},
+}
+"""Callbacks that set weights when training ends, with arguments."""
+if hasattr(callbacks, "WeightAveraging"):
+    OVERWRITING["WeightAveraging"] = {}
+
+since_2_6 = pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason="Lightning does that since 2.6")
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=20, iterations=20),
@@ -126,7 +139,12 @@ class Untrainable(Classifier):
         raise AssertionError("training has begun")
 
 
-def quiet_trainer(path: Any, *callbacks: Any, **arguments: Any) -> Trainer:
+def overwriting(name: str) -> Any:
+    """A callback of `OVERWRITING`."""
+    return getattr(callbacks, name)(**OVERWRITING[name])
+
+
+def quiet_trainer(path: Any, *given: Any, **arguments: Any) -> Trainer:
     """A trainer on one CPU process that shows nothing and writes below `path`."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -136,7 +154,7 @@ def quiet_trainer(path: Any, *callbacks: Any, **arguments: Any) -> Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(default_root_dir=path, callbacks=list(callbacks), **{**defaults, **arguments})
+    return Trainer(default_root_dir=path, callbacks=list(given), **{**defaults, **arguments})
 
 
 def quick_repair(**arguments: Any) -> RegressionFreeRepair:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
+from digit_models import OVERWRITING, Classifier, Digits, overwriting, quick_repair, quiet_trainer, right, since_2_6
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_nrl import RepairReport, Target
@@ -56,6 +56,7 @@ def test_a_test_of_the_repaired_checkpoint_gives_the_counts_of_the_report(tmp_pa
     assert unseen.n == 300
 
 
+@since_2_6
 def test_the_report_comes_back_with_the_repaired_checkpoint(tmp_path: Path) -> None:
     repair, other = quick_repair(), quick_repair()
     fit(tmp_path, repair)
@@ -88,6 +89,7 @@ def test_resuming_a_complete_training_keeps_the_repaired_weights(tmp_path: Path)
     assert again.report == repair.report
 
 
+@since_2_6
 def test_a_last_checkpoint_that_is_saved_after_the_repair_holds_it(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=5)
     repair = quick_repair()
@@ -104,15 +106,10 @@ def test_the_best_checkpoint_is_not_touched(tmp_path: Path) -> None:
     assert not torch.equal(saved(keep.best_model_path)["state_dict"][weight], model.state_dict()[weight])
 
 
-@pytest.mark.parametrize("before", [WeightAveraging, StochasticWeightAveraging, ModelPruning])
-def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, before: Any) -> None:
-    arguments = {
-        WeightAveraging: {},
-        StochasticWeightAveraging: {"swa_lrs": 1e-3, "swa_epoch_start": 1},
-        ModelPruning: {"pruning_fn": "l1_unstructured", "amount": 0.3},
-    }
+@pytest.mark.parametrize("before", OVERWRITING)
+def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, before: str) -> None:
     repair = quick_repair()
-    trainer, model = fit(tmp_path, before(**arguments[before]), repair, network="cnn", max_epochs=2)
+    trainer, model = fit(tmp_path, overwriting(before), repair, network="cnn", max_epochs=2)
     assert repair.report.status == "repaired"
     known = {split.split: split for split in repair.report.splits}
     assert int(right(model, Digits().repair).sum()) == known["repair"].kept + known["repair"].repaired

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer
+from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -63,10 +62,10 @@ def test_a_layer_that_cannot_be_repaired_is_refused(tmp_path: Path) -> None:
     assert "`layer='network.1'` is a BatchNorm2d" in refused(tmp_path, Digits(), quick_repair(layer="network.1"))
 
 
-@pytest.mark.parametrize("later", [StochasticWeightAveraging(1e-2), WeightAveraging(), ModelPruning("l1_unstructured")])
-def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: Any) -> None:
-    message = refused(tmp_path, Digits(), quick_repair(), later)
-    assert f"`callbacks`: {type(later).__name__} comes after the repair" in message
+@pytest.mark.parametrize("later", OVERWRITING)
+def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: str) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(), overwriting(later))
+    assert f"`callbacks`: {later} comes after the repair" in message
 
 
 class FSDPStrategy(SingleDeviceStrategy):
@@ -194,6 +193,11 @@ def no_bools(batch: Any) -> Any:
 def test_a_predicate_that_gives_no_bools_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(target=Target.where(no_bools)))
     assert "returned torch.int64" in message
+
+
+def test_a_folder_on_another_machine_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(dirpath="s3://bucket/repair"))
+    assert message.startswith("`dirpath`: the files of a repair cannot go to 's3://bucket/repair'")
 
 
 class Trainer:
