@@ -90,6 +90,7 @@ def _place_of_inplace(function: Any) -> int | None:
 
 
 INPLACE = {function: _place_of_inplace(function) for function in (*ACTIVATIONS, F.dropout)}
+ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, operator.add)
 IN_PLACE_OPERATORS = {getattr(Tensor, name) for name in ("__iadd__", "__isub__", "__imul__", "__itruediv__")}
 
 
@@ -135,6 +136,10 @@ def _batch_norm(
         vectors = [v if v is None or units is None else v.index_select(0, units) for v in (mean, var, weight, bias)]
         return func(t, *vectors, False, momentum, eps)
 
+    if x.pending is not None and var is not None:
+        factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+        pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
+        return Varied(normalised(x.base, None), x.copies, x.axis, x.units, pending)
     return x.each(normalised)
 
 
@@ -204,7 +209,9 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if not isinstance(a, Varied):
         return _onto_plain(apply, a, b, in_place, kwargs) if isinstance(a, Tensor) else NotImplemented
     if isinstance(b, Varied):
-        out = _both(lambda s, t: apply(s, t, **kwargs), a, b)
+        out = _shifted(apply, a, b, kwargs)
+        if out is NotImplemented:
+            out = _both(lambda s, t: apply(s, t, **kwargs), a, b)
     elif isinstance(b, Tensor) and b.ndim:
         out = _with_plain(lambda s, t: apply(s, t, **kwargs), a, b)
     else:
@@ -212,6 +219,16 @@ def _binary(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
     if out is NotImplemented or not in_place:
         return out
     return a.become(out) if out.shape == a.shape and out.dtype == a.dtype else NotImplemented
+
+
+def _shifted(apply: Callable[..., Any], a: Varied, b: Varied, kwargs: dict[str, Any]) -> Any:
+    """A sum of what differs and what does not: only the base moves."""
+    if kwargs or apply not in ADDITIONS or a.shape != b.shape or a.copies != b.copies:
+        return NotImplemented
+    for x, other in ((a, b), (b, a)):
+        if x.pending is not None and other.same and x.dtype == other.dtype:
+            return Varied(a.base + b.base, a.copies, x.axis, x.units, x.pending)
+    return NotImplemented
 
 
 def _both(apply: Callable[[Tensor, Tensor], Tensor], a: Varied, b: Varied) -> Any:

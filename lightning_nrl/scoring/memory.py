@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "is_out_of_memory", "peak_bytes"]
+__all__ = ["default_budget", "is_out_of_memory", "measured"]
 
 SHARE = 4
 """One part in so many of the free memory is the default budget."""
@@ -30,11 +30,11 @@ def default_budget(device: torch.device) -> int:
         return 1 << 30
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by `work` held at any one time."""
+def measured(work: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
     with _Meter() as meter:
         work()
-    return meter.peak
+    return meter.peak, meter.total
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -52,6 +52,7 @@ class _Meter(TorchDispatchMode):
         self.users: dict[int, int] = {}
         self.held = 0
         self.peak = 0
+        self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -71,6 +72,7 @@ class _Meter(TorchDispatchMode):
         if key not in self.users:
             self.users[key] = 0
             self.held += size
+            self.total += size
             self.peak = max(self.peak, self.held)
         self.users[key] += 1
         weakref.finalize(x, self._release, key, size)

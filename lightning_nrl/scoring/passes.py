@@ -114,6 +114,7 @@ class Plan:
 
     Attributes:
         calls: the frontier, see `Moment`.
+        modules: its modules by name.
         first: the site that is called first.
         dims: for each site the dimension of its output that counts samples.
         spec: the shape of the tree `(inputs, outputs of the frontier, input and output of the first site)`.
@@ -122,6 +123,7 @@ class Plan:
     """
 
     calls: tuple[str, ...]
+    modules: Mapping[str, nn.Module]
     first: Site
     dims: Mapping[str, int]
     spec: pytree.TreeSpec
@@ -182,7 +184,7 @@ class Plan:
         first = self.first.module
         with (
             _editing_all(later, samples_first),
-            remembering(subject.model, self.calls, outputs, first, result),
+            remembering(self.calls, self.modules, outputs, first, result),
             subject.context(),
         ):
             return subject.task.logits(subject.model(*args, **kwargs))

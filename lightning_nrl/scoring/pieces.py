@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.judging import Head, is_plain_multiclass, make_head
-from lightning_nrl.scoring.memory import is_out_of_memory, peak_bytes
+from lightning_nrl.scoring.memory import is_out_of_memory, measured
 from lightning_nrl.scoring.recording import Chunk, Recording
 from lightning_nrl.scoring.slots import repeat_all
 from lightning_nrl.scoring.sparse import SiteChange, Taps, edits, make_changes
@@ -18,10 +19,13 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["Piece", "make_pieces"]
 
-BLOCK = {"cpu": 4 << 20}
-"""Bytes of the first site's output, or of logits in front of a last layer, that are worked on at once: what fits a
-processor's cache; elsewhere enough to keep a GPU busy."""
-BLOCK_ELSEWHERE = 256 << 20
+CACHE = 1 << 20
+"""Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
+stay in its cache."""
+WORK = 16 << 20
+"""Bytes that a pass over a block should make on a CPU, up to four caches of them at once: less is all overhead."""
+GPU_BLOCK = 256 << 20
+"""The same bytes on a GPU, enough to keep it busy."""
 SAMPLES = 512
 """Samples a piece at most."""
 
@@ -111,31 +115,29 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
         budget: bytes that running a block may take.
         room: bytes that may be kept from one call to the next.
     """
-    device = recording.subject.space.device
+    on_cpu = recording.subject.space.device.type == "cpu"
     changes = make_changes(recording.subject.space, where)
-    block = BLOCK.get(device.type, BLOCK_ELSEWHERE)
     pieces: list[Piece] = []
     for group in recording.chunks(None, mask):
         piece = Piece(recording, group, changes, where, task, 1)
         if not recording.replayable(group):
-            pieces.append(replace(piece, rows=_rows_within(piece, budget, 1 << 62)))
+            pieces.append(replace(piece, rows=_rows(piece, budget, 0, on_cpu)))
             continue
         first = recording.first(group)
         change = next(c for c in changes if c.site is first)
+        _, y = recording.site(next(iter(recording.split(group, 1))))
         direct = recording.direct(group) and is_plain_multiclass(task) and len(change.units) > 0
-        x, y = recording.site(next(iter(recording.split(group, 1))))
         direct = direct and y.ndim == 2 and y.dtype in (torch.float32, torch.float64)
-        per_row = len(change.units) * y.element_size() if direct else y.nbytes
-        rows = max(1, block // max(1, per_row))
-        if not direct:
-            rows = _rows_within(piece, budget, rows)
-        samples = SAMPLES if direct else max(1, min(SAMPLES, int(rows**0.5)))
+        if direct:
+            per_row = len(change.units) * y.element_size()
+            rows = max(1, min(CACHE if on_cpu else GPU_BLOCK, budget // 6) // per_row)
+        else:
+            rows = _rows(piece, budget, y.nbytes, on_cpu)
+        samples = max(1, min(SAMPLES, rows if direct else int(rows**0.5)))
         for chunk in recording.split(group, samples):
             x, y = recording.site(chunk)
             taps = change.taps(x, y) if len(change.units) else None
-            made = replace(
-                piece, chunk=chunk, rows=min(rows, max(1, budget // max(1, 6 * per_row))) if direct else rows
-            )
+            made = replace(piece, chunk=chunk, rows=rows)
             if direct and taps is not None:
                 made.head = make_head(change, taps, y, chunk.target)
             elif taps is not None and taps.nbytes <= room:
@@ -145,9 +147,16 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
     return pieces
 
 
-def _rows_within(piece: Piece, budget: int, most: int) -> int:
-    """How many rows fit the budget, by what a few of them take."""
+def _rows(piece: Piece, budget: int, y_bytes: int, on_cpu: bool) -> int:
+    """How many rows to run at once, by what a few of them take; the same on every run."""
     few = next(iter(piece.recording.split(piece.chunk, 2)))
-    values = piece.recording.subject.space.flat()[piece.where.to(piece.recording.subject.space.device)].repeat(4, 1)
-    taken = peak_bytes(lambda: piece._outputs(few, None, values, True))
-    return max(1, min(most, budget * len(few) * len(values) // max(1, taken)))
+    original = piece.recording.subject.space.flat()[piece.where.to(piece.recording.subject.space.device)]
+    measures = [measured(partial(piece._outputs, few, None, original.expand(p, -1), True)) for p in (4, 8)]
+    together = len(few) * (8 if piece.recording.replayable(piece.chunk) else 1)
+    peak = measures[1][0] / together
+    total = (measures[1][1] - measures[0][1]) / (4 * len(few))
+    fitting = int(budget / max(1, peak))
+    if not on_cpu or not y_bytes:
+        return max(1, min(fitting, int(GPU_BLOCK / max(1, peak))))
+    wanted = min(max(int(WORK / max(1, total)), CACHE // y_bytes), 4 * CACHE // y_bytes)
+    return max(1, min(fitting, wanted))

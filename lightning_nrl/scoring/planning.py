@@ -57,12 +57,13 @@ def make_plan(subject: Subject, inputs: Inputs, n: int) -> Plan | str:
         return "a layer's output is the same for all samples"
     dims = {name: layout.dim for name, layout in zip(moment.order, site_layouts, strict=True) if layout is not None}
     first = subject.sites[moment.order[0]]
+    modules = {name: subject.model.get_submodule(name) for name in moment.calls}
     alive = _liveness(subject, moment, few)
     problem = ""
     for live in (alive, [True] * len(leaves)):
         made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
         site = tuple(Leaf(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
-        plan = Plan(tuple(moment.calls), first, dims, spec, (*made[:-2], *site))
+        plan = Plan(tuple(moment.calls), modules, first, dims, spec, (*made[:-2], *site))
         stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
         try:
             problem = _check_all(subject, plan, stored, few, small) or _check_few(subject, plan, stored, few, small)
@@ -156,7 +157,10 @@ def _liveness(subject: Subject, moment: Moment, inputs: Inputs) -> list[bool]:
             (args, kwargs), outputs, (_, y) = pytree.tree_unflatten(given, spec)
             y = y.detach()
             first = subject.sites[moment.order[0]].module
-            with remembering(subject.model, moment.calls, outputs, first, lambda: y), subject.context():
+            with (
+                remembering(moment.calls, dict(subject.model.named_modules()), outputs, first, lambda: y),
+                subject.context(),
+            ):
                 logits = subject.task.logits(subject.model(*args, **kwargs))
             found: Iterator[Tensor | None] = iter([None] * len(wanted))
             if logits.requires_grad:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.scoring.varied import Varied
+from lightning_nrl.scoring.varied import Pending, Varied
 from lightning_nrl.sites import Site, WeightSpace
 
 __all__ = ["SiteChange", "Taps", "edits", "layer_output", "make_changes"]
@@ -107,6 +108,9 @@ class SiteChange:
         p, dim = len(values), self.unit_dim % y.ndim
         if not len(self.units):
             return Varied.repeated(y, p) if copies != p else y
+        if copies == 1 and y.dtype not in HALF:
+            taps = self.taps(x, y) if taps is None else taps
+            return Varied(y, p, dim, self.units, Pending(partial(self._added, self.change(values, y.dtype), taps)))
         with torch.autocast(y.device.type, enabled=False):
             units = self.unit_outputs(values, self.taps(x, y, copies) if taps is None else taps).movedim(2, dim + 1)
             if copies == 1:
@@ -148,11 +152,20 @@ class SiteChange:
         with torch.autocast(values.device.type, enabled=False):
             return self._delta(self.change(values, taps.rounded.dtype), taps)
 
-    def _delta(self, change: Tensor, taps: Taps) -> Tensor:
+    def _added(self, change: Tensor, taps: Taps, scale: Tensor | None) -> Tensor:
+        """What is added to each unit's output, times a factor for each unit, `U x P x n x ...`."""
+        with torch.autocast(change.device.type, enabled=False):
+            delta = self._delta(change, taps, scale)
+        _, n, _, *rest = taps.base.shape
+        return delta.view(len(self.units), len(change), n, *rest)
+
+    def _delta(self, change: Tensor, taps: Taps, scale: Tensor | None = None) -> Tensor:
         delta = change.new_empty(len(self.units), len(change), taps.base[0, :, 0].numel())
         start = 0
         for bucket, x in zip(self.buckets, taps.x, strict=True):
             d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
+            if scale is not None:
+                d = d * scale[start : start + len(d)].view(-1, 1, 1)
             part = delta[start : start + len(d)]
             start += len(d)
             if x.shape[1] == 1:
@@ -160,7 +173,8 @@ class SiteChange:
             else:
                 torch.matmul(d.unsqueeze(2), x, out=part.unsqueeze(2))
         if self.site.include_bias:
-            delta += change[:, self.bias].t().unsqueeze(2)
+            bias = change[:, self.bias].t()
+            delta += (bias if scale is None else bias * scale.unsqueeze(1)).unsqueeze(2)
         return delta
 
     def _linear_taps(self, bucket: _Bucket, x: Tensor, y: Tensor, copies: int) -> Tensor:

@@ -8,7 +8,7 @@ runs only the code between them and what comes after the layer, whatever plain P
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -110,15 +110,25 @@ def editing(module: nn.Module, edit: Edit) -> Iterator[None]:
 
 @contextmanager
 def remembering(
-    model: nn.Module, calls: Sequence[str], outputs: Sequence[Any], first: nn.Module, result: Callable[[], Tensor]
+    calls: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    outputs: Sequence[Any],
+    first: nn.Module,
+    result: Callable[[], Tensor],
 ) -> Iterator[None]:
     """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
+
+    Args:
+        calls: names of the frontier's modules in the order of their calls.
+        modules: the frontier's modules by name.
+        outputs: what each call returns.
+        first: the first repaired layer.
+        result: what stands in for it.
 
     Raises:
         ReplayError: from inside, if the pass does not call the frontier in the recorded order.
     """
-    modules = dict(model.named_modules())
-    left = OrderedDict((name, calls.count(name)) for name in calls)
+    left = dict(Counter(calls))
     at = 0
 
     with ExitStack() as stack:

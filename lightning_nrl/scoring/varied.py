@@ -10,16 +10,38 @@ not known here gets the whole tensor, so the result is always that of the plain 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Varied"]
+__all__ = ["Pending", "Varied"]
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 """What to do instead of a function; filled by `channelwise`."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
+
+    Attributes:
+        product: gives `U x P x n x ...` in memory of its own, each channel times a factor, `U`, unless that is None.
+        scale: the factor so far.
+    """
+
+    product: Callable[[Tensor | None], Tensor]
+    scale: Tensor | None = None
+
+    def added(self) -> Tensor:
+        """What is added to the base, `U x P x n x ...`."""
+        return self.product(self.scale)
+
+    def times(self, factor: Tensor) -> Pending:
+        """The same, each channel times a factor, `U`."""
+        return Pending(self.product, factor if self.scale is None else self.scale * factor)
 
 
 class Varied(Tensor):
@@ -29,23 +51,26 @@ class Varied(Tensor):
         base: `n x ...`, what all candidates have where they do not differ. Never changed in place.
         axis: the dimension of `base`, counted from the front, that counts channels.
         units: channels that differ, `U` int64, each once.
-        changed: their values, `P x n x ...` with `U` channels at `axis + 1`.
         copies: P.
+        pending: what is added to the base in those channels, not yet computed; None once it is.
         whole: the whole tensor, once something has asked for it; from then on it alone counts.
     """
 
     base: Tensor
     axis: int
     units: Tensor
-    changed: Tensor
     copies: int
+    pending: Pending | None
+    values_changed: Tensor | None
     whole: Tensor | None
 
     @staticmethod
-    def __new__(cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor) -> Varied:
+    def __new__(cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | Pending) -> Varied:
         shape = (copies * base.shape[0], *base.shape[1:])
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
-        new.base, new.copies, new.axis, new.units, new.changed, new.whole = base, copies, axis, units, changed, None
+        new.base, new.copies, new.axis, new.units, new.whole = base, copies, axis, units, None
+        new.pending = changed if isinstance(changed, Pending) else None
+        new.values_changed = None if isinstance(changed, Pending) else changed
         return new
 
     @classmethod
@@ -54,6 +79,16 @@ class Varied(Tensor):
         none = torch.zeros(0, dtype=torch.int64, device=base.device)
         dim = min(1, base.ndim - 1)
         return cls(base, copies, dim, none, base.new_empty(copies, *base.shape[:dim], 0, *base.shape[dim + 1 :]))
+
+    @property
+    def changed(self) -> Tensor:
+        """The values of the channels that differ, `P x n x ...` with `U` channels at `axis + 1`."""
+        if self.values_changed is None:
+            assert self.pending is not None
+            added = self.pending.added()  # U x P x n x ...
+            added += self.base.index_select(self.axis, self.units).movedim(self.axis, 0).unsqueeze(1)
+            self.values_changed, self.pending = added.movedim(0, self.axis + 1), None
+        return self.values_changed
 
     @property
     def same(self) -> bool:
@@ -80,8 +115,8 @@ class Varied(Tensor):
     def become(self, other: Any) -> Varied:
         """Takes over another's contents, for an operation in place."""
         if isinstance(other, Varied):
-            self.base, self.axis, self.units, self.changed = other.base, other.axis, other.units, other.changed
-            self.whole = other.whole
+            self.base, self.axis, self.units, self.whole = other.base, other.axis, other.units, other.whole
+            self.pending, self.values_changed = other.pending, other.values_changed
         else:
             self.whole = other
         return self
