@@ -188,9 +188,14 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
     inherited = pl.LightningDataModule if holder is not model else pl.LightningModule
     if getattr(type(holder), hook, None) is getattr(inherited, hook, object()):
         return None
-    if split == "test" and holder is not model:
+    try:
+        return getattr(holder, hook)()
+    except Exception:
+        if split != "test" or holder is model:
+            raise
+        # Only now: a data module may split its data anew in every `setup`.
         holder.setup("test")
-    return getattr(holder, hook)()
+        return getattr(holder, hook)()
 
 
 def _given(split: str, trainer: pl.Trainer) -> Any:

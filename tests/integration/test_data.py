@@ -97,6 +97,27 @@ def test_splits_are_chosen_by_argument(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("ready", "stages"), [(True, ["fit"]), (False, ["fit", "test"])])
+def test_unseen_data_are_set_up_once_and_only_if_need_be(tmp_path: Path, ready: bool, stages: list[str]) -> None:
+    class SetUp(Digits):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stages: list[str] = []
+            self.there = self.test
+            if not ready:
+                del self.test
+
+        def setup(self, stage: str) -> None:
+            self.stages.append(stage)
+            if stage == "test":
+                self.test = self.there
+
+    data = SetUp()
+    report, _ = repaired(tmp_path, data, unseen="test")
+    assert data.stages == stages
+    assert sizes(report)["test"] == 300
+
+
 def test_data_loaders_are_given_by_argument(tmp_path: Path) -> None:
     data = Digits()
     report, model = repaired(tmp_path, data, failed=data.test_dataloader(), unseen=data.repair_dataloader())
