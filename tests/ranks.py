@@ -34,7 +34,8 @@ class ThreadRank(Collective):
     group: _Group = field(default_factory=lambda: _Group(1))
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        return self.group.exchange(self.rank, x)
+        # A copy, since this rank may go on and change its own tensor while others still read.
+        return self.group.exchange(self.rank, x.clone())
 
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack([y.long() if y.dtype == torch.bool else y for y in self.gather(x)]).sum(0)

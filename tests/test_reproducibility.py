@@ -85,9 +85,11 @@ class Share:
 def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
     alone = repair_module(trained(), known(), quick(n_passed=50))
 
+    models = [trained(), trained()]
+
     def run(collective: Any) -> Outcome:
         sources = [Share(source, collective.rank, 2) for source in known()]
-        return repair_module(trained(), sources, quick(n_passed=50), collective=collective)
+        return repair_module(models[collective.rank], sources, quick(n_passed=50), collective=collective)
 
     deterministic = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     with warnings.catch_warnings():
