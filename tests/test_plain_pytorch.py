@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning_nrl import ConfigurationError, Everything, Settings, Target, Task
 from lightning_nrl.report import hash_tensors
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plain_pytorch.py"
+HOW_TO = Path(__file__).parents[1] / "docs" / "plain_pytorch.md"
 
 
 @dataclass
@@ -145,3 +147,16 @@ def test_the_example_repairs_and_says_so(capsys: pytest.CaptureFixture[str]) -> 
     printed = capsys.readouterr().out
     assert printed.startswith("REPAIRED")
     assert "The model holds the repaired weights" in printed
+
+
+def test_the_how_to_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {"__name__": "how_to"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for block in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL):
+            exec(block, found)
+    assert found["outcome"].report.task == "WithinTolerance"
+    loaded = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    loaded.load_state_dict(torch.load("repaired.pt", weights_only=True))
+    assert torch.equal(loaded[2].weight, found["model"][2].weight)
