@@ -110,7 +110,9 @@ class RegressionFreeRepair(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        check_arguments(n_passed=n_passed, start_from=start_from, seed=seed, budget=budget, layer=layer)
+        check_arguments(
+            n_passed=n_passed, start_from=start_from, seed=seed, budget=budget, layer=layer, localizer=localizer
+        )
         self.settings = Settings(
             target=target if target is not None else Target.all(),
             layer=layer,
@@ -166,7 +168,7 @@ class RegressionFreeRepair(Callback):
         check_namespace(trainer)
         if stage == "fit":
             check_strategy(trainer)
-            check_order(self, trainer)
+            check_order(self, trainer, self.start_from)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

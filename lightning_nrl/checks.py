@@ -14,7 +14,9 @@ __all__ = ["check_arguments", "check_kind", "check_namespace", "check_order", "c
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
-def check_arguments(*, n_passed: int | None, start_from: str, seed: int, budget: int | None, layer: Any) -> None:
+def check_arguments(
+    *, n_passed: int | None, start_from: str, seed: int, budget: int | None, layer: Any, localizer: Any
+) -> None:
     """Refuses numbers and names that have no meaning.
 
     Raises:
@@ -30,6 +32,10 @@ def check_arguments(*, n_passed: int | None, start_from: str, seed: int, budget:
     if budget is not None and not _whole(budget, 1):
         raise ConfigurationError(
             explain(f"`budget={budget!r}` must be a positive number of bytes.", "leave it out to use what is free.")
+        )
+    if localizer is not None and not (callable(localizer) and hasattr(localizer, "include_bias")):
+        raise ConfigurationError(
+            explain(f"`localizer={localizer!r}` is no localizer.", "give a `NeuRecoverLite(...)`, or leave it out.")
         )
     names = layer if isinstance(layer, (list, tuple)) else [layer]
     if not names or not all(isinstance(name, str) for name in names):
@@ -77,23 +83,32 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
-def check_order(callback: Callback, trainer: pl.Trainer) -> None:
-    """Refuses to stand before a callback that overwrites the weights when training ends.
+def check_order(callback: Callback, trainer: pl.Trainer, start_from: str) -> None:
+    """Refuses places among the callbacks where one repair of the weights undoes another.
 
     Raises:
-        ConfigurationError: weight averaging or pruning comes later.
+        ConfigurationError: weight averaging or pruning comes after this repair, or a repair comes before it and this
+            one would go back to the best checkpoint.
     """
     overwriting: list[Any] = [StochasticWeightAveraging, ModelPruning]
     averaging = getattr(pl.callbacks, "WeightAveraging", None)
     if averaging is not None:
         overwriting.append(averaging)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    behind = [c for c in callbacks[callbacks.index(callback) + 1 :] if isinstance(c, tuple(overwriting))]
+    place = callbacks.index(callback)
+    behind = [c for c in callbacks[place + 1 :] if isinstance(c, tuple(overwriting))]
     if behind:
         raise ConfigurationError(
             explain(
                 f"`callbacks`: {type(behind[0]).__name__} comes after the repair and would undo it.",
                 f"put {type(callback).__name__} last.",
+            )
+        )
+    if start_from == "best" and any(isinstance(c, type(callback)) for c in callbacks[:place]):
+        raise ConfigurationError(
+            explain(
+                "`start_from='best'`: the best checkpoint lacks what the repair before this one does.",
+                "say `start_from='best'` to the first repair alone; the next ones go on from what it left.",
             )
         )
 

@@ -119,14 +119,27 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
 
 
 def test_a_repair_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:
-    keep, repair = ModelCheckpoint(tmp_path, monitor="val_loss"), quick_repair(start_from="best")
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # the best is the worst: the first epoch
+    repair = quick_repair(start_from="best")
     _, model = fit(tmp_path, keep, repair)
+    assert "epoch=0" in keep.best_model_path
     best = Classifier.load_from_checkpoint(keep.best_model_path)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, best.state_dict()[name])]
     assert changed == ["network.3.weight"]
     passed = right(best, Digits().repair)
     assert not (passed & ~right(model, Digits().repair)).any()
     assert_holds(repair.repaired_model_path, model)
+
+
+def test_a_repair_goes_on_from_what_another_made_of_the_best_checkpoint(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max")  # the best is the worst: the first epoch
+    first, second = quick_repair(layer="network.3", start_from="best"), quick_repair(layer="network.1")
+    _, model = fit(tmp_path, keep, first, second)
+    assert "epoch=0" in keep.best_model_path
+    assert second.report.hashes.model_before == first.report.hashes.model_after
+    assert first.report.status == "repaired"
+    bias = saved(keep.best_model_path)["state_dict"]["network.3.bias"]
+    assert torch.equal(model.state_dict()["network.3.bias"], bias)
 
 
 def test_without_a_best_checkpoint_the_last_weights_are_repaired(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`failed='valid'` is no split": lambda: RegressionFreeRepair(failed="valid"),
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
     "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(adapter="nowhere:f"),
+    "`localizer='lite'` is no localizer": lambda: RegressionFreeRepair(localizer="lite"),  # type: ignore[arg-type]
+    "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
     "`row='EXP-B9'` is not in Table II": lambda: RegressionFreeRepair.from_paper("EXP-B9"),
@@ -66,6 +68,12 @@ def test_a_layer_that_cannot_be_repaired_is_refused(tmp_path: Path) -> None:
 def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, later: str) -> None:
     message = refused(tmp_path, Digits(), quick_repair(), overwriting(later))
     assert f"`callbacks`: {later} comes after the repair" in message
+
+
+def test_a_second_repair_must_not_go_back_behind_the_first(tmp_path: Path) -> None:
+    second = quick_repair(layer="network.3", start_from="best")
+    message = refused(tmp_path, Digits(), quick_repair(), second)
+    assert message.startswith("`start_from='best'`: the best checkpoint lacks what the repair before this one does.")
 
 
 class FSDPStrategy(SingleDeviceStrategy):
