@@ -136,7 +136,7 @@ def _batch_norm(
         vectors = [v if v is None or units is None else v.index_select(0, units) for v in (mean, var, weight, bias)]
         return func(t, *vectors, False, momentum, eps)
 
-    if x.pending is not None and var is not None:
+    if x.pending is not None and not x.same and var is not None:
         factor = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
         pending = x.pending.times(factor.to(x.dtype).index_select(0, x.units))
         return Varied(normalised(x.base, None), x.copies, x.axis, x.units, pending)
@@ -226,7 +226,7 @@ def _shifted(apply: Callable[..., Any], a: Varied, b: Varied, kwargs: dict[str, 
     if kwargs or apply not in ADDITIONS or a.shape != b.shape or a.copies != b.copies:
         return NotImplemented
     for x, other in ((a, b), (b, a)):
-        if x.pending is not None and other.same and x.dtype == other.dtype:
+        if x.pending is not None and not x.same and other.same and x.dtype == other.dtype:
             return Varied(a.base + b.base, a.copies, x.axis, x.units, x.pending)
     return NotImplemented
 

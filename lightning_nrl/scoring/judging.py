@@ -12,6 +12,9 @@ from lightning_nrl.tasks import Multiclass, Task
 
 __all__ = ["Head", "is_plain_multiclass", "make_head"]
 
+WORTHWHILE = 0.75
+"""Samples are only left out if at most this share of them is left."""
+
 
 def is_plain_multiclass(task: Task) -> bool:
     """Whether passed and loss mean arg max and cross entropy, with nothing of the user's in between."""
@@ -70,6 +73,54 @@ class Head:
         z -= most
         mass = z.exp_().sum(0).add_((own - most).exp_()).addcmul_(self.mass, (self.top - most).exp_())
         return passed, mass.log_().add_(most).sub_(own)
+
+    def certain(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Passes, `P x n` bool, and losses, `P x n` or None if not asked for, of candidates `P x K`."""
+
+        Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
+        bounds. A sample is certain if the bounds of its true class and of the best rival do not meet, with room for
+        rounding between them: `eps * (m + 8)` times the sum of all magnitudes, for sums of `m` products.
+        """
+        change = self.change.change(values, self.own.dtype)
+        least, most = change.aminmax(dim=0)
+        ends = torch.stack([least, most, torch.maximum(most, -least)])  # 3 x (K + 1)
+        low, high, size, terms = [], [], [], 0
+        for bucket, x in zip(self.change.buckets, self.taps.x, strict=True):
+            d, terms = ends[:, bucket.columns].transpose(0, 1), max(terms, bucket.columns.shape[1])
+            up, down = d @ x[:, 0].clamp_min(0), d @ x[:, 0].clamp_max(0)  # u x 3 x n
+            low.append(up[:, 0] + down[:, 1])
+            high.append(up[:, 1] + down[:, 0])
+            size.append(up[:, 2] - down[:, 2])
+        below, above, magnitude = torch.cat(low), torch.cat(high), torch.cat(size)
+        if self.change.site.include_bias:
+            moved = ends[:, self.change.bias].unsqueeze(2)
+            below, above, magnitude = below + moved[0], above + moved[1], magnitude + moved[2]
+        rivals, slot = self.rivals[:, 0], self.slot[0]
+        own_below = self.own + self.moves * below.gather(0, slot)[0]
+        own_above = self.own + self.moves * above.gather(0, slot)[0]
+        best_below, best_above = ((rivals + b).amax(0).maximum(self.top) for b in (below, above))
+        scale = magnitude.amax(0) + self.own.abs() + best_below.abs() + best_above.abs()
+        room = scale * (2 * (terms + 8) * torch.finfo(scale.dtype).eps)
+        return own_below > best_above + room, own_above + room < best_below
+
+    def only(self, samples: Tensor) -> Head:
+        """Some of the samples, `int64`."""
+
+        def some(x: Tensor) -> Tensor:
+            return x.index_select(-1, samples)
+
+        taps = Taps(tuple(map(some, self.taps.x)), self.taps.base[:, samples], self.taps.rounded[:, samples])
+        tables = (self.rivals, self.slot, self.own, self.moves, self.top, self.mass, self.top_before, self.before)
+        return Head(self.change, taps, *map(some, tables))
+
+    def survivors(self, values: Tensor) -> Tensor:
+        """How many samples each candidate, `P x K`, passes: `P`. Samples whose fate is certain are not computed."""
+        pass_all, fail_all = self.certain(values)
+        open_ = (~(pass_all | fail_all)).nonzero().flatten()
+        if len(open_) > WORTHWHILE * len(pass_all):
+            return self.judge(values, with_loss=False)[0].sum(1)
+        sure = pass_all.sum()
+        return sure.expand(len(values)) if not len(open_) else self.only(open_).judge(values, False)[0].sum(1) + sure
 
 
 def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor) -> Head:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from lightning_nrl.scoring.sparse import SiteChange, Taps, edits, make_changes
 from lightning_nrl.tasks import Task
 
 __all__ = ["Piece", "make_pieces"]
+
+T = TypeVar("T")
 
 CACHE = 1 << 20
 """Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
@@ -64,11 +67,29 @@ class Piece:
         Yields:
             Which candidates, their passes `p x n` bool, their losses `p x n` or None.
         """
+        for part, (passed, loss) in self._parts(values, partial(self._run, with_loss=with_loss)):
+            yield part, passed, loss
+
+    def tally(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The same with sums over the samples: which candidates, how many samples pass, `p`, their losses' sum, `p`."""
+        precise = torch.float32 if values.device.type == "mps" else torch.float64
+
+        def work(values: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self.head is not None and not with_loss and values.device.type == "cpu":
+                return self.head.survivors(values), None
+            passed, loss = self._run(values, with_loss)
+            return passed.sum(1), None if loss is None else loss.sum(1, dtype=precise)
+
+        for part, (passed, loss) in self._parts(values, work):
+            yield part, passed, loss
+
+    def _parts(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
+        """Does the work for as many candidates at once as memory allows."""
         start = 0
         while start < len(values):
             part = slice(start, min(len(values), start + max(1, self.rows // len(self.chunk))))
             try:
-                passed, loss = self._run(values[part], with_loss)
+                done = work(values[part])
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or self.rows <= 1:
                     raise
@@ -76,7 +97,7 @@ class Piece:
                 if self.recording.subject.space.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
-            yield part, passed, loss
+            yield part, done
             start = part.stop
 
     def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:

@@ -85,10 +85,10 @@ class SwarmScorer:
             for role, pieces in enumerate((problem.failed, problem.passed)):
                 with_loss = role == 0 or self.passed_loss
                 for piece in pieces:
-                    for part, passed, loss in piece.judge(own.flatten(0, 1), with_loss):
-                        found[role, part] += passed.sum(1)
+                    for part, passed, loss in piece.tally(own.flatten(0, 1), with_loss):
+                        found[role, part] += passed
                         if loss is not None:
-                            found[2 + role, part] += loss.sum(1, dtype=precise)
+                            found[2 + role, part] += loss
             if len(self.problems) == 1:
                 sums = found.view(sums.shape)
             else:

@@ -129,34 +129,35 @@ def remembering(
         ReplayError: from inside, if the pass does not call the frontier in the recorded order.
     """
     left = dict(Counter(calls))
+    standing_in: dict[str, _Instead] = {}
     at = 0
 
-    with ExitStack() as stack:
-        asleep = {name: stack.enter_context(ExitStack()) for name in left}
+    def recorded(name: str) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal at
+            if at >= len(calls) or calls[at] != name:
+                raise _out_of_order(name)
+            left[name] -= 1
+            if not left[name]:
+                standing_in.pop(name).restore()
+            at += 1
+            return outputs[at - 1]
 
-        def recorded(name: str) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal at
-                if at >= len(calls) or calls[at] != name:
-                    raise _out_of_order(name)
-                left[name] -= 1
-                if not left[name]:
-                    asleep[name].close()
-                at += 1
-                return outputs[at - 1]
+        return forward
 
-            return forward
+    def live(*args: Any, **kwargs: Any) -> Tensor:
+        if at != len(calls):
+            raise _out_of_order(calls[at])
+        return result()
 
-        def live(*args: Any, **kwargs: Any) -> Tensor:
-            if at != len(calls):
-                raise _out_of_order(calls[at])
-            return result()
-
+    try:
         for name in left:
-            asleep[name].enter_context(_instead(modules[name], recorded(name), hooks=False))
-        stack.enter_context(_instead(first, live))
-        stack.enter_context(eagerly())
-        yield
+            standing_in[name] = _Instead(modules[name], recorded(name), hooks=False)
+        with _instead(first, live), eagerly():
+            yield
+    finally:
+        for stub in standing_in.values():
+            stub.restore()
 
 
 @contextmanager
@@ -169,28 +170,38 @@ def eagerly() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Inside, the module runs `forward`, with or without the user's hooks around it.
+class _Instead:
+    """From now on the module runs `forward`, with or without the user's hooks around it, until it is restored.
 
     A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
     its parts has hooks, and would not call them otherwise.
     """
-    held = module.__dict__
-    replaced: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
-    if hooks:
-        replaced["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
-        replaced["_forward_hooks"][-1] = lambda module, args, output: None
-    else:
-        replaced |= {name: OrderedDict() for name in ("_forward_hooks", "_forward_pre_hooks")}
-    before = {name: held[name] for name in replaced if name in held}
-    held.update(replaced)
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any], *, hooks: bool) -> None:
+        self.held = held = module.__dict__
+        new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
+        if hooks:
+            new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
+            new["_forward_hooks"][-1] = lambda module, args, output: None
+        else:
+            new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
+        self.names = tuple(new)
+        self.before = {name: held[name] for name in new if name in held}
+        held.update(new)
+
+    def restore(self) -> None:
+        for name in self.names:
+            self.held.pop(name, None)
+        self.held.update(self.before)
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    stub = _Instead(module, forward, hooks=True)
     try:
         yield
     finally:
-        for name in replaced:
-            held.pop(name, None)
-        held.update(before)
+        stub.restore()
 
 
 def _clone(x: Tensor) -> Tensor:

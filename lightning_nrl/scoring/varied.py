@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ class Pending:
     def times(self, factor: Tensor) -> Pending:
         """The same, each channel times a factor, `U`."""
         return Pending(self.product, factor if self.scale is None else self.scale * factor)
+
+
+def _nothing(scale: Tensor | None) -> Tensor:
+    raise AssertionError("candidates that do not differ have no channels that do")
+
+
+NOTHING = Pending(_nothing)
+
+
+@cache
+def _no_units(device: torch.device) -> Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
 
 
 class Varied(Tensor):
@@ -76,9 +89,7 @@ class Varied(Tensor):
     @classmethod
     def repeated(cls, base: Tensor, copies: int) -> Varied:
         """The same for all candidates."""
-        none = torch.zeros(0, dtype=torch.int64, device=base.device)
-        dim = min(1, base.ndim - 1)
-        return cls(base, copies, dim, none, base.new_empty(copies, *base.shape[:dim], 0, *base.shape[dim + 1 :]))
+        return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NOTHING)
 
     @property
     def changed(self) -> Tensor:
@@ -108,7 +119,8 @@ class Varied(Tensor):
                 whole = self.changed.index_select(dim + 1, self.units.argsort())
             else:
                 whole = base.expand(self.copies, *base.shape).clone(memory_format=torch.contiguous_format)
-                whole.index_copy_(dim + 1, self.units, self.changed)
+                if not self.same:
+                    whole.index_copy_(dim + 1, self.units, self.changed)
             self.whole = whole.flatten(0, 1)
         return self.whole
 
