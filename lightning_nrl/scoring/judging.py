@@ -75,7 +75,7 @@ class Head:
         return passed, mass.log_().add_(most).sub_(own)
 
     def certain(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Passes, `P x n` bool, and losses, `P x n` or None if not asked for, of candidates `P x K`."""
+        """Samples whose fate is the same under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
 
         Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
         bounds. A sample is certain if the bounds of its true class and of the best rival do not meet, with room for
