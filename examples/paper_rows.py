@@ -59,7 +59,7 @@ def table_of(reports: dict[str, list[RepairReport]]) -> Table:
     known, unseen = (reports["default"][0].pooled(role) for role in ("known", "unseen"))
     table = Table(
         title=f"Means of {len(reports['default'])} runs",
-        caption=f"known: {known.targeted} failures in the target, {known.passed} passed; unseen: {unseen.passed} passed",
+        caption=f"known: {known.targeted} to be repaired, {known.passed} passed; unseen: {unseen.passed} passed",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
     )
