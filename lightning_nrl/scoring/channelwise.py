@@ -60,6 +60,7 @@ METHODS = [
 ]
 POOLS = [
     *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d),
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.lp_pool2d, F.interpolate),
 ]
 REDUCTIONS = ["mean", "sum", "amax", "amin", "var", "std"]
@@ -146,6 +147,8 @@ def _batch_norm(
 @handles(*POOLS)
 def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(x, Varied) or x.axis != 1 or any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
+        return NotImplemented
+    if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
     return x.each(lambda t, _: func(t, *args, **kwargs))
 

@@ -1,0 +1,156 @@
+"""`Varied` against the same code on whole tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl.scoring.channelwise import Varied
+
+P, N, C = 3, 4, 6
+
+
+def varied(*rest: int, units: tuple[int, ...] = (4, 1), seed: int = 0) -> Varied:
+    """`P` candidates that differ in some channels, double precision."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(N, C, *rest, generator=g, dtype=torch.float64)
+    if not units:
+        return Varied.repeated(base, P)
+    changed = torch.randn(P, N, len(units), *rest, generator=g, dtype=torch.float64)
+    return Varied(base, P, 1, torch.tensor(units), changed)
+
+
+def plain(x: Any) -> Any:
+    return x.dense() if isinstance(x, Varied) else x
+
+
+def _module(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+        for name, buffer in module.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2)
+    return module.double().eval()
+
+
+CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "relu": ((), F.relu),
+    "relu module, in place": ((5, 5), nn.ReLU(inplace=True)),
+    "gelu": ((), F.gelu),
+    "leaky relu": ((5,), lambda x: F.leaky_relu(x, 0.3)),
+    "hardtanh": ((5,), nn.Hardtanh(-0.5, 0.5)),
+    "method": ((5,), lambda x: x.sigmoid().sqrt()),
+    "clamp": ((), lambda x: x.clamp(-0.5, 0.5)),
+    "dropout": ((), nn.Dropout().eval()),
+    "batch norm 1d": ((), _module(nn.BatchNorm1d(C))),
+    "batch norm 2d": ((5, 5), _module(nn.BatchNorm2d(C))),
+    "batch norm without affine": ((5, 5), _module(nn.BatchNorm2d(C, affine=False))),
+    "avg pool": ((4, 4), nn.AvgPool2d(2)),
+    "max pool": ((4, 4), nn.MaxPool2d(3, stride=2, padding=1)),
+    "max pool 1d": ((8,), nn.MaxPool1d(2)),
+    "adaptive pool": ((5, 5), nn.AdaptiveAvgPool2d(2)),
+    "mean": ((5, 5), lambda x: x.mean((2, 3))),
+    "mean, kept": ((5, 5), lambda x: x.mean(dim=(-1, -2), keepdim=True)),
+    "amax": ((5,), lambda x: torch.amax(x, 2)),
+    "flatten": ((3, 2), lambda x: torch.flatten(x, 1)),
+    "flatten the rest": ((3, 2), lambda x: x.flatten(2)),
+    "view": ((3, 2), lambda x: x.view(x.size(0), -1)),
+    "reshape": ((3, 2), lambda x: x.reshape(-1, C * 6)),
+    "view in channels": ((6,), lambda x: x.view(len(x), C, 2, 3)),
+    "number": ((5,), lambda x: 2 * x + 1 - x / 3),
+    "parameter": ((5,), lambda x: x * torch.arange(C, dtype=torch.float64).view(C, 1)),
+    "depthwise convolution": ((5, 5), _module(nn.Conv2d(C, C, 3, padding=1, groups=C))),
+    "with itself": ((5,), lambda x: x * torch.sigmoid(x)),
+    "gated by its mean": ((5, 5), lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True))),
+    "joined": ((5,), lambda x: torch.cat([x, F.relu(x)], 1)),
+}
+MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "linear": ((), _module(nn.Linear(C, 5))),
+    "convolution": ((5, 5), _module(nn.Conv2d(C, 3, 3, stride=2, padding=1))),
+    "convolution, same": ((5,), _module(nn.Conv1d(C, 3, 3, padding="same", dilation=2, bias=False))),
+    "grouped convolution": ((5, 5), _module(nn.Conv2d(C, 4, 3, groups=2))),
+    "layer norm": ((), _module(nn.LayerNorm(C))),
+    "group norm": ((5,), _module(nn.GroupNorm(2, C))),
+    "softmax": ((), lambda x: x.softmax(1)),
+    "matrix product": ((), lambda x: x @ torch.ones(C, 2, dtype=torch.float64)),
+    "index": ((5,), lambda x: x[:, ::2]),
+    "sort": ((), lambda x: x.sort(1).values),
+    "over samples": ((), lambda x: x - x.mean()),
+    "comparison": ((), lambda x: (x > 0).double()),
+    "in place, unknown": ((), lambda x: x.masked_fill_(x > 0.5, 0.0) + 1),
+}
+
+
+@pytest.mark.parametrize("units", [(), (2,), (4, 1), (5, 3, 0, 1, 2, 4)], ids=["none", "one", "some", "all"])
+@pytest.mark.parametrize(("rest", "function"), (CHANNELWISE | MIXING).values(), ids=(CHANNELWISE | MIXING))
+def test_gives_what_whole_tensors_give(
+    rest: tuple[int, ...], function: Callable[[Tensor], Tensor], units: tuple[int, ...]
+) -> None:
+    x = varied(*rest, units=units)
+    expected = function(varied(*rest, units=units).dense())
+    actual = function(x)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(plain(actual), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rest", "function"), CHANNELWISE.values(), ids=CHANNELWISE)
+def test_channels_that_do_not_differ_are_not_computed_again(
+    rest: tuple[int, ...], function: Callable[[Tensor], Tensor]
+) -> None:
+    x = varied(*rest)
+    actual = function(x)
+    assert isinstance(actual, Varied)
+    assert actual.whole is None
+    assert x.whole is None
+
+
+@pytest.mark.parametrize("other", [(), (4, 1), (1, 2), (0, 1, 2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "iadd", "imul"])
+def test_two_of_them(name: str, other: tuple[int, ...]) -> None:
+    a, b = varied(5), varied(5, units=other, seed=1)
+    expected = getattr(operator, name)(a.dense().clone(), b.dense().clone())
+    actual = getattr(operator, name)(varied(5), varied(5, units=other, seed=1))
+    assert isinstance(actual, Varied)
+    torch.testing.assert_close(actual.dense(), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "iadd"])
+def test_a_whole_tensor_and_what_all_candidates_share(name: str) -> None:
+    whole, shared = varied(5, seed=1).dense(), varied(5, units=())
+    expected = getattr(operator, name)(whole.clone(), shared.dense())
+    actual = getattr(operator, name)(whole.clone(), varied(5, units=()))
+    assert not isinstance(actual, Varied)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_in_place_operations_change_the_tensor_and_not_what_is_shared() -> None:
+    x = varied(5)
+    base, alias = x.base, x
+    before = base.clone()
+    x += 1
+    F.relu(x, inplace=True)
+    x.masked_fill_(x > 2, 0.0)
+    expected = varied(5).dense() + 1
+    expected = F.relu(expected).masked_fill(expected > 2, 0.0)
+    assert alias is x
+    torch.testing.assert_close(x.dense(), expected, rtol=0, atol=0)
+    assert torch.equal(base, before)
+
+
+def test_a_view_of_the_whole_shares_its_memory() -> None:
+    x = varied(5)
+    x[:, 0].zero_()
+    assert plain(x + 0)[:, 0].abs().sum() == 0
+
+
+def test_training_batch_norm_sees_all_candidates() -> None:
+    norm = nn.BatchNorm1d(C).double()
+    torch.testing.assert_close(plain(norm(varied())), norm(varied().dense()), rtol=1e-12, atol=1e-12)

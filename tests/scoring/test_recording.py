@@ -1,0 +1,175 @@
+"""Recording and replaying: what is kept, what is left alone, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
+from torch import Tensor, nn
+
+from lightning_nrl.batches import Batch
+from lightning_nrl.errors import ReplayError
+from lightning_nrl.scoring import Recording, record
+from lightning_nrl.sites import Site, find_sites
+from lightning_nrl.tasks import Multiclass
+
+
+def unedited(site: Site, x: Tensor, y: Tensor) -> Tensor:
+    return y
+
+
+def replayed(recording: Recording, size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows and logits, in the order of the rows."""
+    parts = [(chunk.rows, recording.replay(chunk, unedited)) for chunk in recording.chunks(size)]
+    rows, logits = torch.cat([r for r, _ in parts]), torch.cat([x for _, x in parts])
+    return rows[rows.argsort()], logits[rows.argsort()]
+
+
+def test_only_wanted_samples_are_kept() -> None:
+    problem = make_problem(REPLAYED["residual, second"])
+    keep = torch.arange(12) % 3 != 1
+    rows, logits = replayed(problem.recording(5, 6, 1, keep=keep), size=3)
+    assert rows.tolist() == [0, 2, 3, 5, 6, 8, 9, 11]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, problem.model(problem.data[0][rows]))
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_nothing_before_the_layer_is_run_again(name: str) -> None:
+    problem = make_problem(REPLAYED[name])
+    recording = problem.recording(12)
+    plan = recording.groups[0].plan
+    assert plan is not None
+    called: list[str] = []
+    for call in set(plan.calls):
+        module = problem.model.get_submodule(call)
+        for child in module.modules():
+            child.register_forward_pre_hook(lambda m, a, call=call: called.append(call))
+    replayed(recording)
+    assert called == []
+
+
+def test_values_that_only_reach_the_output_through_the_layer_are_not_kept() -> None:
+    recording = make_problem(REPLAYED["residual, second"]).recording(12)
+    plan = recording.groups[0].plan
+    assert plan is not None
+    # what reaches the sum besides: the stem, by the shortcut; conv1 and norm1 only go into conv2
+    assert plan.calls == ("stem", "conv1", "norm1")
+    assert plan.live_calls == {"stem"}
+
+
+def test_replaying_twice_gives_the_same_although_the_model_works_in_place() -> None:
+    recording = make_problem(REPLAYED["residual, first"]).recording(12)
+    first, second = replayed(recording)[1], replayed(recording)[1]
+    assert torch.equal(first, second)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    problem = make_problem(REPLAYED["residual, both"])
+    before = {name: dict(module.__dict__) for name, module in problem.model.named_modules()}
+    state = torch.random.get_rng_state()
+    replayed(problem.recording(5, 7))
+    after = {name: dict(module.__dict__) for name, module in problem.model.named_modules()}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, held in before.items():
+        assert held.keys() == after[name].keys()
+        assert all(held[key] is after[name][key] or held[key] == after[name][key] for key in held)
+
+
+def test_an_error_in_the_model_leaves_it_as_it_was() -> None:
+    problem = make_problem(REPLAYED["middle linear"])
+    recording = problem.recording(12)
+
+    def fails(site: Site, x: Tensor, y: Tensor) -> Tensor:
+        raise KeyError("from the edit")
+
+    with pytest.raises(KeyError, match="from the edit"):
+        recording.replay(next(recording.chunks()), fails)
+    assert all("forward" not in module.__dict__ for module in problem.model.modules())
+
+
+def test_hooks_of_the_user_are_applied_once() -> None:
+    problem = make_problem(REPLAYED["middle linear"])
+    for module in problem.model:  # type: ignore[attr-defined]
+        module.register_forward_hook(lambda m, a, y: y * 1.5)
+        module.register_forward_pre_hook(lambda m, a: (a[0] + 0.25,))
+    logits = replayed(problem.recording(12))[1]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, problem.model(problem.data[0]))
+
+
+def test_gradients_flow_through_a_replay() -> None:
+    problem = make_problem(REPLAYED["middle linear"], dtype=torch.float64)
+    recording = problem.recording(12)
+    zeros: list[Tensor] = []
+
+    def nudged(site: Site, x: Tensor, y: Tensor) -> Tensor:
+        zeros.append(torch.zeros_like(y, requires_grad=True))
+        return y + zeros[0]
+
+    recording.replay(next(recording.chunks()), nudged).sum().backward()
+    model = problem.model
+    y = model[:3](problem.data[0]).detach().requires_grad_()  # type: ignore[index]
+    model[3:](y).sum().backward()  # type: ignore[index]
+    torch.testing.assert_close(zeros[0].grad, y.grad)
+
+
+def test_copies_are_candidate_by_candidate() -> None:
+    problem = make_problem(REPLAYED["residual, second"])
+    recording = problem.recording(12)
+    chunk = next(recording.chunks())
+    logits = recording.replay(chunk, lambda site, x, y: torch.cat([y, 2 * y, y]), copies=3)
+    assert torch.equal(torch.as_tensor(logits[:12]), torch.as_tensor(logits[24:]))
+    single = recording.replay(chunk, lambda site, x, y: 2 * y)
+    torch.testing.assert_close(torch.as_tensor(logits[12:24]), single)
+
+
+def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 5)).eval()
+    xs = [torch.randn(4, 2, 9), torch.randn(3, 2, 7), torch.randn(2, 2, 9)]
+    rows = list(torch.arange(9).split([4, 3, 2]))
+    batches = [(Batch((x,), torch.zeros(len(x), dtype=torch.int64), r), r) for x, r in zip(xs, rows, strict=True)]
+    recording = record(model, batches, find_sites(model, "0"), Multiclass(), torch.ones(9, dtype=torch.bool))
+    assert [group.rows[0].tolist() for group in recording.groups] == [[0, 1, 2, 3, 7, 8], [4, 5, 6]]
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(recording)[1], torch.cat([model(x) for x in xs]))
+
+
+def test_a_layer_that_is_never_called_is_refused() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    model = Unused().eval()
+    batch = Batch((torch.randn(3, 2, 4),), torch.zeros(3, dtype=torch.int64), torch.arange(3))
+    space = find_sites(model, "attention.out_proj")
+    with pytest.raises(ReplayError, match=r"never called .*\nHINT: name a layer that is called"):
+        record(model, [(batch, torch.arange(3))], space, Multiclass(), torch.ones(3, dtype=torch.bool))
+
+
+def test_a_module_shared_by_both_sides_of_the_layer_is_remembered_only_before_it() -> None:
+    class Shared(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.stem(x))
+            x = self.act(self.norm1(self.conv1(x)) + x)
+            return self.head(self.act(self.norm2(self.conv2(x))).mean((2, 3)))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Shared().eval()
+    data = floats(2, 5, 5)(12, torch.Generator().manual_seed(0))
+    problem = Problem(model, find_sites(model, "conv1"), data, torch.zeros(12, dtype=torch.int64))
+    recording = problem.recording(12)
+    assert recording.fallback_reason is None
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(recording)[1], model(data[0]))
+
+
+def test_a_rank_without_samples_has_an_empty_recording() -> None:
+    problem = make_problem(REPLAYED["head"])
+    recording = problem.recording(12, keep=torch.zeros(12, dtype=torch.bool))
+    assert (list(recording.chunks()), recording.rows.tolist()) == ([], [])

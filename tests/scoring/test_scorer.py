@@ -1,0 +1,255 @@
+"""Counts and losses: near ties, memory, swarms that differ, samples left out, ranks, tasks of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from scoring_networks import REPLAYED, WHOLE, Problem, make_problem
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl.collective import Collective
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.scoring import Scores, make_scorer, pieces, record
+from lightning_nrl.sites import find_sites
+from lightning_nrl.tasks import Multiclass, Task
+
+N = 24
+FAILED = torch.arange(N) % 3 == 0
+
+
+def linear(weight: Tensor, x: Tensor, target: list[int]) -> Problem:
+    model = nn.Linear(weight.shape[1], len(weight), bias=False)
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    return Problem(model.eval(), find_sites(model, ""), (x,), torch.tensor(target))
+
+
+def test_by_hand() -> None:
+    problem = linear(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]]), [1, 1, 0])
+    failed = torch.tensor([True, False, False])
+    scorer = make_scorer(problem.recording(3), torch.tensor([2]), failed, ~failed, Multiclass())
+    scores = scorer(torch.tensor([[[0.0], [0.75], [2.0]]]))  # second logit: x1 + value * x0
+    assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
+    assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
+    gaps = torch.tensor([-1.0, 0.5, 3.0])  # second minus first logit of the failed sample
+    torch.testing.assert_close(scores.loss_failed[0], F.softplus(-gaps))
+    passed = (F.softplus(-torch.tensor([2.0, 2.75, 4.0])) + F.softplus(torch.tensor([-1.0, -0.25, 1.0]))) / 2
+    torch.testing.assert_close(scores.loss_passed[0], passed)
+    assert (scores.n_failed, scores.n_passed) == (1, 2)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("changed", [[0], [1], [0, 1], [3, 0]], ids=str)
+def test_of_equal_logits_the_first_wins(classes: int, changed: list[int]) -> None:
+    x = torch.ones(classes, 1)
+    problem = linear(torch.ones(classes, 1), x, list(range(classes)))
+    where = torch.tensor([c for c in changed if c < classes])
+    everyone = torch.ones(classes, dtype=torch.bool)
+    scorer = make_scorer(problem.recording(classes), where, everyone, everyone, Multiclass())
+    values = torch.stack([torch.full((len(where),), v) for v in (1.0, 1.0 + 2**-23, 1.0 - 2**-24)])
+    expected = problem.oracle(where, values).argmax(2) == torch.arange(classes)
+    assert torch.equal(scorer.outcome(values).passed[:, :classes], expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12), st.integers(2, 6), st.booleans())
+def test_small_whole_numbers_are_exact_down_to_ties(seed: int, k: int, classes: int, passed_loss: bool) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-2, 3, (classes, 4), generator=g).float()
+    x = torch.randint(-2, 3, (30, 4), generator=g).float()
+    problem = linear(weight, x, torch.randint(0, classes, (30,), generator=g).tolist())
+    where = torch.randperm(weight.numel(), generator=g)[:k]
+    values = torch.randint(-2, 3, (6, len(where)), generator=g).float()
+    mask = torch.arange(30) % 2 == 0
+    scorer = make_scorer(problem.recording(30), where, mask, ~mask, Multiclass(), passed_loss=passed_loss)
+    hits = problem.oracle(where, values).argmax(2) == problem.target
+    scores = scorer(values.unsqueeze(0))
+    assert scores.patched[0].tolist() == hits[:, mask].sum(1).tolist()
+    assert scores.intact[0].tolist() == hits[:, ~mask].sum(1).tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(1e-3, 2.0))
+def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
+    problem = make_problem(REPLAYED["head"], n=N, seed=seed % 7)
+    where, values = problem.candidates(20, 12, seed, scale)
+    none = torch.zeros(N, dtype=torch.bool)
+    scorer = make_scorer(problem.recording(N), where, none, ~none, Multiclass(), passed_loss=False)
+    (piece,) = scorer.problems[0].passed
+    assert piece.head is not None
+    passes, fails = piece.head.certain(values)
+    hits = problem.oracle(where, values).argmax(2) == problem.target
+    assert hits[:, passes].all()
+    assert not hits[:, fails].any()
+    assert scorer(values.unsqueeze(0)).intact[0].tolist() == hits.sum(1).tolist()
+
+
+def test_near_the_original_most_samples_are_left_out() -> None:
+    problem = make_problem(REPLAYED["head"], n=200)
+    where, values = problem.candidates(20, 12, 0, scale=1e-3)
+    none = torch.zeros(200, dtype=torch.bool)
+    scorer = make_scorer(problem.recording(200), where, none, ~none, Multiclass(), passed_loss=False)
+    head = scorer.problems[0].passed[0].head
+    assert head is not None
+    passes, fails = head.certain(values)
+    assert (passes | fails).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("budget", [1, 10_000, 1_000_000])
+@pytest.mark.parametrize("name", ["head", "middle linear", "residual, both", "called twice"])
+def test_any_budget_gives_the_same(name: str, budget: int) -> None:
+    case = WHOLE[name][0] if name in WHOLE else REPLAYED[name]
+    problem = make_problem(case, n=N)
+    with pytest.warns(UserWarning, match="whole model") if name in WHOLE else nullcontext():
+        recording = problem.recording(7, 17)
+    where, values = problem.candidates(9, 6)
+    scores = [
+        make_scorer(recording, where, FAILED, ~FAILED, Multiclass(), budget=b)(values.unsqueeze(0))
+        for b in (budget, 1 << 30)
+    ]
+    for field in ("patched", "intact"):
+        assert torch.equal(getattr(scores[0], field), getattr(scores[1], field))
+    for field in ("loss_failed", "loss_passed"):
+        torch.testing.assert_close(getattr(scores[0], field), getattr(scores[1], field), rtol=1e-6, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(REPLAYED["middle linear"], n=N)
+    where, values = problem.candidates(9, 6)
+    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())
+    expected = scorer(values.unsqueeze(0))
+    run, sizes = pieces.Piece._outputs, []
+
+    def tight(self: pieces.Piece, chunk: Any, taps: Any, values: Tensor, with_loss: bool) -> Any:
+        sizes.append(len(chunk) * len(values))
+        if sizes[-1] > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(self, chunk, taps, values, with_loss)
+
+    monkeypatch.setattr(pieces.Piece, "_outputs", tight)
+    actual = scorer(values.unsqueeze(0))
+    assert max(sizes) > 8
+    assert (actual.patched.tolist(), actual.intact.tolist()) == (expected.patched.tolist(), expected.intact.tolist())
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(REPLAYED["middle linear"], n=N)
+    where, values = problem.candidates(2, 6)
+    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())
+    monkeypatch.setattr(Multiclass, "loss", lambda *a: (_ for _ in ()).throw(RuntimeError("other")))
+    with pytest.raises(RuntimeError, match="other"):
+        scorer(values.unsqueeze(0))
+
+
+@pytest.mark.parametrize("name", ["head", "residual, second"])
+def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
+    problem = make_problem(REPLAYED[name], n=N)
+    recording = problem.recording(N)
+    where, values = problem.candidates(12, 8)
+    values = values.view(3, 4, 8)
+    wheres = torch.stack([where, where, torch.where(torch.arange(8) % 2 == 0, where, -1)])
+    failed = torch.stack([FAILED, FAILED, torch.arange(N) < 5])
+    passed = torch.stack([~FAILED, ~FAILED, torch.arange(N) > 9])
+    together = make_scorer(recording, wheres, failed, passed, Multiclass())
+    assert len(together.problems) == 2
+    scores = together(values)
+    assert isinstance(scores.n_failed, Tensor)
+    assert scores.n_failed.tolist() == [[8], [8], [5]]
+    for s in range(3):
+        own = wheres[s] >= 0
+        alone = make_scorer(recording, wheres[s][own], failed[s], passed[s], Multiclass())(values[s : s + 1, :, own])
+        for field in ("patched", "intact", "loss_failed", "loss_passed"):
+            torch.testing.assert_close(getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0)
+
+
+def test_swarms_that_do_not_agree_in_number_are_refused() -> None:
+    problem = make_problem(REPLAYED["head"], n=N)
+    where = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ConfigurationError, match=r"for \[2, 3\] swarms"):
+        make_scorer(problem.recording(N), where, FAILED.expand(3, N), ~FAILED, Multiclass())
+
+
+class TwoRanks(Collective):
+    """Adds what another rank, simulated here, has to add."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+def test_counts_are_sums_over_ranks() -> None:
+    problem = make_problem(REPLAYED["head"], n=N)
+    where, values = problem.candidates(4, 6)
+    recording = problem.recording(N)
+    one = make_scorer(recording, where, FAILED, ~FAILED, Multiclass())(values.unsqueeze(0))
+    two = make_scorer(recording, where, FAILED, ~FAILED, Multiclass(), collective=TwoRanks())(values.unsqueeze(0))
+    assert (two.patched.tolist(), two.n_failed) == ((2 * one.patched).tolist(), 16)
+    torch.testing.assert_close(two.loss_failed, one.loss_failed)
+
+
+def test_a_rank_without_samples_adds_nothing() -> None:
+    problem = make_problem(REPLAYED["middle linear"], n=N)
+    where, values = problem.candidates(4, 6)
+    recording = problem.recording(N, keep=torch.zeros(N, dtype=torch.bool))
+    scorer = make_scorer(recording, where, FAILED, ~FAILED, Multiclass())
+    scores = scorer(values.unsqueeze(0))
+    assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([[0.0] * 4], [[0.0] * 4])
+    assert scorer.outcome(values).passed.shape == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
+def test_candidates_that_are_not_numbers_have_no_finite_loss(name: str) -> None:
+    problem = make_problem(REPLAYED[name], n=N)
+    where, values = problem.candidates(3, 6)
+    values[1, 0], values[2] = torch.nan, 1e30
+    scores = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())(values.unsqueeze(0))
+    logits = problem.oracle(where, values)
+    expected = torch.stack([F.cross_entropy(x[FAILED], problem.target[FAILED]) for x in logits])
+    assert scores.loss_failed[0].isnan().tolist() == expected.isnan().tolist()
+    assert scores.loss_failed[0, 0].isfinite()
+
+
+class Positive(Task):
+    """A task of the user's: right is a first output of at least 0."""
+
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return output[:, 0] >= 0
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        return (output[:, 0] - target["wanted"]).square()
+
+
+@pytest.mark.parametrize("name", ["head", "middle linear"])
+def test_tasks_of_the_user_see_outputs_and_nested_targets(name: str) -> None:
+    problem = make_problem(REPLAYED[name], n=N)
+    wanted = torch.linspace(-1, 1, N)
+    (batch, rows), *_ = problem.batches(N)
+    batches = [(type(batch)(batch.args, {"wanted": wanted}, rows), rows)]
+    recording = record(problem.model, batches, problem.space, Positive(), torch.ones(N, dtype=torch.bool))
+    where, values = problem.candidates(5, 6)
+    scores: Scores = make_scorer(recording, where, FAILED, ~FAILED, Positive())(values.unsqueeze(0))
+    first = problem.oracle(where, values)[..., 0]
+    assert scores.patched[0].tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
+    expected = (first - wanted).square()[:, ~FAILED].mean(1)
+    torch.testing.assert_close(scores.loss_passed[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_losses_of_passed_samples_the_rest_is_the_same() -> None:
+    for name in ("head", "conv2d", "residual, second"):
+        problem = make_problem(REPLAYED[name], n=N)
+        where, values = problem.candidates(9, 6, scale=0.2)
+        recording = problem.recording(N)
+        make: Callable[..., Any] = make_scorer
+        full, lean = (
+            make(recording, where, FAILED, ~FAILED, Multiclass(), passed_loss=flag)(values.unsqueeze(0))
+            for flag in (True, False)
+        )
+        assert torch.equal(full.intact, lean.intact)
+        assert torch.equal(full.loss_failed, lean.loss_failed)
+        assert lean.loss_passed.tolist() == [[0.0] * 9]
