@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +59,9 @@ def repair(
         )
     chosen = callback if callback is not None else RegressionFreeRepair(**arguments)
     _check(trainer, chosen)
-    only = _WithoutTraining(chosen)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(only)
-    sanity = trainer.num_sanity_val_steps
-    trainer.num_sanity_val_steps = 0
-    try:
+    with _without_training(trainer, chosen), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The number of training batches")
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
-    finally:
-        trainer.num_sanity_val_steps, trainer.should_stop = sanity, False
-        callbacks.remove(only)
     if chosen.report is None:
         raise RepairError(
             explain(
@@ -74,6 +70,22 @@ def repair(
             )
         )
     return chosen.report
+
+
+@contextmanager
+def _without_training(trainer: pl.Trainer, callback: RegressionFreeRepair) -> Iterator[None]:
+    """The trainer repairs and does nothing else; afterwards it is as found."""
+    only, callbacks, loop = _WithoutTraining(callback), trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
+    before = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
+    callbacks.append(only)
+    # Without a limit, a checkpoint may have any number of epochs.
+    trainer.num_sanity_val_steps, loop.max_epochs = 0, -1
+    try:
+        yield
+    finally:
+        callbacks.remove(only)
+        trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = before
+        trainer.should_stop = False
 
 
 class _WithoutTraining(pl.Callback):

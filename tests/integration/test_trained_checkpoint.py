@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def settings(trainer: Trainer) -> dict[str, Any]:
         "sanity": trainer.num_sanity_val_steps,
         "max_epochs": trainer.max_epochs,
         "stop": trainer.should_stop,
-        "min_epochs": trainer.min_epochs or 0,
+        "min_epochs": trainer.min_epochs,
     }
 
 
@@ -165,6 +166,20 @@ def test_bad_input_is_refused_as_in_a_fit(tmp_path: Path, trained: Classifier) -
 def test_the_best_checkpoint_is_asked_for_by_its_path(tmp_path: Path, trained: Classifier) -> None:
     with pytest.raises(ConfigurationError, match=r"`start_from='best'`[\s\S]*HINT: [\s\S]*`ckpt_path`"):
         repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), start_from="best")
+
+
+def test_a_checkpoint_may_have_more_epochs_than_the_trainer(tmp_path: Path, trained_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    assert repair(trainer, Classifier(), datamodule=Digits(), ckpt_path=trained_path, **QUICK).status == "repaired"
+    assert trainer.max_epochs == 1
+
+
+def test_nothing_is_said_about_training(tmp_path: Path, trained_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers)")
+        trainer = quiet_trainer(tmp_path, max_epochs=None, enable_checkpointing=False)
+        repair(trainer, Classifier(), datamodule=Digits(), ckpt_path=trained_path, **QUICK)
 
 
 @pytest.mark.parametrize("skip", [{"max_epochs": 0}, {"limit_train_batches": 0}, {"limit_val_batches": 0}])
