@@ -15,7 +15,7 @@ from digit_models import Classifier, Digits, quick_repair
 from pytorch_lightning import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
-from lightning_nrl import RegressionFreeRepair
+from lightning_nrl import RegressionFreeRepair, repair
 
 SIZES = (203, 3, 1)
 """203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""
@@ -54,10 +54,8 @@ class Leave(Callback):
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 
 
-def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
-    """One fit for each number of repair samples, which leaves its files in a folder of that name."""
-    repair = quick_repair(unseen="test")
-    trainer = Trainer(
+def trainer_on(folder: Path, strategy: str, devices: int, *callbacks: Callback) -> Trainer:
+    return Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
@@ -69,10 +67,16 @@ def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int
         enable_model_summary=False,
         enable_checkpointing=False,
         default_root_dir=folder,
-        callbacks=[repair, Leave(repair)],
+        callbacks=list(callbacks),
     )
+
+
+def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
+    """One fit for each number of repair samples, which leaves its files in a folder of that name."""
+    callback = quick_repair(unseen="test")
+    trainer = trainer_on(folder, strategy, devices, callback, Leave(callback))
     for n in sizes:
-        repair.dirpath = folder / str(n)
+        callback.dirpath = folder / str(n)
         model = Frozen()
         model.load_state_dict(torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"])
         trainer.fit_loop.epoch_progress.reset()
@@ -80,5 +84,14 @@ def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int
     return trainer, model
 
 
+def repair_checkpoint(folder: Path, n: int, strategy: str = "auto", devices: int = 1) -> None:
+    """The same without training, in the folder `checkpoint`."""
+    callback = quick_repair(unseen="test", dirpath=folder / "checkpoint")
+    trainer, path = trainer_on(folder, strategy, devices), folder.parent / "trained.ckpt"
+    repair(trainer, model := Classifier(), datamodule=FewRepairs(n), ckpt_path=path, callback=callback)
+    Leave(callback).on_train_end(trainer, model)
+
+
 if __name__ == "__main__":
     fit(Path(sys.argv[1]), SIZES, "ddp", 2)
+    repair_checkpoint(Path(sys.argv[1]), SIZES[0], "ddp", 2)

@@ -50,6 +50,7 @@ def assert_like_one_process(one: Path, two: Path) -> RepairReport:
 def test_two_processes_of_a_script_repair_as_one(alone: Path) -> None:
     script, together = HERE / "distributed_fit.py", alone.with_name("script")
     subprocess.run([sys.executable, script, together], check=True, capture_output=True, timeout=300)
+    assert_like_one_process(alone / "203", together / "checkpoint")
     reports = [assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES]
     assert reports[0].status == "repaired"
     assert [[split.n for split in report.splits] for report in reports] == [[101, n, 300] for n in (203, 3, 1)]
