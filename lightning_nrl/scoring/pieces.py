@@ -45,7 +45,8 @@ class Piece:
         task: says what passed and loss mean.
         rows: how many rows, candidates times samples, are run at once. Halved for good when memory runs out.
         taps: what the first site's change needs to know of the samples, if there is room to keep it.
-        head: the samples in front of a last layer that is the model's output.
+        head: the samples in front of a last layer that is the model's output, if there is room to keep that.
+        direct: whether they are in front of such a layer.
     """
 
     recording: Recording
@@ -56,6 +57,7 @@ class Piece:
     rows: int
     taps: Taps | None = None
     head: Head | None = None
+    direct: bool = False
 
     def judge(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs candidates.
@@ -75,13 +77,21 @@ class Piece:
         precise = torch.float32 if values.device.type == "mps" else torch.float64
 
         def work(values: Tensor) -> tuple[Tensor, Tensor | None]:
-            if self.head is not None and not with_loss and values.device.type == "cpu":
-                return self.head.survivors(values), None
+            head = None if with_loss or values.device.type != "cpu" else self._head()
+            if head is not None:
+                return head.survivors(values), None
             passed, loss = self._run(values, with_loss)
             return passed.sum(1), None if loss is None else loss.sum(1, dtype=precise)
 
         for part, (passed, loss) in self._parts(values, work):
             yield part, passed, loss
+
+    def _head(self) -> Head | None:
+        if self.head is not None or not self.direct:
+            return self.head
+        x, y = self.recording.site(self.chunk)
+        change = next(change for change in self.changes if change.site is self.recording.first(self.chunk))
+        return make_head(change, change.taps(x, y), y, self.chunk.target)
 
     def _parts(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
         """Does the work for as many candidates at once as memory allows."""
@@ -101,8 +111,9 @@ class Piece:
             start = part.stop
 
     def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
-        if self.head is not None:
-            return self.head.judge(values, with_loss)
+        head = self._head()
+        if head is not None:
+            return head.judge(values, with_loss)
         n = len(self.chunk)
         if self.rows >= n:
             return self._outputs(self.chunk, self.taps, values, with_loss)
@@ -158,9 +169,11 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
         for chunk in recording.split(group, samples):
             x, y = recording.site(chunk)
             taps = change.taps(x, y) if len(change.units) else None
-            made = replace(piece, chunk=chunk, rows=rows)
+            made = replace(piece, chunk=chunk, rows=rows, direct=direct)
             if direct and taps is not None:
-                made.head = make_head(change, taps, y, chunk.target)
+                head = make_head(change, taps, y, chunk.target)
+                made.head = head if head.nbytes <= room else None
+                room -= head.nbytes if made.head is not None else 0
             elif taps is not None and taps.nbytes <= room:
                 made.taps = taps
                 room -= taps.nbytes

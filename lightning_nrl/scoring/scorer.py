@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +35,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Swarms that search the same weights on the same samples, scored as one.
+    """Swarms that search the same weights on the same samples. Each is run on its own, so that it scores as if alone.
 
     Attributes:
-        swarms: which swarms, int64.
+        swarms: which swarms.
         columns: which of the K values are theirs; a slice if all are.
         failed: samples of I_neg, in pieces.
         passed: samples of I_pos, in pieces.
     """
 
-    swarms: Tensor
+    swarms: tuple[int, ...]
     columns: Tensor | slice
     failed: list[Piece]
     passed: list[Piece]
@@ -79,20 +78,14 @@ class SwarmScorer:
         precise = torch.float32 if device.type == "mps" else torch.float64
         sums = torch.zeros(4, *values.shape[:2], device=device, dtype=precise)
         for problem in self.problems:
-            own = values if len(self.problems) == 1 else values[problem.swarms]
-            own = own[..., problem.columns]
-            found = torch.zeros(4, own.shape[0] * own.shape[1], device=device, dtype=precise)
-            for role, pieces in enumerate((problem.failed, problem.passed)):
-                with_loss = role == 0 or self.passed_loss
-                for piece in pieces:
-                    for part, passed, loss in piece.tally(own.flatten(0, 1), with_loss):
-                        found[role, part] += passed
-                        if loss is not None:
-                            found[2 + role, part] += loss
-            if len(self.problems) == 1:
-                sums = found.view(sums.shape)
-            else:
-                sums[:, problem.swarms] = found.view(4, *own.shape[:2])
+            for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
+                own = values[swarm][:, problem.columns]
+                for role, pieces in enumerate((problem.failed, problem.passed)):
+                    for piece in pieces:
+                        for part, passed, loss in piece.tally(own, with_loss=role == 0 or self.passed_loss):
+                            sums[role, swarm, part] += passed
+                            if loss is not None:
+                                sums[2 + role, swarm, part] += loss
         patched, intact, loss_failed, loss_passed = self.collective.sum(sums)
         least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
@@ -108,7 +101,7 @@ class SwarmScorer:
     def outcome(self, values: Tensor, swarm: int = 0) -> Outcome:
         """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
         values = values.to(self.recording.subject.space.device)
-        problem = next(problem for problem in self.problems if swarm in problem.swarms.tolist())
+        problem = next(problem for problem in self.problems if swarm in problem.swarms)
         pieces = [*problem.failed, *problem.passed]
         passed = [torch.cat([p.cpu() for _, p, _ in piece.judge(values[:, problem.columns])]) for piece in pieces]
         losses = [_losses(piece, values[:, problem.columns]) for piece in pieces]
@@ -152,25 +145,27 @@ def make_scorer(
     device = recording.subject.space.device
     budget = default_budget(device) if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
-    swarms = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
-    if len(swarms) > 1:
+    counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
+    if len(counted) > 1:
         raise ConfigurationError(
-            explain(f"`where`, `failed` and `passed` are for {sorted(swarms)} swarms.", "give all for the same number.")
+            explain(f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give all for the same number.")
         )
-    s = swarms.pop() if swarms else 1
-    several = s > 1 or any(x.ndim == 2 for x in (where, failed, passed))
+    s = counted.pop() if counted else 1
+    several = any(x.ndim == 2 for x in (where, failed, passed))
     tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
     counts = torch.stack([mask[:, recording.rows].sum(1) for mask in tables[1:]])
     n_failed, n_passed = collective.sum(counts).to(device)
     problems = []
-    groups = list(_alike(tables)) if several else [torch.zeros(1, dtype=torch.int64)]
-    for members in groups:
-        own, mask_failed, mask_passed = (table[members[0]] for table in tables)
+    groups = _alike(tables)
+    room = budget // 4 // (2 * len(groups))
+    for swarms in groups:
+        own, mask_failed, mask_passed = (table[swarms[0]] for table in tables)
         columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
-        share = budget // len(groups)
-        failed_pieces = make_pieces(recording, own[own >= 0], mask_failed, task, budget, share // 4)
-        passed_pieces = make_pieces(recording, own[own >= 0], mask_passed, task, budget, share // 4)
-        problems.append(_Problem(members.to(device), columns, failed_pieces, passed_pieces))
+        failed_pieces, passed_pieces = (
+            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, room)
+            for mask in (mask_failed, mask_passed)
+        )
+        problems.append(_Problem(swarms, columns, failed_pieces, passed_pieces))
     if several:
         return SwarmScorer(
             recording, tuple(problems), n_failed.view(s, 1), n_passed.view(s, 1), collective, passed_loss
@@ -178,13 +173,12 @@ def make_scorer(
     return SwarmScorer(recording, tuple(problems), int(n_failed), int(n_passed), collective, passed_loss)
 
 
-def _alike(tables: list[Tensor]) -> Iterator[Tensor]:
-    """Numbers of the swarms that have the same rows in all tables, one tensor a group."""
+def _alike(tables: list[Tensor]) -> list[tuple[int, ...]]:
+    """Numbers of the swarms that have the same rows in all tables."""
     groups: dict[tuple[bytes, ...], list[int]] = {}
     for swarm in range(len(tables[0])):
         groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)
-    for members in groups.values():
-        yield torch.tensor(members)
+    return [tuple(swarms) for swarms in groups.values()]
 
 
 def _losses(piece: Piece, values: Tensor) -> Tensor:
