@@ -1,0 +1,81 @@
+"""What the README says is what there is."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_nrl import RegressionFreeRepair
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def block_behind(mark: str) -> str:
+    """The code block that follows a comment."""
+    found = re.search(rf"<!-- {mark} -->\n```\w*\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def run_example(name: str, folder: Path) -> str:
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)],
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("mark", ["quickstart", "tests"])
+def test_each_command_is_one_line(mark):
+    assert block_behind(mark).count("\n") == 1
+
+
+def test_every_argument_of_the_callback_is_in_the_table():
+    rows = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == set(inspect.signature(RegressionFreeRepair).parameters)
+
+
+def test_relative_links_lead_somewhere():
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_yaml_names_classes_and_arguments_that_exist():
+    callback = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])["trainer"]["callbacks"][0]
+    assert callback["class_path"] == "lightning_nrl.RegressionFreeRepair"
+    target = callback["init_args"].pop("target")
+    module, _, name = target["class_path"].rpartition(".")
+    made = getattr(sys.modules[module], name)(**target["init_args"])
+    assert RegressionFreeRepair(target=made, **callback["init_args"]).settings.target == made
+
+
+@pytest.mark.slow
+def test_quickstart_repairs_and_says_what_to_do_next(tmp_path):
+    out = run_example("quickstart.py", tmp_path)
+    assert out.lstrip().startswith("REPAIRED")
+    assert "none broke; the gate allows none" in out
+    assert (tmp_path / "lightning_logs/version_0/repair/repaired.ckpt").exists()
+    assert f"tensorboard --logdir {tmp_path}" in out.replace("\n", "")
+
+
+@pytest.mark.slow
+def test_a_trained_checkpoint_is_repaired_and_gives_the_accuracy_that_was_reported(tmp_path):
+    out = run_example("repair_checkpoint.py", tmp_path)
+    (reported,) = re.findall(r"^accuracy after.* ([\d.]+) %", out, re.MULTILINE)
+    (tested,) = re.findall(r"test/accuracy\D+([\d.]+)", out)
+    assert round(float(tested) * 100, 2) == float(reported)
