@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
 
 __all__ = ["StartingWeights", "evaluating", "random_state", "starting_weights"]
@@ -66,28 +67,46 @@ def random_state() -> Iterator[None]:
 
 @contextmanager
 def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[StartingWeights]:
-    """The model with the weights that a repair starts from.
+    """The model that a repair starts from, the same on every rank.
 
-    With `last` that is the model as it is. With `best` it is the best checkpoint; the weights come back bit for bit
-    afterwards, also after an exception, unless `keep` was set.
+    With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
+    synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
+    Everything comes back bit for bit afterwards, also after an exception, unless `keep` was set.
     """
     start = StartingWeights()
-    checkpoint = trainer.checkpoint_callback
-    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
-    if start_from == "last" or not path:
-        if start_from == "best":
-            rank_zero_warn(
-                explain(
-                    "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
-                    "add a ModelCheckpoint with `monitor=`.",
-                )
-            )
+    path = _best_path(trainer) if start_from == "best" else ""
+    if not path and trainer.world_size == 1:
         yield start
         return
-    last = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
+        if path:
+            trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
+        _share(model, Collective.current(model.device))
         yield start
     finally:
         if not start.keep:
-            model.load_state_dict(last)
+            model.load_state_dict(state)
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _best_path(trainer: pl.Trainer) -> str:
+    checkpoint = trainer.checkpoint_callback
+    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    if not path:
+        rank_zero_warn(
+            explain(
+                "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
+                "add a ModelCheckpoint with `monitor=`.",
+            )
+        )
+    return path
+
+
+@torch.no_grad()
+def _share(model: pl.LightningModule, collective: Collective) -> None:
+    """Gives every rank the first rank's buffers."""
+    for buffer in model.buffers():
+        buffer.copy_(collective.sum(buffer if collective.rank == 0 else torch.zeros_like(buffer)))

@@ -54,13 +54,13 @@ class Leave(Callback):
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 
 
-def trainer_on(folder: Path, strategy: str, devices: int, *callbacks: Callback) -> Trainer:
+def trainer_on(folder: Path, strategy: str, devices: int, *callbacks: Callback, train_batches: int = 1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         max_epochs=1,
-        limit_train_batches=1,
+        limit_train_batches=train_batches,
         limit_val_batches=0,
         logger=False,
         enable_progress_bar=False,
@@ -92,6 +92,14 @@ def repair_checkpoint(folder: Path, n: int, strategy: str = "auto", devices: int
     Leave(callback).on_train_end(trainer, model)
 
 
+def fit_batch_norm(folder: Path) -> None:
+    """A network whose running statistics are those of each rank's own batches."""
+    callback = quick_repair(dirpath=folder / "batch_norm")
+    trainer = trainer_on(folder, "ddp", 2, callback, Leave(callback), train_batches=2)
+    trainer.fit(Classifier("cnn", lr=0.03), datamodule=FewRepairs(203))
+
+
 if __name__ == "__main__":
     fit(Path(sys.argv[1]), SIZES, "ddp", 2)
     repair_checkpoint(Path(sys.argv[1]), SIZES[0], "ddp", 2)
+    fit_batch_norm(Path(sys.argv[1]))

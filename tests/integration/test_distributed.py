@@ -10,6 +10,7 @@ from pathlib import Path
 import distributed_fit
 import pytest
 import torch
+from digit_models import Classifier, Digits, right
 
 from lightning_nrl import RepairReport
 
@@ -47,13 +48,29 @@ def assert_like_one_process(one: Path, two: Path) -> RepairReport:
     return together
 
 
-def test_two_processes_of_a_script_repair_as_one(alone: Path) -> None:
-    script, together = HERE / "distributed_fit.py", alone.with_name("script")
-    subprocess.run([sys.executable, script, together], check=True, capture_output=True, timeout=300)
+@pytest.fixture(scope="module")
+def together(alone: Path) -> Path:
+    """A folder with what two processes do."""
+    script, folder = HERE / "distributed_fit.py", alone.with_name("script")
+    subprocess.run([sys.executable, script, folder], check=True, capture_output=True, timeout=300)
+    return folder
+
+
+def test_two_processes_of_a_script_repair_as_one(alone: Path, together: Path) -> None:
     assert_like_one_process(alone / "203", together / "checkpoint")
     reports = [assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES]
     assert reports[0].status == "repaired"
     assert [[split.n for split in report.splits] for report in reports] == [[101, n, 300] for n in (203, 3, 1)]
+
+
+def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(together: Path) -> None:
+    first, second = (rank["state"] for rank in ranks(together / "batch_norm"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    report = report_in(together / "batch_norm")
+    assert report.status == "repaired"
+    model = Classifier.load_from_checkpoint(report.files["checkpoint"])
+    found = report.splits[1]
+    assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
 
 
 def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(alone: Path) -> None:
