@@ -101,6 +101,11 @@ class Fitness:
                     )
                 )
 
+    @property
+    def uses_passed_loss(self) -> bool:
+        """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
+        return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
+
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """The fitness of each candidate.
 

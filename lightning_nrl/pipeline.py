@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -170,8 +170,18 @@ def _search(
 ) -> SearchResult:
     space = recording.space
     where = localization.weights.to(space.device)
-    scorer = make_scorer(recording, where, failed, passed, task, collective=collective, budget=settings.budget)
-    return search(
+    passed_loss = getattr(settings.fitness, "uses_passed_loss", True)
+    scorer = make_scorer(
+        recording,
+        where,
+        failed,
+        passed,
+        task,
+        collective=collective,
+        budget=settings.budget,
+        passed_loss=passed_loss,
+    )
+    result = search(
         scorer,
         space.flat()[where],
         spread=Spread.around(space, where),
@@ -180,6 +190,10 @@ def _search(
         seed=settings.seed,
         on_progress=partial(clock.searched, total=settings.method.iterations, n_passed=int(passed.sum())),
     )
+    if passed_loss:
+        return result
+    unknown = torch.full_like(result.history.loss_passed, torch.nan)
+    return replace(result, history=replace(result.history, loss_passed=unknown))
 
 
 def _see_unseen(see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target) -> Evidence:

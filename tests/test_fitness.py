@@ -193,3 +193,12 @@ def test_exchange_rate_is_where_the_paper_is_indifferent():
     untouched, traded = how(one_for_five, BEFORE)[0]
     assert untouched == traded
     assert exchange_rate(n_failed=4, n_passed=10, alpha=0) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["lexicographic", "eq1", "eq2"])
+@pytest.mark.parametrize("perfect_intact", [False, True])
+@pytest.mark.parametrize("infeasible", ["ranked", "zero"])
+def test_says_when_the_loss_of_passed_samples_does_not_matter(kind, perfect_intact, infeasible):
+    fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible)
+    other = replace(AFTER, loss_passed=AFTER.loss_passed + 1)
+    assert torch.equal(fitness(AFTER, BEFORE), fitness(other, BEFORE)) != fitness.uses_passed_loss

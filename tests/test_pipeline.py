@@ -259,3 +259,19 @@ def test_the_report_of_everything_is_strict_json() -> None:
         text = repair_module(trained(), known(), settings_).report.to_json()
         data = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
         assert data["settings"] == json.loads(json.dumps(settings_.plain()))
+
+
+def test_a_fitness_without_the_loss_of_passed_samples_gets_none_and_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = quick(fitness=Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero"))
+    spared = repair_module(trained(), known(), settings)
+    monkeypatch.setattr(Fitness, "uses_passed_loss", True)
+    whole = repair_module(trained(), known(), settings)
+    assert spared.report.search is not None
+    assert whole.report.search is not None
+    losses = torch.tensor(spared.report.search.history["loss_passed"])
+    assert losses.isnan().all()
+    assert torch.tensor(whole.report.search.history["loss_passed"]).isfinite().all()
+    assert spared.report.hashes == whole.report.hashes
+    assert spared.report.search.history["best"] == whole.report.search.history["best"]

@@ -19,7 +19,7 @@ class SearchHistory:
         patched: repaired samples of I_neg under the best candidate so far.
         intact: kept samples of I_pos under the best candidate so far.
         loss_failed: mean loss on I_neg under the best candidate so far.
-        loss_passed: mean loss on I_pos under the best candidate so far.
+        loss_passed: mean loss on I_pos under the best candidate so far; NaN if the fitness has no use for it.
         diversity: mean over weights of the particles' standard deviation.
     """
 
