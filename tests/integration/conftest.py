@@ -29,5 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "Checkpoint directory .* exists and is not empty",
         "You defined a `validation_step` but have no `val_dataloader`",
+        "You passed in a `val_dataloader` but have no `validation_step`",
+        "\\s*By default only one JsonargparseDeprecationWarning",
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{noise}")

@@ -49,7 +49,7 @@ def test_a_test_of_the_repaired_checkpoint_gives_the_counts_of_the_report(tmp_pa
     repair = quick_repair(unseen="test")
     fit(tmp_path, repair)
     (unseen,) = (split for split in repair.report.splits if split.role == "unseen")
-    (result,) = quiet_trainer(tmp_path).test(
+    (result,) = quiet_trainer(tmp_path, quick_repair()).test(
         Classifier(), ckpt_path=repair.repaired_model_path, datamodule=Digits(), verbose=False
     )
     assert result["test_right"] == unseen.kept + unseen.repaired

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import ConfigurationError, Multiclass, Target
+from lightning_nrl.errors import ReplayError
+from lightning_nrl.rehearsal import rehearse
+
+
+def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
+    model = trained().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rehearse(model, known(), quick(layer=["0", "2"]), task=Multiclass())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module.training or module._forward_hooks for module in model.modules())
+
+
+class Detour(nn.Module):
+    """Uses the weight of a layer without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.unused.weight.T
+
+
+def test_a_layer_that_is_never_called_is_found() -> None:
+    with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
+        rehearse(Detour(), known(), quick(), task=Multiclass())
+
+
+def test_a_target_that_does_not_fit_is_found() -> None:
+    wrong = Target.where(lambda batch: batch[0], name="inputs")
+    with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
+        rehearse(trained().eval(), known(), quick(target=wrong), task=Multiclass())
+
+
+def test_logits_that_do_not_fit_are_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
+    with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
+        rehearse(model, known(), quick(), task=Multiclass())
