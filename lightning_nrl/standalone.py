@@ -60,7 +60,8 @@ def repair(
     chosen = callback if callback is not None else RegressionFreeRepair(**arguments)
     _check(trainer, chosen)
     with _without_training(trainer, chosen), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The number of training batches")
+        for text in ("The number of training batches", "`max_epochs` was not set"):
+            warnings.filterwarnings("ignore", text)
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if chosen.report is None:
         raise RepairError(
@@ -78,8 +79,7 @@ def _without_training(trainer: pl.Trainer, callback: RegressionFreeRepair) -> It
     only, callbacks, loop = _WithoutTraining(callback), trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
     before = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     callbacks.append(only)
-    # Without a limit, a checkpoint may have any number of epochs.
-    trainer.num_sanity_val_steps, loop.max_epochs = 0, -1
+    trainer.num_sanity_val_steps = 0
     try:
         yield
     finally:
@@ -106,6 +106,9 @@ class _WithoutTraining(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Without a limit, a checkpoint may have any number of epochs. Before, optimizers were configured, and schedules
+        # may have asked how long training is.
+        trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
         self.outcome = self.callback.attempt(trainer, pl_module)

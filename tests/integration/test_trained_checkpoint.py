@@ -169,6 +169,22 @@ def test_the_best_checkpoint_is_asked_for_by_its_path(tmp_path: Path, trained: C
         repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), start_from="best")
 
 
+class Scheduled(Classifier):
+    """Asks the trainer how long training is."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters())
+        steps = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)]
+
+
+def test_a_schedule_may_ask_for_the_length_of_training(tmp_path: Path, trained: Classifier) -> None:
+    model = Scheduled()
+    model.load_state_dict(trained.state_dict())
+    report = repair(quiet_trainer(tmp_path, max_epochs=None), model, datamodule=Digits(), **QUICK)
+    assert report.status == "repaired"
+
+
 def test_a_checkpoint_may_have_more_epochs_than_the_trainer(tmp_path: Path, trained_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, max_epochs=1)
     assert repair(trainer, Classifier(), datamodule=Digits(), ckpt_path=trained_path, **QUICK).status == "repaired"
