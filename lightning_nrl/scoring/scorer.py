@@ -148,7 +148,7 @@ def make_scorer(
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
     if len(counted) > 1:
         raise ConfigurationError(
-            explain(f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give all for the same number.")
+            explain(f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same.")
         )
     s = counted.pop() if counted else 1
     several = any(x.ndim == 2 for x in (where, failed, passed))

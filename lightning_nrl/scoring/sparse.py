@@ -105,8 +105,8 @@ class SiteChange:
             `P * n` samples, candidate by candidate, in memory of its own. If the input is the same for all candidates
             and some units do not change, a `Varied`.
         """
-        p, dim = len(values), self.unit_dim % y.ndim
-        if not len(self.units):
+        p, dim = values.shape[0], self.unit_dim % y.ndim
+        if not self.units.shape[0]:
             return Varied.repeated(y, p) if copies != p else y
         if copies == 1 and y.dtype not in HALF:
             taps = self.taps(x, y) if taps is None else taps
@@ -133,7 +133,7 @@ class SiteChange:
     def unit_outputs(self, values: Tensor, taps: Taps) -> Tensor:
         """The changed units' outputs under each candidate, `P x n x U x ...`, in the layer's output dtype."""
         change = self.change(values, taps.rounded.dtype)
-        p, (_, n, u, *rest) = len(values), taps.base.shape
+        p, (_, n, u, *rest) = values.shape[0], taps.base.shape
         delta = self._delta(change, taps).view(u, p, n, *rest).permute(1, 2, 0, *range(3, 3 + len(rest)))
         new = torch.add(taps.base, delta, out=taps.base.new_empty(p, n, u, *rest))
         if taps.rounded.dtype in HALF:
@@ -157,17 +157,17 @@ class SiteChange:
         with torch.autocast(change.device.type, enabled=False):
             delta = self._delta(change, taps, scale)
         _, n, _, *rest = taps.base.shape
-        return delta.view(len(self.units), len(change), n, *rest)
+        return delta.view(self.units.shape[0], change.shape[0], n, *rest)
 
     def _delta(self, change: Tensor, taps: Taps, scale: Tensor | None = None) -> Tensor:
-        delta = change.new_empty(len(self.units), len(change), taps.base[0, :, 0].numel())
+        delta = change.new_empty(self.units.shape[0], change.shape[0], taps.base[0, :, 0].numel())
         start = 0
         for bucket, x in zip(self.buckets, taps.x, strict=True):
             d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
             if scale is not None:
-                d = d * scale[start : start + len(d)].view(-1, 1, 1)
-            part = delta[start : start + len(d)]
-            start += len(d)
+                d = d * scale[start : start + d.shape[0]].view(-1, 1, 1)
+            part = delta[start : start + d.shape[0]]
+            start += d.shape[0]
             if x.shape[1] == 1:
                 torch.bmm(d, x[:, 0], out=part)
             else:
