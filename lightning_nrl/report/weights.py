@@ -59,7 +59,16 @@ def hash_tensors(tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         if not isinstance(tensors[name], Tensor):
             continue
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = tensors[name].detach().cpu()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        for part in _strided(tensor):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor of any layout consists of."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    entries = tensor.to_sparse_coo().coalesce()
+    return entries.indices(), entries.values()

@@ -91,7 +91,7 @@ class Piece:
             return self.head
         x, y = self.recording.site(self.chunk)
         change = next(change for change in self.changes if change.site is self.recording.first(self.chunk))
-        return make_head(change, change.taps(x, y), y, self.chunk.target)
+        return make_head(change, change.taps(x, y), y, _labels(self.task, self.chunk))
 
     def _parts(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
         """Does the work for as many candidates at once as memory allows."""
@@ -171,7 +171,7 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
             taps = change.taps(x, y) if len(change.units) else None
             made = replace(piece, chunk=chunk, rows=rows, direct=direct)
             if direct and taps is not None:
-                head = make_head(change, taps, y, chunk.target)
+                head = make_head(change, taps, y, _labels(task, chunk))
                 made.head = head if head.nbytes <= room else None
                 room -= head.nbytes if made.head is not None else 0
             elif taps is not None and taps.nbytes <= room:
@@ -179,6 +179,12 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
                 room -= taps.nbytes
             pieces.append(made)
     return pieces
+
+
+def _labels(task: Task, chunk: Chunk) -> Tensor:
+    label = task.label(chunk.target)
+    assert label is not None
+    return label
 
 
 def _rows(piece: Piece, budget: int, y_bytes: int, on_cpu: bool) -> int:

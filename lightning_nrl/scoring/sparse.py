@@ -110,7 +110,7 @@ class SiteChange:
             return Varied.repeated(y, p) if copies != p else y
         if copies == 1 and y.dtype not in HALF:
             taps = self.taps(x, y) if taps is None else taps
-            return Varied(y, p, dim, self.units, Pending(partial(self._added, self.change(values, y.dtype), taps)))
+            return Varied(y, p, dim, self.units, Pending(partial(self._onto, self.change(values, y.dtype), taps)))
         with torch.autocast(y.device.type, enabled=False):
             units = self.unit_outputs(values, self.taps(x, y, copies) if taps is None else taps).movedim(2, dim + 1)
             if copies == 1:
@@ -152,26 +152,27 @@ class SiteChange:
         with torch.autocast(values.device.type, enabled=False):
             return self._delta(self.change(values, taps.rounded.dtype), taps)
 
-    def _added(self, change: Tensor, taps: Taps, scale: Tensor | None) -> Tensor:
-        """What is added to each unit's output, times a factor for each unit, `U x P x n x ...`."""
+    def _onto(self, change: Tensor, taps: Taps, base: Tensor, scale: Tensor | None) -> Tensor:
+        """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
         with torch.autocast(change.device.type, enabled=False):
-            delta = self._delta(change, taps, scale)
-        _, n, _, *rest = taps.base.shape
-        return delta.view(self.units.shape[0], change.shape[0], n, *rest)
+            out = self._delta(change, taps, scale, base.reshape(base.shape[0], 1, -1))
+        return out.view(base.shape[0], change.shape[0], *base.shape[1:])
 
-    def _delta(self, change: Tensor, taps: Taps, scale: Tensor | None = None) -> Tensor:
+    def _delta(self, change: Tensor, taps: Taps, scale: Tensor | None = None, base: Tensor | None = None) -> Tensor:
         delta = change.new_empty(self.units.shape[0], change.shape[0], taps.base[0, :, 0].numel())
         start = 0
         for bucket, x in zip(self.buckets, taps.x, strict=True):
             d = change[:, bucket.columns].transpose(0, 1)  # u x P x m
+            stop = start + d.shape[0]
             if scale is not None:
-                d = d * scale[start : start + d.shape[0]].view(-1, 1, 1)
-            part = delta[start : start + d.shape[0]]
-            start += d.shape[0]
-            if x.shape[1] == 1:
-                torch.bmm(d, x[:, 0], out=part)
+                d = d * scale[start:stop].view(-1, 1, 1)
+            if x.shape[1] != 1:
+                torch.matmul(d.unsqueeze(2), x, out=delta[start:stop].unsqueeze(2))
+            elif base is None:
+                torch.bmm(d, x[:, 0], out=delta[start:stop])
             else:
-                torch.matmul(d.unsqueeze(2), x, out=part.unsqueeze(2))
+                torch.baddbmm(base[start:stop], d, x[:, 0], out=delta[start:stop])
+            start = stop
         if self.site.include_bias:
             bias = change[:, self.bias].t()
             delta += (bias if scale is None else bias * scale.unsqueeze(1)).unsqueeze(2)
@@ -267,7 +268,7 @@ def _make_change(site: Site, where: Tensor, original: Tensor) -> SiteChange:
     bias[torch.searchsorted(units, where[is_bias] - size)] = columns[is_bias]
     slot = torch.searchsorted(units, unit)
     counts = torch.bincount(slot, minlength=len(units))
-    level = counts.clamp_min(1).double().log2().ceil().long()
+    level = counts.clamp_min(1).cpu().double().log2().ceil().long().to(where.device)
     groups: Any = getattr(site.module, "groups", 1)
     kernel = math.prod(site.weight_shape[2:])
     buckets, order = [], []

@@ -60,3 +60,14 @@ def test_hash_ignores_order_strides_and_gradients() -> None:
 def test_hash_takes_scalars_and_empty_tensors_and_leaves_out_what_is_no_tensor() -> None:
     tensors = {"scalar": torch.tensor(3), "empty": torch.zeros(0, 4)}
     assert hash_tensors(tensors | {"_extra_state": {"version": 2}}) == hash_tensors(tensors)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_hash_takes_sparse_tensors_and_sees_values_and_places(layout: torch.layout) -> None:
+    dense = [
+        torch.tensor(rows) for rows in ([[1.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 3.0]], [[1.0, 2.0], [0.0, 0.0]])
+    ]
+    first, *others = (hash_tensors({"w": x.to_sparse(layout=layout)}) for x in (dense[0], *dense))
+    assert others[0] == first
+    assert len(set(others)) == 3

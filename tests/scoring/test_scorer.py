@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -253,3 +254,30 @@ def test_without_losses_of_passed_samples_the_rest_is_the_same() -> None:
         assert torch.equal(full.intact, lean.intact)
         assert torch.equal(full.loss_failed, lean.loss_failed)
         assert lean.loss_passed.tolist() == [[0.0] * 9]
+
+
+class OneHot(Multiclass):
+    """Truth as one-hot rows."""
+
+    def label(self, target: Tensor) -> Tensor:
+        return target.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("task", "target"),
+    [
+        (Multiclass(), torch.tensor([1, 1, 0], dtype=torch.uint8)),
+        (Multiclass(), torch.tensor([1, 1, 0], dtype=torch.int32)),
+        (OneHot(), torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0]])),
+    ],
+    ids=["uint8", "int32", "one-hot"],
+)
+def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
+    problem = linear(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), [])
+    problem = replace(problem, target=target)
+    failed = torch.tensor([True, False, False])
+    scores = make_scorer(problem.recording(3), torch.tensor([3]), failed, ~failed, task)(
+        torch.tensor([[[0.0], [0.75], [2.0]]])  # second logit: x1 + value * x0
+    )
+    assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
+    assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
