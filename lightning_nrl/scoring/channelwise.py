@@ -91,6 +91,7 @@ def _place_of_inplace(function: Any) -> int | None:
 
 
 INPLACE = {function: _place_of_inplace(function) for function in (*ACTIVATIONS, F.dropout)}
+RELU = (F.relu, torch.relu, Tensor.relu)
 ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, operator.add)
 IN_PLACE_OPERATORS = {getattr(Tensor, name) for name in ("__iadd__", "__isub__", "__imul__", "__itruediv__")}
 
@@ -110,6 +111,8 @@ def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if _in_place(func, args, kwargs):
         return x.become(x.each(lambda t, units: func(t.clone() if units is None else t, *rest, **kwargs)))
+    if func in RELU and x.pending is not None and not x.same:
+        return Varied(torch.relu(x.base), x.copies, x.axis, x.units, x.evaluated().relu_())
     return x.each(lambda t, _: func(t, *rest, **kwargs))
 
 

@@ -29,23 +29,20 @@ class Pending:
     """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
 
     Attributes:
-        product: gives `U x P x n x ...` in memory of its own, each channel times a factor, `U`, unless that is None.
+        onto: `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own;
+            each channel's sum is first multiplied by a factor, `U`, unless that is None.
         scale: the factor so far.
     """
 
-    product: Callable[[Tensor | None], Tensor]
+    onto: Callable[[Tensor, Tensor | None], Tensor]
     scale: Tensor | None = None
-
-    def added(self) -> Tensor:
-        """What is added to the base, `U x P x n x ...`."""
-        return self.product(self.scale)
 
     def times(self, factor: Tensor) -> Pending:
         """The same, each channel times a factor, `U`."""
-        return Pending(self.product, factor if self.scale is None else self.scale * factor)
+        return Pending(self.onto, factor if self.scale is None else self.scale * factor)
 
 
-def _nothing(scale: Tensor | None) -> Tensor:
+def _nothing(base: Tensor, scale: Tensor | None) -> Tensor:
     raise AssertionError("candidates that do not differ have no channels that do")
 
 
@@ -95,11 +92,14 @@ class Varied(Tensor):
     def changed(self) -> Tensor:
         """The values of the channels that differ, `P x n x ...` with `U` channels at `axis + 1`."""
         if self.values_changed is None:
-            assert self.pending is not None
-            added = self.pending.added()  # U x P x n x ...
-            added += self.base.index_select(self.axis, self.units).movedim(self.axis, 0).unsqueeze(1)
-            self.values_changed, self.pending = added.movedim(0, self.axis + 1), None
+            self.values_changed, self.pending = self.evaluated(), None
         return self.values_changed
+
+    def evaluated(self) -> Tensor:
+        """What is pending, computed, in memory of its own."""
+        assert self.pending is not None
+        base = self.base.index_select(self.axis, self.units).movedim(self.axis, 0)
+        return self.pending.onto(base, self.pending.scale).movedim(0, self.axis + 1)
 
     @property
     def same(self) -> bool:
