@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.evidence import Context, collect
@@ -29,10 +30,10 @@ def rehearse(
     context: Context = nullcontext,
     collective: Collective | None = None,
 ) -> None:
-    """Collects evidence from a few samples, and looks whether the layers are called.
+    """Collects evidence from a few samples, and looks whether the layers are called. The model is left as found.
 
     Args:
-        model: the model in evaluation mode, trained or not.
+        model: trained or not; it runs in evaluation mode.
         sources: a little of each split.
         settings: what to repair and how.
         task: what passed and loss mean.
@@ -45,7 +46,8 @@ def rehearse(
         ReplayError: a layer is never called.
     """
     space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
-    collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
-    for batch in sources[0]:
-        Subject(model, space, task, context).watch((batch.args, batch.kwargs))
-        break
+    with as_found(model):
+        collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
+        for batch in sources[0]:
+            Subject(model, space, task, context).watch((batch.args, batch.kwargs))
+            break

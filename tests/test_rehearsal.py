@@ -11,11 +11,24 @@ from lightning_nrl.rehearsal import rehearse
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
-    model = trained().eval()
+    model = nn.Sequential(*trained(), Counting())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rehearse(model, known(), quick(layer=["0", "2"]), task=Multiclass())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(module.training or module._forward_hooks for module in model.modules())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        self.calls += 1
+        return x
 
 
 class Detour(nn.Module):
@@ -37,7 +50,7 @@ def test_a_layer_that_is_never_called_is_found() -> None:
 def test_a_target_that_does_not_fit_is_found() -> None:
     wrong = Target.where(lambda batch: batch[0], name="inputs")
     with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
-        rehearse(trained().eval(), known(), quick(target=wrong), task=Multiclass())
+        rehearse(trained(), known(), quick(target=wrong), task=Multiclass())
 
 
 def test_logits_that_do_not_fit_are_found() -> None:
