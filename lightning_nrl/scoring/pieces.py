@@ -26,7 +26,7 @@ CACHE = 1 << 20
 """Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
 stay in its cache."""
 WORK = 16 << 20
-"""Bytes that a pass over a block should make on a CPU, up to four caches of them at once: less is all overhead."""
+"""Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
 GPU_BLOCK = 256 << 20
 """The same bytes on a GPU, enough to keep it busy."""
 SAMPLES = 512
@@ -198,5 +198,5 @@ def _rows(piece: Piece, budget: int, y_bytes: int, on_cpu: bool) -> int:
     fitting = int(budget / max(1, peak))
     if not on_cpu or not y_bytes:
         return max(1, min(fitting, int(GPU_BLOCK / max(1, peak))))
-    wanted = min(max(int(WORK / max(1, total)), CACHE // y_bytes), 4 * CACHE // y_bytes)
+    wanted = min(max(int(WORK / max(1, total)), CACHE // y_bytes), 8 * CACHE // y_bytes)
     return max(1, min(fitting, wanted))
