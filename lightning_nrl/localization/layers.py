@@ -6,8 +6,6 @@ Linear, `channels x space...` for a convolution. Where samples are told apart, e
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,15 +110,8 @@ def _convolution_gradient(layer: Convolution, x: Tensor, gradient: Tensor, sampl
 
 def _pad(layer: Convolution, x: Tensor) -> Tensor:
     """The input with the layer's own padding written out, whatever its mode."""
-    if not isinstance(layer.padding, str):
-        sides = [(p, p) for p in layer.padding]
-    elif layer.padding == "valid":
-        sides = []
-    else:
-        # The odd element of an even kernel goes behind, as in torch's own convolutions.
-        spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-        sides = [(span // 2, span - span // 2) for span in spans]
-    if not any(map(any, sides)):
+    sides = layer._reversed_padding_repeated_twice
+    if not any(sides):
         return x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(x, list(chain.from_iterable(reversed(sides))), mode=mode)
+    return F.pad(x, sides, mode=mode)
