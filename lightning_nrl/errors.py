@@ -12,6 +12,7 @@ __all__ = [
     "RepairError",
     "ReplayError",
     "check_choice",
+    "check_kind",
     "explain",
 ]
 
@@ -57,3 +58,20 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
             f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}.",
         )
     )
+
+
+def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
+    """Refuses a value of another kind than the argument's, and a class where an object of it is meant.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        fits: whether that is of the kind.
+        kind: its name.
+        example: what to write instead.
+
+    Raises:
+        ConfigurationError: the value does not fit.
+    """
+    if not fits or isinstance(value, type):
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", f"write {example}."))

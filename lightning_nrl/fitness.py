@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ class Fitness:
         check_choice("fitness.infeasible", self.infeasible, INFEASIBLE)
         for name in ("alpha", "beta", "delta"):
             value = getattr(self, name)
-            if not math.isfinite(value) or value < 0 or (name == "delta" and value == 0):
+            finite = isinstance(value, Real) and math.isfinite(value)
+            if not finite or value < 0 or (name == "delta" and value == 0):
                 raise ConfigurationError(
                     explain(
                         f"`fitness.{name}={value!r}` is out of range.",

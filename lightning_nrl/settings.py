@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
 
 __all__ = ["Settings"]
@@ -35,7 +36,7 @@ class Settings:
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
-            model, such as the layer, is checked when the repair begins.
+            model, such as whether it has the layer, is checked when the repair begins.
 
     Example:
         >>> Settings(target=Target.label(3)).plain()["target"]
@@ -53,12 +54,13 @@ class Settings:
     budget: int | None = None
 
     def __post_init__(self) -> None:
-        _check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
-        _check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
-        _check_kind("method", self.method, isinstance(self.method, ParticleSwarm), "ParticleSwarm", "ParticleSwarm()")
-        _check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
+        check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
+        check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
+        check_kind("method", self.method, isinstance(self.method, ParticleSwarm), "ParticleSwarm", "ParticleSwarm()")
+        check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
         localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
-        _check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
+        check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
+        layer_names(self.layer)
         for name, least, most in (("n_passed", 1, None), ("seed", 0, 2**32 - 1), ("budget", 1, None)):
             value = getattr(self, name)
             if value is None and name != "seed":
@@ -73,11 +75,6 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""
         return {name: _plain(value) for name, value in _fields(self).items()}
-
-
-def _check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    if not fits or isinstance(value, type):
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", f"write {example}."))
 
 
 def _plain(value: Any) -> Any:

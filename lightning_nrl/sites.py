@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["Convolution", "Layer", "Site", "WeightSpace", "find_sites"]
+__all__ = ["Convolution", "Layer", "Site", "WeightSpace", "find_sites", "layer_names"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
@@ -151,10 +151,20 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
     return WeightSpace(tuple(sites))
 
 
-def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def layer_names(layer: str | Sequence[str]) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
+    return names
+
+
+def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]

@@ -6,7 +6,6 @@ them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readabl
 
 from __future__ import annotations
 
-import importlib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_nrl.addresses import check_callable, find_function
 from lightning_nrl.batches import Batch
 from lightning_nrl.errors import ConfigurationError, explain
 
@@ -208,7 +208,9 @@ class Where(Target):
         return f"where {name}"
 
     def _function(self) -> Predicate:
-        return _find(self.predicate) if isinstance(self.predicate, str) else _checked_callable(self.predicate)
+        if isinstance(self.predicate, str):
+            return find_function("predicate", self.predicate)
+        return check_callable("predicate", self.predicate)
 
 
 @dataclass(frozen=True)
@@ -297,35 +299,6 @@ def _classes(target: Target, classes: Tensor | None) -> Tensor:
             )
         )
     return classes
-
-
-def _find(address: str) -> Predicate:
-    module, _, name = address.partition(":")
-    if not module or not name:
-        raise ConfigurationError(
-            explain(f"`target`: the predicate '{address}' is no address.", "write `package.module:function`.")
-        )
-    try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(
-            explain(
-                f"`target`: the predicate '{address}' was not found: {error}.",
-                "write `package.module:function`, with a module that Python can import from here.",
-            )
-        ) from error
-    return _checked_callable(found)
-
-
-def _checked_callable(predicate: Any) -> Predicate:
-    if not callable(predicate):
-        raise ConfigurationError(
-            explain(
-                f"`target`: a predicate of type {type(predicate).__name__} cannot be called.",
-                "give a function of the batch that returns one bool a sample.",
-            )
-        )
-    return predicate
 
 
 def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:

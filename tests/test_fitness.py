@@ -172,6 +172,7 @@ def test_value_is_float64_whatever_the_scores_are(dtype):
         ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'lexicographic', 'eq1', 'eq2'"),
         ({"loss_term": "bound"}, "`fitness.loss_term='bound'`", "'bounded'"),
         ({"infeasible": None}, "`fitness.infeasible=None`", "'ranked', 'zero'"),
+        ({"alpha": "6"}, "`fitness.alpha='6'`", "at least 0"),
         ({"alpha": -1.0}, "`fitness.alpha=-1.0`", "at least 0"),
         ({"beta": math.nan}, "`fitness.beta=nan`", "at least 0"),
         ({"delta": 0.0}, "`fitness.delta=0.0`", "above 0"),

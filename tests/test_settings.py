@@ -107,6 +107,8 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
         ({"fitness": Fitness}, "is no Fitness"),
         ({"localizer": "all"}, "`localizer='all'` is no Localizer"),
         ({"localizer": my_fitness}, "is no Localizer"),
+        ({"layer": []}, r"`layer=\[\]` names no layer"),
+        ({"layer": 3}, "`layer=3` names no layer"),
         ({"n_passed": 0}, "`n_passed=0` is out of range"),
         ({"n_passed": 2.5}, "`n_passed=2.5` is out of range"),
         ({"seed": -1}, "`seed=-1` is out of range"),
