@@ -51,3 +51,25 @@ def test_what_cannot_be_replayed_is_run_as_a_whole(case: Case, reason: str, dtyp
         recording = problem.recording(5, 6, 1)
     assert recording.fallback_reason is not None
     check(problem, recording, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", ["head", "middle linear", "conv2d", "residual, first", "attention, batch first"])
+def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
+    problem = make_problem(REPLAYED[name], n=40)
+
+    def context() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    recording = problem.recording(40, context=context)
+    assert recording.fallback_reason is None
+    where, values = problem.candidates(7, 9)
+    everyone = torch.ones(40, dtype=torch.bool)
+    outcome = make_scorer(recording, where, everyone, ~everyone, Multiclass()).outcome(values)
+    with context():
+        logits = problem.oracle(where, values).float()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), problem.target.repeat(7), reduction="none")
+    torch.testing.assert_close(outcome.loss.float(), loss.view(7, 40), rtol=0.03, atol=0.03)
+    top = logits.topk(2).values
+    clear = top[..., 0] - top[..., 1] > 0.02
+    assert torch.equal(outcome.passed[clear], (logits.argmax(2) == problem.target)[clear])
+    assert clear.float().mean() > 0.8
