@@ -109,7 +109,8 @@ def collect(
 
     Raises:
         ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
-        EvidenceError: a split's samples are not there exactly once, or another rank could not read its share.
+        EvidenceError: a split's samples are not there exactly once, some have no class, or another rank could not read
+            its share.
     """
     collective = collective or Collective()
     splits = tuple(source.split for source in sources)
@@ -140,7 +141,18 @@ def _read(forward: Forward, source: Source, task: Task, target: Target | None, c
             output = task.logits(forward(*batch.args, **batch.kwargs))
         for name, column in _columns(batch, output, task, target).items():
             parts[name].append(column)
-    return {name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()}
+    table = {
+        name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()
+    }
+    nameless = source.index[table["position"][table["label"] < -1]].tolist()
+    if nameless:
+        raise EvidenceError(
+            explain(
+                f"`{source.split}` data: {len(nameless)} samples have labels below 0 ({nameless[:10]}).",
+                "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
+            )
+        )
+    return table
 
 
 def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) -> Table:

@@ -182,3 +182,9 @@ def test_a_task_without_classes_leaves_them_unknown() -> None:
     evidence = collect(nn.Identity(), [source(failed=True)], task=Column(""), target=Target.all())
     assert evidence.label.tolist() == evidence.prediction.tolist() == [-1] * 5
     assert torch.equal(evidence.targeted, ~evidence.passed)
+
+
+def test_samples_that_a_loss_ignores_are_named() -> None:
+    labels = TensorSource(LOGITS, torch.tensor([0, -100, 1, 1, -100]), split="train")
+    with pytest.raises(EvidenceError, match=r"`train` data: 2 samples have labels below 0 \(\[1, 4\]\)"):
+        collect(nn.Identity(), [labels], task=Multiclass())
