@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,7 +78,8 @@ class ParticleSwarm:
                         f"give a whole number of at least {least}.",
                     )
                 )
-        if not 0 < self.scale_min <= self.scale_max < math.inf:
+        numbers = isinstance(self.scale_min, Real) and isinstance(self.scale_max, Real)
+        if not numbers or not 0 < self.scale_min <= self.scale_max < math.inf:
             raise ConfigurationError(
                 explain(
                     f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",

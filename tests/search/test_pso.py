@@ -205,6 +205,7 @@ def test_the_global_random_state_is_left_alone():
         ({"particles": 10.5}, "`ParticleSwarm.particles=10.5`"),
         ({"iterations": -1}, "`ParticleSwarm.iterations=-1`"),
         ({"patience": 0}, "`ParticleSwarm.patience=0`"),
+        ({"scale_min": "small"}, "`ParticleSwarm.scale_min='small'`"),
         ({"scale_min": 0.0}, "`ParticleSwarm.scale_min=0.0`"),
         ({"scale_min": 2.0}, "`scale_max=0.3`"),
         ({"scale_max": math.inf}, "`scale_max=inf`"),
