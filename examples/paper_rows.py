@@ -64,12 +64,13 @@ def table_of(reports: dict[str, list[RepairReport]]) -> Table:
     known, unseen = (reports["default"][0].pooled(role) for role in ("known", "unseen"))
     table = Table(
         title=f"Means of {len(reports['default'])} runs",
-        caption=f"known: {known.targeted} to be repaired, {known.passed} passed; unseen: {unseen.passed} passed",
+        caption=f"known: {known.targeted} to be repaired, {known.passed} passed; unseen: {unseen.passed} passed;\n"
+        "clean: something repaired and nothing known broken",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
     )
     heads = ("setting", "known:\nrepaired", "\nbroken", "unseen:\nrepaired", "\nbroken")
-    for head in (*heads, "accuracy:\nuntouched", "\nrepaired", "none broken,\nrepaired"):
+    for head in (*heads, "accuracy:\nuntouched", "\nrepaired", "\nclean"):
         table.add_column(head, justify="right")
     for setting, runs in reports.items():
         known, unseen = ([run.pooled(role) for run in runs] for role in ("known", "unseen"))
