@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_found"]
+__all__ = ["as_found", "random_state"]
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards its training flags and buffers and the random state are as before.
+    """The model in evaluation mode; afterwards its training flags and buffers and the random states are as before.
 
     Some models count or cache in a buffer whenever they run, or draw random numbers even in evaluation mode. Weights
     need no such care: nothing writes to them on the way.
@@ -21,10 +24,9 @@ def as_found(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         # Inference mode would forbid the gradients that localisation needs.
-        with torch.random.fork_rng(devices=list(devices)), torch.inference_mode(False):
+        with random_state(), torch.inference_mode(False):
             model.eval()
             yield
     finally:
@@ -35,6 +37,28 @@ def as_found(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer is not None and value is not None and not _same(buffer, value):
                     buffer.copy_(value)
+
+
+@contextmanager
+def random_state() -> Iterator[None]:
+    """The global random states of torch, numpy and Python are as found afterwards.
+
+    Also after an exception, where Lightning's `isolate_rng` leaves them as they are then.
+    """
+    states: list[tuple[Callable[[Any], None], Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (np.random.set_state, np.random.get_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_available():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    try:
+        yield
+    finally:
+        for restore, state in states:
+            restore(state)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

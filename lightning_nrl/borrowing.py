@@ -1,14 +1,11 @@
-"""Borrowing the live model and trainer: everything is as found when they are given back."""
+"""Borrowing the trainer and its model: everything is as found when they are given back."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -18,7 +15,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
 
-__all__ = ["StartingWeights", "evaluating", "random_state", "starting_weights"]
+__all__ = ["StartingWeights", "starting_weights", "validating"]
 
 
 @dataclass
@@ -29,40 +26,14 @@ class StartingWeights:
 
 
 @contextmanager
-def evaluating(trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[None]:
-    """The model and the trainer as in validation; afterwards each module's training flag and the stage are as found."""
-    flags = [(module, module.training) for module in model.modules()]
+def validating(trainer: pl.Trainer) -> Iterator[None]:
+    """The trainer says that it validates, so that augmentation which asks it is left to training."""
     stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
     try:
-        trainer.state.stage = RunningStage.VALIDATING
-        model.eval()
         yield
     finally:
-        for module, training in flags:
-            module.training = training
         trainer.state.stage = stage
-
-
-@contextmanager
-def random_state() -> Iterator[None]:
-    """The global random states of torch, numpy and Python are as found afterwards.
-
-    Also after an exception, where Lightning's `isolate_rng` leaves them as they are then.
-    """
-    states: list[tuple[Callable[[Any], None], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (np.random.set_state, np.random.get_state()),
-        (random.setstate, random.getstate()),
-    ]
-    if torch.cuda.is_available():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
-    if torch.backends.mps.is_available():
-        states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-    try:
-        yield
-    finally:
-        for restore, state in states:
-            restore(state)
 
 
 @contextmanager
@@ -78,8 +49,7 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
     if not path and trainer.world_size == 1:
         yield start
         return
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
         if path:
             trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
@@ -87,9 +57,9 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
         yield start
     finally:
         if not start.keep:
-            model.load_state_dict(state)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
 
 
 def _best_path(trainer: pl.Trainer) -> str:

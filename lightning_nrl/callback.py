@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
-from lightning_nrl.borrowing import evaluating, random_state, starting_weights
+from lightning_nrl.borrowing import starting_weights, validating
 from lightning_nrl.checks import check_arguments, check_kind, check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
@@ -179,7 +180,7 @@ class RegressionFreeRepair(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
-        with random_state(), evaluating(trainer, pl_module):
+        with random_state(), validating(trainer):
             known, unseen = self._sources(trainer, pl_module, limit=1)
             rehearse(pl_module, [*known, *unseen], self.settings, **self._means(trainer, pl_module))
 
@@ -230,7 +231,7 @@ class RegressionFreeRepair(Callback):
     def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found."""
         self._ran = True
-        with random_state(), evaluating(trainer, pl_module), RepairProgress(trainer) as progress:
+        with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
             known, unseen = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)

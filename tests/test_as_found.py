@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Everything, Target, repair_module
-from lightning_nrl.as_found import as_found
+from lightning_nrl.as_found import as_found, random_state
 from lightning_nrl.sites import find_sites
 
 
@@ -168,3 +171,22 @@ def test_other_weights_are_held_for_a_while_only() -> None:
         assert torch.equal(model.head.weight, torch.ones(3, 12))
         assert model.exit.bias is bias
     assert model.head.weight is model.exit.weight is weight
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(1).item(), float(np.random.rand()), random.random()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    expected = draw()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    with nullcontext() if error is None else pytest.raises(error), random_state():
+        draw()
+        torch.manual_seed(0)
+        if error is not None:
+            raise error
+    assert draw() == expected

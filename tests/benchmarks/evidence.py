@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.borrowing import evaluating
+from lightning_nrl.as_found import as_found
 from lightning_nrl.evidence import collect
 from lightning_nrl.loaders import make_source
 from lightning_nrl.targets import Target
@@ -60,7 +60,7 @@ def main() -> None:
 
     def evidence() -> None:
         source = make_source(loader, "val", trainer=trainer, model=model, passed=True, failed=True)
-        with evaluating(trainer, model):
+        with as_found(model):
             collect(model, [source], task=Multiclass(), target=Target.label(3))
 
     validated, collected = compare([lambda: trainer.validate(model, loader, verbose=False), evidence])
