@@ -88,6 +88,8 @@ def watching(
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; it is run like code between modules
+                continue
             for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
                 stack.callback(handle.remove)
         for name, module in sites.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,65 @@ class HardMask(nn.Module):
         return self.head(self.mix(h) * (h > 0).to(h.dtype))
 
 
+class Between(nn.Module):
+    """Something that is not plain Python stands between two layers, with a shortcut over it."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first, self.between, self.head = nn.Linear(6, 6), between, nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.head((h + self.between(h)).flatten(1, -2).mean(1) if h.ndim > 2 else h + self.between(h))
+
+
+class Doubled(torch.autograd.Function):
+    """A function that only the dispatcher sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class Custom(nn.Module):
+    """Calls a function of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(x)
+
+
+class Attention(nn.Module):
+    """Self-attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(6, 2, batch_first=True), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.attention(x, x, x, need_weights=False)[0])
+
+
+class Recurrent(nn.Module):
+    """An LSTM, which returns nested tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def _scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, what it is fed with, and which layer is repaired."""
@@ -211,6 +271,12 @@ REPLAYED: dict[str, Case] = {
     "second input": Case(TwoInputs, two_inputs, "right"),
     "folded": Case(Folded, floats(3, 4), "frame"),
     "folded, with shortcut": Case(Folded, floats(3, 4), "mix"),
+    "before a script": Case(lambda: Between(_scripted()), floats(6), "first"),
+    "after a script": Case(lambda: Between(_scripted()), floats(6), "head"),
+    "before a custom function": Case(lambda: Between(Custom()), floats(6), "first"),
+    "before attention": Case(lambda: Between(Attention()), floats(4, 6), "first"),
+    "after attention": Case(lambda: Between(Attention()), floats(4, 6), "head"),
+    "before an LSTM": Case(lambda: Between(Recurrent()), floats(4, 6), "first"),
     "hard mask": Case(HardMask, floats(6), "mix"),
 }
 
