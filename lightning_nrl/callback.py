@@ -259,8 +259,7 @@ class RegressionFreeRepair(Callback):
             raise
         finally:
             self._pending = False
-        if outcome.parameters is not None:
-            self._space(pl_module).write(outcome.parameters)
+        outcome.write(pl_module)
 
     def _sources(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None

@@ -84,7 +84,7 @@ class WeightSpace:
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
 
-        The live parameters are not touched. The result suits `holding` and `write`.
+        The live parameters are not touched. The result suits `holding`.
         """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
@@ -114,13 +114,6 @@ class WeightSpace:
         finally:
             for held, kind, parameter in own:
                 held[kind] = parameter
-
-    @torch.no_grad()
-    def write(self, parameters: Mapping[str, Tensor]) -> None:
-        """Copies whole parameters into the live model."""
-        for site in self.sites:
-            for name, parameter in site.parameters.items():
-                parameter.copy_(parameters[name])
 
 
 def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> WeightSpace:
