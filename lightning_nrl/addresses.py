@@ -9,42 +9,38 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["check_callable", "find_function"]
+__all__ = ["find_function"]
 
 HINT = "write `package.module:function`, with a module that Python can import from here."
 
 
-def find_function(argument: str, address: str) -> Callable[..., Any]:
-    """The function at an address, `package.module:function`; what follows the colon may reach into a class.
+def find_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that an argument stands for.
 
     Args:
-        argument: whose value the address is.
-        address: module and name.
+        argument: its name.
+        value: a function, which is given back, or its address, `package.module:function`; what follows the colon may
+            reach into a class.
 
     Raises:
         ConfigurationError: there is no such function.
     """
+    found = _at(argument, value) if isinstance(value, str) else value
+    if not callable(found):
+        raise ConfigurationError(
+            explain(
+                f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
+                "give a function, or its address as text, `package.module:function`.",
+            )
+        )
+    return found
+
+
+def _at(argument: str, address: str) -> Any:
     module, _, name = address.partition(":")
     if not module or not name:
         raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", HINT))
     try:
-        found = operator.attrgetter(name)(importlib.import_module(module))
+        return operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigurationError(explain(f"`{argument}={address!r}` was not found: {error}.", HINT)) from error
-    return check_callable(argument, found)
-
-
-def check_callable(argument: str, value: Any) -> Callable[..., Any]:
-    """The value, if it can be called.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
-    if not callable(value):
-        raise ConfigurationError(
-            explain(
-                f"`{argument}`: a value of type {type(value).__name__} cannot be called.",
-                "give a function, or its address as text, `package.module:function`.",
-            )
-        )
-    return value

@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.borrowing import starting_weights, validating
-from lightning_nrl.checks import check_arguments, check_kind, check_namespace, check_order, check_strategy
+from lightning_nrl.checks import check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import explain
+from lightning_nrl.errors import check_choice, check_kind, explain
 from lightning_nrl.files import base_folder, file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
-from lightning_nrl.loaders import LoaderSource, import_function, warn_if_random
+from lightning_nrl.loaders import LoaderSource, warn_if_random
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
@@ -111,27 +112,24 @@ class RegressionFreeRepair(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        check_arguments(
-            n_passed=n_passed, start_from=start_from, seed=seed, budget=budget, layer=layer, localizer=localizer
-        )
+        check_choice("start_from", start_from, ("last", "best"))
         self.settings = Settings(
             target=target if target is not None else Target.all(),
             layer=layer,
             gate=Gate.parse(gate),
             method=method if method is not None else ParticleSwarm(),
             fitness=Fitness(fitness) if isinstance(fitness, str) else fitness,  # type: ignore[arg-type]
-            localizer=localizer or NeuRecoverLite(),
+            localizer=localizer if localizer is not None else NeuRecoverLite(),
             n_passed=n_passed,
             seed=seed,
             budget=budget,
         )
-        self.task = task or Multiclass()
-        check_kind("target", self.settings.target, Target, "give what `Target.label(k)` and the like return.")
-        check_kind("method", self.settings.method, ParticleSwarm, "give a `ParticleSwarm(...)`, or leave it out.")
-        check_kind("fitness", self.settings.fitness, Fitness, "give a `Fitness(...)`, or its kind as text.")
-        check_kind("task", self.task, Task, "give an object of a `Task` class, or leave it out for multiclass.")
+        self.task = task if task is not None else Multiclass()
+        check_kind(
+            "task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of a class of yours"
+        )
         self.data = DataRequest(passed, failed, unseen)
-        self.adapter = import_function(adapter, "adapter") if isinstance(adapter, str) else adapter or unpack
+        self.adapter = unpack if adapter is None else find_function("adapter", adapter)
         self.start_from = start_from
         self.dirpath = dirpath
         self.verbose = verbose

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before training starts."""
+"""Trainers under which a repair cannot be made, known before training starts."""
 
 from __future__ import annotations
 
@@ -7,49 +7,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging
 
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["check_arguments", "check_kind", "check_namespace", "check_order", "check_strategy"]
+__all__ = ["check_namespace", "check_order", "check_strategy"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
-
-
-def check_arguments(
-    *, n_passed: int | None, start_from: str, seed: int, budget: int | None, layer: Any, localizer: Any
-) -> None:
-    """Refuses numbers and names that have no meaning.
-
-    Raises:
-        ConfigurationError: the first of them.
-    """
-    check_choice("start_from", start_from, ("last", "best"))
-    if n_passed is not None and not _whole(n_passed, 1):
-        raise ConfigurationError(
-            explain(f"`n_passed={n_passed!r}` must be positive.", "leave it out to score every known passed sample.")
-        )
-    if not _whole(seed, 0) or seed >= 2**32:
-        raise ConfigurationError(explain(f"`seed={seed!r}` is no seed.", "give a whole number from 0 to 2**32 - 1."))
-    if budget is not None and not _whole(budget, 1):
-        raise ConfigurationError(
-            explain(f"`budget={budget!r}` must be a positive number of bytes.", "leave it out to use what is free.")
-        )
-    if localizer is not None and not (callable(localizer) and hasattr(localizer, "include_bias")):
-        raise ConfigurationError(
-            explain(f"`localizer={localizer!r}` is no localizer.", "give a `NeuRecoverLite(...)`, or leave it out.")
-        )
-    names = layer if isinstance(layer, (list, tuple)) else [layer]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
-
-
-def check_kind(argument: str, value: Any, kind: type[Any], hint: str) -> None:
-    """Refuses a value of another kind than the argument's.
-
-    Raises:
-        ConfigurationError: it is.
-    """
-    if not isinstance(value, kind):
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind.__name__}.", hint))
 
 
 def check_namespace(trainer: Any) -> None:
@@ -111,7 +73,3 @@ def check_order(callback: Callback, trainer: pl.Trainer, start_from: str) -> Non
                 "say `start_from='best'` to the first repair alone; the next ones go on from what it left.",
             )
         )
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from lightning_nrl.batches import Adapter, Batch, unpack
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["LoaderSource", "check_loader", "find_loader", "import_function", "make_source", "warn_if_random"]
+__all__ = ["LoaderSource", "check_loader", "find_loader", "make_source", "warn_if_random"]
 
 SPLITS = ("train", "val", "repair", "test")
 
@@ -233,24 +232,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     return not isinstance(a, (int, float, str)) or a == b or a != a
-
-
-def import_function(path: str, argument: str) -> Callable[..., Any]:
-    """The function that a string such as `package.module:name` stands for.
-
-    Raises:
-        ConfigurationError: there is no such function.
-    """
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(
-            explain(f"`{argument}={path!r}`: {error}.", "write 'package.module:function'.")
-        ) from error
-    if not callable(found):
-        raise ConfigurationError(explain(f"`{argument}={path!r}` is not callable.", "name a function."))
-    return found
 
 
 def _index(loader: DataLoader[Any]) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nrl.addresses import check_callable, find_function
+from lightning_nrl.addresses import find_function
 from lightning_nrl.batches import Batch
 from lightning_nrl.errors import ConfigurationError, explain
 
@@ -208,9 +208,7 @@ class Where(Target):
         return f"where {name}"
 
     def _function(self) -> Predicate:
-        if isinstance(self.predicate, str):
-            return find_function("predicate", self.predicate)
-        return check_callable("predicate", self.predicate)
+        return find_function("predicate", self.predicate)
 
 
 @dataclass(frozen=True)

@@ -29,3 +29,9 @@ def test_an_address_without_a_function_is_refused(address: str, problem: str) ->
         find_function("adapter", address)
     assert str(refusal.value).startswith(f"`adapter{problem}")
     assert "\nHINT: " in str(refusal.value)
+
+
+def test_a_function_stands_for_itself() -> None:
+    assert find_function("adapter", len) is len
+    with pytest.raises(ConfigurationError, match="`adapter`: a value of type int cannot be called"):
+        find_function("adapter", 3)  # type: ignore[arg-type]

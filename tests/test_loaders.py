@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.batches import Batch
-from lightning_nrl.loaders import LoaderSource, check_loader, import_function, make_source, warn_if_random
+from lightning_nrl.loaders import LoaderSource, check_loader, make_source, warn_if_random
 
 
 def same(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -139,14 +139,3 @@ def test_one_loader_in_a_list_or_mapping_is_that_loader() -> None:
 def test_what_is_no_loader_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="`val` data: found TensorDataset, not a DataLoader"):
         check_loader(numbers(3), "val")
-
-
-@pytest.mark.parametrize("path", ["math:floor", "math.floor", "os.path:join"])
-def test_a_function_is_imported_by_its_address(path: str) -> None:
-    assert callable(import_function(path, "adapter"))
-
-
-@pytest.mark.parametrize("path", ["math:flour", "floor", "", "no.such.module:f", "math:pi", ":", "."])
-def test_an_address_without_a_function_is_refused(path: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"^`adapter='[\s\S]*HINT: "):
-        import_function(path, "adapter")

@@ -30,7 +30,8 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`failed='valid'` is no split": lambda: RegressionFreeRepair(failed="valid"),
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
     "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(adapter="nowhere:f"),
-    "`localizer='lite'` is no localizer": lambda: RegressionFreeRepair(localizer="lite"),  # type: ignore[arg-type]
+    "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(adapter=3),  # type: ignore[arg-type]
+    "`localizer='lite'` is no Localizer": lambda: RegressionFreeRepair(localizer="lite"),  # type: ignore[arg-type]
     "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
