@@ -1,7 +1,8 @@
 """The default settings beside two rows of the paper's Table II, on Fashion-MNIST with drift (EXP-C in small).
 
-    python examples/paper_rows.py           # ten runs a setting, as in the paper
-    python examples/paper_rows.py --quick   # two runs a setting, on a network that was trained for a shorter time
+    python examples/paper_rows.py            # ten runs a setting, as in the paper
+    python examples/paper_rows.py --runs 5
+    python examples/paper_rows.py --quick    # two runs a setting, on a network that was trained for a shorter time
 
 The network is trained once and kept in `runs/`. The failures to be repaired are those of upside-down garments.
 """
@@ -90,14 +91,15 @@ def table_of(reports: dict[str, list[RepairReport]]) -> Table:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer runs on a network that was trained for less long")
-    quick = parser.parse_args().quick
+    parser.add_argument("--runs", type=int, default=10, help="repairs of each setting, from seed 0")
+    parser.add_argument("--quick", action="store_true", help="two runs on a network that was trained for less long")
+    arguments = parser.parse_args()
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     data = DriftingFashion()
-    checkpoint = trained(data, epochs=6 if quick else 20)
-    seeds = range(2 if quick else 10)
+    checkpoint = trained(data, epochs=6 if arguments.quick else 20)
+    seeds = range(2 if arguments.quick else arguments.runs)
     runs = [(name, seed) for name in SETTINGS for seed in seeds]
     reports: dict[str, list[RepairReport]] = {name: [] for name in SETTINGS}
     for name, seed in track(runs, description="Repairing"):
