@@ -19,8 +19,8 @@ def find_function(argument: str, value: str | Callable[..., Any]) -> Callable[..
 
     Args:
         argument: its name.
-        value: a function, which is given back, or its address, `package.module:function`; what follows the colon may
-            reach into a class.
+        value: a function, which is given back, or its address, `package.module:function` or with a dot for the colon;
+            what follows a colon may reach into a class.
 
     Raises:
         ConfigurationError: there is no such function.
@@ -37,7 +37,7 @@ def find_function(argument: str, value: str | Callable[..., Any]) -> Callable[..
 
 
 def _at(argument: str, address: str) -> Any:
-    module, _, name = address.partition(":")
+    module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
     if not module or not name:
         raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", HINT))
     try:

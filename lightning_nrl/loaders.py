@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from lightning_nrl.batches import Adapter, Batch, unpack
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["LoaderSource", "check_loader", "find_loader", "make_source", "warn_if_random"]
+__all__ = ["LoaderSource", "check_loader", "find_loader", "make_source", "sample_index", "warn_if_random"]
 
 SPLITS = ("train", "val", "repair", "test")
 
@@ -99,7 +99,7 @@ def make_source(
         ConfigurationError: an iterable data set, several loaders at once, or a data set that batches itself.
     """
     loader = check_loader(loader, split)
-    index = _index(loader)
+    index = sample_index(loader)
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     if limit is not None:
         index = index[: limit * batch_size]
@@ -234,7 +234,7 @@ def _same(a: Any, b: Any) -> bool:
     return not isinstance(a, (int, float, str)) or a == b or a != a
 
 
-def _index(loader: DataLoader[Any]) -> Tensor:
+def sample_index(loader: DataLoader[Any]) -> Tensor:
     """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
     sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed wrapper

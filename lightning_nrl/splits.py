@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_nrl.batches import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source
+from lightning_nrl.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
 
 __all__ = ["DataRequest"]
 
@@ -41,8 +42,8 @@ class DataRequest:
                 raise ConfigurationError(
                     explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
                 )
-            if isinstance(value, DataLoader):
-                check_loader(value, argument)
+            if not isinstance(value, str) and value is not None:
+                object.__setattr__(self, argument, check_loader(value, argument))
 
     def find(self, trainer: pl.Trainer, model: pl.LightningModule) -> tuple[Found, Found, Found | None]:
         """The data loaders and names of the passed, the failed and the unseen data.
@@ -62,6 +63,17 @@ class DataRequest:
                     "name a split that is neither `passed` nor `failed`.",
                 )
             )
+        for loader, split in (passed, failed):
+            samples = sample_index(unseen[0])
+            same = loader.dataset is unseen[0].dataset
+            common = int(torch.isin(samples, sample_index(loader)).sum()) if same else 0
+            if common:
+                raise ConfigurationError(
+                    explain(
+                        f"`unseen`: {common} of its {len(samples)} samples are in `{split}` too, which is known data.",
+                        "give data that are neither `passed` nor `failed`.",
+                    )
+                )
         return passed, failed, unseen
 
     def sources(
@@ -81,17 +93,16 @@ class DataRequest:
         """
         make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit)
         passed, failed, unseen = self.find(trainer, model)
-        if passed[1] == failed[1]:
-            known = [make(*passed, passed=True, failed=True)]
+        if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
+            known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
-        # Counted only: how many failures of the same kind there are, and how many of them are right afterwards.
-        return known, [] if unseen is None else [make(*unseen, failed=True)]
+        return known, [] if unseen is None else [make(*unseen)]
 
     def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
         value = getattr(self, argument)
         if isinstance(value, DataLoader):
-            return check_loader(value, argument), argument
+            return value, argument
         splits = automatic if value == "auto" else (value,)
         for split in splits:
             loader = find_loader(split, trainer, model)
@@ -103,3 +114,7 @@ class DataRequest:
                 f"add it to the data module, or pass a DataLoader as `{argument}=`.",
             )
         )
+
+
+def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
+    return a.dataset is b.dataset and torch.equal(sample_index(a), sample_index(b))

@@ -7,6 +7,7 @@ them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readabl
 from __future__ import annotations
 
 import operator
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -200,7 +201,7 @@ class Where(Target):
         if self.name is not None:
             return f"where {self.name}"
         if isinstance(self.predicate, str):
-            return f"where {self.predicate.partition(':')[2]}"
+            return f"where {re.split('[:.]', self.predicate)[-1]}"
         name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
         code = getattr(self.predicate, "__code__", None)
         if name == "<lambda>" and code is not None:

@@ -6,7 +6,7 @@ from lightning_nrl import ConfigurationError
 from lightning_nrl.addresses import find_function
 
 
-@pytest.mark.parametrize("address", ["math:floor", "os.path:join", "collections:Counter.most_common"])
+@pytest.mark.parametrize("address", ["math:floor", "math.floor", "os.path:join", "collections:Counter.most_common"])
 def test_a_function_is_found_by_its_address(address: str) -> None:
     assert find_function("adapter", address).__name__ == address.replace(":", ".").rpartition(".")[2]
 
@@ -15,9 +15,9 @@ def test_a_function_is_found_by_its_address(address: str) -> None:
     ("address", "problem"),
     [
         ("floor", "='floor'` is no address"),
-        ("math.floor", "='math.floor'` is no address"),
         (":floor", "=':floor'` is no address"),
         ("", "=''` is no address"),
+        (".", "='.'` is no address"),
         (".:floor", "='.:floor'` was not found"),
         ("no.such.module:f", "='no.such.module:f'` was not found: No module named 'no'"),
         ("math:flour", "='math:flour'` was not found: module 'math' has no attribute 'flour'"),

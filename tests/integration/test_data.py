@@ -124,6 +124,13 @@ def test_data_loaders_are_given_by_argument(tmp_path: Path) -> None:
     assert_true(report, "failed", model, data.test)
 
 
+def test_one_loader_for_passed_and_failed_samples_is_one_split(tmp_path: Path) -> None:
+    data = Digits()
+    loader = DataLoader(data.repair, 64)
+    assert sizes(repaired(tmp_path, data, passed=loader, failed=loader)[0]) == {"failed": 203}
+    assert sizes(repaired(tmp_path, data, passed="val", failed=DataLoader(data.val, 7))[0]) == {"val": 100}
+
+
 class Named(Dataset):
     """Samples as a mapping, with a name that no network can read."""
 

@@ -12,7 +12,7 @@ import torch
 from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair, Target, repair
 from lightning_nrl.errors import ReplayError
@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`budget=0`": lambda: RegressionFreeRepair(budget=0),
     "`seed=-1`": lambda: RegressionFreeRepair(seed=-1),
     "`failed='valid'` is no split": lambda: RegressionFreeRepair(failed="valid"),
+    "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(passed=3),  # type: ignore[arg-type]
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
     "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(adapter="nowhere:f"),
     "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(adapter=3),  # type: ignore[arg-type]
@@ -160,6 +161,13 @@ def test_unseen_data_that_is_not_there_is_missed_before_training(tmp_path: Path)
 def test_known_data_cannot_be_unseen(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(failed="val", unseen="val"))
     assert message.startswith("`unseen='val'` is known data too")
+
+
+def test_known_data_cannot_be_unseen_under_another_name(tmp_path: Path) -> None:
+    data = Digits()
+    some = DataLoader(data.train, 32, sampler=SubsetRandomSampler([3, 5]))
+    message = refused(tmp_path, data, quick_repair(unseen=some))
+    assert message.startswith("`unseen`: 2 of its 2 samples are in `train` too, which is known data")
 
 
 def test_a_task_or_method_of_another_kind_is_refused() -> None:
