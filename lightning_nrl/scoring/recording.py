@@ -38,7 +38,7 @@ class Chunk:
 
     Attributes:
         group: which group.
-        samples: their places in it.
+        samples: their places in it, on the device where it is kept.
         rows: their rows in the evidence, `n` int64 on the CPU.
         target: their truth, on the model's device.
     """
@@ -90,6 +90,11 @@ class _Group:
     def move(self, device: torch.device) -> None:
         self.parts = [[x.to(device) for x in parts] for parts in self.parts]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are kept."""
+        return next((x.device for parts in self.parts for x in parts), torch.device("cpu"))
+
     def take(self, samples: slice | Tensor, device: torch.device) -> list[Tensor]:
         return [
             layout.take(parts[0], samples).to(device) for parts, layout in zip(self.parts, self.layouts, strict=True)
@@ -136,20 +141,20 @@ class Recording:
                 if not len(part):
                     continue
                 whole = len(part) == int(part[-1] - part[0]) + 1
-                samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part
+                # Beside the samples themselves, so that taking them makes no device wait for the host.
+                samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part.to(group.device)
                 yield Chunk(number, samples, rows[part], to_device(select_all(group.targets[0], part), device))
 
     def split(self, chunk: Chunk, size: int) -> Iterator[Chunk]:
         """The same samples in chunks of at most `size`."""
         for start in range(0, len(chunk), size):
             part = slice(start, min(start + size, len(chunk)))
-            index = torch.arange(part.start, part.stop)
             samples = chunk.samples
             if isinstance(samples, slice):
                 samples = slice(samples.start + part.start, samples.start + part.stop)
             else:
                 samples = samples[part]
-            yield Chunk(chunk.group, samples, chunk.rows[part], select_all(chunk.target, index))
+            yield Chunk(chunk.group, samples, chunk.rows[part], select_all(chunk.target, part))
 
     def first(self, chunk: Chunk) -> Site:
         """The site that the model calls first, for samples that are replayable."""

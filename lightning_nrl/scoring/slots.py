@@ -82,9 +82,9 @@ def select(tree: Any, index: Tensor, n: int) -> Any:
     return pytree.tree_map_only(Tensor, take, tree)
 
 
-def select_all(tree: Any, index: Tensor) -> Any:
-    """The chosen samples of every tensor."""
-    return pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index.to(x.device)), tree)
+def select_all(tree: Any, samples: Tensor | slice) -> Any:
+    """The chosen samples of every tensor; views if a slice chooses them."""
+    return pytree.tree_map_only(Tensor, lambda x: Layout(0).take(x, samples), tree)
 
 
 def repeat_all(tree: Any, copies: int) -> Any:
