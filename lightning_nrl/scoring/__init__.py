@@ -2,15 +2,15 @@
 
 from lightning_nrl.scoring.passes import Context, SiteEdit
 from lightning_nrl.scoring.recording import Chunk, Recording, record
-from lightning_nrl.scoring.scorer import Outcome, SwarmScorer, make_scorer
+from lightning_nrl.scoring.scorer import SampleScores, SwarmScorer, make_scorer
 from lightning_nrl.scoring.scores import Scorer, Scores
 from lightning_nrl.scoring.sparse import SiteChange, make_changes
 
 __all__ = [
     "Chunk",
     "Context",
-    "Outcome",
     "Recording",
+    "SampleScores",
     "Scorer",
     "Scores",
     "SiteChange",

@@ -15,11 +15,11 @@ from lightning_nrl.scoring.recording import Recording
 from lightning_nrl.scoring.scores import Scores
 from lightning_nrl.tasks import Task
 
-__all__ = ["Outcome", "SwarmScorer", "make_scorer"]
+__all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SampleScores:
     """What each candidate does on each of this rank's samples.
 
     Attributes:
@@ -98,7 +98,7 @@ class SwarmScorer:
         )
 
     @torch.no_grad()
-    def outcome(self, values: Tensor, swarm: int = 0) -> Outcome:
+    def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
         """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
         values = values.to(self.recording.subject.space.device)
         problem = next(problem for problem in self.problems if swarm in problem.swarms)
@@ -107,7 +107,7 @@ class SwarmScorer:
         losses = [_losses(piece, values[:, problem.columns]) for piece in pieces]
         none = torch.zeros(len(values), 0)
         rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.chunk.rows for piece in pieces)])
-        return Outcome(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
+        return SampleScores(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
 
 
 def make_scorer(
@@ -136,7 +136,7 @@ def make_scorer(
             candidate of a call can break are not computed.
 
     Returns:
-        A scorer of candidates, with `outcome` for a look at single samples.
+        A scorer of candidates, with `by_sample` for a look at single samples.
 
     Raises:
         ConfigurationError: numbers of swarms that do not agree.

@@ -90,7 +90,7 @@ def test_same_predictions_and_losses(
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     mask = torch.arange(n) % 2 == 0
-    outcome = make_scorer(recording, where, mask, ~mask, Multiclass()).outcome(values)
+    outcome = make_scorer(recording, where, mask, ~mask, Multiclass()).by_sample(values)
     logits = problem.oracle(where, values, outcome.rows)
     target = problem.target[outcome.rows].repeat(p)
     loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(p, n).double()

@@ -23,7 +23,7 @@ def check(problem: Problem, recording: Recording, tolerance: float, p: int = 7, 
     passed = Multiclass().passed(logits, target).view(p, n)
     loss = Multiclass().loss(logits, target).view(p, n).double()
 
-    outcome = scorer.outcome(values)
+    outcome = scorer.by_sample(values)
     order = outcome.rows.argsort()
     assert torch.equal(outcome.passed[:, order], passed)
     torch.testing.assert_close(outcome.loss[:, order], loss, rtol=tolerance, atol=tolerance)
@@ -64,7 +64,7 @@ def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
     assert recording.fallback_reason is None
     where, values = problem.candidates(7, 9)
     everyone = torch.ones(40, dtype=torch.bool)
-    outcome = make_scorer(recording, where, everyone, ~everyone, Multiclass()).outcome(values)
+    outcome = make_scorer(recording, where, everyone, ~everyone, Multiclass()).by_sample(values)
     with context():
         logits = problem.oracle(where, values).float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), problem.target.repeat(7), reduction="none")

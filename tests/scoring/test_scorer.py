@@ -56,7 +56,7 @@ def test_of_equal_logits_the_first_wins(classes: int, changed: list[int]) -> Non
     scorer = make_scorer(problem.recording(classes), where, everyone, everyone, Multiclass())
     values = torch.stack([torch.full((len(where),), v) for v in (1.0, 1.0 + 2**-23, 1.0 - 2**-24)])
     expected = problem.oracle(where, values).argmax(2) == torch.arange(classes)
-    assert torch.equal(scorer.outcome(values).passed[:, :classes], expected)
+    assert torch.equal(scorer.by_sample(values).passed[:, :classes], expected)
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,7 +201,7 @@ def test_a_rank_without_samples_adds_nothing() -> None:
     scorer = make_scorer(recording, where, FAILED, ~FAILED, Multiclass())
     scores = scorer(values.unsqueeze(0))
     assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([[0.0] * 4], [[0.0] * 4])
-    assert scorer.outcome(values).passed.shape == (4, 0)
+    assert scorer.by_sample(values).passed.shape == (4, 0)
 
 
 @pytest.mark.parametrize("name", ["head", "middle linear", "conv2d"])
