@@ -2,7 +2,7 @@
 
 Some people write a zero with a slash through it; nobody did among those who wrote the training data (scikit-learn's
 handwritten digits). Then a form comes into use that asks for slashed zeros: four in five of the zeros that come in from
-now on are slashed, and the network takes most of them for another digit.
+now on are slashed, and the network takes many of them for another digit.
 """
 
 from __future__ import annotations
