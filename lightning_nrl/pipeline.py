@@ -122,7 +122,7 @@ def repair_module(
     with as_found(model):
         with clock.stage("collect"):
             before = see(model, known, target=settings.target)
-            unseen_before = _see_unseen(see, model, unseen, settings.target) if unseen else None
+            unseen_before = _see_unseen(see, model, unseen, settings.target, collective) if unseen else None
         _check_losses(before)
         account = Account(model, space, settings, task, before, unseen_before, clock.seconds)
         if not before.targeted.any():
@@ -141,7 +141,7 @@ def repair_module(
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
         with clock.stage("search"):
-            result = _search(recording, localization, before.targeted, passed, task, settings, collective, clock)
+            result = _search(recording, localization, before, passed, task, settings, collective, clock)
         del recording
         account = account.searched(localization, result, int(passed.sum()))
         values, old = _agreed(result.values, collective), space.flat()[localization.weights.to(space.device)]
@@ -161,7 +161,7 @@ def repair_module(
 def _search(
     recording: Recording,
     localization: Localization,
-    failed: Tensor,
+    before: Evidence,
     passed: Tensor,
     task: Task,
     settings: Settings,
@@ -174,12 +174,13 @@ def _search(
     scorer = make_scorer(
         recording,
         where,
-        failed,
+        before.targeted,
         passed,
         task,
         collective=collective,
         budget=settings.budget,
         passed_loss=passed_loss,
+        fragility=before.loss,
     )
     result = search(
         scorer,
@@ -196,11 +197,16 @@ def _search(
     return replace(result, history=replace(result.history, loss_passed=unknown))
 
 
-def _see_unseen(see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target) -> Evidence:
+def _see_unseen(
+    see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target, collective: Collective
+) -> Evidence:
     """The evidence on unseen data; what the target would be there is for the report alone, so it may fail."""
     try:
         return see(model, unseen, target=target, everywhere=True)
-    except RepairError as error:
+    except Exception as error:
+        # If one rank fails all do; they try again only if all can.
+        if collective.any(not isinstance(error, RepairError)):
+            raise
         warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
         return see(model, unseen)
 

@@ -4,14 +4,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 from torch import Tensor, nn
-from toy_repairs import known, quick, right, trained, unseen
+from toy_repairs import blobs, known, mlp, quick, right, trained, unseen
 
 from lightning_nrl import (
     ConfigurationError,
@@ -19,13 +21,18 @@ from lightning_nrl import (
     EvidenceError,
     Fitness,
     Gate,
+    Multiclass,
     Outcome,
     Target,
     TensorSource,
     repair_module,
 )
+from lightning_nrl.batches import Batch
+from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.evidence import collect
 from lightning_nrl.flips import FlipCounts
+from lightning_nrl.pipeline import _see_unseen
 from lightning_nrl.report import hash_tensors
 
 
@@ -122,6 +129,27 @@ def test_a_predicate_that_fails_on_unseen_data_does_not_stop_the_repair() -> Non
     assert outcome.report.status == "repaired"
     assert outcome.report.splits[2].targeted == 0
     assert outcome.report.splits[2].n == 80
+
+
+@dataclass(frozen=True)
+class Torn(TensorSource):
+    """Cannot be read."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise OSError("a file is torn")
+
+
+def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
+    def run(collective: Collective) -> str:
+        later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
+        see = partial(collect, task=Multiclass(), collective=collective)
+        with pytest.raises((OSError, EvidenceError)) as error:
+            _see_unseen(see, mlp(), later, Target.all(), collective)
+        return str(error.value)
+
+    first, second = on_ranks(2, run)
+    assert first.startswith("`later` data could not be read on another rank")
+    assert second == "a file is torn"
 
 
 def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
