@@ -134,7 +134,7 @@ def repair_module(
             with clock.stage("localize"):
                 batches = _rows(known, before)
                 keep = before.targeted | before.passed
-                recording = record(model, batches, space, task, keep, context=context, budget=settings.budget)
+                recording = record(model, batches, space, task, keep, context=context, budget=_half(settings.budget))
                 localization = settings.localizer(
                     recording, task, failed=before.targeted, passed=before.passed, collective=collective
                 )
@@ -178,7 +178,7 @@ def _search(
         passed,
         task,
         collective=collective,
-        budget=settings.budget,
+        budget=_half(settings.budget),
         passed_loss=passed_loss,
         fragility=before.loss,
     )
@@ -195,6 +195,11 @@ def _search(
         return result
     unknown = torch.full_like(result.history.loss_passed, torch.nan)
     return replace(result, history=replace(result.history, loss_passed=unknown))
+
+
+def _half(budget: int | None) -> int | None:
+    """Recording and scoring share what the search may use."""
+    return None if budget is None else max(1, budget // 2)
 
 
 def _see_unseen(

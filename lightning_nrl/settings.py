@@ -32,7 +32,8 @@ class Settings:
         n_passed: how many passed samples are scored in the search (#pos), drawn from the sources marked `passed`; None
             scores every known passed sample.
         seed: of the sample and of the search, from 0 to 2^32 - 1.
-        budget: bytes that scoring may use on the device; None takes a share of what is free.
+        budget: bytes that the search may use on the device; None takes a share of what is free. Half of it is for
+            what is recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the

@@ -10,7 +10,14 @@ import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_nrl import ConfigurationError, RepairReport, Target
 
@@ -182,6 +189,14 @@ class ByKeyword(NamedClassifier):
 
     def forward(self, scan: Tensor, noisy: Tensor | None = None) -> Tensor:
         return super().forward(scan)
+
+
+def test_unseen_data_without_the_target_s_attribute_are_counted_all_the_same(tmp_path: Path) -> None:
+    data = Digits()
+    bare = DataLoader(TensorDataset(*data.test.tensors[:2]), 64)
+    with pytest.warns(UserWarning, match="the target's failures are not counted on unseen data"):
+        report, model = repaired(tmp_path, data, target=Target.where(is_noisy), unseen=bare)
+    assert_true(report, "unseen", model, data.test)
 
 
 def test_a_mapping_without_a_usual_key_goes_to_the_model_as_keywords(tmp_path: Path) -> None:
