@@ -108,6 +108,26 @@ class Fitness:
         """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
+    def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
+        """The most samples of I_pos that a candidate may break and still be worth more than some value.
+
+        Args:
+            value: of this fitness, `S x P`.
+            n_failed: |I_neg|, as in `Scores`.
+
+        Returns:
+            `S x P`, whole numbers or infinity; None where breaking more can be made up for.
+        """
+        any_number = torch.full_like(value, math.inf)
+        if self.perfect_intact and self.infeasible == "zero":
+            return torch.where(value >= 0, 0.0, any_number)
+        ranked = (-value / (n_failed + 1)).ceil().clamp(min=0)
+        if self.kind == "lexicographic":
+            return ranked
+        if not self.perfect_intact:
+            return None
+        return torch.where(value >= FLOOR, 0.0, ((FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0))
+
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """The fitness of each candidate.
 

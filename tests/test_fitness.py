@@ -203,3 +203,30 @@ def test_says_when_the_loss_of_passed_samples_does_not_matter(kind, perfect_inta
     fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible)
     other = replace(AFTER, loss_passed=AFTER.loss_passed + 1)
     assert torch.equal(fitness(AFTER, BEFORE), fitness(other, BEFORE)) != fitness.uses_passed_loss
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["lexicographic", "eq1", "eq2"]),
+    st.booleans(),
+    st.sampled_from(["ranked", "zero"]),
+    st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
+    st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
+)
+def test_who_breaks_more_than_the_most_is_worth_no_more(kind, perfect_intact, infeasible, best, other):
+    fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible)
+    (value, challenger) = (fitness(scores(*([x] for x in row)), BEFORE) for row in (best, other))
+    limit = fitness.most_broken(value, 4)
+    if limit is not None and 10 - other[1] > limit.item():
+        assert challenger.item() <= value.item()
+
+
+def test_the_most_broken_by_hand():
+    value = Fitness()(AFTER, BEFORE)
+    assert Fitness().most_broken(value, 4).tolist() == [[0.0, 1.0]]
+    assert Fitness().most_broken(torch.tensor([[-math.inf]]), 4).tolist() == [[math.inf]]
+    assert Fitness("eq1").most_broken(value, 4) is None
+    strict = Fitness("eq1", perfect_intact=True)
+    assert strict.most_broken(strict(AFTER, BEFORE), 4).tolist() == [[0.0, 1.0]]
+    zero = Fitness("eq2", perfect_intact=True, infeasible="zero")
+    assert zero.most_broken(zero(AFTER, BEFORE), 4).tolist() == [[0.0, 0.0]]

@@ -17,6 +17,9 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
 
+FIRST = 128
+"""How many of the most fragile samples of I_pos are scored before the others."""
+
 
 @dataclass(frozen=True)
 class SampleScores:
@@ -61,6 +64,8 @@ class SwarmScorer:
         n_passed: |I_pos| over all ranks, a number or `S x 1`.
         collective: the ranks that share the work.
         passed_loss: whether losses on I_pos are asked for.
+        gives_up: whether candidates that break too many are scored no further when told how many that is. Not where the
+            host would have to wait for a device to learn who they are.
     """
 
     recording: Recording
@@ -69,10 +74,17 @@ class SwarmScorer:
     n_passed: int | Tensor
     collective: Collective
     passed_loss: bool
+    gives_up: bool = False
 
     @torch.no_grad()
-    def __call__(self, values: Tensor) -> Scores:
-        """Scores candidates, `S x P x K`, on all ranks' samples."""
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates on all ranks' samples.
+
+        Args:
+            values: `S x P x K`.
+            most_broken: `S x P`, how many samples of I_pos a candidate may break; None for any number. One that breaks
+                more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing.
+        """
         device = self.recording.subject.space.device
         values = values.to(device)
         precise = torch.float32 if device.type == "mps" else torch.float64
@@ -80,12 +92,8 @@ class SwarmScorer:
         for problem in self.problems:
             for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, problem.columns]
-                for role, pieces in enumerate((problem.failed, problem.passed)):
-                    for piece in pieces:
-                        for part, passed, loss in piece.tally(own, with_loss=role == 0 or self.passed_loss):
-                            sums[role, swarm, part] += passed
-                            if loss is not None:
-                                sums[2 + role, swarm, part] += loss
+                limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
+                self._add(problem, own, limit, sums[:, swarm])
         patched, intact, loss_failed, loss_passed = self.collective.sum(sums)
         least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
@@ -96,6 +104,26 @@ class SwarmScorer:
             self.n_failed,
             self.n_passed,
         )
+
+    def _add(self, problem: _Problem, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
+        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to `4 x P` sums, I_pos first."""
+        alive = None if limit is None else torch.arange(len(values), device=values.device)
+        seen = 0
+        for role, pieces in ((1, problem.passed), (0, problem.failed)):
+            for piece in pieces:
+                chosen = values if alive is None else values[alive]
+                for part, passed, loss in piece.tally(chosen, with_loss=role == 0 or self.passed_loss):
+                    which = part if alive is None else alive[part]
+                    sums[role, which] += passed
+                    if loss is not None:
+                        sums[2 + role, which] += loss
+                if role == 1 and alive is not None and limit is not None:
+                    seen += len(piece.chunk)
+                    alive = alive[seen - sums[1, alive] <= limit[alive]]
+        if alive is not None:
+            given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
+            given_up[alive] = False
+            sums[2:, given_up] = torch.nan
 
     @torch.no_grad()
     def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
@@ -120,6 +148,7 @@ def make_scorer(
     collective: Collective | None = None,
     budget: int | None = None,
     passed_loss: bool = True,
+    fragility: Tensor | None = None,
 ) -> SwarmScorer:
     """Prepares the scoring of candidates.
 
@@ -134,6 +163,9 @@ def make_scorer(
         budget: bytes that scoring may take on the device beside the recording; by default a share of what is free.
         passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
             candidate of a call can break are not computed.
+        fragility: `N` float by row of the evidence, such as the original loss: the samples of I_pos with the
+            highest are scored first, so that candidates that break too many are given up early. None: in the order of
+            the recording.
 
     Returns:
         A scorer of candidates, with `by_sample` for a look at single samples.
@@ -161,16 +193,31 @@ def make_scorer(
     for swarms in groups:
         own, mask_failed, mask_passed = (table[swarms[0]] for table in tables)
         columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
-        failed_pieces, passed_pieces = (
-            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, room)
-            for mask in (mask_failed, mask_passed)
+        first = _most_fragile(mask_passed, fragility)
+        failed_pieces, fragile_pieces, other_pieces = (
+            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share)
+            for mask, share in ((mask_failed, room), (first, room // 4), (mask_passed & ~first, room - room // 4))
         )
-        problems.append(_Problem(swarms, columns, failed_pieces, passed_pieces))
-    if several:
-        return SwarmScorer(
-            recording, tuple(problems), n_failed.view(s, 1), n_passed.view(s, 1), collective, passed_loss
-        )
-    return SwarmScorer(recording, tuple(problems), int(n_failed), int(n_passed), collective, passed_loss)
+        problems.append(_Problem(swarms, columns, failed_pieces, [*fragile_pieces, *other_pieces]))
+    return SwarmScorer(
+        recording,
+        tuple(problems),
+        n_failed.view(s, 1) if several else int(n_failed),
+        n_passed.view(s, 1) if several else int(n_passed),
+        collective,
+        passed_loss,
+        gives_up=device.type == "cpu",
+    )
+
+
+def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
+    """The samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
+    first = torch.zeros_like(passed)
+    if fragility is not None:
+        rows = passed.nonzero().flatten()
+        order = fragility.cpu()[rows].argsort(descending=True, stable=True)
+        first[rows[order[:FIRST]]] = True
+    return first
 
 
 def _alike(tables: list[Tensor]) -> list[tuple[int, ...]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Scorer", "Scores"]
+__all__ = ["QuittingScorer", "Scorer", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -39,5 +39,25 @@ class Scorer(Protocol):
 
         Args:
             values: `S x P x K`, values of the K localised weights.
+        """
+        ...
+
+
+@runtime_checkable
+class QuittingScorer(Protocol):
+    """A scorer that need not finish a candidate that breaks too many samples."""
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether it does; if not, it may be told all the same."""
+        ...
+
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates.
+
+        Args:
+            values: `S x P x K`, values of the K localised weights.
+            most_broken: `S x P`, how many samples of I_pos each may break; None for any number. One that breaks more
+                may come back with NaN losses and counts that mean nothing.
         """
         ...

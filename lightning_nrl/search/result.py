@@ -15,7 +15,8 @@ class SearchHistory:
 
     Attributes:
         best: the best fitness so far.
-        mean: the swarm's mean fitness, candidates with no finite fitness left out.
+        mean: the swarm's mean fitness, candidates with no finite fitness, and those given up because they broke
+            too many, left out; NaN if that is all of them.
         patched: repaired samples of I_neg under the best candidate so far.
         intact: kept samples of I_pos under the best candidate so far.
         loss_failed: mean loss on I_neg under the best candidate so far.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
-from lightning_nrl.fitness import Fitness, per_swarm
-from lightning_nrl.scoring.scores import Scorer, Scores
+from lightning_nrl.fitness import Fitness, FitnessFunction, per_swarm
+from lightning_nrl.scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl.search.pso import ParticleSwarm, Swarm, ask, start, tell
 from lightning_nrl.search.result import SearchHistory, SearchResult
 from lightning_nrl.search.spread import Spread
@@ -113,7 +113,7 @@ def search_many(
     while books.done < settings.iterations and _searching(rows, settings):
         for _ in range(min(interval - books.done % interval, settings.iterations - books.done)):
             swarm = ask(swarm, settings, streams)
-            scores = scorer(swarm.position.to(original.dtype))
+            scores = _score(scorer, swarm, original.dtype, value, before)
             swarm = books.enter(swarm, scores, value(scores, before))
         rows = books.read()
         if on_progress is not None and books.done % PROGRESS_EVERY == 0:
@@ -138,6 +138,15 @@ def search_many(
         )
         for s, history in enumerate(histories)
     ]
+
+
+def _score(scorer: Scorer, swarm: Swarm, dtype: torch.dtype, value: FitnessFunction, before: Scores) -> Scores:
+    """Scores the swarm; tells a scorer that can give up which candidates can no longer be their particle's best."""
+    position = swarm.position.to(dtype)
+    if not isinstance(scorer, QuittingScorer) or not isinstance(value, Fitness):
+        return scorer(position)
+    limit = value.most_broken(swarm.best_fitness, before.n_failed)
+    return scorer(position) if limit is None else scorer(position, limit)
 
 
 class _Books:

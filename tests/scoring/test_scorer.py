@@ -281,3 +281,41 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
     )
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
     assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["head", "middle linear", "residual, both"])
+@pytest.mark.parametrize("passed_loss", [False, True])
+def test_only_who_breaks_more_than_told_is_given_up(
+    name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_nrl.scoring.scorer.FIRST", 4)
+    problem = make_problem(REPLAYED[name], n=N)
+    where, values = problem.candidates(9, 12)
+    fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
+    arguments = (problem.recording(7, 17), where, FAILED, ~FAILED, Multiclass())
+    scorer = make_scorer(*arguments, passed_loss=passed_loss, fragility=fragility)
+    whole = make_scorer(*arguments, passed_loss=passed_loss)(values.unsqueeze(0))
+    broken = whole.n_passed - whole.intact
+    limit = broken.clone()
+    limit[0, ::2] -= 1  # every second candidate breaks one too many
+    scores = scorer(values.unsqueeze(0), limit)
+    out = broken > limit
+    assert out.sum() == 5
+    assert torch.equal(scores.loss_failed.isnan(), out)
+    for field in ("patched", "intact"):
+        assert torch.equal(getattr(scores, field)[~out], getattr(whole, field)[~out])
+    for field in ("loss_failed", "loss_passed"):
+        actual, expected = (getattr(x, field)[~out] for x in (scores, whole))
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_most_fragile_samples_come_first() -> None:
+    problem = make_problem(REPLAYED["head"], n=200)
+    where, _ = problem.candidates(9, 2)
+    mask = torch.arange(200) % 20 == 0
+    fragility = torch.arange(200) % 150 * 1.0
+    scorer = make_scorer(problem.recording(200), where, mask, ~mask, Multiclass(), fragility=fragility)
+    rows = [piece.chunk.rows for piece in scorer.problems[0].passed]
+    assert len(torch.cat(rows).unique()) == 190
+    assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
+    assert len(rows[0]) == 128

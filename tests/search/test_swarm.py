@@ -303,3 +303,39 @@ def test_the_host_does_not_wait_between_two_looks():
             torch.cuda.set_sync_debug_mode("default")
     assert looks == [0, 10, 20, 25]
     assert all(result.values.is_cuda for result in results)
+
+
+class Quitting:
+    """`wall`, which gives up whom it may."""
+
+    gives_up = True
+
+    def __init__(self):
+        self.given_up = 0
+
+    def __call__(self, values, most_broken=None):
+        scores = wall(values)
+        if most_broken is None:
+            return scores
+        out = N - scores.intact > most_broken
+        self.given_up += int(out.sum())
+        losses = (loss.masked_fill(out, math.nan) for loss in (scores.loss_failed, scores.loss_passed))
+        return Scores(scores.patched + 99 * out, scores.intact, *losses, scores.n_failed, scores.n_passed)
+
+
+@pytest.mark.parametrize(
+    "fitness",
+    [
+        Fitness(),
+        Fitness("eq1", perfect_intact=True),
+        Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero"),
+        Fitness("eq2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_giving_up_finds_what_finishing_finds(fitness, seed):
+    arguments = {"fitness": fitness, "settings": ParticleSwarm(particles=12, iterations=40, start="half"), "seed": seed}
+    quitting = Quitting()
+    assert same(search(quitting, original()[0], WIDE, **arguments), search(wall, original()[0], WIDE, **arguments))
+    assert (quitting.given_up > 0) == (fitness.most_broken(torch.zeros(1, 1), 4) is not None)
