@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_nrl.batches import Batch, Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
+from lightning_nrl.precision import at_least_float32
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Task, at_least_float32
+from lightning_nrl.tasks import Task
 
 __all__ = ["Evidence", "collect", "non_finite"]
 

@@ -6,11 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.precision import at_least_float32
 
 __all__ = ["Multiclass", "Task"]
 
@@ -86,8 +86,3 @@ class Multiclass(Task):
                 )
             )
         return target.long()
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Half precisions as float32, everything else as it is."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

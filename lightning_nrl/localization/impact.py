@@ -7,7 +7,7 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -25,8 +25,9 @@ from lightning_nrl.localization.layers import (
     weight_gradients,
 )
 from lightning_nrl.localization.localization import Impact
+from lightning_nrl.precision import at_least_float32, no_autocast, widest
 from lightning_nrl.sites import Site, WeightSpace
-from lightning_nrl.tasks import Task, at_least_float32
+from lightning_nrl.tasks import Task
 
 __all__ = ["Aggregation", "Replay", "check_aggregation", "measure"]
 
@@ -129,9 +130,8 @@ class _Sums(NamedTuple):
 
     @classmethod
     def zeros(cls, space: WeightSpace) -> _Sums:
-        wide = torch.float32 if space.device.type == "mps" else torch.float64
         size = 2 * space.size + 2 * len(space.sites) + 1
-        return cls.of(space, torch.zeros(size, dtype=wide, device=space.device))
+        return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
 
 
 class _Call(NamedTuple):
@@ -147,7 +147,7 @@ def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, aggregation: Ag
     calls, strayed = _trace(recording, chunk, task, check)
     sums.samples.add_(n)
     sums.strayed.add_(strayed)
-    with _no_autocast(sums.flat.device):
+    with no_autocast(sums.flat.device):
         for i, site in enumerate(recording.space.sites):
             here = slice(site.offset, site.offset + site.size)
             for x, g in calls[i]:
@@ -176,7 +176,7 @@ def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list
 
     with torch.enable_grad():
         logits = recording.replay(chunk, add_zero)
-        with _no_autocast(logits.device):
+        with no_autocast(logits.device):
             losses = task.loss(logits, chunk.target)
     if seen and not losses.requires_grad:
         names = [sites[i].name for i, _, _ in seen]
@@ -205,7 +205,7 @@ def _gradients(losses: Tensor, each: Tensor, zeros: Sequence[Tensor]) -> Sequenc
     """Gradients of the sum of `each * losses` with respect to the zeros."""
     if not zeros:
         return ()
-    with _no_autocast(losses.device):
+    with no_autocast(losses.device):
         return torch.autograd.grad(losses, zeros, each, retain_graph=True, materialize_grads=True)
 
 
@@ -278,10 +278,3 @@ def _deterministic() -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = before
-
-
-def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Sums in full width, also where the model itself is deployed in mixed precision."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lightning_nrl.precision import widest
 from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.judging import Head, is_plain_multiclass, make_head
 from lightning_nrl.scoring.memory import is_out_of_memory, measured
@@ -74,14 +75,13 @@ class Piece:
 
     def tally(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """The same with sums over the samples: which candidates, how many samples pass, `p`, their losses' sum, `p`."""
-        precise = torch.float32 if values.device.type == "mps" else torch.float64
 
         def work(values: Tensor) -> tuple[Tensor, Tensor | None]:
             head = None if with_loss or values.device.type != "cpu" else self._head()
             if head is not None:
                 return head.survivors(values), None
             passed, loss = self._run(values, with_loss)
-            return passed.sum(1), None if loss is None else loss.sum(1, dtype=precise)
+            return passed.sum(1), None if loss is None else loss.sum(1, dtype=widest(values.device))
 
         for part, (passed, loss) in self._parts(values, work):
             yield part, passed, loss

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_nrl.precision import no_autocast
 from lightning_nrl.scoring.varied import Pending, Varied
 from lightning_nrl.sites import Site, WeightSpace
 
@@ -111,7 +112,7 @@ class SiteChange:
         if copies == 1 and y.dtype not in HALF:
             taps = self.taps(x, y) if taps is None else taps
             return Varied(y, p, dim, self.units, Pending(partial(self._onto, self.change(values, y.dtype), taps)))
-        with torch.autocast(y.device.type, enabled=False):
+        with no_autocast(y.device):
             units = self.unit_outputs(values, self.taps(x, y, copies) if taps is None else taps).movedim(2, dim + 1)
             if copies == 1:
                 return Varied(y, p, dim, self.units, units)
@@ -149,12 +150,12 @@ class SiteChange:
 
     def deltas(self, values: Tensor, taps: Taps) -> Tensor:
         """What each candidate, `P x K`, adds to each unit's outputs, `U x P x R`."""
-        with torch.autocast(values.device.type, enabled=False):
+        with no_autocast(values.device):
             return self._delta(self.change(values, taps.rounded.dtype), taps)
 
     def _onto(self, change: Tensor, taps: Taps, base: Tensor, scale: Tensor | None) -> Tensor:
         """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
-        with torch.autocast(change.device.type, enabled=False):
+        with no_autocast(change.device):
             out = self._delta(change, taps, scale, base.reshape(base.shape[0], 1, -1))
         return out.view(base.shape[0], change.shape[0], *base.shape[1:])
 
@@ -206,7 +207,7 @@ class SiteChange:
     def _in_float32(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         module: Any = self.site.module
         bias = None if module.bias is None else module.bias.detach().to(dtype).float()
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x.device):
             return layer_output(module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias)
 
 
