@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.precision import widest
 from lightning_nrl.scoring.scores import Scores
 
-__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "per_swarm", "score_dtype"]
+__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "per_swarm"]
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
@@ -179,7 +180,7 @@ def per_swarm(fitness: Sequence[Fitness], device: torch.device) -> FitnessFuncti
     def together(scores: Scores, original: Scores) -> Tensor:
         if len(groups) == 1:
             return _evaluate(groups[0].how, scores, original, *groups[0].numbers)
-        value = scores.patched.new_empty(scores.patched.shape, dtype=score_dtype(device))
+        value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
         for how, rows, numbers in groups:
             value[rows] = _evaluate(how, _rows(scores, rows), _rows(original, rows), *numbers)
         return value
@@ -197,7 +198,7 @@ class _Group(NamedTuple):
     @classmethod
     def of(cls, fitness: Sequence[Fitness], rows: list[int], device: torch.device) -> _Group:
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=score_dtype(device), device=device)[:, None]
+            return torch.tensor(values, dtype=widest(device), device=device)[:, None]
 
         mine = [fitness[row] for row in rows]
         numbers = column([f.alpha for f in mine]), column([f.beta for f in mine]), column([f.delta for f in mine])
@@ -205,7 +206,7 @@ class _Group(NamedTuple):
 
 
 def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number) -> Tensor:
-    dtype = score_dtype(scores.patched.device)
+    dtype = widest(scores.patched.device)
     patched, intact = scores.patched.to(dtype), scores.intact.to(dtype)
     loss_failed, loss_passed = scores.loss_failed.to(dtype), scores.loss_passed.to(dtype)
     before_failed, before_passed = original.loss_failed.to(dtype), original.loss_passed.to(dtype)
@@ -253,8 +254,3 @@ def _rows(scores: Scores, rows: Tensor) -> Scores:
         pick(scores.n_failed),
         pick(scores.n_passed),
     )
-
-
-def score_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of fitness: float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

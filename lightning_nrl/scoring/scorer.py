@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.precision import widest
 from lightning_nrl.scoring.memory import default_budget
 from lightning_nrl.scoring.pieces import Piece, make_pieces
 from lightning_nrl.scoring.recording import Recording
@@ -87,8 +88,7 @@ class SwarmScorer:
         """
         device = self.recording.subject.space.device
         values = values.to(device)
-        precise = torch.float32 if device.type == "mps" else torch.float64
-        sums = torch.zeros(4, *values.shape[:2], device=device, dtype=precise)
+        sums = torch.zeros(4, *values.shape[:2], device=device, dtype=widest(device))
         for problem in self.problems:
             for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, problem.columns]

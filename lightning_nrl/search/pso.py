@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
-from lightning_nrl.fitness import score_dtype
+from lightning_nrl.precision import widest
 from lightning_nrl.search.spread import Spread, search_dtype
 from lightning_nrl.search.streams import Streams
 
@@ -134,7 +134,7 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
         free, placed = free & real, placed & real
     offset = scale * std * streams.normal(original, n, n_weights)
     position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
-    worst = torch.full(position.shape[:2], -math.inf, dtype=score_dtype(device), device=device)
+    worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
     return Swarm(
         position=position,
         velocity=torch.zeros_like(position),
