@@ -59,8 +59,8 @@ class ParticleSwarm:
     """
 
     particles: int = 100
-    iterations: int = 100
-    patience: int = 20
+    iterations: int = 300
+    patience: int = 50
     start: Literal["half", "local", "paper"] = "local"
     constants: Literal["clerc", "arachne"] = "clerc"
     scale_min: float = 0.003
