@@ -18,10 +18,11 @@ from lightning_nrl.precision import at_least_float32
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task
 
-__all__ = ["Evidence", "collect", "non_finite"]
+__all__ = ["Context", "Evidence", "collect", "non_finite"]
 
 Forward = Callable[..., Any]
 Context = Callable[[], AbstractContextManager[Any]]
+"""Is entered around every forward pass, such as autocast."""
 Table = dict[str, Tensor]
 """Columns by name, one row a sample."""
 

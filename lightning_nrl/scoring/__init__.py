@@ -1,6 +1,6 @@
 """Scoring of candidates: known data is recorded once and replayed from the repaired layer on, for many at once."""
 
-from lightning_nrl.scoring.passes import Context, SiteEdit
+from lightning_nrl.scoring.passes import SiteEdit
 from lightning_nrl.scoring.recording import Chunk, Recording, record
 from lightning_nrl.scoring.scorer import SampleScores, SwarmScorer, make_scorer
 from lightning_nrl.scoring.scores import Scorer, Scores
@@ -8,7 +8,6 @@ from lightning_nrl.scoring.sparse import SiteChange, make_changes
 
 __all__ = [
     "Chunk",
-    "Context",
     "Recording",
     "SampleScores",
     "Scorer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.evidence import Context
 from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.slots import Layout
 from lightning_nrl.scoring.tracing import Moment, editing, remembering, watching
 from lightning_nrl.sites import Site, WeightSpace
 from lightning_nrl.tasks import Task
 
-__all__ = ["Context", "Inputs", "Leaf", "Plan", "SiteEdit", "Subject", "flatten"]
+__all__ = ["Inputs", "Leaf", "Plan", "SiteEdit", "Subject", "flatten"]
 
-Context = Callable[[], AbstractContextManager[Any]]
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 """What a model is called with: positional and keyword arguments."""
 SiteEdit = Callable[[Site, Tensor, Tensor], Tensor]

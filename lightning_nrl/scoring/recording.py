@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl.batches import Batch
 from lightning_nrl.errors import ReplayError, explain
-from lightning_nrl.scoring.passes import Context, Inputs, Plan, SiteEdit, Subject
+from lightning_nrl.evidence import Context
+from lightning_nrl.scoring.passes import Inputs, Plan, SiteEdit, Subject
 from lightning_nrl.scoring.planning import make_plan, same_values
 from lightning_nrl.scoring.slots import Layout, joined, select, select_all, to_device
 from lightning_nrl.sites import Site, WeightSpace
