@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import torch
 from torch import nn
@@ -11,8 +12,9 @@ from torch import nn
 from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
+from lightning_nrl.errors import EmptyLocalizationError, EvidenceError
 from lightning_nrl.evidence import Context, collect
-from lightning_nrl.scoring.passes import Subject
+from lightning_nrl.scoring import record
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_sites
 from lightning_nrl.tasks import Task
@@ -30,11 +32,11 @@ def rehearse(
     context: Context = nullcontext,
     collective: Collective | None = None,
 ) -> None:
-    """Collects evidence from a few samples, and looks whether the layers are called. The model is left as found.
+    """Collects evidence from a few samples and localises on some of them. The model is left as found.
 
     Args:
         model: trained or not; it runs in evaluation mode.
-        sources: a little of each split.
+        sources: a little of each split, a known one first.
         settings: what to repair and how.
         task: what passed and loss mean.
         context: entered around every forward pass, such as autocast.
@@ -43,11 +45,17 @@ def rehearse(
     Raises:
         ConfigurationError: the layer, the batches, the target or the task do not fit.
         EvidenceError: a collate function drops or adds samples.
-        ReplayError: a layer is never called.
+        ReplayError: a layer is never called, or the localizer cannot use what the model gives.
     """
     space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
     with as_found(model):
-        collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
-        for batch in sources[0]:
-            Subject(model, space, task, context).watch((batch.args, batch.kwargs))
-            break
+        few = collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
+        first = sources[0]
+        known = torch.arange(len(few)) < len(first.index)
+        failed = known & (torch.arange(len(few)) % 2 == 0)
+        batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
+        # What these few samples say of the weights does not matter yet, nor what is worth a warning.
+        with warnings.catch_warnings(), suppress(EmptyLocalizationError, EvidenceError):
+            warnings.simplefilter("ignore")
+            recording = record(model, batches, space, task, known, context=context, budget=settings.budget)
+            settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=collective)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import ConfigurationError, Multiclass, Target
+from lightning_nrl import ConfigurationError, Everything, Multiclass, NeuRecoverLite, Target
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.rehearsal import rehearse
 
@@ -45,6 +45,29 @@ class Detour(nn.Module):
 def test_a_layer_that_is_never_called_is_found() -> None:
     with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
         rehearse(Detour(), known(), quick(), task=Multiclass())
+
+
+class Detached(nn.Module):
+    """Gives logits without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
+    with pytest.raises(ReplayError, match="the loss has no gradient with respect to the outputs of"):
+        rehearse(Detached(), known(), quick(), task=Multiclass())
+    rehearse(Detached(), known(), quick(localizer=Everything()), task=Multiclass())
+
+
+def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    rehearse(trained(), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)), task=Multiclass())
+    assert not recwarn
 
 
 def test_a_target_that_does_not_fit_is_found() -> None:
