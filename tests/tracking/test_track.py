@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -216,8 +217,11 @@ def test_two_loggers_at_once_get_the_same(tmp_path: Path, accepted: RepairReport
 
 
 def test_no_logger_and_a_dummy_are_fine(accepted: RepairReport) -> None:
-    track(accepted, [], step=120, change=CHANGE)
-    track(accepted, [DummyLogger()], step=120, change=CHANGE)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        track(accepted, [], step=120, change=CHANGE)
+        track(accepted, [DummyLogger()], step=120, change=CHANGE)
+    assert [w for w in told if "not logged" in str(w.message)] == []
 
 
 def test_a_logger_that_raises_is_warned_of_and_the_others_go_on(accepted: RepairReport) -> None:
