@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.gate import Verdict
-from lightning_nrl.localization import Localization
+from lightning_nrl.methods import Solution
 from lightning_nrl.report import (
     Hashes,
     LocalizationReport,
@@ -22,9 +22,9 @@ from lightning_nrl.report import (
     hash_tensors,
     split_report,
 )
-from lightning_nrl.search import SearchResult
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import WeightSpace
+from lightning_nrl.state import State
 from lightning_nrl.tasks import Task
 
 __all__ = ["Account"]
@@ -42,8 +42,7 @@ class Account:
         known: the evidence that the repair looks at, before it.
         unseen: the evidence that it never looks at, before it.
         seconds: wall time by stage, still growing.
-        localization: which weights are searched, once that is known.
-        result: what the search found, once it is over.
+        solution: what the method found, once it is over.
         n_passed: passed samples that it scored candidates on, |I_pos|.
     """
 
@@ -54,13 +53,12 @@ class Account:
     known: Evidence
     unseen: Evidence | None
     seconds: Mapping[str, float]
-    localization: Localization | None = None
-    result: SearchResult | None = None
+    solution: Solution | None = None
     n_passed: int | None = None
 
-    def searched(self, localization: Localization, result: SearchResult, n_passed: int) -> Account:
-        """The account after the search, which scored candidates on this many passed samples (|I_pos|)."""
-        return replace(self, localization=localization, result=result, n_passed=n_passed)
+    def solved(self, solution: Solution, n_passed: int) -> Account:
+        """The account after the method, whose swarm scored candidates on this many passed samples (|I_pos|)."""
+        return replace(self, solution=solution, n_passed=n_passed)
 
     def closed(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
@@ -69,42 +67,47 @@ class Account:
         return self._report(status, reason, self._splits(None, None), hashes=Hashes(layers, layers, model, model))
 
     def judged(
-        self, verdict: Verdict, parameters: Mapping[str, Tensor], after: Evidence, unseen_after: Evidence | None
+        self, verdict: Verdict, old: State, new: State, after: Evidence, unseen_after: Evidence | None
     ) -> RepairReport:
         """The report of a candidate.
 
         Args:
             verdict: what the gate said.
-            parameters: the candidate's whole parameters by dotted name.
+            old: the tensors that the candidate changes, as they are, by the names of the state dict.
+            new: likewise as the candidate has them.
             after: the evidence on known data under the candidate.
             unseen_after: likewise on unseen data; None unless it was accepted.
         """
-        old = self._layers()
         before = hash_tensors(old), self._hash_model({})
-        now = (hash_tensors(parameters), self._hash_model(parameters)) if verdict.accepted else before
+        now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
         candidate = self._splits(after, unseen_after)
         return self._report(
             verdict.status,
             verdict.reason,
             candidate if verdict.accepted else self._splits(None, None),
+            layers=_layers(new),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
-            change=WeightChange.between(old, parameters),
+            change=WeightChange.between(old, new),
             hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
 
-    def _report(self, status: Status, reason: str, splits: tuple[SplitReport, ...], **rest: Any) -> RepairReport:
+    def _report(
+        self, status: Status, reason: str, splits: tuple[SplitReport, ...], layers: tuple[str, ...] = (), **rest: Any
+    ) -> RepairReport:
+        found = self.solution or Solution(None)
         return RepairReport(
             status=status,
             reason=reason,
-            layers=tuple(site.name or type(site.module).__name__ for site in self.space.sites),
+            layers=layers or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
             target=str(self.settings.target),
             gate=str(self.settings.gate),
             task=type(self.task).__name__,
             splits=splits,
-            localization=None if self.localization is None else LocalizationReport.of(self.localization),
+            localization=None if found.localization is None else LocalizationReport.of(found.localization),
             search=None
-            if self.result is None
-            else SearchReport.of(self.result, int(self.known.targeted.sum()), self.n_passed),
+            if found.result is None
+            else SearchReport.of(found.result, int(self.known.targeted.sum()), self.n_passed),
+            steps=found.steps,
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=self.settings.plain(),
@@ -121,9 +124,11 @@ class Account:
     def _layers(self) -> dict[str, Tensor]:
         return {name: value for site in self.space.sites for name, value in site.parameters.items()}
 
-    def _hash_model(self, changed: Mapping[str, Tensor]) -> str:
-        """Of the whole state dict with some parameters changed; a weight tied to one of them changes with it."""
-        layers = self._layers()
-        new = {id(layers[name]): value for name, value in changed.items()}
-        state = self.model.state_dict(keep_vars=True)
-        return hash_tensors({name: new.get(id(value), changed.get(name, value)) for name, value in state.items()})
+    def _hash_model(self, changed: State) -> str:
+        """Of the whole state dict with some tensors changed."""
+        return hash_tensors({**self.model.state_dict(), **changed})
+
+
+def _layers(state: State) -> tuple[str, ...]:
+    """Dotted names of the layers that a state changes, in order; the model itself has no name."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in state))

@@ -50,6 +50,7 @@ class Source(Protocol):
         passed: whether a sample of passed data (#pos) is drawn from it. Passed samples of every known split are kept.
         failed: whether its failed samples are candidates for repair.
         index: `n` int64, each sample's position in its data set, in the order of the split and over all ranks.
+        positions: int64, the places in that order that are this rank's share.
     """
 
     @property
@@ -64,8 +65,15 @@ class Source(Protocol):
     @property
     def index(self) -> Tensor: ...
 
+    @property
+    def positions(self) -> Tensor: ...
+
     def __iter__(self) -> Iterator[Batch]:
         """This rank's share, in evaluation order."""
+        ...
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Chosen samples of this rank's share, one batch for each tensor of places (`Batch.position`)."""
         ...
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -27,6 +24,7 @@ from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.loaders import LoaderSource, warn_if_random
 from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.methods import Method, parse_method
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
 from lightning_nrl.progress import RepairProgress
@@ -34,8 +32,9 @@ from lightning_nrl.rehearsal import rehearse
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
-from lightning_nrl.sites import WeightSpace, find_sites
+from lightning_nrl.sites import find_scope
 from lightning_nrl.splits import DataRequest
+from lightning_nrl.state import State, changed
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tracking import track
@@ -57,7 +56,7 @@ class RegressionFreeRepair(Callback):
         layer: dotted name of the layer to be repaired, several names, or `auto`: the last Linear.
         gate: what is accepted: `instance` (no known passed sample broken), `accuracy` (at least as many repaired as
             broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
-        method: how new weights are searched; None: a particle swarm with its default settings.
+        method: how new weights are found, such as `swarm`, or an object of `lightning_nrl.methods`.
         fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired), `eq1` and `eq2` (the
             paper's equations), or a `Fitness`.
         localizer: how the weights to be searched are chosen; None: NeuRecoverLite with its default settings.
@@ -75,6 +74,7 @@ class RegressionFreeRepair(Callback):
         seed: the same seed gives the same repair.
         dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
         budget: bytes that the search may use on the device; None takes a share of what is free.
+        max_time: seconds that the repair may take; None: as long as its method needs.
         verbose: whether the report is printed at the end.
 
     Attributes:
@@ -96,7 +96,7 @@ class RegressionFreeRepair(Callback):
         target: Target | None = None,
         layer: str | list[str] = "auto",
         gate: str | Gate = "instance",
-        method: ParticleSwarm | None = None,
+        method: str | Method | ParticleSwarm = "swarm",
         fitness: str | Fitness = "lexicographic",
         localizer: Localizer | None = None,
         n_passed: int | None = None,
@@ -109,6 +109,7 @@ class RegressionFreeRepair(Callback):
         seed: int = 0,
         dirpath: str | Path | None = None,
         budget: int | None = None,
+        max_time: float | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -117,12 +118,13 @@ class RegressionFreeRepair(Callback):
             target=target if target is not None else Target.all(),
             layer=layer,
             gate=Gate.parse(gate),
-            method=method if method is not None else ParticleSwarm(),
+            method=parse_method(method),
             fitness=Fitness(fitness) if isinstance(fitness, str) else fitness,  # type: ignore[arg-type]
             localizer=localizer if localizer is not None else NeuRecoverLite(),
             n_passed=n_passed,
             seed=seed,
             budget=budget,
+            max_time=max_time,
         )
         self.task = task if task is not None else Multiclass()
         check_kind(
@@ -134,7 +136,7 @@ class RegressionFreeRepair(Callback):
         self.dirpath = dirpath
         self.verbose = verbose
         self.report: RepairReport | None = None
-        self._parameters: Mapping[str, Tensor] | None = None
+        self._parameters: State | None = None
         self._pending = False
         self._ran = False
 
@@ -171,7 +173,7 @@ class RegressionFreeRepair(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._space(pl_module)
+        find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
 
     @override
@@ -271,10 +273,5 @@ class RegressionFreeRepair(Callback):
             "collective": Collective.current(pl_module.device),
         }
 
-    def _space(self, pl_module: pl.LightningModule) -> WeightSpace:
-        return find_sites(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
-
     def _is_live(self, pl_module: pl.LightningModule) -> bool:
-        assert self._parameters is not None
-        live = {name: value for site in self._space(pl_module).sites for name, value in site.parameters.items()}
-        return all(torch.equal(live[name].to(value.device), value) for name, value in self._parameters.items())
+        return not changed(pl_module, self._parameters or {})

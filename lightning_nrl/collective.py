@@ -71,3 +71,7 @@ class Collective:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([flag])).item())
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """The first rank's values on every rank, whatever rounding did elsewhere."""
+        return self.sum(values if self.rank == 0 else torch.zeros_like(values))

@@ -31,6 +31,7 @@ DTYPES = {
     "label": torch.int64,
     "prediction": torch.int64,
     "loss": torch.float32,
+    "margin": torch.float32,
     "passed": torch.bool,
     "targeted": torch.bool,
 }
@@ -49,6 +50,7 @@ class Evidence:
         loss: `N` float, each sample's loss.
         passed: `N` bool.
         targeted: `N` bool, failed samples that the target selects; on known data I_neg.
+        margin: `N` float, how far each sample is from being wrong, NaN where the task has no such number.
     """
 
     splits: tuple[str, ...]
@@ -59,6 +61,7 @@ class Evidence:
     loss: Tensor
     passed: Tensor
     targeted: Tensor
+    margin: Tensor
 
     def __len__(self) -> int:
         return len(self.passed)
@@ -167,6 +170,7 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
             explain(f"`task`: `passed` of {type(task).__name__} gave {passed.dtype}.", "return one bool a sample.")
         )
     unknown = torch.full_like(passed, -1, dtype=torch.int64)
+    margin = task.margin(output, batch.target)
     if target is None:
         targeted = torch.zeros_like(passed)
     else:
@@ -176,6 +180,9 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
         "label": unknown if label is None else _checked("label", label, n, task).long(),
         "prediction": unknown if prediction is None else _checked("prediction", prediction, n, task).long(),
         "loss": at_least_float32(loss),
+        "margin": torch.full_like(at_least_float32(loss), torch.nan)
+        if margin is None
+        else at_least_float32(_checked("margin", margin, n, task)),
         "passed": passed,
         "targeted": targeted,
     }

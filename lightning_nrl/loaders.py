@@ -69,6 +69,23 @@ class LoaderSource:
             yield Batch(args, target, self.positions[at : at + n], kwargs, raw)
             at += n
 
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Chosen samples, read by the same workers as in an ordinary pass."""
+        chosen = [self.index[position].tolist() for position in batches]
+        loader: DataLoader[Any] = DataLoader(
+            self.loader.dataset,
+            batch_sampler=chosen,
+            collate_fn=self.loader.collate_fn,
+            pin_memory=self.loader.pin_memory,
+            worker_init_fn=self.loader.worker_init_fn,
+            generator=self.generator,
+            **_workers(self.loader),
+        )
+        for position, raw in zip(batches, loader, strict=True):
+            raw = self.transfer(raw)
+            args, kwargs, target = self.adapter(raw)
+            yield Batch(args, target, position, kwargs, raw)
+
 
 def make_source(
     loader: Any,
@@ -105,13 +122,6 @@ def make_source(
         index = index[: limit * batch_size]
     positions = torch.arange(len(index))[trainer.global_rank :: trainer.world_size]
     generator = torch.Generator()
-    workers: dict[str, Any] = {}
-    if loader.num_workers:
-        workers = {
-            "num_workers": loader.num_workers,
-            "prefetch_factor": loader.prefetch_factor,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
     again: DataLoader[Any] = DataLoader(
         loader.dataset,
         batch_size=batch_size,
@@ -120,7 +130,7 @@ def make_source(
         pin_memory=loader.pin_memory and torch.cuda.is_available(),
         worker_init_fn=loader.worker_init_fn,
         generator=generator,
-        **workers,
+        **_workers(loader),
     )
 
     def transfer(raw: Any) -> Any:
@@ -129,6 +139,16 @@ def make_source(
         return trainer.strategy.batch_to_device(raw, dataloader_idx=0)
 
     return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
+
+
+def _workers(loader: DataLoader[Any]) -> dict[str, Any]:
+    if not loader.num_workers:
+        return {}
+    return {
+        "num_workers": loader.num_workers,
+        "prefetch_factor": loader.prefetch_factor,
+        "multiprocessing_context": loader.multiprocessing_context,
+    }
 
 
 def check_loader(loader: Any, split: str) -> DataLoader[Any]:

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl.account import Account
 from lightning_nrl.as_found import as_found
-from lightning_nrl.batches import Batch, Source
+from lightning_nrl.batches import Source
+from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, EvidenceError, RepairError, explain
 from lightning_nrl.evidence import Context, Evidence, collect, non_finite
 from lightning_nrl.gate import judge
-from lightning_nrl.localization import Localization
+from lightning_nrl.methods import Problem, Training, solve
 from lightning_nrl.report import RepairReport
-from lightning_nrl.scoring import Recording, make_scorer, record
-from lightning_nrl.search import SearchHistory, SearchResult, Spread, search
 from lightning_nrl.settings import Settings
-from lightning_nrl.sites import find_sites
+from lightning_nrl.sites import find_scope
+from lightning_nrl.state import State, changed, holding, write
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 
 __all__ = ["Observer", "Outcome", "repair_module"]
-
-
-class Observer(Protocol):
-    """Is told how a repair goes on."""
-
-    def stage(self, name: str) -> AbstractContextManager[Any]:
-        """Entered around a stage: `collect`, `localize`, `search` or `judge`."""
-        ...
-
-    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
-        """After some iterations: how many of how many, and the best candidate's counts."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -50,17 +36,17 @@ class Outcome:
 
     Attributes:
         report: the account of it.
-        parameters: whole repaired parameters by dotted name, to be written into the model; None unless accepted.
-        change: `K`, the change of each localised weight, accepted or not; None if no candidate was found.
+        parameters: whole repaired parameters and buffers by the names of the state dict, to be written into the model;
+            None unless accepted.
+        change: the change of each weight that differs, accepted or not; None if no candidate was found.
     """
 
     report: RepairReport
-    parameters: Mapping[str, Tensor] | None = None
+    parameters: State | None = None
     change: Tensor | None = None
 
-    @torch.no_grad()
     def write(self, model: nn.Module) -> bool:
-        """Copies the repaired parameters into a model; one whose repair was not accepted stays as it is.
+        """Copies the repaired weights into a model; one whose repair was not accepted stays as it is.
 
         Args:
             model: the model that was repaired, or another with the same parameters, on any device.
@@ -69,19 +55,10 @@ class Outcome:
             Whether the model was changed.
 
         Raises:
-            ConfigurationError: a parameter is not in the model, or has another shape; nothing was written.
+            ConfigurationError: a tensor is not in the model, or has another shape; nothing was written.
         """
-        live = dict(model.named_parameters(remove_duplicate=False))
-        new = self.parameters or {}
-        for name, value in new.items():
-            if name not in live or live[name].shape != value.shape:
-                found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
-                raise ConfigurationError(
-                    explain(f"`model`: its parameter {name!r} {found}.", "give the model that was repaired.")
-                )
-        for name, value in new.items():
-            live[name].copy_(value)
-        return bool(new)
+        write(model, self.parameters or {})
+        return bool(self.parameters)
 
 
 def repair_module(
@@ -93,9 +70,10 @@ def repair_module(
     task: Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
+    training: Training | None = None,
     observer: Observer | None = None,
 ) -> Outcome:
-    """Collects evidence, localises, searches and judges. The model is left as found: `Outcome.write` changes it.
+    """Collects evidence, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
     Args:
         model: the trained model on its device; it runs in evaluation mode.
@@ -105,6 +83,7 @@ def repair_module(
         task: what passed and loss mean; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same outcome.
+        training: goes on with the training, for methods that do; None: they make steps of their own.
         observer: is told how it goes.
 
     Returns:
@@ -115,9 +94,9 @@ def repair_module(
         EvidenceError: the original model gives losses that are not finite; the samples are named.
     """
     settings, task = settings or Settings(), task or Multiclass()
-    collective, clock = collective or Collective(), _Clock(observer)
+    collective, clock = collective or Collective(), Clock(observer, settings.max_time)
     _check_sources(known, unseen, settings)
-    space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
+    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
         with clock.stage("collect"):
@@ -130,76 +109,47 @@ def repair_module(
         passed = _passed_rows(before, known, settings)
         if not passed.any():
             return _given_up(account, _nothing_passes(before, known))
+        problem = Problem(
+            model,
+            known,
+            before,
+            space,
+            scope,
+            task,
+            settings.localizer,
+            settings.fitness,
+            passed,
+            clock=clock,
+            seed=settings.seed,
+            budget=settings.budget,
+            context=context,
+            collective=collective,
+            training=training,
+            whole=settings.layer == "auto",
+        )
         try:
-            with clock.stage("localize"):
-                batches = _rows(known, before)
-                keep = before.targeted | before.passed
-                recording = record(model, batches, space, task, keep, context=context, budget=_half(settings.budget))
-                localization = settings.localizer(
-                    recording, task, failed=before.targeted, passed=before.passed, collective=collective
-                )
+            solution = solve(settings.method, problem)
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
-        with clock.stage("search"):
-            result = _search(recording, localization, before, passed, task, settings, collective, clock)
-        del recording
-        account = account.searched(localization, result, int(passed.sum()))
-        values, old = _agreed(result.values, collective), space.flat()[localization.weights.to(space.device)]
-        if torch.equal(values, old):
-            return Outcome(account.closed("not repaired", "the search found nothing better than the original weights."))
-        parameters = space.changed(localization.weights, values)
-        with clock.stage("judge"), space.holding(parameters):
+        account = account.solved(solution, int(passed.sum()))
+        new = {} if solution.proposal is None else changed(model, solution.proposal.state)
+        if not new:
+            reason = solution.reason or "the search found nothing better than the original weights."
+            return Outcome(account.closed("not repaired", reason))
+        with clock.stage("judge"), holding(model, new):
             after = see(model, known)
             verdict = judge(before, after, settings.gate)
             unseen_after = see(model, unseen) if unseen and verdict.accepted else None
-        report = account.judged(verdict, parameters, after, unseen_after)
-        change = (values.cpu().double() - old.cpu().double()).float()
-        return Outcome(report, parameters if verdict.accepted else None, change)
+        old = {name: value for name, value in model.state_dict().items() if name in new}
+        report = account.judged(verdict, old, new, after, unseen_after)
+        return Outcome(report, new if verdict.accepted else None, _change(old, new))
 
 
-@torch.no_grad()
-def _search(
-    recording: Recording,
-    localization: Localization,
-    before: Evidence,
-    passed: Tensor,
-    task: Task,
-    settings: Settings,
-    collective: Collective,
-    clock: _Clock,
-) -> SearchResult:
-    space = recording.space
-    where = localization.weights.to(space.device)
-    passed_loss = getattr(settings.fitness, "uses_passed_loss", True)
-    scorer = make_scorer(
-        recording,
-        where,
-        before.targeted,
-        passed,
-        task,
-        collective=collective,
-        budget=_half(settings.budget),
-        passed_loss=passed_loss,
-        fragility=before.loss,
-    )
-    result = search(
-        scorer,
-        space.flat()[where],
-        spread=Spread.around(space, where),
-        fitness=settings.fitness,
-        settings=settings.method,
-        seed=settings.seed,
-        on_progress=partial(clock.searched, total=settings.method.iterations, n_passed=int(passed.sum())),
-    )
-    if passed_loss:
-        return result
-    unknown = torch.full_like(result.history.loss_passed, torch.nan)
-    return replace(result, history=replace(result.history, loss_passed=unknown))
-
-
-def _half(budget: int | None) -> int | None:
-    """Recording and scoring share what the search may use."""
-    return None if budget is None else max(1, budget // 2)
+def _change(old: State, new: State) -> Tensor:
+    """What was added to each weight that differs, on the CPU."""
+    changes = [(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new]
+    change = torch.cat(changes)
+    return change[change != 0].float()
 
 
 def _see_unseen(
@@ -214,12 +164,6 @@ def _see_unseen(
             raise
         warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
         return see(model, unseen)
-
-
-def _rows(known: Sequence[Source], before: Evidence) -> Iterator[tuple[Batch, Tensor]]:
-    for source in known:
-        for batch in source:
-            yield batch, before.rows(source.split, batch.position)
 
 
 def _passed_rows(before: Evidence, known: Sequence[Source], settings: Settings) -> Tensor:
@@ -263,11 +207,6 @@ def _check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: 
         )
 
 
-def _agreed(values: Tensor, collective: Collective) -> Tensor:
-    """The first rank's values on every rank, whatever rounding did elsewhere."""
-    return collective.sum(values if collective.rank == 0 else torch.zeros_like(values))
-
-
 def _check_losses(before: Evidence) -> None:
     wrong = non_finite(before)
     if wrong:
@@ -290,24 +229,3 @@ def _nothing(before: Evidence, known: Sequence[Source], target: Target) -> str:
 def _given_up(account: Account, reason: str) -> Outcome:
     warnings.warn(f"not repaired: {reason}", stacklevel=3)
     return Outcome(account.closed("not repaired", reason))
-
-
-class _Clock:
-    """Seconds spent in each stage, in the order of the stages; passes on to an observer what it should know."""
-
-    def __init__(self, observer: Observer | None) -> None:
-        self.observer = observer
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            with self.observer.stage(name) if self.observer else nullcontext():
-                yield
-        finally:
-            self.seconds[name] = round(time.perf_counter() - start, 3)
-
-    def searched(self, done: int, history: SearchHistory, *, total: int, n_passed: int) -> None:
-        if self.observer:
-            self.observer.search(done, total, int(history.patched[-1]), n_passed - int(history.intact[-1]))

@@ -16,7 +16,7 @@ from lightning_nrl.errors import EmptyLocalizationError, EvidenceError
 from lightning_nrl.evidence import Context, collect
 from lightning_nrl.scoring import record
 from lightning_nrl.settings import Settings
-from lightning_nrl.sites import find_sites
+from lightning_nrl.sites import find_scope
 from lightning_nrl.tasks import Task
 
 __all__ = ["rehearse"]
@@ -47,7 +47,7 @@ def rehearse(
         EvidenceError: a collate function drops or adds samples.
         ReplayError: a layer is never called, or the localizer cannot use what the model gives.
     """
-    space = find_sites(model, settings.layer, include_bias=settings.localizer.include_bias)
+    space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with as_found(model):
         few = collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
         first = sources[0]

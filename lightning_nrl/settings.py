@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from numbers import Real
 from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.methods import Method, parse_method
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
@@ -24,9 +27,11 @@ class Settings:
 
     Attributes:
         target: which failures are to be repaired.
-        layer: dotted name of the layer, several names, or `auto`: the last Linear.
+        layer: dotted name of the layer, several names, or `auto`: the last Linear, and for methods that train the
+            whole network. For these it may be a block too: all layers inside may change.
         gate: what a repair must satisfy to be accepted.
-        method: how new weights are searched.
+        method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
+        max_time: seconds that the repair may take; None: as long as its method needs.
         fitness: how candidates are ranked.
         localizer: how the weights to be searched are chosen.
         n_passed: how many passed samples are scored in the search (#pos), drawn from the sources marked `passed`; None
@@ -47,17 +52,18 @@ class Settings:
     target: Target = field(default_factory=AllFailures)
     layer: str | Sequence[str] = "auto"
     gate: Gate = field(default_factory=Gate.instance)
-    method: ParticleSwarm = field(default_factory=ParticleSwarm)
+    method: Method | ParticleSwarm = field(default_factory=ParticleSwarm)
     fitness: Fitness = field(default_factory=Fitness)
     localizer: Localizer = field(default_factory=NeuRecoverLite)
     n_passed: int | None = None
     seed: int = 0
     budget: int | None = None
+    max_time: float | None = None
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
-        check_kind("method", self.method, isinstance(self.method, ParticleSwarm), "ParticleSwarm", "ParticleSwarm()")
+        object.__setattr__(self, "method", parse_method(self.method))
         check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
         localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
         check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
@@ -72,6 +78,13 @@ class Settings:
                 raise ConfigurationError(
                     explain(f"`{name}={value!r}` is out of range.", f"give a whole number {limits}.")
                 )
+
+        seconds = self.max_time
+        number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 < seconds < math.inf):
+            raise ConfigurationError(
+                explain(f"`max_time={seconds!r}` is no time.", "give seconds above 0, or None for no limit.")
+            )
 
     def plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""

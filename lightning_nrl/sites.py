@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["Convolution", "Layer", "Site", "WeightSpace", "find_sites", "layer_names"]
+__all__ = ["Convolution", "Layer", "Site", "WeightSpace", "find_scope", "find_sites", "layer_names"]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
@@ -84,7 +82,7 @@ class WeightSpace:
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
 
-        The live parameters are not touched. The result suits `holding`.
+        The live parameters are not touched. The result suits `lightning_nrl.state.holding`.
         """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
@@ -94,26 +92,6 @@ class WeightSpace:
                 out[name] = flat[at : at + parameter.numel()].view_as(parameter)
                 at += parameter.numel()
         return out
-
-    @contextmanager
-    def holding(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the layers run with these whole parameters; afterwards with their own again, the very same objects.
-
-        `torch.func.functional_call` would leave new weights behind in a layer that the model holds under two names.
-        """
-        own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        try:
-            for site in self.sites:
-                for name, parameter in site.parameters.items():
-                    if name in parameters:
-                        held: dict[str, Any] = site.module._parameters
-                        kind = name.rpartition(".")[2]
-                        own.append((held, kind, parameter))
-                        held[kind] = parameters[name]
-            yield
-        finally:
-            for held, kind, parameter in own:
-                held[kind] = parameter
 
 
 def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> WeightSpace:
@@ -144,6 +122,35 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
     return WeightSpace(tuple(sites))
 
 
+def find_scope(
+    model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False
+) -> tuple[WeightSpace, tuple[str, ...]]:
+    """What may change: the layers whose weights can be searched, and all parameters that training may move.
+
+    Args:
+        model: the model that is meant.
+        layer: as for `find_sites`, or the dotted name of a block, which stands for its last layer to be searched and
+            for all of its parameters. `auto` lets training move all parameters that are not frozen.
+        include_bias: whether biases may be searched too.
+
+    Returns:
+        The layers, and names of parameters in the order of the model.
+
+    Raises:
+        ConfigurationError: as for `find_sites`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [_last_inside(name, modules) for name in _names(layer, modules)]
+    space = find_sites(model, names, include_bias=include_bias)
+    parameters = dict(model.named_parameters())
+    if layer == "auto" and "auto" not in modules:
+        scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    else:
+        scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
+    searched = [name for site in space.sites for name in site.parameters]
+    return space, tuple(scope or searched)
+
+
 def layer_names(layer: str | Sequence[str]) -> list[str]:
     """One name or several as a list.
 
@@ -166,6 +173,18 @@ def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list
         hint = f"name one with `layer=`: {others}." if others else "only Linear and Conv1d/2d/3d can be repaired."
         raise ConfigurationError(explain("`layer='auto'` found no Linear layer.", hint))
     return linear[-1:]
+
+
+def _is_inside(parameter: str, block: str) -> bool:
+    return not block or parameter.startswith(f"{block}.")
+
+
+def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The last layer that can be repaired inside a block; a layer, or what has none inside, is given back."""
+    if name not in modules or isinstance(modules[name], Layer):
+        return name
+    inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
+    return inside[-1] if inside else name
 
 
 def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:

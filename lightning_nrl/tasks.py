@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,6 +49,21 @@ class Task(ABC):
             )
         )
 
+    def margin(self, output: Tensor, target: Any) -> Tensor | None:
+        """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
+
+        Differentiable. None where the task has no such number; then only methods without gradients can repair.
+        """
+        return None
+
+    def divergence(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """How much each sample's output differs from a teacher's, `n`, at least 0 and differentiable.
+
+        The mean squared difference, unless the task knows better.
+        """
+        squares = (at_least_float32(output) - at_least_float32(teacher)).square()
+        return squares.flatten(1).mean(1)
+
     def prediction(self, output: Tensor) -> Tensor | None:
         """The predicted class of each sample, `n` int64, or None where the task has no classes."""
         return None
@@ -65,6 +81,16 @@ class Multiclass(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(at_least_float32(output), self.label(target), reduction="none")
+
+    def margin(self, output: Tensor, target: Tensor) -> Tensor:
+        """The logit of the true class less the largest other one, `n`."""
+        output, label = at_least_float32(output), self.label(target)[:, None]
+        return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
+
+    def divergence(self, output: Tensor, teacher: Tensor) -> Tensor:
+        """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`."""
+        new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
+        return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
 
     def prediction(self, output: Tensor) -> Tensor:
         if output.ndim != 2 or output.shape[1] < 2:

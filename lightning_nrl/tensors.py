@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,16 +95,25 @@ class TensorSource:
         """`n` int64: a sample's position in the tensors is its id in reports."""
         return torch.arange(len(self))
 
+    @property
+    def positions(self) -> Tensor:
+        """All places: tensors in memory are not shared out."""
+        return self.index
+
     def __iter__(self) -> Iterator[Batch]:
         for position in self.index.split(self.batch_size):
             if len(position):
-                yield self._batch(position)
+                # A slice copies nothing.
+                yield self._batch(position, slice(int(position[0]), int(position[-1]) + 1))
 
-    def _batch(self, position: Tensor) -> Batch:
-        start, stop = int(position[0]), int(position[-1]) + 1
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Chosen samples, one batch for each tensor of positions."""
+        for position in batches:
+            yield self._batch(position, position.to(self.targets.device))
 
+    def _batch(self, position: Tensor, where: slice | Tensor) -> Batch:
         def take(x: Tensor) -> Tensor:
-            return x[start:stop].to(self.device)
+            return x[where].to(self.device)
 
         inputs: Any = _map(take, self.inputs)
         target, extras = take(self.targets), [take(extra) for extra in self.extras]

@@ -14,7 +14,7 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Everything, Target, repair_module
 from lightning_nrl.as_found import as_found, random_state
-from lightning_nrl.sites import find_sites
+from lightning_nrl.state import holding
 
 
 class Counting(nn.Module):
@@ -165,9 +165,8 @@ def test_a_layer_under_two_names_keeps_its_own_weight(layer: str) -> None:
 
 def test_other_weights_are_held_for_a_while_only() -> None:
     model = TwoNames()
-    space = find_sites(model, "exit", include_bias=True)
     weight, bias = model.head.weight, model.head.bias
-    with space.holding({"exit.weight": torch.ones(3, 12)}):
+    with holding(model, {"exit.weight": torch.ones(3, 12)}):
         assert torch.equal(model.head.weight, torch.ones(3, 12))
         assert model.exit.bias is bias
     assert model.head.weight is model.exit.weight is weight

@@ -30,6 +30,7 @@ def evidence(passed: list[bool], targeted: list[bool] | None = None, loss: list[
         loss=torch.zeros(n) if loss is None else torch.tensor(loss),
         passed=ok,
         targeted=torch.tensor(targeted or [False] * n, dtype=torch.bool),
+        margin=torch.zeros(n),
     )
 
 

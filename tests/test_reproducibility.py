@@ -22,7 +22,7 @@ from lightning_nrl import (
 )
 from lightning_nrl.batches import Batch
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.pipeline import _agreed, _passed_rows
+from lightning_nrl.pipeline import _passed_rows
 from lightning_nrl.search import Spread, search
 from lightning_nrl.tasks import Multiclass
 
@@ -103,7 +103,7 @@ def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
 
 def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
     def run(collective: Any) -> Tensor:
-        return _agreed(torch.tensor([1.0, -2.0]) + 1e-7 * collective.rank, collective)
+        return collective.agreed(torch.tensor([1.0, -2.0]) + 1e-7 * collective.rank)
 
     assert [values.tolist() for values in on_ranks(3, run)] == [[1.0, -2.0]] * 3
 

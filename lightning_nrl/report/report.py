@@ -10,6 +10,7 @@ from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
+from lightning_nrl.methods.problem import Step
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
@@ -64,6 +65,7 @@ class RepairReport:
         candidate: what the refused weights would have done to the known splits; empty if none were refused.
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
+        steps: what the method did, in order.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
         seed: what reproduces the run.
@@ -83,6 +85,7 @@ class RepairReport:
     candidate: tuple[SplitReport, ...] = ()
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
+    steps: tuple[Step, ...] = ()
     change: WeightChange | None = None
     hashes: Hashes | None = None
     seed: int | None = None
@@ -119,6 +122,7 @@ class RepairReport:
         own["layers"] = tuple(own["layers"])
         for name in ("splits", "candidate"):
             own[name] = tuple(_read(SplitReport, split) for split in own.get(name, ()))
+        own["steps"] = tuple(_read(Step, step) for step in own.get("steps", ()))
         for name, kind in PARTS.items():
             own[name] = None if own.get(name) is None else _read(kind, own[name])
         return cls(**own)

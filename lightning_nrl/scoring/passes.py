@@ -18,6 +18,7 @@ from lightning_nrl.scoring.channelwise import Varied
 from lightning_nrl.scoring.slots import Layout
 from lightning_nrl.scoring.tracing import Moment, editing, remembering, watching
 from lightning_nrl.sites import Site, WeightSpace
+from lightning_nrl.state import holding
 from lightning_nrl.tasks import Task
 
 __all__ = ["Inputs", "Leaf", "Plan", "SiteEdit", "Subject", "flatten"]
@@ -67,7 +68,7 @@ class Subject:
     def whole(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
         """The logits of the whole model with some parameters replaced."""
         args, kwargs = _own(inputs)
-        with self.space.holding(parameters), self.context():
+        with holding(self.model, parameters), self.context():
             return self.task.logits(self.model(*args, **kwargs))
 
     def edited(self, inputs: Inputs, edit: SiteEdit) -> Tensor:

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 import lightning_nrl.callback
-import lightning_nrl.pipeline
+import lightning_nrl.clock
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -125,7 +125,7 @@ class Shift(Callback):
 def test_an_exception_in_mid_search_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raise_in(monkeypatch, lightning_nrl.pipeline._Clock, "searched", Broken)
+    raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", Broken)
     repair = witness()
     with pytest.raises(Broken):
         fit(tmp_path, repair)
@@ -135,7 +135,7 @@ def test_an_exception_in_mid_search_leaves_everything_as_it_was(
 def test_an_interrupt_in_mid_search_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raise_in(monkeypatch, lightning_nrl.pipeline._Clock, "searched", KeyboardInterrupt)
+    raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", KeyboardInterrupt)
     monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
     repair = witness()
     with pytest.raises(SystemExit):

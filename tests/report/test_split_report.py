@@ -23,6 +23,7 @@ def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> Evidence:
         loss=torch.full((n,), loss),
         passed=ok,
         targeted=torch.tensor([sign == "x" for sign in targeted.ljust(n)]),
+        margin=torch.zeros(n),
     )
 
 

@@ -1,0 +1,184 @@
+"""What a method is given and what it gives: a problem in, a solution out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lightning_nrl.batches import Source
+from lightning_nrl.clock import Clock
+from lightning_nrl.collective import Collective
+from lightning_nrl.evidence import Context, Evidence, collect
+from lightning_nrl.fitness import Fitness
+from lightning_nrl.flips import Flips
+from lightning_nrl.localization import Localization, Localizer
+from lightning_nrl.search.result import SearchResult
+from lightning_nrl.sites import WeightSpace
+from lightning_nrl.state import State, holding
+from lightning_nrl.tasks import Task
+
+__all__ = ["Method", "Problem", "Proposal", "Solution", "Step", "Training", "better"]
+
+
+class Training(Protocol):
+    """Goes on with the training of the model, the known failures added to the training data."""
+
+    def __call__(self, *, seconds: float, seed: int, clock: Clock) -> State | None:
+        """Trains a copy; the model stays as it is.
+
+        Args:
+            seconds: how long that may take; infinite: as many epochs as the model was trained for.
+            seed: of the order of the samples and of all else that is random.
+            clock: is told how it goes.
+
+        Returns:
+            Every parameter and persistent buffer after training, on the model's device; None if the time is too short
+            for a training worth its name.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, what is known of it, and what may be changed to repair it.
+
+    Attributes:
+        model: the original model, in evaluation mode on its device. Nothing may write to it.
+        known: all data that a method may look at, this rank's share of it.
+        before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
+            `before.passed` is to be kept.
+        space: the layers whose weights are localised and searched.
+        scope: names of the parameters that may be changed at all; `space` is inside.
+        task: what passed, loss and margin mean.
+        localizer: how weights to be searched are chosen.
+        fitness: how candidates of a swarm are ranked.
+        passed: `N` bool, the passed samples that a swarm scores (I_pos): all, or #pos of them.
+        clock: what stages took, and what is left of the time.
+        seed: of everything random.
+        budget: bytes that the search may use on the device; None takes a share of what is free.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data; all of them run the same method in step.
+        training: goes on with the training; None where it is not known how the model was trained.
+        whole: whether the scope is the whole network, so that training may go on.
+    """
+
+    model: nn.Module
+    known: Sequence[Source]
+    before: Evidence
+    space: WeightSpace
+    scope: tuple[str, ...]
+    task: Task
+    localizer: Localizer
+    fitness: Fitness
+    passed: Tensor
+    clock: Clock = field(default_factory=Clock)
+    seed: int = 0
+    budget: int | None = None
+    context: Context = nullcontext
+    collective: Collective = field(default_factory=Collective)
+    training: Training | None = None
+    whole: bool = True
+
+    def see(self, state: State) -> Evidence:
+        """What the deployed model does on all known data under a state: one forward pass over them."""
+        with holding(self.model, state):
+            return collect(self.model, self.known, task=self.task, context=self.context, collective=self.collective)
+
+    def propose(self, name: str, state: State) -> Proposal:
+        """A state as a proposal, counted on all known data."""
+        after = self.see(state)
+        flips = Flips.between(self.before, after)
+        repaired = int((flips.repaired & self.before.targeted).sum())
+        return Proposal(name, state, after, repaired, int(flips.broken.sum()))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New weights, and what they do on known data.
+
+    Attributes:
+        name: where they come from, such as `fit`, `polish` or `convex`.
+        state: whole tensors; those that are not named stay as they are.
+        after: what the deployed model does on known data under them.
+        repaired: targeted samples that pass.
+        broken: known passed samples that do not pass any more.
+    """
+
+    name: str
+    state: State
+    after: Evidence
+    repaired: int
+    broken: int
+
+    def step(self, seconds: float, note: str = "") -> Step:
+        """A line for the report."""
+        return Step(self.name, self.repaired, self.broken, round(seconds, 3), note)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a method, as a line of the report.
+
+    Attributes:
+        name: such as `fit`, `polish` or `convex`.
+        repaired: targeted samples that pass after it.
+        broken: known passed samples that do not pass any more after it.
+        seconds: wall time of it.
+        note: what else is worth saying, in words.
+    """
+
+    name: str
+    repaired: int
+    broken: int
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a method found.
+
+    Attributes:
+        proposal: the best it has; None if it has nothing better than the original weights.
+        reason: why there is no proposal, in words.
+        steps: what it did, in order.
+        others: further proposals worth keeping, such as those along a path over strength.
+        localization: which weights a swarm searched, if one did.
+        result: the course of that search.
+    """
+
+    proposal: Proposal | None
+    reason: str = ""
+    steps: tuple[Step, ...] = ()
+    others: tuple[Proposal, ...] = ()
+    localization: Localization | None = None
+    result: SearchResult | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How new weights are found. A method of your own is a frozen dataclass with this call."""
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Finds new weights. The model is left as found.
+
+        Raises:
+            EmptyLocalizationError: no weight can be chosen; the repair then ends as `not repaired`.
+            ConfigurationError: the method does not suit the model or the task.
+        """
+        ...
+
+
+def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
+    """The best proposal: fewest known broken, then most targets repaired, then the earlier; None if there is none."""
+    best: Proposal | None = None
+    for proposal in proposals:
+        if proposal is not None and (
+            best is None or (-proposal.broken, proposal.repaired) > (-best.broken, best.repaired)
+        ):
+            best = proposal
+    return best

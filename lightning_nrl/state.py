@@ -1,0 +1,114 @@
+"""A model's weights as whole tensors by name, put into the model for a while, or for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["State", "between", "changed", "holding", "snapshot", "write"]
+
+State = Mapping[str, Tensor]
+"""Whole parameters and buffers by the names that the state dict has for them."""
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """Detached copies of all that a repair may change: every parameter and persistent buffer, on their device."""
+    return {name: value.detach().clone() for name, value in _live(model).items()}
+
+
+@torch.no_grad()
+def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
+    """The tensors of a state that differ from the live ones; a tensor under several names comes under each of them.
+
+    Raises:
+        ConfigurationError: a name is not in the model, or has another shape there.
+    """
+    live = _checked(model, state)
+    new = {id(live[name]): value for name, value in state.items() if not torch.equal(live[name], value)}
+    return {name: new[id(value)] for name, value in live.items() if id(value) in new}
+
+
+@contextmanager
+def holding(model: nn.Module, state: State) -> Iterator[None]:
+    """Inside, the model runs with these tensors; afterwards with its own again, the very same objects.
+
+    A tensor that several modules share is replaced in all of them. `torch.func.functional_call` would leave new
+    weights behind in a layer that the model holds under two names.
+
+    Raises:
+        ConfigurationError: a name is not in the model, or has another shape there.
+    """
+    live = _checked(model, state)
+    new = {id(live[name]): value for name, value in state.items()}
+    own: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module in model.modules():
+            slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in slots:
+                for kind, value in held.items():
+                    if id(value) in new:
+                        own.append((held, kind, value))
+                        held[kind] = new[id(value)]
+        yield
+    finally:
+        for held, kind, value in own:
+            held[kind] = value
+
+
+@torch.no_grad()
+def write(model: nn.Module, state: State) -> None:
+    """Copies tensors into the model for good.
+
+    Raises:
+        ConfigurationError: a name is not in the model, or has another shape there; nothing was written.
+    """
+    live = _checked(model, state)
+    for name, value in state.items():
+        live[name].copy_(value)
+
+
+@torch.no_grad()
+def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
+    """The state at a strength t from old (0) to new (1), and beyond: old + t (new - old).
+
+    Args:
+        old: has at least the names of `new`.
+        new: the names that come out. What is not floating point, such as a count of batches, is that of `new` from
+            t = 1/2 on. Variances of batch norm stay at or above 0.
+        strength: t. At 0 and 1 the tensors are, bit for bit, those of `old` and `new`.
+    """
+    if strength in (0.0, 1.0):
+        return {name: (new if strength else old)[name] for name in new}
+    mixed = {}
+    for name, value in new.items():
+        if not value.is_floating_point():
+            mixed[name] = value if strength >= 0.5 else old[name]
+            continue
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        start = old[name].to(dtype)
+        mixed[name] = (start + strength * (value.to(dtype) - start)).to(value.dtype)
+        if strength > 1 and name.rpartition(".")[2] == "running_var":
+            mixed[name] = mixed[name].clamp_min(0)
+    return mixed
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
+    live = _live(model)
+    for name, value in state.items():
+        if name not in live or live[name].shape != value.shape:
+            found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
+            raise ConfigurationError(
+                explain(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
+            )
+    return live
