@@ -16,9 +16,10 @@ from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, EvidenceError, RepairError, explain
-from lightning_nrl.evidence import Context, Evidence, collect, non_finite
+from lightning_nrl.errors import EmptyLocalizationError, RepairError
+from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import judge
+from lightning_nrl.known import check_losses, check_sources, passed_rows
 from lightning_nrl.methods import Problem, Training, solve
 from lightning_nrl.report import RepairReport
 from lightning_nrl.settings import Settings
@@ -95,18 +96,18 @@ def repair_module(
     """
     settings, task = settings or Settings(), task or Multiclass()
     collective, clock = collective or Collective(), Clock(observer, settings.max_time)
-    _check_sources(known, unseen, settings)
+    check_sources(known, unseen, settings)
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
         with clock.stage("collect"):
             before = see(model, known, target=settings.target)
             unseen_before = _see_unseen(see, model, unseen, settings.target, collective) if unseen else None
-        _check_losses(before)
+        check_losses(before)
         account = Account(model, space, settings, task, before, unseen_before, clock.seconds)
         if not before.targeted.any():
             return Outcome(account.closed("nothing to repair", _nothing(before, known, settings.target)))
-        passed = _passed_rows(before, known, settings)
+        passed = passed_rows(before, known, settings)
         if not passed.any():
             return _given_up(account, _nothing_passes(before, known))
         problem = Problem(
@@ -166,57 +167,11 @@ def _see_unseen(
         return see(model, unseen)
 
 
-def _passed_rows(before: Evidence, known: Sequence[Source], settings: Settings) -> Tensor:
-    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
-    if settings.n_passed is None:
-        return before.passed
-    pool = torch.zeros_like(before.passed)
-    for source in known:
-        if source.passed:
-            pool[before.of(source.split)] = before.passed[before.of(source.split)]
-    rows = pool.nonzero().flatten()
-    generator = torch.Generator().manual_seed(settings.seed)
-    drawn = torch.zeros_like(pool)
-    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
-    return drawn
-
-
 def _nothing_passes(before: Evidence, known: Sequence[Source]) -> str:
     if not before.passed.any():
         return "no known sample passes, so there is nothing to keep and nothing to compare with."
     names = " and ".join(source.split for source in known if source.passed)
     return f"no sample of {names} passes, so `n_passed` has nothing to draw from."
-
-
-def _check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    names = [source.split for source in (*known, *unseen)]
-    if len(set(names)) < len(names):
-        raise ConfigurationError(
-            explain(f"`known` and `unseen` have the splits {names}.", "give each split a name of its own.")
-        )
-    if not any(source.failed for source in known):
-        raise ConfigurationError(
-            explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
-        )
-    if settings.n_passed is not None and not any(source.passed for source in known):
-        raise ConfigurationError(
-            explain(
-                f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
-                "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
-            )
-        )
-
-
-def _check_losses(before: Evidence) -> None:
-    wrong = non_finite(before)
-    if wrong:
-        samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
-        raise EvidenceError(
-            explain(
-                f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
-                "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
-            )
-        )
 
 
 def _nothing(before: Evidence, known: Sequence[Source], target: Target) -> str:

@@ -27,13 +27,14 @@ __all__ = ["Method", "Problem", "Proposal", "Solution", "Step", "Training", "bet
 class Training(Protocol):
     """Goes on with the training of the model, the known failures added to the training data."""
 
-    def __call__(self, *, seconds: float, seed: int, clock: Clock) -> State | None:
+    def __call__(self, *, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State | None:
         """Trains a copy; the model stays as it is.
 
         Args:
             seconds: how long that may take; infinite: as many epochs as the model was trained for.
             seed: of the order of the samples and of all else that is random.
             clock: is told how it goes.
+            start: weights to begin with, such as fresh ones; None: the model's own.
 
         Returns:
             Every parameter and persistent buffer after training, on the model's device; None if the time is too short

@@ -1,0 +1,71 @@
+"""What is checked of known data before any method looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.batches import Source
+from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
+from lightning_nrl.evidence import Evidence, non_finite
+from lightning_nrl.settings import Settings
+
+__all__ = ["check_losses", "check_sources", "passed_rows"]
+
+
+def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
+    """Refuses splits of one name, and known data that have nothing to repair or to draw from.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    names = [source.split for source in (*known, *unseen)]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(
+            explain(f"`known` and `unseen` have the splits {names}.", "give each split a name of its own.")
+        )
+    if not any(source.failed for source in known):
+        raise ConfigurationError(
+            explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
+        )
+    if settings.n_passed is not None and not any(source.passed for source in known):
+        raise ConfigurationError(
+            explain(
+                f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
+                "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
+            )
+        )
+
+
+def check_losses(before: Evidence) -> None:
+    """Refuses a model whose losses are not finite.
+
+    Raises:
+        EvidenceError: the samples are named.
+    """
+    wrong = non_finite(before)
+    if wrong:
+        samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
+        raise EvidenceError(
+            explain(
+                f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
+                "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
+            )
+        )
+
+
+def passed_rows(before: Evidence, known: Sequence[Source], settings: Settings) -> Tensor:
+    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
+    if settings.n_passed is None:
+        return before.passed
+    pool = torch.zeros_like(before.passed)
+    for source in known:
+        if source.passed:
+            pool[before.of(source.split)] = before.passed[before.of(source.split)]
+    rows = pool.nonzero().flatten()
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.zeros_like(pool)
+    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
+    return drawn
