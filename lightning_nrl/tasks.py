@@ -84,7 +84,8 @@ class Multiclass(Task):
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         """The logit of the true class less the largest other one, `n`."""
-        output, label = at_least_float32(output), self.label(target)[:, None]
+        # A label below 0 is no class: evidence refuses such samples by name, once it has seen them all.
+        output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 
     def divergence(self, output: Tensor, teacher: Tensor) -> Tensor:

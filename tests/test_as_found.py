@@ -71,14 +71,14 @@ def test_a_repair_leaves_no_trace(layer: Any) -> None:
     assert same(picture(model), before)
 
 
-@pytest.mark.parametrize("stage", ["_search", "judge", "record"])
+@pytest.mark.parametrize("stage", ["methods.swarm.record", "methods.swarm.search", "pipeline.judge"])
 def test_a_repair_that_raises_leaves_no_trace(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
 
     model = network()
     before = picture(model)
-    monkeypatch.setattr(f"lightning_nrl.pipeline.{stage}", fail)
+    monkeypatch.setattr(f"lightning_nrl.{stage}", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         repair_module(model, known(), quick())
     assert same(picture(model), before)

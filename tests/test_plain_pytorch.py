@@ -113,9 +113,9 @@ def test_an_outcome_is_written_whole_or_not_at_all() -> None:
     outcome = repair_module(model, known(), quick(layer=["0", "2"], localizer=Everything()))
     other = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 4))
     before = hash_tensors(other.state_dict())
-    with pytest.raises(ConfigurationError, match=r"parameter '2.weight' has the shape \[4, 12\]"):
+    with pytest.raises(ConfigurationError, match=r"tensor '2.weight' has the shape \[4, 12\]"):
         outcome.write(other)
-    with pytest.raises(ConfigurationError, match=r"parameter '0.weight' is not there"):
+    with pytest.raises(ConfigurationError, match=r"tensor '0.weight' is not there"):
         outcome.write(nn.Linear(4, 3))
     assert hash_tensors(other.state_dict()) == before
     assert outcome.write(model.double())

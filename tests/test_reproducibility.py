@@ -22,13 +22,14 @@ from lightning_nrl import (
 )
 from lightning_nrl.batches import Batch
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.pipeline import _passed_rows
+from lightning_nrl.known import passed_rows
 from lightning_nrl.search import Spread, search
 from lightning_nrl.tasks import Multiclass
 
 
 def timeless(report: RepairReport) -> str:
-    return replace(report, seconds={}).to_json()
+    steps = tuple(replace(step, seconds=0.0) for step in report.steps)
+    return replace(report, seconds={}, steps=steps).to_json()
 
 
 def test_the_same_seed_gives_the_same_report_to_the_bit() -> None:
@@ -115,7 +116,7 @@ def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pyte
         given.append(spread)
         return search(*args, spread=spread, **kwargs)
 
-    monkeypatch.setattr("lightning_nrl.pipeline.search", listen)
+    monkeypatch.setattr("lightning_nrl.methods.swarm.search", listen)
     model = trained()
     repair_module(model, known(), quick(layer=["0", "2"], localizer=Everything(include_bias=True)))
     parameters = [model[0].weight, model[0].bias, model[2].weight, model[2].bias]
@@ -126,20 +127,20 @@ def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pyte
 def test_passed_samples_are_drawn_without_replacement_from_passed_sources() -> None:
     model, sources = trained(), known()
     evidence = collected(model, sources)
-    rows = _passed_rows(evidence, sources, quick(n_passed=40, seed=1))
+    rows = passed_rows(evidence, sources, quick(n_passed=40, seed=1))
     assert int(rows.sum()) == 40
     assert not (rows & ~evidence.passed).any()
     assert not rows[evidence.of("new")].any()
-    assert torch.equal(rows, _passed_rows(evidence, sources, quick(n_passed=40, seed=1)))
-    assert not torch.equal(rows, _passed_rows(evidence, sources, quick(n_passed=40, seed=2)))
+    assert torch.equal(rows, passed_rows(evidence, sources, quick(n_passed=40, seed=1)))
+    assert not torch.equal(rows, passed_rows(evidence, sources, quick(n_passed=40, seed=2)))
 
 
 def test_more_than_there_are_is_all_of_them_and_none_given_is_every_known_one() -> None:
     sources = known()
     evidence = collected(trained(), sources)
     train = evidence.of("train")
-    assert torch.equal(_passed_rows(evidence, sources, quick(n_passed=9999))[train], evidence.passed[train])
-    assert torch.equal(_passed_rows(evidence, sources, quick()), evidence.passed)
+    assert torch.equal(passed_rows(evidence, sources, quick(n_passed=9999))[train], evidence.passed[train])
+    assert torch.equal(passed_rows(evidence, sources, quick()), evidence.passed)
 
 
 def test_the_gate_counts_known_samples_that_were_not_drawn() -> None:

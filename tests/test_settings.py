@@ -65,7 +65,7 @@ def test_settings_are_told_as_plain_values() -> None:
     )
     plain = settings.plain()
     assert list(plain) == [
-        "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget",
+        "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]
@@ -102,7 +102,8 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
     [
         ({"target": 3}, "`target=3` is no Target"),
         ({"gate": "instance"}, "`gate='instance'` is no Gate"),
-        ({"method": "swarm"}, "`method='swarm'` is no ParticleSwarm"),
+        ({"method": "swam"}, "`method='swam'` is unknown"),
+        ({"method": ParticleSwarm}, "`method` is the class ParticleSwarm"),
         ({"fitness": "eq1"}, "`fitness='eq1'` is no Fitness"),
         ({"fitness": Fitness}, "is no Fitness"),
         ({"localizer": "all"}, "`localizer='all'` is no Localizer"),
@@ -116,6 +117,11 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
         ({"seed": None}, "`seed=None` is out of range"),
         ({"seed": True}, "`seed=True` is out of range"),
         ({"budget": 0}, "`budget=0` is out of range"),
+        ({"max_time": 0}, "`max_time=0` is no time"),
+        ({"max_time": math.inf}, "`max_time=inf` is no time"),
+        ({"max_time": math.nan}, "`max_time=nan` is no time"),
+        ({"max_time": True}, "`max_time=True` is no time"),
+        ({"max_time": "60"}, "`max_time='60'` is no time"),
     ],
 )
 def test_a_value_without_a_meaning_is_refused_at_once(arguments: dict[str, Any], found: str) -> None:

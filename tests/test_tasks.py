@@ -27,6 +27,21 @@ def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
     torch.testing.assert_close(task.loss(LOGITS, LABELS), torch.tensor([0.693147, 1.313262, 2.126928]))
 
 
+def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
+    task, output = Multiclass(), torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
+    margin = task.margin(output, torch.tensor([0, 2]))
+    assert margin.tolist() == [1.0, -3.0]
+    margin.sum().backward()
+    assert output.grad.tolist() == [[1.0, 0.0, -1.0], [0.0, -1.0, 1.0]]
+    # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4)
+    student, teacher = torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2)
+    torch.testing.assert_close(task.divergence(student, teacher), torch.tensor([0.143841]))
+
+
+def test_a_margin_of_no_class_does_not_raise() -> None:
+    assert Multiclass().margin(LOGITS, torch.tensor([0, -100, 1])).tolist() == [0.0, -1.0, -2.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
 def test_labels_of_any_whole_kind_will_do(dtype: torch.dtype) -> None:
     labels = LABELS.to(dtype)

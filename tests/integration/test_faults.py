@@ -16,6 +16,8 @@ from pytorch_lightning.loggers import CSVLogger
 
 import lightning_nrl.callback
 import lightning_nrl.clock
+import lightning_nrl.methods.swarm
+import lightning_nrl.pipeline
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -78,7 +80,7 @@ class Frozen(Classifier):
 
 STAGES = {
     "collect": (lightning_nrl.pipeline, "collect"),
-    "record": (lightning_nrl.pipeline, "record"),
+    "record": (lightning_nrl.methods.swarm, "record"),
     "judge": (lightning_nrl.pipeline, "judge"),
     "report": (lightning_nrl.callback, "write_report"),
     "track": (lightning_nrl.callback, "track"),
