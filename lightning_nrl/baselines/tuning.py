@@ -1,0 +1,122 @@
+"""Fine-tuning on known data, and fine-tuning that is held to the old model (PC-training)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.batches import Batch
+from lightning_nrl.descent import Descent, Loss, deal, draw
+from lightning_nrl.methods.problem import Problem, Solution
+from lightning_nrl.precision import at_least_float32
+from lightning_nrl.state import State, holding
+
+__all__ = ["FineTuning", "FocalDistillation", "LayerFineTuning"]
+
+EPOCHS = 8  # more gains little: regressions grow along with repairs
+STEPS = 400  # about what that is on 6,000 samples; small data are gone through more often, or nothing would move
+LEARNING_RATE = 3e-4
+EMPHASIS = 3.0  # times the loss of a targeted sample
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Goes on with gradient steps on all known data, the targeted failures weighted up, whatever breaks.
+
+    AdamW on the task's loss from the deployed weights. Batch norm stays in evaluation mode with the deployed
+    statistics, dropout is off, and samples come as in validation, without augmentation.
+
+    Attributes:
+        epochs: passes over all known data; more on small data, until some hundred steps are made.
+        learning_rate: of AdamW, falling to 0 along half a cosine.
+        emphasis: how many times the loss of a targeted sample counts.
+    """
+
+    epochs: int = EPOCHS
+    learning_rate: float = LEARNING_RATE
+    emphasis: float = EMPHASIS
+
+    def __call__(self, problem: Problem) -> Solution:
+        return _tuned(problem, self, _emphasised(problem, self.emphasis))
+
+
+@dataclass(frozen=True)
+class LayerFineTuning(FineTuning):
+    """Fine-tuning of the layers that a swarm would search, and of nothing else."""
+
+    def __call__(self, problem: Problem) -> Solution:
+        searched = tuple(name for site in problem.space.sites for name in site.parameters)
+        return super().__call__(replace(problem, scope=searched))
+
+
+@dataclass(frozen=True)
+class FocalDistillation(FineTuning):
+    """Fine-tuning that is held to the old model's outputs, most of all where it is right.
+
+    To each sample's loss it adds `base + scale [old model right]` times the divergence from the old model's output at
+    a temperature (Yan et al. 2021, Positive-congruent training, whose weights these are).
+
+    Attributes:
+        base: weight of the divergence on every sample.
+        scale: what is added to it where the old model is right.
+        temperature: what outputs are divided by; the divergence is multiplied by its square, so that its gradient
+            keeps its size (Hinton et al. 2015).
+    """
+
+    base: float = 1.0
+    scale: float = 5.0
+    temperature: float = 100.0
+
+    def __call__(self, problem: Problem) -> Solution:
+        task, heat, plain = problem.task, self.temperature, _emphasised(problem, self.emphasis)
+        old = {name: value.detach() for name, value in problem.model.named_parameters()}
+        weight = self.base + self.scale * problem.before.passed.float()
+
+        def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+            with torch.no_grad(), holding(problem.model, old), problem.context():
+                teacher = task.logits(problem.model(*batch.args, **batch.kwargs))
+            apart = heat**2 * task.divergence(at_least_float32(output) / heat, at_least_float32(teacher) / heat)
+            return plain(batch, rows, output) + (weight[rows].to(output.device) * apart).sum()
+
+        return _tuned(problem, self, loss)
+
+
+def _emphasised(problem: Problem, emphasis: float) -> Loss:
+    weight = 1 + (emphasis - 1) * problem.before.targeted.float()
+
+    def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+        return (weight[rows].to(output.device) * problem.task.loss(output, batch.target)).sum()
+
+    return loss
+
+
+def _tuned(problem: Problem, settings: FineTuning, loss: Loss) -> Solution:
+    clock, began = problem.clock, problem.clock.elapsed
+    with clock.stage("tune"):
+        state, epochs = _descended(problem, settings, loss)
+    if not epochs:
+        return Solution(None, "there was no time for an epoch.")
+    with clock.stage("judge"):
+        proposal = problem.propose("tune", state)
+    step = proposal.step(clock.elapsed - began, f"{epochs:,} epochs")
+    return Solution(proposal, steps=(step,))
+
+
+def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[State, int]:
+    """The weights after all epochs, or after as many as there was time for, and how many these are."""
+    rows = torch.arange(len(problem.before))
+    generator = torch.Generator().manual_seed(problem.seed)
+    descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=settings.learning_rate))
+    a_pass = len(deal(rows, torch.Generator()))
+    epochs = max(settings.epochs, -(-STEPS // a_pass))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(descent.optimizer, epochs * a_pass)
+    done = 0
+    while done < epochs and not problem.collective.any(problem.clock.left <= 0):
+        for parts in draw(problem, deal(rows, generator)):
+            descent.step(parts, loss)
+            schedule.step()
+        done += 1
+    return descent.state(), done

@@ -1,0 +1,246 @@
+"""Runs several methods on one problem and counts what each repairs and breaks. Knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_nrl.as_found import as_found
+from lightning_nrl.baselines import BASELINES, Interpolation
+from lightning_nrl.batches import Source
+from lightning_nrl.clock import Clock, Observer
+from lightning_nrl.collective import Collective
+from lightning_nrl.comparison.comparison import Comparison, Entry, Point
+from lightning_nrl.errors import (
+    ConfigurationError,
+    EmptyLocalizationError,
+    EvidenceError,
+    ReplayError,
+    check_choice,
+    explain,
+)
+from lightning_nrl.evidence import Context, Evidence, collect
+from lightning_nrl.flips import FlipCounts, Flips
+from lightning_nrl.known import check_losses, check_sources, passed_rows
+from lightning_nrl.methods import METHODS, Method, Problem, Solution, Training, parse_method, solve
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.settings import Settings
+from lightning_nrl.sites import find_scope
+from lightning_nrl.state import State, between, holding, snapshot
+from lightning_nrl.tasks import Multiclass, Task
+
+__all__ = ["Methods", "compare_module", "parse_methods"]
+
+STRENGTHS = (0.25, 0.5, 0.75)
+FINENESS = 1 / 64  # of the strength at which weights are scaled back
+
+AnyMethod = Method | ParticleSwarm
+Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
+"""Names of methods and baselines, or objects, under names of their own if they are a mapping."""
+
+
+def compare_module(
+    model: nn.Module,
+    known: Sequence[Source],
+    unseen: Sequence[Source] = (),
+    settings: Settings | None = None,
+    *,
+    methods: Methods | None = None,
+    task: Task | None = None,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+    training: Training | None = None,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Runs methods one after the other on the same problem, each from the same weights and with the same seed.
+
+    No gate judges them. What each gives is counted at several strengths between the original and its own weights, and
+    at the largest strength that breaks no known sample. The model is left as found.
+
+    Args:
+        model: the trained model on its device; it runs in evaluation mode.
+        known: data that methods may look at.
+        unseen: data that is only counted: nothing is chosen by it.
+        settings: what to repair. Its `method` and `gate` do not matter, and `max_time` is what each method has.
+        methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
+        task: what passed and loss mean; None: `Multiclass`.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data; each ends with the same comparison.
+        training: goes on with the training of the model, or begins it anew; without it there is no retraining.
+        observer: is told how it goes.
+
+    Raises:
+        ConfigurationError: the layer, the data, the target, the task or a method cannot be used, or no failed sample is
+            in the target.
+        EvidenceError: the original model gives losses that are not finite.
+    """
+    settings, task, collective = settings or Settings(), task or Multiclass(), collective or Collective()
+    chosen = parse_methods(methods)
+    check_sources(known, unseen, settings)
+    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    see = partial(collect, task=task, context=context, collective=collective)
+    with as_found(model):
+        before = see(model, known, target=settings.target)
+        check_losses(before)
+        _check_targets(before, settings)
+        problem = Problem(
+            model,
+            known,
+            before,
+            space,
+            scope,
+            task,
+            settings.localizer,
+            settings.fitness,
+            passed_rows(before, known, settings),
+            seed=settings.seed,
+            budget=settings.budget,
+            context=context,
+            collective=collective,
+            training=training,
+            whole=settings.layer == "auto",
+        )
+        look = partial(see, model, unseen) if unseen else None
+        trials = _Trials(problem, snapshot(model), look, None if look is None else look())
+        entries: list[Entry] = []
+        found: list[tuple[AnyMethod, Solution, float]] = []
+        for name, method in chosen.items():
+            with as_found(model):
+                torch.manual_seed(settings.seed)
+                clock = Clock(observer, settings.max_time)
+                solution, seconds = _solved(method, replace(problem, clock=clock), found)
+                found.append((method, solution, seconds))
+                entries.append(trials.entry(name, solution, seconds))
+    layer = settings.layer if isinstance(settings.layer, str) else ", ".join(settings.layer)
+    return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
+
+
+def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
+    """Methods by the names that a comparison gives them.
+
+    Raises:
+        ConfigurationError: a name is unknown or there twice, or something is no method.
+    """
+    if methods is None:
+        methods = (*METHODS, *BASELINES)
+    if isinstance(methods, Mapping):
+        return {str(name): _method(method) for name, method in methods.items()}
+    if isinstance(methods, str):
+        methods = (methods,)
+    names = [method if isinstance(method, str) else type(method).__name__ for method in methods]
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(
+            explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
+        )
+    return {name: _method(method) for name, method in zip(names, methods, strict=True)}
+
+
+def _method(method: str | AnyMethod) -> AnyMethod:
+    if not isinstance(method, str):
+        return parse_method(method)
+    check_choice("methods", method, (*METHODS, *BASELINES))
+    made: AnyMethod = {**METHODS, **BASELINES}[method]()
+    return made
+
+
+def _check_targets(before: Evidence, settings: Settings) -> None:
+    if not (before.targeted.any() and before.passed.any()):
+        what = "fails in the target" if before.passed.any() else "passes"
+        raise ConfigurationError(
+            explain(
+                f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to compare."
+            )
+        )
+
+
+def _solved(
+    method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
+) -> tuple[Solution, float]:
+    """What a method gives and how long it takes; the far end of an interpolation is not trained a second time."""
+    began, earlier = time.perf_counter(), 0.0
+    try:
+        if isinstance(method, Interpolation):
+            for other, end, seconds in found:
+                if other == method.new:
+                    solution, earlier = method.along(problem, end), seconds
+                    break
+            else:
+                solution = method(problem)
+        else:
+            solution = solve(method, problem)
+    except (ConfigurationError, EmptyLocalizationError, ReplayError, EvidenceError) as error:
+        solution = Solution(None, str(error).partition("\n")[0])
+    return solution, earlier + time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Counts weights between the original and what a method gave.
+
+    Attributes:
+        problem: the known side.
+        old: the original weights.
+        look: the evidence on unseen data under the weights that the model holds; None without such data.
+        unseen: that under the original weights.
+    """
+
+    problem: Problem
+    old: State
+    look: Callable[[], Evidence] | None
+    unseen: Evidence | None
+
+    def entry(self, name: str, solution: Solution, seconds: float) -> Entry:
+        if solution.proposal is None:
+            return Entry(name, seconds, note=solution.reason)
+        new, before = solution.proposal.state, self.problem.before
+        curve = (
+            Point(0.0, 0, _counts(before, before), _counts(self.unseen, self.unseen)),
+            *(self.point(new, t) for t in STRENGTHS),
+            self.point(new, 1.0, solution.proposal.after),
+        )
+        began = time.perf_counter()
+        scaled = self.scaled(new, curve)
+        note = solution.steps[-1].note if solution.steps else ""
+        return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
+
+    def point(self, new: State, strength: float, after: Evidence | None = None) -> Point:
+        """The counts at a strength; `after` is the evidence on known data there, if it has been seen already."""
+        state, before = between(self.old, new, strength), self.problem.before
+        after = self.problem.see(state) if after is None else after
+        targeted = Flips.between(before, after).counts(before.targeted).repaired
+        later = None
+        if self.look is not None:
+            with holding(self.problem.model, state):
+                later = self.look()
+        return Point(strength, targeted, _counts(before, after), _counts(self.unseen, later))
+
+    def scaled(self, new: State, curve: Sequence[Point]) -> Point:
+        """The largest strength found to break no known sample, by bisection to within `FINENESS`.
+
+        Counts need not rise with the strength, so a larger one may be missed; this one was counted.
+        """
+        harmless = [point for point in curve if not point.known.broken]
+        low = harmless[-1]
+        above = [point.strength for point in curve if point.strength > low.strength]
+        if not above:
+            return low
+        bottom, top = low.strength, above[0]
+        while top - bottom > FINENESS:
+            middle = (bottom + top) / 2
+            after = self.problem.see(between(self.old, new, middle))
+            if Flips.between(self.problem.before, after).broken.any():
+                top = middle
+            else:
+                bottom = middle
+        return low if bottom == low.strength else self.point(new, bottom)
+
+
+def _counts(before: Evidence | None, after: Evidence | None) -> FlipCounts:
+    """What became of all samples; of none where there is no such data."""
+    return FlipCounts(0, 0, 0, 0) if before is None or after is None else Flips.between(before, after).counts()
