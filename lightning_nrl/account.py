@@ -57,8 +57,9 @@ class Account:
     n_passed: int | None = None
 
     def solved(self, solution: Solution, n_passed: int) -> Account:
-        """The account after the method, whose swarm scored candidates on this many passed samples (|I_pos|)."""
-        return replace(self, solution=solution, n_passed=n_passed)
+        """The account after the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
+        scored = n_passed if solution.n_passed is None else solution.n_passed
+        return replace(self, solution=solution, n_passed=scored)
 
     def closed(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""

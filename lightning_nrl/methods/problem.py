@@ -150,6 +150,7 @@ class Solution:
         others: further proposals worth keeping, such as those along a path over strength.
         localization: which weights a swarm searched, if one did.
         result: the course of that search.
+        n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
     """
 
     proposal: Proposal | None
@@ -158,6 +159,7 @@ class Solution:
     others: tuple[Proposal, ...] = ()
     localization: Localization | None = None
     result: SearchResult | None = None
+    n_passed: int | None = None
 
 
 @runtime_checkable

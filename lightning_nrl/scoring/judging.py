@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ WORTHWHILE = 0.75
 
 
 def is_plain_multiclass(task: Task) -> bool:
-    """Whether passed and loss mean arg max and cross entropy, with nothing of the user's in between."""
-    return all(getattr(type(task), name) is getattr(Multiclass, name) for name in ("passed", "loss", "prediction"))
+    """Whether passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
+    own = ("passed", "loss", "prediction", "margin")
+    return all(getattr(type(task), name) is getattr(Multiclass, name) for name in own)
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Head:
         taps: what it needs to know of the samples.
         rivals: `U x 1 x n`, old logits of the changed classes, minus infinity for the true one.
         slot: `1 x 1 x n` int64, place of the true class among the changed ones, 0 if it does not change.
-        own: `n`, the true class's old logit.
+        own: `n`, the true class's old logit, less the reserve.
         moves: `n`, 1 if the true class changes, else 0.
         top: `n`, the largest logit of the classes that do not change, the true one left out.
         mass: `n`, their exponentials, relative to `top`, summed.
         top_before: `n`, the largest of them before the true class.
         before: `U x 1 x n` bool, which changed classes come before the true one.
+        reserve: `n`, how far above all others the true class must be for a sample to pass; None: not at all. It has no
+            part in the loss.
     """
 
     change: SiteChange
@@ -51,6 +54,7 @@ class Head:
     mass: Tensor
     top_before: Tensor
     before: Tensor
+    reserve: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,6 +73,8 @@ class Head:
             passed |= tied & (own > before)
         if not with_loss:
             return passed, None
+        if self.reserve is not None:
+            own = own + self.reserve
         most = torch.maximum(best, own)
         z -= most
         mass = z.exp_().sum(0).add_((own - most).exp_()).addcmul_(self.mass, (self.top - most).exp_())
@@ -111,7 +117,8 @@ class Head:
 
         taps = Taps(tuple(map(some, self.taps.x)), self.taps.base[:, samples], self.taps.rounded[:, samples])
         tables = (self.rivals, self.slot, self.own, self.moves, self.top, self.mass, self.top_before, self.before)
-        return Head(self.change, taps, *map(some, tables))
+        reserve = None if self.reserve is None else some(self.reserve)
+        return replace(Head(self.change, taps, *map(some, tables)), reserve=reserve)
 
     def survivors(self, values: Tensor) -> Tensor:
         """How many samples each candidate, `P x K`, passes: `P`. Samples whose fate is certain are not computed."""
@@ -123,7 +130,7 @@ class Head:
         return sure.expand(len(values)) if not len(open_) else self.only(open_).judge(values, False)[0].sum(1) + sure
 
 
-def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor) -> Head:
+def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor, reserve: Tensor | None = None) -> Head:
     """Prepares samples for `Head.judge`.
 
     Args:
@@ -131,6 +138,7 @@ def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor) -> Head
         taps: what it needs to know of the samples.
         y: `n x C`, logits under the weights as they are.
         target: `n` int64, true classes.
+        reserve: `n`, the margin that a sample must keep to pass; None: any.
     """
     n, c = y.shape
     units = change.units
@@ -142,15 +150,17 @@ def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor) -> Head
     mass = torch.where(top.isneginf(), 0.0, (rest - top.unsqueeze(1)).exp().sum(1))
     rivals = y.scatter(1, target.unsqueeze(1), -torch.inf)[:, units].t().contiguous().unsqueeze(1)
     top_before = rest.masked_fill(classes >= target.unsqueeze(1), -torch.inf).amax(1)
+    own = y.gather(1, target.unsqueeze(1)).squeeze(1)
     return Head(
         change,
         taps,
         rivals,
         slot.clamp_min(0).view(1, 1, n),
-        y.gather(1, target.unsqueeze(1)).squeeze(1),
+        own if reserve is None else own - reserve,
         (slot >= 0).to(y.dtype),
         top,
         mass,
         top_before,
         (units.unsqueeze(1) < target).unsqueeze(1),
+        reserve,
     )

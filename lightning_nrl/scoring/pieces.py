@@ -48,6 +48,7 @@ class Piece:
         taps: what the first site's change needs to know of the samples, if there is room to keep it.
         head: the samples in front of a last layer that is the model's output, if there is room to keep that.
         direct: whether they are in front of such a layer.
+        reserve: `n`, the margin that a sample must keep to pass, on the device of the weights; None: any.
     """
 
     recording: Recording
@@ -59,6 +60,7 @@ class Piece:
     taps: Taps | None = None
     head: Head | None = None
     direct: bool = False
+    reserve: Tensor | None = None
 
     def judge(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs candidates.
@@ -91,7 +93,7 @@ class Piece:
             return self.head
         x, y = self.recording.site(self.chunk)
         change = next(change for change in self.changes if change.site is self.recording.first(self.chunk))
-        return make_head(change, change.taps(x, y), y, _labels(self.task, self.chunk))
+        return make_head(change, change.taps(x, y), y, _labels(self.task, self.chunk), self.reserve)
 
     def _parts(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
         """Does the work for as many candidates at once as memory allows."""
@@ -116,13 +118,18 @@ class Piece:
             return head.judge(values, with_loss)
         n = len(self.chunk)
         if self.rows >= n:
-            return self._outputs(self.chunk, self.taps, values, with_loss)
-        parts = [self._outputs(chunk, None, values, with_loss) for chunk in self.recording.split(self.chunk, self.rows)]
+            return self._outputs(self.chunk, self.taps, values, with_loss, self.reserve)
+        chunks = list(self.recording.split(self.chunk, self.rows))
+        reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
+        parts = [
+            self._outputs(chunk, None, values, with_loss, reserve)
+            for chunk, reserve in zip(chunks, reserves, strict=True)
+        ]
         losses = [loss for _, loss in parts if loss is not None]
         return torch.cat([passed for passed, _ in parts], 1), torch.cat(losses, 1) if losses else None
 
     def _outputs(
-        self, chunk: Chunk, taps: Taps | None, values: Tensor, with_loss: bool
+        self, chunk: Chunk, taps: Taps | None, values: Tensor, with_loss: bool, reserve: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         p = len(values)
         if self.recording.replayable(chunk):
@@ -132,11 +139,23 @@ class Piece:
             logits = self.recording.rerun(chunk, self.where, values)
         target = repeat_all(chunk.target, p)
         passed = self.task.passed(logits, target).view(p, -1)
+        if reserve is not None:
+            margin = self.task.margin(logits, target)
+            assert margin is not None
+            passed = passed & (margin.view(p, -1) >= reserve)
         return passed, self.task.loss(logits, target).view(p, -1) if with_loss else None
 
 
 @torch.no_grad()
-def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, budget: int, room: int) -> list[Piece]:
+def make_pieces(
+    recording: Recording,
+    where: Tensor,
+    mask: Tensor,
+    task: Task,
+    budget: int,
+    room: int,
+    reserve: Tensor | None = None,
+) -> list[Piece]:
     """Cuts samples into pieces.
 
     Args:
@@ -146,12 +165,17 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
         task: says what passed and loss mean.
         budget: bytes that running a block may take.
         room: bytes that may be kept from one call to the next.
+        reserve: `N` float by row of the evidence, the margin that each must keep to pass; None: any.
     """
+
+    def kept(chunk: Chunk) -> Tensor | None:
+        return None if reserve is None else reserve[chunk.rows].to(recording.subject.space.device)
+
     on_cpu = recording.subject.space.device.type == "cpu"
     changes = make_changes(recording.subject.space, where)
     pieces: list[Piece] = []
     for group in recording.chunks(None, mask):
-        piece = Piece(recording, group, changes, where, task, 1)
+        piece = Piece(recording, group, changes, where, task, 1, reserve=kept(group))
         if not recording.replayable(group):
             pieces.append(replace(piece, rows=_rows(piece, budget, 0, on_cpu)))
             continue
@@ -169,9 +193,9 @@ def make_pieces(recording: Recording, where: Tensor, mask: Tensor, task: Task, b
         for chunk in recording.split(group, samples):
             x, y = recording.site(chunk)
             taps = change.taps(x, y) if len(change.units) else None
-            made = replace(piece, chunk=chunk, rows=rows, direct=direct)
+            made = replace(piece, chunk=chunk, rows=rows, direct=direct, reserve=kept(chunk))
             if direct and taps is not None:
-                head = make_head(change, taps, y, _labels(task, chunk))
+                head = make_head(change, taps, y, _labels(task, chunk), made.reserve)
                 made.head = head if head.nbytes <= room else None
                 room -= head.nbytes if made.head is not None else 0
             elif taps is not None and taps.nbytes <= room:

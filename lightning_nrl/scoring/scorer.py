@@ -149,6 +149,7 @@ def make_scorer(
     budget: int | None = None,
     passed_loss: bool = True,
     fragility: Tensor | None = None,
+    reserve: Tensor | None = None,
 ) -> SwarmScorer:
     """Prepares the scoring of candidates.
 
@@ -166,6 +167,8 @@ def make_scorer(
         fragility: `N` float by row of the evidence, such as the original loss: the samples of I_pos with the
             highest are scored first, so that candidates that break too many are given up early. None: in the order of
             the recording.
+        reserve: `N` float by row of the evidence, the margin that each sample must keep to count as passing; it needs a
+            task with margins. None: any.
 
     Returns:
         A scorer of candidates, with `by_sample` for a look at single samples.
@@ -195,7 +198,7 @@ def make_scorer(
         columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
         first = _most_fragile(mask_passed, fragility)
         failed_pieces, fragile_pieces, other_pieces = (
-            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share)
+            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share, reserve)
             for mask, share in ((mask_failed, room), (first, room // 4), (mask_passed & ~first, room - room // 4))
         )
         problems.append(_Problem(swarms, columns, failed_pieces, [*fragile_pieces, *other_pieces]))

@@ -33,6 +33,9 @@ TOP_SPEED = 0.2
 ARACHNE_SPEED = (0.2, 5.0)
 """The speed limits of `arachne`, in ranges of the layer's weights."""
 
+STEPS = (1.15, 0.8, 0.5, 1.3)
+"""Where particles start on the way from the original weights (0) through each elite (1) and beyond it."""
+
 
 @dataclass(frozen=True)
 class ParticleSwarm:
@@ -101,7 +104,9 @@ class Swarm(NamedTuple):
     range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
 
 
-def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: Streams) -> Swarm:
+def start(
+    original: Tensor, spread: Spread, settings: ParticleSwarm, streams: Streams, elites: Tensor | None = None
+) -> Swarm:
     """Places the particles, at rest. The first of each swarm is at the original weights, whatever the kind of start.
 
     Args:
@@ -109,6 +114,9 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
         spread: the distribution of the layer's weights.
         settings: how many particles, and where.
         streams: the source of randomness.
+        elites: `S x M x K`, known good weights, `M` below the number of particles. The next M particles are placed
+            there, as many as there is room for on the lines from the original through them, and those of the
+            others that start around the original weights do so around these and the elites in turn.
 
     Returns:
         A swarm that was not told any fitness yet: score its `position` and `tell`.
@@ -134,6 +142,10 @@ def start(original: Tensor, spread: Spread, settings: ParticleSwarm, streams: St
         free, placed = free & real, placed & real
     offset = scale * std * streams.normal(original, n, n_weights)
     position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
+    if elites is not None and elites.shape[1]:
+        position = _with_elites(position, original, elites.to(dtype), offset.where(placed, 0.0), half)
+        if streams.sizes is not None:
+            position = torch.where(real, position, original)
     worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
     return Swarm(
         position=position,
@@ -190,6 +202,18 @@ def tell(swarm: Swarm, fitness: Tensor) -> Swarm:
         leader=torch.where(leads[:, None], candidate, swarm.leader),
         leader_fitness=torch.where(leads, top, swarm.leader_fitness),
     )
+
+
+def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
+    """Places particles at the elites, `S x M x K`, on the lines to them, and around them."""
+    m = elites.shape[1]
+    change = elites - original
+    lines = torch.cat([original + step * change for step in STEPS], 1)[:, : max(0, half - 1 - m) // 2]
+    begin = 1 + m + lines.shape[1]
+    centres = torch.cat([original, elites], 1)
+    turns = torch.arange(max(0, half - begin), device=position.device) % (m + 1)
+    around = centres[:, turns] + offset[:, begin : begin + len(turns)]
+    return torch.cat([position[:, :1], elites, lines, around, position[:, begin + len(turns) :]], 1)
 
 
 def _per_particle(x: Tensor) -> Tensor:

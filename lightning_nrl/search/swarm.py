@@ -38,6 +38,8 @@ def search(
     fitness: Fitness | None = None,
     settings: ParticleSwarm | None = None,
     seed: int = 0,
+    elites: Tensor | None = None,
+    is_over: Callable[[], bool] | None = None,
     on_progress: Callable[[int, SearchHistory], None] | None = None,
 ) -> SearchResult:
     """Looks for better values of the localised weights.
@@ -49,17 +51,30 @@ def search(
         fitness: what to maximise; None: the lexicographic ranking.
         settings: of the swarm; None: the defaults.
         seed: the only source of randomness.
+        elites: `M x K`, known good weights that particles are placed at, `M` below the number of particles. What is
+            found is never worth less than any of them.
+        is_over: asked after each iteration (on a GPU after each tenth) whether time is over; a search that is asked
+            may end elsewhere on another run.
         on_progress: told after every tenth iteration and at the end how many were made, and the history so far.
 
     Returns:
         The best candidate. If nothing is better than the original weights, these are returned bit for bit.
 
     Raises:
+        ConfigurationError: `elites` do not fit `original` or the number of particles, or are not finite.
         EvidenceError: the loss of the original weights is NaN or infinite.
     """
     report = None if on_progress is None else lambda done, histories: on_progress(done, histories[0])
     return search_many(
-        scorer, original[None], spread, seeds=(seed,), fitness=fitness, settings=settings, on_progress=report
+        scorer,
+        original[None],
+        spread,
+        seeds=(seed,),
+        fitness=fitness,
+        settings=settings,
+        elites=None if elites is None else elites[None],
+        is_over=is_over,
+        on_progress=report,
     )[0]
 
 
@@ -73,6 +88,8 @@ def search_many(
     fitness: Fitness | Sequence[Fitness] | None = None,
     settings: ParticleSwarm | None = None,
     sizes: Sequence[int] | None = None,
+    elites: Tensor | None = None,
+    is_over: Callable[[], bool] | None = None,
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
 ) -> list[SearchResult]:
     """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
@@ -85,23 +102,26 @@ def search_many(
         fitness: one for all or one a swarm; None: the lexicographic ranking.
         settings: of every swarm; None: the defaults.
         sizes: how many of the K weights each swarm has. The rest is padding at the end and never moves. None: all.
+        elites: `S x M x K`, known good weights of each swarm, padded likewise; see `search`.
+        is_over: as for `search`.
         on_progress: as for `search`, with one history a swarm, each as long as its swarm was in search.
 
     Returns:
         One result a swarm, without padding. `seconds` is the time of all together.
 
     Raises:
-        ConfigurationError: `seeds`, `fitness` or `sizes` do not fit `original`.
+        ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.
         EvidenceError: the loss of a swarm's original weights is NaN or infinite.
     """
     began = time.perf_counter()
     settings = settings or ParticleSwarm()
     n_swarms, n_weights = original.shape
     _check(n_swarms, n_weights, seeds, fitness, sizes)
+    _check_elites(original, elites, settings.particles)
     value = per_swarm(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
     streams = Streams.seeded(seeds, original.device, sizes)
 
-    swarm = start(original, spread, settings, streams)
+    swarm = start(original, spread, settings, streams, elites)
     scores = scorer(swarm.position.to(original.dtype))
     before = _first(scores)
     _check_original(before)
@@ -109,13 +129,13 @@ def search_many(
     swarm = books.enter(swarm, scores, value(scores, before))
     original_fitness = swarm.best_fitness[:, 0]
     interval = _interval(original.device)
-    rows = books.read()
-    while books.done < settings.iterations and _searching(rows, settings):
+    rows, over = books.read(), is_over is not None and is_over()
+    while books.done < settings.iterations and _searching(rows, settings) and not over:
         for _ in range(min(interval - books.done % interval, settings.iterations - books.done)):
             swarm = ask(swarm, settings, streams)
             scores = _score(scorer, swarm, original.dtype, value, before)
             swarm = books.enter(swarm, scores, value(scores, before))
-        rows = books.read()
+        rows, over = books.read(), is_over is not None and is_over()
         if on_progress is not None and books.done % PROGRESS_EVERY == 0:
             histories = _histories(rows, settings)
             on_progress(_longest(histories), histories)
@@ -132,7 +152,7 @@ def search_many(
             fitness=history.best[-1].item(),
             original_fitness=original_fitness[s].item(),
             iterations=len(history) - 1,
-            stopped=_reason(len(history) - 1, settings),
+            stopped=_reason(rows[len(history) - 1, -1, s], len(history) - 1, settings),
             history=history,
             seconds=seconds,
         )
@@ -208,10 +228,10 @@ def _histories(rows: Tensor, settings: ParticleSwarm) -> list[SearchHistory]:
     ]
 
 
-def _reason(iterations: int, settings: ParticleSwarm) -> str:
+def _reason(stale: Tensor, iterations: int, settings: ParticleSwarm) -> str:
     if iterations == settings.iterations:
         return f"all {iterations} iterations were made"
-    return f"no better fitness in {settings.patience} iterations"
+    return "time was over" if stale < settings.patience else f"no better fitness in {settings.patience} iterations"
 
 
 def _check(
@@ -230,6 +250,20 @@ def _check(
         found = f"`original` has {n_weights}" if sizes is None else f"`sizes` is {list(sizes)} of {n_weights}"
         raise ConfigurationError(
             explain(f"{found} weights.", "give each swarm at least one weight, and no more than there are.")
+        )
+
+
+def _check_elites(original: Tensor, elites: Tensor | None, particles: int) -> None:
+    if elites is None:
+        return
+    fits = elites.ndim == 3 and elites.shape[::2] == original.shape and elites.shape[1] < particles
+    if not fits or not bool(elites.isfinite().all()):
+        found = f"has the shape {list(elites.shape)}" if not fits else "is not finite"
+        raise ConfigurationError(
+            explain(
+                f"`elites` {found} for {list(original.shape)} weights and {particles} particles.",
+                "give finite weights of the same swarms, fewer than particles.",
+            )
         )
 
 

@@ -128,11 +128,11 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
     expected = scorer(values.unsqueeze(0))
     run, sizes = pieces.Piece._outputs, []
 
-    def tight(self: pieces.Piece, chunk: Any, taps: Any, values: Tensor, with_loss: bool) -> Any:
+    def tight(self: pieces.Piece, chunk: Any, taps: Any, values: Tensor, *rest: Any) -> Any:
         sizes.append(len(chunk) * len(values))
         if sizes[-1] > 8:
             raise torch.OutOfMemoryError("out of memory")
-        return run(self, chunk, taps, values, with_loss)
+        return run(self, chunk, taps, values, *rest)
 
     monkeypatch.setattr(pieces.Piece, "_outputs", tight)
     actual = scorer(values.unsqueeze(0))
@@ -319,3 +319,30 @@ def test_the_most_fragile_samples_come_first() -> None:
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
     assert len(rows[0]) == 128
+
+
+class Logits(Multiclass):
+    """What any task with margins can do; scoring knows no short cut for it."""
+
+    def passed(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().passed(output, target)
+
+
+@pytest.mark.parametrize("passed_loss", [True, False])
+@pytest.mark.parametrize("task", [Multiclass(), Logits()], ids=["short cut", "any"])
+def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: bool) -> None:
+    problem = make_problem(REPLAYED["head"], n=N)
+    where, values = problem.candidates(3, 6)
+    reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
+    scorers = [
+        make_scorer(problem.recording(N), where, FAILED, ~FAILED, task, passed_loss=passed_loss, reserve=x)
+        for x in (reserve, None)
+    ]
+    kept, plain = (scorer(values.unsqueeze(0)) for scorer in scorers)
+    outputs = problem.oracle(where, values)
+    hits = torch.stack([Multiclass().margin(output, problem.target) >= reserve for output in outputs])
+    assert kept.patched[0].tolist() == hits[:, FAILED].sum(1).tolist()
+    assert kept.intact[0].tolist() == hits[:, ~FAILED].sum(1).tolist()
+    assert (kept.intact < plain.intact).any()
+    torch.testing.assert_close(kept.loss_failed, plain.loss_failed)
+    torch.testing.assert_close(kept.loss_passed, plain.loss_passed)

@@ -215,3 +215,29 @@ def test_bad_settings_are_told(change, message):
     with pytest.raises(ConfigurationError, match="HINT: ") as error:
         replace(ParticleSwarm(), **change)
     assert message in str(error.value)
+
+
+def test_elites_are_placed_then_the_lines_to_them_then_what_is_around():
+    original = torch.tensor([[1.0, 0.0]])
+    elites = torch.tensor([[[3.0, 4.0], [1.0, -2.0]]])
+    how = ParticleSwarm(particles=15, scale_min=1e-6, scale_max=1e-6)
+    placed = start(original, SPREAD, how, Streams.seeded([0], CPU), elites).position[0]
+    lines = torch.tensor([[3.3, 4.6], [1.0, -2.3], [2.6, 3.2], [1.0, -1.6], [2.0, 2.0], [1.0, -1.0]])
+    around = torch.cat([original, elites[0]]).repeat(2, 1)
+    assert torch.equal(placed[:3], torch.cat([original, elites[0]]))
+    torch.testing.assert_close(placed[3:9], lines)
+    torch.testing.assert_close(placed[9:], around, rtol=0, atol=1e-4)
+    assert (placed[9:] != around).any(1).all()
+
+
+@pytest.mark.parametrize("kind", ["local", "half", "paper"])
+def test_elites_take_the_places_of_particles_and_leave_padding_alone(kind):
+    original = torch.tensor([[1.0, 2.0, 7.0]])
+    elites = torch.full((1, 6, 3), 5.0)
+    without, with_ = (
+        start(original, SPREAD, ParticleSwarm(particles=8, start=kind), Streams.seeded([0], CPU, [2]), given)
+        for given in (None, elites)
+    )
+    assert with_.position.shape == without.position.shape == (1, 8, 3)
+    assert torch.equal(with_.position[0, 1:7, :2], elites[0, :, :2])
+    assert torch.equal(with_.position[..., 2], original[:, None, 2].expand(1, 8))

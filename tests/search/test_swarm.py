@@ -340,3 +340,52 @@ def test_giving_up_finds_what_finishing_finds(fitness, seed):
     quitting = Quitting()
     assert same(search(quitting, original()[0], WIDE, **arguments), search(wall, original()[0], WIDE, **arguments))
     assert (quitting.given_up > 0) == (fitness.most_broken(torch.zeros(1, 1), 4) is not None)
+
+
+@given(seed=st.integers(0, 2**32), n=st.integers(0, 4), kind=st.sampled_from(["lexicographic", "eq1", "eq2"]))
+@settings(max_examples=25, deadline=None)
+def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
+    begin = original(seed=seed)[0]
+    elites = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    fitness = Fitness(kind)
+    scores = wall(torch.cat([begin[None], elites])[None])
+    before = wall(begin[None, None])
+    worth = fitness(scores, before).max()
+    for iterations in (0, 5):
+        how = ParticleSwarm(particles=6, iterations=iterations)
+        result = search(wall, begin, WIDE, settings=how, fitness=fitness, seed=seed, elites=elites)
+        assert result.fitness >= worth
+        found = fitness(wall(result.values[None, None]), before)
+        assert found.item() == pytest.approx(result.fitness)
+
+
+def test_an_elite_that_nothing_beats_comes_back_bit_for_bit():
+    elites = torch.tensor([[0.4, 0.6, 0.5, 0.3], [0.1, 0.2, 0.3, -1.0]]) / 3
+
+    def only_the_first(values):
+        hit = (values == elites[0]).all(-1).double()
+        return Scores(hit, torch.full_like(hit, N), 1 - hit, 1 - hit, N, N)
+
+    result = search(only_the_first, original()[0], WIDE, settings=ParticleSwarm(patience=5), elites=elites)
+    assert torch.equal(result.values, elites[0])
+    assert (result.history.patched == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("elites", "message"),
+    [
+        (torch.zeros(2, 3), r"`elites` has the shape \[1, 2, 3\] for \[1, 4\] weights and 6 particles"),
+        (torch.zeros(6, 4), r"`elites` has the shape \[1, 6, 4\]"),
+        (torch.full((1, 4), math.nan), "`elites` is not finite"),
+    ],
+)
+def test_elites_that_do_not_fit_are_told(elites, message):
+    with pytest.raises(ConfigurationError, match=message):
+        search(wall, original()[0], WIDE, settings=ParticleSwarm(particles=6), elites=elites)
+
+
+@pytest.mark.parametrize("asked", [0, 3])
+def test_a_search_ends_when_its_time_is_over(asked):
+    answers = iter([False] * asked + [True])
+    result = search(wall, original()[0], WIDE, is_over=lambda: next(answers))
+    assert (result.iterations, result.stopped) == (asked, "time was over")
