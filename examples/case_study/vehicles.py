@@ -1,11 +1,11 @@
 """Scenes of seven kinds of vehicle with known view and occlusion, shaped like the paper's data: 10,186 images.
 
 Semi-synthetic: real artwork, composed scenes. The sprites of vehicles, trees and ground are those of Debian's package
-simutrans-pak64 (`apt install simutrans-pak64`; Artistic-1.0: install it, do not commit it or what is made of it). A sprite
-stands on a ground texture; an occluded one has a tree in front that covers 20 to 60 % of it.
+simutrans-pak64 (`apt install simutrans-pak64`; Artistic-1.0: install it, do not commit it or what is made of it). A
+sprite stands on a ground texture; an occluded one has a tree in front that covers 20 to 60 % of it.
 
-The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B with drift: front and back
-views are rare in train and val, common in repair and test.
+The paper's three experiments: A repairs occluded scenes; B repairs front and back views; C is B with drift: front and
+back views are rare in train and val, common in repair and test.
 
     python examples/case_study/vehicles.py OUT.npz --experiment C    # needs numpy and pillow
 """
@@ -105,7 +105,7 @@ def rgb(s: Sprite, company=((0.3, 0.4, 1.0), (1.0, 0.6, 0.2))) -> np.ndarray:
     p = s.pixels.astype(int)
     out = np.stack([(p >> shift & 31) * 255 // 31 for shift in (10, 5, 0)], -1).astype(np.uint8)
     shade = p - SPECIAL_COLOUR
-    for first, colour in zip((0, 8), company):
+    for first, colour in zip((0, 8), company, strict=True):
         m = s.mask & (shade >= first) & (shade < first + 8)
         if m.any():
             out[m] = np.clip(np.outer((shade[m] - first) * 22 + 70, colour), 0, 255).astype(np.uint8)
@@ -209,19 +209,22 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
             continue
         image, covered = compose(rng, design, design.headings[heading], grounds, trees, rng.random() < p_occluded)
         rows.append((image, design.label, view, covered > 0, covered))
-    x, y, view, occluded, covered = zip(*rows)
-    return dict(
-        x=np.stack(x), y=np.array(y, np.int64), view=np.array(view, np.int8),
-        occluded=np.array(occluded), covered=np.array(covered, np.float32),
-    )  # fmt: skip
+    x, y, view, occluded, covered = zip(*rows, strict=True)
+    return {
+        "x": np.stack(x),
+        "y": np.array(y, np.int64),
+        "view": np.array(view, np.int8),
+        "occluded": np.array(occluded),
+        "covered": np.array(covered, np.float32),
+    }
 
 
 def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> dict:
     """Draws the scenes of an experiment.
 
     Returns:
-        For each split `s`: `s_x` uint8 `N x 32 x 32 x 3`, `s_y` the kind of vehicle, `s_view` (0 front, 1 back, 2 side),
-        `s_occluded` and `s_covered`, the share of the vehicle that is hidden.
+        For each split `s`: `s_x` uint8 `N x 32 x 32 x 3`, `s_y` the kind of vehicle, `s_view` (0 front, 1 back, 2
+        side), `s_occluded`, and `s_covered`, the share of the vehicle that is hidden.
 
     Raises:
         SystemExit: the sprites are not there, with what to do about it.
