@@ -18,6 +18,7 @@ from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.borrowing import starting_weights, validating
 from lightning_nrl.checks import check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
+from lightning_nrl.continuing import ContinuedTraining, epochs_of
 from lightning_nrl.errors import check_choice, check_kind, explain
 from lightning_nrl.files import base_folder, file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
@@ -228,15 +229,25 @@ class RegressionFreeRepair(Callback):
             self.finish(trainer, pl_module, outcome)
             start.keep = outcome.parameters is not None
 
-    def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Outcome:
-        """Searches a repair. The model, the trainer and the random state are left as found."""
+    def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> Outcome:
+        """Searches a repair. The model, the trainer and the random state are left as found.
+
+        Args:
+            trainer: in the middle of a fit.
+            pl_module: its module.
+            epochs: how many the model was trained for; None: those of this fit.
+        """
         self._ran = True
+        epochs = epochs_of(trainer.fit_loop.epoch_progress) if epochs is None else epochs
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
             known, unseen = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
             means = self._means(trainer, pl_module)
-            return repair_module(pl_module, known, self.settings, unseen=unseen, observer=progress, **means)
+            training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=(RegressionFreeRepair,))
+            return repair_module(
+                pl_module, known, self.settings, unseen=unseen, training=training, observer=progress, **means
+            )
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""

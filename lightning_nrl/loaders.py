@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from lightning_nrl.batches import Adapter, Batch, unpack
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["LoaderSource", "check_loader", "find_loader", "make_source", "sample_index", "warn_if_random"]
+__all__ = [
+    "LoaderSource",
+    "check_loader",
+    "find_loader",
+    "make_source",
+    "sample_index",
+    "warn_if_random",
+    "worker_settings",
+]
 
 SPLITS = ("train", "val", "repair", "test")
 
@@ -79,7 +87,7 @@ class LoaderSource:
             pin_memory=self.loader.pin_memory,
             worker_init_fn=self.loader.worker_init_fn,
             generator=self.generator,
-            **_workers(self.loader),
+            **worker_settings(self.loader),
         )
         for position, raw in zip(batches, loader, strict=True):
             raw = self.transfer(raw)
@@ -130,7 +138,7 @@ def make_source(
         pin_memory=loader.pin_memory and torch.cuda.is_available(),
         worker_init_fn=loader.worker_init_fn,
         generator=generator,
-        **_workers(loader),
+        **worker_settings(loader),
     )
 
     def transfer(raw: Any) -> Any:
@@ -141,7 +149,8 @@ def make_source(
     return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
 
 
-def _workers(loader: DataLoader[Any]) -> dict[str, Any]:
+def worker_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Arguments for a loader that is to read with the same workers as another."""
     if not loader.num_workers:
         return {}
     return {

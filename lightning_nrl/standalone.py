@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.checks import check_namespace, check_strategy
+from lightning_nrl.continuing import EPOCHS, epochs_of
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
@@ -94,6 +95,7 @@ class _WithoutTraining(pl.Callback):
     def __init__(self, callback: RegressionFreeRepair) -> None:
         self.callback = callback
         self.outcome: Outcome | None = None
+        self.epochs = EPOCHS
 
     @property
     def state_key(self) -> str:
@@ -105,13 +107,20 @@ class _WithoutTraining(pl.Callback):
         check_strategy(trainer)
 
     @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        with suppress(KeyError):
+            self.epochs = epochs_of(checkpoint["loops"]["fit_loop"]["epoch_progress"])
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Without a limit, a checkpoint may have any number of epochs. Before, optimizers were configured, and schedules
         # may have asked how long training is.
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        self.outcome = self.callback.attempt(trainer, pl_module)
+        self.outcome = self.callback.attempt(trainer, pl_module, self.epochs)
         trainer.should_stop = True
 
     @override
