@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lightning_nrl.report import (
     Hashes,
     LocalizationReport,
     RepairReport,
+    Role,
     SearchReport,
     SplitReport,
     Status,
@@ -25,9 +27,13 @@ from lightning_nrl.report import (
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import WeightSpace
 from lightning_nrl.state import State
+from lightning_nrl.strength import Strength
 from lightning_nrl.tasks import Task
 
 __all__ = ["Account"]
+
+NOTHING: Mapping[Role, Evidence] = MappingProxyType({})
+UNDECIDED = Strength(chosen=None)
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class Account:
         settings: what was asked for.
         task: what right and wrong mean.
         known: the evidence that the repair looks at, before it.
-        unseen: the evidence that it never looks at, before it.
+        aside: the evidence that no search looks at, before it, by role.
         seconds: wall time by stage, still growing.
         solution: what the method found, once it is over.
         n_passed: passed samples that it scored candidates on, |I_pos|.
+        strength: how far the repair goes, once that is known.
     """
 
     model: nn.Module
@@ -51,24 +58,29 @@ class Account:
     settings: Settings
     task: Task
     known: Evidence
-    unseen: Evidence | None
+    aside: Mapping[Role, Evidence]
     seconds: Mapping[str, float]
     solution: Solution | None = None
     n_passed: int | None = None
+    strength: Strength = UNDECIDED
 
     def solved(self, solution: Solution, n_passed: int) -> Account:
         """The account after the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
         scored = n_passed if solution.n_passed is None else solution.n_passed
         return replace(self, solution=solution, n_passed=scored)
 
+    def at(self, strength: Strength) -> Account:
+        """The account after the choice of a strength."""
+        return replace(self, strength=strength)
+
     def closed(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
         old = self._layers()
         layers, model = hash_tensors(old), self._hash_model({})
-        return self._report(status, reason, self._splits(None, None), hashes=Hashes(layers, layers, model, model))
+        return self._report(status, reason, self._splits(), hashes=Hashes(layers, layers, model, model))
 
     def judged(
-        self, verdict: Verdict, old: State, new: State, after: Evidence, unseen_after: Evidence | None
+        self, verdict: Verdict, old: State, new: State, after: Evidence, aside: Mapping[Role, Evidence] = NOTHING
     ) -> RepairReport:
         """The report of a candidate.
 
@@ -77,15 +89,15 @@ class Account:
             old: the tensors that the candidate changes, as they are, by the names of the state dict.
             new: likewise as the candidate has them.
             after: the evidence on known data under the candidate.
-            unseen_after: likewise on unseen data; None unless it was accepted.
+            aside: likewise on the data that no search looks at, if it was accepted.
         """
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
-        candidate = self._splits(after, unseen_after)
+        candidate = self._splits(after, aside)
         return self._report(
             verdict.status,
             verdict.reason,
-            candidate if verdict.accepted else self._splits(None, None),
+            candidate if verdict.accepted else self._splits(),
             layers=_layers(new),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
             change=WeightChange.between(old, new),
@@ -109,18 +121,24 @@ class Account:
             if found.result is None
             else SearchReport.of(found.result, int(self.known.targeted.sum()), self.n_passed),
             steps=found.steps,
+            strength=self.strength.path,
+            chosen_strength=self.strength.chosen,
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=self.settings.plain(),
             **rest,
         )
 
-    def _splits(self, after: Evidence | None, unseen_after: Evidence | None) -> tuple[SplitReport, ...]:
+    def _splits(
+        self, after: Evidence | None = None, aside: Mapping[Role, Evidence] = NOTHING
+    ) -> tuple[SplitReport, ...]:
         known = [split_report(split, "known", self.known, after) for split in self.known.splits]
-        if self.unseen is None:
-            return tuple(known)
-        unseen = [split_report(split, "unseen", self.unseen, unseen_after) for split in self.unseen.splits]
-        return (*known, *unseen)
+        others = [
+            split_report(split, role, evidence, aside.get(role))
+            for role, evidence in self.aside.items()
+            for split in evidence.splits
+        ]
+        return (*known, *others)
 
     def _layers(self) -> dict[str, Tensor]:
         return {name: value for site in self.space.sites for name, value in site.parameters.items()}

@@ -23,9 +23,7 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     """
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
-        raise ConfigurationError(
-            explain(f"`known` and `unseen` have the splits {names}.", "give each split a name of its own.")
-        )
+        raise ConfigurationError(explain(f"the data have the splits {names}.", "give each split a name of its own."))
     if not any(source.failed for source in known):
         raise ConfigurationError(
             explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")

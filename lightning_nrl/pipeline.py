@@ -16,15 +16,16 @@ from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import EmptyLocalizationError, RepairError
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, RepairError, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import judge
 from lightning_nrl.known import check_losses, check_sources, passed_rows
 from lightning_nrl.methods import Problem, Training, solve
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State, changed, holding, write
+from lightning_nrl.state import State, between, changed, holding, write
+from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -68,6 +69,7 @@ def repair_module(
     settings: Settings | None = None,
     *,
     unseen: Sequence[Source] = (),
+    calibration: Sequence[Source] = (),
     task: Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
@@ -81,6 +83,7 @@ def repair_module(
         known: data that the repair may look at; all of it is what the gate judges by.
         settings: what to repair and how.
         unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
+        calibration: data that no search looks at, to choose the strength by; its marks do not matter.
         task: what passed and loss mean; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same outcome.
@@ -96,15 +99,20 @@ def repair_module(
     """
     settings, task = settings or Settings(), task or Multiclass()
     collective, clock = collective or Collective(), Clock(observer, settings.max_time)
-    check_sources(known, unseen, settings)
+    check_sources(known, (*calibration, *unseen), settings)
+    _check_limit(settings, calibration)
+    others: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
+    others = {role: sources for role, sources in others.items() if sources}
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
         with clock.stage("collect"):
             before = see(model, known, target=settings.target)
-            unseen_before = _see_unseen(see, model, unseen, settings.target, collective) if unseen else None
+            aside = {
+                role: _see_aside(see, model, sources, settings.target, collective) for role, sources in others.items()
+            }
         check_losses(before)
-        account = Account(model, space, settings, task, before, unseen_before, clock.seconds)
+        account = Account(model, space, settings, task, before, aside, clock.seconds)
         if not before.targeted.any():
             return Outcome(account.closed("nothing to repair", _nothing(before, known, settings.target)))
         passed = passed_rows(before, known, settings)
@@ -137,13 +145,43 @@ def repair_module(
         if not new:
             reason = solution.reason or "the search found nothing better than the original weights."
             return Outcome(account.closed("not repaired", reason))
+        strength = _find_strength(problem, new, settings, calibration, aside.get("calibration"))
+        account = account.at(strength)
+        if strength.chosen is None:
+            return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
+        new = changed(model, between(model.state_dict(), new, strength.chosen))
         with clock.stage("judge"), holding(model, new):
             after = see(model, known)
             verdict = judge(before, after, settings.gate)
-            unseen_after = see(model, unseen) if unseen and verdict.accepted else None
+            later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
         old = {name: value for name, value in model.state_dict().items() if name in new}
-        report = account.judged(verdict, old, new, after, unseen_after)
+        report = account.judged(verdict, old, new, after, later)
         return Outcome(report, new if verdict.accepted else None, _change(old, new))
+
+
+def _find_strength(
+    problem: Problem, new: State, settings: Settings, sources: Sequence[Source], before: Evidence | None
+) -> Strength:
+    assert not isinstance(settings.limit, str)
+    with problem.clock.stage("strength"):
+        return find_strength(
+            problem,
+            new,
+            settings.gate,
+            calibration=None if before is None else Calibration(sources, before),
+            fixed=settings.strength,
+            limit=settings.limit,
+        )
+
+
+def _check_limit(settings: Settings, calibration: Sequence[Source]) -> None:
+    if settings.limit is not None and not calibration:
+        raise ConfigurationError(
+            explain(
+                f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+                "give `calibration` data that the repair does not look at, or leave `limit` out.",
+            )
+        )
 
 
 def _change(old: State, new: State) -> Tensor:
@@ -153,10 +191,10 @@ def _change(old: State, new: State) -> Tensor:
     return change[change != 0].float()
 
 
-def _see_unseen(
+def _see_aside(
     see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target, collective: Collective
 ) -> Evidence:
-    """The evidence on unseen data; what the target would be there is for the report alone, so it may fail."""
+    """The evidence on data that no search looks at; the target there is for the report alone, so it may fail."""
     try:
         return see(model, unseen, target=target, everywhere=True)
     except Exception as error:

@@ -39,6 +39,9 @@ class Settings:
         seed: of the sample and of the search, from 0 to 2^32 - 1.
         budget: bytes that the search may use on the device; None takes a share of what is free. Half of it is for
             what is recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
+        strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
+            repairs more and breaks no known sample.
+        limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
@@ -59,6 +62,8 @@ class Settings:
     seed: int = 0
     budget: int | None = None
     max_time: float | None = None
+    strength: float | None = None
+    limit: Gate | str | None = None
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
@@ -78,13 +83,26 @@ class Settings:
                 raise ConfigurationError(
                     explain(f"`{name}={value!r}` is out of range.", f"give a whole number {limits}.")
                 )
+        self._check_numbers()
+        if self.limit is not None:
+            object.__setattr__(self, "limit", Gate.parse(self.limit))
+            if self.strength is not None:
+                raise ConfigurationError(
+                    explain(
+                        f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
+                        "give one of them.",
+                    )
+                )
 
-        seconds = self.max_time
-        number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-        if seconds is not None and not (number and 0 < seconds < math.inf):
-            raise ConfigurationError(
-                explain(f"`max_time={seconds!r}` is no time.", "give seconds above 0, or None for no limit.")
-            )
+    def _check_numbers(self) -> None:
+        for name, kind, most, hint in (
+            ("max_time", "time", math.inf, "give seconds above 0, or None for no limit."),
+            ("strength", "strength", 2.0, "give a number above 0 and at most 2, or None."),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= most and math.isfinite(value)):
+                raise ConfigurationError(explain(f"`{name}={value!r}` is no {kind}.", hint))
 
     def plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""

@@ -32,7 +32,7 @@ class Aliased(nn.Module):
 def account(model: nn.Module, layer: str, **settings: Any) -> Account:
     evidence = collect(model, known(), task=Multiclass())
     space = find_sites(model, layer)
-    return Account(model, space, quick(layer=layer, **settings), Multiclass(), evidence, None, {"collect": 0.5})
+    return Account(model, space, quick(layer=layer, **settings), Multiclass(), evidence, {}, {"collect": 0.5})
 
 
 def judged(model: nn.Module, new: dict[str, Tensor], gate: Any = None) -> tuple[Account, Verdict, Evidence]:
@@ -80,7 +80,7 @@ def test_a_candidate_that_repairs_nothing_is_told_beside_the_model_as_it_is() ->
     model = trained()
     own, verdict, after = judged(model, {"2.weight": torch.zeros(3, 12)})
     assert verdict.status == "not repaired"
-    report = own.judged(verdict, {"2.weight": model[2].weight}, {"2.weight": torch.zeros(3, 12)}, after, None)
+    report = own.judged(verdict, {"2.weight": model[2].weight}, {"2.weight": torch.zeros(3, 12)}, after)
     assert sum(split.broken for split in report.candidate) == verdict.counts.broken > 0
     assert sum(split.broken for split in report.splits) == 0
     assert report.hashes.layers_after == report.hashes.layers_before

@@ -32,7 +32,7 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import collect
 from lightning_nrl.flips import FlipCounts
-from lightning_nrl.pipeline import _see_unseen
+from lightning_nrl.pipeline import _see_aside
 from lightning_nrl.report import hash_tensors
 
 
@@ -144,7 +144,7 @@ def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
         see = partial(collect, task=Multiclass(), collective=collective)
         with pytest.raises((OSError, EvidenceError)) as error:
-            _see_unseen(see, mlp(), later, Target.all(), collective)
+            _see_aside(see, mlp(), later, Target.all(), collective)
         return str(error.value)
 
     first, second = on_ranks(2, run)
@@ -252,7 +252,7 @@ def test_what_cannot_be_is_refused_before_the_model_runs(sources: Any, arguments
 
 
 def test_known_data_is_not_unseen() -> None:
-    with pytest.raises(ConfigurationError, match=r"`known` and `unseen` have the splits \['train', 'new', 'new'\]"):
+    with pytest.raises(ConfigurationError, match=r"the data have the splits \['train', 'new', 'new'\]"):
         repair_module(trained(), known(), quick(), unseen=known()[1:])
 
 
@@ -270,7 +270,7 @@ def test_stages_and_progress_are_told_in_order() -> None:
             told.append((done, total))
 
     outcome = repair_module(trained(), known(), quick(), observer=Listener())
-    stages = ["collect", "localize", "search", "judge", "judge"]
+    stages = ["collect", "localize", "search", "judge", "strength", "judge"]
     assert [word for word in told if isinstance(word, str)] == [w for s in stages for w in (s, f"{s} done")]
     assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
     assert told.index("search") < told.index((10, 12)) < told.index("search done")

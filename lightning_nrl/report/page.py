@@ -54,10 +54,12 @@ class Table:
     Attributes:
         columns: for each column its name and what kind it is.
         rows: the lines.
+        notes: whether the last column holds words, which are set to the left.
     """
 
     columns: tuple[tuple[str, str], ...]
     rows: tuple[Row, ...]
+    notes: bool = False
 
     def within(self, width: int) -> Iterator[Table]:
         """This table in pieces of some columns each, none wider than `width` characters unless one column is."""
@@ -69,7 +71,7 @@ class Table:
                 used += GAP + widths[stop]
                 stop += 1
             rows = tuple(Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows)
-            yield Table(self.columns[start:stop], rows)
+            yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
             start = stop
 
     def widths(self) -> tuple[int, list[int]]:
@@ -119,7 +121,10 @@ def _markdown(block: Block) -> str:
     if isinstance(block, Facts):
         return "\n".join(f"- **{_escaped(name)}**: {_escaped(value)}" for name, value in block.items)
     heads = [_escaped(f"{name} ({kind})" if kind else name) for name, kind in block.columns]
-    lines = [["", *heads], ["---", *["---:"] * len(heads)]]
+    rules = ["---:"] * len(heads)
+    if block.notes:
+        rules[-1] = "---"
+    lines = [["", *heads], ["---", *rules]]
     for row in block.rows:
         mark = "**" if row.tone else ""
         lines.append([f"{mark}{_escaped(cell)}{mark}" for cell in (row.label, *row.cells)])
@@ -147,10 +152,14 @@ def _plain_table(table: Table) -> str:
     label, widths = table.widths()
 
     def line(first: str, cells: Sequence[str]) -> str:
-        padded = (" " * GAP + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-        return (first.ljust(label) + "".join(padded)).rstrip()
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        if table.notes:
+            padded[-1] = cells[-1]
+        return (" " * GAP).join([first.ljust(label), *padded]).rstrip()
 
-    lines = [line("", [name for name, _ in table.columns]), line("", [kind for _, kind in table.columns])]
+    lines = [line("", [name for name, _ in table.columns])]
+    if any(kind for _, kind in table.columns):
+        lines.append(line("", [kind for _, kind in table.columns]))
     lines.append("-" * (label + sum(width + GAP for width in widths)))
     for row in table.rows:
         lines.append(line(row.label, row.cells))
@@ -201,8 +210,11 @@ def _rich_table(table: Table) -> Any:
     # The box itself puts one space between columns.
     grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
-    for name, kind in table.columns:
-        grid.add_column(Line.assemble((name, "bold"), "\n", (kind, "not bold dim")), justify="right", no_wrap=True)
+    kinds = any(kind for _, kind in table.columns)
+    for i, (name, kind) in enumerate(table.columns):
+        below = ("\n", (kind, "not bold dim")) if kinds else ()
+        words = table.notes and i == len(table.columns) - 1
+        grid.add_column(Line.assemble((name, "bold"), *below), justify="left" if words else "right", no_wrap=True)
     for row in table.rows:
         harmless = STYLES["good"] if row.tone == "harm" else STYLES[row.tone]
         cells = [Line(cell, style=harmless if cell == "0" else STYLES[row.tone]) for cell in row.cells]

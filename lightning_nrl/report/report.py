@@ -10,6 +10,7 @@ from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
+from lightning_nrl.flips import FlipCounts
 from lightning_nrl.methods.problem import Step
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
@@ -27,8 +28,11 @@ from lightning_nrl.report.words import (
     search_words,
     sentence,
     setting_facts,
+    steps_table,
+    strength_table,
     unchanged_table,
 )
+from lightning_nrl.strength import StrengthPoint
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
@@ -66,6 +70,8 @@ class RepairReport:
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
         steps: what the method did, in order.
+        strength: what the patch that was found does on the way from the original weights (0) to it (1) and beyond.
+        chosen_strength: how much of the patch was taken; None if that stage was not reached.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
         seed: what reproduces the run.
@@ -86,6 +92,8 @@ class RepairReport:
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
     steps: tuple[Step, ...] = ()
+    strength: tuple[StrengthPoint, ...] = ()
+    chosen_strength: float | None = None
     change: WeightChange | None = None
     hashes: Hashes | None = None
     seed: int | None = None
@@ -123,6 +131,7 @@ class RepairReport:
         for name in ("splits", "candidate"):
             own[name] = tuple(_read(SplitReport, split) for split in own.get(name, ()))
         own["steps"] = tuple(_read(Step, step) for step in own.get("steps", ()))
+        own["strength"] = tuple(_read_point(point) for point in own.get("strength", ()))
         for name, kind in PARTS.items():
             own[name] = None if own.get(name) is None else _read(kind, own[name])
         return cls(**own)
@@ -138,7 +147,8 @@ class RepairReport:
 
     def to_table(self) -> Page:
         """The verdict, a table of the splits and the facts that one needs next, for rich's `print`."""
-        return Page((*self._verdict(), *self._tables(), Facts((*self._facts(), *self._written(from_here)))))
+        facts = Facts((*self._facts(), *self._written(from_here)))
+        return Page((*self._verdict(), *self._tables(), *self._course(), facts))
 
     def render(self, width: int = 80) -> str:
         """The same as `to_table` as plain ASCII text, for where rich is not installed."""
@@ -161,12 +171,18 @@ class RepairReport:
         refused = Heading("What the refused weights would have done"), outcome_table(self.candidate)
         return (*refused, Heading("The model as it is"), unchanged)
 
+    def _course(self) -> tuple[Block, ...]:
+        """The steps of a method that makes several."""
+        return (Heading("What the method did"), steps_table(self.steps)) if len(self.steps) > 1 else ()
+
     def _facts(self) -> tuple[tuple[str, str], ...]:
         facts = [("target", self.target), ("layer", ", ".join(self.layers)), ("gate", self.gate)]
         if self.localization is not None:
             facts.append(("weights searched", localization_words(self.localization)))
         if self.search is not None:
             facts.append(("search", search_words(self.search, self.seconds.get("search"))))
+        if self.chosen_strength not in (None, 1.0):
+            facts.append(("strength", f"{self.chosen_strength:g} of the change that was found"))
         if self.change is not None:
             facts.append(
                 ("weights changed" if self.status == "repaired" else "would change", change_words(self.change))
@@ -182,6 +198,11 @@ class RepairReport:
         run += [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in self.seconds.items()]
         run += self.versions.items()
         blocks: list[Block] = [Heading("What was done"), Facts((*self._facts(), *self._written()))]
+        if self.steps:
+            blocks += [Heading("What the method did"), steps_table(self.steps)]
+        if self.strength:
+            path = strength_table(self.strength, self.chosen_strength)
+            blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
         if self.status == "repaired" or self.candidate:
             blocks += [Heading("Samples, by position in their data set"), Facts(id_facts(shown, "report.json"))]
             blocks += [Heading("Rates"), rates_table(shown)]
@@ -191,6 +212,16 @@ class RepairReport:
         if self.settings:
             blocks += [Heading("Settings"), Facts(setting_facts(self.settings))]
         return tuple(blocks)
+
+
+def _read_point(data: Mapping[str, Any]) -> StrengthPoint:
+    aside = data.get("calibration")
+    return StrengthPoint(
+        data["strength"],
+        data["repaired_in_target"],
+        _read(FlipCounts, data["known"]),
+        None if aside is None else _read(FlipCounts, aside),
+    )
 
 
 def _read(kind: type[Any], data: Mapping[str, Any]) -> Any:

@@ -14,8 +14,8 @@ from lightning_nrl.metrics.functional import flip_rates
 
 __all__ = ["Role", "SplitReport", "pool", "split_report"]
 
-Role = Literal["known", "unseen"]
-"""Whether the search was allowed to look at a split."""
+Role = Literal["known", "calibration", "unseen"]
+"""Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SplitReport:
 
     Attributes:
         split: its name, such as `train`.
-        role: `known` if the search was allowed to look at it, else `unseen`.
+        role: `known` if the search was allowed to look at it, `calibration` if only the choice of a strength was, else
+            `unseen`.
         kept: samples right before and after.
         broken: samples right before and wrong after.
         repaired: samples wrong before and right after.
@@ -91,7 +92,7 @@ def split_report(split: str, role: Role, before: Evidence, after: Evidence | Non
 
     Args:
         split: the name of a split that both tables have.
-        role: whether the search was allowed to look at it.
+        role: what was allowed to look at it.
         before: the original model; its `targeted` marks I_neg.
         after: the model after the repair; None if its weights are unchanged.
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from lightning_nrl.flips import FlipCounts
 from lightning_nrl.localization.localization import Localization
+from lightning_nrl.methods import Step
 from lightning_nrl.report import Hashes, LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
 from lightning_nrl.report.words import percent
 from lightning_nrl.search.result import SearchHistory, SearchResult
+from lightning_nrl.strength import StrengthPoint
 
 STATES = ("repaired", "refused", "nothing")
 TRAIN = SplitReport("train", "known", 1172, 0, 9, 17, 0, 0, (), (1, 5, 7, 8, 9, 33, 44, 55, 66), ())
@@ -286,3 +289,39 @@ def test_harm_is_red_where_it_is_done_and_only_there(repaired: RepairReport) -> 
 )
 def test_percentages_never_round_a_sample_away(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+@pytest.fixture
+def long_way(repaired: RepairReport) -> RepairReport:
+    return replace(
+        repaired,
+        steps=(Step("fit", 20, 9, 12.34, "8 epochs"), Step("polish", 19, 0, 3.0), Step("swarm", 21, 0, 2.0, "+2")),
+        strength=(
+            StrengthPoint(0.2, 4, FlipCounts(1460, 0, 6, 50), FlipCounts(270, 0, 3, 20)),
+            StrengthPoint(1.15, 21, FlipCounts(1460, 0, 30, 26), FlipCounts(269, 1, 12, 11)),
+        ),
+        chosen_strength=1.15,
+    )
+
+
+def test_steps_and_strength_come_back_from_json(long_way: RepairReport) -> None:
+    assert RepairReport.from_json(long_way.to_json()) == long_way
+    data = json.loads(long_way.to_json())
+    assert data["strength"][1]["calibration"] == {"kept": 269, "broken": 1, "repaired": 12, "failing": 11}
+    assert data["steps"][0] == {"name": "fit", "repaired": 20, "broken": 9, "seconds": 12.34, "note": "8 epochs"}
+
+
+def test_steps_and_strength_are_tables_on_the_page(long_way: RepairReport) -> None:
+    text = long_way.to_markdown()
+    assert "| fit | 20 | 9 | 12.3 | 8 epochs |" in text
+    assert "| strength 0.2 | 4 | 6 | 0 | 3 | 0 |" in text
+    assert "| **strength 1.15, taken** | **21** | **30** | **0** | **12** | **1** |" in text
+    assert "- **strength**: 1.15 of the change that was found" in text
+    plain = long_way.render()
+    assert ["fit", "20", "9", "12.3", "8", "epochs"] in [line.split() for line in plain.splitlines()]
+    assert max(map(len, plain.splitlines())) <= 80
+
+
+def test_a_single_step_needs_no_table_on_the_screen(long_way: RepairReport) -> None:
+    assert "What the method did" in long_way.render()
+    assert "What the method did" not in replace(long_way, steps=long_way.steps[:1]).render()

@@ -1,0 +1,198 @@
+"""Strength by hand: samples on a line, each of which changes its class where the strength crosses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import (
+    ConfigurationError,
+    Fitness,
+    Gate,
+    Multiclass,
+    NeuRecoverLite,
+    Outcome,
+    TensorSource,
+    repair_module,
+)
+from lightning_nrl.clock import Clock
+from lightning_nrl.evidence import collect
+from lightning_nrl.flips import FlipCounts
+from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.sites import find_scope
+from lightning_nrl.state import State, snapshot
+from lightning_nrl.strength import Calibration, StrengthPoint, choose, find_strength, strength_path
+from lightning_nrl.targets import AllFailures
+
+PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}
+
+
+def line(*crossings: float, split: str = "line", label: int = 1) -> TensorSource:
+    """Samples that the model gives class 0 at strength 0, and class 1 from these strengths on."""
+    inputs = torch.tensor([[1.0, -x] for x in crossings])
+    return TensorSource(inputs, torch.full((len(crossings),), label), split=split, passed=True, failed=True)
+
+
+class Line(nn.Module):
+    """Logits 0 and t - crossing, t being the one weight that a patch changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1] @ self.weight.T + x[:, 1:] * torch.tensor([0.0, 1.0])
+
+
+def problem(*sources: TensorSource, **changes: Any) -> Problem:
+    model = Line().eval()
+    before = collect(model, sources, task=Multiclass(), target=AllFailures())
+    space, _ = find_scope(nn.Linear(1, 2))
+    return Problem(
+        model, sources, before, space, ("weight",), Multiclass(), NeuRecoverLite(), Fitness(), before.passed, **changes
+    )
+
+
+WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
+RIGHT = line(0.9, 1.2, 1.25, 9, split="right", label=0)
+SAFE = line(1.2, 9, split="right", label=0)
+
+
+def test_the_path_by_hand() -> None:
+    own = problem(WRONG, RIGHT)
+    before = snapshot(own.model)
+    path = strength_path(own, PATCH, (1.0, 0.2, 0.6), calibration=aside(own, line(0.55, 0.7, label=0)))
+    assert path == (
+        StrengthPoint(0.2, 1, FlipCounts(4, 0, 1, 4), FlipCounts(2, 0, 0, 0)),
+        StrengthPoint(0.6, 3, FlipCounts(4, 0, 3, 2), FlipCounts(1, 1, 0, 0)),
+        StrengthPoint(1.0, 4, FlipCounts(3, 1, 4, 1), FlipCounts(0, 2, 0, 0)),
+    )
+    assert torch.equal(own.model.weight, before["weight"])
+
+
+def aside(own: Problem, *sources: TensorSource) -> Calibration:
+    return Calibration(sources, collect(own.model, sources, task=Multiclass()))
+
+
+def strengths(path: Sequence[StrengthPoint]) -> list[float]:
+    return [point.strength for point in path]
+
+
+def test_beyond_the_patch_it_stops_at_the_first_that_breaks_more_than_the_gate_allows() -> None:
+    both = (1.0, 1.15, 1.3)
+    assert strengths(strength_path(problem(WRONG, RIGHT), PATCH, both)) == [1.0, 1.15]
+    assert strengths(strength_path(problem(WRONG, SAFE), PATCH, both)) == [1.0, 1.15, 1.3]
+    two = Gate.tolerance(3)
+    assert strengths(strength_path(problem(WRONG, RIGHT), PATCH, both, gate=two)) == [1.0, 1.15, 1.3]
+
+
+@pytest.mark.parametrize(("left", "counted"), [(0.0, 1), (1e6, 7)])
+def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int) -> None:
+    clock = Clock(max_time=left)
+    clock.seconds["collect"] = 1.0
+    assert len(strength_path(problem(WRONG, SAFE, clock=clock), PATCH)) == counted
+
+
+@pytest.mark.parametrize(
+    ("known_right", "calibration", "chosen"),
+    [
+        (SAFE, None, 1.15),  # 1.1 is crossed at 1.15, nothing at 1.3
+        (line(1.12, split="right", label=0), None, 1.0),
+        (SAFE, line(1.12, label=0), 1.0),
+        (SAFE, line(0.7, 9, label=0), 1.15),
+    ],
+)
+def test_a_step_beyond_is_taken_only_if_it_is_free(
+    known_right: TensorSource, calibration: TensorSource | None, chosen: float
+) -> None:
+    own = problem(WRONG, known_right)
+    data = None if calibration is None else aside(own, calibration)
+    assert find_strength(own, PATCH, Gate.instance(), calibration=data).chosen == chosen
+
+
+def test_without_a_count_of_the_patch_itself_it_is_taken() -> None:
+    assert choose([]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"),
+    [("tolerance:0", 0.55), ("tolerance:1", 0.7), ("tolerance:50%", 0.7), ("tolerance:3", 0.9), ("accuracy", 0.55)],
+)
+def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chosen: float) -> None:
+    own = problem(WRONG, RIGHT)
+    data = aside(own, line(0.57, 0.72, 9, label=0))
+    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.parse(limit))
+    assert found.chosen == chosen
+    assert chosen in strengths(found.path)
+    assert strengths(found.path) == sorted(set(strengths(found.path)))
+
+
+def test_no_strength_within_a_limit_is_none() -> None:
+    own = problem(WRONG, SAFE)
+    data = aside(own, line(0.01, label=0))
+    assert find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance()).chosen is None
+
+
+@dataclass(frozen=True)
+class Given:
+    """A method that knows the answer."""
+
+    state: State
+
+    def __call__(self, problem: Problem) -> Solution:
+        return Solution(problem.propose("given", self.state))
+
+
+def repaired(calibration: Sequence[TensorSource] = (), **settings: Any) -> tuple[nn.Module, Outcome]:
+    """The toy with a patch that is known: 1 is added to the bias of the first class."""
+    model = trained()
+    patch = {"2.bias": model[2].bias.detach() + torch.tensor([1.0, 0.0, 0.0])}
+    how = quick(method=Given(patch), gate=Gate.accuracy(), **settings)
+    return model, repair_module(model, known(), how, calibration=calibration)
+
+
+def test_a_fixed_strength_is_what_is_written() -> None:
+    model, outcome = repaired(strength=0.5)
+    bias = model[2].bias.detach().clone()
+    assert outcome.write(model)
+    torch.testing.assert_close(model[2].bias.detach() - bias, torch.tensor([0.5, 0.0, 0.0]))
+    assert outcome.report.chosen_strength == 0.5
+    assert strengths(outcome.report.strength)[:3] == [0.2, 0.4, 0.5]
+
+
+@pytest.mark.parametrize("limit", ["tolerance:100%", "tolerance:2%", "instance"])
+def test_calibration_data_are_counted_before_and_after(limit: str) -> None:
+    data = [replace(source, split="calibration") for source in known(5)[1:]]
+    _, outcome = repaired(data, limit=limit)
+    split, chosen = outcome.report.splits[-1], outcome.report.chosen_strength
+    assert (split.split, split.role, split.n) == ("calibration", "calibration", 60)
+    (point,) = (point for point in outcome.report.strength if point.strength == chosen)
+    assert point.calibration == FlipCounts(split.kept, split.broken, split.repaired, split.failing)
+    assert split.broken <= Gate.parse(limit).allowed(point.calibration)
+    stronger = [point for point in outcome.report.strength if point.strength > chosen]
+    assert all(
+        point.calibration.broken > Gate.parse(limit).allowed(point.calibration)
+        or point.known.broken > point.known.repaired
+        for point in stronger
+    )
+
+
+def test_where_no_strength_keeps_within_the_limit_nothing_is_changed() -> None:
+    everywhere = 3 * torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    answers = trained()(everywhere).argmax(1)
+    model, outcome = repaired([TensorSource(everywhere, answers, split="calibration")], limit="instance")
+    assert outcome.report.status == "not repaired"
+    assert outcome.report.reason == "no strength keeps within the limit (instance)."
+    assert outcome.report.strength
+    assert not outcome.write(model)
+
+
+def test_a_limit_needs_data() -> None:
+    with pytest.raises(ConfigurationError, match="`limit='instance'` needs calibration data"):
+        repaired(limit="instance")
