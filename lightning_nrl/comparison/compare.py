@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -32,12 +32,13 @@ from lightning_nrl.methods import METHODS, Method, Problem, Solution, Training, 
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State, between, holding, snapshot
+from lightning_nrl.state import State
+from lightning_nrl.strength import Calibration, StrengthPoint, strength_path
 from lightning_nrl.tasks import Multiclass, Task
 
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
-STRENGTHS = (0.25, 0.5, 0.75)
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 FINENESS = 1 / 64  # of the strength at which weights are scaled back
 
 AnyMethod = Method | ParticleSwarm
@@ -106,8 +107,7 @@ def compare_module(
             training=training,
             whole=settings.layer == "auto",
         )
-        look = partial(see, model, unseen) if unseen else None
-        trials = _Trials(problem, snapshot(model), look, None if look is None else look())
+        later = Calibration(unseen, see(model, unseen)) if unseen else None
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():
@@ -116,7 +116,7 @@ def compare_module(
                 clock = Clock(observer, settings.max_time)
                 solution, seconds = _solved(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
-                entries.append(trials.entry(name, solution, seconds))
+                entries.append(_entry(problem, later, name, solution, seconds))
     layer = settings.layer if isinstance(settings.layer, str) else ", ".join(settings.layer)
     return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
 
@@ -179,68 +179,40 @@ def _solved(
     return solution, earlier + time.perf_counter() - began
 
 
-@dataclass(frozen=True)
-class _Trials:
-    """Counts weights between the original and what a method gave.
+def _entry(problem: Problem, unseen: Calibration | None, name: str, solution: Solution, seconds: float) -> Entry:
+    """Counts what a method gave, and what lies between it and the original weights."""
+    if solution.proposal is None:
+        return Entry(name, seconds, note=solution.reason)
+    new = solution.proposal.state
+    later = FlipCounts(0, 0, 0, 0) if unseen is None else Flips.between(unseen.before, unseen.before).counts()
+    start = Point(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
+    curve = (start, *map(_point, strength_path(problem, new, STRENGTHS, calibration=unseen)))
+    began = time.perf_counter()
+    scaled = _scaled(problem, unseen, new, curve)
+    note = solution.steps[-1].note if solution.steps else ""
+    return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
 
-    Attributes:
-        problem: the known side.
-        old: the original weights.
-        look: the evidence on unseen data under the weights that the model holds; None without such data.
-        unseen: that under the original weights.
+
+def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Sequence[Point]) -> Point:
+    """The largest strength found to break no known sample, by bisection to within `FINENESS`.
+
+    Counts need not rise with the strength, so a larger one may be missed; this one was counted.
     """
-
-    problem: Problem
-    old: State
-    look: Callable[[], Evidence] | None
-    unseen: Evidence | None
-
-    def entry(self, name: str, solution: Solution, seconds: float) -> Entry:
-        if solution.proposal is None:
-            return Entry(name, seconds, note=solution.reason)
-        new, before = solution.proposal.state, self.problem.before
-        curve = (
-            Point(0.0, 0, _counts(before, before), _counts(self.unseen, self.unseen)),
-            *(self.point(new, t) for t in STRENGTHS),
-            self.point(new, 1.0, solution.proposal.after),
-        )
-        began = time.perf_counter()
-        scaled = self.scaled(new, curve)
-        note = solution.steps[-1].note if solution.steps else ""
-        return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
-
-    def point(self, new: State, strength: float, after: Evidence | None = None) -> Point:
-        """The counts at a strength; `after` is the evidence on known data there, if it has been seen already."""
-        state, before = between(self.old, new, strength), self.problem.before
-        after = self.problem.see(state) if after is None else after
-        targeted = Flips.between(before, after).counts(before.targeted).repaired
-        later = None
-        if self.look is not None:
-            with holding(self.problem.model, state):
-                later = self.look()
-        return Point(strength, targeted, _counts(before, after), _counts(self.unseen, later))
-
-    def scaled(self, new: State, curve: Sequence[Point]) -> Point:
-        """The largest strength found to break no known sample, by bisection to within `FINENESS`.
-
-        Counts need not rise with the strength, so a larger one may be missed; this one was counted.
-        """
-        harmless = [point for point in curve if not point.known.broken]
-        low = harmless[-1]
-        above = [point.strength for point in curve if point.strength > low.strength]
-        if not above:
-            return low
-        bottom, top = low.strength, above[0]
-        while top - bottom > FINENESS:
-            middle = (bottom + top) / 2
-            after = self.problem.see(between(self.old, new, middle))
-            if Flips.between(self.problem.before, after).broken.any():
-                top = middle
-            else:
-                bottom = middle
-        return low if bottom == low.strength else self.point(new, bottom)
+    low = [point for point in curve if not point.known.broken][-1]
+    above = [point.strength for point in curve if point.strength > low.strength]
+    if not above:
+        return low
+    bottom, top = low.strength, above[0]
+    while top - bottom > FINENESS:
+        middle = (bottom + top) / 2
+        (tried,) = strength_path(problem, new, (middle,))
+        bottom, top = (bottom, middle) if tried.known.broken else (middle, top)
+    if bottom == low.strength:
+        return low
+    (found,) = strength_path(problem, new, (bottom,), calibration=unseen)
+    return _point(found)
 
 
-def _counts(before: Evidence | None, after: Evidence | None) -> FlipCounts:
-    """What became of all samples; of none where there is no such data."""
-    return FlipCounts(0, 0, 0, 0) if before is None or after is None else Flips.between(before, after).counts()
+def _point(counted: StrengthPoint) -> Point:
+    unseen = FlipCounts(0, 0, 0, 0) if counted.calibration is None else counted.calibration
+    return Point(counted.strength, counted.repaired_in_target, counted.known, unseen)

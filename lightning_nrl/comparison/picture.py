@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_nrl.baselines import BASELINES
@@ -13,13 +13,20 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_comparison"]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F")
-"""Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is darker, to be read on white."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
+"""Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is
+darker, to be read on white, and Tol's wine is added."""
 INK, FAINT = "#333333", "#BBBBBB"
-LINE = 13.0  # points from one label to the next
+AWAY = 8.0  # points from the end of a curve to its name
+KEY = "Dot: as the method gave it; ring: scaled back to none known broken; dashed: baselines; grey: as many of both"
 ROOM = 1.12  # of an axis beyond the largest count
+LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
 Role = Literal["known", "unseen"]
+End = tuple[str, str, tuple[int, int]]
+"""A method, its colour, and where its curve ends."""
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in pixels."""
 
 
 def draw_comparison(comparison: Comparison) -> Any:
@@ -36,6 +43,7 @@ def draw_comparison(comparison: Comparison) -> Any:
         ConfigurationError: matplotlib is not installed.
     """
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
@@ -43,16 +51,19 @@ def draw_comparison(comparison: Comparison) -> Any:
         ) from error
     entries = [entry for entry in comparison.entries if entry.curve]
     figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)  # can measure text, whatever the screen
     roles: list[Role] = ["known"]
     if any(entry.curve[0].unseen.n for entry in entries):
         roles.append("unseen")
-    for axes, role in zip(figure.subplots(1, len(roles), squeeze=False)[0], roles, strict=True):
-        _panel(axes, role, entries)
-    figure.suptitle(f"Repaired against broken, {comparison.targets:,} failures to repair", color=INK, fontsize=12)
+    figure.suptitle(f"{comparison.targets:,} failures to repair. {KEY}", color=INK, fontsize=10)
+    panels = figure.subplots(1, len(roles), squeeze=False)[0]
+    ends = [_panel(axes, role, entries) for axes, role in zip(panels, roles, strict=True)]
+    for axes, own in zip(panels, ends, strict=True):
+        _label(axes, own)
     return figure
 
 
-def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> None:
+def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
     curves = [_xy(entry, role) for entry in entries]
     right = ROOM * max([1, *(curve[-1][0] for curve in curves)])
     top = ROOM * max([1, *(y for curve in curves for x, y in curve if x <= right)])
@@ -77,42 +88,55 @@ def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> None:
                 zorder=3,
             )
         ends.append((entry.method, colour, curve[-1]))
-    axes.set_xlim(0, right)
+    axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it
     axes.set_ylim(0, top)
     axes.set_title(f"{role} samples", color=INK, fontsize=10, loc="left")
     axes.set_xlabel("broken (was right, now wrong)", color=INK)
     axes.set_ylabel("repaired (was wrong, now right)", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
-    _label(axes, ends, top)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return ends
 
 
-def _label(axes: Any, ends: Sequence[tuple[str, str, tuple[int, int]]], top: float) -> None:
-    """Names at the right of the panel, each led to the end of its curve, none over another."""
-    from matplotlib.transforms import blended_transform_factory
+def _label(axes: Any, ends: Sequence[End]) -> None:
+    """Names beside the ends of the curves, moved up or down where one would lie over another or over an end."""
+    from matplotlib.patheffects import withStroke
 
-    height = axes.figure.get_figheight() * 72 * 0.75  # about what the panel has of it, in points
-    gap = LINE / height * top
-    ordered = sorted(ends, key=lambda end: end[2][1])
-    places = [y for _, _, (_, y) in ordered]
-    for i in range(1, len(places)):
-        places[i] = max(places[i], places[i - 1] + gap)
-    over = max(0.0, places[-1] - top) if places else 0.0
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], top - gap * (len(places) - 1 - i)) if over else places[i]
-    margin = blended_transform_factory(axes.transAxes, axes.transData)
-    for (name, colour, end), y in zip(ordered, places, strict=True):
-        axes.annotate(
-            name,
-            xy=end,
-            xytext=(1.03, y),
-            textcoords=margin,
-            color=colour,
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4},
+    figure, halo = axes.figure, withStroke(linewidth=2.5, foreground="white")
+    figure.draw_without_rendering()  # the layout is made now, so that what is measured is what will be shown
+    renderer = figure.canvas.get_renderer()
+    scale = figure.dpi / 72
+    ends_at = [axes.transData.transform(end) for _, _, end in ends]
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in ends_at]
+    for (name, colour, end), at in sorted(zip(ends, ends_at, strict=True), key=lambda pair: -pair[1][1]):
+        text = axes.annotate(
+            name, end, color=colour, fontsize=9, va="center", annotation_clip=False, path_effects=[halo]
         )
+        size = text.get_window_extent(renderer)
+        x, y = at[0] + AWAY * scale, at[1]
+        for place in _around(y, 0.5 * size.height):
+            box = (x, place - size.height / 2, x + size.width, place + size.height / 2)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        text.set_position(axes.transData.inverted().transform((x, place)))
+        if abs(place - y) > size.height / 2:
+            beside = axes.transData.inverted().transform((x, place))
+            axes.annotate("", beside, end, arrowprops={**LEADER, "color": colour}, annotation_clip=False)
+
+
+def _around(y: float, step: float) -> Iterator[float]:
+    """Ever farther places, above and below by turns."""
+    yield y
+    for i in range(1, 60):
+        yield y + i * step
+        yield y - i * step
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _xy(entry: Entry, role: Role) -> list[tuple[int, int]]:
