@@ -1,6 +1,8 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback."""
 
 from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.comparing import compare
+from lightning_nrl.comparison import Comparison, compare_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
@@ -15,6 +17,7 @@ from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource
 
 __all__ = [
+    "Comparison",
     "ConfigurationError",
     "Everything",
     "EvidenceError",
@@ -31,6 +34,8 @@ __all__ = [
     "Target",
     "Task",
     "TensorSource",
+    "compare",
+    "compare_module",
     "repair",
     "repair_module",
 ]

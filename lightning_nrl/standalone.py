@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
 
-__all__ = ["repair"]
+__all__ = ["Work", "repair", "without_training"]
+
+Work = Callable[[pl.Trainer, pl.LightningModule, int], Outcome | None]
+"""What is done with a trainer, its module, and the epochs that the model was trained for."""
 
 
 def repair(
@@ -59,10 +62,7 @@ def repair(
             explain(f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself.")
         )
     chosen = callback if callback is not None else RegressionFreeRepair(**arguments)
-    _check(trainer, chosen)
-    with _without_training(trainer, chosen), warnings.catch_warnings():
-        for text in ("The number of training batches", "`max_epochs` was not set"):
-            warnings.filterwarnings("ignore", text)
+    with without_training(trainer, chosen, chosen.attempt):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if chosen.report is None:
         raise RepairError(
@@ -75,14 +75,27 @@ def repair(
 
 
 @contextmanager
-def _without_training(trainer: pl.Trainer, callback: RegressionFreeRepair) -> Iterator[None]:
-    """The trainer repairs and does nothing else; afterwards it is as found."""
-    only, callbacks, loop = _WithoutTraining(callback), trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
+def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work) -> Iterator[None]:
+    """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found.
+
+    Args:
+        trainer: whose `fit` is called inside.
+        callback: says what is to be repaired and how.
+        work: what is to be done. If an outcome comes of it, it is saved, logged and written into the model.
+
+    Raises:
+        ConfigurationError: the trainer holds a repair or wants a minimum of training.
+    """
+    _check(trainer, callback)
+    only, callbacks, loop = _WithoutTraining(callback, work), trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
     before = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     callbacks.append(only)
     trainer.num_sanity_val_steps = 0
     try:
-        yield
+        with warnings.catch_warnings():
+            for text in ("The number of training batches", "`max_epochs` was not set"):
+                warnings.filterwarnings("ignore", text)
+            yield
     finally:
         callbacks.remove(only)
         trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = before
@@ -90,10 +103,11 @@ def _without_training(trainer: pl.Trainer, callback: RegressionFreeRepair) -> It
 
 
 class _WithoutTraining(pl.Callback):
-    """Repairs at the start of a fit and stops it before its first step."""
+    """Works at the start of a fit and stops it before its first step."""
 
-    def __init__(self, callback: RegressionFreeRepair) -> None:
+    def __init__(self, callback: RegressionFreeRepair, work: Work) -> None:
         self.callback = callback
+        self.work = work
         self.outcome: Outcome | None = None
         self.epochs = EPOCHS
 
@@ -120,7 +134,7 @@ class _WithoutTraining(pl.Callback):
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        self.outcome = self.callback.attempt(trainer, pl_module, self.epochs)
+        self.outcome = self.work(trainer, pl_module, self.epochs)
         trainer.should_stop = True
 
     @override
