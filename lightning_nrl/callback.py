@@ -184,6 +184,8 @@ class RegressionFreeRepair(Callback):
         with random_state(), validating(trainer):
             known, unseen = self._sources(trainer, pl_module, limit=1)
             rehearse(pl_module, [*known, *unseen], self.settings, **self._means(trainer, pl_module))
+            if self.settings.layer == "auto" and getattr(self.settings.method, "trains", False):
+                ContinuedTraining(trainer, pl_module, known).warn()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

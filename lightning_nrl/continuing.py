@@ -100,21 +100,30 @@ class ContinuedTraining:
             Every parameter and persistent buffer, on the model's device; None if the time is too short, the weights
             are not finite, or training cannot go on, which is warned of.
         """
-        began = time.perf_counter()
+        end = time.perf_counter() + seconds
+        if self.warn():
+            return None
+        try:
+            with tempfile.TemporaryDirectory() as folder, quiet():
+                return self._trained(end, seed, clock, start or {}, folder)
+        except (_NoCopyError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
+            self._warn(str(error).partition("\n")[0])
+            return None
+
+    def warn(self) -> bool:
+        """Warns if training cannot go on, and says whether it did."""
         obstacle = self.obstacle
-        if not obstacle:
-            try:
-                with tempfile.TemporaryDirectory() as folder, quiet():
-                    return self._trained(began + seconds, seed, clock, start or {}, folder)
-            except (_NoCopyError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
-                obstacle = str(error).partition("\n")[0]
+        if obstacle:
+            self._warn(obstacle)
+        return bool(obstacle)
+
+    def _warn(self, obstacle: str) -> None:
         rank_zero_warn(
             explain(
-                f"the training of {type(self.model).__name__} does not go on: {obstacle}.",
+                f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle}.",
                 "the repair makes steps of its own instead.",
             )
         )
-        return None
 
     def _trained(self, end: float, seed: int, clock: Clock, start: State, folder: str) -> State | None:
         collective, epochs = Collective.current(self.model.device), self.epochs
@@ -306,11 +315,15 @@ class _Pace(_Course):
 def _average_gradients(model: pl.LightningModule, collective: Collective) -> None:
     """Parameters without a gradient on some ranks count as 0 there; without one on any rank they stay without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    there = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
-    for parameter, ranks in zip(parameters, there.tolist(), strict=True):
-        if ranks:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = collective.sum(gradient) / collective.world_size
+    ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
+    parameters = [parameter for parameter, n in zip(parameters, ranks.tolist(), strict=True) if n]
+    if not parameters:
+        return
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    mean = collective.sum(torch.cat([p.grad.flatten() for p in parameters])) / collective.world_size  # type: ignore[union-attr]
+    for parameter, values in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(values.view_as(parameter))  # type: ignore[union-attr]
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:

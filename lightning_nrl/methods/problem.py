@@ -164,7 +164,11 @@ class Solution:
 
 @runtime_checkable
 class Method(Protocol):
-    """How new weights are found. A method of your own is a frozen dataclass with this call."""
+    """How new weights are found. A method of your own is a frozen dataclass with this call.
+
+    With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
+    the first step of training whether that will be possible.
+    """
 
     def __call__(self, problem: Problem) -> Solution:
         """Finds new weights. The model is left as found.
