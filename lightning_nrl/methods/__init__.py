@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution, Step, Training, better
 from lightning_nrl.methods.swarm import by_swarm
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = [
     "METHODS",
+    "Convex",
     "Method",
     "Problem",
     "Proposal",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type] = {
+    "convex": Convex,
     "swarm": ParticleSwarm,
 }
 """The methods that can be named, with their default settings."""

@@ -1,0 +1,234 @@
+"""Repairing a last Linear layer by convex optimisation: a path over strength, its point chosen by cross-validation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.flips import Flips
+from lightning_nrl.methods.problem import Problem, Proposal, Solution, Step
+from lightning_nrl.methods.swarm import half, rows
+from lightning_nrl.precision import at_least_float32
+from lightning_nrl.scoring import Recording, record
+from lightning_nrl.scoring.planning import same_values
+from lightning_nrl.scoring.recording import Chunk
+from lightning_nrl.search.head import Head, follow
+
+__all__ = ["Convex"]
+
+STRENGTHS = tuple(2.0**power for power in range(-4, 6))
+"""What a target's missing margin may cost, in units of what the median target would take if it were alone."""
+
+FOLDS = 4
+"""Of the samples that came in with the failed ones, each is held out once."""
+
+PRICE = 1
+"""Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
+break, so that the whole of it repairs several times as many."""
+
+SHARES = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
+"""Shares of a change that are tried on the deployed model: rounding may differ from that of the recording."""
+
+
+@dataclass(frozen=True)
+class Convex:
+    """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds."""
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Solves along strengths, and takes the strongest that held-out samples speak for.
+
+        Raises:
+            ConfigurationError: there are several layers, the layer's output is not the logits, or the task has no
+                classes.
+        """
+        began = time.perf_counter()
+        _check(problem)
+        with problem.clock.stage("record"):
+            features, logits = _recorded(problem)
+        with problem.clock.stage("solve"):
+            changes, held = _path(problem, features, logits)
+        if not len(changes):
+            return Solution(None, "there was no time left to solve anything.")
+        points = [
+            _point(problem, features, logits, change, strength)
+            for change, strength in zip(changes, STRENGTHS, strict=False)
+        ]
+        seconds = (time.perf_counter() - began) / len(points)
+        steps = [
+            point.step(seconds, f"strength {strength:g}; held out {gained} repaired, {lost} broken")
+            for point, strength, (gained, lost) in zip(points, STRENGTHS, held, strict=False)
+        ]
+        best = _best(held)
+        others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
+        with problem.clock.stage("judge"):
+            began = time.perf_counter()
+            proposal, share = _deployed(problem, changes[best])
+            steps.append(_last(proposal, STRENGTHS[best], share, time.perf_counter() - began))
+        if proposal is None:
+            return Solution(None, "no change of the layer repairs a target without a regression.", tuple(steps), others)
+        return Solution(proposal, steps=tuple(steps), others=others)
+
+
+def _check(problem: Problem) -> None:
+    names = [site.name for site in problem.space.sites]
+    if len(names) > 1 or not isinstance(problem.space.sites[0].module, torch.nn.Linear):
+        raise ConfigurationError(
+            explain(
+                f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
+                "leave `layer` at 'auto', or use `method='linearised'`.",
+            )
+        )
+    if bool((problem.before.label < 0).any()):
+        raise ConfigurationError(
+            explain("`method='convex'` needs a class for each sample, the task has none.", "use another method.")
+        )
+
+
+@torch.no_grad()
+def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The layer's inputs, `N x d`, with a column of ones if its bias may change, and its outputs, by row."""
+    site = problem.space.sites[0]
+    everything = torch.ones_like(problem.before.passed)
+    recording = record(
+        problem.model,
+        rows(problem),
+        problem.space,
+        problem.task,
+        everything,
+        context=problem.context,
+        budget=half(problem.budget),
+    )
+    parts = [_direct(recording, chunk, site.name) for chunk in recording.chunks()]
+    n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
+    device = problem.space.device
+    own = torch.cat([torch.cat([x, y], 1) for x, y in parts]) if parts else torch.zeros(0, n_in + n_out, device=device)
+    order = torch.cat(problem.collective.gather(recording.rows)).argsort()
+    whole = torch.cat(problem.collective.gather(own))[order.to(device)]
+    features, logits = whole[:, :n_in], whole[:, n_in:]
+    if _bias_name(problem) is not None:
+        features = F.pad(features, (0, 1), value=1.0)
+    return features, logits
+
+
+def _direct(recording: Recording, chunk: Chunk, name: str) -> tuple[Tensor, Tensor]:
+    """A chunk's input and output of the layer, where the output is what the model returns."""
+    if recording.replayable(chunk):
+        x, y = recording.site(chunk)
+        logits = recording.replay(chunk, lambda site, x, y: y)
+        if x.ndim == 2 and same_values(y, logits):
+            return at_least_float32(x), at_least_float32(y)
+    raise ConfigurationError(
+        explain(
+            f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
+            "name the last Linear layer, or use `method='linearised'`.",
+        )
+    )
+
+
+@torch.no_grad()
+def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """The change at each strength, `C x d`, and how many held-out samples it repaired and broke.
+
+    One rank solves for all of them.
+    """
+    collective, n = problem.collective, len(STRENGTHS)
+    changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
+    held = torch.zeros(n, 3, dtype=torch.int64)
+    if collective.rank == 0:
+        for i, (change, gained, lost) in enumerate(_solved(problem, features, logits)):
+            changes[i], held[i] = change, torch.tensor([1, gained, lost])
+    changes, held = collective.agreed(changes), collective.agreed(held)
+    made = int(held[:, 0].sum())
+    return list(changes[:made]), [(int(gained), int(lost)) for _, gained, lost in held[:made]]
+
+
+def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """Strength by strength the change that all samples ask for, and what those without a fold do on that fold."""
+    before, device = problem.before, features.device
+    known = (before.passed | before.targeted).to(device)
+    head = Head(features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known])
+    fold = _folds(problem).to(device)[known]
+    paths = [follow(head, STRENGTHS), *(follow(head, STRENGTHS, fold != number) for number in range(FOLDS))]
+    for change, *others in zip(*paths, strict=True):
+        gained = lost = 0
+        for number, other in enumerate(others):
+            out = fold == number
+            right = head.changed(other)[out].argmax(1) == head.label[out]
+            gained += int((right & head.targeted[out]).sum())
+            lost += int((~right & ~head.targeted[out]).sum())
+        yield change, gained, lost
+        if problem.clock.left <= 0:
+            return
+
+
+def _folds(problem: Problem) -> Tensor:
+    """`N` int64: the fold of each sample that came in with the failed ones, -1 for all others, which never leave."""
+    before = problem.before
+    fold = torch.full_like(before.label, -1)
+    for source in problem.known:
+        if source.failed:
+            fold[before.of(source.split)] = 0
+    here = (fold == 0) & (before.passed | before.targeted)
+    generator = torch.Generator().manual_seed(problem.seed)
+    for kind in (before.passed, before.targeted):
+        which = (here & kind).nonzero().flatten()
+        fold[which] = torch.randperm(len(which), generator=generator) % FOLDS
+    return fold
+
+
+def _best(held: list[tuple[int, int]]) -> int:
+    worth = [gained - PRICE * lost for gained, lost in held]
+    return max(range(len(worth)), key=lambda i: (worth[i], -i))
+
+
+def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, strength: float) -> Proposal:
+    """A point of the path, counted on the recorded features."""
+    new, before = (logits + features @ change.T).cpu(), problem.before
+    gaps = (new.gather(1, before.label[:, None]) - new).scatter(1, before.label[:, None], torch.inf).amin(1)
+    loss = F.cross_entropy(new, before.label, reduction="none")
+    prediction = new.argmax(1)
+    after: Evidence = replace(
+        before, prediction=prediction, passed=prediction == before.label, margin=gaps, loss=loss.to(before.loss)
+    )
+    flips = Flips.between(before, after)
+    repaired = int((flips.repaired & before.targeted).sum())
+    return Proposal(f"convex {strength:g}", _state(problem, change), after, repaired, int(flips.broken.sum()))
+
+
+def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
+    """The greatest share of a change that breaks nothing when the deployed model runs with it."""
+    for share in SHARES:
+        proposal = problem.propose("convex", _state(problem, share * change))
+        if not proposal.broken:
+            return (proposal if proposal.repaired else None), share
+    return None, 0.0
+
+
+def _last(proposal: Proposal | None, strength: float, share: float, seconds: float) -> Step:
+    note = f"strength {strength:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
+    return proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note)
+
+
+def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
+    """The layer's whole parameters with a change added."""
+    module, n_in = problem.space.sites[0].module, problem.space.sites[0].module.weight.shape[1]
+    weight = module.weight.detach()
+    state = {next(iter(problem.space.sites[0].parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
+    bias = _bias_name(problem)
+    if bias is not None and module.bias is not None:
+        state[bias] = (module.bias.detach() + change[:, n_in]).to(weight.dtype)
+    return state
+
+
+def _bias_name(problem: Problem) -> str | None:
+    """The bias, if there is one and it may change."""
+    name = next(iter(problem.space.sites[0].parameters)).removesuffix("weight") + "bias"
+    has = problem.space.sites[0].module.bias is not None
+    return name if has and (name in problem.scope or problem.space.sites[0].include_bias) else None
