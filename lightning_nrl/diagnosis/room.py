@@ -1,0 +1,219 @@
+"""Which layer has room for a repair: how free it is to help targets and harm no passed sample, to first order.
+
+The gradient of a target's margin in a layer's weights says how the layer could help it, those of near passed samples
+say what would harm them. Only inner products count (a Gram matrix a layer), so that the gradients of large layers are
+kept as random sketches whose inner products are right on average (count sketch, Charikar et al. 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl.batches import Batch
+from lightning_nrl.collective import Collective
+from lightning_nrl.diagnosis.programme import ascend
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evidence import Context
+from lightning_nrl.localization.layers import rows as as_rows
+from lightning_nrl.localization.layers import weight_gradients
+from lightning_nrl.precision import at_least_float32, no_autocast
+from lightning_nrl.sites import Layer
+from lightning_nrl.tasks import Task
+
+__all__ = ["Room", "Sketches", "layers_of", "room", "sketch"]
+
+SKETCH = 16_384
+"""Numbers that a sample's gradient is kept in, where the layer has more weights."""
+
+PIECE = 2**24
+"""Most gradient entries (samples x weights) that are held at once."""
+
+
+class Sketches(NamedTuple):
+    """Margin gradients of samples, layer by layer."""
+
+    rows: Tensor  # n int64, ascending
+    margin: Tensor  # n
+    layers: dict[str, Tensor]  # n x (weights or SKETCH), of the layers that tell samples apart
+
+
+class Room(NamedTuple):
+    """A layer's freedom to help each of the targets."""
+
+    share: Tensor  # T, from 0 to 1: of what a small change could gain for it, what is left if no passed one may lose
+    change: Tensor  # T, norm of the smallest change that would repair it, in parts of the layer's; infinite if none
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The Linear and convolution layers that have a floating-point weight of their own, by dotted name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Layer) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+    }
+
+
+def sketch(
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, Tensor]],
+    *,
+    task: Task,
+    seed: int = 0,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> Sketches:
+    """Gradients of samples' margins in the weights of every layer.
+
+    Args:
+        model: in evaluation mode. Its weights need not ask for gradients.
+        batches: this rank's samples with their rows of the evidence, in batches as large as memory allows in training.
+        task: has margins.
+        seed: of the sketches.
+        context: entered around every forward pass.
+        collective: the ranks that share the samples; all get the same.
+
+    Raises:
+        ConfigurationError: the task has no margin.
+    """
+    collective, layers = collective or Collective(), layers_of(model)
+    rows, margins = [], []
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for batch, at in batches:
+        margin, calls = _trace(model, layers, batch, task, context)
+        rows.append(at)
+        margins.append(margin.detach().float().cpu())
+        for name in list(parts):
+            if _by_sample(calls[name], len(at)):
+                parts[name].append(_sketched(name, layers[name], calls[name], len(at), seed))
+            else:
+                del parts[name]
+    usable = [not collective.any(bool(rows) and name not in parts) for name in layers]
+    found = {name: _joined(parts.get(name, []), collective) for name, use in zip(layers, usable, strict=True) if use}
+    all_rows, all_margins = (_joined(x, collective) for x in (rows, margins))
+    order = all_rows.argsort()
+    found = {name: x[order.to(x.device)] for name, x in found.items() if len(x)}
+    return Sketches(all_rows[order], all_margins[order], found)
+
+
+@torch.no_grad()
+def room(sketches: Sketches, targets: Tensor, norms: Mapping[str, float], keep: float) -> dict[str, Room]:
+    """What each layer can do for each target while no passed sample's margin falls below `keep`, to first order.
+
+    Args:
+        sketches: of targets and passed samples.
+        targets: `n` bool, which of them are targets.
+        norms: of the layers' weights, by name.
+        keep: the margin asked of targets, and of passed samples that have twice as much.
+    """
+    margin, t, p = sketches.margin.double(), targets.nonzero().flatten(), (~targets).nonzero().flatten()
+    if not sketches.layers or not len(t):
+        return {}
+    rows = torch.cat([t[:, None], p.expand(len(t), -1)], 1)
+    asked = torch.where(targets, keep, (0.5 * margin).clamp_max(keep)) - margin
+    grams, bounds = [], []
+    for name, sketched in sketches.layers.items():
+        # Small matrices from here on, which a CPU factors as fast. All rows have one length: one tolerance suits.
+        length = sketched.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        unit = sketched.flatten(1).float() / length[:, None]
+        gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norms[name]
+        grams.append(gram[rows[:, :, None], rows[:, None, :]])
+        bounds.append((asked / length)[rows])
+    gram, bound = torch.cat(grams), torch.cat(bounds)
+    among, against = gram[:, 1:, 1:].contiguous(), -gram[:, 1:, 0]
+    lost = ascend(among, against, torch.zeros_like(against)).value if len(p) else torch.zeros(len(gram))
+    needed = ascend(gram, bound, torch.zeros_like(bound), limit=0.5 * FAR**2).value
+    share, change = (1 - 2 * lost).clamp(0, 1).sqrt(), (2 * needed.clamp_min(0)).sqrt()
+    change = torch.where(change > FAR, torch.inf, change)
+    return {
+        name: Room(*(x.float() for x in pair))
+        for name, *pair in zip(sketches.layers, share.split(len(t)), change.split(len(t)), strict=True)
+    }
+
+
+FAR = 10.0
+"""A change that is so many times as large as the layer is none."""
+
+
+class _Call(NamedTuple):
+    input: Tensor
+    gradient: Tensor
+
+
+def _trace(
+    model: nn.Module, layers: dict[str, Layer], batch: Batch, task: Task, context: Context
+) -> tuple[Tensor, dict[str, list[_Call]]]:
+    """The margins of a batch, and for each call of a layer its input and the margins' gradient at its output."""
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def add_zero(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            zero = torch.zeros_like(output, requires_grad=True)
+            # A copy, since the model may go on to change its own tensors in place.
+            seen.append((name, args[0].detach().clone(), zero))
+            return output + zero
+
+        return hook
+
+    with _hooked(layers, add_zero), torch.enable_grad():
+        with context():
+            output = task.logits(model(*batch.args, **batch.kwargs))
+        margin = task.margin(output, batch.target)
+        if margin is None:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: {type(task).__name__} has no margin, and layers are compared by its gradients.",
+                    "give the task a `margin`.",
+                )
+            )
+        with no_autocast(margin.device):
+            zeros = [zero for *_, zero in seen]
+            gradients = torch.autograd.grad(margin.sum(), zeros, materialize_grads=True) if margin.requires_grad else ()
+    calls: dict[str, list[_Call]] = {name: [] for name in layers}
+    for (name, x, _), gradient in zip(seen, gradients, strict=False):
+        calls[name].append(_Call(*(at_least_float32(as_rows(layers[name], t)) for t in (x, gradient))))
+    return margin, calls
+
+
+@contextmanager
+def _hooked(layers: dict[str, Layer], make: Callable[[str], Callable[..., Tensor]]) -> Iterator[None]:
+    handles = [layer.register_forward_hook(make(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _by_sample(calls: Sequence[_Call], n: int) -> bool:
+    """Whether a layer was called, each time with as many rows for each sample."""
+    return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
+
+
+def _sketched(name: str, layer: Layer, calls: Sequence[_Call], n: int, seed: int) -> Tensor:
+    """`n x (weights or SKETCH)`, the gradient of each sample's margin in a layer's weight."""
+    size = layer.weight.numel()
+    generator = torch.Generator().manual_seed(seed)
+    bucket = torch.randint(SKETCH, (size,), generator=generator).to(layer.weight.device)
+    sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(layer.weight.device, torch.float32)
+    parts = []
+    with torch.no_grad(), no_autocast(layer.weight.device):
+        for start in range(0, n, step := max(1, PIECE // size)):
+            pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
+            gradient = torch.stack([weight_gradients(layer, x, g).flatten(1) for x, g in pieces]).sum(0)
+            if size > SKETCH:
+                gradient = torch.zeros(len(gradient), SKETCH, device=gradient.device).index_add_(
+                    1, bucket, gradient.float() * sign
+                )
+            parts.append(gradient)
+    return torch.cat(parts)
+
+
+def _joined(parts: Sequence[Tensor], collective: Collective) -> Tensor:
+    mine = torch.cat(list(parts)) if parts else torch.zeros(0)
+    shares = [x for x in collective.gather(mine) if len(x)]
+    return torch.cat(shares) if shares else mine
