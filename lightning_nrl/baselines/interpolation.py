@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
+from numbers import Real
 
 from lightning_nrl.baselines.tuning import FineTuning
-from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.methods.problem import Method, Problem, Solution
 from lightning_nrl.state import between, snapshot
 
 __all__ = ["Interpolation"]
@@ -14,40 +15,37 @@ __all__ = ["Interpolation"]
 
 @dataclass(frozen=True)
 class Interpolation:
-    """The weights (1 - a) old + a new, nearest to the old ones, that get as many known samples right as the new do.
+    """The weights (1 - a) old + a new: fewer regressions than the new ones for part of their gain.
 
-    So it lowers regressions without giving up the accuracy of the update (Schumann et al. 2024, Backward compatibility
-    during data updates by weight interpolation). Every step of the path is kept in `others`.
+    Schumann et al. 2024, Backward compatibility during data updates by weight interpolation. They choose a on data set
+    aside; on data that the new weights were trained on, a = 1 is always the most accurate. So it is half unless told,
+    which Wortsman et al. 2022 (Robust fine-tuning of zero-shot models) found good without any choice.
 
     Attributes:
         new: the method whose weights are the far end.
-        parts: a is looked at in steps of 1 / parts.
+        a: the share of the new weights, above 0 and at most 1.
+
+    Raises:
+        ConfigurationError: on construction, if a is out of its range.
     """
 
     new: Method = field(default_factory=FineTuning)
-    parts: int = 10
+    a: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.a, Real) or isinstance(self.a, bool) or not 0 < self.a <= 1:
+            raise ConfigurationError(explain(f"`a={self.a!r}` is no share.", "give a number above 0 and at most 1."))
 
     def __call__(self, problem: Problem) -> Solution:
-        return self.along(problem, self.new(problem))
+        return self.towards(problem, self.new(problem))
 
-    def along(self, problem: Problem, end: Solution) -> Solution:
+    def towards(self, problem: Problem, end: Solution) -> Solution:
         """The same from an end that has been found already, so that it need not be trained twice."""
         if end.proposal is None:
             return end
-        clock = problem.clock
-        before = clock.elapsed
+        clock, began = problem.clock, problem.clock.elapsed
         with clock.stage("judge"):
-            old = snapshot(problem.model)
-            path = [
-                problem.propose(f"a = {float(a):g}", between(old, end.proposal.state, float(a)))
-                for a in (Fraction(k, self.parts) for k in range(1, self.parts))
-            ]
-        path.append(end.proposal)
-        chosen = next(proposal for proposal in path if _right(proposal) >= _right(end.proposal))
-        step = chosen.step(clock.elapsed - before, f"{len(path)} mixtures looked at")
-        others = tuple(proposal for proposal in path if proposal is not chosen)
-        return Solution(chosen, steps=(*end.steps, step), others=others)
-
-
-def _right(proposal: Proposal) -> int:
-    return int((proposal.after.passed & proposal.after.loss.isfinite()).sum())
+            mixed = between(snapshot(problem.model), end.proposal.state, self.a)
+            proposal = problem.propose("interpolate", mixed)
+        step = proposal.step(clock.elapsed - began, f"a = {self.a:g}")
+        return Solution(proposal, steps=(*end.steps, step), others=(end.proposal,))

@@ -39,7 +39,7 @@ class Retraining:
         start = fresh_weights(problem.model, problem.seed, self.fresh)
         state = problem.training(seconds=math.inf, seed=problem.seed, clock=clock, start=start)
         if state is None:
-            return Solution(None, "there was no time for a training.")
+            return Solution(None, "training did not come to an end.")
         with clock.stage("judge"):
             proposal = problem.propose("retrain", state)
         return Solution(proposal, steps=(proposal.step(clock.elapsed - before),))

@@ -168,7 +168,7 @@ def _solved(
         if isinstance(method, Interpolation):
             for other, end, seconds in found:
                 if other == method.new:
-                    solution, earlier = method.along(problem, end), seconds
+                    solution, earlier = method.towards(problem, end), seconds
                     break
             else:
                 solution = method(problem)
