@@ -53,13 +53,14 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Around a stage. Stages do not overlap: one inside another takes its time from the outer one."""
+        self.seconds.setdefault(name, 0.0)
         start, inside = time.perf_counter(), sum(self.seconds.values())
         try:
             with self.observer.stage(name) if self.observer else nullcontext():
                 yield
         finally:
             inner = sum(self.seconds.values()) - inside
-            spent = self.seconds.get(name, 0.0) + time.perf_counter() - start - inner
+            spent = self.seconds[name] + time.perf_counter() - start - inner
             self.seconds[name] = round(spent, 3)
 
     def tell(self, done: int, total: int, repaired: int, broken: int) -> None:
