@@ -29,11 +29,11 @@ __all__ = ["by_swarm", "half", "rows"]
 
 NOTHING: State = MappingProxyType({})
 
-RESERVE = 0.3
-"""The margin, in logits, that a sample must keep if it had twice as much: what a polish asks for too."""
-
 SHARE = 0.5
-"""The share of its margin that a sample must keep if it had less."""
+"""The part of its margin that a sample must keep."""
+
+ENOUGH = 0.04
+"""A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
 
 BEYOND = (1.15, 1.3)
 """Steps beyond the base, from the original weights on: often free after a polish."""
@@ -79,8 +79,9 @@ def by_swarm(
         base: the weights to start from, of any part of the network; a proposal of `seeds` may have this very state.
             Nothing: the original weights.
         seeds: what other methods found. What they have at the localised weights are elites, the best ones if there are
-            many. With a base or seeds every known passed sample is a constraint and has to keep half of its margin or
-            `RESERVE`, whichever is less; the fitness decides between candidates that break none.
+            many. With a base or seeds every known passed sample is a constraint, and what the base repairs beside the
+            target is too. What passes under the base counts as passing while it keeps half of its margin there, or a
+            small one if that is less: near misses on known data are misses on unseen data.
         seconds: that the search may take.
 
     Returns:
@@ -100,11 +101,10 @@ def by_swarm(
     failed = problem.before.targeted & ~start.after.passed
     if not failed.any():
         return Solution(best, steps=(start.step(0.0, "no target is left for the swarm"),))
-    everything = problem.before.targeted | problem.before.passed
     task = _Task(
         failed,
-        everything & start.after.passed,
-        problem.before.passed,
+        start.after.passed,
+        problem.before.passed | (start.after.passed & ~problem.before.targeted),
         _reserve(problem, start),
         _constrained(problem.fitness),
         _deadline(problem, seconds),
@@ -163,7 +163,7 @@ def _run(
             rows(problem),
             space,
             problem.task,
-            problem.before.targeted | problem.before.passed,
+            problem.before.targeted | task.right | task.passed,
             context=problem.context,
             budget=half(problem.budget),
         )
@@ -241,12 +241,12 @@ def _elites(
 
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """The margin that each sample must keep: of known passed ones a part of what they have at the start."""
-    margin = start.after.margin
-    if margin.isnan().any():
+    """The margin that each sample must keep: a part of what it has at the start, none if it fails there."""
+    margin, passed = start.after.margin, problem.before.passed
+    if margin.isnan().all():
         return None
-    keep = (SHARE * margin).clamp(0, RESERVE)
-    return torch.where(problem.before.passed & start.after.passed, keep, 0.0)
+    enough = ENOUGH * float(problem.before.margin[passed].median())
+    return torch.where(start.after.passed, (SHARE * margin).nan_to_num(0.0).clamp(0, enough), 0.0)
 
 
 def _constrained(fitness: Fitness) -> Fitness:
