@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from digit_models import Classifier, Digits, quick_repair
@@ -16,6 +17,7 @@ from pytorch_lightning import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair, repair
+from lightning_nrl.methods import Problem, Solution
 
 SIZES = (203, 3, 1)
 """203 samples are odd; of 3 samples one of two ranks has 1, of 1 sample none."""
@@ -90,6 +92,42 @@ def repair_checkpoint(folder: Path, n: int, strategy: str = "auto", devices: int
     trainer, path = trainer_on(folder, strategy, devices), folder.parent / "trained.ckpt"
     repair(trainer, model := Classifier(), datamodule=FewRepairs(n), ckpt_path=path, callback=callback)
     Leave(callback).on_train_end(trainer, model)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Proposes what training gives when it goes on, and leaves the rest to the gate; every rank may write it down."""
+
+    folder: Path | None = None
+    trains: ClassVar[bool] = True
+
+    def __call__(self, problem: Problem) -> Solution:
+        assert problem.training is not None
+        with problem.clock.stage("fit"):
+            state = problem.training(seconds=problem.clock.left, seed=problem.seed, clock=problem.clock)
+        if state is None:
+            return Solution(None, "no time.")
+        if self.folder is not None:
+            torch.save(dict(state), self.folder / f"trained{problem.collective.rank}.pt")
+        return Solution(problem.propose("fit", state))
+
+
+class Later(Classifier):
+    """Takes no step under a trainer with a repair, so that one process and two go on from the same weights."""
+
+    def configure_optimizers(self) -> Any:
+        repairs = any(isinstance(c, RegressionFreeRepair) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return torch.optim.SGD(self.parameters(), lr=0.0 if repairs else 0.5)
+
+
+def fit_continued(folder: Path, strategy: str = "auto", devices: int = 1) -> None:
+    """A repair that goes on with the training for three epochs, each of one batch of all samples."""
+    folder.mkdir()
+    callback = RegressionFreeRepair(method=Continued(folder), gate="accuracy", dirpath=folder, verbose=False)
+    trainer, data, model = trainer_on(folder, strategy, devices, callback, Leave(callback)), FewRepairs(203), Later()
+    trainer.fit_loop.max_epochs, data.batch_size = 3, 512
+    model.load_state_dict(torch.load(folder.parent / "trained.ckpt", weights_only=True)["state_dict"])
+    trainer.fit(model, datamodule=data)
 
 
 def fit_batch_norm(folder: Path) -> None:

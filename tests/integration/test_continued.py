@@ -1,0 +1,112 @@
+"""Repairs that go on with the training: their weights, buffers and files, with a fit and without one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import distributed_fit
+import pytest
+import torch
+from digit_models import Classifier, Digits, Untrainable, quiet_trainer, right
+from distributed_fit import Continued
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl import Gate, RegressionFreeRepair, repair
+from lightning_nrl.flips import FlipCounts
+
+
+def continued(**arguments: Any) -> RegressionFreeRepair:
+    defaults = {"method": Continued(), "gate": Gate.accuracy(), "verbose": False}
+    return RegressionFreeRepair(**{**defaults, **arguments})
+
+
+def test_the_whole_network_is_repaired_statistics_included(tmp_path: Path) -> None:
+    callback, model, data = continued(unseen="test"), Classifier("cnn", lr=0.01), Digits()
+    quiet_trainer(tmp_path, callback, max_epochs=4).fit(model, datamodule=data)
+    report = callback.report
+    assert report.status == "repaired"
+    assert report.splits[1].repaired > 30
+    assert report.seconds["fit"] > 0
+    saved = torch.load(report.files["checkpoint"], weights_only=True)
+    assert all(torch.equal(value, saved["state_dict"][name]) for name, value in model.state_dict().items())
+    # The statistics went on for 4 epochs of (400 + 203) samples in batches of 32, the last of them dropped.
+    assert int(model.network[1].num_batches_tracked) == 4 * (400 // 32) + 4 * (603 // 32)
+    assert saved["global_step"] == 4 * (400 // 32)
+    for split, part in zip(report.splits, (data.train, data.repair, data.test), strict=True):
+        assert split.kept + split.repaired == int(right(model, part).sum())
+
+
+class Never(Gate):
+    """Accepts nothing."""
+
+    rule = "less than none"
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return -1
+
+    def __str__(self) -> str:
+        return "never"
+
+
+def test_a_refused_training_leaves_the_model_as_it_was(tmp_path: Path, trained: Classifier) -> None:
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    callback = continued(gate=Never())
+    report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=callback)
+    assert report.status == "refused"
+    assert sum(split.repaired for split in report.candidate) > 0
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+def test_a_checkpoint_goes_on_for_as_long_as_it_was_trained(tmp_path: Path, trained_path: Path) -> None:
+    class Counted(Classifier):
+        steps = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            Counted.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    trainer, data = quiet_trainer(tmp_path), Digits()
+    report = repair(trainer, Counted(), datamodule=data, ckpt_path=trained_path, callback=continued())
+    assert Counted.steps == 3 * (603 // 32)
+    assert report.status == "repaired"
+    saved, old = (torch.load(path, weights_only=True) for path in (report.files["checkpoint"], trained_path))
+    assert saved["global_step"] == old["global_step"]
+    torch.testing.assert_close(saved["optimizer_states"], old["optimizer_states"], rtol=0, atol=0)
+
+
+def test_too_little_time_is_said(tmp_path: Path, trained: Classifier) -> None:
+    report = repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), callback=continued(max_time=0.01))
+    assert (report.status, report.reason) == ("not repaired", "no time.")
+
+
+class BareRepairs(Digits):
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(*self.repair.tensors[:2]), 64)
+
+
+@pytest.mark.parametrize(("layer", "warned"), [("auto", True), ("network.3", False)])
+def test_data_that_cannot_be_trained_on_together_are_warned_of_before_training(
+    tmp_path: Path, layer: str, warned: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(AssertionError, match="training has begun"):
+        quiet_trainer(tmp_path, continued(layer=layer)).fit(Untrainable(), datamodule=BareRepairs())
+    assert any("the failed ones do not make one batch" in str(w.message) for w in recwarn) == warned
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path) -> None:
+    shutil.copy(trained_path, tmp_path / "trained.ckpt")
+    distributed_fit.fit_continued(tmp_path / "alone")
+    distributed_fit.fit_continued(tmp_path / "two", "ddp_spawn", 2)
+    alone, first, second = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("alone/trained0.pt", "two/trained0.pt", "two/trained1.pt")
+    )
+    old = torch.load(trained_path, weights_only=True)["state_dict"]
+    for name, value in alone.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(old[name], value, rtol=1e-2)
+    ranks = [torch.load(tmp_path / f"two/rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1)]
+    assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
