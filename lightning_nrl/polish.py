@@ -1,0 +1,245 @@
+"""Polish: small steps near the border until new weights break nothing that the old ones get right.
+
+New weights repair much and break a little. A few hundred known samples lie near the border between right and wrong; steps
+on them, with a random part of the rest held where it is, bring what broke back and keep what was repaired. The count
+of zero is a real one: each time none of the followed samples is broken, all known samples are counted again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.batches import Batch
+from lightning_nrl.descent import BATCH, Descent, deal, draw
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.state import State, between, holding, snapshot
+
+__all__ = ["Polished", "polish"]
+
+TYPICAL = 8.0
+"""The median margin of passed samples for which the numbers below are meant; they grow and shrink with it."""
+SAFE = 1e-3
+"""The margin without which a passed sample counts as broken, so that another batch size or device does not flip it."""
+GOAL, RELATIVE_GOAL = 0.3, 0.5
+"""Passed samples are pushed up to this margin, or to this part of the one they had, whichever is less."""
+TARGET_GOAL = 0.1
+"""Targets are pushed up to this margin; more would be paid for by passed samples."""
+REACH = 0.3
+"""Failing targets this close to being right are tried too."""
+NEAR, FOLLOWED = 1.0, 2.0
+"""Steps are on samples with a margin below NEAR; those below FOLLOWED are watched."""
+REST = 4 * BATCH
+"""Further passed samples, drawn once, that hold the model where it is."""
+MOST = 64 * BATCH
+"""Followed samples at most, so that a round stays short however much is known."""
+RATE = 1e-4
+HOLD = 5
+ROUNDS = 40
+"""Enough for thrice what was ever needed."""
+SCALINGS = 6
+"""Passes to find how far a step back is needed where rounds do not reach zero."""
+
+
+@dataclass(frozen=True)
+class Polished:
+    """Weights that break nothing.
+
+    Attributes:
+        state: the tensors of the given state and all parameters of the scope.
+        after: what the deployed model does on known data under it.
+        rounds: of steps that were made.
+        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it could go.
+    """
+
+    state: State
+    after: Evidence
+    rounds: int
+    strength: float = 1.0
+
+
+def polish(problem: Problem, state: State, *, seconds: float = math.inf) -> Polished:
+    """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
+
+    Memory: one forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
+    the followed samples, at most 8,192.
+
+    Args:
+        problem: the original model, what it does on known data, and which parameters may move.
+        state: any new weights for it.
+        seconds: how long it may take; the least is a few forward passes over all known data.
+
+    Raises:
+        ConfigurationError: the task has no margins.
+    """
+    if bool(problem.before.margin.isnan().all()):
+        raise ConfigurationError(
+            explain(
+                f"`task`: {type(problem.task).__name__} has no `margin`, so there is nothing that steps could improve.",
+                "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
+            )
+        )
+    began = time.perf_counter()
+    after = problem.see(state)
+    one_pass = time.perf_counter() - began
+    border = _Border(problem, state, after)
+    if not border.broken.any():
+        return Polished(state, after, 0)
+    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE))
+    for done in range(1, ROUNDS + 1):
+        border.steps(descent)
+        if not border.broken.any():
+            after = problem.see(descent.state())
+            border.seen(after)
+            if not border.broken.any():
+                return Polished(descent.state(), after, done)
+        spent = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        if float(problem.collective.agreed(spent)) + (SCALINGS + 1) * one_pass > seconds:
+            break
+    return _scaled_back(problem, border, descent.state(), done)
+
+
+def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int) -> Polished:
+    """The furthest of some states between the original weights and these that breaks nothing."""
+    old, least, most = snapshot(problem.model), 0.0, 1.0
+    best: State = between(old, state, 0.0)
+    after = problem.before
+    for _ in range(SCALINGS):
+        strength = (least + most) / 2
+        tried = between(old, state, strength)
+        seen = problem.see(tried)
+        border.seen(seen)
+        if border.broken.any():
+            most = strength
+        else:
+            least, best, after = strength, tried, seen
+    return Polished(best, after, rounds, least)
+
+
+class _Border:
+    """Margins of all known samples as last measured, and the samples that are followed.
+
+    A followed sample has a teacher: the given state where it is right, else the original model where that is.
+    """
+
+    def __init__(self, problem: Problem, state: State, after: Evidence) -> None:
+        before = problem.before
+        self.problem, self.state = problem, state
+        self.unit = float(before.margin[before.passed].median()) / TYPICAL
+        self.right = after.passed
+        self.asked = before.margin.clamp(max=SAFE * max(1.0, self.unit))
+        self.goal = (RELATIVE_GOAL * before.margin).clamp(RELATIVE_GOAL * 0.05 * self.unit, GOAL * self.unit)
+        self.pressure = torch.ones(len(before))
+        self.generator = torch.Generator().manual_seed(problem.seed)
+        self.margin = _margins(after)
+        self.slot = torch.full((len(before),), -1)
+        self.teacher = torch.zeros(0)
+        rest = (before.passed & ~self._close()).nonzero().flatten()
+        some = torch.zeros_like(before.passed)
+        some[rest[torch.randperm(len(rest), generator=self.generator)[:REST]]] = True
+        self._follow(self._close() | some)
+
+    @property
+    def broken(self) -> Tensor:
+        """`N` bool: passed samples that do not have the margin that is asked of them."""
+        return self.problem.before.passed & ~(self.margin >= self.asked)
+
+    def seen(self, after: Evidence) -> None:
+        """All margins measured again; samples that came close are followed from now on."""
+        self.margin = _margins(after)
+        self._follow(self._close() & ~self.followed)
+
+    def steps(self, descent: Descent) -> None:
+        """A round: steps on the samples near the border and as many others, then their margins again."""
+        before = self.problem.before
+        self.pressure[self.broken] += 1
+        wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > -self.unit * REACH)
+        near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)
+        core, rest = near.nonzero().flatten(), (self.followed & ~near).nonzero().flatten()
+        rest = rest[torch.randperm(len(rest), generator=self.generator)[: len(core)]]
+        weight = torch.where(before.passed, self.pressure, wanted.float())
+        goal = torch.where(before.passed, self.goal, TARGET_GOAL * self.unit)
+        table = torch.stack([weight, goal, (self.right | before.passed).float()], 1)
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+            weight, goal, taught = table[rows].to(output.device).unbind(1)
+            margin = self.problem.task.margin(output, batch.target)
+            assert margin is not None
+            found.append((rows, margin.detach()))
+            kept = self.problem.task.divergence(output, self.teacher[self.slot[rows].to(output.device)])
+            return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
+
+        for parts in draw(self.problem, deal(torch.cat([core, rest]), self.generator)):
+            descent.step(parts, loss)
+        found += [(rows, margin) for rows, _, margin in self._run(descent.state(), core)]
+        self._measured(found)
+
+    @property
+    def followed(self) -> Tensor:
+        """`N` bool, the same on every rank."""
+        return self.slot >= 0
+
+    def _close(self) -> Tensor:
+        before, margin = self.problem.before, self.margin
+        repaired = (self.right | before.targeted) & ~before.passed & (margin > -self.unit * REACH)
+        close = (before.passed & (margin < self.unit * FOLLOWED)) | (repaired & (margin < self.unit * FOLLOWED))
+        rows = close.nonzero().flatten()
+        first = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MOST]
+        chosen = torch.zeros_like(close)
+        chosen[rows[first]] = True
+        return chosen
+
+    @torch.no_grad()
+    def _follow(self, new: Tensor) -> None:
+        """Writes down what the teachers say of new samples; on each rank of its own share."""
+        rows = new.nonzero().flatten()
+        taught = self.right | self.problem.before.passed
+        parts = []
+        for state, chosen in (
+            (self.state, rows[~taught[rows] | self.right[rows]]),
+            ({}, rows[taught[rows] & ~self.right[rows]]),
+        ):
+            parts += [(rows, output) for rows, output, _ in self._run(state, chosen)]
+        self.slot[rows] = 0
+        at = len(self.teacher)
+        for some, _ in parts:
+            self.slot[some] = torch.arange(at, at + len(some))
+            at += len(some)
+        outputs = [output for _, output in parts]
+        self.teacher = torch.cat([self.teacher, *outputs] if len(self.teacher) else outputs or [self.teacher])
+
+    @torch.no_grad()
+    def _run(self, state: State, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, logits and margins of chosen samples of this rank's share."""
+        problem = self.problem
+        with holding(problem.model, state):
+            for parts in draw(problem, list(rows.split(BATCH)) if len(rows) else []):
+                for batch, places in parts:
+                    with problem.context():
+                        output = problem.task.logits(problem.model(*batch.args, **batch.kwargs))
+                    margin = problem.task.margin(output, batch.target)
+                    assert margin is not None
+                    yield places, output, margin
+
+    def _measured(self, found: list[tuple[Tensor, Tensor]]) -> None:
+        """Puts margins into the table, those of other ranks too; of two of one sample the later."""
+        mine, seen = torch.zeros(len(self.margin)), torch.zeros(len(self.margin))
+        for rows, margin in found:
+            mine[rows], seen[rows] = margin.cpu().float(), 1.0
+        mine, seen = self.problem.collective.sum(torch.stack([mine, seen])).unbind()
+        self.margin = torch.where(seen > 0, mine, self.margin)
+
+
+def _margins(evidence: Evidence) -> Tensor:
+    """Margins, NaN where the loss is not finite, since that counts as wrong."""
+    return torch.where(evidence.loss.isfinite(), evidence.margin, torch.nan)
