@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +36,18 @@ class Descent:
         state: where they start. What it has beyond the scope stays as it is there.
         optimizer: is made from the copies. One that does not care for the scale of the loss, such as Adam: losses are
             sums over samples, so that they add up over splits and ranks and do not vanish in half precision.
+        masks: by name of a parameter, which of its weights may move; all of those that are not named.
     """
 
     def __init__(
-        self, problem: Problem, state: State, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+        self,
+        problem: Problem,
+        state: State,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.problem = problem
+        self.masks = masks or {}
         live = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
         parameters = dict(problem.model.named_parameters())
         given = {id(live[name]): value for name, value in state.items()}
@@ -84,6 +90,10 @@ class Descent:
                 loss(batch, rows, problem.task.logits(output)).backward()
         if problem.collective.world_size > 1:
             self._sum_gradients()
+        for name, mask in self.masks.items():
+            grad = self._copies[name].grad
+            if grad is not None:
+                grad.mul_(mask)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

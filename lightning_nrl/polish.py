@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,7 +67,9 @@ class Polished:
     strength: float = 1.0
 
 
-def polish(problem: Problem, state: State, *, seconds: float = math.inf) -> Polished:
+def polish(
+    problem: Problem, state: State, *, seconds: float = math.inf, masks: Mapping[str, Tensor] | None = None
+) -> Polished:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
     Memory: one forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
@@ -77,6 +79,7 @@ def polish(problem: Problem, state: State, *, seconds: float = math.inf) -> Poli
         problem: the original model, what it does on known data, and which parameters may move.
         state: any new weights for it.
         seconds: how long it may take; the least is a few forward passes over all known data.
+        masks: by name of a parameter of the scope, which of its weights may move; None: all.
 
     Raises:
         ConfigurationError: the task has no margins.
@@ -94,7 +97,7 @@ def polish(problem: Problem, state: State, *, seconds: float = math.inf) -> Poli
     border = _Border(problem, state, after)
     if not border.broken.any():
         return Polished(state, after, 0)
-    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE))
+    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
     for done in range(1, ROUNDS + 1):
         border.steps(descent)
         if not border.broken.any():
