@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import tempfile
@@ -13,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelPruning
+from pytorch_lightning.callbacks import ModelPruning
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
-from typing_extensions import override
 
 from lightning_nrl.as_found import random_state
 from lightning_nrl.clock import Clock
 from lightning_nrl.collective import Collective
+from lightning_nrl.course import Course, Pace
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.inner import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl.loaders import LoaderSource, find_loader, worker_settings
@@ -33,12 +34,6 @@ EPOCHS = 20
 """Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
 FEWEST = 3
 """A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
-WARM_UP, TIMED = 3, 10
-"""Batches before the pace is even, and batches that it is measured on."""
-TRIAL = 0.1
-"""Share of the time that measuring the pace may take."""
-RESERVE = 0.1
-"""Share of the time that is kept for a pace slower than it was measured."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class ContinuedTraining:
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 return self._trained(end, seed, clock, start or {}, folder)
-        except (_NoCopyError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
+        except (_StuckError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
             self._warn(str(error).partition("\n")[0])
             return None
 
@@ -128,36 +123,40 @@ class ContinuedTraining:
     def _trained(self, end: float, seed: int, clock: Clock, start: State, folder: str) -> State | None:
         collective, epochs = Collective.current(self.model.device), self.epochs
         if math.isfinite(end):
-            pace = _Pace(end, collective)
+            pace = Pace(end, collective)
             self._fit(pace, epochs, seed, start, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < min(FEWEST, self.epochs):
             return None
-        model = self._fit(_Course(end, collective, clock), epochs, seed, start, folder)
-        state = {name: collective.agreed(value.to(self.model.device)) for name, value in snapshot(model).items()}
+        state = self._fit(Course(end, collective, clock), epochs, seed, start, folder)
+        state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
-    def _fit(self, course: _Course, epochs: int, seed: int, start: State, folder: str) -> pl.LightningModule:
-        """A copy after training."""
+    def _fit(self, course: Course, epochs: int, seed: int, start: State, folder: str) -> State:
+        """The state of a copy after training."""
         outer = self.trainer
         data: Any = outer.datamodule  # type: ignore[attr-defined]
         live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         shared = (outer, data, *outer.loggers, *(source.loader.dataset for source in self.known))
-        try:
-            model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
-        except Exception as error:
-            raise _NoCopyError(f"it cannot be copied ({type(error).__name__}: {error})") from error
         with random_state(), torch.enable_grad():
             for seed_global in (torch.manual_seed, np.random.seed, random.seed):
-                seed_global(seed)
+                # Ranks drop out and augment each in its own way.
+                seed_global((seed + outer.global_rank) % 2**32)
+            try:
+                model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
+                trainer = inner_trainer(outer, course, epochs=epochs, folder=folder)
+            except Exception as error:
+                raise _StuckError(f"it or its trainer cannot be copied ({type(error).__name__}: {error})") from error
             loader = self._loader(seed)
-            trainer = inner_trainer(outer, course, epochs=epochs, folder=folder)
             if data is None:
                 trainer.fit(model, loader)
             else:
                 trainer.fit(model, datamodule=copied_data_module(data, loader))
-        return model
+        state = snapshot(model)
+        del model, trainer, loader
+        gc.collect()  # they refer to each other, and may be large
+        return state
 
     def _loader(self, seed: int) -> DataLoader[Any]:
         """All training data, read as the outer trainer reads its own."""
@@ -174,7 +173,7 @@ class ContinuedTraining:
             collate_fn=like.collate_fn,
             pin_memory=like.pin_memory and torch.cuda.is_available(),
             worker_init_fn=like.worker_init_fn,
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(seed + self.trainer.global_rank),
             persistent_workers=like.num_workers > 0,
             **worker_settings(like),
         )
@@ -230,100 +229,8 @@ class Shuffled(Sampler[int]):
         return self._n // self._world_size
 
 
-class _NoCopyError(Exception):
-    """The module cannot be copied."""
-
-
-class _Course(Callback):
-    """Keeps ranks in step, stops when the time is over, and tells how far training is.
-
-    Args:
-        end: when the time is over, by `time.perf_counter`.
-        collective: the ranks that train.
-        clock: is told.
-    """
-
-    def __init__(self, end: float, collective: Collective, clock: Clock | None = None) -> None:
-        self._end, self._collective, self._clock = end, collective, clock
-        self._done = 0
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for config in trainer.lr_scheduler_configs:
-            # What is measured on validation data is not there.
-            config.strict = False
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Averages gradients over ranks; those that are accumulated are the same on all ranks, and stay so."""
-        if self._collective.world_size > 1:
-            _average_gradients(pl_module, self._collective)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._done += 1
-        total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
-        if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
-            self._clock.tell(self._done, total, 0, 0)
-        if math.isfinite(self._end) and self._collective.any(self._is_over(pl_module.device)):
-            trainer.should_stop = True
-
-    def _is_over(self, device: torch.device) -> bool:
-        return time.perf_counter() > self._end
-
-
-class _Pace(_Course):
-    """Stops after a few batches and says how many epochs there is time for.
-
-    Args:
-        end: when the time for all of training is over.
-        collective: the ranks that train.
-    """
-
-    def __init__(self, end: float, collective: Collective) -> None:
-        began = time.perf_counter()
-        super().__init__(began + TRIAL * (end - began), collective)
-        self._ends: list[float] = []
-        self._epoch = 0
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._epoch = int(trainer.num_training_batches)
-        self._ends = [time.perf_counter()]
-
-    def epochs(self, end: float) -> int:
-        """Epochs that fit in the time from now on."""
-        if len(self._ends) < 2:
-            return 0
-        started = self._ends[1] - self._ends[0]
-        even = self._ends[WARM_UP:] if len(self._ends) > WARM_UP + 1 else self._ends
-        batch = (even[-1] - even[0]) / (len(even) - 1)
-        left = (end - time.perf_counter()) * (1 - RESERVE) - started
-        return int(left / max(batch * self._epoch, 1e-9))
-
-    def _is_over(self, device: torch.device) -> bool:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self._ends.append(time.perf_counter())
-        return len(self._ends) > WARM_UP + TIMED or super()._is_over(device)
-
-
-@torch.no_grad()
-def _average_gradients(model: pl.LightningModule, collective: Collective) -> None:
-    """Parameters without a gradient on some ranks count as 0 there; without one on any rank they stay without."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))
-    parameters = [parameter for parameter, n in zip(parameters, ranks.tolist(), strict=True) if n]
-    if not parameters:
-        return
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    mean = collective.sum(torch.cat([p.grad.flatten() for p in parameters])) / collective.world_size  # type: ignore[union-attr]
-    for parameter, values in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(values.view_as(parameter))  # type: ignore[union-attr]
+class _StuckError(Exception):
+    """The training cannot go on; the message says why."""
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:

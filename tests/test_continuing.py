@@ -114,6 +114,7 @@ def picture(trainer: Trainer, model: LightningModule) -> Any:
         dict(trainer.callback_metrics),
         [trainer.state.stage.value, trainer.global_step, trainer.current_epoch, trainer.should_stop],
         [model.trainer is trainer, torch.is_grad_enabled(), torch.get_default_dtype()],
+        [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
         [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
     ]
 
@@ -458,7 +459,8 @@ class Caching(Net):
 
 def test_a_model_that_cannot_be_copied_is_warned_of() -> None:
     with pytest.warns(
-        UserWarning, match=r"training of Caching cannot go on for a repair: it cannot be copied.*\n.*HINT"
+        UserWarning,
+        match=r"training of Caching cannot go on for a repair: it or its trainer cannot be copied.*\n.*HINT",
     ):
         assert fit(Caching(), Continue()) is None
 
