@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
+from distributed_fit import Continued
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -124,22 +125,27 @@ class Shift(Callback):
                 parameter.mul_(1.01)
 
 
-def test_an_exception_in_mid_search_leaves_everything_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+METHODS = [QUICK["method"], Continued()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exception_on_the_way_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
     raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", Broken)
-    repair = witness()
+    repair = witness(method=method)
     with pytest.raises(Broken):
         fit(tmp_path, repair)
     assert_same(repair.before, repair.after)
 
 
-def test_an_interrupt_in_mid_search_leaves_everything_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupt_on_the_way_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
     raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", KeyboardInterrupt)
     monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
-    repair = witness()
+    repair = witness(method=method)
     with pytest.raises(SystemExit):
         fit(tmp_path, repair)
     assert_same(repair.before, repair.after)
