@@ -240,7 +240,7 @@ class RegressionFreeRepair(Callback):
             epochs: how many the model was trained for; None: those of this fit.
         """
         self._ran = True
-        epochs = epochs_of(trainer.fit_loop.epoch_progress) if epochs is None else epochs
+        epochs = epochs_of(trainer) if epochs is None else epochs
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
             known, unseen = self._sources(trainer, pl_module, limit=batches)

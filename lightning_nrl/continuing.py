@@ -8,6 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from lightning_nrl.inner import copied_data_module, copied_module, inner_trainer
 from lightning_nrl.loaders import LoaderSource, find_loader, worker_settings
 from lightning_nrl.state import State, snapshot
 
-__all__ = ["ContinuedTraining", "epochs_of"]
+__all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]
 
 EPOCHS = 20
 """Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
@@ -197,14 +198,22 @@ class ContinuedTraining:
         return self.known[0].loader
 
 
-def epochs_of(progress: Any) -> int:
-    """How many epochs a training had, at least 1.
+def epochs_of(trainer: pl.Trainer) -> int:
+    """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
+    loop, loader = trainer.fit_loop, trainer.train_dataloader
+    epochs = loop.epoch_progress.current.ready
+    if isinstance(loader, DataLoader):
+        with suppress(TypeError):  # there are data without a length
+            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
+    return max(1, epochs)
 
-    Args:
-        progress: the fit loop's `epoch_progress`, or the part of a checkpoint that holds it.
-    """
-    current = progress["current"] if isinstance(progress, Mapping) else vars(progress.current)
-    return max(1, int(current["ready"]))
+
+def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a checkpoint was trained for, at least 1; `EPOCHS` where it does not say."""
+    try:
+        return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
+    except KeyError:
+        return EPOCHS
 
 
 class Shuffled(Sampler[int]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.checks import check_namespace, check_strategy
-from lightning_nrl.continuing import EPOCHS, epochs_of
+from lightning_nrl.continuing import EPOCHS, epochs_saved
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
@@ -124,8 +124,7 @@ class _WithoutTraining(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        with suppress(KeyError):
-            self.epochs = epochs_of(checkpoint["loops"]["fit_loop"]["epoch_progress"])
+        self.epochs = epochs_saved(checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -25,7 +25,7 @@ from toy_repairs import blobs
 from lightning_nrl.as_found import as_found
 from lightning_nrl.borrowing import validating
 from lightning_nrl.clock import Clock
-from lightning_nrl.continuing import ContinuedTraining, Shuffled, epochs_of
+from lightning_nrl.continuing import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
 from lightning_nrl.loaders import make_source
 
 TRAIN, FAILED = 50, 21
@@ -542,12 +542,26 @@ def test_a_pace_that_slows_down_is_cut_off() -> None:
     assert time.perf_counter() - began < 2.0
 
 
-def test_epochs_are_those_that_began() -> None:
-    trainer = Trainer(max_epochs=3, max_steps=3, limit_train_batches=2, logger=False, enable_checkpointing=False)
+@pytest.mark.parametrize(
+    ("limits", "epochs"),
+    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
+)
+def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
+    """An epoch has 4 batches."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
     trainer.fit(Net(), train_loader())
-    assert epochs_of(trainer.fit_loop.epoch_progress) == 2
-    assert epochs_of(trainer.fit_loop.state_dict()["epoch_progress"]) == 2
-    assert epochs_of({"current": {"ready": 0}}) == 1
+    assert epochs_of(trainer) == epochs
+
+
+def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(Net(), train_loader())
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
+    assert epochs_saved(saved) == 2
+    assert epochs_saved({"state_dict": saved["state_dict"]}) == EPOCHS
 
 
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 3))
