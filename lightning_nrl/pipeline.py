@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import judge
 from lightning_nrl.known import check_losses, check_sources, passed_rows
-from lightning_nrl.methods import Problem, Training, solve
+from lightning_nrl.methods import Problem, Solution, Training, solve
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
@@ -28,6 +28,7 @@ from lightning_nrl.state import State, between, changed, holding, write
 from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.thinning import thin
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -140,6 +141,7 @@ def repair_module(
             solution = solve(settings.method, problem)
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
+        solution = _thinned(problem, solution, settings.sparse)
         account = account.solved(solution, int(passed.sum()))
         new = {} if solution.proposal is None else changed(model, solution.proposal.state)
         if not new:
@@ -157,6 +159,15 @@ def repair_module(
         old = {name: value for name, value in model.state_dict().items() if name in new}
         report = account.judged(verdict, old, new, after, later)
         return Outcome(report, new if verdict.accepted else None, _change(old, new))
+
+
+def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Solution:
+    """The solution with as few changed weights as the user's loss of repairs allows."""
+    if loss is None or solution.proposal is None:
+        return solution
+    with problem.clock.stage("sparse"):
+        thinned = thin(problem, solution.proposal, loss)
+    return replace(solution, proposal=thinned.proposal, steps=(*solution.steps, thinned.step))
 
 
 def _find_strength(

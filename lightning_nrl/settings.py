@@ -42,6 +42,8 @@ class Settings:
         strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
             repairs more and breaks no known sample.
         limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
+        sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
+            None: no weights are spared.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
@@ -64,6 +66,7 @@ class Settings:
     max_time: float | None = None
     strength: float | None = None
     limit: Gate | str | None = None
+    sparse: float | None = None
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
@@ -98,10 +101,12 @@ class Settings:
         for name, kind, most, hint in (
             ("max_time", "time", math.inf, "give seconds above 0, or None for no limit."),
             ("strength", "strength", 2.0, "give a number above 0 and at most 2, or None."),
+            ("sparse", "share", 1.0, "give a share from 0 to below 1 of the repairs, or None."),
         ):
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value <= most and math.isfinite(value)):
+            fits = number and math.isfinite(value) and (0 <= value < most if name == "sparse" else 0 < value <= most)
+            if value is not None and not fits:
                 raise ConfigurationError(explain(f"`{name}={value!r}` is no {kind}.", hint))
 
     def plain(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def test_settings_are_told_as_plain_values() -> None:
     plain = settings.plain()
     assert list(plain) == [
         "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time",
-            "strength", "limit",
+            "strength", "limit", "sparse",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]
@@ -125,6 +125,8 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
         ({"max_time": "60"}, "`max_time='60'` is no time"),
         ({"strength": 0}, "`strength=0` is no strength"),
         ({"strength": 2.1}, "`strength=2.1` is no strength"),
+        ({"sparse": 1}, "`sparse=1` is no share"),
+        ({"sparse": -0.1}, "`sparse=-0.1` is no share"),
         ({"strength": 0.5, "limit": "instance"}, "`strength=0.5` and `limit='instance'` both"),
         ({"limit": "tollerance:1%"}, "did you mean 'tolerance'"),
     ],
