@@ -12,10 +12,12 @@ from lightning_nrl.batches import Batch, Source
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.state import State, holding
 
-__all__ = ["BATCH", "Descent", "Loss", "Part", "deal", "draw"]
+__all__ = ["BATCH", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]
 
 BATCH = 128
 """Samples in one step, over all ranks: what the recipes here were tried with."""
+REMEMBERED = 2**28
+"""Bytes of a teacher's outputs that are kept in main memory; where they are more it is run again each time."""
 
 Part = tuple[Batch, Tensor]
 """Samples of one split, and their rows in the evidence, `n` int64."""
@@ -27,9 +29,9 @@ Loss = Callable[[Batch, Tensor, Tensor], Tensor]
 class Descent:
     """Weights that take steps.
 
-    Batch norm and dropout work as deployed, since the model stays in evaluation mode. Steps are taken on float32 copies,
-    because steps that are smaller than the rounding of a half precision would be lost; the model runs on them in its own
-    dtype.
+    Batch norm and dropout work as deployed, since the model stays in evaluation mode. Steps are taken on float32
+    copies, because steps that are smaller than the rounding of a half precision would be lost; the model runs on them
+    in its own dtype.
 
     Args:
         problem: its `scope` names the parameters that move; its model is run, never written to.
@@ -80,15 +82,20 @@ class Descent:
         with holding(self.problem.model, {**self._still, **cast}):
             yield
 
-    def step(self, parts: Iterable[Part], loss: Loss) -> None:
-        """One step on samples of several splits, the gradients summed over them and over ranks."""
-        problem = self.problem
+    def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
+        """One step on samples of several splits, the gradients summed over them and over ranks.
+
+        Args:
+            parts: this rank's share of a mini-batch.
+            loss: what is to be made small.
+            rate: the learning rate from now on; None leaves it.
+        """
+        for group in self.optimizer.param_groups if rate is not None else ():
+            group["lr"] = rate
         with torch.enable_grad(), self.running():
             for batch, rows in parts:
-                with problem.context():
-                    output = problem.model(*batch.args, **batch.kwargs)
-                loss(batch, rows, problem.task.logits(output)).backward()
-        if problem.collective.world_size > 1:
+                loss(batch, rows, outputs(self.problem, batch)).backward()
+        if self.problem.collective.world_size > 1:
             self._sum_gradients()
         for name, mask in self.masks.items():
             grad = self._copies[name].grad
@@ -105,6 +112,55 @@ class Descent:
             x.grad = grad.view_as(x)
 
 
+class Teacher:
+    """What other weights say of a batch, remembered where there is room.
+
+    Args:
+        problem: its model is run.
+        states: the weights; of each sample one of them is asked.
+        which: `N` int64, the number of the state that is asked of each row of the evidence.
+    """
+
+    def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
+        own = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+        # Whole states, since the model may hold other weights when it is asked.
+        given = [{id(own[name]): value for name, value in state.items()} for state in states]
+        self._states = [{name: new.get(id(value), value) for name, value in own.items()} for new in given]
+        self._problem, self._which = problem, which
+        self._known = torch.zeros(len(which), dtype=torch.bool)
+        self._table: Tensor | None = None
+        self._device = torch.device("cpu")
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, rows: Tensor) -> Tensor:
+        """The logits, on the device of the model. `rows` are the batch's rows in the evidence, `n` int64."""
+        if self._table is not None and bool(self._known[rows].all()):
+            return self._table[rows].to(self._device)
+        which = self._which[rows]
+        said = torch.zeros(0)
+        for number, state in enumerate(self._states):
+            chosen = which == number
+            if chosen.any():
+                with holding(self._problem.model, state):
+                    output = outputs(self._problem, batch)
+                mask = chosen.to(output.device).view(-1, *[1] * (output.ndim - 1))
+                said = torch.where(mask, output, said) if len(said) else output
+        self._device = said.device
+        if self._table is None and len(self._which) * said[0].numel() * said.element_size() <= REMEMBERED:
+            self._table = torch.empty((len(self._which), *said.shape[1:]), dtype=said.dtype)
+        if self._table is not None:
+            self._table[rows] = said.cpu()
+            self._known[rows] = True
+        return said
+
+
+def outputs(problem: Problem, batch: Batch) -> Tensor:
+    """The logits of the model with the weights that it holds, computed as deployed."""
+    with problem.context():
+        output = problem.model(*batch.args, **batch.kwargs)
+    return problem.task.logits(output)
+
+
 def deal(rows: Tensor, generator: torch.Generator, size: int = BATCH) -> list[Tensor]:
     """Rows of the evidence in random order, in mini-batches of about the same size."""
     if not len(rows):
@@ -114,7 +170,7 @@ def deal(rows: Tensor, generator: torch.Generator, size: int = BATCH) -> list[Te
 
 
 def draw(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """This rank's share of mini-batches of rows, each as parts of one split and of no more samples than its loaders give."""
+    """This rank's share of mini-batches of rows, each as parts of one split, none larger than what loaders give."""
     at_once = min([BATCH, *(n for source in problem.known if (n := _batch_size(source)))])
     streams = []
     for source in problem.known:
@@ -133,6 +189,24 @@ def draw(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
             for start, counts, stream in streams
             for batch in (next(stream) for _ in range(counts[at]))
         ]
+
+
+def measured(problem: Problem, column: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """A column of the evidence, `N`, with new values at the rows where any rank found some; of several the last.
+
+    Args:
+        problem: whose ranks these are.
+        column: what is known so far.
+        found: rows of this rank's share and a value for each.
+    """
+    new, seen = torch.zeros_like(column), torch.zeros_like(column)
+    if found:
+        rows, values = torch.cat([rows for rows, _ in found]), torch.cat([values for _, values in found])
+        # One transfer; and later values overwrite earlier ones, which indexing alone would not promise.
+        for some, value in zip(rows.split(at := [len(r) for r, _ in found]), values.cpu().split(at), strict=True):
+            new[some], seen[some] = value.to(column.dtype), 1.0
+    new, seen = problem.collective.sum(torch.stack([new, seen])).unbind()
+    return torch.where(seen > 0, new, column)
 
 
 def _batch_size(source: Source) -> int:

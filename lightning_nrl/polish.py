@@ -1,15 +1,15 @@
 """Polish: small steps near the border until new weights break nothing that the old ones get right.
 
-New weights repair much and break a little. A few hundred known samples lie near the border between right and wrong; steps
-on them, with a random part of the rest held where it is, bring what broke back and keep what was repaired. The count
-of zero is a real one: each time none of the followed samples is broken, all known samples are counted again.
+New weights repair much and break a little. A few hundred known samples lie near the border between right and wrong;
+steps on them, with a random part of the rest held where it is, bring what broke back and keep what was repaired. The
+count of zero is a real one: each time none of the followed samples is broken, all known samples are counted again.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.descent import BATCH, Descent, deal, draw
+from lightning_nrl.descent import BATCH, Descent, Teacher, deal, draw, measured, outputs
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
+from lightning_nrl.flips import Flips
 from lightning_nrl.methods.problem import Problem
 from lightning_nrl.state import State, between, holding, snapshot
 
-__all__ = ["Polished", "polish"]
+__all__ = ["Polished", "check_margin", "polish"]
 
 TYPICAL = 8.0
 """The median margin of passed samples for which the numbers below are meant; they grow and shrink with it."""
@@ -57,32 +58,75 @@ class Polished:
     Attributes:
         state: the tensors of the given state and all parameters of the scope.
         after: what the deployed model does on known data under it.
+        repaired: targeted samples that pass.
+        broken: known passed samples that do not pass any more: 0.
         rounds: of steps that were made.
         strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it could go.
     """
 
     state: State
     after: Evidence
+    repaired: int
+    broken: int
     rounds: int
     strength: float = 1.0
 
 
 def polish(
-    problem: Problem, state: State, *, seconds: float = math.inf, masks: Mapping[str, Tensor] | None = None
+    problem: Problem,
+    state: State,
+    *,
+    seconds: float = math.inf,
+    masks: Mapping[str, Tensor] | None = None,
+    after: Evidence | None = None,
 ) -> Polished:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
-    Memory: one forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
-    the followed samples, at most 8,192.
+    Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and in main memory
+    the logits of followed samples, up to 256 MiB.
 
     Args:
         problem: the original model, what it does on known data, and which parameters may move.
         state: any new weights for it.
         seconds: how long it may take; the least is a few forward passes over all known data.
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
+        after: what the model does on known data under the given state, if that is known already.
 
     Raises:
         ConfigurationError: the task has no margins.
+    """
+    check_margin(problem)
+    deadline, one_pass = time.perf_counter() + seconds, problem.clock.seconds.get("collect", 0.0)
+    if after is None:
+        one_pass = -time.perf_counter()
+        after = problem.see(state)
+        one_pass += time.perf_counter()
+    border = _Border(problem, state, after)
+    if not border.broken.any():
+        return _polished(problem, state, after, 0)
+    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
+    for done in range(1, ROUNDS + 1):
+        border.steps(descent)
+        if not border.broken.any():
+            after = problem.see(descent.state())
+            border.seen(after)
+            if not border.broken.any():
+                return _polished(problem, descent.state(), after, done)
+        if _is_late(problem, deadline - (SCALINGS + 1) * one_pass):
+            break
+    return _scaled_back(problem, border, descent.state(), done)
+
+
+def _is_late(problem: Problem, deadline: float) -> bool:
+    """Whether time is over on any rank."""
+    return math.isfinite(deadline) and problem.collective.any(time.perf_counter() > deadline)
+
+
+def check_margin(problem: Problem) -> None:
+    """Refuses a task without margins.
+
+    Raises:
+        ConfigurationError: it has none.
     """
     if bool(problem.before.margin.isnan().all()):
         raise ConfigurationError(
@@ -91,24 +135,6 @@ def polish(
                 "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
             )
         )
-    began = time.perf_counter()
-    after = problem.see(state)
-    one_pass = time.perf_counter() - began
-    border = _Border(problem, state, after)
-    if not border.broken.any():
-        return Polished(state, after, 0)
-    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
-    for done in range(1, ROUNDS + 1):
-        border.steps(descent)
-        if not border.broken.any():
-            after = problem.see(descent.state())
-            border.seen(after)
-            if not border.broken.any():
-                return Polished(descent.state(), after, done)
-        spent = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        if float(problem.collective.agreed(spent)) + (SCALINGS + 1) * one_pass > seconds:
-            break
-    return _scaled_back(problem, border, descent.state(), done)
 
 
 def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int) -> Polished:
@@ -125,7 +151,13 @@ def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int) -
             most = strength
         else:
             least, best, after = strength, tried, seen
-    return Polished(best, after, rounds, least)
+    return _polished(problem, best, after, rounds, least)
+
+
+def _polished(problem: Problem, state: State, after: Evidence, rounds: int, strength: float = 1.0) -> Polished:
+    flips = Flips.between(problem.before, after)
+    repaired = int((flips.repaired & problem.before.targeted).sum())
+    return Polished(state, after, repaired, int(flips.broken.sum()), rounds, strength)
 
 
 class _Border:
@@ -144,12 +176,11 @@ class _Border:
         self.pressure = torch.ones(len(before))
         self.generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
-        self.slot = torch.full((len(before),), -1)
-        self.teacher = torch.zeros(0)
-        rest = (before.passed & ~self._close()).nonzero().flatten()
-        some = torch.zeros_like(before.passed)
-        some[rest[torch.randperm(len(rest), generator=self.generator)[:REST]]] = True
-        self._follow(self._close() | some)
+        # The given state where it is right, else the original model, which matters where that is right.
+        self.teacher = Teacher(problem, (state, {}), (~self.right).long())
+        self.followed = self._close()
+        rest = (before.passed & ~self.followed).nonzero().flatten()
+        self.followed[rest[torch.randperm(len(rest), generator=self.generator)[:REST]]] = True
 
     @property
     def broken(self) -> Tensor:
@@ -159,7 +190,7 @@ class _Border:
     def seen(self, after: Evidence) -> None:
         """All margins measured again; samples that came close are followed from now on."""
         self.margin = _margins(after)
-        self._follow(self._close() & ~self.followed)
+        self.followed |= self._close()
 
     def steps(self, descent: Descent) -> None:
         """A round: steps on the samples near the border and as many others, then their margins again."""
@@ -176,21 +207,14 @@ class _Border:
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
             weight, goal, taught = table[rows].to(output.device).unbind(1)
-            margin = self.problem.task.margin(output, batch.target)
-            assert margin is not None
+            margin = self._margin(output, batch)
             found.append((rows, margin.detach()))
-            kept = self.problem.task.divergence(output, self.teacher[self.slot[rows].to(output.device)])
+            kept = self.problem.task.divergence(output, self.teacher(batch, rows))
             return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
 
         for parts in draw(self.problem, deal(torch.cat([core, rest]), self.generator)):
             descent.step(parts, loss)
-        found += [(rows, margin) for rows, _, margin in self._run(descent.state(), core)]
-        self._measured(found)
-
-    @property
-    def followed(self) -> Tensor:
-        """`N` bool, the same on every rank."""
-        return self.slot >= 0
+        self.margin = measured(self.problem, self.margin, found + self._look(descent.state(), core))
 
     def _close(self) -> Tensor:
         before, margin = self.problem.before, self.margin
@@ -203,44 +227,18 @@ class _Border:
         return chosen
 
     @torch.no_grad()
-    def _follow(self, new: Tensor) -> None:
-        """Writes down what the teachers say of new samples; on each rank of its own share."""
-        rows = new.nonzero().flatten()
-        taught = self.right | self.problem.before.passed
-        parts = []
-        for state, chosen in (
-            (self.state, rows[~taught[rows] | self.right[rows]]),
-            ({}, rows[taught[rows] & ~self.right[rows]]),
-        ):
-            parts += [(rows, output) for rows, output, _ in self._run(state, chosen)]
-        self.slot[rows] = 0
-        at = len(self.teacher)
-        for some, _ in parts:
-            self.slot[some] = torch.arange(at, at + len(some))
-            at += len(some)
-        outputs = [output for _, output in parts]
-        self.teacher = torch.cat([self.teacher, *outputs] if len(self.teacher) else outputs or [self.teacher])
-
-    @torch.no_grad()
-    def _run(self, state: State, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, logits and margins of chosen samples of this rank's share."""
-        problem = self.problem
+    def _look(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows and margins of chosen samples of this rank's share under a state."""
+        problem, found = self.problem, []
         with holding(problem.model, state):
-            for parts in draw(problem, list(rows.split(BATCH)) if len(rows) else []):
-                for batch, places in parts:
-                    with problem.context():
-                        output = problem.task.logits(problem.model(*batch.args, **batch.kwargs))
-                    margin = problem.task.margin(output, batch.target)
-                    assert margin is not None
-                    yield places, output, margin
+            for parts in draw(problem, rows.split(BATCH) if len(rows) else ()):
+                found += [(places, self._margin(outputs(problem, batch), batch)) for batch, places in parts]
+        return found
 
-    def _measured(self, found: list[tuple[Tensor, Tensor]]) -> None:
-        """Puts margins into the table, those of other ranks too; of two of one sample the later."""
-        mine, seen = torch.zeros(len(self.margin)), torch.zeros(len(self.margin))
-        for rows, margin in found:
-            mine[rows], seen[rows] = margin.cpu().float(), 1.0
-        mine, seen = self.problem.collective.sum(torch.stack([mine, seen])).unbind()
-        self.margin = torch.where(seen > 0, mine, self.margin)
+    def _margin(self, output: Tensor, batch: Batch) -> Tensor:
+        margin = self.problem.task.margin(output, batch.target)
+        assert margin is not None
+        return margin
 
 
 def _margins(evidence: Evidence) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution, Step, Training, better
 from lightning_nrl.methods.swarm import by_swarm
@@ -10,6 +11,7 @@ from lightning_nrl.search import ParticleSwarm
 
 __all__ = [
     "METHODS",
+    "Constrained",
     "Convex",
     "Method",
     "Problem",
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type] = {
+    "constrained": Constrained,
     "convex": Convex,
     "swarm": ParticleSwarm,
 }

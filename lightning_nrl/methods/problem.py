@@ -91,7 +91,10 @@ class Problem:
 
     def propose(self, name: str, state: State) -> Proposal:
         """A state as a proposal, counted on all known data."""
-        after = self.see(state)
+        return self.counted(name, state, self.see(state))
+
+    def counted(self, name: str, state: State, after: Evidence) -> Proposal:
+        """A state as a proposal, with what was seen of it."""
         flips = Flips.between(self.before, after)
         repaired = int((flips.repaired & self.before.targeted).sum())
         return Proposal(name, state, after, repaired, int(flips.broken.sum()))
