@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from lightning_nrl.errors import check_choice, check_kind, explain
 from lightning_nrl.files import base_folder, file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
+from lightning_nrl.known import check_limit
 from lightning_nrl.loaders import LoaderSource, warn_if_random
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, parse_method
@@ -68,6 +70,7 @@ class RegressionFreeRepair(Callback):
             counts them.
         unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a
             DataLoader or None.
+        calibration: data that no search looks at, to choose the strength by: `val`, `test`, a DataLoader or None.
         task: what passed and loss mean; None: multiclass classification from logits.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or `package.module:function`; None:
             `(x, y, *extras)` or a mapping with the usual keys.
@@ -76,6 +79,10 @@ class RegressionFreeRepair(Callback):
         dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
         budget: bytes that the search may use on the device; None takes a share of what is free.
         max_time: seconds that the repair may take; None: as long as its method needs.
+        strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
+            repairs more and breaks no known sample.
+        limit: how many calibration samples may break, as a gate: the greatest strength within it is taken.
+        sparse: the share of repairs that may be lost for a patch of fewer changed weights; None: no weights are spared.
         verbose: whether the report is printed at the end.
 
     Attributes:
@@ -104,6 +111,7 @@ class RegressionFreeRepair(Callback):
         passed: str | DataLoader = "auto",
         failed: str | DataLoader = "auto",
         unseen: str | DataLoader | None = None,
+        calibration: str | DataLoader | None = None,
         task: Task | None = None,
         adapter: str | Adapter | None = None,
         start_from: Literal["last", "best"] = "last",
@@ -111,6 +119,9 @@ class RegressionFreeRepair(Callback):
         dirpath: str | Path | None = None,
         budget: int | None = None,
         max_time: float | None = None,
+        strength: float | None = None,
+        limit: str | Gate | None = None,
+        sparse: float | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -126,12 +137,16 @@ class RegressionFreeRepair(Callback):
             seed=seed,
             budget=budget,
             max_time=max_time,
+            strength=strength,
+            limit=limit,
+            sparse=sparse,
         )
+        check_limit(self.settings, calibration is not None)
         self.task = task if task is not None else Multiclass()
         check_kind(
             "task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of a class of yours"
         )
-        self.data = DataRequest(passed, failed, unseen)
+        self.data = DataRequest(passed, failed, unseen, calibration)
         self.adapter = unpack if adapter is None else find_function("adapter", adapter)
         self.start_from = start_from
         self.dirpath = dirpath
@@ -182,8 +197,8 @@ class RegressionFreeRepair(Callback):
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
         with random_state(), validating(trainer):
-            known, unseen = self._sources(trainer, pl_module, limit=1)
-            rehearse(pl_module, [*known, *unseen], self.settings, **self._means(trainer, pl_module))
+            known, *others = self._sources(trainer, pl_module, limit=1)
+            rehearse(pl_module, [*known, *chain(*others)], self.settings, **self._means(trainer, pl_module))
             if self.settings.layer == "auto" and getattr(self.settings.method, "trains", False):
                 ContinuedTraining(trainer, pl_module, known).warn()
 
@@ -243,13 +258,12 @@ class RegressionFreeRepair(Callback):
         epochs = epochs_of(trainer) if epochs is None else epochs
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
-            known, unseen = self._sources(trainer, pl_module, limit=batches)
+            known, unseen, calibration = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
             means = self._means(trainer, pl_module)
             training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=(RegressionFreeRepair,))
-            return repair_module(
-                pl_module, known, self.settings, unseen=unseen, training=training, observer=progress, **means
-            )
+            means |= {"unseen": unseen, "calibration": calibration, "training": training, "observer": progress}
+            return repair_module(pl_module, known, self.settings, **means)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
@@ -276,8 +290,11 @@ class RegressionFreeRepair(Callback):
 
     def _sources(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None
-    ) -> tuple[list[LoaderSource], list[LoaderSource]]:
-        return self.data.sources(trainer, pl_module, adapter=self.adapter, seed=self.settings.seed, limit=limit)
+    ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
+        """Known, unseen and calibration data."""
+        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.settings.seed, "limit": limit}
+        known, unseen = self.data.sources(trainer, pl_module, **how)
+        return known, unseen, self.data.calibration_sources(trainer, pl_module, **how)
 
     def _means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
 from lightning_nrl.evidence import Evidence, non_finite
 from lightning_nrl.settings import Settings
 
-__all__ = ["check_losses", "check_sources", "passed_rows"]
+__all__ = ["check_limit", "check_losses", "check_sources", "passed_rows"]
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
@@ -33,6 +33,21 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
             explain(
                 f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
                 "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
+            )
+        )
+
+
+def check_limit(settings: Settings, calibrated: bool) -> None:
+    """Refuses a limit where there are no calibration data to keep it on.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if settings.limit is not None and not calibrated:
+        raise ConfigurationError(
+            explain(
+                f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+                "give `calibration` data that the repair does not look at, or leave `limit` out.",
             )
         )
 

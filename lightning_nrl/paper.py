@@ -69,8 +69,8 @@ def paper_arguments(row: str) -> dict[str, Any]:
     """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
 
     The swarm starts and stops as in the paper (half of it exactly the original weights; 100 iterations, at most 10
-    without a better fitness), and under pi a regression makes the fitness 0. The gate is `accuracy`, the paper's weaker
-    level.
+    without a better fitness), and under pi a regression makes the fitness 0. What it finds is taken as it is. The gate
+    is `accuracy`, the paper's weaker level.
 
     Raises:
         ConfigurationError: Table II has no such row.
@@ -82,4 +82,5 @@ def paper_arguments(row: str) -> dict[str, Any]:
         "localizer": NeuRecoverLite(n_weights=found.n_weights),
         "n_passed": found.n_passed,
         "gate": Gate.accuracy(),
+        "strength": 1.0,
     }

@@ -16,10 +16,10 @@ from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, RepairError, explain
+from lightning_nrl.errors import EmptyLocalizationError, RepairError
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import judge
-from lightning_nrl.known import check_losses, check_sources, passed_rows
+from lightning_nrl.known import check_limit, check_losses, check_sources, passed_rows
 from lightning_nrl.methods import Problem, Solution, Training, solve
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
@@ -101,7 +101,7 @@ def repair_module(
     settings, task = settings or Settings(), task or Multiclass()
     collective, clock = collective or Collective(), Clock(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
-    _check_limit(settings, calibration)
+    check_limit(settings, bool(calibration))
     others: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     others = {role: sources for role, sources in others.items() if sources}
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
@@ -182,16 +182,6 @@ def _find_strength(
             calibration=None if before is None else Calibration(sources, before),
             fixed=settings.strength,
             limit=settings.limit,
-        )
-
-
-def _check_limit(settings: Settings, calibration: Sequence[Source]) -> None:
-    if settings.limit is not None and not calibration:
-        raise ConfigurationError(
-            explain(
-                f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
-                "give `calibration` data that the repair does not look at, or leave `limit` out.",
-            )
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,16 +29,18 @@ class DataRequest:
         passed: `auto`, the name of a split, or a data loader.
         failed: likewise.
         unseen: the name of a split, a data loader, or None.
+        calibration: likewise.
     """
 
     passed: str | DataLoader[Any]
     failed: str | DataLoader[Any]
-    unseen: str | DataLoader[Any] | None
+    unseen: str | DataLoader[Any] | None = None
+    calibration: str | DataLoader[Any] | None = None
 
     def __post_init__(self) -> None:
-        for argument in ("passed", "failed", "unseen"):
+        for argument in ("passed", "failed", "unseen", "calibration"):
             value = getattr(self, argument)
-            names = SPLITS if argument == "unseen" else ("auto", *SPLITS)
+            names = SPLITS if argument in ("unseen", "calibration") else ("auto", *SPLITS)
             if isinstance(value, str) and value not in names:
                 raise ConfigurationError(
                     explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
@@ -53,28 +56,46 @@ class DataRequest:
         """
         passed = self._find("passed", ("train",), trainer, model)
         failed = self._find("failed", ("repair", "val"), trainer, model)
-        if self.unseen is None:
-            return passed, failed, None
-        unseen = self._find("unseen", (), trainer, model)
-        if unseen[1] in (passed[1], failed[1]):
-            raise ConfigurationError(
-                explain(
-                    f"`unseen={self.unseen!r}` is known data too: the repair looks at it.",
-                    "name a split that is neither `passed` nor `failed`.",
-                )
-            )
-        for loader, split in (passed, failed):
-            samples = sample_index(unseen[0])
-            same = loader.dataset is unseen[0].dataset
-            common = int(torch.isin(samples, sample_index(loader)).sum()) if same else 0
-            if common:
+        return passed, failed, self._find_aside("unseen", {"known": (passed, failed)}, trainer, model)
+
+    def find_calibration(self, trainer: pl.Trainer, model: pl.LightningModule) -> Found | None:
+        """The data loader and name of the calibration data, if there are any.
+
+        Raises:
+            ConfigurationError: as in `find`, or they are the unseen data.
+        """
+        passed, failed, unseen = self.find(trainer, model)
+        others = {"known": (passed, failed), "unseen": () if unseen is None else (unseen,)}
+        return self._find_aside("calibration", others, trainer, model)
+
+    def _find_aside(
+        self, argument: str, others: Mapping[str, Sequence[Found]], trainer: pl.Trainer, model: pl.LightningModule
+    ) -> Found | None:
+        """Data of which no sample may be in others, by kind."""
+        value = getattr(self, argument)
+        if value is None:
+            return None
+        found = self._find(argument, (), trainer, model)
+        samples = sample_index(found[0])
+        for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
+            if found[1] == split:
                 raise ConfigurationError(
                     explain(
-                        f"`unseen`: {common} of its {len(samples)} samples are in `{split}` too, which is known data.",
-                        "give data that are neither `passed` nor `failed`.",
+                        f"`{argument}={value!r}` is {kind} data too.",
+                        "name a split that is used for nothing else.",
                     )
                 )
-        return passed, failed, unseen
+            same = loader.dataset is found[0].dataset
+            common = int(torch.isin(samples, sample_index(loader)).sum()) if same else 0
+            if common:
+                some = f"{common} of its {len(samples)} samples"
+                raise ConfigurationError(
+                    explain(
+                        f"`{argument}`: {some} are in `{split}` too, which is {kind} data.",
+                        "give data that are used for nothing else.",
+                    )
+                )
+        return found
 
     def sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, *, adapter: Adapter, seed: int, limit: int | None
@@ -98,6 +119,20 @@ class DataRequest:
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
         return known, [] if unseen is None else [make(*unseen)]
+
+    def calibration_sources(
+        self, trainer: pl.Trainer, model: pl.LightningModule, *, adapter: Adapter, seed: int, limit: int | None
+    ) -> list[LoaderSource]:
+        """The calibration data, ready to be read; see `sources` for the arguments.
+
+        Raises:
+            ConfigurationError: as in `find_calibration`.
+        """
+        if self.calibration is None:
+            return []
+        found = self.find_calibration(trainer, model)
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit)
+        return [] if found is None else [make(*found)]
 
     def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
         value = getattr(self, argument)

@@ -342,3 +342,16 @@ class Lossy(Digits):
 def test_a_collate_function_that_drops_samples_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"`repair` data: a batch of 64 samples came with \d+ targets"):
         repaired(tmp_path, Lossy(), Untrainable())
+
+
+def test_calibration_data_are_counted_and_limit_the_strength(tmp_path: Path) -> None:
+    data = Digits()
+    report, model = repaired(tmp_path, data, calibration="val", limit="tolerance:0", unseen="test")
+    assert [(split.split, split.role) for split in report.splits] == [
+        ("train", "known"),
+        ("repair", "known"),
+        ("val", "calibration"),
+        ("test", "unseen"),
+    ]
+    assert report.splits[2].broken == 0
+    assert_true(report, "val", model, data.val_dataloader().dataset)

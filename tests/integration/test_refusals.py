@@ -170,6 +170,18 @@ def test_known_data_cannot_be_unseen_under_another_name(tmp_path: Path) -> None:
     assert message.startswith("`unseen`: 2 of its 2 samples are in `train` too, which is known data")
 
 
+def test_calibration_data_are_neither_known_nor_unseen(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(calibration="train"))
+    assert message.startswith("`calibration='train'` is known data too")
+    message = refused(tmp_path, Digits(), quick_repair(calibration="val", unseen="val"))
+    assert message.startswith("`calibration='val'` is unseen data too")
+
+
+def test_a_limit_without_calibration_data_is_refused_at_once() -> None:
+    with pytest.raises(ConfigurationError, match="`limit='tolerance:0.01'` needs calibration data"):
+        quick_repair(limit="tolerance:1%")
+
+
 def test_a_task_or_method_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"`task='multiclass'`"):
         quick_repair(task="multiclass")
