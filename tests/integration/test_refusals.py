@@ -178,7 +178,7 @@ def test_calibration_data_are_neither_known_nor_unseen(tmp_path: Path) -> None:
 
 
 def test_a_limit_without_calibration_data_is_refused_at_once() -> None:
-    with pytest.raises(ConfigurationError, match="`limit='tolerance:0.01'` needs calibration data"):
+    with pytest.raises(ConfigurationError, match=r"`limit='tolerance:0\.01'` needs calibration data"):
         quick_repair(limit="tolerance:1%")
 
 
