@@ -3,11 +3,13 @@
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.comparing import compare
 from lightning_nrl.comparison import Comparison, compare_module
+from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.pipeline import Outcome, repair_module
+from lightning_nrl.preflight import diagnose
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -19,6 +21,7 @@ from lightning_nrl.tensors import TensorSource
 __all__ = [
     "Comparison",
     "ConfigurationError",
+    "Diagnosis",
     "Everything",
     "EvidenceError",
     "Fitness",
@@ -36,6 +39,8 @@ __all__ = [
     "TensorSource",
     "compare",
     "compare_module",
+    "diagnose",
+    "diagnose_module",
     "repair",
     "repair_module",
 ]

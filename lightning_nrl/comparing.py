@@ -8,16 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from lightning_nrl.as_found import random_state
-from lightning_nrl.borrowing import validating
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.collective import Collective
 from lightning_nrl.comparison import Comparison, Methods, compare_module, parse_methods
-from lightning_nrl.continuing import ContinuedTraining
-from lightning_nrl.errors import RepairError, explain
-from lightning_nrl.loaders import warn_if_random
-from lightning_nrl.progress import RepairProgress
-from lightning_nrl.standalone import without_training
+from lightning_nrl.looking import Scene, look
 
 __all__ = ["compare"]
 
@@ -36,8 +29,8 @@ def compare(
 ) -> Comparison:
     """Runs repairs and what people do instead of a repair on one trained model, and counts what each fixes and breaks.
 
-    Each method starts from the same weights with the same seed. The model keeps these weights, the trainer and its logs
-    stay as they are, and no file is written.
+    Each method starts from the same weights with the same seed. The model keeps these weights; the trainer, its logs
+    and the random state stay as they are, and no file is written.
 
     Args:
         trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
@@ -66,43 +59,17 @@ def compare(
     """
     chosen = parse_methods(methods)
     callback = RegressionFreeRepair(unseen=unseen, **arguments)
-    found: list[Comparison] = []
 
-    def work(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
-        found.append(_compared(trainer, module, callback, chosen, epochs))
-
-    with without_training(trainer, callback, work):
-        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
-    if not found:
-        raise RepairError(
-            explain(
-                "the comparison was made in another process.", "use a strategy that starts no processes of its own."
-            )
-        )
-    return found[0]
-
-
-def _compared(
-    trainer: pl.Trainer, model: pl.LightningModule, callback: RegressionFreeRepair, methods: Methods, epochs: int
-) -> Comparison:
-    with random_state(), validating(trainer), RepairProgress(trainer) as progress:
-        known, unseen = callback.data.sources(
-            trainer,
-            model,
-            adapter=callback.adapter,
-            seed=callback.settings.seed,
-            limit=int(trainer.fast_dev_run) or None,  # type: ignore[attr-defined]
-        )
-        warn_if_random(known)
+    def work(scene: Scene) -> Comparison:
         return compare_module(
-            model,
-            known,
-            unseen,
+            scene.model,
+            scene.known,
+            scene.unseen,
             callback.settings,
-            methods=methods,
-            task=callback.task,
-            context=trainer.precision_plugin.forward_context,
-            collective=Collective.current(model.device),
-            training=ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair,)),
-            observer=progress,
+            methods=chosen,
+            training=scene.training,
+            **scene.means,
         )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    return look("comparison", work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)

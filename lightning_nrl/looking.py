@@ -1,0 +1,106 @@
+"""Work on a trained LightningModule and its data that changes nothing: inside a fit that makes no step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
+
+from lightning_nrl.as_found import random_state
+from lightning_nrl.borrowing import validating
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.collective import Collective
+from lightning_nrl.continuing import ContinuedTraining
+from lightning_nrl.errors import RepairError, explain
+from lightning_nrl.loaders import LoaderSource, warn_if_random
+from lightning_nrl.progress import RepairProgress
+from lightning_nrl.standalone import without_training
+
+__all__ = ["Scene", "look"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A trained module and its data, as they are inside a fit.
+
+    Attributes:
+        model: on its device.
+        known: the data that a repair may look at.
+        unseen: the data that are only counted.
+        training: would go on with the training.
+        means: the arguments `task`, `context`, `collective` and `observer` of functions that know nothing of Lightning.
+    """
+
+    model: pl.LightningModule
+    known: list[LoaderSource]
+    unseen: list[LoaderSource]
+    training: ContinuedTraining
+    means: dict[str, Any]
+
+
+def look(
+    what: str,
+    work: Callable[[Scene], Result],
+    callback: RegressionFreeRepair,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    **arguments: Any,
+) -> Result:
+    """Has something looked at. The model keeps its weights, the trainer and the random state stay as they are.
+
+    Args:
+        what: the name of the result, for an error.
+        work: gives it; it may not change the model.
+        callback: says which data, task and seed are meant.
+        trainer: is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: as for `fit`.
+        val_dataloaders: as for `fit`.
+        **arguments: `datamodule` and `ckpt_path`, as for `fit`.
+
+    Raises:
+        ConfigurationError: the data cannot be used, or the trainer holds a repair or wants a minimum of training.
+        RepairError: the work was done in another process.
+    """
+    found: list[Result] = []
+
+    def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
+        with validating(trainer), RepairProgress(trainer) as progress:
+            found.append(work(_scene(trainer, module, callback, epochs, progress)))
+
+    # Lightning draws random numbers before the work begins, such as the order of an epoch that never comes.
+    with random_state(), without_training(trainer, callback, inside):
+        trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
+    if not found:
+        raise RepairError(
+            explain(f"the {what} was made in another process.", "use a strategy that starts no processes of its own.")
+        )
+    return found[0]
+
+
+def _scene(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    callback: RegressionFreeRepair,
+    epochs: int,
+    progress: RepairProgress,
+) -> Scene:
+    limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+    known, unseen = callback.data.sources(
+        trainer, model, adapter=callback.adapter, seed=callback.settings.seed, limit=limit
+    )
+    warn_if_random(known)
+    means = {
+        "task": callback.task,
+        "context": trainer.precision_plugin.forward_context,
+        "collective": Collective.current(model.device),
+        "observer": progress,
+    }
+    training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair,))
+    return Scene(model, known, unseen, training, means)
