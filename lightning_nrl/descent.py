@@ -97,19 +97,26 @@ class Descent:
                 loss(batch, rows, outputs(self.problem, batch)).backward()
         if self.problem.collective.world_size > 1:
             self._sum_gradients()
-        for name, mask in self.masks.items():
-            grad = self._copies[name].grad
-            if grad is not None:
-                grad.mul_(mask)
+        masked = [(self._copies[name], ~mask) for name, mask in self.masks.items()]
+        kept = [x.detach()[fixed] for x, fixed in masked]
+        for x, fixed in masked:
+            if x.grad is not None:
+                x.grad[fixed] = 0
         self.optimizer.step()
+        for (x, fixed), old in zip(masked, kept, strict=True):
+            # Weight decay moves also what has no gradient.
+            x.detach()[fixed] = old
         self.optimizer.zero_grad()
 
     def _sum_gradients(self) -> None:
         copies = list(self._copies.values())
-        mine = [torch.zeros_like(x) if x.grad is None else x.grad for x in copies]
-        total = self.problem.collective.sum(torch.cat([x.flatten() for x in mine]))
-        for x, grad in zip(copies, total.split([x.numel() for x in copies]), strict=True):
-            x.grad = grad.view_as(x)
+        mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
+        used = torch.tensor([x.grad is not None for x in copies]).to(mine[0])
+        total = self.problem.collective.sum(torch.cat([*mine, used]))
+        *grads, used = total.split([*(x.numel() for x in copies), len(copies)])
+        for x, grad, ranks in zip(copies, grads, used.tolist(), strict=True):
+            # As on one rank: what no loss depends on has no gradient, and weight decay leaves it.
+            x.grad = grad.view_as(x).to(x.dtype) if ranks else None
 
 
 class Teacher:
@@ -170,12 +177,12 @@ def deal(rows: Tensor, generator: torch.Generator, size: int = BATCH) -> list[Te
 
 
 def draw(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """This rank's share of mini-batches of rows, each as parts of one split, none larger than what loaders give."""
-    at_once = min([BATCH, *(n for source in problem.known if (n := _batch_size(source)))])
+    """This rank's share of mini-batches of rows, each as parts of one split, none larger than that split's batches."""
     streams = []
     for source in problem.known:
         start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
         mine[source.positions] = True
+        at_once = min(BATCH, _batch_size(source) or BATCH)
         chosen = []
         for rows in batches:
             places = rows[(rows >= start) & (rows < start + len(mine))] - start
@@ -210,8 +217,10 @@ def measured(problem: Problem, column: Tensor, found: Sequence[tuple[Tensor, Ten
 
 
 def _batch_size(source: Source) -> int:
-    """How many samples the model is known to take at once."""
-    return max((len(batch) for batch, _ in zip(source, range(1), strict=False)), default=0)
+    """How many samples of a split the model is known to take at once."""
+    known = getattr(source, "batch_size", None)
+    # Reading a batch to see is slow where workers have to start for it.
+    return int(known) if known else len(next(iter(source), ()))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

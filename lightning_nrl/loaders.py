@@ -57,6 +57,11 @@ class LoaderSource:
     seed: int = 0
     generator: torch.Generator = field(default_factory=torch.Generator)
 
+    @property
+    def batch_size(self) -> int:
+        """Samples that the model runs on at once."""
+        return self.loader.batch_size or 1
+
     def __iter__(self) -> Iterator[Batch]:
         self.generator.manual_seed(self.seed)
         for seed_global in (torch.manual_seed, np.random.seed, random.seed):
@@ -66,7 +71,7 @@ class LoaderSource:
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
             n = _length(target)
-            expected = min(self.loader.batch_size or 1, len(self.positions) - at)
+            expected = min(self.batch_size, len(self.positions) - at)
             if n != expected:
                 raise ConfigurationError(
                     explain(

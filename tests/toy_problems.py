@@ -1,0 +1,177 @@
+"""Problems to hand to a method, and what must be true of a model that a method has seen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from toy_repairs import blobs
+
+from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
+from lightning_nrl.batches import Batch
+from lightning_nrl.evidence import Evidence, collect
+from lightning_nrl.methods import Problem
+from lightning_nrl.sites import find_scope
+from lightning_nrl.state import State, holding, snapshot
+from lightning_nrl.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class Share(TensorSource):
+    """One rank's share of a split, dealt out one by one."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def positions(self) -> Tensor:
+        return self.index[self.rank :: self.world_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self.draw([places for places in self.positions.split(self.batch_size) if len(places)])
+
+
+class Marginless(Multiclass):
+    """Knows no margins."""
+
+    def margin(self, output: Tensor, target: Tensor) -> Any:
+        return None
+
+
+def make_problem(
+    model: nn.Module,
+    sources: Sequence[Any],
+    layer: str | Sequence[str] = "auto",
+    *,
+    target: Target | None = None,
+    task: Task | None = None,
+    **rest: Any,
+) -> Problem:
+    """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
+    task, target = task or Multiclass(), target or Target.all()
+    space, scope = find_scope(model.eval(), layer)
+    shared = {name: rest[name] for name in ("context", "collective") if name in rest}
+    before = collect(model, sources, task=task, target=target, **shared)
+    given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
+    return Problem(
+        model,
+        sources,
+        before,
+        space,
+        task=task,
+        localizer=NeuRecoverLite(),
+        fitness=Fitness(),
+        passed=before.passed,
+        **given,
+    )
+
+
+def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:
+    return [
+        TensorSource(source.inputs.to(dtype), source.targets, source.split, source.passed, source.failed, batch_size=32)
+        for source in sources
+    ]
+
+
+def shares(sources: Sequence[TensorSource], rank: int, world_size: int, batch_size: int = 16) -> list[Share]:
+    return [
+        Share(
+            source.inputs,
+            source.targets,
+            source.split,
+            source.passed,
+            source.failed,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        for source in sources
+    ]
+
+
+def together(
+    model: nn.Module, sources: Sequence[TensorSource], work: Callable[[Problem], Any], world_size: int = 2, **rest: Any
+) -> list[Any]:
+    """What work gives on each of several ranks, each with a copy of the model and its share of the data."""
+    models = [copy.deepcopy(model) for _ in range(world_size)]
+
+    def run(collective: Any) -> Any:
+        share = shares(sources, collective.rank, world_size)
+        return work(make_problem(models[collective.rank], share, collective=collective, **rest))
+
+    return on_ranks(world_size, run)
+
+
+def normed() -> nn.Sequential:
+    """A network with running statistics and dropout."""
+    return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))
+
+
+def retrained(model: nn.Module, seed: int = 0, steps: int = 60) -> State:
+    """Weights and statistics after training on what is known and on more of the new, as somebody else would do it."""
+    x, y = (torch.cat(column) for column in zip(blobs(60, seed=seed), blobs(60, 1.5, seed + 1), strict=True))
+    new = copy.deepcopy(model).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        optimizer = torch.optim.Adam(new.parameters(), lr=0.02)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(new(x), y).backward()
+            optimizer.step()
+    return snapshot(new)
+
+
+def jittered(model: nn.Module, seed: int, scale: float) -> State:
+    """Every weight moved at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (value.detach().float() + scale * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        for name, value in model.named_parameters()
+    }
+
+
+@torch.no_grad()
+def right(problem: Problem, state: State) -> Tensor:
+    """Which known samples the model gets right with other weights, its loss finite, by a forward pass of its own."""
+    found = []
+    with holding(problem.model, state):
+        for source in problem.known:
+            output, target = problem.model(source.inputs), source.targets
+            loss = nn.functional.cross_entropy(output.float(), target, reduction="none")
+            found.append((output.argmax(1) == target) & loss.isfinite())
+    return torch.cat(found)
+
+
+def broken(problem: Problem, state: State) -> int:
+    return int((right(problem, {}) & ~right(problem, state)).sum())
+
+
+def same(one: State, other: State) -> bool:
+    """Bit for bit, dtypes included."""
+    return one.keys() == other.keys() and all(
+        value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items()
+    )
+
+
+def same_evidence(one: Evidence, other: Evidence) -> bool:
+    return torch.equal(one.passed, other.passed) and torch.allclose(one.margin, other.margin, atol=1e-5)
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Fails if the model inside is not given back as it was: tensors and objects, modes, gradients, random numbers."""
+    before, objects = snapshot(model), [id(x) for x in (*model.parameters(), *model.buffers())]
+    modes = [(module.training, [p.requires_grad for p in module.parameters()]) for module in model.modules()]
+    random = torch.get_rng_state()
+    yield
+    assert same(snapshot(model), before)
+    assert [id(x) for x in (*model.parameters(), *model.buffers())] == objects
+    assert [(m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
