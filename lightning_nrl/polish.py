@@ -56,7 +56,7 @@ class Polished:
     """Weights that break nothing.
 
     Attributes:
-        state: the tensors of the given state and all parameters of the scope.
+        state: the tensors of the given state and, where steps were made, all parameters of the scope.
         after: what the deployed model does on known data under it.
         repaired: targeted samples that pass.
         broken: known passed samples that do not pass any more: 0.
@@ -106,8 +106,10 @@ def polish(
         return _polished(problem, state, after, 0)
     descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
     for done in range(1, ROUNDS + 1):
+        if border.hopeless.any():
+            return _scaled_back(problem, border, state, done - 1)
         border.steps(descent)
-        if not border.broken.any():
+        if not (border.broken & border.followed).any():
             after = problem.see(descent.state())
             border.seen(after)
             if not border.broken.any():
@@ -187,6 +189,11 @@ class _Border:
         """`N` bool: passed samples that do not have the margin that is asked of them."""
         return self.problem.before.passed & ~(self.margin >= self.asked)
 
+    @property
+    def hopeless(self) -> Tensor:
+        """`N` bool: broken samples without a finite loss, which no step can mend and whose slopes would spoil all."""
+        return self.broken & self.margin.isnan()
+
     def seen(self, after: Evidence) -> None:
         """All margins measured again; samples that came close are followed from now on."""
         self.margin = _margins(after)
@@ -242,5 +249,6 @@ class _Border:
 
 
 def _margins(evidence: Evidence) -> Tensor:
-    """Margins, NaN where the loss is not finite, since that counts as wrong."""
-    return torch.where(evidence.loss.isfinite(), evidence.margin, torch.nan)
+    """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
+    margin = torch.where(evidence.passed, evidence.margin, evidence.margin.clamp(max=-SAFE))
+    return torch.where(evidence.loss.isfinite(), margin, torch.nan)

@@ -18,7 +18,7 @@ from lightning_nrl.batches import Batch
 from lightning_nrl.evidence import Evidence, collect
 from lightning_nrl.methods import Problem
 from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State, holding, snapshot
+from lightning_nrl.state import State, between, holding, snapshot
 from lightning_nrl.tasks import Task
 
 
@@ -54,7 +54,7 @@ def make_problem(
     **rest: Any,
 ) -> Problem:
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
-    task, target = task or Multiclass(), target or Target.all()
+    task, target = task or Multiclass(), Target.all() if target is None else target
     space, scope = find_scope(model.eval(), layer)
     shared = {name: rest[name] for name in ("context", "collective") if name in rest}
     before = collect(model, sources, task=task, target=target, **shared)
@@ -134,6 +134,16 @@ def jittered(model: nn.Module, seed: int, scale: float) -> State:
         name: (value.detach().float() + scale * torch.randn(value.shape, generator=generator)).to(value.dtype)
         for name, value in model.named_parameters()
     }
+
+
+def barely(problem: Problem, state: State) -> State:
+    """The first weights on the way to some others, to a thousandth of it, that break something."""
+    old, low, high = snapshot(problem.model), 0.0, 1.0
+    assert broken(problem, state)
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (low, middle) if broken(problem, between(old, state, middle)) else (middle, high)
+    return between(old, state, high)
 
 
 @torch.no_grad()
