@@ -1,13 +1,14 @@
 """What people do instead of a repair: methods without a constraint, to be compared with."""
 
 from lightning_nrl.baselines.interpolation import Interpolation
-from lightning_nrl.baselines.retraining import Retraining, fresh_weights
+from lightning_nrl.baselines.retraining import FurtherTraining, Retraining, fresh_weights
 from lightning_nrl.baselines.tuning import FineTuning, FocalDistillation, LayerFineTuning
 
 __all__ = [
     "BASELINES",
     "FineTuning",
     "FocalDistillation",
+    "FurtherTraining",
     "Interpolation",
     "LayerFineTuning",
     "Retraining",
@@ -19,6 +20,7 @@ BASELINES: dict[str, type] = {
     "fine-tuning": FineTuning,
     "distillation": FocalDistillation,
     "interpolation": Interpolation,
+    "further training": FurtherTraining,
     "retraining": Retraining,
 }
 """The baselines that can be named, with their default settings."""

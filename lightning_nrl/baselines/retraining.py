@@ -1,4 +1,4 @@
-"""Training from scratch on the old data and the new: what a repair saves, and what it has to be measured by."""
+"""The model's own training on the old data and the new, from scratch or from the old weights on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.methods.problem import Problem, Solution
 from lightning_nrl.state import State, holding, snapshot
 
-__all__ = ["Retraining", "fresh_weights"]
+__all__ = ["FurtherTraining", "Retraining", "fresh_weights"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,42 @@ class Retraining:
     fresh: Callable[[], nn.Module] | None = None
 
     def __call__(self, problem: Problem) -> Solution:
-        if problem.training is None:
-            return Solution(None, "it is not known how the model was trained.")
-        if not problem.whole:
-            return Solution(None, "only some layers may change, and training anew changes all.")
-        clock = problem.clock
-        before = clock.elapsed
-        start = fresh_weights(problem.model, problem.seed, self.fresh)
-        state = problem.training(seconds=math.inf, seed=problem.seed, clock=clock, start=start)
-        if state is None:
-            return Solution(None, "training did not come to an end.")
-        with clock.stage("judge"):
-            proposal = problem.propose("retrain", state)
-        return Solution(proposal, steps=(proposal.step(clock.elapsed - before),))
+        start = None if _obstacle(problem) else fresh_weights(problem.model, problem.seed, self.fresh)
+        return _trained(problem, "retrain", math.inf, start)
+
+
+@dataclass(frozen=True)
+class FurtherTraining:
+    """Trains on from the old weights, as the model was trained, the known failures added to the data (a warm start).
+
+    Learning rate, schedule and augmentation are those of the training, for as many epochs or as many as there is time
+    for. It needs `problem.training`.
+    """
+
+    def __call__(self, problem: Problem) -> Solution:
+        one_pass = problem.clock.seconds.get("collect", 0.0)
+        return _trained(problem, "train", problem.clock.left - one_pass)
+
+
+def _trained(problem: Problem, name: str, seconds: float, start: State | None = None) -> Solution:
+    obstacle = _obstacle(problem)
+    if obstacle or problem.training is None:
+        return Solution(None, obstacle)
+    clock, began = problem.clock, problem.clock.elapsed
+    with clock.stage(name):
+        state = problem.training(seconds=seconds, seed=problem.seed, clock=clock, start=start)
+    if state is None:
+        return Solution(None, "training did not come to an end.")
+    with clock.stage("judge"):
+        proposal = problem.propose(name, state)
+    return Solution(proposal, steps=(proposal.step(clock.elapsed - began),))
+
+
+def _obstacle(problem: Problem) -> str:
+    """Why the whole network cannot be trained as it was, in words; empty if it can."""
+    if problem.training is None:
+        return "it is not known how the model was trained."
+    return "" if problem.whole else "only some layers may change, and its training changes all."
 
 
 @torch.no_grad()

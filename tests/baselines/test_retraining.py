@@ -9,7 +9,8 @@ from baseline_problems import make_problem, threshold
 from torch import nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.baselines import Retraining, fresh_weights
+from lightning_nrl.baselines import FurtherTraining, Retraining, fresh_weights
+from lightning_nrl.clock import Clock
 from lightning_nrl.report import hash_tensors
 
 
@@ -79,14 +80,24 @@ def test_training_begins_with_fresh_weights_and_has_all_the_time_it_needs() -> N
     assert hash_tensors(training.given["start"]) == hash_tensors(fresh_weights(model, 5))
 
 
+def test_further_training_begins_with_the_old_weights_and_leaves_time_for_a_pass() -> None:
+    training, clock = Trained(), Clock(max_time=50.0)
+    clock.seconds["collect"] = 8.0
+    solution = FurtherTraining()(make_problem(threshold(0.75), training=training, seed=5, clock=clock))
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    assert training.given["start"] is None
+    assert 41 < training.given["seconds"] <= 42
+
+
+@pytest.mark.parametrize("method", [FurtherTraining(), Retraining()])
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ({}, "it is not known how the model was trained."),
         ({"training": lambda **_: None}, "training did not come to an end."),
-        ({"training": Trained(), "whole": False}, "only some layers may change, and training anew changes all."),
+        ({"training": Trained(), "whole": False}, "only some layers may change, and its training changes all."),
     ],
 )
-def test_why_there_may_be_no_retraining(arguments: dict[str, Any], reason: str) -> None:
-    solution = Retraining()(make_problem(threshold(0.75), **arguments))
+def test_why_there_may_be_no_training(method: Any, arguments: dict[str, Any], reason: str) -> None:
+    solution = method(make_problem(threshold(0.75), **arguments))
     assert (solution.proposal, solution.reason) == (None, reason)

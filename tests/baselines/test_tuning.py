@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -41,14 +42,16 @@ def sources() -> list[TensorSource]:
     ]
 
 
-def tuned_by_hand(model: nn.Module, names: list[str], steps: int = 30, emphasis: float = 3.0) -> dict[str, Tensor]:
+def tuned_by_hand(
+    model: nn.Module, names: list[str], steps: int = 30, emphasis: float = 3.0, rate: float = 3e-4
+) -> dict[str, Tensor]:
     """All samples are in one batch, so every step is a step down the whole loss."""
     (x, y), (x_new, y_new) = data(40, 1), data(24, 2)
     model = copy.deepcopy(model).eval()
     wrong = model(x_new).argmax(1) != y_new
     weight = torch.cat([torch.ones(40), torch.where(wrong, emphasis, 1.0)])
     moving = {name: value for name, value in model.named_parameters() if name in names}
-    optimizer = torch.optim.AdamW(moving.values(), lr=3e-4)
+    optimizer = torch.optim.AdamW(moving.values(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -75,7 +78,7 @@ def test_fine_tuning_is_adamw_on_the_deployed_network() -> None:
 def test_of_one_layer_nothing_else_moves() -> None:
     model = network()
     solution = LayerFineTuning()(make_problem(model, sources()))
-    assert_same(solution.proposal.state, tuned_by_hand(model, ["4.weight"]))
+    assert_same(solution.proposal.state, tuned_by_hand(model, ["4.weight"], rate=1e-2))
 
 
 def test_a_named_block_bounds_fine_tuning() -> None:
@@ -127,6 +130,33 @@ def test_the_model_is_left_as_found(method: Any) -> None:
     assert not model[0].bias.requires_grad
     assert "0.bias" not in first.proposal.state
     assert_same(again.proposal.state, dict(first.proposal.state))
+
+
+def test_where_time_is_short_the_learning_rate_falls_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steady(Clock):
+        """A clock on which each step takes a second."""
+
+        @property
+        def elapsed(self) -> float:
+            return float(len(rates))
+
+    rates: list[float] = []
+    step = module.Descent.step
+
+    def counted(self: Any, parts: Any, loss: Any, *, rate: float) -> None:
+        step(self, parts, loss, rate=rate)
+        rates.append(rate)
+
+    monkeypatch.setattr(module.Descent, "step", counted)
+    monkeypatch.setattr(module, "STEPS", 400)
+    clock = Steady(max_time=100.0)
+    clock.seconds["collect"] = 20.0
+    solution = FineTuning(learning_rate=1.0)(make_problem(network(), sources(), clock=clock))
+    # All samples are in one step. After two it is known that there are 80, since a last pass takes 20 seconds.
+    assert len(rates) == 80
+    assert rates[40] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx((1 + math.cos(math.pi * 79 / 80)) / 2)
+    assert solution.steps[0].note == "80 epochs"
 
 
 def test_without_time_there_is_no_proposal() -> None:
