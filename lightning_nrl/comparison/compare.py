@@ -87,7 +87,9 @@ def compare_module(
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
-        before = see(model, known, target=settings.target)
+        collecting = Clock(observer)
+        with collecting.stage("collect"):
+            before = see(model, known, target=settings.target)
         check_losses(before)
         _check_targets(before, settings)
         problem = Problem(
@@ -114,6 +116,7 @@ def compare_module(
             with as_found(model):
                 torch.manual_seed(settings.seed)
                 clock = Clock(observer, settings.max_time)
+                clock.seconds.update(collecting.seconds)  # methods keep time for passes over the data by this
                 solution, seconds = _solved(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning_nrl.flips import FlipCounts
 from lightning_nrl.report import Page, installed_versions
 from lightning_nrl.report.serial import dumps, plain
 
-__all__ = ["Comparison", "Entry", "Point"]
+__all__ = ["Comparison", "Duel", "Entry", "Point"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,38 @@ class Entry:
         """The weights as the method gave them."""
         return self.curve[-1] if self.curve else None
 
+    def broken_at(self, repaired: float) -> float:
+        """How many unseen samples break where so many are repaired, by straight lines between points of the curve.
+
+        Where the curve is at that height more than once, the fewest; NaN where it never is.
+        """
+        ends = [(point.unseen.repaired, point.unseen.broken) for point in self.curve]
+        found = [float(x) for y, x in ends if y == repaired]
+        for (y, x), (y_next, x_next) in pairwise(ends):
+            if min(y, y_next) < repaired < max(y, y_next):
+                found.append(x + (x_next - x) * (repaired - y) / (y_next - y))
+        return min(found, default=math.nan)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A method at one strength, and another method where that repairs as many unseen samples.
+
+    Attributes:
+        rival: the first method.
+        point: its weights at one strength.
+        broken: unseen samples that the other breaks for as many repaired ones; NaN if it never repairs as many.
+    """
+
+    rival: str
+    point: Point
+    broken: float
+
+    @property
+    def fewer(self) -> bool:
+        """Whether the other breaks fewer."""
+        return self.broken < self.point.unseen.broken
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -90,6 +124,16 @@ class Comparison:
     def __getitem__(self, method: str) -> Entry:
         """The entry of a method."""
         return next(entry for entry in self.entries if entry.method == method)
+
+    def duels(self, method: str) -> tuple[Duel, ...]:
+        """A method beside every other one at each point of that one's curve, at equal unseen repaired."""
+        own = self[method]
+        return tuple(
+            Duel(entry.method, point, own.broken_at(point.unseen.repaired))
+            for entry in self.entries
+            if entry.method != method
+            for point in entry.curve[1:]
+        )
 
     def to_table(self) -> Page:
         """The table and the facts that belong to it, for rich's `print`."""

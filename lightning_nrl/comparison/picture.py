@@ -18,7 +18,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#0
 darker, to be read on white, and Tol's wine is added."""
 INK, FAINT = "#333333", "#BBBBBB"
 AWAY = 8.0  # points from the end of a curve to its name
-KEY = "Dot: as the method gave it; ring: scaled back to none known broken; dashed: baselines; grey: as many of both"
+KEY = (
+    "Dot: as the method gave it; ring: scaled back to none known broken; dashed: a baseline; "
+    "thin line: as many broken as repaired"
+)
 ROOM = 1.12  # of an axis beyond the largest count
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
@@ -47,7 +50,7 @@ def draw_comparison(comparison: Comparison) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
-            explain("`plot`: matplotlib is not installed.", "install it: pip install matplotlib")
+            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
         ) from error
     entries = [entry for entry in comparison.entries if entry.curve]
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -55,7 +58,7 @@ def draw_comparison(comparison: Comparison) -> Any:
     roles: list[Role] = ["known"]
     if any(entry.curve[0].unseen.n for entry in entries):
         roles.append("unseen")
-    figure.suptitle(f"{comparison.targets:,} failures to repair. {KEY}", color=INK, fontsize=10)
+    figure.suptitle(f"{comparison.targets:,} failures to repair\n{KEY}", color=INK, fontsize=10)
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     ends = [_panel(axes, role, entries) for axes, role in zip(panels, roles, strict=True)]
     for axes, own in zip(panels, ends, strict=True):
@@ -83,9 +86,9 @@ def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
                 "o",
                 markerfacecolor="white",
                 markeredgecolor=colour,
-                markersize=6,
+                markersize=9,  # seen around a dot, too
                 clip_on=False,
-                zorder=3,
+                zorder=2.5,
             )
         ends.append((entry.method, colour, curve[-1]))
     axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it

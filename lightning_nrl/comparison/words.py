@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_page"]
 
+SCALED = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
+
 
 def comparison_page(comparison: Comparison) -> Page:
     """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
@@ -18,7 +20,8 @@ def comparison_page(comparison: Comparison) -> Page:
     blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison))]
     if shown:
         blocks.append(_table(comparison, shown))
-        blocks.append(Text("Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."))
+        if any(len(_lines(entry)) > 1 for entry in shown):
+            blocks.append(Text(SCALED))
     left_out = tuple((entry.method, entry.note) for entry in comparison.entries if not entry.curve)
     if left_out:
         blocks += [Heading("Left out"), Facts(left_out)]
