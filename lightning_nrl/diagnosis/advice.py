@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from lightning_nrl.diagnosis.diagnosis import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
-from lightning_nrl.diagnosis.page import part, seconds
+from lightning_nrl.diagnosis.words import about, part
 
 __all__ = ["advise"]
 
@@ -33,55 +34,77 @@ def advise(
     costs: Sequence[Cost],
 ) -> str:
     """The advice. The rules are few and in order: labels, then the last layer, then the network, then data."""
-    n, times = known["targeted"], {cost.method: seconds(cost.seconds) for cost in costs}
-    if not n:
+    if not known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
     if not known["passed"]:
         return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
-    first = _labels(n, doubts)
-    best = min(layers, key=lambda layer: layer.change, default=None)
-    own = next((layer for layer in layers if layer.layer == head), None)
-    alone = sum(target.fixable == "yes" for target in targets)
-    tried = sum(target.fixable != "not tried" for target in targets)
-    figures = _figures(alone, tried, check, own, best)
-    near = own is None or best is None or own.change <= NEAR * best.change
-    if tried and alone > tried / 2 and near and check is not None and not check.rate < WORTH:
-        return f"{first}Try method='convex' on {head}, about {times.get('convex', 'seconds')}: {figures}"
-    if best is not None and best.change < FAR:
-        where = f"the last layer has little room; {figures}" if tried else figures
-        return (
-            f"{first}Use method='constrained' on the whole network, about {times['constrained']}: {where} "
-            f"If one layer must do, take {best.layer}."
-        )
-    mixed = ""
-    if mixing is not None:
-        mixed = f" Of the nearest passed samples {part(mixing.mean('targets'))} have a target's own label."
-    return (
-        f"{first}Get data like the targets and train on it: no layer repairs them by a small change; {figures}{mixed}"
-    )
+    if all(math.isnan(target.margin) for target in targets):
+        return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
+    return _labels(known["targeted"], doubts) + _method(targets, check, mixing, layers, head, costs)
 
 
 def _labels(n: int, doubts: Sequence[Doubt]) -> str:
     if len(doubts) < max(1, DOUBTED * n):
         return ""
     return (
-        f"Look at the labels first: those of {len(doubts):,} of {n:,} targets look wrong, since neighbours and model "
+        f"Look at labels first: those of {len(doubts):,} of {n:,} targets may be wrong, since neighbours and model "
         "agree on another class. Then: "
     )
 
 
-def _figures(alone: int, tried: int, check: Check | None, own: LayerRoom | None, best: LayerRoom | None) -> str:
-    parts = []
-    if tried:
-        parts.append(f"it can fix {alone:,} of {tried:,} targets alone at zero known regressions")
-    if check is not None:
-        parts.append(f"at {check.repaired:.1f} others repaired for {check.broken:.1f} broken among samples held out")
-    text = " ".join(parts)
-    if own is not None and best is not None and own != best:
-        text += (
-            f"{', and ' if text else ''}a target needs a change of {part(own.change)} of that layer, "
-            f"of {best.layer} {part(best.change)}"
+def _method(
+    targets: Sequence[TargetFinding],
+    check: Check | None,
+    mixing: Mixing | None,
+    layers: Sequence[LayerRoom],
+    head: str | None,
+    costs: Sequence[Cost],
+) -> str:
+    times = {cost.method: about(cost.seconds) for cost in costs}
+    best = min(layers, key=lambda layer: layer.change, default=None)
+    own = next((layer for layer in layers if layer.layer == head), None)
+    alone = sum(target.fixable == "yes" for target in targets)
+    tried = sum(target.fixable != "not tried" for target in targets)
+    near = own is None or best is None or own.change <= NEAR * best.change
+    worth = check is not None and not check.rate < WORTH
+    last = " ".join((_last_layer(alone, tried, check), _change(own, best))).strip()
+    if 2 * alone > tried and near and worth:
+        return (
+            f"Use method='convex', {times.get('convex', 'seconds')}: the last layer ({head}) is likely to do. {last} "
+            f"The default, method='auto', {times['auto']}, changes the whole network and may repair more."
         )
-    elif best is not None:
-        text += f"{', and ' if text else ''}a target needs a change of {part(best.change)} of {best.layer}"
-    return f"{text}." if text else "little could be looked at."
+    if best is None:
+        return f"Use the default, method='auto', {times['auto']}. {last}".strip()
+    if best.change < FAR:
+        why = f": the last layer ({head}) is not enough" if tried else ""
+        return (
+            f"Use the default, method='auto', on the whole network, {times['auto']}{why}. {last} "
+            f"If one layer must do, take method='linearised' on {best.layer}, {times['linearised']}."
+        )
+    mixed = ""
+    if mixing is not None:
+        mixed = f" Of the nearest passed samples, {part(mixing.mean('targets'))} have a target's label."
+    return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
+
+
+def _last_layer(alone: int, tried: int, check: Check | None) -> str:
+    if not tried:
+        return ""
+    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions"
+    if check is not None:
+        text += (
+            f"; on samples held out, fixing one repairs {check.repaired:.1f} other targets and breaks "
+            f"{check.broken:.1f} passed samples"
+        )
+    return f"{text}."
+
+
+def _change(own: LayerRoom | None, best: LayerRoom | None) -> str:
+    if best is None or best.change == math.inf:
+        return ""
+    text = f"A typical target needs a change of {best.layer} by {part(best.change)} of its norm"
+    if own is None or own == best:
+        return f"{text}."
+    if own.change == math.inf:
+        return f"{text}; none of {own.layer} does it."
+    return f"{text}, of {own.layer} by {part(own.change)}."

@@ -5,24 +5,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_nrl.diagnosis.diagnosis import Cost
+from lightning_nrl.fit import VISITS
+from lightning_nrl.methods.constrained import POLISH
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.strength import POINTS
 
 __all__ = ["Pace", "costs"]
 
-EPOCHS = 40
-"""Of a training that goes on, where the model does not say how long it was trained: a usual length."""
+AROUND = 4 + len(POINTS)
+"""Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
+was found twice, and to count it at several strengths."""
 
 STEP = 2.5
-"""A step of training in forward passes: one forward and one or two as dear backward."""
+"""A step of training in passes over its samples: one forward and one or two as dear backward."""
 
-POLISH_PASSES = 30
-"""Passes over the known data that a polish makes, forward and backward ones in forwards: 3 to 8 rounds in trials."""
+LINEAR = 40
+"""Passes that a linearised search makes."""
 
-LINEAR_PASSES = 40
-"""Passes over the known data of a linearised search, in forwards."""
-
-CONVEX_SOLVES = 4.0
-"""A convex search takes as long as so many looks at every target alone."""
+SOLVES = 16.0
+"""A convex search takes as long as so many looks at every target alone: it solves for ten strengths and four folds."""
 
 SCORED = 0.15
 """Share of all scores that a swarm really computes: fragile samples first, and most candidates are given up early."""
@@ -31,32 +32,34 @@ SCORED = 0.15
 class Pace(NamedTuple):
     """Seconds that were measured."""
 
-    forward: float  # a sample, evaluated
-    head: float | None  # a sample, the last Linear alone; None where there is none
-    alone: float | None  # every target alone; None if that was not looked at
-    samples: int  # known ones
+    one_pass: float  # of the model over all known samples, by all ranks together
+    head: float | None  # of the last Linear over all known samples; None where there is none
+    alone: float | None  # a look at every target alone; None if that could not be done
+    margins: bool  # whether the task has any: without them nothing can be done but swarm
 
 
 def costs(pace: Pace, epochs: int | None = None) -> tuple[Cost, ...]:
-    """A line for each method, the quickest first.
+    """A line for each method that can be used, the quickest first.
 
     Args:
         pace: what was measured.
-        epochs: how many epochs the model was trained for, if that is known.
+        epochs: for how many epochs training would go on; None: it cannot, and a fit takes steps of its own.
     """
-    look = pace.forward * pace.samples
-    swarm, n = ParticleSwarm(), f"{pace.samples:,} samples"
+    around, swarm = AROUND * pace.one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
+    search = None if pace.head is None else SCORED * candidates * pace.head
     found = []
-    if pace.alone is not None:
-        found.append(Cost("convex", 2 * look + CONVEX_SOLVES * pace.alone, f"2 passes over {n}, and the programmes"))
-    if pace.head is not None:
-        scores = SCORED * candidates * pace.samples * pace.head
-        found.append(
-            Cost("swarm", 3 * look + scores, f"3 passes over {n}, {candidates:,} candidates of the last layer")
-        )
-    found.append(Cost("linearised", LINEAR_PASSES * look, f"about {LINEAR_PASSES} passes over {n}"))
-    length, known = epochs or EPOCHS, "as in training" if epochs else "if trained so long"
-    fit = length * STEP * look + POLISH_PASSES * look
-    found.append(Cost("constrained", fit, f"{length} epochs ({known}) over {n}, and a polish; less with `max_time`"))
+    if search is not None:
+        how = f"at most {candidates:,} candidates for the last Linear"
+        found.append(Cost("swarm", around + search, how))
+        if not pace.margins:
+            found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
+    if pace.margins:
+        if pace.alone is not None:
+            found.append(Cost("convex", around + SOLVES * pace.alone, "exact programmes for the last Linear"))
+        found.append(Cost("linearised", around + LINEAR * pace.one_pass, "some steps of one layer"))
+        fit = (epochs or VISITS) * STEP * pace.one_pass + POLISH * pace.one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS} epochs"
+        found.append(Cost("constrained", around + fit, f"{how}, then a polish"))
+        found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))
     return tuple(sorted(found, key=lambda cost: cost.seconds))

@@ -99,7 +99,8 @@ class _Watch:
         self._calls: list[tuple[Tensor, Tensor]] = []
 
     def note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._calls.append((args[0].detach().clone(), output))
+        # Copies, since the model may go on to change its own tensors in place.
+        self._calls.append((args[0].detach().clone(), output.detach().clone()))
 
     def judged(self, model: nn.Module, task: Task) -> Any:
         """The model; each call of it adds features or ends the watch."""

@@ -27,7 +27,7 @@ LEAST = 8
 """Targets that are looked at alone, whatever it takes."""
 
 CHECKED = 96
-"""Targets whose repairs are tried on samples held out, twice: enough for a mean."""
+"""Targets that can be fixed whose fixes are tried on samples held out, twice: enough for a mean."""
 
 COMPARED = 2_000
 """Passed samples that are compared with their own neighbours."""
@@ -93,7 +93,8 @@ def look_at(
         alone = repair_alone(affine.at(kept.to(device)), affine.at(targets[tried].to(device)))
         seconds = (time.perf_counter() - start) * len(targets) / len(tried)
     with clock.stage("held out"):
-        chosen = targets[tried[sampled(len(tried), CHECKED, generator)]]
+        fixed = tried[alone.fixable.cpu()]
+        chosen = targets[fixed[sampled(len(fixed), CHECKED, generator)]]
         check = _check(affine, kept, failing[features.rows][kept], chosen, targets, generator)
     with clock.stage("neighbours"):
         mine, theirs = samples.at(targets.to(device)), samples.at(kept.to(device))
@@ -125,9 +126,9 @@ def sampled(n: int, most: int, generator: torch.Generator) -> Tensor:
 def _check(
     samples: _Samples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> Check | None:
-    """Repairs targets twice, each time without one half of the passed samples that came with failures."""
+    """Repairs targets that can be, twice, each time without one half of the passed samples that came with failures."""
     with_failures = failing.nonzero().flatten()
-    if len(with_failures) < 2:
+    if len(with_failures) < 2 or not len(chosen):
         return None
     device = samples.inputs.device
     halves = with_failures[torch.randperm(len(with_failures), generator=generator)].chunk(2)

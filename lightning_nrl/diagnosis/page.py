@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
 
-from lightning_nrl.diagnosis.diagnosis import Diagnosis, Verdict
+from lightning_nrl.diagnosis.diagnosis import Diagnosis, TargetFinding, Verdict
+from lightning_nrl.diagnosis.words import about, part
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+
+__all__ = ["page"]
 
 REST: tuple[Verdict, ...] = ("undecided", "not tried")
 
-__all__ = ["page", "part", "seconds"]
-
 FEW = 8
-"""Samples and layers that are shown; the JSON has all."""
+"""Samples, classes and layers that are shown; the JSON has all."""
 
 
 def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
@@ -21,40 +24,37 @@ def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
 
     Args:
         diagnosis: what was found.
-        everything: whether all samples and layers are shown, not the first few.
+        everything: whether all samples, classes and layers are shown, not the first few.
     """
     few = 10**9 if everything else FEW
     blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
     if any(target.fixable != "not tried" for target in diagnosis.targets):
-        blocks += [Heading("Each target alone, by the last layer, at zero known regressions"), _alone(diagnosis)]
-    if diagnosis.binding:
-        blocks += [Heading("Passed samples that stand in the way"), _binding(diagnosis, few)]
+        blocks += [
+            Heading(f"Each target alone, by the last layer ({diagnosis.head}), at zero known regressions"),
+            _alone(diagnosis, few),
+            Heading("Passed samples that stand in the way"),
+            *_binding(diagnosis, few),
+        ]
     if diagnosis.doubts:
-        blocks += [Heading("Labels to look at"), _doubts(diagnosis, few)]
+        text = (
+            "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
+            "does a new kind of input."
+        )
+        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, few)]
     if diagnosis.layers:
-        blocks += [Heading("Room by layer"), _layers(diagnosis, few)]
+        text = (
+            "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
+            "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
+            "sample near the border may lose any. Both to first order."
+        )
+        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, few)]
     if diagnosis.costs:
-        blocks += [Heading("What a repair would take"), Facts(_costs(diagnosis))]
+        costs = tuple((cost.method, f"{about(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
+        text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
+        blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
     if diagnosis.notes:
-        blocks += [Heading("Not looked at"), *(Text(note) for note in diagnosis.notes)]
+        blocks += [Heading("What was not looked at"), *(Text(note) for note in diagnosis.notes)]
     return Page(tuple(blocks))
-
-
-def part(share: float) -> str:
-    """A share as a percentage; `-` where it is not known."""
-    if not math.isfinite(share):
-        return "-" if math.isnan(share) else "none"
-    digits = 0 if share >= 0.1 or not share else 1 if share >= 0.01 else 2
-    return f"{share:.{digits}%}"
-
-
-def seconds(time: float) -> str:
-    """A time in words that do not claim more than is known."""
-    if time < 1:
-        return "under 1 s"
-    if time < 100:
-        return f"{time:.0f} s"
-    return f"{time / 60:.0f} min" if time < 7200 else f"{time / 3600:.1f} h"
 
 
 def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
@@ -72,50 +72,63 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
         facts.append(
             (
                 "neighbourhoods",
-                f"of {mixing.k} nearest passed samples, {part(mixing.mean('targets'))} have a target's own label and "
-                f"{part(mixing.mean('passed'))} a passed sample's",
+                f"of the {mixing.k} passed samples nearest to a target, {part(mixing.mean('targets'))} have its label; "
+                f"of those nearest to a passed sample, {part(mixing.mean('passed'))}",
             )
         )
     if check is not None:
         facts.append(
             (
                 "held out",
-                f"a repair of one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
+                f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
                 f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
-                f"{part(check.harmless)} break none",
+                f"{part(check.harmless)} of such fixes break none",
             )
         )
     return tuple(facts)
 
 
-def _alone(diagnosis: Diagnosis) -> Table:
-    classes = sorted({target.label for target in diagnosis.targets})
-    groups = [(str(label), [t for t in diagnosis.targets if t.label == label]) for label in classes]
-    if len(classes) == 1 or classes == [-1]:
+def _alone(diagnosis: Diagnosis, few: int) -> Table:
+    """A column for all, and one for each class, or for those with most targets."""
+    counts = Counter(target.label for target in diagnosis.targets)
+    shown = sorted(label for label, _ in counts.most_common(few))
+    groups = [(str(label), "class", [t for t in diagnosis.targets if t.label == label]) for label in shown]
+    rest = [target for target in diagnosis.targets if target.label not in shown]
+    if rest:
+        groups.append((f"{len(counts) - len(shown):,} other", "classes", rest))
+    if len(counts) == 1:
         groups = []
-    groups.append(("all", list(diagnosis.targets)))
+    groups.insert(0, ("all", "", list(diagnosis.targets)))
 
-    def counts(verdict: Verdict) -> tuple[str, ...]:
-        return tuple(f"{sum(t.fixable == verdict for t in group):,}" for _, group in groups)
+    def row(label: str, text: Callable[[Sequence[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
+        return Row(label, tuple(text(group) for *_, group in groups), tone)
+
+    def count(verdict: Verdict) -> Callable[[Sequence[TargetFinding]], str]:
+        return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
 
     rows = [
-        Row("targets", tuple(f"{len(group):,}" for _, group in groups)),
-        Row("fixable alone", counts("yes"), "gain"),
-        Row("not fixable", counts("no")),
-        *(Row(verdict, counts(verdict)) for verdict in REST if diagnosis.count(verdict)),
-        Row("change of the logits, median", tuple(part(_median([t.change for t in group])) for _, group in groups)),
-        Row("neighbours that agree, mean", tuple(part(_mean([t.agreement for t in group])) for _, group in groups)),
+        row("targets", lambda group: f"{len(group):,}"),
+        row("can be fixed", count("yes"), "gain"),
+        row("cannot be fixed", count("no")),
+        *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
+        row("change of the logits, median", lambda group: part(_median([t.change for t in group]))),
+        row("neighbours with its label, mean", lambda group: part(_mean([t.agreement for t in group]))),
     ]
-    return Table(tuple((name, "class" if name != "all" else "") for name, _ in groups), tuple(rows))
+    return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
 
 
-def _binding(diagnosis: Diagnosis, few: int) -> Table:
+def _binding(diagnosis: Diagnosis, few: int) -> tuple[Block, ...]:
+    if not diagnosis.binding:
+        return (Text("None: the smallest fix of each target breaks no known passed sample."),)
     shown = diagnosis.binding[:few]
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
     rest = len(diagnosis.binding) - len(shown)
     if rest:
         rows.append(Row(f"and {rest:,} more", ("", "", f"<= {diagnosis.binding[few].targets:,}")))
-    return Table((("class", ""), ("margin", ""), ("targets", "bound")), tuple(rows))
+    text = (
+        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
+    )
+    return Text(text), Table((("class", ""), ("margin", "logits"), ("limits", "targets")), tuple(rows))
 
 
 def _doubts(diagnosis: Diagnosis, few: int) -> Table:
@@ -123,7 +136,7 @@ def _doubts(diagnosis: Diagnosis, few: int) -> Table:
     rows = [Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), part(d.agreed), f"{d.lead:.1f}")) for d in shown]
     if len(diagnosis.doubts) > len(shown):
         rows.append(Row(f"and {len(diagnosis.doubts) - len(shown):,} more", ("", "", "", "")))
-    return Table((("label", "given"), ("looks like", ""), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
+    return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
 
 
 def _layers(diagnosis: Diagnosis, few: int) -> Table:
@@ -140,12 +153,8 @@ def _layers(diagnosis: Diagnosis, few: int) -> Table:
         for layer in shown
     ]
     if len(layers) > len(shown):
-        rows.append(Row(f"and {len(layers) - len(shown):,} with less", ("", "", "", "")))
+        rows.append(Row(f"and {len(layers) - len(shown):,} that need more", ("", "", "", "")))
     return Table((("kind", ""), ("weights", ""), ("room", ""), ("change", "needed")), tuple(rows))
-
-
-def _costs(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
-    return tuple((cost.method, f"about {seconds(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lightning_nrl.diagnosis.words import part
 from lightning_nrl.errors import ConfigurationError, explain
 
 if TYPE_CHECKING:
@@ -16,13 +17,15 @@ BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#9
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
 INK, FAINT = "#333333", "#DDDDDD"
 VERDICTS: dict[Verdict, tuple[str, str, str]] = {
-    "yes": ("fixable alone", BLUE, ""),
-    "no": ("not fixable", RED, "///"),
+    "yes": ("can be fixed", BLUE, ""),
+    "no": ("cannot be fixed", RED, "///"),
     "undecided": ("undecided", ORANGE, "..."),
-    "not tried": ("not looked at", GREY, ""),
+    "not tried": ("not tried", GREY, ""),
 }
 BINS = 24
 MOST_LAYERS = 40
+LONGEST = 28  # characters of a layer's name
+ROOM = "Room: the layer that changes least"
 
 
 def draw_diagnosis(diagnosis: Diagnosis) -> Any:
@@ -38,7 +41,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
-            explain("`plot`: matplotlib is not installed.", "install it: pip install matplotlib")
+            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
         ) from error
     layers = min(len(diagnosis.layers), MOST_LAYERS)
     figure = Figure(figsize=(13, max(4.6, 1.6 + 0.2 * layers)), layout="constrained")
@@ -62,7 +65,7 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     }
     shown = {verdict: values for verdict, values in groups.items() if values}
     if not shown:
-        _nothing(axes, "Targets by margin", "no margin is known")
+        _nothing(axes, "Targets", "no margin is known")
         return
     least = min(min(values) for values in shown.values())
     names, colours, hatches = zip(*(VERDICTS[verdict] for verdict in shown), strict=True)
@@ -80,9 +83,14 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     for stack, hatch in zip(stacks if len(shown) > 1 else [stacks], hatches, strict=True):
         for bar in stack:
             bar.set_hatch(hatch)
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
     _dress(
-        axes, "Targets by margin, and what the last layer can do", "margin of the label's logit (0: right)", "targets"
+        axes,
+        "Targets: can the last layer fix each?",
+        "margin: label's logit above the largest other",
+        "targets",
     )
 
 
@@ -93,39 +101,69 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
         return
     places = range(mixing.k + 1)
     for counts, name, colour, shift in (
-        (mixing.targets, f"targets (mean {mixing.mean('targets'):.0%})", RED, -0.2),
-        (mixing.passed, f"passed samples (mean {mixing.mean('passed'):.0%})", BLUE, 0.2),
+        (mixing.targets, f"targets (mean {part(mixing.mean('targets'))})", ORANGE, -0.2),
+        (mixing.passed, f"passed samples (mean {part(mixing.mean('passed'))})", BLUE, 0.2),
     ):
         total = max(1, sum(counts))
         axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
     axes.set_xticks(list(places))
+    axes.set_ylim(0, 119)
+    axes.set_yticks(range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")
     _dress(
         axes,
-        "Neighbourhoods before the last layer",
-        f"of the {mixing.k} nearest passed samples, those with its own label",
+        "Neighbours, by the last layer's inputs",
+        f"of the {mixing.k} nearest passed samples, with its label",
         "% of samples",
     )
 
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
-    layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change)][-MOST_LAYERS:]
-    if not layers:
-        _nothing(axes, "Room by layer", "not looked at")
-        return
+    """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
     best = diagnosis.roomiest
-    colours = [GREEN if layer == best else INK if layer.layer == diagnosis.head else BLUE for layer in layers]
+    layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
+    shown = set(sorted(layers, key=lambda layer: layer.change)[:MOST_LAYERS])
+    layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
+    if not layers or best is None:
+        _nothing(axes, ROOM, "no layer can" if diagnosis.layers else "not looked at")
+        return
     places = range(len(layers))
-    axes.barh(list(places), [100 * layer.change for layer in layers], color=colours, height=0.72)
-    axes.set_yticks(list(places), [layer.layer for layer in layers], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
+    left = 0.7 * best.change
     for at, layer in zip(places, layers, strict=True):
-        if layer == best or layer.layer == diagnosis.head:
-            note = f"{100 * layer.change:.2g} %" + (", roomiest" if layer == best else ", last")
-            axes.annotate(note, (100 * layer.change, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.margins(x=0.25)
-    _dress(axes, "Room by layer: shorter is roomier", "change that repairs a target, median, % of the layer's norm", "")
+        marked = layer == best or layer.layer == diagnosis.head
+        colour = GREEN if layer == best else INK if marked else BLUE
+        axes.plot([left, layer.change], [at, at], color=FAINT, linewidth=1.2, zorder=1)
+        axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
+        if marked:
+            note = f"{part(layer.change)}, {'least' if layer == best else 'last layer'}"
+            axes.annotate(
+                note, (layer.change, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour
+            )
+    axes.set_yticks(list(places), [_short(layer.layer) for layer in layers], fontsize=8)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
+    _percent_ticks(axes)
+    _dress(axes, ROOM, "change that fixes a typical target, % of the layer's norm", "")
+
+
+def _percent_ticks(axes: Any) -> None:
+    """Few enough round percentages not to touch each other."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    low, high = axes.get_xlim()
+    wide = high / low > 30
+    steps = (1,) if high / low > 1000 else (1, 3) if wide else (1, 2, 5)
+    ticks = [step * 10.0**power for power in range(-8, 3) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high / 1.1]
+    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
 
 
 def _nothing(axes: Any, title: str, text: str) -> None:

@@ -3,6 +3,10 @@
 The dual is max b'u - 1/2 u'Gu over u >= 0 with the Gram matrix G = A A'. Its value at any u is a lower bound of
 1/2 |v|^2 over all v that satisfy the rows; it grows without limit exactly where no v does. A sweep of coordinate ascent
 finds the rows that bind; a Newton step on these solves them exactly.
+
+`search.quadratic.solve_dual` solves one large programme with limits on its multipliers. It would take many times as
+long for hundreds of small ones, one after the other; and here a value above a limit is an answer, since it proves that
+there is no solution that small.
 """
 
 from __future__ import annotations

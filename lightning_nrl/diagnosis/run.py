@@ -75,13 +75,11 @@ def diagnose_module(
         with clock.stage("layers"):
             chosen = drawn(known, evidence, _near(evidence, settings.seed), LAYER_BATCH)
             rooms = _rooms(model, chosen, evidence, task, settings.seed, context, collective)
-        pace = Pace(
-            seen.seconds / max(1, sum(len(source.positions) for source in known)),
-            _head_seconds(layer, seen),
-            last.seconds if isinstance(last, LastLayer) else None,
-            len(evidence),
-        )
+        pace = _pace(evidence, seen, layer, last, collective)
     notes = [f"What the last layer can fix, and neighbourhoods: {last}"] if isinstance(last, str) else []
+    if seen.features is not None and len(seen.features.rows) < len(evidence):
+        some = f"{len(seen.features.rows):,} of {len(evidence):,} known samples, those nearest to failing"
+        notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
     return _told(evidence, settings, task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
 
@@ -143,15 +141,27 @@ def _rooms(
     )
 
 
+def _pace(
+    evidence: Evidence, seen: Seen, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
+) -> Pace:
+    """What was measured by the first rank, so that all tell the same."""
+    n = len(evidence)
+    head = math.nan if layer is None else n / collective.world_size * _head_seconds(layer)
+    alone = last.seconds if isinstance(last, LastLayer) else math.nan
+    measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64).nan_to_num(-1.0)
+    one_pass, head, alone = collective.agreed(measured).tolist()
+    margins = not bool(evidence.margin.isnan().all())
+    return Pace(one_pass, None if head < 0 else head, None if alone < 0 else alone, margins)
+
+
 @torch.no_grad()
-def _head_seconds(layer: nn.Linear | None, seen: Seen) -> float | None:
-    """What the last layer takes for a sample."""
-    if layer is None or seen.features is None:
-        return None
-    inputs = seen.features.inputs.to(layer.weight.dtype)
+def _head_seconds(layer: nn.Linear, n: int = 1024) -> float:
+    """What a Linear takes for a sample."""
+    inputs = layer.weight.new_zeros(n, layer.in_features)
+    layer(inputs).sum().item()  # the first call may be slow
     start = time.perf_counter()
     layer(inputs).sum().item()
-    return (time.perf_counter() - start) / max(1, len(inputs))
+    return (time.perf_counter() - start) / n
 
 
 def _told(
@@ -245,10 +255,8 @@ def _binding(evidence: Evidence, last: LastLayer) -> tuple[Binding, ...]:
 
 def _mixing(last: LastLayer) -> Mixing:
     k = min(NEIGHBOURS, max(1, len(last.passed) - 1))
-    groups = (
-        (near.agreement.nan_to_num(0) * k).round().long().bincount(minlength=k + 1).tolist()
-        for near in (last.near, last.near_passed)
-    )
+    shares = (near.agreement[~near.agreement.isnan()] for near in (last.near, last.near_passed))
+    groups = ((share * k).round().long().bincount(minlength=k + 1).tolist() for share in shares)
     return Mixing(k, *(tuple(group) for group in groups))
 
 
