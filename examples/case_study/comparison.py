@@ -63,16 +63,17 @@ def duels(comparison: Comparison, repair: str = REPAIR) -> Table:
     for head in ("t", "repaired", "broken", repair):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
-    fewer = of = 0
-    for duel in comparison.duels(repair):
-        if duel.rival not in BASELINES:
-            continue
-        point, reached = duel.point, not math.isnan(duel.broken)
-        fewer, of = fewer + duel.fewer, of + 1
+    found = [duel for duel in comparison.duels(repair) if duel.rival in BASELINES]
+    for duel in found:
+        unseen, reached = duel.point.unseen, not math.isnan(duel.broken)
         words = "never repairs as many" if not reached else "fewer" if duel.fewer else "not fewer"
-        counts = (f"{point.strength:.2f}", f"{point.unseen.repaired:,}", f"{point.unseen.broken:,}")
+        counts = (f"{duel.point.strength:.2f}", f"{unseen.repaired:,}", f"{unseen.broken:,}")
         table.add_row(duel.rival, *counts, f"{duel.broken:.1f}" if reached else "-", words)
-    table.caption = f"{repair} breaks fewer at {fewer} of {of} points."
+    given = [duel for duel in found if duel.point.strength == 1]
+    table.caption = (
+        f"{repair} breaks fewer at {sum(duel.fewer for duel in found)} of {len(found)} points, "
+        f"at {sum(duel.fewer for duel in given)} of {len(given)} where t = 1: as the baseline gave it."
+    )
     return table
 
 
