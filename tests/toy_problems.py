@@ -108,6 +108,20 @@ def together(
     return on_ranks(world_size, run)
 
 
+def threshold(at: float) -> State:
+    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
+    return {"weight": torch.tensor([[0.0, at], [1.0, 0.0]])}
+
+
+def on_a_line(**rest: Any) -> Problem:
+    """With the threshold at 0.75, 0.6 passes, 0.7 and 0.5 of class 1 are to be repaired. Who repairs 0.5 breaks 0.6."""
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.75))
+    x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.6, 0.7, 0.5)])
+    source = TensorSource(x, torch.tensor([0, 0, 1, 1, 0, 1, 1]), "all", passed=True, failed=True)
+    return make_problem(model, [source], **rest)
+
+
 def normed() -> nn.Sequential:
     """A network with running statistics and dropout."""
     return nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.5), nn.Linear(12, 3))

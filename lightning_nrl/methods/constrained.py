@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -29,7 +30,13 @@ class Constrained:
     with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
     Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
     (`lightning_nrl.fit`). A polish (`lightning_nrl.polish`) then brings back every known passed sample that broke.
+
+    Attributes:
+        share: of the time that is left, what it may take; the rest is for what comes after it.
     """
+
+    trains: ClassVar[bool] = True
+    share: float = 1.0
 
     def __call__(self, problem: Problem) -> Solution:
         """Fits and polishes.
@@ -39,17 +46,19 @@ class Constrained:
         """
         check_margin(problem)
         clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
-        seconds = _agreed(problem, clock.left - (POLISH + JUDGE) * one_pass)
-        if seconds <= 0:
-            return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
+        end = clock.elapsed + self.share * clock.left
         began = time.perf_counter()
         with clock.stage("fit"):
-            state, how = _fitted(problem, seconds)
+            found = _fitted(problem, end - (POLISH + JUDGE) * one_pass)
+            if found is None:
+                reason = f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`."
+                return Solution(None, reason)
+            state, how = found
             fitted = problem.propose("fit", state)
         steps = [fitted.step(time.perf_counter() - began, how)]
         began = time.perf_counter()
         with clock.stage("polish"):
-            seconds = _agreed(problem, clock.left - JUDGE * one_pass)
+            seconds = _left(problem, end - JUDGE * one_pass)
             polished = polish(problem, state, seconds=seconds, after=fitted.after)
         proposal = problem.counted("polish", polished.state, polished.after)
         note = f"{polished.rounds} rounds"
@@ -62,19 +71,20 @@ class Constrained:
         return Solution(proposal, steps=tuple(steps), others=(fitted,))
 
 
-def _fitted(problem: Problem, seconds: float) -> tuple[State, str]:
-    """Weights that repair, and in words how they came about."""
-    if problem.whole and problem.training is not None:
-        began = time.perf_counter()
+def _fitted(problem: Problem, end: float) -> tuple[State, str] | None:
+    """Weights that repair, and in words how they came about; None if the clock is at the end before they did."""
+    seconds = _left(problem, end)
+    if seconds > 0 and problem.whole and problem.training is not None:
         state = problem.training(seconds=seconds, seed=problem.seed, clock=problem.clock)
         if state is not None:
             return state, "continued training"
-        seconds -= time.perf_counter() - began
-    return fit(problem, seconds=_agreed(problem, seconds)), "distilled steps"
+        seconds = _left(problem, end)
+    return (fit(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
 
 
-def _agreed(problem: Problem, seconds: float) -> float:
-    """The first rank's time."""
+def _left(problem: Problem, end: float) -> float:
+    """Seconds until the clock is there; the first rank's."""
+    seconds = end - problem.clock.elapsed
     if math.isinf(seconds) or problem.collective.world_size == 1:
         return seconds
     return float(problem.collective.agreed(torch.tensor(seconds, dtype=torch.float64)))

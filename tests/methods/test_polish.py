@@ -22,10 +22,12 @@ from toy_problems import (
     left_alone,
     make_problem,
     normed,
+    on_a_line,
     retrained,
     right,
     same,
     same_evidence,
+    threshold,
     together,
 )
 from toy_repairs import known, mlp, trained
@@ -35,7 +37,7 @@ from lightning_nrl import polish as module
 from lightning_nrl.flips import Flips
 from lightning_nrl.methods import Problem
 from lightning_nrl.polish import Polished, polish
-from lightning_nrl.state import State, snapshot
+from lightning_nrl.state import snapshot
 
 
 def checked(problem: Problem, found: Polished) -> Polished:
@@ -49,20 +51,6 @@ def checked(problem: Problem, found: Polished) -> Polished:
     assert all(value.dtype == own[name].dtype for name, value in found.state.items())
     assert 0 <= found.strength <= 1
     return found
-
-
-def threshold(at: float) -> State:
-    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
-    return {"weight": torch.tensor([[0.0, at], [1.0, 0.0]])}
-
-
-def on_a_line() -> Problem:
-    """With the threshold at 0.75, 0.6 passes, 0.7 and 0.5 of class 1 are to be repaired. Who repairs 0.5 breaks 0.6."""
-    model = nn.Linear(2, 2, bias=False)
-    model.load_state_dict(threshold(0.75))
-    x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.6, 0.7, 0.5)])
-    source = TensorSource(x, torch.tensor([0, 0, 1, 1, 0, 1, 1]), "all", passed=True, failed=True)
-    return make_problem(model, [source])
 
 
 def test_steps_bring_back_what_is_broken_and_keep_what_is_repaired() -> None:

@@ -1,0 +1,217 @@
+"""Fit and polish in their order: what each is given of the time, and what is said where there is nothing to give."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from toy_problems import (
+    Marginless,
+    barely,
+    broken,
+    left_alone,
+    make_problem,
+    normed,
+    on_a_line,
+    retrained,
+    right,
+    same,
+    threshold,
+    together,
+)
+from toy_repairs import known, trained
+
+from lightning_nrl import ConfigurationError, Settings, repair_module
+from lightning_nrl import fit as fit_module
+from lightning_nrl.clock import Clock
+from lightning_nrl.methods import Constrained, Problem, Solution
+from lightning_nrl.methods import constrained as module
+from lightning_nrl.state import State, snapshot
+
+
+@pytest.fixture(autouse=True)
+def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "VISITS", 12)
+    monkeypatch.setattr(fit_module, "RATE", 0.01)
+
+
+class Training:
+    """Gives what it was told to and writes down how it was called."""
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, *, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State | None:
+        self.calls.append({"seconds": seconds, "seed": seed, "clock": clock, "start": start})
+        return self.state
+
+
+def checked(problem: Problem, solution: Solution) -> Solution:
+    assert solution.proposal is not None
+    now = right(problem, solution.proposal.state)
+    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+    assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
+    assert torch.equal(solution.proposal.after.passed, now)
+    return solution
+
+
+def test_training_goes_on_and_is_polished() -> None:
+    model = trained(normed).eval()
+    training = Training(barely(make_problem(model, known()), retrained(model)))
+    problem = make_problem(model, known(), training=training, seed=7)
+    with left_alone(model):
+        solution = checked(problem, Constrained()(problem))
+    assert training.calls == [{"seconds": math.inf, "seed": 7, "clock": problem.clock, "start": None}]
+    (fitted,) = solution.others
+    assert fitted.state is training.state
+    assert fitted.broken > 0
+    first, second = solution.steps
+    assert (first.name, first.note, first.broken, first.repaired) == (
+        "fit",
+        "continued training",
+        fitted.broken,
+        fitted.repaired,
+    )
+    assert (second.name, second.broken, second.repaired) == ("polish", 0, solution.proposal.repaired)
+    assert second.note.endswith(" rounds")
+    assert solution.proposal.name == "polish"
+    assert torch.equal(solution.proposal.state["1.running_mean"], training.state["1.running_mean"])
+    assert list(problem.clock.seconds) == ["fit", "polish"]
+
+
+def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained().eval()
+    problem = make_problem(model, known(), training=Training(retrained(model)), clock=Clock(max_time=60))
+    polish = module.polish
+    monkeypatch.setattr(module, "polish", lambda *args, **rest: polish(*args, **{**rest, "seconds": 0}))
+    solution = checked(problem, Constrained()(problem))
+    assert solution.steps[1].note.startswith("1 rounds, then back to ")
+    assert solution.steps[1].note.endswith("% of the way")
+
+
+def test_where_training_has_no_time_there_are_distilled_steps() -> None:
+    training = Training(None)
+    problem = make_problem(trained(), known(), training=training)
+    solution = checked(problem, Constrained()(problem))
+    assert len(training.calls) == 1
+    assert solution.steps[0].note == "distilled steps"
+    assert set(solution.others[0].state) == set(problem.scope)
+
+
+def test_a_layer_is_not_trained() -> None:
+    training = Training({})
+    problem = make_problem(trained(), known(), layer="2", training=training)
+    assert not problem.whole
+    solution = checked(problem, Constrained()(problem))
+    assert training.calls == []
+    assert solution.steps[0].note == "distilled steps"
+    assert set(solution.proposal.state) == {"2.weight", "2.bias"}
+
+
+def test_where_nobody_knows_how_it_was_trained_there_are_distilled_steps() -> None:
+    problem = make_problem(trained(), known())
+    assert checked(problem, Constrained()(problem)).steps[0].note == "distilled steps"
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, 85.0), (0.5, 35.0)])
+def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = trained().eval(), {}
+    training = Training(barely(make_problem(model, known()), retrained(model)))
+    problem = make_problem(model, known(), training=training, clock=Clock(max_time=100))
+    problem.clock.seconds["collect"] = 1.0
+    polish = module.polish
+
+    def listen(*args: Any, seconds: float, **rest: Any) -> Any:
+        given["polish"] = seconds
+        return polish(*args, seconds=seconds, **rest)
+
+    monkeypatch.setattr(module, "polish", listen)
+    checked(problem, Constrained(share)(problem))
+    # A polish takes 12 passes of a second, and 3 are left for judging.
+    assert training.calls[0]["seconds"] == pytest.approx(expected, abs=2)
+    assert given["polish"] == pytest.approx(expected + 12, abs=4)
+
+
+@pytest.mark.parametrize(("share", "max_time"), [(1.0, 10.0), (0.1, 100.0), (0.5, 1e-9)])
+def test_without_time_the_reason_is_said(share: float, max_time: float) -> None:
+    training = Training({})
+    problem = make_problem(trained(), known(), training=training, clock=Clock(max_time=max_time))
+    problem.clock.seconds["collect"] = 1.0
+    solution = Constrained(share)(problem)
+    assert solution.proposal is None
+    assert solution.reason.startswith("no time was left for a repair after ")
+    assert solution.reason.endswith(" s; raise `max_time`.")
+    assert training.calls == []
+    assert solution.steps == ()
+
+
+def test_where_training_took_all_the_time_in_vain_that_is_said() -> None:
+    class Slow(Training):
+        def __call__(self, **rest: Any) -> State | None:
+            rest["clock"]._began -= 100
+            return super().__call__(**rest)
+
+    problem = make_problem(trained(), known(), training=Slow(None), clock=Clock(max_time=50))
+    solution = Constrained()(problem)
+    assert solution.proposal is None
+    assert solution.reason.startswith("no time was left for a repair after 10")
+
+
+def test_a_fit_that_repairs_nothing_is_no_proposal() -> None:
+    problem = on_a_line(training=Training(threshold(0.9)))
+    solution = Constrained()(problem)
+    assert solution.proposal is None
+    assert solution.reason == "no target was repaired without breaking what is right."
+    assert [(step.name, step.repaired, step.broken) for step in solution.steps] == [("fit", 0, 0), ("polish", 0, 0)]
+    assert [other.name for other in solution.others] == ["fit"]
+
+
+def test_weights_that_are_no_numbers_are_no_proposal() -> None:
+    model = trained().eval()
+    nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(model).items()}
+    solution = Constrained()(make_problem(model, known(), training=Training(nan)))
+    assert solution.proposal is None
+    assert solution.reason == "no target was repaired without breaking what is right."
+    assert [(step.name, step.repaired) for step in solution.steps] == [("fit", 0), ("polish", 0)]
+
+
+def test_a_task_without_margins_is_refused_before_any_training() -> None:
+    training = Training(None)
+    with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
+        Constrained()(make_problem(trained(), known(), task=Marginless(), training=training))
+    assert training.calls == []
+
+
+def test_it_trains() -> None:
+    assert Constrained.trains is True
+    assert Constrained() == Constrained(share=1.0)
+    assert "trains" not in Settings(method=Constrained()).plain()["method"]
+
+
+def test_a_repair_by_name_writes_what_was_proposed() -> None:
+    model = trained()
+    outcome = repair_module(model, known(), Settings(method="constrained", strength=1.0))
+    assert outcome.report.status == "repaired"
+    assert [step.name for step in outcome.report.steps] == ["fit", "polish"]
+    assert [split.broken for split in outcome.report.splits] == [0, 0]
+    assert list(outcome.report.seconds)[:3] == ["collect", "fit", "polish"]
+    problem = make_problem(model, known())
+    assert broken(problem, outcome.parameters) == 0
+
+
+@pytest.mark.parametrize("max_time", [None, 1e4])
+def test_two_ranks_repair_as_one(max_time: float | None) -> None:
+    model = trained().eval()
+    alone = Constrained()(make_problem(model, known()))
+
+    def work(problem: Problem) -> Solution:
+        # One rank's clock is ahead of the other's.
+        clock = Clock(max_time=None if max_time is None else max_time - 10 * problem.collective.rank)
+        return Constrained()(Problem(**{**vars(problem), "clock": clock}))
+
+    first, second = together(model, known(), work)
+    assert same(first.proposal.state, second.proposal.state)
+    assert (first.proposal.repaired, first.proposal.broken) == (alone.proposal.repaired, 0)
