@@ -7,9 +7,9 @@ kept as random sketches whose inner products are right on average (count sketch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from lightning_nrl.batches import Batch
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.programme import ascend
-from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Context
-from lightning_nrl.localization.layers import rows as as_rows
 from lightning_nrl.localization.layers import weight_gradients
-from lightning_nrl.precision import at_least_float32, no_autocast
+from lightning_nrl.precision import no_autocast
 from lightning_nrl.sites import Layer
+from lightning_nrl.slopes import Call, by_sample, trace
 from lightning_nrl.tasks import Task
 
 __all__ = ["Room", "Sketches", "layers_of", "room", "sketch"]
@@ -84,11 +83,11 @@ def sketch(
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for batch, at in batches:
-        margin, calls = _trace(model, layers, batch, task, context)
+        margin, calls = trace(model, layers, batch, task, context)
         rows.append(at)
         margins.append(margin.detach().float().cpu())
         for name in list(parts):
-            if _by_sample(calls[name], len(at)):
+            if by_sample(calls[name], len(at)):
                 parts[name].append(_sketched(name, layers[name], calls[name], len(at), seed))
             else:
                 del parts[name]
@@ -139,62 +138,7 @@ FAR = 10.0
 """A change that is so many times as large as the layer is none."""
 
 
-class _Call(NamedTuple):
-    input: Tensor
-    gradient: Tensor
-
-
-def _trace(
-    model: nn.Module, layers: dict[str, Layer], batch: Batch, task: Task, context: Context
-) -> tuple[Tensor, dict[str, list[_Call]]]:
-    """The margins of a batch, and for each call of a layer its input and the margins' gradient at its output."""
-    seen: list[tuple[str, Tensor, Tensor]] = []
-
-    def add_zero(name: str) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            zero = torch.zeros_like(output, requires_grad=True)
-            # A copy, since the model may go on to change its own tensors in place.
-            seen.append((name, args[0].detach().clone(), zero))
-            return output + zero
-
-        return hook
-
-    with _hooked(layers, add_zero), torch.enable_grad():
-        with context():
-            output = task.logits(model(*batch.args, **batch.kwargs))
-        margin = task.margin(output, batch.target)
-        if margin is None:
-            raise ConfigurationError(
-                explain(
-                    f"`task`: {type(task).__name__} has no margin, and layers are compared by its gradients.",
-                    "give the task a `margin`.",
-                )
-            )
-        with no_autocast(margin.device):
-            zeros = [zero for *_, zero in seen]
-            gradients = torch.autograd.grad(margin.sum(), zeros, materialize_grads=True) if margin.requires_grad else ()
-    calls: dict[str, list[_Call]] = {name: [] for name in layers}
-    for (name, x, _), gradient in zip(seen, gradients, strict=False):
-        calls[name].append(_Call(*(at_least_float32(as_rows(layers[name], t)) for t in (x, gradient))))
-    return margin, calls
-
-
-@contextmanager
-def _hooked(layers: dict[str, Layer], make: Callable[[str], Callable[..., Tensor]]) -> Iterator[None]:
-    handles = [layer.register_forward_hook(make(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _by_sample(calls: Sequence[_Call], n: int) -> bool:
-    """Whether a layer was called, each time with as many rows for each sample."""
-    return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
-
-
-def _sketched(name: str, layer: Layer, calls: Sequence[_Call], n: int, seed: int) -> Tensor:
+def _sketched(name: str, layer: Layer, calls: Sequence[Call], n: int, seed: int) -> Tensor:
     """`n x (weights or SKETCH)`, the gradient of each sample's margin in a layer's weight."""
     size = layer.weight.numel()
     generator = torch.Generator().manual_seed(seed)

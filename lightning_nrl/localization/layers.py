@@ -21,6 +21,7 @@ __all__ = [
     "rows",
     "weight_gradient",
     "weight_gradients",
+    "windows",
 ]
 
 _WEIGHT_GRADIENT = {
@@ -93,6 +94,28 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
     )
     by_group = windows.reshape(groups, 1, *shape[1:])
     return by_group.expand(-1, shape[0] // groups, *by_group.shape[2:]).reshape(shape)
+
+
+def windows(layer: Layer, x: Tensor, most: int = 2**62) -> Tensor:
+    """What one output is a weighted sum of, in the order of the weights: `groups x (r * positions) x weights`.
+
+    Args:
+        layer: a Linear has one position, a convolution one for each place of its kernel.
+        x: its input, `r x ...`.
+        most: about how many positions of a row are taken, evenly spread; all if there are fewer.
+    """
+    if isinstance(layer, nn.Linear):
+        return x[None]
+    x = _pad(layer, x)
+    n_dims = x.ndim - 2
+    side = max(1, int(most ** (1 / n_dims)))
+    for i, (kernel, stride, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
+        # Views up to here: what is left out is never copied.
+        x = x.unfold(2 + i, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        x = x[(slice(None),) * (2 + i) + (slice(None, None, -(-x.shape[2 + i] // side)),)]
+    x = x.unflatten(1, (layer.groups, -1))
+    order = (1, 0, *range(3, 3 + n_dims), 2, *range(3 + n_dims, x.ndim))
+    return x.permute(order).flatten(2 + n_dims).flatten(1, -2)
 
 
 def _convolution_gradient(layer: Convolution, x: Tensor, gradient: Tensor, samples: int = 1) -> Tensor:

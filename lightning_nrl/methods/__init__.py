@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.linearised import Linearised
 from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution, Step, Training, better
 from lightning_nrl.methods.swarm import by_swarm
 from lightning_nrl.search import ParticleSwarm
@@ -13,6 +14,7 @@ __all__ = [
     "METHODS",
     "Constrained",
     "Convex",
+    "Linearised",
     "Method",
     "Problem",
     "Proposal",
@@ -27,6 +29,7 @@ __all__ = [
 METHODS: dict[str, type] = {
     "constrained": Constrained,
     "convex": Convex,
+    "linearised": Linearised,
     "swarm": ParticleSwarm,
 }
 """The methods that can be named, with their default settings."""

@@ -1,0 +1,214 @@
+"""Repairing any layers by linearised margins: solve, count exactly, step, linearise again. No pass of training.
+
+To first order a sample's margin is linear in the weights of any layer, as it is exactly in those of the last. So the
+programme of the last layer serves deeper ones too, round by round, as long as each step is counted on all known data
+with the deployed model: what breaks nothing and repairs more is kept; what came near the border is in the next
+programme.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.evidence import Evidence
+from lightning_nrl.methods.problem import Problem, Proposal, Solution, Step
+from lightning_nrl.polish import SAFE, TYPICAL, check_margin
+from lightning_nrl.search.head import ENOUGH, GIVEN, SHARE
+from lightning_nrl.search.trust import Radius, Tangent
+from lightning_nrl.whitening import Whitening, slopes, whitened
+
+__all__ = ["Linearised"]
+
+ROUNDS = 10
+"""Linearisations at most; 3 to 6 were enough where all could be repaired."""
+
+STALLED = 2
+"""Rounds in a row without a further repair, after which it ends."""
+
+ROWS = 1000
+"""Samples of one programme: at most half of them targets, the rest the passed samples that are or came nearest to the
+border. Its time grows with their square."""
+
+ENTRIES = 2**27
+"""Gradient entries (samples x weights) of one programme: half a GiB in float32. Larger layers move in part."""
+
+CORRECTIONS = 2
+"""Solutions with the same gradients, corrected by what the one before broke."""
+
+SHARES = (0.5, 0.25)
+"""Shares of a step that are tried where the whole of it breaks something."""
+
+BROKEN = 3
+"""Repairs that a regression outweighs when the walk goes on from weights that break something for the moment."""
+
+JUDGE = 3.0
+"""Passes over known data that are left for judging when it is over."""
+
+PASSES = 5.0
+"""Passes that the first round is expected to take."""
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Repairs any Linear or convolution layers so that no known passed sample breaks, in a few dozen forward passes.
+
+    A step is the one that moves what the layers give on passed data least, in the mean square, while passed samples
+    keep half of their margin, or a small one that suffices, and targets get one, all to first order. It is found from
+    the gradients of targets and of passed samples near the border, and taken as far as an exact count allows.
+    """
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Walks from the original weights.
+
+        Raises:
+            ConfigurationError: the task has no margins, or their gradients do not reach a layer.
+        """
+        check_margin(problem)
+        clock = problem.clock
+        if _is_late(problem, PASSES * _one_pass(problem)):
+            return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
+        entries = ENTRIES if problem.budget is None else min(ENTRIES, problem.budget // 8)
+        with clock.stage("linearise"):
+            whitening = whitened(problem, max(1, entries // min(ROWS, len(problem.before))))
+        walk = _Walk(problem, whitening)
+        targets, took = int(problem.before.targeted.sum()), PASSES * _one_pass(problem)
+        while len(walk.steps) < ROUNDS and walk.stalled < STALLED and walk.repaired < targets:
+            if _is_late(problem, took):
+                break
+            began = time.perf_counter()
+            if not walk.round():
+                return Solution(None, "no margin of a target depends on the layer's weights.")
+            took = time.perf_counter() - began
+            clock.tell(len(walk.steps), ROUNDS, walk.repaired, 0)
+        steps = tuple(walk.steps)
+        if not walk.found:
+            return Solution(None, "no step along the gradients repairs a target without a regression.", steps)
+        *others, proposal = walk.found
+        return Solution(proposal, steps=steps, others=tuple(others))
+
+
+class _Walk:
+    """From the original weights, round by round.
+
+    Attributes:
+        found: proposals that break nothing, each with more repairs than the one before.
+        steps: one a round.
+        stalled: rounds since the last of `found`.
+    """
+
+    def __init__(self, problem: Problem, whitening: Whitening) -> None:
+        before = problem.before
+        self.problem, self.whitening = problem, whitening
+        unit = float(before.margin[before.passed].median())
+        keep = (SHARE * before.margin).clamp(max=ENOUGH * unit)
+        self.asked = torch.where(before.targeted, GIVEN * unit, keep)
+        self.least = before.margin.clamp(max=SAFE * max(1.0, unit / TYPICAL))
+        self.after, self.closest = before, before.margin
+        self.change: Tensor | None = None
+        self.radius, self.price = Radius(), 0.0
+        self.found: list[Proposal] = []
+        self.steps: list[Step] = []
+        self.stalled = 0
+
+    @property
+    def repaired(self) -> int:
+        """Targets that the best proposal repairs."""
+        return self.found[-1].repaired if self.found else 0
+
+    def round(self) -> bool:
+        """Linearises, solves and steps; False where no target's margin depends on the weights."""
+        began = time.perf_counter()
+        with self.problem.clock.stage("linearise"):
+            tangent, rows, here = self._linearised()
+        self.price = self.price or tangent.price()
+        if not self.price:
+            return False
+        tries, note = self._tried(tangent, rows, here)
+        clean = [one for one in tries if self._is_clean(one[0].after)]
+        step = tries[-1][1] - here
+        if not clean:
+            self.radius.missed(step)
+        elif len(tries) == 1:
+            self.radius.kept(step)
+        elif len(tries) > 1 + CORRECTIONS:
+            self.radius.shortened(step)
+        best = max(clean or tries, key=lambda one: self._worth(one[0]))
+        if clean or self._worth(best[0]) >= self.repaired:
+            self.after, self.change = best[0].after, best[1]
+        self.stalled += 1
+        if clean and best[0].repaired > self.repaired:
+            self.found.append(best[0])
+            self.stalled = 0
+        self.steps.append(best[0].step(time.perf_counter() - began, f"{len(rows):,} gradients, {note}"))
+        return True
+
+    def _linearised(self) -> tuple[Tangent, Tensor, Tensor]:
+        """The programme at the present weights, its rows in the evidence, and where it is."""
+        change = torch.zeros(self.whitening.size) if self.change is None else self.change
+        state = self.whitening.state(change.to(self.problem.space.device))
+        found = slopes(self.problem, self._near(), self.whitening, state)
+        device, rows = found.values.device, found.rows
+        margin, asked = (x[rows].to(found.values) for x in (_margins(self.after), self.asked))
+        targeted = self.problem.before.targeted[rows].to(device)
+        return Tangent(found.values, margin, asked, targeted), rows, change.to(found.values)
+
+    def _near(self) -> Tensor:
+        """Rows of the samples of a programme: those nearest to the border, targets among them or not."""
+        before, margin = self.problem.before, _margins(self.after)
+        targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
+        targets = targets[margin[targets].abs().argsort(stable=True)[: ROWS // 2]]
+        closest = torch.minimum(self.closest, margin)[passed]
+        passed = passed[closest.argsort(stable=True)[: ROWS - len(targets)]]
+        return torch.cat([targets, passed]).sort().values
+
+    def _tried(self, tangent: Tangent, rows: Tensor, here: Tensor) -> tuple[list[tuple[Proposal, Tensor]], str]:
+        """Proposals and where they are, until one breaks nothing, and in words how far that was."""
+        tries: list[tuple[Proposal, Tensor]] = []
+        error = start = None
+        for number in range(1 + CORRECTIONS):
+            with self.problem.clock.stage("solve"):
+                step, start = tangent.step(self.price, error, start)
+                step = self.problem.collective.agreed(self.radius.within(step))
+            tries.append(self._proposed(here + step))
+            if self._is_clean(tries[-1][0].after):
+                return tries, "the whole step" + (f", corrected {number} times" if number else "")
+            real = _margins(tries[-1][0].after)[rows].to(tangent.margin)
+            error = real - tangent.promised(step)
+        for share in SHARES:
+            tries.append(self._proposed(here + share * step))
+            if self._is_clean(tries[-1][0].after):
+                return tries, f"{share:.0%} of the step"
+        return tries, "still breaking some"
+
+    def _proposed(self, change: Tensor) -> tuple[Proposal, Tensor]:
+        with self.problem.clock.stage("judge"):
+            proposal = self.problem.propose("linearised", self.whitening.state(change))
+        self.closest = torch.minimum(self.closest, _margins(proposal.after))
+        return proposal, change
+
+    def _is_clean(self, after: Evidence) -> bool:
+        """Whether every known passed sample passes, by a margin that another batch size does not flip."""
+        right = after.passed & (_margins(after) >= self.least)
+        return not bool((self.problem.before.passed & ~right).any())
+
+    def _worth(self, proposal: Proposal) -> int:
+        return proposal.repaired - BROKEN * proposal.broken
+
+
+def _margins(evidence: Evidence) -> Tensor:
+    """Margins, far below 0 where the model gave something that is not finite."""
+    finite = evidence.margin.isfinite() & evidence.loss.isfinite()
+    return torch.where(finite, evidence.margin, -1e6)
+
+
+def _one_pass(problem: Problem) -> float:
+    return problem.clock.seconds.get("collect", 0.0)
+
+
+def _is_late(problem: Problem, seconds: float) -> bool:
+    """Whether on any rank no time is left for work of so many seconds and for judging."""
+    return problem.collective.any(problem.clock.left < seconds + JUDGE * _one_pass(problem))
