@@ -71,6 +71,12 @@ class Polished:
     rounds: int
     strength: float = 1.0
 
+    @property
+    def note(self) -> str:
+        """How it went, for a line of the report."""
+        back = f", then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
+        return f"{self.rounds} round{'' if self.rounds == 1 else 's'}{back}"
+
 
 def polish(
     problem: Problem,

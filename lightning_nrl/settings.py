@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Real
 from typing import Any
 
+from torch import Tensor, nn
+
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
@@ -120,7 +122,11 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, (Target, Gate)):
         return str(value)
+    if isinstance(value, nn.Module):
+        return type(value).__name__
     if isinstance(value, Mapping):
+        if value and all(isinstance(item, Tensor) for item in value.values()):
+            return f"{len(value)} tensors"
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]

@@ -61,10 +61,7 @@ class Constrained:
             seconds = _left(problem, end - JUDGE * one_pass)
             polished = polish(problem, state, seconds=seconds, after=fitted.after)
         proposal = problem.counted("polish", polished.state, polished.after)
-        note = f"{polished.rounds} rounds"
-        if polished.strength < 1:
-            note += f", then back to {polished.strength:.0%} of the way"
-        steps.append(proposal.step(time.perf_counter() - began, note))
+        steps.append(proposal.step(time.perf_counter() - began, polished.note))
         if not proposal.repaired:
             reason = "no target was repaired without breaking what is right."
             return Solution(None, reason, steps=tuple(steps), others=(fitted,))
