@@ -8,6 +8,7 @@ from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
+from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
 from lightning_nrl.pipeline import Outcome, repair_module
 from lightning_nrl.preflight import diagnose
 from lightning_nrl.report import RepairReport
@@ -21,19 +22,24 @@ from lightning_nrl.tensors import TensorSource
 __all__ = [
     "Comparison",
     "ConfigurationError",
+    "Constrained",
+    "Convex",
     "Diagnosis",
     "Everything",
     "EvidenceError",
     "Fitness",
     "Gate",
+    "Linearised",
     "Multiclass",
     "NeuRecoverLite",
     "Outcome",
     "ParticleSwarm",
+    "Polish",
     "RegressionFreeRepair",
     "RepairError",
     "RepairReport",
     "Settings",
+    "Strongest",
     "Target",
     "Task",
     "TensorSource",

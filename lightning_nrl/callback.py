@@ -56,10 +56,12 @@ class RegressionFreeRepair(Callback):
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)`; None: all.
-        layer: dotted name of the layer to be repaired, several names, or `auto`: the last Linear.
+        layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear is searched,
+            and methods that train may change the whole network.
         gate: what is accepted: `instance` (no known passed sample broken), `accuracy` (at least as many repaired as
             broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
-        method: how new weights are found, such as `swarm`, or an object of `lightning_nrl.methods`.
+        method: how new weights are found: `auto`, `constrained`, `convex`, `linearised`, `swarm`, or an object of
+            `lightning_nrl.methods`.
         fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired), `eq1` and `eq2` (the
             paper's equations), or a `Fitness`.
         localizer: how the weights to be searched are chosen; None: NeuRecoverLite with its default settings.
@@ -80,7 +82,7 @@ class RegressionFreeRepair(Callback):
         budget: bytes that the search may use on the device; None takes a share of what is free.
         max_time: seconds that the repair may take; None: as long as its method needs.
         strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
-            repairs more and breaks no known sample.
+            repairs more and breaks no known sample and no more of the calibration data.
         limit: how many calibration samples may break, as a gate: the greatest strength within it is taken.
         sparse: the share of repairs that may be lost for a patch of fewer changed weights; None: no weights are spared.
         verbose: whether the report is printed at the end.
@@ -104,7 +106,7 @@ class RegressionFreeRepair(Callback):
         target: Target | None = None,
         layer: str | list[str] = "auto",
         gate: str | Gate = "instance",
-        method: str | Method | ParticleSwarm = "swarm",
+        method: str | Method | ParticleSwarm = "auto",
         fitness: str | Fitness = "lexicographic",
         localizer: Localizer | None = None,
         n_passed: int | None = None,

@@ -39,14 +39,19 @@ REACH = 0.3
 """Failing targets this close to being right are tried too."""
 NEAR, FOLLOWED = 1.0, 2.0
 """Steps are on samples with a margin below NEAR; those below FOLLOWED are watched."""
-REST = 4 * BATCH
+REST = 8 * BATCH
 """Further passed samples, drawn once, that hold the model where it is."""
 MOST = 64 * BATCH
 """Followed samples at most, so that a round stays short however much is known."""
-RATE = 1e-4
+RATE = 5e-5
+"""Of Adam. Each step moves what nobody looks at too, so small steps are better than few."""
 HOLD = 5
-ROUNDS = 40
-"""Enough for thrice what was ever needed."""
+PRESSURE = 1.4
+"""What a broken sample's weight in the loss is multiplied with, round by round, until it is right."""
+ROUNDS = 20
+"""Rounds that either suffice or will not; then all weights go back to RETREAT of the way from the original ones, where
+fewer samples are broken, and rounds begin again, at most RETREATS times."""
+RETREAT, RETREATS = 0.9, 4
 SCALINGS = 6
 """Passes to find how far a step back is needed where rounds do not reach zero."""
 
@@ -61,7 +66,7 @@ class Polished:
         repaired: targeted samples that pass.
         broken: known passed samples that do not pass any more: 0.
         rounds: of steps that were made.
-        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it could go.
+        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
     """
 
     state: State
@@ -107,22 +112,27 @@ def polish(
         one_pass = -time.perf_counter()
         after = problem.see(state)
         one_pass += time.perf_counter()
-    border = _Border(problem, state, after)
-    if not border.broken.any():
-        return _polished(problem, state, after, 0)
-    descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
-    for done in range(1, ROUNDS + 1):
+    old, done = snapshot(problem.model), 0
+    for retreats in range(RETREATS + 1):
+        border = _Border(problem, state, after)
+        if not border.broken.any():
+            return _polished(problem, state, after, done, RETREAT**retreats)
         if border.hopeless.any():
-            return _scaled_back(problem, border, state, done - 1)
-        border.steps(descent)
-        if not (border.broken & border.followed).any():
-            after = problem.see(descent.state())
-            border.seen(after)
-            if not border.broken.any():
-                return _polished(problem, descent.state(), after, done)
-        if _is_late(problem, deadline - (SCALINGS + 1) * one_pass):
             break
-    return _scaled_back(problem, border, descent.state(), done)
+        descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
+        for _ in range(ROUNDS):
+            border.steps(descent)
+            done += 1
+            if not (border.broken & border.followed).any():
+                after = problem.see(descent.state())
+                border.seen(after)
+                if not border.broken.any():
+                    return _polished(problem, descent.state(), after, done, RETREAT**retreats)
+            if _is_late(problem, deadline - (SCALINGS + 1) * one_pass):
+                return _scaled_back(problem, border, descent.state(), done)
+        state = between(old, descent.state(), RETREAT)
+        after = problem.see(state)
+    return _scaled_back(problem, border, state, done)
 
 
 def _is_late(problem: Problem, deadline: float) -> bool:
@@ -208,7 +218,7 @@ class _Border:
     def steps(self, descent: Descent) -> None:
         """A round: steps on the samples near the border and as many others, then their margins again."""
         before = self.problem.before
-        self.pressure[self.broken] += 1
+        self.pressure[self.broken] *= PRESSURE
         wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > -self.unit * REACH)
         near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)
         core, rest = near.nonzero().flatten(), (self.followed & ~near).nonzero().flatten()

@@ -15,7 +15,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
-from lightning_nrl.methods import Method, parse_method
+from lightning_nrl.methods import Method, Strongest, parse_method
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
@@ -42,7 +42,7 @@ class Settings:
         budget: bytes that the search may use on the device; None takes a share of what is free. Half of it is for
             what is recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
         strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
-            repairs more and breaks no known sample.
+            repairs more and breaks no known sample and no more of the calibration data.
         limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
         sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
             None: no weights are spared.
@@ -59,7 +59,7 @@ class Settings:
     target: Target = field(default_factory=AllFailures)
     layer: str | Sequence[str] = "auto"
     gate: Gate = field(default_factory=Gate.instance)
-    method: Method | ParticleSwarm = field(default_factory=ParticleSwarm)
+    method: Method | ParticleSwarm = field(default_factory=Strongest)
     fitness: Fitness = field(default_factory=Fitness)
     localizer: Localizer = field(default_factory=NeuRecoverLite)
     n_passed: int | None = None

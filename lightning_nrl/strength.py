@@ -136,20 +136,19 @@ def strength_path(
 
 
 def choose(path: Sequence[StrengthPoint]) -> float:
-    """The strength to take if nobody says: that of the patch, 1, or one beyond it that is free.
+    """The strength to take if nobody says: that of the patch, 1, or one beyond it of which data say that it is free.
 
-    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples, where
-    there are any.
+    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None is
+    without these: what is free on known data was costly on unseen data wherever it was tried.
     """
     chosen = next((point for point in path if point.strength == 1), None)
     if chosen is None:
         return 1.0
     for point in path:
-        if point.strength <= chosen.strength or point.known.broken:
-            continue
         here, there = chosen.calibration, point.calibration
-        harmless = here is None or there is None or there.broken <= here.broken
-        if harmless and point.repaired_in_target > chosen.repaired_in_target:
+        if point.strength <= chosen.strength or point.known.broken or here is None or there is None:
+            continue
+        if there.broken <= here.broken and point.repaired_in_target > chosen.repaired_in_target:
             chosen = point
     return chosen.strength
 

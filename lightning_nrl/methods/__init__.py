@@ -6,7 +6,9 @@ from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearised import Linearised
+from lightning_nrl.methods.polishing import Polish
 from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution, Step, Training, better
+from lightning_nrl.methods.strongest import Strongest
 from lightning_nrl.methods.swarm import by_swarm
 from lightning_nrl.search import ParticleSwarm
 
@@ -16,10 +18,12 @@ __all__ = [
     "Convex",
     "Linearised",
     "Method",
+    "Polish",
     "Problem",
     "Proposal",
     "Solution",
     "Step",
+    "Strongest",
     "Training",
     "better",
     "parse_method",
@@ -27,6 +31,7 @@ __all__ = [
 ]
 
 METHODS: dict[str, type] = {
+    "auto": Strongest,
     "constrained": Constrained,
     "convex": Convex,
     "linearised": Linearised,

@@ -100,7 +100,8 @@ def by_swarm(
     assert best is not None
     failed = problem.before.targeted & ~start.after.passed
     if not failed.any():
-        return Solution(best, steps=(start.step(0.0, "no target is left for the swarm"),))
+        step = replace(best.step(0.0, "not run: no target is left for it"), name="swarm")
+        return Solution(best, steps=(step,))
     task = _Task(
         failed,
         start.after.passed,
