@@ -30,7 +30,11 @@ def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
     blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
     if any(target.fixable != "not tried" for target in diagnosis.targets):
         blocks += [
-            Heading(f"Each target alone, by the last layer ({diagnosis.head}), at zero known regressions"),
+            Heading("Each target alone"),
+            Text(
+                f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
+                "with no known regression. Change: of the logits, by their size on passed samples."
+            ),
             _alone(diagnosis, few),
             Heading("Passed samples that stand in the way"),
             *_binding(diagnosis, few),
@@ -111,7 +115,7 @@ def _alone(diagnosis: Diagnosis, few: int) -> Table:
         row("can be fixed", count("yes"), "gain"),
         row("cannot be fixed", count("no")),
         *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
-        row("change of the logits, median", lambda group: part(_median([t.change for t in group]))),
+        row("change needed, median", lambda group: part(_median([t.change for t in group]))),
         row("neighbours with its label, mean", lambda group: part(_mean([t.agreement for t in group]))),
     ]
     return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))

@@ -38,6 +38,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Any:
         ConfigurationError: matplotlib is not installed.
     """
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
@@ -45,6 +46,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Any:
         ) from error
     layers = min(len(diagnosis.layers), MOST_LAYERS)
     figure = Figure(figsize=(13, max(4.6, 1.6 + 0.2 * layers)), layout="constrained")
+    FigureCanvasAgg(figure)  # can measure text, whatever the screen
     known = diagnosis.known
     figure.suptitle(
         f"Before a repair: {known['targeted']:,} failures to repair, {known['passed']:,} passed samples to keep",
