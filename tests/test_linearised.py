@@ -70,9 +70,9 @@ def test_a_repair_in_the_first_of_two_layers_worked_out_by_hand() -> None:
     solution = Linearised()(make(plane(), on_the_axis()))
     assert solution.proposal is not None
     assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
-    # A twentieth of the median margin 1, all of it where it moves no passed point.
+    # A fifth of the median margin 1, all of it where it moves no passed point.
     assert solution.proposal.state.keys() == {"0.weight"}
-    torch.testing.assert_close(solution.proposal.state["0.weight"], torch.tensor([[1.0, 0.05]]))
+    torch.testing.assert_close(solution.proposal.state["0.weight"], torch.tensor([[1.0, 0.2]]))
     (step,) = solution.steps
     assert (step.name, step.repaired, step.broken, step.note) == ("linearised", 1, 0, "3 gradients, the whole step")
 
@@ -86,7 +86,18 @@ def test_a_target_that_a_passed_sample_contradicts_stays_and_nothing_breaks() ->
     solution = Linearised()(problem)
     assert solution.proposal is None
     assert solution.reason == "no step along the gradients repairs a target without a regression."
-    assert all(step.repaired == 0 for step in solution.steps)
+    assert all(step.broken == step.repaired for step in solution.steps)
+
+
+def test_a_passed_sample_at_the_brink_gives_way_by_half_and_bars_nothing() -> None:
+    train, new = on_the_axis()
+    inputs = torch.cat([train.inputs, torch.tensor([[1e-3, -0.012]])])
+    labels = torch.tensor([1, 0, 1])
+    solution = Linearised()(make(plane(), [replace(train, inputs=inputs, targets=labels), new]))
+    assert solution.proposal is not None
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    # At weights (1, 0.2) it would be wrong.
+    torch.testing.assert_close(solution.proposal.after.margin[2], torch.tensor(5e-4), rtol=1e-3, atol=0.0)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -214,8 +225,8 @@ def test_a_layer_that_is_too_large_moves_in_the_channels_that_help_most() -> Non
 def test_whitened_steps_of_one_length_move_passed_outputs_alike() -> None:
     problem = make(plane(), on_the_axis())
     (root,) = whitened(problem, 10).roots
-    # Second moment diag(1, 0), scaled to diag(2, 0), plus a thousandth.
-    torch.testing.assert_close(root[0].float(), torch.diag(torch.tensor([2.001, 0.001]).rsqrt()))
+    # Second moment diag(1, 0), scaled to diag(2, 0), plus a tenth.
+    torch.testing.assert_close(root[0].float(), torch.diag(torch.tensor([2.1, 0.1]).rsqrt()))
 
 
 def test_a_tangent_step_by_hand() -> None:

@@ -17,11 +17,15 @@ from torch import Tensor
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.methods.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.polish import SAFE, TYPICAL, check_margin
-from lightning_nrl.search.head import ENOUGH, GIVEN, SHARE
+from lightning_nrl.search.head import SHARE
 from lightning_nrl.search.trust import Radius, Tangent
 from lightning_nrl.whitening import Whitening, slopes, whitened
 
 __all__ = ["Linearised"]
+
+ENOUGH, GIVEN = 0.2, 0.2
+"""What a passed sample need not keep more of, and what a target gets, in units of the median margin of passed data. More
+than for a last layer: gradients err, and half-way through the network a repair that is just one carries less far."""
 
 ROUNDS = 10
 """Linearisations at most; 3 to 6 were enough where all could be repaired."""
@@ -106,7 +110,8 @@ class _Walk:
         unit = float(before.margin[before.passed].median())
         keep = (SHARE * before.margin).clamp(max=ENOUGH * unit)
         self.asked = torch.where(before.targeted, GIVEN * unit, keep)
-        self.least = before.margin.clamp(max=SAFE * max(1.0, unit / TYPICAL))
+        # Below what is asked, so that steps which fulfil it to rounding are not turned down.
+        self.least = (keep / 2).clamp(max=SAFE * max(1.0, unit / TYPICAL))
         self.after, self.closest = before, before.margin
         self.change: Tensor | None = None
         self.radius, self.price = Radius(), 0.0
