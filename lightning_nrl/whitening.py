@@ -27,8 +27,8 @@ from lightning_nrl.state import State, holding
 __all__ = ["Slopes", "Whitening", "slopes", "whitened"]
 
 RIDGE = 0.1
-"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free: they
-help the targets, and few samples beside them."""
+"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
+they help the targets, and few samples beside them."""
 
 SAMPLES, POSITIONS = 1024, 128
 """Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""

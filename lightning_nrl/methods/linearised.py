@@ -24,8 +24,8 @@ from lightning_nrl.whitening import Whitening, slopes, whitened
 __all__ = ["Linearised"]
 
 ENOUGH, GIVEN = 0.2, 0.2
-"""What a passed sample need not keep more of, and what a target gets, in units of the median margin of passed data. More
-than for a last layer: gradients err, and half-way through the network a repair that is just one carries less far."""
+"""A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
+More than for a last layer, since gradients err."""
 
 ROUNDS = 10
 """Linearisations at most; 3 to 6 were enough where all could be repaired."""
