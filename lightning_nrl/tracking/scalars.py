@@ -1,9 +1,10 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value.
 
-Tags begin with `<name>/` for the outcome, `<name>_search/` for the course of the search, and `<name>_splits/<split>/`
-for the numbers of a split: TensorBoard and others make a group of what stands before the first slash, so the few
-numbers that matter come first. The outcome is single points, not lines from before to after: smoothing would bend
-those, and a reader would read wrong numbers. What is not finite is left out: several loggers refuse or misdraw it.
+Tags begin with `<name>/` for the outcome, `<name>_search/` for the course of the search, `<name>_strength/` for the way
+from the original weights to the patch, and `<name>_splits/<split>/` for the numbers of a split: TensorBoard and others
+make a group of what stands before the first slash, so the few numbers that matter come first. The outcome is single
+points, not lines from before to after: smoothing would bend those, and a reader would read wrong numbers. What is not
+finite is left out: several loggers refuse or misdraw it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 
 from lightning_nrl.report import RepairReport, SplitReport
 
-__all__ = ["CURVES", "Scalars", "outcome", "search_curves", "split_numbers"]
+__all__ = ["CURVES", "Scalars", "outcome", "search_curves", "split_numbers", "strength_curves"]
 
 Scalars = dict[str, float]
 """Values by tag."""
@@ -76,6 +77,23 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
         _finite({f"{name}_search/{tag}": curve[i] for tag, curve in curves.items() if i < len(curve)})
         for i in range(length)
     ]
+
+
+def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Scalars]:
+    """What the patch does along its path, by strength in percent, since loggers count in whole steps.
+
+    Of 0, the original weights, all counts are 0. Empty if no patch was counted.
+    """
+    found: dict[int, Scalars] = {}
+    for point in report.strength:
+        counts = {"repaired_in_target": point.repaired_in_target}
+        for role, flips in (("known", point.known), ("calibration", point.calibration)):
+            if flips is not None:
+                counts |= {f"{role}_repaired": flips.repaired, f"{role}_broken": flips.broken}
+        scalars = {f"{name}_strength/{tag}": float(count) for tag, count in counts.items()}
+        found.setdefault(0, dict.fromkeys(scalars, 0.0))
+        found[round(100 * point.strength)] = scalars
+    return dict(sorted(found.items()))
 
 
 def _headline(split: SplitReport) -> Scalars:

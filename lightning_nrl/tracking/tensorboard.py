@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import outcome, search_curves
+from lightning_nrl.tracking.scalars import outcome, search_curves, strength_curves
 
 __all__ = ["hparams", "layout", "write_extras"]
 
@@ -47,24 +47,37 @@ def write_extras(
     writer.add_hparams(hparams(report), first | found, run_name=name, global_step=step)
 
 
+SEARCH_CHARTS = {
+    "Best so far: samples repaired and broken": ("repaired", "broken"),
+    "Fitness: best so far and mean of the swarm": ("best_fitness", "mean_fitness"),
+    "Best so far: loss on failed and on passed": ("loss_failed", "loss_passed"),
+    "Diversity of the swarm": ("diversity",),
+}
+STRENGTH_CHARTS = {
+    "Known samples repaired and broken, by strength in percent": ("known_repaired", "known_broken"),
+    "Calibration samples repaired and broken, by strength in percent": ("calibration_repaired", "calibration_broken"),
+}
+
+
 def layout(report: RepairReport, name: str = "repair") -> dict[str, dict[str, list[Any]]]:
-    """Charts of the Custom Scalars tab: the course of the search, only of tags that the report gives."""
-    charts = {
-        "Best so far: samples repaired and broken": ("repaired", "broken"),
-        "Fitness: best so far and mean of the swarm": ("best_fitness", "mean_fitness"),
-        "Best so far: loss on failed and on passed": ("loss_failed", "loss_passed"),
-        "Diversity of the swarm": ("diversity",),
+    """Charts of the Custom Scalars tab: the path of the patch and the course of the search, of tags that are given."""
+    strength = (tag for scalars in strength_curves(report, name).values() for tag in scalars)
+    search = (tag for scalars in search_curves(report, name) for tag in scalars)
+    groups = {
+        f"{name}: how far to go": _charts(f"{name}_strength", STRENGTH_CHARTS, strength),
+        f"{name}: course of the search": _charts(f"{name}_search", SEARCH_CHARTS, search),
     }
-    tags = {tag for scalars in search_curves(report, name) for tag in scalars}
+    return {title: charts for title, charts in groups.items() if charts}
+
+
+def _charts(group: str, charts: Mapping[str, tuple[str, ...]], tags: Iterable[str]) -> dict[str, list[Any]]:
+    given = set(tags)
     present = {
-        title: [tag for tag in (f"{name}_search/{curve}" for curve in curves) if tag in tags]
+        title: [tag for tag in (f"{group}/{curve}" for curve in curves) if tag in given]
         for title, curves in charts.items()
     }
     # Each entry is a regular expression over tags.
-    lines = {
-        title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]] for title, found in present.items() if found
-    }
-    return {f"{name}: course of the search": lines} if lines else {}
+    return {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]] for title, found in present.items() if found}
 
 
 def hparams(report: RepairReport) -> dict[str, bool | int | float | str]:

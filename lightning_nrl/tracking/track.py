@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import outcome, search_curves, split_numbers
+from lightning_nrl.tracking.scalars import outcome, search_curves, split_numbers, strength_curves
 from lightning_nrl.tracking.tensorboard import write_extras
 
 __all__ = ["track"]
@@ -27,9 +27,9 @@ def track(
 ) -> None:
     """Writes a repair to every logger, on rank zero.
 
-    The search has its iterations for steps; the outcome and the numbers of the splits stand at the step of training at
-    which the repair was made. TensorBoard gets more, see `write_extras`. To be called before the loggers are finalised:
-    a TensorBoard writer that is used later opens a second file.
+    The search has its iterations for steps, the way to the patch its strength in percent; the outcome and the numbers
+    of the splits stand at the step of training at which the repair was made. TensorBoard gets more, see `write_extras`.
+    To be called before the loggers are finalised: a TensorBoard writer that is used later opens a second file.
 
     Args:
         report: the account of the repair.
@@ -51,6 +51,8 @@ def track(
 def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None, name: str) -> None:
     for iteration, scalars in enumerate(search_curves(report, name)):
         logger.log_metrics(scalars, step=iteration)
+    for strength, scalars in strength_curves(report, name).items():
+        logger.log_metrics(scalars, step=strength)
     logger.log_metrics(outcome(report, name) | split_numbers(report, name), step=step)
     writer = getattr(logger, "experiment", None)
     if isinstance(writer, SummaryWriter):

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightning_nrl.flips import FlipCounts
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking import outcome, search_curves, split_numbers
+from lightning_nrl.strength import StrengthPoint
+from lightning_nrl.tracking import outcome, search_curves, split_numbers, strength_curves
+from lightning_nrl.tracking.tensorboard import layout
 
 
 def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> None:
@@ -89,6 +92,38 @@ def test_split_numbers_are_counts_accuracies_and_defined_rates(accepted: RepairR
     assert found["repair_splits/val/repair_rate"] == 0.7
     assert found["repair_splits/test/negative_flip_rate"] == 0.05
     assert "repair_splits/train/repair_rate" not in found
+
+
+def on_its_way(report: RepairReport) -> RepairReport:
+    path = (
+        StrengthPoint(0.6, 5, FlipCounts(90, 0, 6, 14), FlipCounts(18, 1, 2, 4)),
+        StrengthPoint(1.15, 8, FlipCounts(89, 1, 10, 10), FlipCounts(17, 2, 3, 3)),
+    )
+    return replace(report, strength=path, chosen_strength=0.6)
+
+
+def test_the_way_to_the_patch_begins_where_nothing_is_changed(accepted: RepairReport) -> None:
+    found = strength_curves(on_its_way(accepted))
+    assert list(found) == [0, 60, 115]
+    assert set(found[0].values()) == {0.0}
+    assert found[115] == {
+        "repair_strength/repaired_in_target": 8.0,
+        "repair_strength/known_repaired": 10.0,
+        "repair_strength/known_broken": 1.0,
+        "repair_strength/calibration_repaired": 3.0,
+        "repair_strength/calibration_broken": 2.0,
+    }
+
+
+def test_the_way_to_the_patch_has_its_charts_before_those_of_the_search(accepted: RepairReport) -> None:
+    far, course = layout(on_its_way(accepted)).values()
+    assert [tags for _, tags in far.values()] == [
+        ["^repair_strength/known_repaired$", "^repair_strength/known_broken$"],
+        ["^repair_strength/calibration_repaired$", "^repair_strength/calibration_broken$"],
+    ]
+    assert len(course) == 4
+    assert strength_curves(accepted) == {}
+    assert list(layout(accepted)) == ["repair: course of the search"]
 
 
 def test_tags_begin_with_the_name(accepted: RepairReport) -> None:
