@@ -192,13 +192,18 @@ def images(n: int = 60) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("layer", "groups"), [("3", 1), ("3", 2), (["0", "6"], 1)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_slopes_are_gradients_in_whitened_coordinates(layer: Any, groups: int, bias: bool) -> None:
+@pytest.mark.parametrize("wide", [8, 2048])
+def test_slopes_are_gradients_in_whitened_coordinates(
+    layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
+    monkeypatch.setattr("lightning_nrl.whitening.WIDE", wide)
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)
     whitening = whitened(problem, 10**6)
     assert whitening.size == problem.space.size
+    assert whitening.roots[0].ndim == (3 if wide == 2048 else 2)
     change = 1e-6 * torch.randn(whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = slopes(problem, torch.arange(60), whitening, {})
 
