@@ -35,6 +35,7 @@ from lightning_nrl.state import State, snapshot
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "VISITS", 12)
     monkeypatch.setattr(fit_module, "RATE", 0.01)
+    monkeypatch.setattr(module, "WAY", 1.0)
 
 
 class Training:
@@ -66,7 +67,7 @@ def test_training_goes_on_and_is_polished() -> None:
         solution = checked(problem, Constrained()(problem))
     assert training.calls == [{"seconds": math.inf, "seed": 7, "clock": problem.clock, "start": None}]
     (fitted,) = solution.others
-    assert fitted.state is training.state
+    assert same(fitted.state, training.state)
     assert fitted.broken > 0
     first, second = solution.steps
     assert (first.name, first.note, first.broken, first.repaired) == (
@@ -80,6 +81,15 @@ def test_training_goes_on_and_is_polished() -> None:
     assert solution.proposal.name == "polish"
     assert torch.equal(solution.proposal.state["1.running_mean"], training.state["1.running_mean"])
     assert list(problem.clock.seconds) == ["fit", "polish"]
+
+
+def test_a_part_of_what_was_fitted_is_polished(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAY", 0.5)
+    solution = Constrained()(on_a_line(training=Training(threshold(0.55))))
+    assert solution.steps[0].broken == 0
+    assert solution.proposal is not None
+    torch.testing.assert_close(solution.proposal.state["weight"], threshold(0.65)["weight"])
+    assert solution.proposal.repaired == 1
 
 
 def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""A fit and a polish in two processes of a real group, as in one."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from toy_problems import broken, make_problem, normed, retrained, same, shares
+from toy_repairs import known, trained
+
+from lightning_nrl.collective import Collective
+from lightning_nrl.fit import fit
+from lightning_nrl.methods import Problem
+from lightning_nrl.polish import polish
+
+
+def results(problem: Problem) -> dict[str, Any]:
+    polished = polish(problem, retrained(problem.model))
+    return {
+        "fit": fit(problem),
+        "polish": dict(polished.state),
+        "counts": (polished.repaired, polished.broken, polished.rounds, polished.strength),
+    }
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    collective = Collective.current(torch.device("cpu"))
+    problem = make_problem(trained(normed), shares(known(n=40), rank, 2), collective=collective)
+    torch.save(results(problem), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    return results(make_problem(trained(normed), known(n=40)))
+
+
+@pytest.mark.parametrize("part", ["fit", "polish"])
+def test_both_ranks_have_the_weights_of_one_process(part: str, ranks: list[dict], alone: dict[str, Any]) -> None:
+    first, second = (rank[part] for rank in ranks)
+    assert same(first, second)
+    assert first.keys() == alone[part].keys()
+    close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
+    for name, value in alone[part].items():
+        close(first[name], value)
+
+
+def test_both_count_what_one_counts(ranks: list[dict], alone: dict[str, Any]) -> None:
+    assert ranks[0]["counts"] == ranks[1]["counts"] == alone["counts"]
+    assert alone["counts"][1] == 0
+    assert broken(make_problem(trained(normed), known(n=40)), ranks[0]["polish"]) == 0
