@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from lightning_nrl.batches import Batch
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis import features
 from lightning_nrl.report import hash_tensors
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "diagnose.md"
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -253,3 +256,13 @@ def test_ranks_that_share_the_data_find_what_one_finds() -> None:
     assert [(b.split, b.id, b.targets) for b in first.binding] == [(b.split, b.id, b.targets) for b in one.binding]
     assert [layer.change for layer in first.layers] == pytest.approx([layer.change for layer in one.layers], rel=1e-3)
     assert first.doubts == one.doubts
+
+
+def test_the_how_to_runs_as_it_is_printed() -> None:
+    found: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
+    with torch.random.fork_rng():
+        for block in blocks:
+            if "Trainer" not in block:
+                exec(block, found)
+    assert found["diagnosis"].known["targeted"] > 0
