@@ -42,9 +42,10 @@ def make(
 ) -> Problem:
     task, collective = task or Multiclass(), rest.get("collective", Collective())
     space, scope = find_scope(model.eval(), layer, include_bias=bias)
-    before = collect(model, sources, task=task, target=target or Target.all(), collective=collective)
+    context = rest.setdefault("context", nullcontext)
+    before = collect(model, sources, task=task, target=target or Target.all(), context=context, collective=collective)
     fixed: dict[str, Any] = {"localizer": NeuRecoverLite(), "fitness": Fitness(), "passed": before.passed}
-    return Problem(model, sources, before, space, scope, task, **fixed, context=nullcontext, **rest)
+    return Problem(model, sources, before, space, scope, task, **fixed, **rest)
 
 
 def plane() -> nn.Sequential:
@@ -306,6 +307,16 @@ def test_a_half_precision_model_is_repaired_in_its_own_numbers() -> None:
     assert solution.proposal is not None
     assert solution.proposal.state["0.weight"].dtype == torch.bfloat16
     assert (solution.proposal.broken, solution.proposal.repaired > 0) == (0, True)
+
+
+def test_mixed_precision_is_repaired_as_deployed() -> None:
+    def mixed() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    solution = Linearised()(problem := make(trained(), known(), context=mixed))
+    assert solution.proposal is not None
+    assert (solution.proposal.broken, solution.proposal.repaired > 0) == (0, True)
+    assert problem.propose("again", solution.proposal.state).repaired == solution.proposal.repaired
 
 
 def test_the_pipeline_repairs_by_name() -> None:
