@@ -25,7 +25,7 @@ VERDICTS: dict[Verdict, tuple[str, str, str]] = {
 BINS = 24
 MOST_LAYERS = 40
 LONGEST = 28  # characters of a layer's name
-ROOM = "Room: the layer that changes least"
+ROOM = "Room: the layer that must change least"
 
 
 def draw_diagnosis(diagnosis: Diagnosis) -> Any:
