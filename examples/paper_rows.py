@@ -1,4 +1,4 @@
-"""The default settings beside two rows of the paper's Table II, on Fashion-MNIST with drift (EXP-C in small).
+"""The default settings and a swarm alone beside two rows of the paper's Table II: Fashion-MNIST with drift, EXP-C in small.
 
     python examples/paper_rows.py            # ten runs a setting, as in the paper
     python examples/paper_rows.py --runs 5
@@ -27,6 +27,7 @@ from lightning_nrl.paper import paper_arguments
 ANY = {"gate": "tolerance:100%"}  # the paper has no gate: what its settings give is taken, whatever it breaks
 SETTINGS = {
     "default": {},
+    "swarm": {"method": "swarm"},
     "EXP-B1": paper_arguments("EXP-B1") | ANY,
     "EXP-C1": paper_arguments("EXP-C1") | ANY,
 }

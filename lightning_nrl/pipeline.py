@@ -24,7 +24,7 @@ from lightning_nrl.methods import Problem, Solution, Training, solve
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State, between, changed, holding, write
+from lightning_nrl.state import State, changed, holding, write
 from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
@@ -151,7 +151,7 @@ def repair_module(
         account = account.at(strength)
         if strength.chosen is None:
             return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
-        new = changed(model, between(model.state_dict(), new, strength.chosen))
+        new = changed(model, strength.state)
         with clock.stage("judge"), holding(model, new):
             after = see(model, known)
             verdict = judge(before, after, settings.gate)

@@ -45,6 +45,8 @@ MOST = 64 * BATCH
 """Followed samples at most, so that a round stays short however much is known."""
 RATE = 5e-5
 """Of Adam. Each step moves what nobody looks at too, so small steps are better than few."""
+STEPS = 8
+"""In a round, at the least: few samples are gone through several times."""
 HOLD = 5
 PRESSURE = 1.4
 """What a broken sample's weight in the loss is multiplied with, round by round, until it is right."""
@@ -235,7 +237,11 @@ class _Border:
             kept = self.problem.task.divergence(output, self.teacher(batch, rows))
             return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
 
-        for parts in draw(self.problem, deal(torch.cat([core, rest]), self.generator)):
+        rows = torch.cat([core, rest])
+        batches = deal(rows, self.generator)
+        while 0 < len(batches) < STEPS:
+            batches += deal(rows, self.generator)
+        for parts in draw(self.problem, batches):
             descent.step(parts, loss)
         self.margin = measured(self.problem, self.margin, found + self._look(descent.state(), core))
 

@@ -1,19 +1,21 @@
 """How far to go: every candidate is a path from the original weights (t = 0) to the patch (t = 1), and a little beyond.
 
-Each point of it is counted by real forward passes.
+Each point of it is counted by real forward passes. A patch that breaks nothing at its end may break something half way:
+a point that is taken there is polished first.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from lightning_nrl.batches import Source
 from lightning_nrl.evidence import Evidence, collect
 from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods.problem import Problem
+from lightning_nrl.polish import polish
 from lightning_nrl.state import State, between, holding
 
 __all__ = ["POINTS", "Calibration", "Strength", "StrengthPoint", "choose", "find_strength", "strength_path"]
@@ -23,6 +25,9 @@ POINTS = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 
 GRID = tuple(step / 20 for step in range(1, 27))
 """Strengths among which the strongest under a limit is sought, 0.05 to 1.3."""
+
+POLISHES = 3
+"""Polishes at most in the search for the strongest: each may break calibration samples that were not broken before."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +39,14 @@ class StrengthPoint:
         repaired_in_target: targeted samples that pass.
         known: what becomes of all known samples.
         calibration: what becomes of the calibration data; None if there are none.
+        polished: whether the weights were polished there, and the counts are those after it.
     """
 
     strength: float
     repaired_in_target: int
     known: FlipCounts
     calibration: FlipCounts | None = None
+    polished: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,12 @@ class Strength:
     Attributes:
         path: the strengths that were counted, ascending.
         chosen: the one to take; None if none keeps within the limit.
+        state: the weights there, whole tensors.
     """
 
     path: tuple[StrengthPoint, ...] = ()
     chosen: float | None = 1.0
+    state: State = field(default_factory=dict)
 
 
 def find_strength(
@@ -86,15 +95,14 @@ def find_strength(
         calibration: data to choose by; needed for a limit.
         fixed: the strength to take, whatever is found.
         limit: how many calibration samples may break at most. The strongest of `GRID` that keeps within it and within
-            the gate is taken.
+            the gate, once it is polished, is taken.
     """
     points = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
     path = strength_path(problem, state, points, calibration=calibration, gate=gate)
-    if fixed is not None:
-        return Strength(path, fixed)
-    if limit is None or calibration is None:
-        return Strength(path, choose(path))
-    return _strongest(problem, state, path, gate, limit, calibration)
+    way = _Way(problem, state, gate, calibration, {point.strength: point for point in path})
+    if limit is not None and calibration is not None:
+        return way.strongest(limit)
+    return way.taken(choose(path) if fixed is None else fixed)
 
 
 def strength_path(
@@ -127,7 +135,7 @@ def strength_path(
         if strength > most:
             continue
         began = time.perf_counter()
-        point = _count(problem, state, strength, calibration)
+        point = _count(problem, between(problem.model.state_dict(), state, strength), strength, calibration)
         took = time.perf_counter() - began
         found.append(point)
         if strength > 1 and point.known.broken > allows.allowed(point.known):
@@ -138,8 +146,8 @@ def strength_path(
 def choose(path: Sequence[StrengthPoint]) -> float:
     """The strength to take if nobody says: that of the patch, 1, or one beyond it of which data say that it is free.
 
-    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None is
-    without these: what is free on known data was costly on unseen data wherever it was tried.
+    One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None
+    is without these: what is free on known data was costly on unseen data, wherever it was tried.
     """
     chosen = next((point for point in path if point.strength == 1), None)
     if chosen is None:
@@ -153,39 +161,70 @@ def choose(path: Sequence[StrengthPoint]) -> float:
     return chosen.strength
 
 
-def _strongest(
-    problem: Problem, state: State, path: Sequence[StrengthPoint], gate: Gate, limit: Gate, calibration: Calibration
-) -> Strength:
-    """Looks between the strongest point that keeps within the limit and the next one, on a finer grid."""
+@dataclass
+class _Way:
+    """The way to a patch, and what was seen of it so far, by strength."""
 
-    def keeps(point: StrengthPoint) -> bool:
+    problem: Problem
+    patch: State
+    gate: Gate
+    calibration: Calibration | None
+    seen: dict[float, StrengthPoint]
+
+    def taken(self, strength: float) -> Strength:
+        """The state at a strength, polished if it lies before the patch and breaks more than the gate allows."""
+        state: State = between(self.problem.model.state_dict(), self.patch, strength)
+        if strength < 1 and not self._allowed(self._point(strength)) and self._has_margins():
+            state = polish(self.problem, state, seconds=self.problem.clock.left).state
+            point = _count(self.problem, state, strength, self.calibration)
+            self.seen[strength] = replace(point, polished=True)
+        path = tuple(self.seen[strength] for strength in sorted(self.seen))
+        return Strength(path, strength, state)
+
+    def strongest(self, limit: Gate) -> Strength:
+        """Looks between the strongest point that keeps within the limit and the next one, on a finer grid."""
+        low = max((t for t in self.seen if self._keeps(t, limit)), default=0.0)
+        high = min((t for t in self.seen if t > low), default=low)
+        finer = [t for t in reversed(GRID) if low < t < high]
+        weaker = [t for t in reversed(GRID) if t <= low]
+        took, polished = 0.0, 0
+        for strength in (*finer, *([low] if low and low not in weaker else []), *weaker):
+            if polished == POLISHES or _short_of_time(self.problem, took):
+                break
+            began = time.perf_counter()
+            if self._keeps(strength, limit):
+                found = self.taken(strength)
+                polished += self.seen[strength].polished
+                if self._keeps(strength, limit) and self._allowed(self.seen[strength]):
+                    return found
+            took = time.perf_counter() - began
+        return Strength(tuple(self.seen[strength] for strength in sorted(self.seen)), None)
+
+    def _point(self, strength: float) -> StrengthPoint:
+        if strength not in self.seen:
+            state = between(self.problem.model.state_dict(), self.patch, strength)
+            self.seen[strength] = _count(self.problem, state, strength, self.calibration)
+        return self.seen[strength]
+
+    def _keeps(self, strength: float, limit: Gate) -> bool:
+        """Whether a strength keeps within the limit and, from the patch on, where nothing is polished, the gate."""
+        point = self._point(strength)
         assert point.calibration is not None
-        known = point.known.broken <= gate.allowed(point.known)
+        known = self._allowed(point) or (strength < 1 and self._has_margins())
         return known and point.calibration.broken <= limit.allowed(point.calibration)
 
-    seen = {point.strength: point for point in path}
-    low = max((strength for strength, point in seen.items() if keeps(point)), default=0.0)
-    high = min((strength for strength in seen if strength > low), default=low)
-    took = 0.0
-    for strength in reversed([strength for strength in GRID if low < strength < high]):
-        if _short_of_time(problem, took):
-            break
-        began = time.perf_counter()
-        seen[strength] = _count(problem, state, strength, calibration)
-        took = time.perf_counter() - began
-        if keeps(seen[strength]):
-            low = strength
-            break
-    return Strength(tuple(seen[strength] for strength in sorted(seen)), low or None)
+    def _allowed(self, point: StrengthPoint) -> bool:
+        return point.known.broken <= self.gate.allowed(point.known)
+
+    def _has_margins(self) -> bool:
+        return not bool(self.problem.before.margin.isnan().all())
 
 
 def _count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
-    old = problem.model.state_dict()
-    new = between(old, state, strength)
-    flips = Flips.between(problem.before, problem.see(new))
+    flips = Flips.between(problem.before, problem.see(state))
     aside = None
     if calibration is not None:
-        with holding(problem.model, new):
+        with holding(problem.model, state):
             after = collect(
                 problem.model,
                 calibration.sources,

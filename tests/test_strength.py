@@ -102,10 +102,10 @@ def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int)
 @pytest.mark.parametrize(
     ("known_right", "calibration", "chosen"),
     [
-        (SAFE, None, 1.15),  # 1.1 is crossed at 1.15, nothing at 1.3
+        (SAFE, None, 1.0),
         (line(1.12, split="right", label=0), None, 1.0),
         (SAFE, line(1.12, label=0), 1.0),
-        (SAFE, line(0.7, 9, label=0), 1.15),
+        (SAFE, line(0.7, 9, label=0), 1.15),  # 1.1 is crossed at 1.15, nothing at 1.3
     ],
 )
 def test_a_step_beyond_is_taken_only_if_it_is_free(
@@ -122,7 +122,7 @@ def test_without_a_count_of_the_patch_itself_it_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "chosen"),
-    [("tolerance:0", 0.55), ("tolerance:1", 0.7), ("tolerance:50%", 0.7), ("tolerance:3", 0.9), ("accuracy", 0.55)],
+    [("tolerance:0", 0.55), ("tolerance:1", 0.7), ("tolerance:50%", 0.7), ("tolerance:3", 0.95), ("accuracy", 0.55)],
 )
 def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chosen: float) -> None:
     own = problem(WRONG, RIGHT)
@@ -131,6 +131,32 @@ def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chose
     assert found.chosen == chosen
     assert chosen in strengths(found.path)
     assert strengths(found.path) == sorted(set(strengths(found.path)))
+
+
+def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
+    # Half way to 2 the second sample breaks, which at the end is right again; the first one is repaired at 0.4.
+    class Bent(Line):
+        def forward(self, x: Tensor) -> Tensor:
+            t = self.weight[1]
+            return torch.cat([torch.zeros(len(x), 1), torch.where(x[:, :1] > 0, t - 0.4, 0.75 - (t - 1).abs())], 1)
+
+    inputs = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    source = TensorSource(inputs, torch.tensor([1, 0]), split="bent", passed=True, failed=True)
+    own = problem(source)
+    model = Bent().eval()
+    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    assert before.passed.tolist() == [False, True]
+    own = replace(own, model=model, before=before, passed=before.passed)
+    found = find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.instance(), fixed=0.6)
+    (point,) = (point for point in found.path if point.strength == 0.6)
+    assert point.polished
+    assert point.known.broken == 0
+    after = own.see(found.state)
+    assert int(after.passed.sum()) == point.known.repaired + point.known.kept
+    assert strengths(found.path) == sorted({0.6, *strengths(found.path)})
+    assert find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[
+        "weight"
+    ].tolist() == [[0.0], [pytest.approx(1.2)]]
 
 
 def test_no_strength_within_a_limit_is_none() -> None:

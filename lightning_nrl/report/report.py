@@ -221,6 +221,7 @@ def _read_point(data: Mapping[str, Any]) -> StrengthPoint:
         data["repaired_in_target"],
         _read(FlipCounts, data["known"]),
         None if aside is None else _read(FlipCounts, aside),
+        data.get("polished", False),
     )
 
 

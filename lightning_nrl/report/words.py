@@ -101,7 +101,7 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
         if point.calibration is not None:
             cells += [point.calibration.repaired, point.calibration.broken]
         taken = point.strength == chosen
-        label = f"strength {point.strength:g}" + (", taken" if taken else "")
+        label = f"strength {point.strength:g}" + ", polished" * point.polished + ", taken" * taken
         rows.append(Row(label, tuple(map(_count, cells)), "gain" if taken else ""))
     return Table(tuple(columns), tuple(rows))
 
