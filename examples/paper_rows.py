@@ -1,4 +1,4 @@
-"""The default settings and a swarm alone beside two rows of the paper's Table II: Fashion-MNIST with drift, EXP-C in small.
+"""The default settings and a swarm alone beside rows of the paper's Table II: Fashion-MNIST with drift, EXP-C in small.
 
     python examples/paper_rows.py            # ten runs a setting, as in the paper
     python examples/paper_rows.py --runs 5
