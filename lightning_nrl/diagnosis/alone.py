@@ -28,8 +28,8 @@ KEEP = 1e-3
 NEARLY = 0.9
 """A row that gives this share of what it is asked is not violated."""
 
-ROUNDS = 24
-"""Of cutting planes, at most."""
+ROUNDS = 14
+"""Of cutting planes, at most: each is dearer than the one before. What is open then is undecided."""
 
 NEW_ROWS = 12
 """Rows that one round adds for a target at most: the most violated ones, each of another sample."""

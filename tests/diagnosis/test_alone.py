@@ -75,7 +75,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tens
     return (x[4:], logits[4:], label[4:]), (x[:4], logits[:4], label[:4])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(problems())
 def test_a_fix_repairs_its_target_and_breaks_no_passed_sample(
     problem: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
@@ -88,7 +88,7 @@ def test_a_fix_repairs_its_target_and_breaks_no_passed_sample(
             assert torch.equal((logits + x @ found.change[at].T).argmax(1), label)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(problems())
 def test_another_solver_with_all_rows_at_once_agrees(
     problem: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
