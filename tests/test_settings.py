@@ -75,7 +75,8 @@ def test_settings_are_told_as_plain_values() -> None:
     assert plain["fitness"]["kind"] == "eq2"
     assert plain["fitness"]["alpha"] == 8
     assert plain["localizer"]["n_weights"] == 32
-    assert plain["method"]["particles"] == 100
+    assert plain["method"]["class"] == "Strongest"
+    assert plain["method"]["swarm"]["particles"] == 100
     assert plain["seed"] == 7
 
 

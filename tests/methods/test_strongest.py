@@ -1,0 +1,112 @@
+"""The default: which proposals are made where, and a swarm that starts from them and never ends below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from toy_problems import Marginless, broken, left_alone, make_problem, on_a_line, retrained, right
+from toy_repairs import known, trained
+
+from lightning_nrl import NeuRecoverLite, ParticleSwarm, Settings, Strongest, repair_module
+from lightning_nrl.clock import Clock
+from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.state import State
+
+AUTO = Strongest(ParticleSwarm(particles=12, iterations=12))
+
+
+def problem(layer: str = "auto", **rest: Any) -> Problem:
+    own = make_problem(trained(), known(), layer, **rest)
+    return replace(own, localizer=NeuRecoverLite(n_weights=12))
+
+
+def going_on(own: Problem) -> Any:
+    def training(*, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State:
+        return retrained(own.model)
+
+    return training
+
+
+def names(solution: Solution) -> list[str]:
+    return [step.name.split()[0] for step in solution.steps]
+
+
+def checked(own: Problem, solution: Solution) -> Solution:
+    assert solution.proposal is not None
+    now = right(own, solution.proposal.state)
+    assert solution.proposal.repaired == int((own.before.targeted & now).sum()) > 0
+    assert broken(own, solution.proposal.state) == solution.proposal.broken == 0
+    return solution
+
+
+def test_where_everything_may_change_training_goes_on_then_a_swarm_from_there() -> None:
+    own = problem()
+    with left_alone(own.model):
+        solution = checked(own, AUTO(replace(own, training=going_on(own))))
+    assert names(solution) == ["fit", "polish", "swarm"]
+    assert solution.steps[0].note == "continued training"
+    _, polished, last = solution.steps
+    assert last.repaired >= polished.repaired
+    assert "over its seeds" in last.note or "no target is left" in last.note
+
+
+def test_without_a_training_to_go_on_with_it_makes_steps_of_its_own() -> None:
+    own = problem()
+    solution = checked(own, AUTO(own))
+    assert names(solution) == ["fit", "polish", "swarm"]
+    assert solution.steps[0].note == "distilled steps"
+
+
+def test_a_last_linear_layer_alone_is_solved() -> None:
+    own = problem("2")
+    solution = checked(own, AUTO(own))
+    assert set(names(solution)) == {"convex", "swarm"}
+    assert solution.proposal is not None
+    assert {name for name in solution.proposal.state if name != "2.bias"} == {"2.weight"}
+
+
+def test_a_layer_within_is_linearised() -> None:
+    own = problem("0")
+    solution = checked(own, AUTO(own))
+    assert names(solution)[-1] == "swarm"
+    assert solution.proposal is not None
+    assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
+    assert not {"fit", "convex"} & set(names(solution))
+
+
+def test_a_block_changes_inside_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Sequential(*trained()[:2]), trained()[2])
+    own = make_problem(model, known(), ["0", "1"])
+    solution = checked(own, AUTO(replace(own, localizer=NeuRecoverLite(n_weights=12))))
+    assert names(solution)[:2] == ["fit", "polish"]
+
+
+def test_a_task_without_margins_is_searched_by_the_swarm_alone() -> None:
+    own = problem("2", task=Marginless())
+    solution = AUTO(own)
+    assert names(solution) == ["swarm"]
+
+
+def test_where_nothing_can_be_kept_the_reason_is_given() -> None:
+    own = on_a_line(layer="")
+    clash = replace(own, before=replace(own.before, targeted=torch.tensor([False] * 6 + [True])))
+    solution = AUTO(clash)
+    assert solution.proposal is None or solution.proposal.broken == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-3])
+def test_without_time_nothing_is_broken(seconds: float) -> None:
+    own = problem(clock=Clock(max_time=seconds))
+    solution = AUTO(own)
+    assert solution.proposal is None or broken(own, solution.proposal.state) == 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
+    assert isinstance(Settings().method, Strongest)
+    one, other = (repair_module(trained(), known(), Settings(method=AUTO, seed=3)) for _ in range(2))
+    assert one.parameters
+    assert all(torch.equal(value, other.parameters[name]) for name, value in one.parameters.items())
+    assert one.report.steps[-1].name == "swarm"
