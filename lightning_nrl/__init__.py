@@ -1,7 +1,5 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback."""
 
-from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.comparing import compare
 from lightning_nrl.comparison import Comparison, compare_module
 from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
@@ -10,11 +8,13 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
 from lightning_nrl.pipeline import Outcome, repair_module
-from lightning_nrl.preflight import diagnose
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
-from lightning_nrl.standalone import repair
+from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.comparing import compare
+from lightning_nrl.shell.preflight import diagnose
+from lightning_nrl.shell.standalone import repair
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource

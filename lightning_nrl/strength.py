@@ -14,8 +14,8 @@ from lightning_nrl.batches import Source
 from lightning_nrl.evidence import Evidence, collect
 from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.gate import Gate
-from lightning_nrl.methods.problem import Problem
-from lightning_nrl.polish import polish
+from lightning_nrl.gradients.polish import polish
+from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, between, holding
 
 __all__ = ["POINTS", "Calibration", "Strength", "StrengthPoint", "choose", "find_strength", "strength_path"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.flips import Flips
-from lightning_nrl.methods.problem import Problem, Proposal, Step
-from lightning_nrl.polish import polish
+from lightning_nrl.gradients.polish import polish
+from lightning_nrl.problem import Problem, Proposal, Step
 from lightning_nrl.state import State, changed
 
 __all__ = ["Thinned", "thin"]

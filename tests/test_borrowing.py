@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import RunningStage
 from torch import nn
 
-from lightning_nrl.borrowing import starting_weights, validating
+from lightning_nrl.shell.borrowing import starting_weights, validating
 
 
 @pytest.mark.parametrize("error", [None, ValueError])

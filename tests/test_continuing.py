@@ -23,10 +23,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
 from lightning_nrl.as_found import as_found
-from lightning_nrl.borrowing import validating
 from lightning_nrl.clock import Clock
-from lightning_nrl.continuing import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
-from lightning_nrl.loaders import make_source
+from lightning_nrl.shell.borrowing import validating
+from lightning_nrl.shell.continuing import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
+from lightning_nrl.shell.loaders import make_source
 
 TRAIN, FAILED = 50, 21
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")

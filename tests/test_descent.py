@@ -16,9 +16,9 @@ from toy_problems import Share, left_alone, make_problem, normed, same, shares, 
 from toy_repairs import known
 
 from lightning_nrl import TensorSource
-from lightning_nrl import descent as module
 from lightning_nrl.batches import Batch
-from lightning_nrl.descent import Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl.gradients import descent as module
+from lightning_nrl.gradients.descent import Descent, Teacher, deal, draw, measured, outputs
 from lightning_nrl.methods import Problem
 from lightning_nrl.state import holding, snapshot
 

@@ -9,7 +9,7 @@ import pytest
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl.files import base_folder, file_names, headline, output_folder, write_report
+from lightning_nrl.shell.files import base_folder, file_names, headline, output_folder, write_report
 
 
 def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:

@@ -22,12 +22,12 @@ from lightning_nrl.clock import Clock
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evidence import collect
+from lightning_nrl.gradients.whitening import slopes, whitened
 from lightning_nrl.localization.layers import windows
 from lightning_nrl.methods import METHODS, Linearised, Problem, Solution
 from lightning_nrl.search.trust import Radius, Tangent
 from lightning_nrl.sites import find_scope
 from lightning_nrl.state import snapshot
-from lightning_nrl.whitening import slopes, whitened
 
 
 def make(
@@ -198,7 +198,7 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
-    monkeypatch.setattr("lightning_nrl.whitening.WIDE", wide)
+    monkeypatch.setattr("lightning_nrl.gradients.whitening.WIDE", wide)
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)

@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.batches import Batch
-from lightning_nrl.loaders import LoaderSource, check_loader, make_source, warn_if_random
+from lightning_nrl.shell.loaders import LoaderSource, check_loader, make_source, warn_if_random
 
 
 def same(x: Any, *args: Any, **kwargs: Any) -> Any:

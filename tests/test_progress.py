@@ -8,7 +8,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.progress import RepairProgress
+from lightning_nrl.shell.progress import RepairProgress
 
 
 class Tiny(LightningModule):

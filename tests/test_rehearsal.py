@@ -7,7 +7,7 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Everything, Multiclass, NeuRecoverLite, Target
 from lightning_nrl.errors import ReplayError
-from lightning_nrl.rehearsal import rehearse
+from lightning_nrl.shell.rehearsal import rehearse
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:

@@ -7,7 +7,7 @@ from numbers import Real
 
 from lightning_nrl.baselines.tuning import FineTuning
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.methods.problem import Method, Problem, Solution
+from lightning_nrl.problem import Method, Problem, Solution
 from lightning_nrl.state import between, snapshot
 
 __all__ = ["Interpolation"]

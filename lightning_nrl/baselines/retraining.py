@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_nrl.as_found import random_state
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.methods.problem import Problem, Solution
+from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.state import State, holding, snapshot
 
 __all__ = ["FurtherTraining", "Retraining", "fresh_weights"]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.descent import Descent, Loss, Teacher, deal, draw
-from lightning_nrl.methods.problem import Problem, Solution
+from lightning_nrl.gradients.descent import Descent, Loss, Teacher, deal, draw
 from lightning_nrl.precision import at_least_float32
+from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.state import State
 
 __all__ = ["FineTuning", "FocalDistillation", "LayerFineTuning"]

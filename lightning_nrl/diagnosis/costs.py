@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_nrl.diagnosis.diagnosis import Cost
-from lightning_nrl.fit import VISITS
+from lightning_nrl.gradients.fit import VISITS
 from lightning_nrl.methods.constrained import POLISH
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.strength import POINTS

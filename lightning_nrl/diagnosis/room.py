@@ -18,10 +18,10 @@ from lightning_nrl.batches import Batch
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.programme import ascend
 from lightning_nrl.evidence import Context
+from lightning_nrl.gradients.slopes import Call, by_sample, trace
 from lightning_nrl.localization.layers import weight_gradients
 from lightning_nrl.precision import no_autocast
 from lightning_nrl.sites import Layer
-from lightning_nrl.slopes import Call, by_sample, trace
 from lightning_nrl.tasks import Task
 
 __all__ = ["Room", "Sketches", "layers_of", "room", "sketch"]

@@ -7,9 +7,9 @@ from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearised import Linearised
 from lightning_nrl.methods.polishing import Polish
-from lightning_nrl.methods.problem import Method, Problem, Proposal, Solution, Step, Training, better
 from lightning_nrl.methods.strongest import Strongest
 from lightning_nrl.methods.swarm import by_swarm
+from lightning_nrl.problem import Method, Problem, Proposal, Solution, Step, Training, better
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
-from lightning_nrl.fit import fit
-from lightning_nrl.methods.problem import Problem, Solution
-from lightning_nrl.polish import check_margin, polish
+from lightning_nrl.gradients.fit import fit
+from lightning_nrl.gradients.polish import check_margin, polish
+from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.state import State, between
 
 __all__ = ["Constrained"]
@@ -32,8 +32,8 @@ class Constrained:
     Where the whole network may change and it is known how it was trained, the training goes on from the old weights
     with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
     Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
-    (`lightning_nrl.fit`). Nine tenths of the change are made. A polish (`lightning_nrl.polish`) then brings back every
-    known passed sample that broke.
+    (`gradients.fit`). Nine tenths of the change are made. A polish (`gradients.polish`) then brings back every known
+    passed sample that broke.
 
     Attributes:
         share: of the time that is left, what it may take; the rest is for what comes after it.

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import Flips
-from lightning_nrl.methods.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.methods.swarm import half, rows
 from lightning_nrl.precision import at_least_float32
+from lightning_nrl.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.scoring import Recording, record
 from lightning_nrl.scoring.planning import same_values
 from lightning_nrl.scoring.recording import Chunk

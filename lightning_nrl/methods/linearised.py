@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.evidence import Evidence
-from lightning_nrl.methods.problem import Problem, Proposal, Solution, Step
-from lightning_nrl.polish import SAFE, TYPICAL, check_margin
+from lightning_nrl.gradients.polish import SAFE, TYPICAL, check_margin
+from lightning_nrl.gradients.whitening import Whitening, slopes, whitened
+from lightning_nrl.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.search.head import SHARE
 from lightning_nrl.search.trust import Radius, Tangent
-from lightning_nrl.whitening import Whitening, slopes, whitened
 
 __all__ = ["Linearised"]
 

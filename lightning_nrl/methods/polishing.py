@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.methods.problem import Problem, Solution
-from lightning_nrl.polish import check_margin, polish
+from lightning_nrl.gradients.polish import check_margin, polish
+from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.state import State, changed
 
 __all__ = ["Polish"]

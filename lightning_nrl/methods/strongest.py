@@ -10,8 +10,8 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearised import Linearised
-from lightning_nrl.methods.problem import Problem, Solution, Step, better
 from lightning_nrl.methods.swarm import by_swarm
+from lightning_nrl.problem import Problem, Solution, Step, better
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Strongest"]

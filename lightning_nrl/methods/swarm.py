@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_nrl.batches import Batch
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.localization import Localization
-from lightning_nrl.methods.problem import Problem, Proposal, Solution, better
+from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.scoring import Recording, make_scorer, record
 from lightning_nrl.search import ParticleSwarm, SearchHistory, SearchResult, Spread, search
 from lightning_nrl.sites import WeightSpace

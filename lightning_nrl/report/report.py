@@ -11,7 +11,7 @@ from platform import python_version
 from typing import Any, Literal
 
 from lightning_nrl.flips import FlipCounts
-from lightning_nrl.methods.problem import Step
+from lightning_nrl.problem import Step
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl.methods.problem import Step
+from lightning_nrl.problem import Step
 from lightning_nrl.report.page import Row, Table
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.split import SplitReport, pool

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl.as_found import as_found
 from lightning_nrl.evidence import collect
-from lightning_nrl.loaders import make_source
+from lightning_nrl.shell.loaders import make_source
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass
 

@@ -15,10 +15,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-import lightning_nrl.callback
 import lightning_nrl.clock
 import lightning_nrl.methods.swarm
 import lightning_nrl.pipeline
+import lightning_nrl.shell.callback
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -83,9 +83,9 @@ STAGES = {
     "collect": (lightning_nrl.pipeline, "collect"),
     "record": (lightning_nrl.methods.swarm, "record"),
     "judge": (lightning_nrl.pipeline, "judge"),
-    "report": (lightning_nrl.callback, "write_report"),
-    "track": (lightning_nrl.callback, "track"),
-    "show": (lightning_nrl.callback, "headline"),
+    "report": (lightning_nrl.shell.callback, "write_report"),
+    "track": (lightning_nrl.shell.callback, "track"),
+    "show": (lightning_nrl.shell.callback, "headline"),
 }
 
 

@@ -24,8 +24,8 @@ from toy_problems import (
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, Settings, repair_module
-from lightning_nrl import fit as fit_module
 from lightning_nrl.clock import Clock
+from lightning_nrl.gradients import fit as fit_module
 from lightning_nrl.methods import Constrained, Problem, Solution
 from lightning_nrl.methods import constrained as module
 from lightning_nrl.state import State, snapshot

@@ -16,10 +16,10 @@ from toy_problems import Marginless, cast, left_alone, make_problem, normed, sam
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl import fit as module
 from lightning_nrl.clock import Clock
-from lightning_nrl.descent import Descent
-from lightning_nrl.fit import fit
+from lightning_nrl.gradients import fit as module
+from lightning_nrl.gradients.descent import Descent
+from lightning_nrl.gradients.fit import fit
 from lightning_nrl.methods import Problem
 from lightning_nrl.state import State, snapshot
 

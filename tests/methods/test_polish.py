@@ -33,10 +33,10 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Multiclass, Target, TensorSource
-from lightning_nrl import polish as module
 from lightning_nrl.flips import Flips
+from lightning_nrl.gradients import polish as module
+from lightning_nrl.gradients.polish import Polished, polish
 from lightning_nrl.methods import Problem
-from lightning_nrl.polish import Polished, polish
 from lightning_nrl.state import snapshot
 
 

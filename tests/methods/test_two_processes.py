@@ -14,9 +14,9 @@ from toy_problems import barely, broken, make_problem, normed, retrained, same, 
 from toy_repairs import known, trained
 
 from lightning_nrl.collective import Collective
-from lightning_nrl.fit import fit
+from lightning_nrl.gradients.fit import fit
+from lightning_nrl.gradients.polish import polish
 from lightning_nrl.methods import Problem
-from lightning_nrl.polish import polish
 
 
 def results(problem: Problem) -> dict[str, Any]:

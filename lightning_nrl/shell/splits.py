@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nrl.batches import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
+from lightning_nrl.shell.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
 
 __all__ = ["DataRequest"]
 

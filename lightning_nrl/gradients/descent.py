@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch, Source
-from lightning_nrl.methods.problem import Problem
+from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, holding
 
 __all__ = ["BATCH", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]

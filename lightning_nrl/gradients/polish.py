@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.descent import BATCH, Descent, Teacher, deal, draw, measured, outputs
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import Flips
-from lightning_nrl.methods.problem import Problem
+from lightning_nrl.gradients.descent import BATCH, Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, between, holding, snapshot
 
 __all__ = ["Polished", "check_margin", "polish"]

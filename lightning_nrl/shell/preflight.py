@@ -7,9 +7,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.looking import Scene, look
+from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["diagnose"]
 

@@ -23,10 +23,10 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from lightning_nrl.as_found import random_state
 from lightning_nrl.clock import Clock
 from lightning_nrl.collective import Collective
-from lightning_nrl.course import Course, Pace
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.inner import copied_data_module, copied_module, inner_trainer, quiet
-from lightning_nrl.loaders import LoaderSource, find_loader, worker_settings
+from lightning_nrl.shell.course import Course, Pace
+from lightning_nrl.shell.inner import copied_data_module, copied_module, inner_trainer, quiet
+from lightning_nrl.shell.loaders import LoaderSource, find_loader, worker_settings
 from lightning_nrl.state import State, snapshot
 
 __all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]

@@ -11,12 +11,12 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.checks import check_namespace, check_strategy
-from lightning_nrl.continuing import EPOCHS, epochs_saved
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
+from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.checks import check_namespace, check_strategy
+from lightning_nrl.shell.continuing import EPOCHS, epochs_saved
 
 __all__ = ["Work", "repair", "without_training"]
 

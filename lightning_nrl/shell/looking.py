@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 
 from lightning_nrl.as_found import random_state
-from lightning_nrl.borrowing import validating
-from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.collective import Collective
-from lightning_nrl.continuing import ContinuedTraining
 from lightning_nrl.errors import RepairError, explain
-from lightning_nrl.loaders import LoaderSource, warn_if_random
-from lightning_nrl.progress import RepairProgress
-from lightning_nrl.standalone import without_training
+from lightning_nrl.shell.borrowing import validating
+from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.continuing import ContinuedTraining
+from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
+from lightning_nrl.shell.progress import RepairProgress
+from lightning_nrl.shell.standalone import without_training
 
 __all__ = ["Scene", "look"]
 

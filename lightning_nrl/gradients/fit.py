@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.descent import Descent, Teacher, deal, draw, measured
-from lightning_nrl.methods.problem import Problem
+from lightning_nrl.gradients.descent import Descent, Teacher, deal, draw, measured
+from lightning_nrl.problem import Problem
 from lightning_nrl.state import State
 
 __all__ = ["fit"]

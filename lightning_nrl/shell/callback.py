@@ -16,27 +16,27 @@ from typing_extensions import override
 from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
-from lightning_nrl.borrowing import starting_weights, validating
-from lightning_nrl.checks import check_namespace, check_order, check_strategy
 from lightning_nrl.collective import Collective
-from lightning_nrl.continuing import ContinuedTraining, epochs_of
 from lightning_nrl.errors import check_choice, check_kind, explain
-from lightning_nrl.files import base_folder, file_names, headline, output_folder, show, write_report
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.known import check_limit
-from lightning_nrl.loaders import LoaderSource, warn_if_random
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, parse_method
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
-from lightning_nrl.progress import RepairProgress
-from lightning_nrl.rehearsal import rehearse
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
+from lightning_nrl.shell.borrowing import starting_weights, validating
+from lightning_nrl.shell.checks import check_namespace, check_order, check_strategy
+from lightning_nrl.shell.continuing import ContinuedTraining, epochs_of
+from lightning_nrl.shell.files import base_folder, file_names, headline, output_folder, show, write_report
+from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
+from lightning_nrl.shell.progress import RepairProgress
+from lightning_nrl.shell.rehearsal import rehearse
+from lightning_nrl.shell.splits import DataRequest
 from lightning_nrl.sites import find_scope
-from lightning_nrl.splits import DataRequest
 from lightning_nrl.state import State, changed
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task

@@ -8,9 +8,9 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
-from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.comparison import Comparison, Methods, compare_module, parse_methods
-from lightning_nrl.looking import Scene, look
+from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["compare"]
 

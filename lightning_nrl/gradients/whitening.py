@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl.descent import BATCH, draw
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.gradients.descent import BATCH, draw
+from lightning_nrl.gradients.slopes import Call, by_sample, trace
 from lightning_nrl.localization.layers import bias_gradients, weight_gradients, windows
-from lightning_nrl.methods.problem import Problem
 from lightning_nrl.precision import at_least_float32, no_autocast, widest
+from lightning_nrl.problem import Problem
 from lightning_nrl.sites import Site
-from lightning_nrl.slopes import Call, by_sample, trace
 from lightning_nrl.state import State, holding
 
 __all__ = ["Slopes", "Whitening", "slopes", "whitened"]

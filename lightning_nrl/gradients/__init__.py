@@ -1,0 +1,1 @@
+"""Steps along gradients: fits, polishes, and what linearised methods need."""
