@@ -179,6 +179,32 @@ def test_rich_shows_every_stage_among_lightnings_tasks(tmp_path: Any, capsys: py
     ]
 
 
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], bar: type[ProgressBar]
+) -> None:
+    class Nesting(Repairing):
+        def repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            with RepairProgress(trainer) as progress:
+                progress.search(1, 2, repaired=0, broken=0)  # no stage, no line: nothing happens
+                with progress.stage("fit"):
+                    with progress.stage("judge"):
+                        progress.search(1, 2, repaired=3, broken=0)
+                        self.look(progress)
+                    self.look(progress)
+            self.after = descriptions(trainer)
+
+    nesting = Nesting()
+    fit(tmp_path, [bar(), nesting])
+    if bar is RichProgressBar:
+        assert [task[0] for task in nesting.tasks] == ["Repair: judge (3 repaired, 0 broken)", "Repair: fit"]
+        assert not any("Repair" in text for text in nesting.after)
+    else:
+        shown = capsys.readouterr().out
+        assert shown.rindex("Repair: fit") > shown.index("Repair: judge")
+        assert "Repair" not in shown.split("\r")[-1]
+
+
 def test_rich_leaves_lightnings_tasks_alone(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     repairing = Repairing()
     fit(tmp_path, [repairing, RichProgressBar()])

@@ -87,7 +87,6 @@ class Linearised:
             if not walk.round():
                 return Solution(None, "no margin of a target depends on the layer's weights.")
             took = time.perf_counter() - began
-            clock.tell(len(walk.steps), ROUNDS, walk.repaired, 0)
         steps = tuple(walk.steps)
         if not walk.found:
             return Solution(None, "no step along the gradients repairs a target without a regression.", steps)
@@ -128,6 +127,7 @@ class _Walk:
         """Linearises, solves and steps; False where no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearise"):
+            self.problem.clock.tell(len(self.steps), ROUNDS, self.repaired, 0)
             tangent, rows, here = self._linearised()
         self.price = self.price or tangent.price()
         if not self.price:

@@ -34,6 +34,7 @@ class RepairProgress:
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._line: _Line | None = None
+        self._open: list[str] = []
 
     def __enter__(self) -> RepairProgress:
         self._line = _line_beside(self._trainer)
@@ -48,7 +49,7 @@ class RepairProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The line is there while a stage is, also when the stage raises.
+        """The line is there while a stage is, also when the stage raises; a stage inside another takes its place.
 
         Args:
             name: such as `collect`, `localize`, `search` or `judge`.
@@ -57,14 +58,20 @@ class RepairProgress:
         if line is None:
             yield
             return
-        line.begin(f"Repair: {name}")
+        if self._open:
+            line.end()
+        self._open.append(f"Repair: {name}")
+        line.begin(self._open[-1])
         try:
             yield
         finally:
             line.end()
+            self._open.pop()
+            if self._open:
+                line.begin(self._open[-1])
 
     def search(self, done: int, total: int, repaired: int, broken: int) -> None:
-        """Shows how far the search is, inside a stage.
+        """Shows how far the search is; between stages there is no line to show it on.
 
         Args:
             done: iterations made.
@@ -72,7 +79,7 @@ class RepairProgress:
             repaired: failed samples that the best candidate so far repairs.
             broken: passed samples that it breaks.
         """
-        if self._line is not None:
+        if self._line is not None and self._open:
             self._line.show(done, total, f"{repaired} repaired, {broken} broken")
 
 
