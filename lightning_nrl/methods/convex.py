@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
-from lightning_nrl.flips import Flips
 from lightning_nrl.methods.swarm import half, rows
 from lightning_nrl.precision import at_least_float32
 from lightning_nrl.problem import Problem, Proposal, Solution, Step
@@ -65,14 +64,15 @@ class Convex:
             point.step(seconds, f"strength {strength:g}; held out {gained} repaired, {lost} broken")
             for point, strength, (gained, lost) in zip(points, STRENGTHS, held, strict=False)
         ]
-        best = _best(held)
+        best = _best(held, points)
         others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
             steps.append(_last(proposal, STRENGTHS[best], share, time.perf_counter() - began))
         if proposal is None:
-            return Solution(None, "no change of the layer repairs a target without a regression.", tuple(steps), others)
+            reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
+            return Solution(None, reason, tuple(steps), others)
         return Solution(proposal, steps=tuple(steps), others=others)
 
 
@@ -105,10 +105,19 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         context=problem.context,
         budget=half(problem.budget),
     )
-    parts = [_direct(recording, chunk, site.name) for chunk in recording.chunks()]
+    parts = [_direct(recording, chunk) for chunk in recording.chunks()]
+    # On all ranks alike, also where one has no such samples, or none at all.
+    if problem.collective.any(any(part is None for part in parts)):
+        raise ConfigurationError(
+            explain(
+                f"`method='convex'`: the output of `layer={site.name!r}` is not what the model returns as logits.",
+                "name the last Linear layer, or use `method='linearised'`.",
+            )
+        )
     n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
     device = problem.space.device
-    own = torch.cat([torch.cat([x, y], 1) for x, y in parts]) if parts else torch.zeros(0, n_in + n_out, device=device)
+    found = [torch.cat(part, 1) for part in parts if part is not None]
+    own = torch.cat(found) if found else torch.zeros(0, n_in + n_out, device=device)
     order = torch.cat(problem.collective.gather(recording.rows)).argsort()
     whole = torch.cat(problem.collective.gather(own))[order.to(device)]
     features, logits = whole[:, :n_in], whole[:, n_in:]
@@ -117,19 +126,14 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     return features, logits
 
 
-def _direct(recording: Recording, chunk: Chunk, name: str) -> tuple[Tensor, Tensor]:
-    """A chunk's input and output of the layer, where the output is what the model returns."""
+def _direct(recording: Recording, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+    """A chunk's input and output of the layer; None unless the output is what the model returns."""
     if recording.replayable(chunk):
         x, y = recording.site(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)
         if x.ndim == 2 and same_values(y, logits):
             return at_least_float32(x), at_least_float32(y)
-    raise ConfigurationError(
-        explain(
-            f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
-            "name the last Linear layer, or use `method='linearised'`.",
-        )
-    )
+    return None
 
 
 @torch.no_grad()
@@ -183,9 +187,10 @@ def _folds(problem: Problem) -> Tensor:
     return fold
 
 
-def _best(held: list[tuple[int, int]]) -> int:
+def _best(held: list[tuple[int, int]], points: list[Proposal]) -> int:
+    """What held-out samples speak for most; of equals one that repairs a target at all, then the weakest."""
     worth = [gained - PRICE * lost for gained, lost in held]
-    return max(range(len(worth)), key=lambda i: (worth[i], -i))
+    return max(range(len(worth)), key=lambda i: (worth[i], points[i].repaired > 0, -i))
 
 
 def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, strength: float) -> Proposal:
@@ -197,9 +202,7 @@ def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, s
     after: Evidence = replace(
         before, prediction=prediction, passed=prediction == before.label, margin=gaps, loss=loss.to(before.loss)
     )
-    flips = Flips.between(before, after)
-    repaired = int((flips.repaired & before.targeted).sum())
-    return Proposal(f"convex {strength:g}", _state(problem, change), after, repaired, int(flips.broken.sum()))
+    return problem.counted(f"convex {strength:g}", _state(problem, change), after)
 
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:

@@ -90,6 +90,11 @@ class Head:
         values = values.clamp_min(0) + RIDGE * values.clamp_min(0).mean().clamp_min(1e-30)
         return (vectors * values.rsqrt()) @ vectors.T
 
+    @cached_property
+    def white(self) -> Tensor:
+        """`N x d`: the features in coordinates in which the passed ones have a second moment of 1."""
+        return self.features.to(self.root.dtype) @ self.root
+
     def changed(self, change: Tensor) -> Tensor:
         """The logits under a change of the weights, `C x d`."""
         return self.logits + self.features @ change.T.to(self.features)
@@ -123,14 +128,14 @@ def follow(head: Head, strengths: Sequence[float], used: Tensor | None = None) -
         margin asked.
     """
     used = torch.ones_like(head.targeted) if used is None else used
-    white = head.features.to(head.root.dtype) @ head.root
+    white = head.white
     violated = head.asked[:, None] - head.gaps
     first = violated.amax(1)[used & head.targeted]
     alone = 2 * white[used & head.targeted].square().sum(1)
     unit = float((first / alone).median())
     pairs = _Pairs(torch.zeros(0, dtype=torch.int64, device=white.device), white.new_zeros(0))
     for strength in strengths:
-        change, pairs = _solve(head, white, pairs.of(pairs.values > 0), strength * unit)
+        change, pairs = _solve(head, pairs.of(pairs.values > 0), strength * unit)
         for _ in range(ROUNDS):
             missing = head.asked[:, None] - head.over(head.changed(change @ head.root))
             missing[~used] = -torch.inf
@@ -141,20 +146,20 @@ def follow(head: Head, strengths: Sequence[float], used: Tensor | None = None) -
                 break
             code = code[new[code].argsort(descending=True, stable=True)[:ADDED]]
             pairs = pairs.add(code)
-            change, pairs = _solve(head, white, pairs, strength * unit)
+            change, pairs = _solve(head, pairs, strength * unit)
         yield _scaled_back(head, change @ head.root, used)
 
 
-def _solve(head: Head, white: Tensor, pairs: _Pairs, limit: float) -> tuple[Tensor, _Pairs]:
+def _solve(head: Head, pairs: _Pairs, limit: float) -> tuple[Tensor, _Pairs]:
     """The change in whitened weights, `C x d`, that the pairs of the programme ask for."""
-    n_classes = head.logits.shape[1]
+    white, n_classes = head.white, head.logits.shape[1]
     sample, other = pairs.code // n_classes, pairs.code % n_classes
     own, features = head.label[sample], white[sample]
     asked = (head.asked[sample] - head.gaps.view(-1)[pairs.code]).to(white.dtype)
     limits = torch.where(head.targeted[sample], limit, torch.inf).to(white.dtype)
-    signs = F.one_hot(own, n_classes) - F.one_hot(other, n_classes)
-    same = (signs @ signs.T).to(white.dtype)
-    solution = solve_dual(same * (features @ features.T), asked, limits, pairs.values)
+    # GPUs multiply no matrices of whole numbers.
+    signs = (F.one_hot(own, n_classes) - F.one_hot(other, n_classes)).to(white.dtype)
+    solution = solve_dual((signs @ signs.T) * (features @ features.T), asked, limits, pairs.values)
     pull = solution.values[:, None] * features
     change = torch.zeros(n_classes, white.shape[1], dtype=white.dtype, device=white.device)
     change.index_add_(0, own, pull).index_add_(0, other, -pull)

@@ -1,0 +1,102 @@
+"""The programme of a last Linear layer, and the solver under it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_nrl.search.head import Head, follow
+from lightning_nrl.search.quadratic import solve_dual
+
+
+def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> Head:
+    """Random features; the last samples are wrong, and the last feature is theirs for the most part."""
+    generator = torch.Generator().manual_seed(seed)
+    targeted = torch.arange(n) >= n - 6
+    features = torch.randn(n, 5, generator=generator)
+    features[:, 4] = torch.where(targeted, 2.0, 0.1 * features[:, 4])
+    logits = features[:, :4] @ torch.randn(4, n_classes, generator=generator)
+    label = logits.argmax(1)
+    label[targeted] = logits[targeted].topk(2).indices[:, 1]
+    return Head(features, logits, label, targeted)
+
+
+class Products(TorchDispatchMode):
+    """Writes down the dtypes of all that is multiplied as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.mv):
+            self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_matrices_are_of_numbers_that_a_gpu_multiplies() -> None:
+    with Products() as products:
+        changes = list(follow(head(), (0.5, 8.0)))
+    assert any(change.any() for change in changes)
+    assert products.dtypes <= {torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> None:
+    own, repaired = head(seed), []
+    for change in follow(own, (0.1, 1.0, 30.0)):
+        now = own.changed(change).argmax(1) == own.label
+        assert now[~own.targeted].all()
+        repaired.append(int(now[own.targeted].sum()))
+    assert repaired[0] <= repaired[-1] > 0
+
+
+def test_without_a_target_that_counts_nothing_changes() -> None:
+    own = head()
+    assert not any(change.any() for change in follow(own, (1.0, 4.0), ~own.targeted))
+
+
+def test_features_are_whitened_once_however_many_paths_there_are() -> None:
+    own = head()
+    white = own.white
+    moment = white[~own.targeted].T @ white[~own.targeted] / int((~own.targeted).sum())
+    torch.testing.assert_close(moment, torch.eye(5).double(), atol=0.05, rtol=0)
+    for path in (follow(own, (1.0,)), follow(own, (1.0,), torch.arange(60) % 2 > 0)):
+        next(path)
+        assert own.white is white
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 999), m=st.integers(1, 12), hard=st.booleans())
+def test_a_solution_fulfils_its_conditions(seed: int, m: int, hard: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(m, 5, generator=generator).double()
+    # Asked of some x, so that hard rows do not contradict each other.
+    asked = rows @ torch.randn(5, generator=generator).double() - torch.rand(m, generator=generator)
+    limit = torch.rand(m, generator=generator).double()
+    if hard:
+        limit[::2] = torch.inf
+    found = solve_dual(rows @ rows.T, asked, limit)
+    assert found.feasible
+    assert found.solved
+    tolerance = 1e-5 * max(1.0, float(asked.abs().max()))
+    given = rows @ (rows.T @ found.values)
+    torch.testing.assert_close(found.slack, given - asked, atol=tolerance, rtol=0)
+    assert ((found.values >= 0) & (found.values <= limit * (1 + 1e-12))).all()
+    assert (found.slack[found.values < limit * (1 - 1e-9)] > -tolerance).all()
+    assert (found.slack[found.values > 0] < tolerance).all()
+
+
+def test_hard_rows_that_contradict_each_other_are_told() -> None:
+    rows = torch.tensor([[1.0], [-1.0]])
+    assert not solve_dual(rows @ rows.T, torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, torch.inf])).feasible
+
+
+def test_an_empty_programme_is_solved() -> None:
+    nothing = torch.zeros(0)
+    assert solve_dual(torch.zeros(0, 0), nothing, nothing).solved
