@@ -30,7 +30,9 @@ class Call(NamedTuple):
 def trace(
     model: nn.Module, layers: Mapping[str, Layer], batch: Batch, task: Task, context: Context
 ) -> tuple[Tensor, dict[str, list[Call]]]:
-    """The margins of a batch, `n`, and the calls of each layer; none for a layer that gradients do not reach.
+    """The margins of a batch, `n`, and the calls of each layer.
+
+    There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
 
     Args:
         model: in evaluation mode. Its weights need not ask for gradients, and get none.
@@ -74,6 +76,9 @@ def trace(
     calls: dict[str, list[Call]] = {name: [] for name in layers}
     for (name, x, _), gradient in zip(seen, gradients, strict=False):
         calls[name].append(Call(*(at_least_float32(rows(layers[name], t)) for t in (x, gradient))))
+    for name in {name for name, x, _ in seen if len(x) % len(margin)}:
+        # Time first, for instance: as many rows for each sample, but not one sample after the other.
+        calls[name] = []
     return margin, calls
 
 

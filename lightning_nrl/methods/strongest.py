@@ -10,6 +10,7 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearised import Linearised
+from lightning_nrl.methods.polishing import Polish
 from lightning_nrl.methods.swarm import by_swarm
 from lightning_nrl.problem import Problem, Solution, Step, better
 from lightning_nrl.search import ParticleSwarm
@@ -30,7 +31,8 @@ class Strongest:
     2. The weights of the chosen layer that matter for the failures that are left are localised, and a swarm searches
        them from the proposals on, every known passed sample a constraint.
 
-    A task without margins is searched by the swarm alone.
+    In an update the targets were right under the replaced model: the proposal is a polish of the new one that brings
+    them back (`Polish`). A task without margins is searched by the swarm alone.
 
     Attributes:
         swarm: settings of the swarm.
@@ -66,17 +68,22 @@ class Strongest:
 
 def _proposals(problem: Problem) -> Iterator[Solution]:
     """What other methods find; those that do not suit the model are passed over."""
+    if problem.update:
+        yield Polish(share=SHARE)(problem)
+        return
     one_layer = len(problem.space.sites) == 1 and set(problem.scope) <= _parameters(problem)
     if not one_layer:
         solution = Constrained(SHARE)(problem)
         yield solution
         if not problem.whole or (solution.proposal is not None and solution.proposal.repaired):
             return
-    try:
-        yield Convex()(problem)
-    except ConfigurationError:
-        if one_layer:
-            yield Linearised()(problem)
+    for method in (Convex(), Linearised()) if one_layer else (Convex(),):
+        try:
+            solution = method(problem)
+        except ConfigurationError:
+            continue
+        yield solution
+        return
 
 
 def _parameters(problem: Problem) -> set[str]:

@@ -10,9 +10,9 @@ import torch
 from toy_problems import Marginless, broken, left_alone, make_problem, on_a_line, retrained, right
 from toy_repairs import known, trained
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, Settings, Strongest, repair_module
+from lightning_nrl import ConfigurationError, NeuRecoverLite, ParticleSwarm, Settings, Strongest, repair_module
 from lightning_nrl.clock import Clock
-from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.methods import Linearised, Problem, Solution
 from lightning_nrl.state import State
 
 AUTO = Strongest(ParticleSwarm(particles=12, iterations=12))
@@ -75,6 +75,26 @@ def test_a_layer_within_is_linearised() -> None:
     assert solution.proposal is not None
     assert set(solution.proposal.state) <= {"0.weight", "0.bias"}
     assert not {"fit", "convex"} & set(names(solution))
+
+
+class TimeFirst(torch.nn.Module):
+    """Its inner layer sees time first and samples second: no gradient can be told apart by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, _, self.head = trained()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        steps = torch.stack([x, x / 2, x / 4])
+        return self.head(torch.relu(self.inner(steps)).mean(0))
+
+
+def test_what_does_not_suit_the_model_is_passed_over() -> None:
+    own = make_problem(TimeFirst(), known(), "inner")
+    with pytest.raises(ConfigurationError, match="sample by sample"):
+        Linearised()(own)
+    solution = checked(own, AUTO(replace(own, localizer=NeuRecoverLite(n_weights=12))))
+    assert names(solution) == ["swarm"]
 
 
 def test_a_block_changes_inside_alone() -> None:
