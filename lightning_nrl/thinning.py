@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.flips import Flips
 from lightning_nrl.gradients.polish import polish
 from lightning_nrl.problem import Problem, Proposal, Step
 from lightning_nrl.state import State, changed
@@ -57,7 +57,8 @@ def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
     """
     began = time.perf_counter()
     patch = _Patch(problem, proposal.state)
-    least = math.ceil((1 - loss) * proposal.repaired)
+    # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
+    least = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     polishes = not bool(problem.before.margin.isnan().all())
     best, size = proposal, patch.size
     tried, found = _smallest(patch, proposal, least, None if polishes else proposal.broken)
@@ -155,9 +156,7 @@ class _Patch:
         masks = {name: mask for name, mask in self.masks(size).items() if mask.any()}
         problem = replace(self.problem, scope=tuple(masks))
         found = polish(problem, self.state(size), masks=masks, seconds=problem.clock.left)
-        flips = Flips.between(problem.before, found.after)
-        repaired = int((flips.repaired & problem.before.targeted).sum())
-        return Proposal("sparse", found.state, found.after, repaired, int(flips.broken.sum()))
+        return problem.counted("sparse", found.state, found.after)
 
     def is_late(self) -> bool:
         """Whether little more than the time for judging is left; the same on every rank."""

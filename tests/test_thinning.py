@@ -78,6 +78,20 @@ def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) 
     assert found.step.note == f"{len(kept)} of 20 weights differ, 10 before"
 
 
+def test_a_share_is_counted_as_a_decimal_number() -> None:
+    # In binary, 1 - 0.7 of 10 repairs is a little more than 3.
+    x = torch.eye(10)
+    model = Sums().eval()
+    model.head.weight.data.zero_()
+    source = TensorSource(x, torch.ones(10, dtype=torch.long), split="all", passed=True, failed=True)
+    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    space, scope = find_scope(model)
+    own = Problem(model, [source], before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed)
+    row = torch.arange(10, 0, -1.0)
+    found = thin(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
+    assert found.proposal.repaired == 3
+
+
 def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> None:
     x = torch.zeros(10)
     x[7], x[0], x[9] = 0.5001, -1.0, 1.0
