@@ -152,6 +152,10 @@ def repair_module(
         if strength.chosen is None:
             return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
         new = changed(model, strength.state)
+        if not new:
+            # The polish of a weaker patch went all the way back, or the change is below what the weights resolve.
+            reason = f"at strength {strength.chosen:g} nothing is left of the change."
+            return Outcome(account.closed("not repaired", reason))
         with clock.stage("judge"), holding(model, new):
             after = see(model, known)
             verdict = judge(before, after, settings.gate)

@@ -189,8 +189,8 @@ class _Way:
         weaker = [t for t in reversed(GRID) if t <= low]
         took, polished = 0.0, 0
         for strength in (*finer, *([low] if low and low not in weaker else []), *weaker):
-            if polished == POLISHES or _short_of_time(self.problem, took):
-                break
+            if self._is_work(strength) and (polished == POLISHES or _short_of_time(self.problem, took)):
+                continue
             began = time.perf_counter()
             if self._keeps(strength, limit):
                 found = self.taken(strength)
@@ -205,6 +205,10 @@ class _Way:
             state = between(self.problem.model.state_dict(), self.patch, strength)
             self.seen[strength] = _count(self.problem, state, strength, self.calibration)
         return self.seen[strength]
+
+    def _is_work(self, strength: float) -> bool:
+        """Whether a strength has to be counted first, or polished."""
+        return strength not in self.seen or (strength < 1 and not self._allowed(self.seen[strength]))
 
     def _keeps(self, strength: float, limit: Gate) -> bool:
         """Whether a strength keeps within the limit and, from the patch on, where nothing is polished, the gate."""

@@ -165,6 +165,16 @@ def test_no_strength_within_a_limit_is_none() -> None:
     assert find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance()).chosen is None
 
 
+def test_without_time_a_strength_that_was_counted_can_be_taken() -> None:
+    clock = Clock(max_time=0)
+    own = problem(WRONG, SAFE, clock=clock)
+    data = aside(own, line(2.0, label=0))
+    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance())
+    assert strengths(found.path) == [1.0]
+    assert found.chosen == 1.0
+    assert torch.equal(found.state["weight"], PATCH["weight"])
+
+
 @dataclass(frozen=True)
 class Given:
     """A method that knows the answer."""
@@ -190,6 +200,14 @@ def test_a_fixed_strength_is_what_is_written() -> None:
     torch.testing.assert_close(model[2].bias.detach() - bias, torch.tensor([0.5, 0.0, 0.0]))
     assert outcome.report.chosen_strength == 0.5
     assert strengths(outcome.report.strength)[:3] == [0.2, 0.4, 0.5]
+
+
+def test_a_strength_that_leaves_nothing_of_the_change_is_a_report() -> None:
+    model, outcome = repaired(strength=1e-12)
+    assert outcome.report.status == "not repaired"
+    assert outcome.report.reason == "at strength 1e-12 nothing is left of the change."
+    assert strengths(outcome.report.strength)[0] == 1e-12
+    assert not outcome.write(model)
 
 
 @pytest.mark.parametrize("limit", ["tolerance:100%", "tolerance:2%", "instance"])
