@@ -141,15 +141,18 @@ def non_finite(evidence: Evidence) -> dict[str, list[int]]:
 def _read(forward: Forward, source: Source, task: Task, target: Target | None, context: Context) -> Table:
     """This rank's rows of one split, on the CPU, in the order in which they came."""
     parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
+    lowest = -1  # where the task has no classes
     for batch in source:
         with context():
             output = task.logits(forward(*batch.args, **batch.kwargs))
+        task.check(output, batch.target)
+        lowest = -1 if task.label(batch.target) is None else 0
         for name, column in _columns(batch, output, task, target).items():
             parts[name].append(column)
     table = {
         name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()
     }
-    nameless = source.index[table["position"][table["label"] < -1]].tolist()
+    nameless = source.index[table["position"][table["label"] < lowest]].tolist()
     if nameless:
         raise EvidenceError(
             explain(

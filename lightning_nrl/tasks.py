@@ -27,6 +27,14 @@ class Task(ABC):
     def loss(self, output: Tensor, target: Any) -> Tensor:
         """Each sample's loss, `n`, at least float32, to be made small."""
 
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
+
+        Raises:
+            ConfigurationError: they do not.
+        """
+        return None
+
     def logits(self, output: Any) -> Tensor:
         """The tensor to be judged inside whatever the model returns.
 
@@ -76,15 +84,27 @@ class Task(ABC):
 class Multiclass(Task):
     """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32."""
 
+    def check(self, output: Tensor, target: Tensor) -> None:
+        """Refuses a label for which there is no logit, which on a GPU would end the process."""
+        self.prediction(output)
+        label, classes = self.label(target), output.shape[1]
+        if len(label) and int(label.max()) >= classes:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
+                    f"labels are whole numbers from 0 to {classes - 1}; pass an `adapter` that makes them so.",
+                )
+            )
+
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(at_least_float32(output), self.label(target), reduction="none")
+        # A label below 0 is no class: evidence refuses such samples by name, once it has seen them all.
+        return F.cross_entropy(at_least_float32(output), self.label(target).clamp_min(0), reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         """The logit of the true class less the largest other one, `n`."""
-        # A label below 0 is no class: evidence refuses such samples by name, once it has seen them all.
         output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 

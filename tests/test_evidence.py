@@ -184,7 +184,15 @@ def test_a_task_without_classes_leaves_them_unknown() -> None:
     assert torch.equal(evidence.targeted, ~evidence.passed)
 
 
-def test_samples_that_a_loss_ignores_are_named() -> None:
-    labels = TensorSource(LOGITS, torch.tensor([0, -100, 1, 1, -100]), split="train")
+@pytest.mark.parametrize("no_class", [-100, -1])
+def test_samples_without_a_class_are_named(no_class: int) -> None:
+    labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
     with pytest.raises(EvidenceError, match=r"`train` data: 2 samples have labels below 0 \(\[1, 4\]\)"):
+        collect(nn.Identity(), [labels], task=Multiclass())
+
+
+def test_a_label_without_a_logit_is_refused() -> None:
+    labels = TensorSource(LOGITS, torch.tensor([0, 1, LOGITS.shape[1], 1, 0]), split="train")
+    message = rf"there is a label {LOGITS.shape[1]}, and the model returned {LOGITS.shape[1]} logits a sample"
+    with pytest.raises(ConfigurationError, match=message):
         collect(nn.Identity(), [labels], task=Multiclass())
