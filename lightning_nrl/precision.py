@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["at_least_float32", "no_autocast", "widest"]
+__all__ = ["at_least_float32", "no_autocast", "repeatable_gradients", "widest"]
+
+LOCK = Lock()
+FOUND: list[tuple[bool, bool, bool]] = []
+"""How cuDNN was set when each thread that is inside came in."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -26,3 +32,25 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
+    """The same gradients in every run: cuDNN's faster kernels add in any order.
+
+    Args:
+        model: in evaluation mode, where cuDNN has no gradients of recurrent layers: one with such layers does without.
+    """
+    cudnn: Any = torch.backends.cudnn
+    recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with LOCK:
+        FOUND.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
+        cudnn.enabled, cudnn.deterministic, cudnn.benchmark = cudnn.enabled and not recurrent, True, False
+    try:
+        yield
+    finally:
+        with LOCK:
+            before = FOUND.pop()
+            # Of several threads the last one sets all back.
+            if not FOUND:
+                cudnn.enabled, cudnn.deterministic, cudnn.benchmark = before

@@ -19,6 +19,7 @@ from lightning_nrl import TensorSource
 from lightning_nrl.batches import Batch
 from lightning_nrl.gradients import descent as module
 from lightning_nrl.gradients.descent import Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl.gradients.slopes import trace
 from lightning_nrl.methods import Problem
 from lightning_nrl.state import holding, snapshot
 
@@ -233,6 +234,32 @@ def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
 
 STATES = ({"weight": torch.tensor([[10.0], [0.0]])}, {})
 WHICH = torch.tensor([0, 1, 0, 1])
+
+
+class Recurrent(nn.Module):
+    """Asks, whenever it runs, how cuDNN is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+        self.asked: list[tuple[bool, bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.append((torch.backends.cudnn.enabled, torch.backends.cudnn.deterministic))
+        return self.head(self.inner(x[:, None])[0][:, 0])
+
+
+def test_gradients_are_repeatable_and_those_of_recurrent_layers_are_taken_without_cudnn() -> None:
+    problem = make_problem(Recurrent(), known())
+    descent = Descent(problem, {}, partial(torch.optim.SGD, lr=0.1))
+    rows = torch.arange(5)
+    (parts,) = draw(problem, [rows])
+    descent.step(parts, lambda batch, rows, output: output.square().sum())
+    assert problem.model.asked[-1] == (False, True)
+    trace(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.context)
+    assert problem.model.asked[-1] == (False, True)
+    problem.see({})
+    assert problem.model.asked[-1] == (True, False)
 
 
 def test_each_sample_is_asked_of_its_own_teacher() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch, Source
+from lightning_nrl.precision import repeatable_gradients
 from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, holding
 
@@ -92,7 +93,7 @@ class Descent:
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate
-        with torch.enable_grad(), self.running():
+        with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
             for batch, rows in parts:
                 loss(batch, rows, outputs(self.problem, batch)).backward()
         if self.problem.collective.world_size > 1:

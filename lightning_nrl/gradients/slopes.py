@@ -13,7 +13,7 @@ from lightning_nrl.batches import Batch
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Context
 from lightning_nrl.localization.layers import rows
-from lightning_nrl.precision import at_least_float32, no_autocast
+from lightning_nrl.precision import at_least_float32, no_autocast, repeatable_gradients
 from lightning_nrl.sites import Layer
 from lightning_nrl.tasks import Task
 
@@ -55,7 +55,7 @@ def trace(
 
         return hook
 
-    with _hooked(layers, add_zero), torch.enable_grad():
+    with _hooked(layers, add_zero), torch.enable_grad(), repeatable_gradients(model):
         with context():
             output = task.logits(model(*batch.args, **batch.kwargs))
         margin = task.margin(output, batch.target)

@@ -6,8 +6,7 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -25,7 +24,7 @@ from lightning_nrl.localization.layers import (
     weight_gradients,
 )
 from lightning_nrl.localization.localization import Impact
-from lightning_nrl.precision import at_least_float32, no_autocast, widest
+from lightning_nrl.precision import at_least_float32, no_autocast, repeatable_gradients, widest
 from lightning_nrl.sites import Site, WeightSpace
 from lightning_nrl.tasks import Task
 
@@ -105,7 +104,7 @@ def measure(
     space = recording.space
     sums = _Sums.zeros(space)
     unchecked = aggregation == "per_sample"
-    with _deterministic():
+    with repeatable_gradients():
         for chunk in recording.chunks(CHUNK, rows_mask):
             check = unchecked and len(chunk.rows) > 1
             unchecked = unchecked and not check
@@ -266,15 +265,3 @@ def _not_by_sample(site: Site) -> ReplayError:
             "use `aggregation='mean_gradient'`, which needs no order, or a layer with samples in the first dimension.",
         )
     )
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """The same impacts in every run: cuDNN's faster kernels add in any order, and near-ties in rank would turn."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
-    try:
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = before
