@@ -59,5 +59,17 @@ def parse_method(method: str | Method | ParticleSwarm) -> Method | ParticleSwarm
 
 
 def solve(method: Method | ParticleSwarm, problem: Problem) -> Solution:
-    """Runs a method on a problem."""
-    return by_swarm(problem, method) if isinstance(method, ParticleSwarm) else method(problem)
+    """Runs a method on a problem.
+
+    Raises:
+        ConfigurationError: a method of the user's own gave something else than a solution.
+    """
+    found = by_swarm(problem, method) if isinstance(method, ParticleSwarm) else method(problem)
+    if not isinstance(found, Solution):
+        raise ConfigurationError(
+            explain(
+                f"`method`: {type(method).__name__} gave a {type(found).__name__}, not a solution.",
+                "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
+            )
+        )
+    return found

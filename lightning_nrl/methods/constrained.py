@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
 
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gradients.fit import fit
 from lightning_nrl.gradients.polish import check_margin, polish
 from lightning_nrl.problem import Problem, Solution
@@ -37,10 +39,19 @@ class Constrained:
 
     Attributes:
         share: of the time that is left, what it may take; the rest is for what comes after it.
+
+    Raises:
+        ConfigurationError: on construction, for a share that is not above 0 and at most 1.
     """
 
     trains: ClassVar[bool] = True
     share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, Real) and 0 < self.share <= 1):
+            raise ConfigurationError(
+                explain(f"`Constrained.share={self.share!r}` is no share.", "give a number above 0 and at most 1.")
+            )
 
     def __call__(self, problem: Problem) -> Solution:
         """Fits and polishes.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.methods.constrained import Constrained
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearised import Linearised
@@ -36,10 +36,17 @@ class Strongest:
 
     Attributes:
         swarm: settings of the swarm.
+
+    Raises:
+        ConfigurationError: on construction, if `swarm` is something else.
     """
 
     trains: ClassVar[bool] = True
     swarm: ParticleSwarm = field(default_factory=ParticleSwarm)
+
+    def __post_init__(self) -> None:
+        fits = isinstance(self.swarm, ParticleSwarm)
+        check_kind("Strongest.swarm", self.swarm, fits, "ParticleSwarm", "Strongest(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
         """Runs the parts in order; the steps of all are kept.

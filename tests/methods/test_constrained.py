@@ -195,6 +195,12 @@ def test_a_task_without_margins_is_refused_before_any_training() -> None:
     assert training.calls == []
 
 
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, math.nan, "half"])
+def test_a_share_that_is_none_is_refused(share: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"`Constrained.share=.*` is no share"):
+        Constrained(share)
+
+
 def test_it_trains() -> None:
     assert Constrained.trains is True
     assert Constrained() == Constrained(share=1.0)

@@ -104,6 +104,13 @@ def test_a_block_changes_inside_alone() -> None:
     assert names(solution)[:2] == ["fit", "polish"]
 
 
+def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"`Strongest\.swarm=50` is no ParticleSwarm"):
+        Strongest(50)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="`method`: function gave a NoneType, not a solution"):
+        repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]
+
+
 def test_a_task_without_margins_is_searched_by_the_swarm_alone() -> None:
     own = problem("2", task=Marginless())
     solution = AUTO(own)
