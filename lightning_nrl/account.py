@@ -20,15 +20,19 @@ from lightning_nrl.report import (
     SearchReport,
     SplitReport,
     Status,
+    UpdateSplit,
     WeightChange,
     hash_tensors,
     split_report,
+    update_split,
+    update_words,
 )
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import WeightSpace
 from lightning_nrl.state import State
 from lightning_nrl.strength import Strength
 from lightning_nrl.tasks import Task
+from lightning_nrl.update import Update
 
 __all__ = ["Account"]
 
@@ -51,6 +55,7 @@ class Account:
         solution: what the method found, once it is over.
         n_passed: passed samples that it scored candidates on, |I_pos|.
         strength: how far the repair goes, once that is known.
+        update: what the replaced model does, in an update.
     """
 
     model: nn.Module
@@ -63,6 +68,7 @@ class Account:
     solution: Solution | None = None
     n_passed: int | None = None
     strength: Strength = UNDECIDED
+    update: Update | None = None
 
     def solved(self, solution: Solution, n_passed: int) -> Account:
         """The account after the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
@@ -77,7 +83,8 @@ class Account:
         """The report of a repair that ended without a candidate: the weights stay."""
         old = self._layers()
         layers, model = hash_tensors(old), self._hash_model({})
-        return self._report(status, reason, self._splits(), hashes=Hashes(layers, layers, model, model))
+        hashes = Hashes(layers, layers, model, model)
+        return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes)
 
     def judged(
         self, verdict: Verdict, old: State, new: State, after: Evidence, aside: Mapping[Role, Evidence] = NOTHING
@@ -100,14 +107,22 @@ class Account:
             candidate if verdict.accepted else self._splits(),
             layers=_layers(new),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
+            update=self._updates(after, aside) if verdict.accepted else self._updates(),
             change=WeightChange.between(old, new),
             hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
 
     def _report(
-        self, status: Status, reason: str, splits: tuple[SplitReport, ...], layers: tuple[str, ...] = (), **rest: Any
+        self,
+        status: Status,
+        reason: str,
+        splits: tuple[SplitReport, ...],
+        layers: tuple[str, ...] = (),
+        update: tuple[UpdateSplit, ...] = (),
+        **rest: Any,
     ) -> RepairReport:
         found = self.solution or Solution(None)
+        reason = f"{reason} {update_words(update)}".rstrip()
         return RepairReport(
             status=status,
             reason=reason,
@@ -116,6 +131,7 @@ class Account:
             gate=str(self.settings.gate),
             task=type(self.task).__name__,
             splits=splits,
+            update=update,
             localization=None if found.localization is None else LocalizationReport.of(found.localization),
             search=None
             if found.result is None
@@ -139,6 +155,18 @@ class Account:
             for split in evidence.splits
         ]
         return (*known, *others)
+
+    def _updates(
+        self, after: Evidence | None = None, aside: Mapping[Role, Evidence] = NOTHING
+    ) -> tuple[UpdateSplit, ...]:
+        if self.update is None:
+            return ()
+        before, now = {"known": self.known, **self.aside}, {"known": after, **aside}
+        return tuple(
+            update_split(split, role, old, before[role], now.get(role))
+            for role, old in self.update.answers.items()
+            for split in old.splits
+        )
 
     def _layers(self) -> dict[str, Tensor]:
         return {name: value for site in self.space.sites for name, value in site.parameters.items()}

@@ -18,9 +18,10 @@ from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError, RepairError
 from lightning_nrl.evidence import Context, Evidence, collect
-from lightning_nrl.gate import judge
+from lightning_nrl.gate import Gate, judge
 from lightning_nrl.known import check_limit, check_losses, check_sources, passed_rows
 from lightning_nrl.methods import Problem, Solution, Training, solve
+from lightning_nrl.reference import Reference
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
@@ -29,6 +30,7 @@ from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.thinning import thin
+from lightning_nrl.update import Update, look_back
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -75,6 +77,7 @@ def repair_module(
     context: Context = nullcontext,
     collective: Collective | None = None,
     training: Training | None = None,
+    reference: Reference | None = None,
     observer: Observer | None = None,
 ) -> Outcome:
     """Collects evidence, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
@@ -89,6 +92,8 @@ def repair_module(
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same outcome.
         training: goes on with the training, for methods that do; None: they make steps of their own.
+        reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
+            what is to be repaired, as far as it is in the target.
         observer: is told how it goes.
 
     Returns:
@@ -108,14 +113,29 @@ def repair_module(
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
         with clock.stage("collect"):
-            before = see(model, known, target=settings.target)
+            before = see(model, known, target=settings.target, everywhere=reference is not None)
             aside = {
                 role: _see_aside(see, model, sources, settings.target, collective) for role, sources in others.items()
             }
         check_losses(before)
-        account = Account(model, space, settings, task, before, aside, clock.seconds)
+        update, own = None, before
+        if reference is not None:
+            with clock.stage("reference"):
+                update = look_back(
+                    reference,
+                    model,
+                    {"known": known, **others},
+                    {"known": before, **aside},
+                    task=task,
+                    context=context,
+                    collective=collective,
+                )
+            before = update.regressions("known", before)
+            aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
+            own, before = before, update.kept(before, settings.keep)
+        account = Account(model, space, settings, task, own, aside, clock.seconds, update=update)
         if not before.targeted.any():
-            return Outcome(account.closed("nothing to repair", _nothing(before, known, settings.target)))
+            return Outcome(account.closed("nothing to repair", _nothing(own, known, settings.target, update)))
         passed = passed_rows(before, known, settings)
         if not passed.any():
             return _given_up(account, _nothing_passes(before, known))
@@ -136,6 +156,7 @@ def repair_module(
             collective=collective,
             training=training,
             whole=settings.layer == "auto",
+            update=update is not None,
         )
         try:
             solution = solve(settings.method, problem)
@@ -159,6 +180,10 @@ def repair_module(
         with clock.stage("judge"), holding(model, new):
             after = see(model, known)
             verdict = judge(before, after, settings.gate)
+            if verdict.accepted and own is not before:
+                # What only the new model gets right may break, but not for fewer regressions repaired.
+                rest = judge(own, after, Gate.accuracy())
+                verdict = verdict if rest.accepted else rest
             later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
         old = {name: value for name, value in model.state_dict().items() if name in new}
         report = account.judged(verdict, old, new, after, later)
@@ -217,7 +242,11 @@ def _nothing_passes(before: Evidence, known: Sequence[Source]) -> str:
     return f"no sample of {names} passes, so `n_passed` has nothing to draw from."
 
 
-def _nothing(before: Evidence, known: Sequence[Source], target: Target) -> str:
+def _nothing(before: Evidence, known: Sequence[Source], target: Target, update: Update | None) -> str:
+    if update is not None:
+        return (
+            f"no known sample in the target ({target}) that the replaced model gets right is wrong under the new one."
+        )
     failed = ~before.passed
     counts = ", ".join(f"{int(failed[before.of(source.split)].sum())} in {source.split}" for source in known)
     where = " and ".join(source.split for source in known if source.failed)

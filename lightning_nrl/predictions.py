@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from lightning_nrl.batches import Source
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.report.weights import hash_tensors
@@ -114,6 +117,10 @@ class Predictions:
                 if at not in rows or (label >= 0 and passed is not None and passed != (said == label)):
                     return None
         return found
+
+    def answers(self, model: nn.Module, sources: Sequence[Source], like: Evidence, **means: Any) -> Evidence:
+        """What the model did on the samples of `like`; no model is run (see `lightning_nrl.reference.Reference`)."""
+        return self.evidence(like)
 
     def evidence(self, like: Evidence) -> Evidence:
         """As a table of the same samples as another one; losses are 0 where right and 1 where wrong.

@@ -65,6 +65,7 @@ class Problem:
         collective: the ranks that share the data; all of them run the same method in step.
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
+        update: whether the model replaces another one that gets the targets right: they are regressions of it.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class Problem:
     collective: Collective = field(default_factory=Collective)
     training: Training | None = None
     whole: bool = True
+    update: bool = False
 
     def see(self, state: State) -> Evidence:
         """What the deployed model does on all known data under a state: one forward pass over them."""

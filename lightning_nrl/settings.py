@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
@@ -19,6 +19,7 @@ from lightning_nrl.methods import Method, Strongest, parse_method
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
+from lightning_nrl.update import KEEPS, Keep
 
 __all__ = ["Settings"]
 
@@ -46,6 +47,8 @@ class Settings:
         limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
         sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
             None: no weights are spared.
+        keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
+            `reference`, only what both of them get right.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
@@ -69,6 +72,7 @@ class Settings:
     strength: float | None = None
     limit: Gate | str | None = None
     sparse: float | None = None
+    keep: Keep = "both"
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
@@ -78,6 +82,7 @@ class Settings:
         localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
         check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
         layer_names(self.layer)
+        check_choice("keep", self.keep, KEEPS)
         for name, least, most in (("n_passed", 1, None), ("seed", 0, 2**32 - 1), ("budget", 1, None)):
             value = getattr(self, name)
             if value is None and name != "seed":
@@ -90,7 +95,7 @@ class Settings:
                 )
         self._check_numbers()
         if self.limit is not None:
-            object.__setattr__(self, "limit", Gate.parse(self.limit))
+            object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:
                 raise ConfigurationError(
                     explain(

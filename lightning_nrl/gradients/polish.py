@@ -92,6 +92,7 @@ def polish(
     seconds: float = math.inf,
     masks: Mapping[str, Tensor] | None = None,
     after: Evidence | None = None,
+    insist: bool = False,
 ) -> Polished:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
@@ -104,6 +105,8 @@ def polish(
         seconds: how long it may take; the least is a few forward passes over all known data.
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
+        insist: whether the steps go on for failing targets too, however far from being right these are. Targets that
+            are not right after some rounds are let go; of all weights that broke nothing those that repair most count.
 
     Raises:
         ConfigurationError: the task has no margins.
@@ -114,10 +117,11 @@ def polish(
         one_pass = -time.perf_counter()
         after = problem.see(state)
         one_pass += time.perf_counter()
-    old, done = snapshot(problem.model), 0
+    old, done, best = snapshot(problem.model), 0, None
+    insisted = problem.before.targeted & insist & after.loss.isfinite()
     for retreats in range(RETREATS + 1):
-        border = _Border(problem, state, after)
-        if not border.broken.any():
+        border = _Border(problem, state, after, insisted)
+        if not border.open.any():
             return _polished(problem, state, after, done, RETREAT**retreats)
         if border.hopeless.any():
             break
@@ -125,16 +129,27 @@ def polish(
         for _ in range(ROUNDS):
             border.steps(descent)
             done += 1
-            if not (border.broken & border.followed).any():
+            if not (border.open & border.followed).any():
                 after = problem.see(descent.state())
                 border.seen(after)
-                if not border.broken.any():
+                if not border.open.any():
                     return _polished(problem, descent.state(), after, done, RETREAT**retreats)
             if _is_late(problem, deadline - (SCALINGS + 1) * one_pass):
-                return _scaled_back(problem, border, descent.state(), done)
+                return _most(best, _scaled_back(problem, border, descent.state(), done))
+        if insisted.any() and not (border.broken & border.followed).any():
+            after = problem.see(descent.state())
+            border.seen(after)
+            if not border.broken.any():
+                best = _most(best, _polished(problem, descent.state(), after, done, RETREAT**retreats))
+        insisted &= ~border.open
         state = between(old, descent.state(), RETREAT)
         after = problem.see(state)
-    return _scaled_back(problem, border, state, done)
+    return _most(best, _scaled_back(problem, border, state, done))
+
+
+def _most(best: Polished | None, other: Polished) -> Polished:
+    """The one that repairs more; both break nothing."""
+    return other if best is None or other.repaired > best.repaired else best
 
 
 def _is_late(problem: Problem, deadline: float) -> bool:
@@ -186,9 +201,9 @@ class _Border:
     A followed sample has a teacher: the given state where it is right, else the original model where that is.
     """
 
-    def __init__(self, problem: Problem, state: State, after: Evidence) -> None:
+    def __init__(self, problem: Problem, state: State, after: Evidence, insisted: Tensor) -> None:
         before = problem.before
-        self.problem, self.state = problem, state
+        self.problem, self.state, self.insisted = problem, state, insisted
         self.unit = float(before.margin[before.passed].median()) / TYPICAL
         self.right = after.passed
         self.asked = before.margin.clamp(max=SAFE * max(1.0, self.unit))
@@ -208,6 +223,11 @@ class _Border:
         return self.problem.before.passed & ~(self.margin >= self.asked)
 
     @property
+    def open(self) -> Tensor:
+        """`N` bool: broken samples, and targets insisted on that are not right yet."""
+        return self.broken | (self.insisted & ~(self.margin >= SAFE * max(1.0, self.unit)))
+
+    @property
     def hopeless(self) -> Tensor:
         """`N` bool: broken samples without a finite loss, which no step can mend and whose slopes would spoil all."""
         return self.broken & self.margin.isnan()
@@ -220,12 +240,13 @@ class _Border:
     def steps(self, descent: Descent) -> None:
         """A round: steps on the samples near the border and as many others, then their margins again."""
         before = self.problem.before
-        self.pressure[self.broken] *= PRESSURE
+        self.pressure[self.open] *= PRESSURE
         wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > -self.unit * REACH)
+        wanted |= self.insisted & (self.margin < self.unit * NEAR)
         near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)
         core, rest = near.nonzero().flatten(), (self.followed & ~near).nonzero().flatten()
         rest = rest[torch.randperm(len(rest), generator=self.generator)[: len(core)]]
-        weight = torch.where(before.passed, self.pressure, wanted.float())
+        weight = torch.where(before.passed | self.insisted, self.pressure, wanted.float())
         goal = torch.where(before.passed, self.goal, TARGET_GOAL * self.unit)
         table = torch.stack([weight, goal, (self.right | before.passed).float()], 1)
         found: list[tuple[Tensor, Tensor]] = []
@@ -251,7 +272,7 @@ class _Border:
         close = (before.passed & (margin < self.unit * FOLLOWED)) | (repaired & (margin < self.unit * FOLLOWED))
         rows = close.nonzero().flatten()
         first = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MOST]
-        chosen = torch.zeros_like(close)
+        chosen = self.insisted.clone()
         chosen[rows[first]] = True
         return chosen
 

@@ -1,20 +1,18 @@
-"""Weights that were made elsewhere, polished until they break nothing that the old ones get right."""
+"""A model's own weights, or weights that were made elsewhere, polished until nothing known is broken."""
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gradients.polish import check_margin, polish
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.problem import Problem, Proposal, Solution, Step
+from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.state import State, changed
 
 __all__ = ["Polish"]
@@ -25,12 +23,15 @@ JUDGE = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Polish:
-    """Takes a model of the same architecture, such as one that was fine-tuned or retrained, and polishes it.
+    """Polishes the model under repair itself, or one of the same architecture that was fine-tuned or retrained.
 
-    The model under repair is the one that it replaces: known samples that the old one gets right are kept.
+    The model itself: small steps go on until its targets are right, and nothing that is right breaks. Another one: the
+    model under repair is the one that it replaces, and known samples that the old one gets right are kept.
 
     Attributes:
-        new: the new model, its state dict, or the path of a Lightning checkpoint or of a saved state dict.
+        new: the new model, its state dict, or the path of a Lightning checkpoint or of a saved state dict; None: the
+            model under repair itself.
+        share: of the time that is left, what it may take; the rest is for what comes after it.
 
     Raises:
         ConfigurationError: on construction, if `new` is none of these.
@@ -40,14 +41,15 @@ class Polish:
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt", method=Polish("new.ckpt"))
     """
 
-    new: nn.Module | State | str | Path
+    new: nn.Module | State | str | Path | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
-        fits = isinstance(self.new, (nn.Module, Mapping, str, Path))
+        fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Polishes the new weights.
+        """Polishes.
 
         Raises:
             ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
@@ -55,73 +57,29 @@ class Polish:
         """
         check_margin(problem)
         clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
-        state = _fitting(_read(self.new), problem.model)
-        _check_scope(problem, state)
-        with clock.stage("judge"):
-            began = time.perf_counter()
-            given = problem.propose("given", state)
-            first = given.step(time.perf_counter() - began, "as they came")
+        end = clock.elapsed + self.share * clock.left
+        steps: tuple[Step, ...] = ()
+        others: tuple[Proposal, ...] = ()
+        state: State = {}
+        if self.new is not None:
+            state = fitting("Polish.new", read_state("Polish.new", self.new), problem.model)
+            _check_scope(problem, state)
+            with clock.stage("judge"):
+                began = time.perf_counter()
+                given = problem.propose("given", state)
+                steps, others = (given.step(time.perf_counter() - began, "as they came"),), (given,)
         with clock.stage("polish"):
             began = time.perf_counter()
-            polished = polish(problem, state, seconds=clock.left - JUDGE * one_pass, after=given.after)
+            seconds, insist = end - clock.elapsed - JUDGE * one_pass, self.new is None
+            after = others[0].after if others else problem.before
+            polished = polish(problem, state, seconds=seconds, after=after, insist=insist)
         proposal = problem.counted("polish", polished.state, polished.after)
-        second = proposal.step(time.perf_counter() - began, polished.note)
+        steps = (*steps, proposal.step(time.perf_counter() - began, polished.note))
         if not proposal.repaired:
-            reason = "the new weights repair no target without breaking what is right."
-            return Solution(None, reason, steps=(first, second), others=(given,))
-        return Solution(proposal, steps=(first, second), others=(given,))
-
-
-def _read(new: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    if isinstance(new, nn.Module):
-        return new.state_dict()
-    if isinstance(new, Mapping):
-        return _state_in(new)
-    try:
-        found = torch.load(new, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        text = str(error).partition("\n")[0]
-        raise ConfigurationError(
-            explain(
-                f"`Polish.new`: {str(new)!r} cannot be read ({type(error).__name__}: {text}).",
-                "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
-            )
-        ) from error
-    if not isinstance(found, Mapping):
-        raise ConfigurationError(
-            explain(
-                f"`Polish.new`: {str(new)!r} holds a {type(found).__name__}.",
-                "give a Lightning checkpoint or a file with a state dict.",
-            )
-        )
-    return _state_in(found)
-
-
-def _state_in(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    inside = found.get("state_dict")
-    return inside if isinstance(inside, Mapping) else found
-
-
-def _fitting(new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The new tensors in the dtypes and on the device of the model's own."""
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
-    wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
-    more = [name for name in given if name not in own]
-    if wrong or more:
-        name = (wrong or more)[0]
-        if name in given and name in own:
-            found = f"`Polish.new` has {name!r} in the shape {list(given[name].shape)}, not {list(own[name].shape)}"
-        else:
-            found = f"`Polish.new` lacks {name!r}" if wrong else f"`Polish.new` has {name!r}, which is not in the model"
-        others = len(wrong) + len(more) - 1
-        raise ConfigurationError(
-            explain(
-                f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-                "give a model of the same architecture as the one that it replaces.",
-            )
-        )
-    return {name: given[name].detach().to(value.device, value.dtype) for name, value in own.items()}
+            whose = "small steps repair" if self.new is None else "the new weights repair"
+            reason = f"{whose} no target without breaking what is right."
+            return Solution(None, reason, steps=steps, others=others)
+        return Solution(proposal, steps=steps, others=others)
 
 
 def _check_scope(problem: Problem, state: State) -> None:

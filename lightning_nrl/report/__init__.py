@@ -4,6 +4,7 @@ from lightning_nrl.report.page import Page
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.report import RepairReport, Status, installed_versions
 from lightning_nrl.report.split import Role, SplitReport, pool, split_report
+from lightning_nrl.report.update import UpdateSplit, pool_updates, update_split, update_words
 from lightning_nrl.report.weights import WeightChange, hash_tensors
 
 __all__ = [
@@ -15,9 +16,13 @@ __all__ = [
     "SearchReport",
     "SplitReport",
     "Status",
+    "UpdateSplit",
     "WeightChange",
     "hash_tensors",
     "installed_versions",
     "pool",
+    "pool_updates",
     "split_report",
+    "update_split",
+    "update_words",
 ]

@@ -16,6 +16,7 @@ from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
 from lightning_nrl.report.split import Role, SplitReport, pool
+from lightning_nrl.report.update import UpdateSplit, pool_updates, update_table
 from lightning_nrl.report.weights import WeightChange
 from lightning_nrl.report.words import (
     change_words,
@@ -66,6 +67,7 @@ class RepairReport:
         gate: what a repair must satisfy, as text.
         task: what right and wrong mean, in words.
         splits: what became of the samples of each split under the weights that the model has now.
+        update: the new model against the one that it replaces, by split; empty if it replaces none.
         candidate: what the refused weights would have done to the known splits; empty if none were refused.
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
@@ -88,6 +90,7 @@ class RepairReport:
     gate: str
     task: str
     splits: tuple[SplitReport, ...]
+    update: tuple[UpdateSplit, ...] = ()
     candidate: tuple[SplitReport, ...] = ()
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
@@ -111,12 +114,20 @@ class RepairReport:
         chosen = [split for split in self.splits if split.role == role]
         return pool("all", chosen) if chosen else None
 
+    def pooled_update(self, role: Role) -> UpdateSplit | None:
+        """All splits of a role against the replaced model, taken together; None if there is none."""
+        chosen = [split for split in self.update if split.role == role]
+        return pool_updates(chosen) if chosen else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, text and numbers; a split also gets the numbers that follow from its counts."""
         own = plain(self)
         for name in ("splits", "candidate"):
             for split, data in zip(getattr(self, name), own[name], strict=True):
                 data.update(split.numbers)
+        for split, data in zip(self.update, own["update"], strict=True):
+            data["trained"].update(split.trained.numbers)
+            data["now"].update(split.now.numbers)
         return own
 
     def to_json(self) -> str:
@@ -130,6 +141,10 @@ class RepairReport:
         own["layers"] = tuple(own["layers"])
         for name in ("splits", "candidate"):
             own[name] = tuple(_read(SplitReport, split) for split in own.get(name, ()))
+        own["update"] = tuple(
+            UpdateSplit(*(_read(SplitReport, split[name]) for name in ("trained", "now")))
+            for split in own.get("update", ())
+        )
         own["steps"] = tuple(_read(Step, step) for step in own.get("steps", ()))
         own["strength"] = tuple(_read_point(point) for point in own.get("strength", ()))
         for name, kind in PARTS.items():
@@ -163,6 +178,12 @@ class RepairReport:
         return Heading(self.status.capitalize(), 1, TONES[self.status]), Text(sentence(self.reason) + changed)
 
     def _tables(self) -> tuple[Block, ...]:
+        if not self.update:
+            return self._outcome()
+        against = Heading("Against the model that it replaces"), update_table(self.update)
+        return (*against, Heading("Against the new model as it was trained"), *self._outcome())
+
+    def _outcome(self) -> tuple[Block, ...]:
         if self.status == "repaired":
             return (outcome_table(self.splits),)
         unchanged = unchanged_table(self.splits)

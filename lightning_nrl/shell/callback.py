@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -25,6 +26,7 @@ from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, parse_method
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
+from lightning_nrl.reference import Reference, parse_reference
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -76,6 +78,9 @@ class RegressionFreeRepair(Callback):
         task: what passed and loss mean; None: multiclass classification from logits.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or `package.module:function`; None:
             `(x, y, *extras)` or a mapping with the usual keys.
+        reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
+            of its predictions, or an `OldModel`. Known samples that it gets right and the new one wrong are repaired.
+        keep: in an update, what may not break: `both`, what either model gets right, or `reference`, what both do.
         start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
         seed: the same seed gives the same repair.
         dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
@@ -116,6 +121,8 @@ class RegressionFreeRepair(Callback):
         calibration: str | DataLoader | None = None,
         task: Task | None = None,
         adapter: str | Adapter | None = None,
+        reference: nn.Module | str | Path | State | Reference | None = None,
+        keep: Literal["both", "reference"] = "both",
         start_from: Literal["last", "best"] = "last",
         seed: int = 0,
         dirpath: str | Path | None = None,
@@ -142,6 +149,7 @@ class RegressionFreeRepair(Callback):
             strength=strength,
             limit=limit,
             sparse=sparse,
+            keep=keep,
         )
         check_limit(self.settings, calibration is not None)
         self.task = task if task is not None else Multiclass()
@@ -150,6 +158,7 @@ class RegressionFreeRepair(Callback):
         )
         self.data = DataRequest(passed, failed, unseen, calibration)
         self.adapter = unpack if adapter is None else find_function("adapter", adapter)
+        self.reference = parse_reference(reference)
         self.start_from = start_from
         self.dirpath = dirpath
         self.verbose = verbose
@@ -201,7 +210,11 @@ class RegressionFreeRepair(Callback):
         with random_state(), validating(trainer):
             known, *others = self._sources(trainer, pl_module, limit=1)
             rehearse(pl_module, [*known, *chain(*others)], self.settings, **self._means(trainer, pl_module))
-            if self.settings.layer == "auto" and getattr(self.settings.method, "trains", False):
+            if (
+                self.reference is None
+                and self.settings.layer == "auto"
+                and getattr(self.settings.method, "trains", False)
+            ):
                 ContinuedTraining(trainer, pl_module, known).warn()
 
     @override
@@ -265,6 +278,7 @@ class RegressionFreeRepair(Callback):
             means = self._means(trainer, pl_module)
             training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=(RegressionFreeRepair,))
             means |= {"unseen": unseen, "calibration": calibration, "training": training, "observer": progress}
+            means["reference"] = self.reference
             return repair_module(pl_module, known, self.settings, **means)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:

@@ -33,7 +33,8 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
     """What a reviewer decides on, the most important first.
 
     `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together: accuracies and counts of
-    samples under the weights that the model has now. `refused_...` tell what refused weights would have done to known
+    samples under the weights that the model has now. In an update `..._regressions` are against the replaced model, by
+    the new one as trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to known
     data.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
@@ -41,6 +42,11 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
         split = report.pooled(role)
         if split is not None:
             found |= {f"{role}_{number}": value for number, value in _headline(split).items()}
+        update = report.pooled_update(role)
+        if update is not None:
+            found[f"{role}_regressions_before"] = float(update.trained.broken)
+            found[f"{role}_regressions"] = float(update.now.broken)
+            found[f"{role}_negative_flip_rate"] = update.now.rates["negative_flip_rate"]
     if report.candidate:
         found["refused_repaired"] = float(sum(split.repaired for split in report.candidate))
         found["refused_broken"] = float(sum(split.broken for split in report.candidate))

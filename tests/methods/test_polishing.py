@@ -91,6 +91,28 @@ def test_what_breaks_nothing_is_taken_as_it_is() -> None:
     ]
 
 
+def test_the_model_itself_is_stepped_until_its_targets_are_right() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.7005))
+    problem = make_problem(model, on_a_line().known)
+    assert int(problem.before.targeted.sum()) == 2
+    with left_alone(problem.model):
+        solution = Polish()(problem)
+    assert solution.proposal is not None
+    now = right(problem, solution.proposal.state)
+    assert now.tolist() == [True, True, True, True, True, True, False]  # 0.7 is right, 0.5 would cost 0.6
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    assert [step.name for step in solution.steps] == ["polish"]
+
+
+def test_only_weights_of_the_layer_are_stepped() -> None:
+    problem = make_problem(trained(), known(), layer="2")
+    solution = Polish()(problem)
+    assert solution.proposal is not None
+    assert set(solution.proposal.state) == {"2.weight", "2.bias"}
+    assert broken(problem, solution.proposal.state) == 0
+
+
 @pytest.mark.parametrize("new", [0.9, 0.75, math.nan])
 def test_what_repairs_nothing_is_no_proposal(new: float) -> None:
     solution = Polish(threshold(new))(on_a_line())
@@ -124,7 +146,7 @@ def without(name: str) -> State:
     ],
 )
 def test_another_architecture_is_refused(new: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message + r"[\s\S]*\nHINT: give a model of the same architecture"):
+    with pytest.raises(ConfigurationError, match=message + r"[\s\S]*\nHINT: give weights of the same architecture"):
         Polish(new)(make_problem(trained(), known()))
 
 
@@ -148,7 +170,7 @@ def test_a_file_that_cannot_be_read_is_refused(content: Any, tmp_path: Path) -> 
         Polish(path)(make_problem(trained(), known()))
 
 
-@pytest.mark.parametrize("new", [3, None, [torch.zeros(2)], nn.Linear])
+@pytest.mark.parametrize("new", [3, [torch.zeros(2)], nn.Linear])
 def test_what_is_no_model_is_refused_at_once(new: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`Polish.new=.*` is no model\.\nHINT: write Polish\(model\)"):
         Polish(new)
@@ -193,12 +215,12 @@ def test_a_repair_that_is_late_still_breaks_nothing() -> None:
 def test_it_is_a_method() -> None:
     method = Polish(threshold(0.65))
     assert parse_method(method) is method
-    assert Settings(method=Polish("new.ckpt")).plain()["method"] == {"class": "Polish", "new": "new.ckpt"}
+    assert Settings(method=Polish("new.ckpt")).plain()["method"] == {"class": "Polish", "new": "new.ckpt", "share": 1.0}
 
 
 @pytest.mark.parametrize(("new", "said"), [(mlp(), "Sequential"), (snapshot(mlp()), "4 tensors")])
 def test_settings_hold_no_weights(new: Any, said: str) -> None:
-    assert Settings(method=Polish(new)).plain()["method"] == {"class": "Polish", "new": said}
+    assert Settings(method=Polish(new)).plain()["method"] == {"class": "Polish", "new": said, "share": 1.0}
 
 
 def test_a_repair_writes_what_was_polished() -> None:

@@ -1,0 +1,94 @@
+"""An update: a new model, and what is known of the one that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_nrl.batches import Source
+from lightning_nrl.collective import Collective
+from lightning_nrl.evidence import Context, Evidence
+from lightning_nrl.reference import Reference
+from lightning_nrl.report import Role
+from lightning_nrl.tasks import Task
+
+__all__ = ["KEEPS", "Keep", "Update", "look_back"]
+
+Keep = Literal["both", "reference"]
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+"""What may not break: what either model gets right, or only what the replaced one does."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the replaced model does on the data.
+
+    Attributes:
+        answers: by role of the data, row by row as the new model's evidence.
+    """
+
+    answers: Mapping[Role, Evidence]
+
+    def regressions(self, role: Role, new: Evidence) -> Evidence:
+        """The new model's evidence, with those of its targeted failures marked that the replaced model gets right."""
+        return replace(new, targeted=new.targeted & self.answers[role].passed)
+
+    def kept(self, new: Evidence, keep: Keep) -> Evidence:
+        """The new model's known evidence, with those samples marked as passed that may not break."""
+        return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
+
+
+def look_back(
+    reference: Reference,
+    model: nn.Module,
+    sources: Mapping[Role, Sequence[Source]],
+    evidence: Mapping[Role, Evidence],
+    *,
+    task: Task,
+    context: Context,
+    collective: Collective,
+) -> Update:
+    """Asks the replaced model, once.
+
+    Args:
+        reference: the replaced model.
+        model: the new one, on its device.
+        sources: the data by role, this rank's share.
+        evidence: what the new model does on them.
+        task: what passed means.
+        context: entered around every forward pass.
+        collective: the ranks that share the data.
+
+    Raises:
+        ConfigurationError: the replaced model or its predictions do not fit the data.
+    """
+    # At once, since a cache is one file; roles may not share the name of a split.
+    roles = list(sources)
+    together = [source for role in roles for source in sources[role]]
+    like = _joined([evidence[role] for role in roles])
+    found = reference.answers(model, together, like, task=task, context=context, collective=collective)
+    answers, at, split = {}, 0, 0
+    for role in roles:
+        one = evidence[role]
+        rows, splits = slice(at, at + len(one)), slice(split, split + len(one.splits))
+        answers[role] = _part(found, rows, splits)
+        at, split = rows.stop, splits.stop
+    return Update(answers)
+
+
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
+
+
+def _joined(tables: Sequence[Evidence]) -> Evidence:
+    splits = tuple(split for table in tables for split in table.splits)
+    sizes = tuple(size for table in tables for size in table.sizes)
+    return Evidence(splits, sizes, **{name: torch.cat([getattr(t, name) for t in tables]) for name in COLUMNS})
+
+
+def _part(table: Evidence, rows: slice, splits: slice) -> Evidence:
+    columns = {name: getattr(table, name)[rows] for name in COLUMNS}
+    return Evidence(table.splits[splits], table.sizes[splits], **columns)
