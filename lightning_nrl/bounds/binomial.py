@@ -1,0 +1,211 @@
+"""Limits on a rate from counts: `broken` of the `n` calibration samples that were right before are wrong now."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
+from functools import lru_cache
+from numbers import Real
+from operator import index
+from typing import SupportsIndex
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = [
+    "Bound",
+    "binomial_cdf",
+    "check_confidence",
+    "check_counts",
+    "limit_at_level",
+    "lower_limit",
+    "percent_up",
+    "upper_limit",
+]
+
+NEGLIGIBLE = 1e-17
+"""A term of a falling series below this share of the sum no longer changes it in double precision."""
+
+
+def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """The upper limit of Clopper and Pearson (1934) on a rate, one-sided.
+
+    The largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence. Whatever the true rate, the limit lies below it in
+    at most a share 1 - confidence of all draws of n independent samples. Right to 1e-9.
+
+    Args:
+        broken: how many of the samples broke, in [0, n].
+        n: how many samples there are, from 0; 1e6 is no problem.
+        confidence: in (0, 1).
+
+    Returns:
+        A rate in (0, 1]; 1 if there are no samples or all broke.
+
+    Raises:
+        ConfigurationError: an argument is out of its range.
+
+    Example:
+        >>> round(upper_limit(4, 908), 4)
+        0.0101
+    """
+    broken, n = check_counts(broken, n)
+    return limit_at_level(broken, n, 1 - check_confidence(confidence))
+
+
+def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
+    """The lower limit of Clopper and Pearson (1934) on a rate, one-sided: the upper limit on what did not break.
+
+    Arguments and errors are those of :func:`upper_limit`.
+
+    Returns:
+        A rate in [0, 1); 0 if there are no samples or none broke.
+    """
+    broken, n = check_counts(broken, n)
+    return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
+
+
+@lru_cache(maxsize=4096)
+def limit_at_level(broken: int, n: int, level: float) -> float:
+    """The upper limit that lies below the true rate in at most a share `level` of all draws.
+
+    As :func:`upper_limit`, unchecked, and as good for levels so small that 1 - level is 1. Found by halving until no
+    number lies between the two ends; the upper one is given back.
+    """
+    if broken == n:
+        return 1.0
+    low, high = 0.0, 1.0
+    while low < (middle := (low + high) / 2) < high:
+        if binomial_cdf(broken, n, middle) > level:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke.
+
+    The terms are summed from k away from the mean, where each is smaller than the one before: of positive numbers, so
+    nothing cancels, and about sqrt(n) of them count.
+
+    Args:
+        k: in [0, n].
+        n: from 1.
+        p: in (0, 1).
+    """
+    if k >= n:
+        return 1.0
+    odds = p / (1 - p)
+    if k <= n * p:
+        return min(1.0, _pmf(k, n, p) * _falling(k, n + 1 - k, 1 / odds))
+    return max(0.0, 1 - _pmf(k + 1, n, p) * _falling(n - k - 1, k + 2, odds))
+
+
+def _pmf(k: int, n: int, p: float) -> float:
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(min(0.0, ways + k * math.log(p) + (n - k) * math.log1p(-p)))
+
+
+def _falling(top: int, bottom: int, factor: float) -> float:
+    """1 + (top / bottom) f (1 + (top - 1) / (bottom + 1) f (1 + ...)): a binomial tail over its largest term."""
+    total = term = 1.0
+    while top and term > NEGLIGIBLE * total:
+        term *= top / bottom * factor
+        total += term
+        top, bottom = top - 1, bottom + 1
+    return total
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What calibration samples say of the rate at which others like them break. Made by `Bound.of`.
+
+    Attributes:
+        broken: how many of them broke.
+        n: how many were right before.
+        confidence: with which the limit holds, in (0, 1).
+        rate: broken / n; NaN if there are none.
+        upper: the limit on the true rate, in (0, 1].
+
+    Example:
+        >>> print(Bound.of(4, 908))
+        broken 4 of 908 (0.44 %); with 95 % confidence at most 1.01 % of such samples
+    """
+
+    broken: int
+    n: int
+    confidence: float
+    rate: float
+    upper: float
+
+    @classmethod
+    def of(cls, broken: int, n: int, confidence: float = 0.95) -> Bound:
+        """The bound of Clopper and Pearson; arguments and errors are those of :func:`upper_limit`."""
+        return cls.at_level(broken, n, 1 - check_confidence(confidence))
+
+    @classmethod
+    def at_level(cls, broken: int, n: int, level: float) -> Bound:
+        """The bound that may fail in a share `level` of all draws, in (0, 1)."""
+        broken, n = check_counts(broken, n)
+        rate = broken / n if n else math.nan
+        return cls(broken, n, 1 - level, rate, limit_at_level(broken, n, level))
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "broken 0 of 0; nothing is known of such samples"
+        return (
+            f"broken {self.broken:,} of {self.n:,} ({100 * self.rate:.2f} %); with {show_confidence(self.confidence)} "
+            f"confidence at most {percent_up(self.upper)} of such samples"
+        )
+
+
+def percent_up(rate: float) -> str:
+    """A limit in percent, rounded up, so that what is printed holds too: two decimals, or two digits below 0.1 %."""
+    percent = Decimal(repr(rate)) * 100
+    places = 2 if percent >= Decimal("0.1") or not percent else 1 - percent.adjusted()
+    return f"{percent.quantize(Decimal(1).scaleb(-places), ROUND_CEILING):f} %"
+
+
+def show_confidence(confidence: float) -> str:
+    """A confidence in percent, with two digits of what is missing to 100 %."""
+    return f"{100 - float(f'{100 * (1 - confidence):.2g}'):.10g} %"
+
+
+def check_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
+    """Refuses what are no counts, and more broken samples than there are; any kind of whole number will do.
+
+    Raises:
+        ConfigurationError: the argument is named.
+    """
+    found = _count("broken", broken), _count("n", n)
+    if found[0] > found[1]:
+        raise ConfigurationError(
+            explain(
+                f"`broken={found[0]}` is more than `n={found[1]}`.",
+                "count as broken only what was right before, and give the number of those as `n`.",
+            )
+        )
+    return found
+
+
+def _count(argument: str, value: SupportsIndex) -> int:
+    try:
+        found = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is no count.", "give a whole number from 0."))
+    return found
+
+
+def check_confidence(confidence: float, argument: str = "confidence") -> float:
+    """Refuses what is not between 0 and 1.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if isinstance(confidence, Real) and 0 < confidence < 1:
+        return float(confidence)
+    raise ConfigurationError(
+        explain(f"`{argument}={confidence!r}` is no share between 0 and 1.", "write 0.95 for 95 %, for instance.")
+    )
