@@ -8,6 +8,8 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
 from lightning_nrl.pipeline import Outcome, repair_module
+from lightning_nrl.predictions import Predictions
+from lightning_nrl.reference import OldModel
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -32,9 +34,11 @@ __all__ = [
     "Linearised",
     "Multiclass",
     "NeuRecoverLite",
+    "OldModel",
     "Outcome",
     "ParticleSwarm",
     "Polish",
+    "Predictions",
     "RegressionFreeRepair",
     "RepairError",
     "RepairReport",

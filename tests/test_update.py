@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from toy_repairs import known, right, trained, unseen
 from torch import Tensor, nn
 from torch.nn import functional as F
+from toy_repairs import known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Polish, RepairReport, Settings, Target, TensorSource, repair_module
 from lightning_nrl.predictions import Predictions

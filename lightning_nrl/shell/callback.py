@@ -209,7 +209,8 @@ class RegressionFreeRepair(Callback):
         base_folder(self.dirpath, trainer)
         with random_state(), validating(trainer):
             known, *others = self._sources(trainer, pl_module, limit=1)
-            rehearse(pl_module, [*known, *chain(*others)], self.settings, **self._means(trainer, pl_module))
+            means = self._means(trainer, pl_module)
+            rehearse(pl_module, [*known, *chain(*others)], self.settings, reference=self.reference, **means)
             if (
                 self.reference is None
                 and self.settings.layer == "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError, EvidenceError
 from lightning_nrl.evidence import Context, collect
+from lightning_nrl.reference import OldModel, Reference
 from lightning_nrl.scoring import record
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
@@ -31,6 +33,7 @@ def rehearse(
     task: Task,
     context: Context = nullcontext,
     collective: Collective | None = None,
+    reference: Reference | None = None,
 ) -> None:
     """Collects evidence from a few samples and localises on some of them. The model is left as found.
 
@@ -41,15 +44,21 @@ def rehearse(
         task: what passed and loss mean.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data.
+        reference: the model that is to be replaced.
 
     Raises:
-        ConfigurationError: the layer, the batches, the target or the task do not fit.
+        ConfigurationError: the layer, the batches, the target, the task or the reference do not fit.
         EvidenceError: a collate function drops or adds samples.
         ReplayError: a layer is never called, or the localizer cannot use what the model gives.
     """
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with as_found(model):
         few = collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
+        if reference is not None:
+            # Without its cache, which is for all samples.
+            asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
+            ranks = collective or Collective()
+            asked.answers(model, sources, few, task=task, context=context, collective=ranks)
         first = sources[0]
         known = torch.arange(len(few)) < len(first.index)
         failed = known & (torch.arange(len(few)) % 2 == 0)

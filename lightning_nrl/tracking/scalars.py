@@ -34,8 +34,8 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
 
     `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together: accuracies and counts of
     samples under the weights that the model has now. In an update `..._regressions` are against the replaced model, by
-    the new one as trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to known
-    data.
+    the new one as trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to
+    known data.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     for role in ("known", "unseen"):
