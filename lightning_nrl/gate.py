@@ -70,12 +70,13 @@ class Gate(ABC):
         return Tolerance(limit)
 
     @staticmethod
-    def parse(gate: str | Gate) -> Gate:
+    def parse(gate: str | Gate, argument: str = "gate") -> Gate:
         """Reads a gate from text; a gate is given back as it is.
 
         Args:
             gate: `instance`, `accuracy`, `tolerance:3` (samples),
                 `tolerance:0.01` or `tolerance:1%` (of those that passed).
+            argument: what it was given as, for an error.
 
         Raises:
             ConfigurationError: the text is none of these.
@@ -88,11 +89,12 @@ class Gate(ABC):
         if kind == "accuracy" and not limit:
             return Accuracy()
         if kind == "tolerance" and limit:
-            return Tolerance(_number(limit.strip(), gate))
+            return Tolerance(_number(limit.strip(), gate, argument))
         near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in KINDS], n=1)
+        meant = f", did you mean {near[0]!r}?" if near and near[0] != kind else "."
         raise ConfigurationError(
             explain(
-                f"`gate={gate!r}` is no gate{f', did you mean {near[0]!r}?' if near and near[0] != kind else '.'}",
+                f"`{argument}={gate!r}` is no gate{meant}",
                 f"write one of {list(KINDS)}, or pass a `Gate`.",
             )
         )
@@ -253,14 +255,14 @@ def _count(n: int) -> str:
     return f"{n:,}" if n else "none"
 
 
-def _number(text: str, gate: str) -> int | float:
+def _number(text: str, gate: str, argument: str) -> int | float:
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)
         return int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`gate={gate!r}`: {text!r} is no number.", f"write one of {list(KINDS)}.")
+            explain(f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(KINDS)}.")
         ) from error
 
 

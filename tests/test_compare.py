@@ -80,7 +80,7 @@ def counts(point: Point) -> tuple[Any, ...]:
 
 def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -> None:
     # At strength t the threshold is 0.75 (1 - t). The one sample that breaks, 0.6, does so beyond t = 0.2.
-    comparison = compare_module(threshold(0.75), [TRAIN, NEW], [LATER], methods={"move": Moved(0.0)})
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], unseen=[LATER], methods={"move": Moved(0.0)})
     (entry,) = comparison.entries
     assert comparison.targets == 3
     assert [counts(point) for point in entry.curve] == [
@@ -143,7 +143,7 @@ def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
         found.append(FineTuning()(problem))
         return found[0]
 
-    comparison = compare_module(model, sources, later, methods={"spied": spied, "swarm": QUICK["method"]})
+    comparison = compare_module(model, sources, unseen=later, methods={"spied": spied, "swarm": QUICK["method"]})
     assert hash_tensors(model.state_dict()) == before
     assert torch.equal(torch.get_rng_state(), random)
     assert model.training
@@ -180,7 +180,7 @@ def test_ranks_that_share_the_data_compare_as_one_does(monkeypatch: pytest.Monke
             sources = [Share(**vars(source), rank=collective.rank) for source in sources]
         methods = ("fine-tuning", "distillation")
         arguments: dict[str, Any] = {"methods": methods, "collective": collective}
-        return timeless(compare_module(trained(), sources[:2], sources[2:], **arguments))
+        return timeless(compare_module(trained(), sources[:2], unseen=sources[2:], **arguments))
 
     first, second = on_ranks(2, run)
     assert first == second == run(None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 
 from lightning_nrl.baselines.tuning import FineTuning
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.problem import Method, Problem, Solution
 from lightning_nrl.state import between, snapshot
 
@@ -26,13 +26,14 @@ class Interpolation:
         a: the share of the new weights, above 0 and at most 1.
 
     Raises:
-        ConfigurationError: on construction, if a is out of its range.
+        ConfigurationError: on construction, if `new` is no method or `a` is out of its range.
     """
 
     new: Method = field(default_factory=FineTuning)
     a: float = 0.5
 
     def __post_init__(self) -> None:
+        check_kind("new", self.new, callable(self.new), "method", "an object, such as FineTuning()")
         if not isinstance(self.a, Real) or isinstance(self.a, bool) or not 0 < self.a <= 1:
             raise ConfigurationError(explain(f"`a={self.a!r}` is no share.", "give a number above 0 and at most 1."))
 

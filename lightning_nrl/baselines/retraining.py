@@ -25,9 +25,19 @@ class Retraining:
 
     Attributes:
         fresh: makes an untrained network; None: every layer of a copy is initialised again.
+
+    Raises:
+        ConfigurationError: on construction, if `fresh` is no function.
     """
 
     fresh: Callable[[], nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fresh is not None and (isinstance(self.fresh, nn.Module) or not callable(self.fresh)):
+            found = type(self.fresh).__name__
+            raise ConfigurationError(
+                explain(f"`fresh`: a {found} makes no network.", "give a function that does: `fresh=lambda: Net()`.")
+            )
 
     def __call__(self, problem: Problem) -> Solution:
         start = None if _obstacle(problem) else fresh_weights(problem.model, problem.seed, self.fresh)
@@ -81,13 +91,19 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
         Every parameter and persistent buffer, on the model's device.
 
     Raises:
-        ConfigurationError: a parameter belongs to a module that cannot initialise it.
+        ConfigurationError: a parameter belongs to a module that cannot initialise it, or another network was made.
     """
     state = snapshot(model)
     with random_state():
         torch.manual_seed(seed)
         if make is not None:
             made = snapshot(make())
+            for name, value in state.items():
+                if name not in made or made[name].shape != value.shape:
+                    found = f"has the shape {list(made[name].shape)}" if name in made else "is not there"
+                    raise ConfigurationError(
+                        explain(f"`fresh`: {name!r} {found} in what it made.", "make the network that was trained.")
+                    )
             return {name: made[name].to(value.device, value.dtype) for name, value in state.items()}
         with holding(model, state):
             for name, module in model.named_modules():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gradients.descent import Descent, Loss, Teacher, deal, draw
 from lightning_nrl.precision import at_least_float32
 from lightning_nrl.problem import Problem, Solution
@@ -36,11 +38,22 @@ class FineTuning:
         epochs: passes over all known data; more on small data, until some hundred steps are made.
         learning_rate: of AdamW, falling to 0 along half a cosine, over as many steps as there is time for.
         emphasis: how many times the loss of a targeted sample counts.
+
+    Raises:
+        ConfigurationError: on construction, if a number is out of its range.
     """
 
     epochs: int = EPOCHS
     learning_rate: float = LEARNING_RATE
     emphasis: float = EMPHASIS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
+            raise ConfigurationError(explain(f"`epochs={self.epochs!r}` is no number.", "give a whole number from 1."))
+        for name in ("learning_rate", "emphasis"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+                raise ConfigurationError(explain(f"`{name}={value!r}` is out of range.", "give a number above 0."))
 
     def __call__(self, problem: Problem) -> Solution:
         return _tuned(problem, self, _emphasised(problem, self.emphasis))

@@ -49,9 +49,9 @@ Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
 def compare_module(
     model: nn.Module,
     known: Sequence[Source],
-    unseen: Sequence[Source] = (),
     settings: Settings | None = None,
     *,
+    unseen: Sequence[Source] = (),
     methods: Methods | None = None,
     task: Task | None = None,
     context: Context = nullcontext,
@@ -67,8 +67,9 @@ def compare_module(
     Args:
         model: the trained model on its device; it runs in evaluation mode.
         known: data that methods may look at.
+        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
+            `gate`, `strength`, `limit`, `sparse`).
         unseen: data that is only counted: nothing is chosen by it.
-        settings: what to repair. Its `method` and `gate` do not matter, and `max_time` is what each method has.
         methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
         task: what passed and loss mean; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
@@ -132,16 +133,18 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     """
     if methods is None:
         methods = (*METHODS, *BASELINES)
-    if isinstance(methods, Mapping):
-        return {str(name): _method(method) for name, method in methods.items()}
     if isinstance(methods, str):
         methods = (methods,)
-    names = [method if isinstance(method, str) else type(method).__name__ for method in methods]
+    if not isinstance(methods, (Mapping, Sequence)):
+        raise ConfigurationError(explain(f"`methods={methods!r}` is no list.", "give a list of names or of objects."))
+    named = isinstance(methods, Mapping)
+    names = [str(method) if named or isinstance(method, str) else type(method).__name__ for method in methods]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
             explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
         )
-    return {name: _method(method) for name, method in zip(names, methods, strict=True)}
+    given = methods.values() if isinstance(methods, Mapping) else methods
+    return {name: _method(method) for name, method in zip(names, given, strict=True)}
 
 
 def _method(method: str | AnyMethod) -> AnyMethod:

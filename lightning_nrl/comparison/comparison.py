@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nrl.comparison.words import comparison_page
+from lightning_nrl.errors import check_choice
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.report import Page, installed_versions
 from lightning_nrl.report.serial import dumps, plain
@@ -122,8 +123,14 @@ class Comparison:
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def __getitem__(self, method: str) -> Entry:
-        """The entry of a method."""
-        return next(entry for entry in self.entries if entry.method == method)
+        """The entry of a method.
+
+        Raises:
+            ConfigurationError: it is not there; the nearest name is given.
+        """
+        found = {entry.method: entry for entry in self.entries}
+        check_choice("method", method, tuple(found))
+        return found[method]
 
     def duels(self, method: str) -> tuple[Duel, ...]:
         """A method beside every other one at each point of that one's curve, at equal unseen repaired."""

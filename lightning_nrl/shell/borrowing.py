@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+)
 from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from lightning_nrl.as_found import random_state
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import explain
+from lightning_nrl.shell.inner import LEFT_OUT, Silent
 
-__all__ = ["StartingWeights", "starting_weights", "validating"]
+__all__ = ["StartingWeights", "borrowed", "starting_weights", "untracked", "validating"]
+
+TUNING = (BatchSizeFinder, LearningRateFinder)
+"""Callbacks that train before training."""
+METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+"""What a trainer remembers of its last training, and forgets when the next one begins."""
 
 
 @dataclass
@@ -34,6 +49,52 @@ def validating(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
+
+
+@contextmanager
+def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
+    """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
+
+    Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
+    random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
+    module asks for in the trainer.
+    """
+    loop, callbacks = trainer.fit_loop, trainer.callbacks  # type: ignore[attr-defined]
+    limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
+    metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
+    trainer.num_sanity_val_steps = 0
+    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, TUNING)), callback]  # type: ignore[attr-defined]
+    try:
+        with random_state():
+            yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = limits
+        trainer.should_stop = False
+        for name, known in metrics.items():
+            now = getattr(trainer, name)
+            now.update({key: value for key, value in known.items() if key not in now})
+
+
+@contextmanager
+def untracked(trainer: pl.Trainer) -> Iterator[None]:
+    """The trainer with loggers that write nothing, and without callbacks that tune, show or stop.
+
+    Its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as found
+    afterwards, such as their folder, which they would now take from a logger that writes nothing.
+    """
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
+    stay = [c for c in callbacks if isinstance(c, (Checkpoint, ProgressBar)) or not isinstance(c, LEFT_OUT)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.loggers, trainer.callbacks = [Silent(folder) for _ in loggers], stay  # type: ignore[attr-defined]
+            yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        for now, before in remembered:
+            now.clear()
+            now.update(before)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from lightning_nrl.comparison import Comparison, Methods, compare_module, parse_methods
-from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.shell.arguments import callback_with, check_model
 from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["compare"]
@@ -58,14 +59,20 @@ def compare(
         comparison.plot("comparison.png")
     """
     chosen = parse_methods(methods)
-    callback = RegressionFreeRepair(unseen=unseen, **arguments)
+    if "method" in arguments:
+        method = arguments["method"]
+        raise ConfigurationError(
+            explain(f"`method={method!r}`: a comparison runs several.", f"name them: `methods=[{method!r}, ...]`.")
+        )
+    callback = callback_with(unseen=unseen, **arguments)
+    check_model(model, "compare_module")
 
     def work(scene: Scene) -> Comparison:
         return compare_module(
             scene.model,
             scene.known,
-            scene.unseen,
             callback.settings,
+            unseen=scene.unseen,
             methods=chosen,
             training=scene.training,
             **scene.means,

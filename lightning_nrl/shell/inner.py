@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from lightning_nrl.state import State, write
 
-__all__ = ["copied_data_module", "copied_module", "inner_trainer", "quiet"]
+__all__ = ["LEFT_OUT", "Silent", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
 
 LEFT_OUT: tuple[type, ...] = (
     BatchSizeFinder,

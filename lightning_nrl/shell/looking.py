@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 
-from lightning_nrl.as_found import random_state
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import RepairError, explain
-from lightning_nrl.shell.borrowing import validating
+from lightning_nrl.shell.borrowing import untracked, validating
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.continuing import ContinuedTraining
 from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
@@ -52,7 +51,7 @@ def look(
     val_dataloaders: Any = None,
     **arguments: Any,
 ) -> Result:
-    """Has something looked at. The model keeps its weights, the trainer and the random state stay as they are.
+    """Has something looked at. The model, the trainer and the random state stay as they are, and nothing is written.
 
     Args:
         what: the name of the result, for an error.
@@ -74,8 +73,7 @@ def look(
         with validating(trainer), RepairProgress(trainer) as progress:
             found.append(work(_scene(trainer, module, callback, epochs, progress)))
 
-    # Lightning draws random numbers before the work begins, such as the order of an epoch that never comes.
-    with random_state(), without_training(trainer, callback, inside):
+    with untracked(trainer), without_training(trainer, callback, inside):
         trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
     if not found:
         raise RepairError(

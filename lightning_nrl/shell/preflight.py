@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 
 from lightning_nrl.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.arguments import callback_with, check_model
 from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["diagnose"]
@@ -51,7 +51,8 @@ def diagnose(
         diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
         print(diagnosis.advice)
     """
-    callback = RegressionFreeRepair(**arguments)
+    callback = callback_with(**arguments)
+    check_model(model, "diagnose_module")
 
     def work(scene: Scene) -> Diagnosis:
         training = scene.training

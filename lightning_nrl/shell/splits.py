@@ -40,8 +40,9 @@ class DataRequest:
     def __post_init__(self) -> None:
         for argument in ("passed", "failed", "unseen", "calibration"):
             value = getattr(self, argument)
-            names = SPLITS if argument in ("unseen", "calibration") else ("auto", *SPLITS)
-            if isinstance(value, str) and value not in names:
+            aside = argument in ("unseen", "calibration")
+            names = SPLITS if aside else ("auto", *SPLITS)
+            if (isinstance(value, str) and value not in names) or (value is None and not aside):
                 raise ConfigurationError(
                     explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
                 )
@@ -143,10 +144,11 @@ class DataRequest:
             loader = find_loader(split, trainer, model)
             if loader is not None and loader != []:
                 return check_loader(loader, split), split
+        without = f", or do without: `{argument}=None`" if argument in ("unseen", "calibration") else ""
         raise ConfigurationError(
             explain(
                 f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
-                f"add it to the data module, or pass a DataLoader as `{argument}=`.",
+                f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
             )
         )
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind, explain
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.report import RepairReport
+from lightning_nrl.shell.arguments import callback_with, check_model
+from lightning_nrl.shell.borrowing import borrowed
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.checks import check_namespace, check_strategy
 from lightning_nrl.shell.continuing import EPOCHS, epochs_saved
@@ -61,7 +63,12 @@ def repair(
         raise ConfigurationError(
             explain(f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself.")
         )
-    chosen = callback if callback is not None else RegressionFreeRepair(**arguments)
+    if callback is not None:
+        kind = isinstance(callback, RegressionFreeRepair)
+        check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
+    chosen = callback if callback is not None else callback_with(**arguments)
+    check_namespace(trainer)
+    check_model(model, "repair_module")
     with without_training(trainer, chosen, chosen.attempt):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if chosen.report is None:
@@ -76,7 +83,7 @@ def repair(
 
 @contextmanager
 def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work) -> Iterator[None]:
-    """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found.
+    """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
 
     Args:
         trainer: whose `fit` is called inside.
@@ -87,19 +94,14 @@ def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: 
         ConfigurationError: the trainer holds a repair or wants a minimum of training.
     """
     _check(trainer, callback)
-    only, callbacks, loop = _WithoutTraining(callback, work), trainer.callbacks, trainer.fit_loop  # type: ignore[attr-defined]
-    before = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
-    callbacks.append(only)
-    trainer.num_sanity_val_steps = 0
-    try:
-        with warnings.catch_warnings():
-            for text in ("The number of training batches", "`max_epochs` was not set"):
-                warnings.filterwarnings("ignore", text)
-            yield
-    finally:
-        callbacks.remove(only)
-        trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = before
-        trainer.should_stop = False
+    with borrowed(trainer, _WithoutTraining(callback, work)), warnings.catch_warnings():
+        for text in (
+            "The number of training batches",
+            "`max_epochs` was not set",
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        ):
+            warnings.filterwarnings("ignore", text)
+        yield
 
 
 class _WithoutTraining(pl.Callback):

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nrl import ConfigurationError, Diagnosis, Target, diagnose
 from lightning_nrl.report import hash_tensors
@@ -27,7 +29,7 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
     assert hash_tensors(model.state_dict()) == hash_tensors(trained)
     assert (trainer.max_epochs, trainer.should_stop) == (3, False)
     assert torch.equal(torch.get_rng_state(), random)
-    assert not list(tmp_path.rglob("re*"))
+    assert not list(tmp_path.iterdir())
     # The failures are those of a forward pass of our own.
     wrong = ~right(model, data.repair)
     targets = (wrong & data.repair.tensors[2]).nonzero().flatten().tolist()
@@ -38,6 +40,24 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
     # Three epochs: what the checkpoint was trained for.
     (constrained,) = (cost for cost in found.costs if cost.method == "constrained")
     assert constrained.how == "3 more epochs of training, then a polish"
+
+
+def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
+    trainer = quiet_trainer(tmp_path, best, logger=CSVLogger(tmp_path))
+    trainer.fit(model := Classifier(), datamodule=Digits())
+    before, loggers, files = dict(vars(best)), trainer.loggers, sorted(tmp_path.rglob("*"))
+    diagnose(trainer, model, datamodule=Digits(), ckpt_path="best")
+    assert hash_tensors(model.state_dict()) == hash_tensors(torch.load(best.best_model_path)["state_dict"])
+    assert (vars(best), trainer.loggers, sorted(tmp_path.rglob("*"))) == (before, loggers, files)
+
+
+def test_a_trainer_that_saves_by_its_logger_does_so_after_a_diagnosis(tmp_path: Path, trained: Classifier) -> None:
+    trainer = quiet_trainer(tmp_path, logger=CSVLogger(tmp_path), max_epochs=1)
+    diagnose(trainer, trained, datamodule=Digits())
+    assert not list(tmp_path.iterdir())
+    trainer.fit(trained, datamodule=Digits())
+    assert list((tmp_path / "lightning_logs" / "version_0" / "checkpoints").glob("*.ckpt"))
 
 
 def test_what_is_known_to_pass_is_what_the_model_gets_right(tmp_path: Path, trained: Classifier) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer, right
+from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 import lightning_nrl.pipeline
@@ -122,6 +122,44 @@ def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, trained: Classif
     assert settings(trainer) == before
     trainer.fit(Classifier(), datamodule=Digits())
     assert trainer.global_step == 12
+
+
+class Asking(Classifier):
+    """Brings a callback of its own, and tells how training goes."""
+
+    def configure_callbacks(self) -> Any:
+        return [EarlyStopping("loss", check_on_train_epoch_end=True)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def test_a_trainer_whose_module_brings_callbacks_can_train_afterwards(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    before, model = settings(trainer), Asking()
+    repair(trainer, model, datamodule=Digits(), **QUICK)
+    assert settings(trainer) == before
+    trainer.fit(model, datamodule=Digits())
+    assert trainer.global_step == 12
+
+
+def test_the_random_state_and_what_the_trainer_knows_of_training_are_as_before(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    trainer.fit(model := Asking(), datamodule=Digits())
+    loss, random = trainer.callback_metrics["loss"], torch.get_rng_state()
+    repair(trainer, model, datamodule=Digits(), **QUICK)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert trainer.callback_metrics["loss"] == trainer.logged_metrics["loss"] == loss
+    assert "repair/accepted" in trainer.callback_metrics
+
+
+def test_nothing_is_tuned(tmp_path: Path, trained_path: Path) -> None:
+    model = Untrainable.load_from_checkpoint(trained_path)
+    trainer = quiet_trainer(tmp_path, finder := LearningRateFinder())
+    assert repair(trainer, model, datamodule=Digits(), **QUICK).status == "repaired"
+    assert finder in trainer.callbacks  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
