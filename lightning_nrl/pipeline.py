@@ -114,9 +114,10 @@ def repair_module(
     with as_found(model):
         with clock.stage("collect"):
             before = see(model, known, target=settings.target, everywhere=reference is not None)
-            aside = {
-                role: _see_aside(see, model, sources, settings.target, collective) for role, sources in others.items()
-            }
+        aside: dict[Role, Evidence] = {}
+        for role, sources in others.items():
+            with clock.stage("unseen"):
+                aside[role] = _see_aside(see, model, sources, settings.target, collective)
         check_losses(before)
         update, own = None, before
         if reference is not None:

@@ -38,7 +38,7 @@ class Constrained:
     passed sample that broke.
 
     Attributes:
-        share: of the time that is left, what it may take; the rest is for what comes after it.
+        share: of the time that is left, what fit and polish are planned to take; the rest is for what comes after them.
 
     Raises:
         ConfigurationError: on construction, for a share that is not above 0 and at most 1.
@@ -73,7 +73,8 @@ class Constrained:
         steps = [fitted.step(time.perf_counter() - began, how)]
         began = time.perf_counter()
         with clock.stage("polish"):
-            seconds = _left(problem, end - JUDGE * one_pass)
+            # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
+            seconds = _left(problem, clock.elapsed + clock.left - JUDGE * one_pass)
             polished = polish(problem, state, seconds=seconds, after=fitted.after)
         proposal = problem.counted("polish", polished.state, polished.after)
         steps.append(proposal.step(time.perf_counter() - began, polished.note))
