@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,3 +156,10 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
 def test_what_may_be_kept() -> None:
     with pytest.raises(ConfigurationError, match=r"`keep='all'` is unknown\.\nHINT: use one of 'both', 'reference'"):
         Settings(keep="all")  # type: ignore[arg-type]
+
+
+def test_the_how_to_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[1] / "docs" / "updates.md"
+    first = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
+    exec(compile(first, str(page), "exec"), {})
+    assert "Against the model that it replaces" in capsys.readouterr().out
