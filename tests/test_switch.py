@@ -532,7 +532,10 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x[1000:], y[1000:]), 200)
 
 
-quietly = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+quietly = pytest.mark.filterwarnings(
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`",
+)
 
 
 @quietly
