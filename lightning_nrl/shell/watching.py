@@ -1,0 +1,130 @@
+"""What a model gives while it validates, taken down as it is made: no second forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Outputs", "Probe"]
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
+"""Arguments, keyword arguments and what came of them."""
+
+
+@dataclass
+class _Heard:
+    """All that hooks hold, so that a copy of the model copies little more than itself."""
+
+    active: bool = False
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+
+
+def _hear(heard: _Heard, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if heard.active:
+        heard.calls[name].append((args, kwargs, output))
+
+
+class Outputs:
+    """Listens to a module and to parts of it, between `begin` and `end`.
+
+    The module is listened to all the time, since code that `torch.compile` has made does not see hooks that come later.
+    """
+
+    def __init__(self) -> None:
+        self._heard = _Heard()
+        self._handles: dict[str, RemovableHandle] = {}
+
+    def watch(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
+        """Listens to parts by their dotted names; an empty one is the module itself. Earlier names go first."""
+        for name in names:
+            if name not in self._handles:
+                self._heard.calls[name] = []
+                hook = partial(_hear, self._heard, name)
+                self._handles[name] = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+    def leave(self) -> None:
+        """Listens no more."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles, self._heard = {}, _Heard()
+
+    def begin(self) -> None:
+        """A batch begins."""
+        for calls in self._heard.calls.values():
+            calls.clear()
+        self._heard.active = True
+
+    def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
+        """A batch ends.
+
+        Args:
+            args: what the model is called with for this batch.
+            kwargs: likewise.
+            redirected: whether the whole step ran inside a call of the module, as under `ddp`.
+
+        Returns:
+            What the module returned for these arguments; where no call had them, what its first call returned. None
+            where neither it nor a part was called.
+        """
+        self._heard.active = False
+        for name, calls in self._heard.calls.items():
+            # The call around the step ends last, with what the step returned.
+            made = calls[:-1] if redirected and not name else list(calls)
+            calls.clear()
+            if made:
+                same = (output for given, named, output in made if _same(given, args) and _same(named, kwargs))
+                return next(same, made[0][2])
+        return None
+
+
+class Probe:
+    """Calls a model, and finds out at the first call which part of it gives what it returns.
+
+    Attributes:
+        parts: the outermost such part by its dotted name; none where the model goes on after its parts, or was compiled
+            as a whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parts: tuple[str, ...] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.parts is not None:
+            return self.model(*args, **kwargs)
+        last: dict[str, Any] = {}
+        handles = [part.register_forward_hook(partial(_note, last, name)) for name, part in _parts(self.model)]
+        try:
+            output = self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.parts = tuple(name for name, _ in _parts(self.model) if last.get(name) is output)[:1]
+        return output
+
+
+def _note(last: dict[str, Any], name: str, module: nn.Module, args: Any, output: Any) -> None:
+    last[name] = output
+
+
+def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All parts by name, outer ones first, without those whose calls were compiled, and what is inside of these."""
+    if getattr(model, "_compiler_ctx", None) is not None or model._compiled_call_impl is not None:
+        return
+    for name, part in model.named_children():
+        if part._compiled_call_impl is None and not isinstance(part, torch.jit.ScriptModule):
+            yield prefix + name, part
+            if not hasattr(part, "_orig_mod"):
+                yield from _parts(part, f"{prefix}{name}.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
