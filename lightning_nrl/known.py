@@ -8,19 +8,40 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Source
-from lightning_nrl.errors import ConfigurationError, EvidenceError, explain
+from lightning_nrl.errors import ConfigurationError, EvidenceError, check_kind, explain
 from lightning_nrl.evidence import Evidence, non_finite
 from lightning_nrl.settings import Settings
+from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["check_limit", "check_losses", "check_sources", "passed_rows"]
+__all__ = ["check_limit", "check_losses", "check_sources", "given_or_default", "passed_rows"]
+
+
+def given_or_default(settings: Settings | None, task: Task | None) -> tuple[Settings, Task]:
+    """The settings and the task that were given, or those of a repair that says nothing.
+
+    Raises:
+        ConfigurationError: one is of another kind.
+    """
+    settings, task = Settings() if settings is None else settings, Multiclass() if task is None else task
+    check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
+    check_kind("task", task, isinstance(task, Task), "Task", "Multiclass(), or an object of a class of yours")
+    return settings, task
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Refuses splits of one name, and known data that have nothing to repair or to draw from.
+    """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from.
 
     Raises:
         ConfigurationError: as above.
     """
+    for argument, sources in (("known", known), ("unseen", unseen)):
+        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
+            raise ConfigurationError(
+                explain(
+                    f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
+                    f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
+                )
+            )
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
         raise ConfigurationError(explain(f"the data have the splits {names}.", "give each split a name of its own."))
@@ -35,6 +56,12 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
                 "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
             )
         )
+
+
+def _kinds(sources: object) -> str:
+    if not isinstance(sources, Sequence):
+        return f"a {type(sources).__name__}"
+    return f"a {type(sources).__name__} of {', '.join(sorted({type(source).__name__ for source in sources}))}"
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:

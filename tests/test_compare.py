@@ -19,7 +19,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import QUICK, known, quick, right, trained, unseen
 
-from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, compare_module
+from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, compare_module, diagnose_module
 from lightning_nrl.baselines import BASELINES, FineTuning, Interpolation, tuning
 from lightning_nrl.batches import Batch
 from lightning_nrl.collective import Collective
@@ -204,6 +204,32 @@ def test_methods_are_named_or_given() -> None:
 def test_there_has_to_be_something_to_repair() -> None:
     with pytest.raises(ConfigurationError, match=r"`known`: no sample fails in the target \(label 0\)"):
         compare_module(threshold(0.75), [TRAIN, NEW], settings=Settings(target=Target.label(0)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"known": [(TRAIN, NEW)]}, "`known`: found a list of tuple, not a list of sources"),
+        ({"known": NEW}, "`known`: found a TensorSource, not a list"),
+        ({"settings": {"layer": "0"}}, "is no Settings"),
+        ({"settings": Target.label(0)}, "is no Settings"),
+        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+        ({"methods": {}}, r"`methods` are \[\]"),
+        ({"methods": 3}, "`methods=3` is no list"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        compare_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+    if "methods" not in arguments:
+        with pytest.raises(ConfigurationError, match=message):
+            diagnose_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+
+
+def test_an_entry_that_is_not_there_is_refused_by_name() -> None:
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
+    with pytest.raises(ConfigurationError, match=r"`method='moved'` is unknown\.\nHINT: did you mean 'move'"):
+        comparison["moved"]
 
 
 def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_takes() -> None:

@@ -27,14 +27,14 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.flips import FlipCounts, Flips
-from lightning_nrl.known import check_losses, check_sources, passed_rows
+from lightning_nrl.known import check_losses, check_sources, given_or_default, passed_rows
 from lightning_nrl.methods import METHODS, Method, Problem, Solution, Training, parse_method, solve
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State
 from lightning_nrl.strength import Calibration, StrengthPoint, strength_path
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task
 
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
@@ -82,7 +82,8 @@ def compare_module(
             in the target.
         EvidenceError: the original model gives losses that are not finite.
     """
-    settings, task, collective = settings or Settings(), task or Multiclass(), collective or Collective()
+    settings, task = given_or_default(settings, task)
+    collective = collective or Collective()
     chosen = parse_methods(methods)
     check_sources(known, unseen, settings)
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)

@@ -23,9 +23,9 @@ from lightning_nrl.diagnosis.last_layer import LastLayer, look_at, sampled
 from lightning_nrl.diagnosis.neighbours import NEIGHBOURS
 from lightning_nrl.diagnosis.room import layers_of, room, sketch
 from lightning_nrl.evidence import Context, Evidence
-from lightning_nrl.known import check_losses, check_sources
+from lightning_nrl.known import check_losses, check_sources, given_or_default
 from lightning_nrl.settings import Settings
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task
 
 __all__ = ["diagnose_module"]
 
@@ -62,7 +62,7 @@ def diagnose_module(
         ConfigurationError: the data, the target or the task cannot be used.
         EvidenceError: the model gives losses that are not finite; the samples are named.
     """
-    settings, task = settings or Settings(), task or Multiclass()
+    settings, task = given_or_default(settings, task)
     collective, clock = collective or Collective(), Clock(observer)
     check_sources(known, (), settings)
     head, layer = _last_linear(model)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.shell.callback import RegressionFreeRepair
 
 __all__ = ["callback_with", "check_model"]
@@ -20,9 +21,12 @@ def callback_with(**arguments: Any) -> RegressionFreeRepair:
     Raises:
         ConfigurationError: it has no such argument (the nearest one is named), or one cannot be used.
     """
-    known = tuple(inspect.signature(RegressionFreeRepair).parameters)
+    known = list(inspect.signature(RegressionFreeRepair).parameters)
     for name in arguments:
-        check_choice("argument", name, known)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it is one of {known}."
+            raise ConfigurationError(explain(f"`{name}` is no argument of a repair.", hint))
     return RegressionFreeRepair(**arguments)
 
 

@@ -116,7 +116,7 @@ class ContinuedTraining:
     def _warn(self, obstacle: str) -> None:
         rank_zero_warn(
             explain(
-                f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle}.",
+                f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle.rstrip('.')}.",
                 "the repair makes steps of its own instead.",
             )
         )

@@ -12,6 +12,7 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import RepairError, explain
 from lightning_nrl.shell.borrowing import untracked, validating
 from lightning_nrl.shell.callback import RegressionFreeRepair
+from lightning_nrl.shell.checks import check_namespace
 from lightning_nrl.shell.continuing import ContinuedTraining
 from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
 from lightning_nrl.shell.progress import RepairProgress
@@ -67,6 +68,7 @@ def look(
         ConfigurationError: the data cannot be used, or the trainer holds a repair or wants a minimum of training.
         RepairError: the work was done in another process.
     """
+    check_namespace(trainer)
     found: list[Result] = []
 
     def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:

@@ -50,3 +50,8 @@ def test_nothing_new_is_nothing_between() -> None:
 def test_a_share_is_above_none_and_at_most_all(share: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"`a=.*` is no share"):
         Interpolation(a=share)
+
+
+def test_the_far_end_is_a_method() -> None:
+    with pytest.raises(ConfigurationError, match="`new='fine-tuning'` is no method"):
+        Interpolation("fine-tuning")  # type: ignore[arg-type]

@@ -101,3 +101,14 @@ def test_further_training_begins_with_the_old_weights_and_leaves_time_for_a_pass
 def test_why_there_may_be_no_training(method: Any, arguments: dict[str, Any], reason: str) -> None:
     solution = method(make_problem(threshold(0.75), **arguments))
     assert (solution.proposal, solution.reason) == (None, reason)
+
+
+def test_only_a_function_that_makes_the_network_will_do() -> None:
+    with pytest.raises(ConfigurationError, match="`fresh`: a Sequential makes no network"):
+        Retraining(fresh=network())
+    for make, message in (
+        (lambda: nn.Linear(2, 2), "`fresh`: '0.weight' is not there in what it made"),
+        (lambda: nn.Sequential(nn.Linear(1, 1)), r"`fresh`: '0.weight' has the shape \[1, 1\]"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            fresh_weights(network(), 0, make)

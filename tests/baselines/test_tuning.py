@@ -10,7 +10,7 @@ from baseline_problems import make_problem, threshold
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl import TensorSource
+from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.baselines import FineTuning, FocalDistillation, LayerFineTuning
 from lightning_nrl.baselines import tuning as module
 from lightning_nrl.clock import Clock
@@ -163,3 +163,11 @@ def test_without_time_there_is_no_proposal() -> None:
     solution = FineTuning()(make_problem(threshold(0.75), clock=Clock(max_time=1e-9)))
     assert solution.proposal is None
     assert solution.reason == "there was no time for an epoch."
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"epochs": 0}, {"epochs": 1.5}, {"learning_rate": 0}, {"learning_rate": "a"}, {"emphasis": math.nan}]
+)
+def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"`{next(iter(numbers))}="):
+        FineTuning(**numbers)

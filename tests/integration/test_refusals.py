@@ -14,7 +14,16 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from lightning_nrl import ConfigurationError, Fitness, NeuRecoverLite, RegressionFreeRepair, Target, repair
+from lightning_nrl import (
+    ConfigurationError,
+    Fitness,
+    NeuRecoverLite,
+    RegressionFreeRepair,
+    Target,
+    compare,
+    diagnose,
+    repair,
+)
 from lightning_nrl.errors import ReplayError
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
@@ -238,3 +247,35 @@ def test_a_trainer_of_another_package_is_refused() -> None:
         quick_repair().setup(Trainer(), Classifier(), "fit")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
         repair(Trainer(), Classifier())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [repair, diagnose, compare])
+def test_every_face_refuses_what_it_cannot_use(tmp_path: Path, call: Any) -> None:
+    trainer, model = quiet_trainer(tmp_path), Untrainable()
+    with pytest.raises(ConfigurationError, match="`trainer`: found a Trainer of `test_refusals`"):
+        call(Trainer(), model)
+    with pytest.raises(ConfigurationError, match=r"`model`: found a Linear of .*[\s\S]*HINT: .*_module`"):
+        call(trainer, torch.nn.Linear(1, 1))
+    with pytest.raises(
+        ConfigurationError, match=r"`strenth` is no argument of a repair\.\nHINT: did you mean `strength`"
+    ):
+        call(trainer, model, datamodule=Digits(), strenth=0.5)
+    with pytest.raises(ConfigurationError, match="`limit='5%'` is no gate"):
+        call(trainer, model, datamodule=Digits(), limit="5%", calibration="val")
+    with pytest.raises(ConfigurationError, match="`failed=None` is no split"):
+        call(trainer, model, datamodule=Digits(), failed=None)
+
+
+def test_data_aside_can_be_done_without(tmp_path: Path) -> None:
+    data = Digits()
+    loaders = data.train_dataloader(), data.repair_dataloader()
+    with pytest.raises(ConfigurationError, match=r"`unseen='test'`[\s\S]*or do without: `unseen=None`"):
+        compare(quiet_trainer(tmp_path), Untrainable(), *loaders)
+
+
+def test_a_comparison_of_one_method_and_a_callback_of_another_kind_are_refused(tmp_path: Path) -> None:
+    trainer, model = quiet_trainer(tmp_path), Untrainable()
+    with pytest.raises(ConfigurationError, match=r"`method='convex'`: a comparison runs several"):
+        compare(trainer, model, datamodule=Digits(), method="convex")
+    with pytest.raises(ConfigurationError, match="`callback='auto'` is no RegressionFreeRepair"):
+        repair(trainer, model, datamodule=Digits(), callback="auto")  # type: ignore[arg-type]
