@@ -76,7 +76,7 @@ def _method(
     if best is None:
         return f"Use the default, method='auto', {times['auto']}. {last}".strip()
     if best.change < FAR:
-        why = f": the last layer ({head}) is not enough" if tried else ""
+        why = f": {_against(head, 2 * alone > tried, worth, check)}" if tried else ""
         return (
             f"Use the default, method='auto', on the whole network, {times['auto']}{why}. {last} "
             f"If one layer must do, take method='linearised' on {best.layer}, {times['linearised']}."
@@ -85,6 +85,17 @@ def _method(
     if mixing is not None:
         mixed = f" Of the nearest passed samples, {part(mixing.mean('targets'))} have a target's label."
     return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
+
+
+def _against(head: str | None, enough: bool, worth: bool, check: Check | None) -> str:
+    """Why the last layer is not advised."""
+    if not enough:
+        return f"the last layer ({head}) is not enough"
+    if check is None:
+        return f"what the last layer ({head}) would break on other data is not known"
+    if not worth:
+        return f"the last layer ({head}) would break too much on other data"
+    return f"the last layer ({head}) would have to change much more than others"
 
 
 def _last_layer(alone: int, tried: int, check: Check | None) -> str:

@@ -61,6 +61,11 @@ class Table:
     rows: tuple[Row, ...]
     notes: bool = False
 
+    @property
+    def headed(self) -> bool:
+        """Whether any column has a name; notes by themselves have none."""
+        return any(name or kind for name, kind in self.columns)
+
     def within(self, width: int) -> Iterator[Table]:
         """This table in pieces of some columns each, none wider than `width` characters unless one column is."""
         label, widths = self.widths()
@@ -157,10 +162,12 @@ def _plain_table(table: Table) -> str:
             padded[-1] = cells[-1]
         return (" " * GAP).join([first.ljust(label), *padded]).rstrip()
 
-    lines = [line("", [name for name, _ in table.columns])]
-    if any(kind for _, kind in table.columns):
-        lines.append(line("", [kind for _, kind in table.columns]))
-    lines.append("-" * (label + sum(width + GAP for width in widths)))
+    lines = []
+    if table.headed:
+        lines.append(line("", [name for name, _ in table.columns]))
+        if any(kind for _, kind in table.columns):
+            lines.append(line("", [kind for _, kind in table.columns]))
+        lines.append("-" * (label + sum(width + GAP for width in widths)))
     for row in table.rows:
         lines.append(line(row.label, row.cells))
         if row.ends_group:
@@ -208,13 +215,13 @@ def _rich_table(table: Table) -> Any:
     from rich.text import Text as Line
 
     # The box itself puts one space between columns.
-    grid = Grid(box=SIMPLE_HEAD, show_edge=False, padding=(0, GAP - 1, 0, 0), pad_edge=False)
+    grid = Grid(box=SIMPLE_HEAD, show_edge=False, show_header=table.headed, padding=(0, GAP - 1, 0, 0), pad_edge=False)
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
         below = ("\n", (kind, "not bold dim")) if kinds else ()
         words = table.notes and i == len(table.columns) - 1
-        grid.add_column(Line.assemble((name, "bold"), *below), justify="left" if words else "right", no_wrap=True)
+        grid.add_column(Line.assemble((name, "bold"), *below), justify="left" if words else "right", no_wrap=not words)
     for row in table.rows:
         harmless = STYLES["good"] if row.tone == "harm" else STYLES[row.tone]
         cells = [Line(cell, style=harmless if cell == "0" else STYLES[row.tone]) for cell in row.cells]

@@ -150,6 +150,26 @@ def test_the_advice_follows_the_figures(
     assert advise(KNOWN, found, check, mixing, doubts, layers, "head", COSTS).startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("found", "check", "layers", "words"),
+    [
+        (targets("yes", "yes", "no", "no"), HARMLESS, [DEEP, HEAD], "the last layer (head) is not enough"),
+        (targets(*4 * ["yes"]), HARMFUL, [DEEP, HEAD], "the last layer (head) would break too much on other data"),
+        (
+            targets(*4 * ["yes"]),
+            None,
+            [DEEP, HEAD],
+            "what the last layer (head) would break on other data is not known",
+        ),
+        (targets(*4 * ["yes"]), HARMLESS, [DEEP, FAR_HEAD], "the last layer (head) would have to change much more"),
+    ],
+)
+def test_why_the_last_layer_is_not_advised(
+    found: list[TargetFinding], check: Check | None, layers: list[LayerRoom], words: str
+) -> None:
+    assert f"about 10 s: {words}" in advise(KNOWN, found, check, None, [], layers, "head", COSTS)
+
+
 def test_without_targets_or_passed_samples_there_is_nothing_to_advise() -> None:
     assert advise({**KNOWN, "targeted": 0}, [], None, None, [], [], None, ()).startswith("Nothing to repair")
     assert advise({**KNOWN, "passed": 0}, targets("no"), None, None, [], [], None, ()).startswith("Get data")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 from rich.console import Console
 
 from lightning_nrl.report.page import Facts, Heading, Page, Row, Table, Text
@@ -81,6 +83,19 @@ def test_a_wide_table_goes_on_below() -> None:
     assert max(map(len, narrow.splitlines())) <= 20
     assert [piece.columns for piece in TABLE.within(20)] == [(("train", "known"),), (("test", "unseen"),)]
     assert [piece.columns for piece in TABLE.within(22)] == [TABLE.columns]
+
+
+def test_notes_that_go_on_below_have_no_empty_head() -> None:
+    rows = (Row("fit", ("3", "some steps")), Row("polish", ("12", "as long as it takes")))
+    page = Page((Table((("repaired", ""), ("", "")), rows, notes=True),))
+    assert page.plain(30) == (
+        "        repaired\n----------------\nfit            3\npolish        12\n\n"
+        "fit     some steps\npolish  as long as it takes\n"
+    )
+    console = Console(width=30, file=io.StringIO(), color_system=None)
+    console.print(page)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert lines[-3:] == ["", "fit     some steps", "polish  as long as it takes"]
 
 
 def test_one_column_is_shown_however_narrow() -> None:
