@@ -19,7 +19,7 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError, RepairError
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import Gate, judge
-from lightning_nrl.known import check_limit, check_losses, check_sources, passed_rows
+from lightning_nrl.known import check_limit, check_losses, check_sources, given_or_default, passed_rows
 from lightning_nrl.methods import Problem, Solution, Training, solve
 from lightning_nrl.reference import Reference
 from lightning_nrl.report import RepairReport, Role
@@ -28,7 +28,7 @@ from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State, changed, holding, write
 from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task
 from lightning_nrl.thinning import thin
 from lightning_nrl.update import Update, look_back
 
@@ -103,7 +103,7 @@ def repair_module(
         ConfigurationError: the layer, the data, the target or the task cannot be used.
         EvidenceError: the original model gives losses that are not finite; the samples are named.
     """
-    settings, task = settings or Settings(), task or Multiclass()
+    settings, task = given_or_default(settings, task)
     collective, clock = collective or Collective(), Clock(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))

@@ -214,7 +214,7 @@ def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
     assert caught[0].filename == __file__
     assert outcome.report.status == "not repaired"
     assert outcome.report.localization is None
-    assert list(outcome.report.seconds) == ["collect", "localize"]
+    assert list(outcome.report.seconds) == ["collect", "unseen", "localize"]
     assert [split.role for split in outcome.report.splits] == ["known", "known", "unseen"]
 
 

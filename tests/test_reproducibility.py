@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,8 +78,15 @@ class Share:
     def index(self) -> Tensor:
         return self.whole.index
 
+    @property
+    def positions(self) -> Tensor:
+        return self.index[self.rank :: self.world_size]
+
     def __iter__(self) -> Iterator[Batch]:
-        for position in self.index[self.rank :: self.world_size].split(8):
+        yield from self.draw(self.positions.split(8))
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        for position in batches:
             yield Batch((self.whole.inputs[position],), self.whole.targets[position], position)
 
 
