@@ -2,12 +2,13 @@
 
 The network learns patterns under noise, meets a pattern that it has hardly seen, and is repaired for it. Times are wall
 clock beside that of one epoch of plain training on the same images; memory is the peak of all tensors made on the way
-beside that of one training step with 128 images. Run with `python tests/benchmarks/repair.py`.
+beside that of one training step with 128 images. Run with `python tests/benchmarks/repair.py [share of the images]`.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 import time
 
 import torch
@@ -19,7 +20,8 @@ from lightning_nrl import Convex, Polish, Settings, Target, TensorSource, repair
 from lightning_nrl.problem import Method
 from lightning_nrl.scoring.memory import measured
 
-TRAIN, NEW, BATCH = 4600, 2000, 128
+SHARE = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
+TRAIN, NEW, BATCH = round(4600 * SHARE), round(2000 * SHARE), 128
 WEAK = 3
 
 
