@@ -33,22 +33,26 @@ class Count:
         self.label = known.label.to(device)
         self.strays = torch.zeros((), dtype=torch.int64, device=device)
 
+    def size(self, batch_idx: int) -> int:
+        """How many samples a batch should have; 0 where there should be no such batch."""
+        starts = self.known.starts
+        return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
+
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
         """One batch: `m` bool, whether the new model is right, and `m` int64, the true classes.
 
         Raises:
             ConfigurationError: another number of samples than the sampler has for this batch.
         """
-        starts = self.known.starts
-        rows = slice(*starts[batch_idx : batch_idx + 2])
-        expected = rows.stop - rows.start if batch_idx + 1 < len(starts) else 0
+        expected = self.size(batch_idx)
         if right.shape != (expected,):
             raise ConfigurationError(
                 explain(
                     f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}.",
-                    "`validation_step` has to call the model on the batch as it is; a collate function must keep all.",
+                    "validate the same samples each time; a collate function must neither drop nor add any.",
                 )
             )
+        rows = slice(*self.known.starts[batch_idx : batch_idx + 2])
         self.new[rows] = right.to(self.new.device)
         self.seen[rows] = True
         if label is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nrl.addresses import find_function
@@ -144,11 +145,11 @@ class RegressionMetrics(Callback):
             return
         args, kwargs, target = self.adapter(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
-        if output is None:
+        logits = self._logits(output, self._count.size(batch_idx))
+        if logits is None:
             self._warn()
             with random_state(), trainer.precision_plugin.forward_context():
-                output = pl_module(*args, **kwargs)
-        logits = self.task.logits(output)
+                logits = self.task.logits(pl_module(*args, **kwargs))
         right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
         self._count.add(batch_idx, right, self.task.label(target))
 
@@ -170,6 +171,14 @@ class RegressionMetrics(Callback):
         self._outputs.watch(pl_module, known.parts)
         return known
 
+    def _logits(self, output: Any, n: int) -> Tensor | None:
+        """Those in what was heard, if they are of `n` samples."""
+        if output is not None:
+            with suppress(ConfigurationError):
+                logits = self.task.logits(output)
+                return logits if logits.ndim and len(logits) == n else None
+        return None
+
     def _forget(self) -> None:
         self._outputs.leave()
         self._replaced = self._count = None
@@ -180,7 +189,7 @@ class RegressionMetrics(Callback):
             self._warned = True
             rank_zero_warn(
                 explain(
-                    "`validation_step` does not call the model as a whole: each validation batch costs one more pass.",
+                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each.",
                     "call `self(x)` in `validation_step`.",
                 )
             )
