@@ -20,8 +20,7 @@ from lightning_nrl import Convex, Polish, Settings, Target, TensorSource, repair
 from lightning_nrl.problem import Method
 from lightning_nrl.scoring.memory import measured
 
-SHARE = float(sys.argv[1]) if len(sys.argv) > 1 else 1.0
-TRAIN, NEW, BATCH = round(4600 * SHARE), round(2000 * SHARE), 128
+TRAIN, NEW, BATCH = 4600, 2000, 128
 WEAK = 3
 
 
@@ -45,14 +44,15 @@ def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
     model.eval()
 
 
-def main() -> None:
+def main(share: float = 1.0) -> None:
     torch.manual_seed(0)
+    n, n_new = round(TRAIN * share), round(NEW * share)
     generator = torch.Generator().manual_seed(0)
     patterns = 0.3 * F.interpolate(torch.randn(7, 3, 8, 8, generator=generator), scale_factor=4)
-    x, y = images(TRAIN, patterns, generator)
-    seen = (y != WEAK) | (torch.rand(TRAIN, generator=generator) < 0.05)
+    x, y = images(n, patterns, generator)
+    seen = (y != WEAK) | (torch.rand(n, generator=generator) < 0.05)
     x, y = x[seen], y[seen]
-    x_new, y_new = images(NEW + TRAIN - len(x), patterns, generator)
+    x_new, y_new = images(n_new + n - len(x), patterns, generator)
     model = ResNet27()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(4):
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(float, sys.argv[1:]))
