@@ -82,15 +82,16 @@ class Count:
         return known.names, total[:-1].view(-1, 4)
 
 
-def values_of(flips: Tensor) -> dict[str, float]:
-    """All metrics of `4` counts; what is undefined is NaN."""
-    rates = flip_rates(flips.double())
-    kept, broken, repaired, _ = flips.tolist()
-    n = int(flips.sum())
-    return {
-        **{short: float(rates[name]) for short, name in RATES.items()},
-        "broken": float(broken),
-        "repaired": float(repaired),
-        "accuracy": (kept + repaired) / n if n else float("nan"),
-        "reference_accuracy": (kept + broken) / n if n else float("nan"),
+def values_of(flips: Tensor) -> list[dict[str, float]]:
+    """All metrics of each row of `S x 4` counts; what is undefined is NaN."""
+    wide = flips.double()
+    rates, n = flip_rates(wide), wide.sum(1)
+    columns = {
+        **{short: rates[name] for short, name in RATES.items()},
+        "broken": wide[:, 1],
+        "repaired": wide[:, 2],
+        "accuracy": (wide[:, 0] + wide[:, 2]) / n,
+        "reference_accuracy": (wide[:, 0] + wide[:, 1]) / n,
     }
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]

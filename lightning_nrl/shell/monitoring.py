@@ -159,9 +159,9 @@ class RegressionMetrics(Callback):
             return
         names, counts = self._count.counts(Collective.current(pl_module.device))
         self._count = None
-        found: dict[str, float] = {}
-        for name, flips in zip((self.prefix, *(f"{self.prefix}/{n}" for n in names)), counts, strict=True):
-            found |= {f"{name}/{key}": value for key, value in values_of(flips).items()}
+        tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
+        rows = zip(tags, values_of(counts), strict=True)
+        found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
