@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,26 +169,33 @@ def repair_module(
         if not new:
             reason = solution.reason or "the search found nothing better than the original weights."
             return Outcome(account.closed("not repaired", reason))
-        strength = _find_strength(problem, new, settings, calibration, aside.get("calibration"))
-        account = account.at(strength)
-        if strength.chosen is None:
-            return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
-        new = changed(model, strength.state)
-        if not new:
-            # The polish of a weaker patch went all the way back, or the change is below what the weights resolve.
-            reason = f"at strength {strength.chosen:g} nothing is left of the change."
-            return Outcome(account.closed("not repaired", reason))
-        with clock.stage("judge"), holding(model, new):
-            after = see(model, known)
-            verdict = judge(before, after, settings.gate)
-            if verdict.accepted and own is not before:
-                # What only the new model gets right may break, but not for fewer regressions repaired.
-                rest = judge(own, after, Gate.accuracy())
-                verdict = verdict if rest.accepted else rest
-            later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
-        old = {name: value for name, value in model.state_dict().items() if name in new}
-        report = account.judged(verdict, old, new, after, later)
-        return Outcome(report, new if verdict.accepted else None, _change(old, new))
+        return _concluded(account, problem, new, others)
+
+
+def _concluded(account: Account, problem: Problem, new: State, others: Mapping[Role, Sequence[Source]]) -> Outcome:
+    """How far to go, and whether the deployed model may have it."""
+    model, settings = problem.model, account.settings
+    see = partial(collect, task=problem.task, context=problem.context, collective=problem.collective)
+    strength = _find_strength(problem, new, settings, others.get("calibration", ()), account.aside.get("calibration"))
+    account = account.at(strength)
+    if strength.chosen is None:
+        return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
+    new = changed(model, strength.state)
+    if not new:
+        # The polish of a weaker patch went all the way back, or the change is below what the weights resolve.
+        reason = f"at strength {strength.chosen:g} nothing is left of the change."
+        return Outcome(account.closed("not repaired", reason))
+    with problem.clock.stage("judge"), holding(model, new):
+        after = see(model, problem.known)
+        verdict = judge(problem.before, after, settings.gate)
+        if verdict.accepted and account.known is not problem.before:
+            # What only the new model gets right may break, but not for fewer regressions repaired.
+            rest = judge(account.known, after, Gate.accuracy())
+            verdict = verdict if rest.accepted else rest
+        later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
+    old = {name: value for name, value in model.state_dict().items() if name in new}
+    report = account.judged(verdict, old, new, after, later)
+    return Outcome(report, new if verdict.accepted else None, _change(old, new))
 
 
 def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Solution:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,7 @@ from lightning_nrl.comparison.words import comparison_page
 from lightning_nrl.errors import check_choice
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.report import Page, installed_versions
+from lightning_nrl.report.page import Shown
 from lightning_nrl.report.serial import dumps, plain
 
 __all__ = ["Comparison", "Duel", "Entry", "Point"]
@@ -103,7 +104,7 @@ class Duel:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """Several methods on one problem. `rich.print(comparison)` shows it as a table.
 
     Attributes:
@@ -145,17 +146,6 @@ class Comparison:
     def to_table(self) -> Page:
         """The table and the facts that belong to it, for rich's `print`."""
         return comparison_page(self)
-
-    def render(self, width: int = 80) -> str:
-        """The same as plain ASCII text, for where rich is not installed."""
-        return self.to_table().plain(width)
-
-    def to_markdown(self) -> str:
-        """The same as Markdown."""
-        return self.to_table().markdown()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
-        yield self.to_table()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in dicts, lists, text and numbers."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_nrl.report.page import Page
+from lightning_nrl.report.page import Page, Shown
 from lightning_nrl.report.report import installed_versions
 from lightning_nrl.report.serial import dumps, plain
 
@@ -171,7 +171,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Shown):
     """What can be known before a repair. `rich.print(diagnosis)` shows it as tables.
 
     Attributes:
@@ -252,14 +252,6 @@ class Diagnosis:
         from lightning_nrl.diagnosis.page import page
 
         return page(self, everything=True).markdown()
-
-    def render(self, width: int = 80) -> str:
-        """The same as `to_table` as plain ASCII text, for where rich is not installed."""
-        return self.to_table().plain(width)
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        """The page of `to_table`."""
-        yield self.to_table()
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the targets' margins, neighbourhoods and layers.

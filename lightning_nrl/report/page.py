@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Table", "Text"]
+__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Shown", "Table", "Text"]
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
 STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
@@ -116,6 +117,25 @@ class Page:
             if i:
                 yield ""
             yield from _rich(block, options.max_width)
+
+
+class Shown(ABC):
+    """What can be shown as a page: `rich.print` shows it as tables."""
+
+    @abstractmethod
+    def to_table(self) -> Page:
+        """The page, for rich's `print`."""
+
+    def render(self, width: int = 80) -> str:
+        """The same as `to_table` as plain ASCII text, for where rich is not installed."""
+        return self.to_table().plain(width)
+
+    def to_markdown(self) -> str:
+        """The same as Markdown."""
+        return self.to_table().markdown()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
+        yield self.to_table()
 
 
 def _markdown(block: Block) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.problem import Step
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Shown, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
 from lightning_nrl.report.split import Role, SplitReport, pool
@@ -55,7 +55,7 @@ def installed_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class RepairReport:
+class RepairReport(Shown):
     """The account of one repair. `rich.print(report)` shows it as a table.
 
     Attributes:
@@ -164,14 +164,6 @@ class RepairReport:
         """The verdict, a table of the splits and the facts that one needs next, for rich's `print`."""
         facts = Facts((*self._facts(), *self._written(from_here)))
         return Page((*self._verdict(), *self._tables(), *self._course(), facts))
-
-    def render(self, width: int = 80) -> str:
-        """The same as `to_table` as plain ASCII text, for where rich is not installed."""
-        return self.to_table().plain(width)
-
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        """The table of `to_table`."""
-        yield self.to_table()
 
     def _verdict(self) -> tuple[Block, ...]:
         changed = "" if self.status == "repaired" else " The model's weights are unchanged."

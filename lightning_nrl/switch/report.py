@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -18,7 +18,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import Context
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.metrics.functional import flip_rates
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Shown, Table
 from lightning_nrl.report.words import percent
 from lightning_nrl.switch.rule import MarginSwitch
 from lightning_nrl.switch.threshold import is_right
@@ -77,7 +77,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class SwitchReport:
+class SwitchReport(Shown):
     """A switch beside its two models. `rich.print(report)` shows it as tables.
 
     Attributes:
@@ -103,17 +103,6 @@ class SwitchReport:
         )
         facts = (("threshold", f"{self.threshold:.6g}"), ("forward pass", cost))
         return Page((*blocks, Facts(facts)))
-
-    def render(self, width: int = 80) -> str:
-        """The same as plain ASCII text, for where rich is not installed."""
-        return self.to_table().plain(width)
-
-    def to_markdown(self) -> str:
-        """The same as Markdown."""
-        return self.to_table().markdown()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
-        yield self.to_table()
 
 
 @torch.no_grad()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.report.page import Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.words import percent
 from lightning_nrl.switch.rule import Classes, SwitchRule, check_logits, logit_gap
 from lightning_nrl.tasks import Multiclass
@@ -37,7 +35,7 @@ class ThresholdPoint:
 
 
 @dataclass(frozen=True)
-class ThresholdChoice:
+class ThresholdChoice(Shown):
     """A threshold, and what others would do. `rich.print(choice)` shows it as a table.
 
     Attributes:
@@ -68,17 +66,6 @@ class ThresholdChoice:
             rows.append(Row(f"gap above {point.threshold:.4g}" + ", taken" * taken, cells, "gain" if taken else ""))
         text = f"The smallest threshold within {self.limit!r}: {self.threshold:.6g}."
         return Page((Heading("Threshold", 1), Text(text), Table(columns, tuple(rows))))
-
-    def render(self, width: int = 80) -> str:
-        """The same as plain ASCII text, for where rich is not installed."""
-        return self.to_table().plain(width)
-
-    def to_markdown(self) -> str:
-        """The same as Markdown."""
-        return self.to_table().markdown()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
-        yield self.to_table()
 
 
 @torch.no_grad()
