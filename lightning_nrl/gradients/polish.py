@@ -55,7 +55,10 @@ ROUNDS = 20
 fewer samples are broken, and rounds begin again, at most RETREATS times."""
 RETREAT, RETREATS = 0.9, 4
 SCALINGS = 6
-"""Passes to find how far a step back is needed where rounds do not reach zero."""
+"""Halvings to find how far a step back is needed where rounds do not reach zero, on what is broken; and how often the
+rest may turn out to be broken there."""
+RESERVE = 3.0
+"""Passes over known data that are left when rounds end: where a step back leads is counted."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,7 @@ def polish(
     check_margin(problem)
     deadline, one_pass = time.perf_counter() + seconds, problem.clock.seconds.get("collect", 0.0)
     if after is None:
-        one_pass = -time.perf_counter()
-        after = problem.see(state)
-        one_pass += time.perf_counter()
+        after, one_pass = _timed(problem, state)
     old, done, best = snapshot(problem.model), 0, None
     insisted = problem.before.targeted & insist & after.loss.isfinite()
     for retreats in range(RETREATS + 1):
@@ -130,12 +131,12 @@ def polish(
             border.steps(descent)
             done += 1
             if not (border.open & border.followed).any():
-                after = problem.see(descent.state())
+                after, one_pass = _timed(problem, descent.state())
                 border.seen(after)
                 if not border.open.any():
                     return _polished(problem, descent.state(), after, done, RETREAT**retreats)
-            if _is_late(problem, deadline - (SCALINGS + 1) * one_pass):
-                return _most(best, _scaled_back(problem, border, descent.state(), done))
+            if _is_late(problem, deadline - RESERVE * one_pass):
+                return _most(best, _scaled_back(problem, border, descent.state(), done, deadline))
         if insisted.any() and not (border.broken & border.followed).any():
             after = problem.see(descent.state())
             border.seen(after)
@@ -143,8 +144,9 @@ def polish(
                 best = _most(best, _polished(problem, descent.state(), after, done, RETREAT**retreats))
         insisted &= ~border.open
         state = between(old, descent.state(), RETREAT)
-        after = problem.see(state)
-    return _most(best, _scaled_back(problem, border, state, done))
+        after, one_pass = _timed(problem, state)
+    border.seen(after)
+    return _most(best, _scaled_back(problem, border, state, done, deadline))
 
 
 def _most(best: Polished | None, other: Polished) -> Polished:
@@ -172,21 +174,37 @@ def check_margin(problem: Problem) -> None:
         )
 
 
-def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int) -> Polished:
-    """The furthest of some states between the original weights and these that breaks nothing."""
-    old, least, most = snapshot(problem.model), 0.0, 1.0
-    best: State = between(old, state, 0.0)
-    after = problem.before
-    for _ in range(SCALINGS):
-        strength = (least + most) / 2
+def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int, deadline: float) -> Polished:
+    """The furthest of some states between the original weights and these that breaks nothing.
+
+    What is broken says how far to go back; then all known samples are counted, and what else is broken has a say too.
+    """
+    old, strength = snapshot(problem.model), 1.0
+    rows = border.broken.nonzero().flatten()
+    for checks in range(SCALINGS):
+        least, most = 0.0, strength
+        for _ in range(SCALINGS if len(rows) else 0):
+            middle = (least + most) / 2
+            if border.breaks(between(old, state, middle), rows):
+                most = middle
+            else:
+                least = middle
+        strength = least if len(rows) else most
+        if not strength or (checks and _is_late(problem, deadline)):
+            break
         tried = between(old, state, strength)
-        seen = problem.see(tried)
-        border.seen(seen)
-        if border.broken.any():
-            most = strength
-        else:
-            least, best, after = strength, tried, seen
-    return _polished(problem, best, after, rounds, least)
+        after = problem.see(tried)
+        border.seen(after)
+        if not border.broken.any():
+            return _polished(problem, tried, after, rounds, strength)
+        rows = torch.cat([rows, border.broken.nonzero().flatten()]).unique()
+    return _polished(problem, between(old, state, 0.0), problem.before, rounds, 0.0)
+
+
+def _timed(problem: Problem, state: State) -> tuple[Evidence, float]:
+    """What the model does on known data under a state, and how many seconds that took."""
+    began = time.perf_counter()
+    return problem.see(state), time.perf_counter() - began
 
 
 def _polished(problem: Problem, state: State, after: Evidence, rounds: int, strength: float = 1.0) -> Polished:
@@ -237,6 +255,11 @@ class _Border:
         self.margin = _margins(after)
         self.followed |= self._close()
 
+    def breaks(self, state: State, rows: Tensor) -> bool:
+        """Whether passed samples, some rows of the evidence, do not have under a state what is asked of them."""
+        self.margin = measured(self.problem, self.margin, self._look(state, rows))
+        return bool(self.broken[rows].any())
+
     def steps(self, descent: Descent) -> None:
         """A round: steps on the samples near the border and as many others, then their margins again."""
         before = self.problem.before
@@ -282,7 +305,10 @@ class _Border:
         problem, found = self.problem, []
         with holding(problem.model, state):
             for parts in draw(problem, rows.split(BATCH) if len(rows) else ()):
-                found += [(places, self._margin(outputs(problem, batch), batch)) for batch, places in parts]
+                for batch, places in parts:
+                    output = outputs(problem, batch)
+                    finite = problem.task.loss(output, batch.target).isfinite()
+                    found.append((places, torch.where(finite, self._margin(output, batch), torch.nan)))
         return found
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
