@@ -15,6 +15,7 @@ from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.comparing import compare
+from lightning_nrl.shell.monitoring import RegressionMetrics
 from lightning_nrl.shell.preflight import diagnose
 from lightning_nrl.shell.standalone import repair
 from lightning_nrl.targets import Target
@@ -40,6 +41,7 @@ __all__ = [
     "Polish",
     "Predictions",
     "RegressionFreeRepair",
+    "RegressionMetrics",
     "RepairError",
     "RepairReport",
     "Settings",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.shell.monitoring import RegressionMetrics
+from lightning_nrl import RegressionMetrics
 
 PAIRS = 9
 

@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_nrl import ConfigurationError, OldModel, Predictions, Target
-from lightning_nrl.shell.monitoring import RegressionMetrics
+from lightning_nrl import ConfigurationError, OldModel, Predictions, RegressionMetrics, Target
 
 KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
 HOW_TO = Path(__file__).parents[2] / "docs" / "monitoring.md"
@@ -404,7 +403,7 @@ def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
     written = {"reference": str(trained_path), "slices": "test_regression_metrics:is_noisy", "prefix": "old"}
-    entry = {"class_path": "lightning_nrl.shell.monitoring.RegressionMetrics", "init_args": written}
+    entry = {"class_path": "lightning_nrl.RegressionMetrics", "init_args": written}
     config = {
         "model": {"class_path": "digit_models.Classifier"},
         "data": {"class_path": "digit_models.Digits"},
