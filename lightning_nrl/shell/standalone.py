@@ -18,7 +18,7 @@ from lightning_nrl.shell.arguments import callback_with, check_model
 from lightning_nrl.shell.borrowing import borrowed
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.checks import check_namespace, check_strategy
-from lightning_nrl.shell.continuing import EPOCHS, epochs_saved
+from lightning_nrl.shell.continuing import EPOCHS, epochs_of, epochs_saved
 
 __all__ = ["Work", "repair", "without_training"]
 
@@ -94,7 +94,7 @@ def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: 
         ConfigurationError: the trainer holds a repair or wants a minimum of training.
     """
     _check(trainer, callback)
-    with borrowed(trainer, _WithoutTraining(callback, work)), warnings.catch_warnings():
+    with borrowed(trainer, _WithoutTraining(callback, work, trainer)), warnings.catch_warnings():
         for text in (
             "The number of training batches",
             "`max_epochs` was not set",
@@ -105,13 +105,22 @@ def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: 
 
 
 class _WithoutTraining(pl.Callback):
-    """Works at the start of a fit and stops it before its first step."""
+    """Works at the start of a fit and stops it before its first step.
 
-    def __init__(self, callback: RegressionFreeRepair, work: Work) -> None:
+    Args:
+        callback: says how.
+        work: what is done.
+        trainer: knows how long it trained a module before; a checkpoint that is loaded knows better.
+    """
+
+    def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: pl.Trainer) -> None:
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
-        self.epochs = EPOCHS
+        fitted = trainer.fit_loop.epoch_progress.current.ready > 0
+        self._fitted = trainer.lightning_module if fitted else None
+        self._epochs = epochs_of(trainer) if fitted else EPOCHS
+        self._saved: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -126,7 +135,7 @@ class _WithoutTraining(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self.epochs = epochs_saved(checkpoint)
+        self._saved = epochs_saved(checkpoint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -135,7 +144,8 @@ class _WithoutTraining(pl.Callback):
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        self.outcome = self.work(trainer, pl_module, self.epochs)
+        fitted = self._epochs if pl_module is self._fitted else EPOCHS
+        self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
         trainer.should_stop = True
 
     @override

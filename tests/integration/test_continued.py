@@ -110,3 +110,17 @@ def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path)
         assert not torch.allclose(old[name], value, rtol=1e-2)
     ranks = [torch.load(tmp_path / f"two/rank{rank}.pt", weights_only=True)["state"] for rank in (0, 1)]
     assert all(torch.equal(value, ranks[1][name]) for name, value in ranks[0].items())
+
+
+def test_after_a_fit_of_the_same_module_the_trainer_knows_how_long_it_was_trained(tmp_path: Path) -> None:
+    trainer, model, data = quiet_trainer(tmp_path, max_epochs=4), Classifier("cnn", lr=0.01), Digits()
+    trainer.fit(model, datamodule=data)
+    report = repair(trainer, model, datamodule=data, callback=continued())
+    assert report.status == "repaired"
+    assert int(model.network[1].num_batches_tracked) == 4 * (400 // 32) + 4 * (603 // 32)
+    other = Classifier("cnn", lr=0.01)
+    other.load_state_dict(model.state_dict())
+    start = int(other.network[1].num_batches_tracked)
+    # Of another module it does not know that.
+    assert repair(trainer, other, datamodule=data, callback=continued()).status == "repaired"
+    assert int(other.network[1].num_batches_tracked) == start + 20 * (603 // 32)
