@@ -39,6 +39,12 @@ class FlipCounts:
         """Right before."""
         return self.kept + self.broken
 
+    @staticmethod
+    def of(before: Tensor, after: Tensor) -> FlipCounts:
+        """Counts samples, `N` bool each: which were right before, and which are after."""
+        masks = (before & after, before & ~after, ~before & after, ~before & ~after)
+        return FlipCounts(*(int(mask.sum()) for mask in masks))
+
 
 @dataclass(frozen=True)
 class Flips:

@@ -156,12 +156,7 @@ def _count(switch: MarginSwitch, source: Source, context: Context) -> SwitchSpli
     if not columns:
         return SwitchSplit(source.split, FlipCounts(0, 0, 0, 0), FlipCounts(0, 0, 0, 0), 0)
     was, now, served, sure = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    return SwitchSplit(source.split, _flips(was, now), _flips(was, served), int(sure.sum()))
-
-
-def _flips(before: Tensor, after: Tensor) -> FlipCounts:
-    masks = (before & after, before & ~after, ~before & after, ~before & ~after)
-    return FlipCounts(*(int(mask.sum()) for mask in masks))
+    return SwitchSplit(source.split, FlipCounts.of(was, now), FlipCounts.of(was, served), int(sure.sum()))
 
 
 def _time(switch: MarginSwitch, batch: Batch, runs: int, context: Context) -> Timing:

@@ -14,7 +14,16 @@ from typing_extensions import Self
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.precision import at_least_float32
 
-__all__ = ["UNKNOWN", "Classes", "MarginSwitch", "SwitchRule", "check_logits", "checked_classes", "logit_gap"]
+__all__ = [
+    "UNKNOWN",
+    "Classes",
+    "MarginSwitch",
+    "SwitchRule",
+    "TwoModels",
+    "check_logits",
+    "checked_classes",
+    "logit_gap",
+]
 
 UNKNOWN = -1e4
 """The old model's logit for a class that it does not know. Its probability is 0 in every precision; as it is finite,
@@ -42,41 +51,36 @@ def logit_gap(logits: Tensor) -> Tensor:
     return (top[:, 0] - top[:, 1]).float()
 
 
-class SwitchRule(nn.Module):
-    """The decision alone, without the models: a threshold, and how the old model's classes are numbered in the new one.
+class Renumbered(nn.Module):
+    """How the old model's classes are numbered in the new one.
 
     Args:
-        threshold: logits, any number but NaN.
         classes: see `MarginSwitch`.
 
     Attributes:
-        threshold: float32, a buffer. It stays float32 when the module is converted to half precision.
         classes: int64 indices, a buffer; None where both models have the same classes.
     """
 
-    threshold: Tensor
     classes: Tensor | None
 
-    def __init__(self, threshold: float, classes: Classes | None = None) -> None:
+    def __init__(self, classes: Classes | None = None) -> None:
         super().__init__()
-        self.register_buffer("threshold", torch.tensor(_checked_threshold(threshold), dtype=torch.float32))
         index = None if classes is None else torch.tensor(checked_classes(classes))
         self.register_buffer("classes", index)
         self._needed = _needed(index)
 
-    def is_sure(self, new: Tensor) -> Tensor:
-        """Which samples the new model answers, `n` bool, from its logits `n x C`."""
-        return logit_gap(new) > self.threshold
+    def renumbered(self, old: Tensor, n_classes: int) -> Tensor:
+        """The old logits in the order of the new ones, `n x n_classes`; `UNKNOWN` for classes that are only there."""
+        if self.classes is None:
+            return old
+        return old.new_full((old.shape[0], n_classes), UNKNOWN).index_copy(1, self.classes, old)
 
-    def choose(self, old: Tensor, new: Tensor) -> Tensor:
-        """The logits that are served.
+    def side_by_side(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """Both models' logits with the same classes, `n x C`, in the dtype that holds both.
 
         Args:
             old: the old model's, `n x C_old`.
             new: the new model's, `n x C`.
-
-        Returns:
-            `n x C`, of the dtype that holds both.
 
         Raises:
             ConfigurationError: these are no logits, or their classes do not fit together.
@@ -85,14 +89,7 @@ class SwitchRule(nn.Module):
         if not torch.jit.is_tracing():
             self.check(old, new)
         dtype = torch.promote_types(old.dtype, new.dtype)
-        old = self.renumbered(old, new.shape[1])
-        return torch.where(self.is_sure(new)[:, None], new.to(dtype), old.to(dtype))
-
-    def renumbered(self, old: Tensor, n_classes: int) -> Tensor:
-        """The old logits in the order of the new ones, `n x n_classes`; `UNKNOWN` for classes that are only there."""
-        if self.classes is None:
-            return old
-        return old.new_full((old.shape[0], n_classes), UNKNOWN).index_copy(1, self.classes, old)
+        return self.renumbered(old, new.shape[1]).to(dtype), new.to(dtype)
 
     def check(self, old: Any, new: Any) -> None:
         """Whether both outputs are logits, and of as many classes as they should be.
@@ -114,6 +111,48 @@ class SwitchRule(nn.Module):
                 )
             )
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._needed = _needed(self.classes)
+
+
+class SwitchRule(Renumbered):
+    """The decision alone, without the models: a threshold, and how classes are numbered.
+
+    Args:
+        threshold: logits, any number but NaN.
+        classes: see `MarginSwitch`.
+
+    Attributes:
+        threshold: float32, a buffer. It stays float32 when the module is converted to half precision.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, threshold: float, classes: Classes | None = None) -> None:
+        super().__init__(classes)
+        self.register_buffer("threshold", torch.tensor(_checked_threshold(threshold), dtype=torch.float32))
+
+    def is_sure(self, new: Tensor) -> Tensor:
+        """Which samples the new model answers, `n` bool, from its logits `n x C`."""
+        return logit_gap(new) > self.threshold
+
+    def choose(self, old: Tensor, new: Tensor) -> Tensor:
+        """The logits that are served.
+
+        Args:
+            old: the old model's, `n x C_old`.
+            new: the new model's, `n x C`.
+
+        Returns:
+            `n x C`, of the dtype that holds both.
+
+        Raises:
+            ConfigurationError: these are no logits, or their classes do not fit together.
+        """
+        old, both = self.side_by_side(old, new)
+        return torch.where(self.is_sure(new)[:, None], both, old)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.threshold
         super()._apply(fn, recurse)
@@ -121,12 +160,38 @@ class SwitchRule(nn.Module):
         self.threshold = self.threshold.float() if exact.is_meta else exact.to(self.threshold.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._needed = _needed(self.classes)
+
+class TwoModels(Renumbered):
+    """Two models that run on every sample, in evaluation mode whatever is asked."""
+
+    old: nn.Module
+    new: nn.Module
+
+    def hold(self, old: nn.Module, new: nn.Module) -> None:
+        """Takes the models in.
+
+        Raises:
+            ConfigurationError: one of them is no module.
+        """
+        for argument, model in (("old", old), ("new", new)):
+            check_kind(argument, model, isinstance(model, nn.Module), "module", f"{argument}=<an `nn.Module`>")
+        self.old, self.new = old, new
+        self.eval()
+
+    def choose(self, old: Tensor, new: Tensor) -> Tensor:
+        """What is served, `n x C`, from the logits of both."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs both models, and serves logits `n x C`."""
+        return self.choose(self.old(*args, **kwargs), self.new(*args, **kwargs))
+
+    def train(self, mode: bool = True) -> Self:
+        """Changes nothing: what is served is the models in evaluation mode."""
+        return super().train(False)
 
 
-class MarginSwitch(SwitchRule):
+class MarginSwitch(SwitchRule, TwoModels):
     """Two models as one: the new model's logits where it is sure, else the old model's.
 
     The new model is sure of a sample if its largest logit lies more than `threshold` above its second largest. Both
@@ -163,18 +228,7 @@ class MarginSwitch(SwitchRule):
 
     def __init__(self, old: nn.Module, new: nn.Module, threshold: float, classes: Classes | None = None) -> None:
         super().__init__(threshold, classes)
-        for argument, model in (("old", old), ("new", new)):
-            check_kind(argument, model, isinstance(model, nn.Module), "module", f"{argument}=<an `nn.Module`>")
-        self.old, self.new = old, new
-        self.eval()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs both models and serves one of them for each sample: logits `n x C`."""
-        return self.choose(self.old(*args, **kwargs), self.new(*args, **kwargs))
-
-    def train(self, mode: bool = True) -> Self:
-        """Changes nothing: what is served is the models in evaluation mode."""
-        return super().train(False)
+        self.hold(old, new)
 
     def extra_repr(self) -> str:
         """The threshold, for `print`."""

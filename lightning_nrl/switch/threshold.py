@@ -13,10 +13,10 @@ from lightning_nrl.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.words import percent
-from lightning_nrl.switch.rule import Classes, SwitchRule, check_logits, logit_gap
+from lightning_nrl.switch.rule import Classes, Renumbered, check_logits, logit_gap
 from lightning_nrl.tasks import Multiclass
 
-__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "is_right"]
+__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "compared", "gate_of", "is_right"]
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,13 @@ def choose_threshold(
         >>> [(point.threshold, point.counts.repaired, point.counts.broken) for point in choice.curve]
         [(-inf, 2, 2), (1.0, 2, 1), (3.0, 1, 0)]
     """
-    gate = limit if isinstance(limit, Gate) else Gate.parse(limit) if isinstance(limit, str) else Gate.tolerance(limit)
+    gate = gate_of(limit)
     if not isinstance(points, int) or points < 3:
         raise ConfigurationError(
             explain(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
         )
-    was_right, now_right, gap = _compared(old, new, labels, SwitchRule(0.0, classes))
+    was_right, labels = compared(old, new, labels, Renumbered(classes))
+    now_right, gap = is_right(new.cpu(), labels), logit_gap(new.cpu())
     # No threshold lets the new model answer where its gap is NaN.
     answers = ~gap.isnan()
     broken, repaired = (gap[mask & answers] for mask in (was_right & ~now_right, ~was_right & now_right))
@@ -135,6 +136,11 @@ def choose_threshold(
     return ThresholdChoice(curve[chosen], tuple(curve[i] for i in kept), str(gate))
 
 
+def gate_of(limit: Gate | str | float) -> Gate:
+    """A limit as a gate: a number is a tolerance."""
+    return limit if isinstance(limit, Gate) else Gate.parse(limit) if isinstance(limit, str) else Gate.tolerance(limit)
+
+
 def is_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Which samples are classified rightly, `n` bool; one with a NaN among its logits is not."""
     return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
@@ -145,8 +151,18 @@ def _above(gaps: Tensor, thresholds: Tensor) -> list[int]:
     return (len(gaps) - torch.searchsorted(gaps.sort().values, thresholds, right=True)).tolist()
 
 
-def _compared(old: Tensor, new: Tensor, labels: Tensor, rule: SwitchRule) -> tuple[Tensor, Tensor, Tensor]:
-    """Which samples the old and the new model get right, and the gap of each; on the CPU."""
+def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tuple[Tensor, Tensor]:
+    """Which samples the old model gets right, and the labels, `n` each, on the CPU.
+
+    Args:
+        old: its logits `n x C_old`, or its predicted classes, `n` integers.
+        new: the new model's logits `n x C`.
+        labels: the true classes, `n` integers.
+        rule: how old classes are numbered.
+
+    Raises:
+        ConfigurationError: they do not fit together.
+    """
     labels = Multiclass().label(labels).cpu()
     for argument, given in (("old", old), ("new", new)):
         if not isinstance(given, Tensor) or given.shape[:1] != labels.shape or not len(labels):
@@ -164,7 +180,7 @@ def _compared(old: Tensor, new: Tensor, labels: Tensor, rule: SwitchRule) -> tup
     else:
         rule.check(old, new)
         was_right = is_right(rule.renumbered(old, new.shape[1]), labels)
-    return was_right, is_right(new, labels), logit_gap(new)
+    return was_right, labels
 
 
 def _renumbered(predictions: Tensor, classes: Tensor | None) -> Tensor:
