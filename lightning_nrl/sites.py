@@ -99,7 +99,8 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
 
     Args:
         model: the model whose layers are meant.
-        layer: a dotted name, several of them, or `auto`: the last Linear in the order of registration.
+        layer: a dotted name, several of them, or `auto`: the last Linear in the order of registration that
+            is not frozen; where all are, the last.
         include_bias: whether biases may be changed too.
 
     Raises:
@@ -172,7 +173,9 @@ def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list
         others = _suggest("", modules)
         hint = f"name one with `layer=`: {others}." if others else "only Linear and Conv1d/2d/3d can be repaired."
         raise ConfigurationError(explain("`layer='auto'` found no Linear layer.", hint))
-    return linear[-1:]
+    # Whoever froze a layer wants it as it is, unless all are frozen.
+    free = [name for name in linear if modules[name].weight.requires_grad]
+    return (free or linear)[-1:]
 
 
 def _is_inside(parameter: str, block: str) -> bool:

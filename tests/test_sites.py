@@ -43,6 +43,14 @@ def test_auto_is_the_last_linear(model):
     assert site.weight_shape == (2, 3)
 
 
+def test_auto_leaves_a_frozen_layer_as_it_is_unless_all_are_frozen(model):
+    model.classifier.weight.requires_grad_(False)
+    assert find_sites(model).sites[0].name == "hidden"
+    assert find_sites(model, "classifier").sites[0].name == "classifier"
+    model.requires_grad_(False)
+    assert find_sites(model).sites[0].name == "classifier"
+
+
 def test_flat_vector_has_weights_row_by_row_then_bias(model):
     space = find_sites(model, ["hidden", "features.0", "classifier"], include_bias=True)
     expected = [
