@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,9 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
         return _state_in(given)
     try:
         found = torch.load(given, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        text = str(error).partition("\n")[0]
+    except Exception as error:
+        # What is no such file raises whatever comes of reading its bytes as instructions.
+        text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
         raise ConfigurationError(
             explain(
                 f"`{argument}`: {str(given)!r} cannot be read ({type(error).__name__}: {text}).",
