@@ -15,6 +15,8 @@ from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["compare"]
 
+WITHOUT_EFFECT = {"gate", "strength", "limit", "sparse", "calibration", "dirpath"}
+
 
 def compare(
     trainer: pl.Trainer,
@@ -44,7 +46,8 @@ def compare(
             mapping; None: every method and baseline that has a name.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
         **arguments: further arguments of `RegressionFreeRepair`, such as `target` and `layer`; `max_time` is what each
-            method may take, retraining excepted.
+            method may take, retraining excepted. Those that say how a repair ends (`gate`, `strength`, `limit`,
+            `sparse`, `calibration`, `dirpath`) have no part in it.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
@@ -63,6 +66,13 @@ def compare(
         method = arguments["method"]
         raise ConfigurationError(
             explain(f"`method={method!r}`: a comparison runs several.", f"name them: `methods=[{method!r}, ...]`.")
+        )
+    for name in sorted(WITHOUT_EFFECT & set(arguments)):
+        raise ConfigurationError(
+            explain(
+                f"`{name}={arguments[name]!r}`: a comparison counts what methods give, and accepts and writes nothing.",
+                f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
+            )
         )
     callback = callback_with(unseen=unseen, **arguments)
     check_model(model, "compare_module")
