@@ -89,7 +89,7 @@ def test_a_weight_that_is_no_share_is_refused(weight: Any) -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`new='new.ckpt'` is no module"):
+    with pytest.raises(ConfigurationError, match=r"`new='new\.ckpt'` is no module"):
         WeightedEnsemble(nn.Linear(2, 2), "new.ckpt", 0.5)  # type: ignore[arg-type]
 
 
