@@ -7,6 +7,7 @@ from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
+from lightning_nrl.oversampling import Oversampler
 from lightning_nrl.pipeline import Outcome, repair_module
 from lightning_nrl.predictions import Predictions
 from lightning_nrl.reference import OldModel
@@ -15,12 +16,14 @@ from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.comparing import compare
+from lightning_nrl.shell.congruent import PositiveCongruentTraining, regression_loss
 from lightning_nrl.shell.monitoring import RegressionMetrics
 from lightning_nrl.shell.preflight import diagnose
 from lightning_nrl.shell.standalone import repair
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource
+from lightning_nrl.terms import FocalDistillation, MarginHinge
 
 __all__ = [
     "Comparison",
@@ -31,14 +34,18 @@ __all__ = [
     "Everything",
     "EvidenceError",
     "Fitness",
+    "FocalDistillation",
     "Gate",
     "Linearised",
+    "MarginHinge",
     "Multiclass",
     "NeuRecoverLite",
     "OldModel",
     "Outcome",
+    "Oversampler",
     "ParticleSwarm",
     "Polish",
+    "PositiveCongruentTraining",
     "Predictions",
     "RegressionFreeRepair",
     "RegressionMetrics",
@@ -53,6 +60,7 @@ __all__ = [
     "compare_module",
     "diagnose",
     "diagnose_module",
+    "regression_loss",
     "repair",
     "repair_module",
 ]

@@ -11,24 +11,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_found", "random_state"]
+__all__ = ["as_found", "evaluating", "random_state"]
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards its training flags and buffers and the random states are as before.
 
-    Some models count or cache in a buffer whenever they run, or draw random numbers even in evaluation mode. Weights
-    need no such care: nothing writes to them on the way.
+    Some models draw random numbers even in evaluation mode.
+    """
+    # Inference mode would forbid the gradients that localisation needs.
+    with random_state(), torch.inference_mode(False), evaluating(model):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards its training flags and buffers are as before.
+
+    Some models count or cache in a buffer whenever they run. Weights need no such care: nothing writes to them on the
+    way.
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
     try:
-        # Inference mode would forbid the gradients that localisation needs.
-        with random_state(), torch.inference_mode(False):
-            model.eval()
-            yield
+        model.eval()
+        yield
     finally:
         for module, training in flags:
             module.training = training

@@ -29,20 +29,24 @@ def check_namespace(trainer: Any) -> None:
         )
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
+def check_strategy(
+    trainer: pl.Trainer,
+    why: str = "a repair needs them whole",
+    hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
+) -> None:
     """Refuses strategies under which no rank holds the whole layer.
+
+    Args:
+        trainer: whose strategy it is.
+        why: what they are needed whole for.
+        hint: what to do about it.
 
     Raises:
         ConfigurationError: the strategy shards the model.
     """
     name = type(trainer.strategy).__name__
     if name.startswith(SHARDED) or "Sharded" in name:
-        raise ConfigurationError(
-            explain(
-                f"`strategy`: {name} shards the weights, a repair needs them whole.",
-                "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
-            )
-        )
+        raise ConfigurationError(explain(f"`strategy`: {name} shards the weights, {why}.", hint))
 
 
 def check_order(callback: Callback, trainer: pl.Trainer, start_from: str) -> None:

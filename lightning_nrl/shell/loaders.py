@@ -21,6 +21,7 @@ __all__ = [
     "LoaderSource",
     "check_loader",
     "find_loader",
+    "length_of",
     "make_source",
     "sample_index",
     "warn_if_random",
@@ -70,7 +71,7 @@ class LoaderSource:
         for raw in self.loader:
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
-            n = _length(target)
+            n = length_of(target)
             expected = min(self.batch_size, len(self.positions) - at)
             if n != expected:
                 raise ConfigurationError(
@@ -278,7 +279,8 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
     return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
 
 
-def _length(target: Any) -> int:
+def length_of(target: Any) -> int:
+    """How many samples a target is about."""
     if isinstance(target, Mapping):
         target = next(iter(target.values()))
     if isinstance(target, Sequence) and target and isinstance(target[0], Tensor):

@@ -19,7 +19,7 @@ from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.reference import Reference, parse_reference
-from lightning_nrl.shell.checks import SHARDED, check_namespace
+from lightning_nrl.shell.checks import check_namespace, check_strategy
 from lightning_nrl.shell.counting import Count, values_of
 from lightning_nrl.shell.replaced import Replaced, ask, is_known
 from lightning_nrl.shell.watching import Outputs
@@ -93,10 +93,7 @@ class RegressionMetrics(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_namespace(trainer)
-        name = type(trainer.strategy).__name__
-        if name.startswith(SHARDED) or "Sharded" in name:
-            hint = "train with a single device or with ddp."
-            raise ConfigurationError(explain(f"`strategy`: {name} shards the weights, which are needed whole.", hint))
+        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if stage in ("fit", "validate"):
             self._forget()
             self._outputs.watch(pl_module)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Outputs", "Probe"]
+__all__ = ["Call", "Outputs", "Probe", "is_same"]
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and what came of them."""
@@ -72,15 +72,24 @@ class Outputs:
             What the module returned for these arguments; where no call had them, what its first call returned. None
             where neither it nor a part was called.
         """
+        _, made = self.calls(redirected=redirected)
+        same = (output for given, named, output in made if is_same(given, args) and is_same(named, kwargs))
+        return next(same, made[0][2] if made else None)
+
+    def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
+        """A batch ends: the calls of the first that was called at all, and its name.
+
+        Args:
+            redirected: whether the whole step ran inside a call of the module that has ended too, as under `ddp`.
+        """
         self._heard.active = False
+        found: tuple[str, list[Call]] = "", []
         for name, calls in self._heard.calls.items():
             # The call around the step ends last, with what the step returned.
             made = calls[:-1] if redirected and not name else list(calls)
             calls.clear()
-            if made:
-                same = (output for given, named, output in made if _same(given, args) and _same(named, kwargs))
-                return next(same, made[0][2])
-        return None
+            found = found if found[1] else (name, made)
+        return found
 
 
 class Probe:
@@ -124,7 +133,8 @@ def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
                 yield from _parts(part, f"{prefix}{name}.")
 
 
-def _same(a: Any, b: Any) -> bool:
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two sequences or mappings hold the very same objects."""
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))

@@ -1,0 +1,536 @@
+"""Training that is held to what the replaced model gets right; also a script, since plain `ddp` starts it again.
+
+python test_congruent.py FOLDER
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from digit_models import Classifier, Digits, cnn, quick_repair, quiet_trainer, right
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.utilities import CombinedLoader
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl import (
+    ConfigurationError,
+    FocalDistillation,
+    MarginHinge,
+    Multiclass,
+    OldModel,
+    Oversampler,
+    PositiveCongruentTraining,
+    Predictions,
+    RegressionFreeRepair,
+    RegressionMetrics,
+    regression_loss,
+)
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def third(batch: Any) -> Any:
+    return batch[2]
+
+
+class Numbered(Digits):
+    """Batches of `(image, digit, position in the data set)`, not shuffled, so that fits can be compared."""
+
+    def train_dataloader(self) -> DataLoader:
+        images, labels, _ = self.train.tensors
+        return DataLoader(TensorDataset(images, labels, torch.arange(len(labels))), self.batch_size)
+
+
+@pytest.fixture
+def old(trained_path: Path) -> Classifier:
+    return Classifier.load_from_checkpoint(trained_path)
+
+
+def fit(folder: Path, model: LightningModule, *callbacks: Callback, **arguments: Any) -> Any:
+    data = arguments.pop("data", None) or Numbered()
+    trainer = quiet_trainer(folder, *callbacks, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
+    trainer.fit(model, datamodule=data)
+    return trainer
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+class ByHand(Classifier):
+    """What the term does, written into the step."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        super().__init__()
+        self.teacher = [copy.deepcopy(teacher).eval()]  # no part of the module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        with torch.no_grad():
+            teacher = self.teacher[0](batch[0])
+        was = teacher.argmax(1) == batch[1]
+        apart = F.kl_div(logits.float().log_softmax(1), teacher.float().softmax(1), reduction="none").sum(1)
+        return F.cross_entropy(logits, batch[1]) + (was.float() * apart).mean()
+
+
+class Dict(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "kept": batch_idx}
+
+
+class Part(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+
+class OneLine(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        return loss + regression_loss(self, batch, logits)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert regression_loss(self, batch, self(batch[0])) == 0
+
+
+class Manual(OneLine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'teacher' is an instance")
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [
+        ("path", "bf16-mixed"),
+        ("module", "32-true"),
+        ("remembered", "bf16-mixed"),
+        ("dict", "32-true"),
+        ("part", "32-true"),
+        ("one line", "bf16-mixed"),
+        ("manual", "32-true"),
+    ],
+)
+def test_the_term_is_added_as_if_it_were_written_into_the_step(
+    form: str, precision: Any, old: Classifier, trained_path: Path, tmp_path: Path
+) -> None:
+    kinds: dict[str, Any] = {"dict": Dict, "part": Part, "one line": OneLine, "manual": Manual}
+    model = kinds.get(form, Classifier)()
+    reference = trained_path if form == "path" else old
+    congruent = PositiveCongruentTraining(reference, index=third if form == "remembered" else None)
+    accumulate = 1 if form == "manual" else 3
+    means: dict[str, Any] = {"precision": precision, "accumulate_grad_batches": accumulate}
+    trainer = fit(tmp_path, model, congruent, **means)
+    expected = ByHand(old)
+    fit(tmp_path, expected, **means)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    plain = Classifier()
+    fit(tmp_path, plain, **means)
+    assert not torch.allclose(plain.network[1].weight, model.network[1].weight, atol=1e-3)  # type: ignore[arg-type]
+    assert float(trainer.callback_metrics["regression/focal_distillation"]) > 0
+
+
+def test_a_line_without_the_callback_adds_nothing(tmp_path: Path) -> None:
+    plain, line = Classifier(), OneLine()
+    fit(tmp_path, plain)
+    fit(tmp_path, line)
+    assert same(plain, line)
+    assert regression_loss(OneLine(), None, None) == 0
+
+
+class Dropping(Classifier):
+    """With batch norm and dropout, so that both the random numbers and the statistics matter."""
+
+    def __init__(self) -> None:
+        super().__init__("cnn")
+
+
+class Traces(Callback):
+    """Notes between batches what the module looks like."""
+
+    def __init__(self) -> None:
+        self.own: set[bool] = set()
+        self.copied: Any = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.own.add("training_step" in vars(pl_module))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.own.add("training_step" in vars(pl_module))
+
+
+def test_nothing_but_the_loss_is_touched(old: Classifier, tmp_path: Path) -> None:
+    tiny = PositiveCongruentTraining(old, [FocalDistillation(weight=1e-30), MarginHinge(weight=1e-30)])
+    found, traces, teacher = [], Traces(), copy.deepcopy(old)
+    old.train()
+    old.network[1].eval()  # type: ignore[index,operator]
+    modes = [part.training for part in old.modules()]
+    for callbacks in ((traces, tiny), ()):
+        torch.manual_seed(3)
+        model = Dropping()
+        best = ModelCheckpoint(tmp_path / str(len(callbacks)), save_last=True)
+        fit(tmp_path, model, best, *callbacks, enable_checkpointing=True)
+        found.append(model)
+        assert "training_step" not in vars(model)
+        assert not any(part._forward_hooks for part in model.modules())
+    assert traces.own == {False}
+    assert same(*found)
+    saved = [torch.load(tmp_path / n / "last.ckpt", weights_only=True) for n in ("2", "0")]
+    assert saved[0]["state_dict"].keys() == saved[1]["state_dict"].keys()
+    assert len(saved[0]["optimizer_states"][0]["state"]) == len(saved[1]["optimizer_states"][0]["state"])
+    assert saved[0]["callbacks"].keys() == {key for key in saved[0]["callbacks"] if "ModelCheckpoint" in key}
+    assert same(old, teacher)
+    assert [part.training for part in old.modules()] == modes
+
+
+class Failing(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 2:
+            raise KeyError("in the middle")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_training_that_fails_leaves_the_module_as_it_was(old: Classifier, tmp_path: Path) -> None:
+    model = Failing()
+    old.train()
+    with pytest.raises(KeyError, match="in the middle"):
+        fit(tmp_path, model, PositiveCongruentTraining(old))
+    assert "training_step" not in vars(model)
+    assert not model._forward_hooks
+    assert old.training
+
+
+class Augmented(Classifier):
+    """Flips its images in the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0].flip(3)), batch[1])
+
+
+class Listening(nn.Module):
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.heard = inside, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert not self.training
+        self.heard.append(x)
+        return self.inside(x)
+
+
+def test_the_old_model_gets_the_inputs_that_the_new_one_got(old: Classifier, tmp_path: Path) -> None:
+    teacher = Listening(cnn())
+    fit(tmp_path, Augmented(), PositiveCongruentTraining(teacher), max_epochs=1, limit_train_batches=2)
+    images = Numbered().train.tensors[0]
+    first, *steps = teacher.heard
+    assert torch.equal(first, images[:32])  # before the first step, to see whether all fits
+    assert [torch.equal(x, images[32 * i : 32 * i + 32].flip(3)) for i, x in enumerate(steps)] == [True, True]
+
+
+def test_with_an_index_the_old_model_runs_once_a_sample(old: Classifier, tmp_path: Path) -> None:
+    teacher = Listening(cnn())
+    data = Numbered()
+    fit(tmp_path, Classifier(), PositiveCongruentTraining(teacher, index=third), data=data, max_epochs=4)
+    # 400 samples in 13 batches, of which the first is looked at before training, and checked once.
+    assert len(teacher.heard) == 14
+
+
+def test_predictions_and_margins(old: Classifier, trained_path: Path, tmp_path: Path) -> None:
+    data = Numbered()
+    was = right(old, data.train)
+    rows = {at: (int(data.train.tensors[1][at]) if ok else 10, None) for at, ok in enumerate(was.tolist())}
+    known = Predictions({"train": rows})  # type: ignore[arg-type]
+    both = []
+    for reference, terms in ((known, MarginHinge(most=0.5)), (old, MarginHinge(share=1e9, most=0.5))):
+        model = Classifier()
+        fit(tmp_path, model, PositiveCongruentTraining(reference, terms, index=third), data=data)
+        both.append(model)
+    assert same(*both)
+    with pytest.raises(ConfigurationError, match="found by the index of a sample"):
+        PositiveCongruentTraining(known, MarginHinge(most=0.5))
+    with pytest.raises(ConfigurationError, match="predictions alone cannot be distilled"):
+        fit(tmp_path, Classifier(), PositiveCongruentTraining(known, index=third), data=data)
+
+
+class Reversed(nn.Module):
+    """Its classes are in reverse order, and it has one more."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = self.inside(pixels.view(-1, 1, 8, 8))
+        return F.pad(logits.flip(1), (0, 1), value=-50.0)
+
+
+def flattened(batch: Any) -> Any:
+    return (batch[0].flatten(1),), {}, batch[1]
+
+
+def test_another_architecture_with_other_inputs_and_classes(old: Classifier, tmp_path: Path) -> None:
+    reference = OldModel(Reversed(old), adapter=flattened, classes={9 - i: i for i in range(10)})
+    both = []
+    for given in (reference, old):
+        model = Classifier()
+        fit(tmp_path, model, PositiveCongruentTraining(given, ["focal_distillation", "margin_hinge"]))
+        both.append(model)
+    for a, b in zip(*(model.parameters() for model in both), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ConfigurationError, match=r"returned \[32, 11\], the new one \[32, 10\]\.\nHINT: say which old"):
+        fit(tmp_path, Classifier(), PositiveCongruentTraining(OldModel(Reversed(old), adapter=flattened)))
+
+
+@pytest.mark.parametrize("how", ["whole", "in place"])
+def test_compiled_modules(how: str, old: Classifier, tmp_path: Path) -> None:
+    model: Any = Classifier()
+    if how == "whole":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    fit(tmp_path, model, PositiveCongruentTraining(old), max_epochs=1)
+    expected = ByHand(old)
+    fit(tmp_path, expected, max_epochs=1)
+    inner = getattr(model, "_orig_mod", model)
+    for a, b in zip(inner.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Path, tmp_path: Path) -> None:
+    class Sampled(Digits):
+        def train_dataloader(self) -> DataLoader:
+            hard = Oversampler.of(Classifier.load_from_checkpoint(trained_path), self.train, oversample=2)
+            return DataLoader(self.train, self.batch_size, sampler=hard)
+
+    repair = RegressionFreeRepair(reference=trained_path, dirpath=tmp_path / "repair", unseen="test", verbose=False)
+    callbacks = (repair, PositiveCongruentTraining(trained_path), RegressionMetrics(trained_path))
+    model = Classifier()
+    trainer = fit(tmp_path, model, *callbacks, data=Sampled(), max_epochs=4)
+    assert repair.report is not None
+    update = repair.report.pooled_update("known")
+    assert update is not None
+    assert update.now.broken <= update.trained.broken
+    assert 0 <= trainer.callback_metrics["regression/nfr"] < 1
+    assert "training_step" not in vars(model)
+
+
+def test_a_repair_before_it_in_the_list_trains_its_own_copies(old: Classifier, tmp_path: Path) -> None:
+    repair = quick_repair(method="constrained", dirpath=tmp_path / "repair", max_time=20)
+    model = Classifier()
+    fit(tmp_path, model, repair, PositiveCongruentTraining(old), data=Digits())
+    assert repair.report is not None
+    assert repair.report.status in ("repaired", "not repaired")
+
+
+class Twice(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0].flip(2)) + self(batch[0].flip(3)), batch[1])
+
+
+class PlainAndFlipped(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1]) + 0 * self(batch[0].flip(3)).sum()
+
+
+class Halves(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return sum(F.cross_entropy(self(x), y) for x, y in zip(batch[0].split(9), batch[1].split(9), strict=True))
+
+
+class FlippedPart(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.network(batch[0].flip(3)), batch[1])
+
+
+class ByItself(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+
+
+class Lossless(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self(batch[0])
+        return {"other": torch.zeros(())}
+
+
+class Skipping(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+
+def test_of_two_calls_the_one_on_the_batch_counts(old: Classifier, tmp_path: Path) -> None:
+    model, expected = PlainAndFlipped(), ByHand(old)
+    fit(tmp_path, model, PositiveCongruentTraining(old), max_epochs=1)
+    fit(tmp_path, expected, max_epochs=1)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_is_left_out_stays_left_out(old: Classifier, tmp_path: Path) -> None:
+    trainer = fit(tmp_path, Skipping(), PositiveCongruentTraining(old), max_epochs=1, limit_train_batches=4)
+    assert trainer.callback_metrics["regression/focal_distillation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Twice, r"calls the model 2 times, .*\nHINT: add `loss = loss \+ regression_loss\(self, batch, logits\)`"),
+        (Halves, r"does not call `self\(x\)` on the 32 samples of a batch"),
+        (FlippedPart, r"calls `self.network` with other inputs than those of the batch"),
+        (ByItself, r"optimises by itself, .*\nHINT: add `loss = loss \+"),
+        (Lossless, r"returned a dict without a loss"),
+    ],
+)
+def test_a_step_that_it_cannot_be_added_to_is_refused(kind: Any, message: str, old: Classifier, tmp_path: Path) -> None:
+    model = kind()
+    with pytest.raises(ConfigurationError, match=message):
+        fit(tmp_path, model, PositiveCongruentTraining(old))
+    assert "training_step" not in vars(model)
+
+
+class Pairs(Digits):
+    def train_dataloader(self) -> Any:
+        return CombinedLoader([super().train_dataloader(), super().train_dataloader()])
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp_path: Path) -> None:
+    untouched, model = Classifier(), Classifier()
+    with pytest.raises(ConfigurationError, match="`reference` is the very model that is trained"):
+        fit(tmp_path, old, PositiveCongruentTraining(old))
+    with pytest.raises(ConfigurationError, match="there are several PositiveCongruentTraining"):
+        fit(tmp_path, model, PositiveCongruentTraining(old), PositiveCongruentTraining(old))
+    with pytest.raises(ConfigurationError, match=r"`reference` lacks 'network"):
+        fit(tmp_path, model, PositiveCongruentTraining({"weight": torch.zeros(3)}))
+    with pytest.raises(ConfigurationError, match=r"`adapter`: the model raised AttributeError on the first batch"):
+        fit(tmp_path, model, PositiveCongruentTraining(old), data=Pairs())
+    with pytest.raises(ConfigurationError, match="`index` raised IndexError"):
+        fit(tmp_path, model, PositiveCongruentTraining(old, index=lambda batch: batch[7]))
+    assert same(untouched, model)
+    assert "training_step" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference": None}, "`reference=None`: there is nothing to hold"),
+        ({"reference": "nowhere.ckpt"}, "is not there"),
+        ({"term": "distillation"}, "did you mean 'focal_distillation'"),
+        ({"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
+        ({"prefix": "/"}, "`prefix='/'` is no name"),
+        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        PositiveCongruentTraining(**{"reference": cnn(), **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
+def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
+    term = {"class_path": "lightning_nrl.FocalDistillation", "init_args": {"temperature": 2.0}}
+    written = {"reference": str(trained_path), "term": [term, "margin_hinge"], "index": "test_congruent:third"}
+    entry = {"class_path": "lightning_nrl.PositiveCongruentTraining", "init_args": written}
+    config = {
+        "model": {"class_path": "digit_models.Classifier"},
+        "data": {"class_path": "digit_models.Digits"},
+        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    args = ["--config", str(tmp_path / "config.yaml")]
+    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
+    callbacks = made.trainer.callbacks  # type: ignore[attr-defined]
+    (congruent,) = (c for c in callbacks if isinstance(c, PositiveCongruentTraining))
+    assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())
+    assert congruent.index.__name__ == "third"  # type: ignore[union-attr]
+
+
+def test_the_documented_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(b for b in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL) if "import torch" in b)
+    found: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        exec(block, found)
+    assert "regression/focal_distillation" in found["trainer"].callback_metrics
+
+
+class Drawn(Callback):
+    """Notes which samples this process was trained on."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rows += batch[2].tolist()
+
+
+class Hard(Numbered):
+    """The first fifty samples, ten of them twice."""
+
+    def train_dataloader(self) -> DataLoader:
+        images, labels, _ = (x[:50] for x in self.train.tensors)
+        data = TensorDataset(images, labels, torch.arange(50))
+        return DataLoader(data, self.batch_size, sampler=Oversampler(torch.arange(50) >= 10, oversample=2))
+
+
+def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
+    """What a fit leaves: the weights, and which samples were seen."""
+    model, drawn = Classifier(), Drawn()
+    model.configure_optimizers = lambda: torch.optim.SGD(model.parameters(), lr=0.1)  # type: ignore[method-assign]
+    congruent = PositiveCongruentTraining(folder / "trained.ckpt", ["focal_distillation", "margin_hinge"])
+    data = Hard(batch_size=60 // devices)  # a step has all samples, on however many processes
+    means: dict[str, Any] = {"strategy": strategy, "devices": devices, "limit_val_batches": 0}
+    fit(folder, model, congruent, drawn, data=data, **means)
+    assert "training_step" not in vars(model)
+    state = {name: value.tolist() for name, value in model.state_dict().items()}
+    return {"rows": drawn.rows, "state": state, "keys": list(model.state_dict())}
+
+
+def test_two_processes_train_as_one(trained_path: Path) -> None:
+    folder = trained_path.parent
+    alone = distributed_fit(folder, "auto", 1)
+    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=300)
+    ranks = [json.loads((folder / f"congruent{rank}.json").read_text()) for rank in (0, 1)]
+    assert Counter(ranks[0]["rows"] + ranks[1]["rows"]) == Counter(alone["rows"])
+    assert ranks[0]["state"] == ranks[1]["state"]
+    assert ranks[0]["keys"] == alone["keys"]
+    for name, value in alone["state"].items():
+        torch.testing.assert_close(torch.tensor(ranks[0]["state"][name]), torch.tensor(value), rtol=1e-3, atol=1e-3)
+
+
+def test_multiclass_is_the_default() -> None:
+    assert isinstance(PositiveCongruentTraining(cnn()).task, Multiclass)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = distributed_fit(Path(sys.argv[1]), "ddp", 2)
+    Path(sys.argv[1], f"congruent{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
