@@ -42,6 +42,7 @@ EPOCHS = 30
 TERMS = {
     "plain": None,
     "focal distillation": FocalDistillation(),
+    "with old errors": FocalDistillation(base=1, focus=5),
     "margin hinge": MarginHinge(),
     "both": [FocalDistillation(), MarginHinge()],
     "oversampling": None,
