@@ -11,18 +11,24 @@ from torch import Tensor, nn
 
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.gate import Verdict
+from lightning_nrl.importance import DOUBTFUL
 from lightning_nrl.methods import Solution
+from lightning_nrl.quotas import needed
 from lightning_nrl.report import (
     Hashes,
     LocalizationReport,
     RepairReport,
     Role,
     SearchReport,
+    SetAside,
+    SliceReport,
     SplitReport,
     Status,
     UpdateSplit,
     WeightChange,
     hash_tensors,
+    set_aside,
+    slice_reports,
     split_report,
     update_split,
     update_words,
@@ -56,6 +62,7 @@ class Account:
         n_passed: passed samples that it scored candidates on, |I_pos|.
         strength: how far the repair goes, once that is known.
         update: what the replaced model does, in an update.
+        left_out: `N` bool, known failed samples that are set aside; None: none.
     """
 
     model: nn.Module
@@ -69,6 +76,7 @@ class Account:
     n_passed: int | None = None
     strength: Strength = UNDECIDED
     update: Update | None = None
+    left_out: Tensor | None = None
 
     def solved(self, solution: Solution, n_passed: int) -> Account:
         """The account after the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
@@ -84,7 +92,8 @@ class Account:
         old = self._layers()
         layers, model = hash_tensors(old), self._hash_model({})
         hashes = Hashes(layers, layers, model, model)
-        return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes)
+        slices = self._slices()
+        return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes, slices=slices)
 
     def judged(
         self, verdict: Verdict, old: State, new: State, after: Evidence, aside: Mapping[Role, Evidence] = NOTHING
@@ -108,6 +117,7 @@ class Account:
             layers=_layers(new),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
             update=self._updates(after, aside) if verdict.accepted else self._updates(),
+            slices=self._slices(after, aside if verdict.accepted else NOTHING),
             change=WeightChange.between(old, new),
             hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
@@ -139,6 +149,7 @@ class Account:
             steps=found.steps,
             strength=self.strength.path,
             chosen_strength=self.strength.chosen,
+            set_aside=self._set_aside(),
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=self.settings.plain(),
@@ -155,6 +166,20 @@ class Account:
             for split in evidence.splits
         ]
         return (*known, *others)
+
+    def _slices(
+        self, after: Evidence | None = None, aside: Mapping[Role, Evidence] = NOTHING
+    ) -> tuple[SliceReport, ...]:
+        quotas = needed(self.known, self.settings.quotas or {})[0]
+        known = slice_reports("known", self.known, after, quotas)
+        others = [slice_reports(role, before, aside.get(role)) for role, before in self.aside.items()]
+        return tuple(one for part in (known, *others) for one in part)
+
+    def _set_aside(self) -> tuple[SetAside, ...]:
+        if self.left_out is None:
+            return ()
+        why = "its label looks wrong" if self.settings.set_aside == DOUBTFUL else "chosen by `set_aside`"
+        return set_aside(self.known, self.left_out, why)
 
     def _updates(
         self, after: Evidence | None = None, aside: Mapping[Role, Evidence] = NOTHING

@@ -51,6 +51,10 @@ class Evidence:
         passed: `N` bool.
         targeted: `N` bool, failed samples that the target selects; on known data I_neg.
         margin: `N` float, how far each sample is from being wrong, NaN where the task has no such number.
+        weight: `N` float64, what each sample counts: of a targeted one its repair, 1 on average; of a passed one its
+            breaking, a whole number from 1, infinite where it may not break at all. 1 for all others, and by default.
+        names: names of the slices, `G` of them.
+        group: `N` int64, the number of each sample's slice, -1 where it is in none, and by default.
     """
 
     splits: tuple[str, ...]
@@ -62,6 +66,15 @@ class Evidence:
     passed: Tensor
     targeted: Tensor
     margin: Tensor
+    weight: Tensor = None  # type: ignore[assignment]
+    names: tuple[str, ...] = ()
+    group: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.weight is None:
+            object.__setattr__(self, "weight", torch.ones(len(self.passed), dtype=torch.float64))
+        if self.group is None:
+            object.__setattr__(self, "group", torch.full((len(self.passed),), -1))
 
     def __len__(self) -> int:
         return len(self.passed)
@@ -78,6 +91,30 @@ class Evidence:
         """The rows of a split."""
         start = self.start(split)
         return slice(start, start + self.sizes[self.splits.index(split)])
+
+    @property
+    def weighted(self) -> bool:
+        """Whether not all samples count alike."""
+        return bool((self.weight != 1).any())
+
+    @property
+    def protected(self) -> Tensor:
+        """`N` bool, passed samples that may not break at all."""
+        return self.passed & self.weight.isinf()
+
+    @property
+    def finite_weight(self) -> Tensor:
+        """`N`, the weights, those of protected samples as large as all others of passed samples together and 1 more."""
+        infinite = self.weight.isinf()
+        return torch.where(infinite, 1 + self.weight[self.passed & ~infinite].sum(), self.weight)
+
+    def gain(self, repaired: Tensor) -> float:
+        """What repairs, `N` bool, are worth: how many targets are among them where all count alike."""
+        return float(self.weight[repaired & self.targeted].sum())
+
+    def harm(self, broken: Tensor) -> float:
+        """What broken samples, `N` bool, cost: how many they are where all count alike."""
+        return float(self.weight[broken].sum())
 
     def ids(self, mask: Tensor) -> dict[str, list[int]]:
         """Data-set positions of the marked rows, by split."""
@@ -129,7 +166,7 @@ def collect(
     for source in sources:
         wanted = target if everywhere or source.failed else None
         tables.append(_exchanged(source, partial(_read, forward, source, task, wanted, context), collective))
-    columns = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+    columns: dict[str, Any] = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
     return Evidence(splits, tuple(len(source.index) for source in sources), **columns)
 
 

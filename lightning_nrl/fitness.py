@@ -50,6 +50,11 @@ class Fitness:
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
 
+    Where samples have weights (`Scores.gain`, `Scores.harm`), N_patched is the weight of the repaired samples, the
+    weights of I_neg being 1 on average; a broken sample counts as many times as its weight says; the mean loss on I_neg
+    is weighted; and the loss part above is multiplied with the least weight of I_neg, so that no loss outweighs a
+    repair.
+
     A candidate whose loss is NaN or infinite is worth minus infinity.
 
     Attributes:
@@ -207,22 +212,26 @@ class _Group(NamedTuple):
 
 def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number) -> Tensor:
     dtype = widest(scores.patched.device)
-    patched, intact = scores.patched.to(dtype), scores.intact.to(dtype)
+    intact = scores.intact.to(dtype)
+    gain = scores.patched.to(dtype) if scores.gain is None else scores.gain.to(dtype)
     loss_failed, loss_passed = scores.loss_failed.to(dtype), scores.loss_passed.to(dtype)
     before_failed, before_passed = original.loss_failed.to(dtype), original.loss_passed.to(dtype)
     broken = scores.n_passed - intact
+    if scores.harm is not None:
+        broken = scores.harm.to(dtype)
+        intact = scores.n_passed - broken
 
     def lexicographic() -> Tensor:
         n = scores.n_failed + scores.n_passed
         loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
         before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
-        gain = (before - loss) / (before.abs() + delta)
-        return patched + 0.25 * (1 + F.softsign(gain)) - broken * (scores.n_failed + 1)
+        fall = (before - loss) / (before.abs() + delta)
+        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - broken * (scores.n_failed + 1)
 
     if how.kind == "lexicographic":
         value = lexicographic()
     else:
-        value = patched / scores.n_failed + alpha * (intact / scores.n_passed)
+        value = gain / scores.n_failed + alpha * (intact / scores.n_passed)
         if how.kind == "eq1":
             value = value + _loss_term(how.loss_term, loss_failed, before_failed, delta)
             value = value + _loss_term(how.loss_term, loss_passed, before_passed, delta)
@@ -253,4 +262,7 @@ def _rows(scores: Scores, rows: Tensor) -> Scores:
         scores.loss_passed[rows],
         pick(scores.n_failed),
         pick(scores.n_passed),
+        None if scores.gain is None else scores.gain[rows],
+        None if scores.harm is None else scores.harm[rows],
+        scores.least,
     )

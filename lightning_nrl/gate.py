@@ -9,16 +9,18 @@ import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import FlipCounts, Flips
+from lightning_nrl.quotas import below
 
-__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "judge"]
+__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "judge", "spared"]
 
 KINDS = ("instance", "accuracy", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 
@@ -190,7 +192,7 @@ class Verdict:
         return self.status == "repaired"
 
 
-def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
+def judge(before: Evidence, after: Evidence, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})) -> Verdict:
     """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
 
     A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
@@ -199,7 +201,8 @@ def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
     Args:
         before: the original model on all known data; its `targeted` marks what was to be repaired.
         after: the candidate on the same data, from a real forward pass of the deployed module.
-        gate: how many known samples may break.
+        gate: how many known samples may break. One that counts for several counts as so many; a protected one may not.
+        needed: how many targets of a slice must be repaired, by its name.
 
     Returns:
         The verdict, the same on every rank if the tables are.
@@ -209,21 +212,44 @@ def judge(before: Evidence, after: Evidence, gate: Gate) -> Verdict:
     """
     flips = Flips.between(before, after)
     counts, target = flips.counts(), flips.counts(before.targeted)
+    lacking = below(before, flips.repaired, needed) if target.repaired else {}
     status: Literal["repaired", "refused", "not repaired"] = "repaired"
     if target.repaired == 0:
         status = "not repaired"
-    elif counts.broken > gate.allowed(counts):
+    elif lacking or before.harm(flips.broken) > gate.allowed(counts):
         status = "refused"
     broken = before.ids(flips.broken)
     return Verdict(
         status=status,
-        reason=_reason(status, gate, counts, target, broken) + _warning(after),
+        reason=_reason(status, gate, counts, target, broken)
+        + _counted(before, flips)
+        + "".join(
+            f" Of the slice {name!r} {_count(got)} {'is' if got == 1 else 'are'} repaired; its quota is {need:,}."
+            for name, (got, need) in lacking.items()
+        )
+        + _warning(after),
         gate=str(gate),
         counts=counts,
         target=target,
         repaired=before.ids(flips.repaired),
         broken=broken,
     )
+
+
+def spared(verdict: Verdict, before: Evidence, after: Evidence) -> Verdict:
+    """The verdict on a candidate that was accepted, refused if it breaks a protected calibration sample."""
+    words = _counted(before, Flips.between(before, after), "calibration ", only_protected=True)
+    return replace(verdict, status="refused", reason=f"{verdict.reason}{words}") if words else verdict
+
+
+def _counted(before: Evidence, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
+    """What broken samples count, where they do not count alike; empty if they do."""
+    protected = before.ids(flips.broken & before.protected)
+    split = ", ".join(f"{len(ids):,} in {name}" for name, ids in protected.items() if ids)
+    if split:
+        return f" Protected {kind}samples may not break, and would: {split}."
+    harm, n = before.harm(flips.broken), int(flips.broken.sum())
+    return "" if harm == n or only_protected else f" Those that break count for {harm:,.0f}."
 
 
 def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, broken: Mapping[str, list[int]]) -> str:

@@ -16,11 +16,14 @@ from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
+from lightning_nrl.diagnosis.labels import doubtful_labels
 from lightning_nrl.errors import EmptyLocalizationError, RepairError
 from lightning_nrl.evidence import Context, Evidence, collect
-from lightning_nrl.gate import Gate, judge
+from lightning_nrl.gate import Gate, judge, spared
+from lightning_nrl.importance import DOUBTFUL
 from lightning_nrl.known import check_limit, check_losses, check_sources, given_or_default, passed_rows
-from lightning_nrl.methods import Problem, Solution, Training, solve
+from lightning_nrl.methods import Problem, Solution, Training, better, solve
+from lightning_nrl.quotas import needed, normalised
 from lightning_nrl.reference import Reference
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
@@ -33,6 +36,9 @@ from lightning_nrl.thinning import thin
 from lightning_nrl.update import Update, look_back
 
 __all__ = ["Observer", "Outcome", "repair_module"]
+
+QUOTA_ROUNDS = 2
+"""How often a method is run again where slices lack repairs, each time with more weight on them."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,12 @@ def repair_module(
     see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
         with clock.stage("collect"):
-            before = see(model, known, target=settings.target, everywhere=reference is not None)
+            whole = partial(see, model, target=settings.target, everywhere=reference is not None)
+            before, left_out = settings.counting.over(whole, known, task, collective)
         aside: dict[Role, Evidence] = {}
         for role, sources in others.items():
             with clock.stage("unseen"):
-                aside[role] = _see_aside(see, model, sources, settings.target, collective)
+                aside[role] = _see_aside(see, model, sources, settings, task, collective)
         check_losses(before)
         update, own = None, before
         if reference is not None:
@@ -134,9 +141,17 @@ def repair_module(
             before = update.regressions("known", before)
             aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
             own, before = before, update.kept(before, settings.keep)
-        account = Account(model, space, settings, task, own, aside, clock.seconds, update=update)
+        if settings.set_aside == DOUBTFUL:
+            with clock.stage("labels"):
+                left_out = doubtful_labels(model, known, before, task=task, context=context, collective=collective)
+        before, own, same = _weighed(before, left_out), _weighed(own, left_out), own is before
+        own = before if same else own
+        account = Account(model, space, settings, task, own, aside, clock.seconds, update=update, left_out=left_out)
         if not before.targeted.any():
             return Outcome(account.closed("nothing to repair", _nothing(own, known, settings.target, update)))
+        quotas, impossible = needed(before, settings.quotas or {})
+        if impossible:
+            return _given_up(account, impossible)
         passed = passed_rows(before, known, settings)
         if not passed.any():
             return _given_up(account, _nothing_passes(before, known))
@@ -158,9 +173,10 @@ def repair_module(
             training=training,
             whole=settings.layer == "auto",
             update=update is not None,
+            needed=quotas,
         )
         try:
-            solution = solve(settings.method, problem)
+            solution = _solved(problem, settings)
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
         solution = _thinned(problem, solution, settings.sparse)
@@ -187,15 +203,38 @@ def _concluded(account: Account, problem: Problem, new: State, others: Mapping[R
         return Outcome(account.closed("not repaired", reason))
     with problem.clock.stage("judge"), holding(model, new):
         after = see(model, problem.known)
-        verdict = judge(problem.before, after, settings.gate)
+        verdict = judge(problem.before, after, settings.gate, problem.needed)
         if verdict.accepted and account.known is not problem.before:
             # What only the new model gets right may break, but not for fewer regressions repaired.
             rest = judge(account.known, after, Gate.accuracy())
             verdict = verdict if rest.accepted else rest
         later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
+        if "calibration" in later:
+            verdict = spared(verdict, account.aside["calibration"], later["calibration"])
     old = {name: value for name, value in model.state_dict().items() if name in new}
     report = account.judged(verdict, old, new, after, later)
     return Outcome(report, new if verdict.accepted else None, _change(old, new))
+
+
+def _weighed(evidence: Evidence, left_out: Tensor) -> Evidence:
+    """The evidence without targets that are set aside, those that are left weighing 1 on average."""
+    return normalised(replace(evidence, targeted=evidence.targeted & ~left_out))
+
+
+def _solved(problem: Problem, settings: Settings) -> Solution:
+    """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
+    solution = solve(settings.method, problem)
+    for _ in range(QUOTA_ROUNDS if problem.needed else 0):
+        best, began = solution.proposal, problem.clock.elapsed
+        after = problem.before if best is None else best.after
+        again = problem.steered(after)
+        if again is problem or problem.collective.any(problem.clock.left < began):
+            break
+        problem, found = again, solve(settings.method, again)
+        steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
+        chosen = found if better([best, found.proposal]) is not best else solution
+        solution = replace(chosen, steps=steps)
+    return solution
 
 
 def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Solution:
@@ -230,17 +269,23 @@ def _change(old: State, new: State) -> Tensor:
 
 
 def _see_aside(
-    see: Callable[..., Evidence], model: nn.Module, unseen: Sequence[Source], target: Target, collective: Collective
+    see: Callable[..., Evidence],
+    model: nn.Module,
+    unseen: Sequence[Source],
+    settings: Settings,
+    task: Task,
+    collective: Collective,
 ) -> Evidence:
     """The evidence on data that no search looks at; the target there is for the report alone, so it may fail."""
+    over = partial(settings.counting.over, sources=unseen, task=task, collective=collective, known=False)
     try:
-        return see(model, unseen, target=target, everywhere=True)
+        return over(partial(see, model, target=settings.target, everywhere=True))[0]
     except Exception as error:
         # If one rank fails all do; they try again only if all can.
         if collective.any(not isinstance(error, RepairError)):
             raise
         warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
-        return see(model, unseen)
+        return over(partial(see, model))[0]
 
 
 def _nothing_passes(before: Evidence, known: Sequence[Source]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.flips import Flips
 from lightning_nrl.localization import Localization, Localizer
+from lightning_nrl.quotas import below, raised
 from lightning_nrl.search.result import SearchResult
 from lightning_nrl.sites import WeightSpace
 from lightning_nrl.state import State, holding
@@ -24,10 +26,22 @@ from lightning_nrl.tasks import Task
 __all__ = ["Method", "Problem", "Proposal", "Solution", "Step", "Training", "better"]
 
 
+STEER = 4.0
+"""How much more the targets of a slice count while it lacks repairs."""
+
+
 class Training(Protocol):
     """Goes on with the training of the model, the known failures added to the training data."""
 
-    def __call__(self, *, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State | None:
+    def __call__(
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: Clock,
+        start: State | None = None,
+        weight: Tensor | None = None,
+    ) -> State | None:
         """Trains a copy; the model stays as it is.
 
         Args:
@@ -35,6 +49,7 @@ class Training(Protocol):
             seed: of the order of the samples and of all else that is random.
             clock: is told how it goes.
             start: weights to begin with, such as fresh ones; None: the model's own.
+            weight: `N` by row of the evidence, how often a sample is trained on in an epoch, on average; None: once.
 
         Returns:
             Every parameter and persistent buffer after training, on the model's device; None if the time is too short
@@ -66,6 +81,7 @@ class Problem:
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
+        needed: how many targets of a slice are to be repaired at least, by the name of the slice.
     """
 
     model: nn.Module
@@ -85,6 +101,7 @@ class Problem:
     training: Training | None = None
     whole: bool = True
     update: bool = False
+    needed: Mapping[str, int] = field(default_factory=dict)
 
     def see(self, state: State) -> Evidence:
         """What the deployed model does on all known data under a state: one forward pass over them."""
@@ -98,8 +115,30 @@ class Problem:
     def counted(self, name: str, state: State, after: Evidence) -> Proposal:
         """A state as a proposal, with what was seen of it."""
         flips = Flips.between(self.before, after)
-        repaired = int((flips.repaired & self.before.targeted).sum())
-        return Proposal(name, state, after, repaired, int(flips.broken.sum()))
+        before, repaired = self.before, flips.repaired & self.before.targeted
+        missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
+        return Proposal(
+            name,
+            state,
+            after,
+            int(repaired.sum()),
+            int(flips.broken.sum()),
+            before.gain(repaired),
+            before.harm(flips.broken),
+            missing,
+        )
+
+    def steered(self, after: Evidence) -> Problem:
+        """The same problem, where the targets of slices that lack repairs count `STEER` times as much.
+
+        Args:
+            after: what the model does on known data under the weights from which the search goes on.
+        """
+        repaired = self.before.targeted & after.passed
+        names = below(self.before, repaired, self.needed)
+        if not names:
+            return self
+        return replace(self, before=raised(self.before, names, STEER))
 
 
 @dataclass(frozen=True)
@@ -112,6 +151,9 @@ class Proposal:
         after: what the deployed model does on known data under them.
         repaired: targeted samples that pass.
         broken: known passed samples that do not pass any more.
+        gain: what the repairs are worth, see `Evidence.weight`; as many as they are unless something else is said.
+        harm: what the broken samples cost, likewise; infinite if one of them is protected.
+        missing: repairs that slices lack of what they need.
     """
 
     name: str
@@ -119,6 +161,19 @@ class Proposal:
     after: Evidence
     repaired: int
     broken: int
+    gain: float = math.nan
+    harm: float = math.nan
+    missing: int = 0
+
+    def __post_init__(self) -> None:
+        for name, count in (("gain", self.repaired), ("harm", self.broken)):
+            if math.isnan(getattr(self, name)):
+                object.__setattr__(self, name, float(count))
+
+    @property
+    def rank(self) -> tuple[float, int, float]:
+        """The larger the better: least harm, then the fewest repairs that slices lack, then most gain."""
+        return -self.harm, -self.missing, self.gain
 
     def step(self, seconds: float, note: str = "") -> Step:
         """A line for the report."""
@@ -186,11 +241,13 @@ class Method(Protocol):
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
-    """The best proposal: fewest known broken, then most targets repaired, then the earlier; None if there is none."""
+    """The best proposal, of equals the earlier; None if there is none.
+
+    Fewest known broken, then most targets repaired, each counted by its weight; between these, of slices that need a
+    number of repairs, the fewest that are missing.
+    """
     best: Proposal | None = None
     for proposal in proposals:
-        if proposal is not None and (
-            best is None or (-proposal.broken, proposal.repaired) > (-best.broken, best.repaired)
-        ):
+        if proposal is not None and (best is None or proposal.rank > best.rank):
             best = proposal
     return best

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
+from lightning_nrl.importance import Importance
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, Strongest, parse_method
+from lightning_nrl.quotas import Quota, checked_quotas
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
@@ -47,6 +49,17 @@ class Settings:
         limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
         sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
             None: no weights are spared.
+        importance: what repairing each failed sample is worth, beside the others: a column of numbers above 0, ids as
+            `{id: number}` or `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`: hard ones count more. None: all
+            alike. A column is a key or a place in your batches, a function of a batch, or its address.
+        slices: the slice that each sample is in, likewise a column, of names, numbers or bools, or a target; the report
+            has a row for each.
+        quotas: how many targets of a slice must be repaired for a repair to be accepted:
+            `{"night": 5, "truck": "50%"}`.
+        protected: passed samples that may not break, whatever the gate tolerates, on known and calibration data: a
+            column of bools, a target, or ids by split. Whole numbers say how many other samples one counts for.
+        set_aside: failed samples that are no targets although they are in the target: a column of bools, a target, ids,
+            or `"doubtful"`, those whose label looks wrong. They are listed in the report.
         keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
             `reference`, only what both of them get right.
 
@@ -73,6 +86,11 @@ class Settings:
     limit: Gate | str | None = None
     sparse: float | None = None
     keep: Keep = "both"
+    importance: Any = None
+    slices: Any = None
+    quotas: Mapping[str, Quota] | None = None
+    protected: Any = None
+    set_aside: Any = None
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
@@ -94,6 +112,8 @@ class Settings:
                     explain(f"`{name}={value!r}` is out of range.", f"give a whole number {limits}.")
                 )
         self._check_numbers()
+        object.__setattr__(self, "quotas", None if self.quotas is None else checked_quotas(self.quotas))
+        _ = self.counting
         if self.limit is not None:
             object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:
@@ -115,6 +135,11 @@ class Settings:
             fits = number and math.isfinite(value) and (0 <= value < most if name == "sparse" else 0 < value <= most)
             if value is not None and not fits:
                 raise ConfigurationError(explain(f"`{name}={value!r}` is no {kind}.", hint))
+
+    @property
+    def counting(self) -> Importance:
+        """What was said of how much samples count."""
+        return Importance(self.importance, self.slices, self.quotas, self.protected, self.set_aside)
 
     def plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""

@@ -6,6 +6,7 @@ a point that is taken there is polished first.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,9 @@ class StrengthPoint:
         known: what becomes of all known samples.
         calibration: what becomes of the calibration data; None if there are none.
         polished: whether the weights were polished there, and the counts are those after it.
+        gain: what the repaired targets are worth; None: as many as they are.
+        harm: what the broken known samples cost; likewise.
+        harm_aside: what the broken calibration samples cost; likewise.
     """
 
     strength: float
@@ -47,6 +51,26 @@ class StrengthPoint:
     known: FlipCounts
     calibration: FlipCounts | None = None
     polished: bool = False
+    gain: float | None = None
+    harm: float | None = None
+    harm_aside: float | None = None
+
+    @property
+    def worth(self) -> float:
+        """What the repaired targets are worth."""
+        return self.repaired_in_target if self.gain is None else self.gain
+
+    @property
+    def cost(self) -> float:
+        """What the broken known samples cost."""
+        return self.known.broken if self.harm is None else self.harm
+
+    @property
+    def cost_aside(self) -> float:
+        """What the broken calibration samples cost; 0 without any."""
+        if self.harm_aside is not None:
+            return self.harm_aside
+        return 0 if self.calibration is None else self.calibration.broken
 
 
 @dataclass(frozen=True)
@@ -100,6 +124,9 @@ def find_strength(
     points = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
     path = strength_path(problem, state, points, calibration=calibration, gate=gate)
     way = _Way(problem, state, gate, calibration, {point.strength: point for point in path})
+    if limit is None and fixed is None and any(point.strength == 1 and math.isinf(point.cost_aside) for point in path):
+        # Anything may break but what is protected.
+        limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return way.strongest(limit)
     return way.taken(choose(path) if fixed is None else fixed)
@@ -138,7 +165,7 @@ def strength_path(
         point = _count(problem, between(problem.model.state_dict(), state, strength), strength, calibration)
         took = time.perf_counter() - began
         found.append(point)
-        if strength > 1 and point.known.broken > allows.allowed(point.known):
+        if strength > 1 and point.cost > allows.allowed(point.known):
             most = min(most, strength)
     return tuple(sorted(found, key=lambda point: point.strength))
 
@@ -156,7 +183,7 @@ def choose(path: Sequence[StrengthPoint]) -> float:
         here, there = chosen.calibration, point.calibration
         if point.strength <= chosen.strength or point.known.broken or here is None or there is None:
             continue
-        if there.broken <= here.broken and point.repaired_in_target > chosen.repaired_in_target:
+        if point.cost_aside <= chosen.cost_aside and point.worth > chosen.worth:
             chosen = point
     return chosen.strength
 
@@ -215,10 +242,10 @@ class _Way:
         point = self._point(strength)
         assert point.calibration is not None
         known = self._allowed(point) or (strength < 1 and self._has_margins())
-        return known and point.calibration.broken <= limit.allowed(point.calibration)
+        return known and point.cost_aside <= limit.allowed(point.calibration)
 
     def _allowed(self, point: StrengthPoint) -> bool:
-        return point.known.broken <= self.gate.allowed(point.known)
+        return point.cost <= self.gate.allowed(point.known)
 
     def _has_margins(self) -> bool:
         return not bool(self.problem.before.margin.isnan().all())
@@ -226,7 +253,7 @@ class _Way:
 
 def _count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
     flips = Flips.between(problem.before, problem.see(state))
-    aside = None
+    aside, harm_aside, before = None, None, problem.before
     if calibration is not None:
         with holding(problem.model, state):
             after = collect(
@@ -236,9 +263,14 @@ def _count(problem: Problem, state: State, strength: float, calibration: Calibra
                 context=problem.context,
                 collective=problem.collective,
             )
-        aside = Flips.between(calibration.before, after).counts()
-    repaired = int((flips.repaired & problem.before.targeted).sum())
-    return StrengthPoint(strength, repaired, flips.counts(), aside)
+        later = Flips.between(calibration.before, after)
+        aside = later.counts()
+        harm_aside = calibration.before.harm(later.broken) if calibration.before.weighted else None
+    repaired = flips.repaired & before.targeted
+    point = StrengthPoint(strength, int(repaired.sum()), flips.counts(), aside, harm_aside=harm_aside)
+    if not before.weighted:
+        return point
+    return replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))
 
 
 def _short_of_time(problem: Problem, took: float) -> bool:

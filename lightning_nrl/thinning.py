@@ -27,6 +27,9 @@ FINE = 1.1
 POLISHES = 4
 """How many sizes are polished at most, each half of or twice the one before."""
 
+ROUNDING = 1e-9
+"""Of sums of weights."""
+
 SPARE = 3
 """Passes over known data that are left for judging when time is over."""
 
@@ -53,22 +56,24 @@ def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
     Args:
         problem: what is to be repaired.
         proposal: the patch.
-        loss: the share of its repaired targets that may be lost, from 0 to below 1.
+        loss: the share of its repaired targets that may be lost, by weight, from 0 to below 1.
     """
     began = time.perf_counter()
     patch = _Patch(problem, proposal.state)
     # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
-    least = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
+    least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
+    if problem.before.weighted:
+        least = (1 - loss) * proposal.gain - ROUNDING
     polishes = not bool(problem.before.margin.isnan().all())
     best, size = proposal, patch.size
-    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.broken)
+    tried, found = _smallest(patch, proposal, least, None if polishes else proposal.harm)
     before = 0.0
     for _ in range(POLISHES if polishes else 1):
         if not 0 < tried < size or (polishes and patch.is_late()):
             break
         if polishes:
             found = patch.polished(tried)
-        good = found.repaired >= least and found.broken <= proposal.broken
+        good = found.gain >= least and found.harm <= proposal.harm and found.missing <= proposal.missing
         if good:
             best, size = found, tried
         factor = 0.5 if good else 2.0
@@ -80,20 +85,21 @@ def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
     return Thinned(best, best.step(time.perf_counter() - began, note))
 
 
-def _smallest(patch: _Patch, whole: Proposal, least: int, most_broken: int | None) -> tuple[int, Proposal]:
+def _smallest(patch: _Patch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
     """The fewest changed weights with enough repairs, found by bisection of its logarithm.
 
     Args:
         patch: all changed weights.
         whole: what they do together.
-        least: how many targets must be repaired.
-        most_broken: how many known samples may break; None: any number.
+        least: what the repairs must be worth.
+        most_broken: what the broken known samples may cost; None: anything.
     """
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, FINE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
         found = patch.proposal(middle)
-        if found.repaired >= least and (most_broken is None or found.broken <= most_broken):
+        enough = found.gain >= least and found.missing <= whole.missing
+        if enough and (most_broken is None or found.harm <= most_broken):
             high, best = middle, found
         else:
             low = middle

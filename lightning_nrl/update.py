@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -86,9 +86,10 @@ COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin
 def _joined(tables: Sequence[Evidence]) -> Evidence:
     splits = tuple(split for table in tables for split in table.splits)
     sizes = tuple(size for table in tables for size in table.sizes)
-    return Evidence(splits, sizes, **{name: torch.cat([getattr(t, name) for t in tables]) for name in COLUMNS})
+    columns: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in tables]) for name in COLUMNS}
+    return Evidence(splits, sizes, **columns)
 
 
 def _part(table: Evidence, rows: slice, splits: slice) -> Evidence:
-    columns = {name: getattr(table, name)[rows] for name in COLUMNS}
+    columns: dict[str, Any] = {name: getattr(table, name)[rows] for name in COLUMNS}
     return Evidence(table.splits[splits], table.sizes[splits], **columns)

@@ -66,7 +66,7 @@ def test_settings_are_told_as_plain_values() -> None:
     plain = settings.plain()
     assert list(plain) == [
         "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time",
-            "strength", "limit", "sparse", "keep",
+            "strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]

@@ -24,7 +24,7 @@ from lightning_nrl.precision import no_autocast
 from lightning_nrl.sites import Layer
 from lightning_nrl.tasks import Task
 
-__all__ = ["Room", "Sketches", "layers_of", "room", "sketch"]
+__all__ = ["Room", "Sketches", "last_linear", "layers_of", "room", "sketch"]
 
 SKETCH = 16_384
 """Numbers that a sample's gradient is kept in, where the layer has more weights."""
@@ -161,3 +161,11 @@ def _joined(parts: Sequence[Tensor], collective: Collective) -> Tensor:
     mine = torch.cat(list(parts)) if parts else torch.zeros(0)
     shares = [x for x in collective.gather(mine) if len(x)]
     return torch.cat(shares) if shares else mine
+
+
+def last_linear(model: nn.Module) -> tuple[str | None, nn.Linear | None]:
+    """The last Linear layer and its name; None where there is none."""
+    for name, layer in reversed(layers_of(model).items()):
+        if isinstance(layer, nn.Linear):
+            return name, layer
+    return None, None

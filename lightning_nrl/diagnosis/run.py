@@ -21,7 +21,7 @@ from lightning_nrl.diagnosis.diagnosis import Binding, Cost, Diagnosis, Doubt, L
 from lightning_nrl.diagnosis.features import Seen, drawn, see
 from lightning_nrl.diagnosis.last_layer import LastLayer, look_at, sampled
 from lightning_nrl.diagnosis.neighbours import NEIGHBOURS
-from lightning_nrl.diagnosis.room import layers_of, room, sketch
+from lightning_nrl.diagnosis.room import last_linear, layers_of, room, sketch
 from lightning_nrl.evidence import Context, Evidence
 from lightning_nrl.known import check_losses, check_sources, given_or_default
 from lightning_nrl.settings import Settings
@@ -65,7 +65,7 @@ def diagnose_module(
     settings, task = given_or_default(settings, task)
     collective, clock = collective or Collective(), Clock(observer)
     check_sources(known, (), settings)
-    head, layer = _last_linear(model)
+    head, layer = last_linear(model)
     with as_found(model):
         with clock.stage("collect"):
             seen = see(model, known, layer, task=task, target=settings.target, context=context, collective=collective)
@@ -82,13 +82,6 @@ def diagnose_module(
         notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
     return _told(evidence, settings, task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
-
-
-def _last_linear(model: nn.Module) -> tuple[str | None, nn.Linear | None]:
-    for name, layer in reversed(layers_of(model).items()):
-        if isinstance(layer, nn.Linear):
-            return name, layer
-    return None, None
 
 
 def _last_layer(

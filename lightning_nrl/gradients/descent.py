@@ -13,10 +13,12 @@ from lightning_nrl.precision import repeatable_gradients
 from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, holding
 
-__all__ = ["BATCH", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]
+__all__ = ["BATCH", "MOST", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]
 
 BATCH = 128
 """Samples in one step, over all ranks: what the recipes here were tried with."""
+MOST = 10.0
+"""Of a sample's weight: a loss that is larger still would drown all others."""
 REMEMBERED = 2**28
 """Bytes of a teacher's outputs that are kept in main memory; where they are more it is run again each time."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.gradients.descent import Descent, Teacher, deal, draw, measured
+from lightning_nrl.gradients.descent import MOST, Descent, Teacher, deal, draw, measured
 from lightning_nrl.problem import Problem
 from lightning_nrl.state import State
 
@@ -39,8 +39,8 @@ TIMED = 4
 def fit(problem: Problem, *, seconds: float = math.inf) -> State:
     """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
 
-    Each is on the sum of `w loss + 5 divergence(output, original output)` over a mini-batch, w = 3 for targets and 1
-    for others, the second term for passed samples only.
+    Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
+    1 for others, the second term for passed samples only; v is the weight of the sample in the evidence, at most 10.
 
     Args:
         problem: the original model and what it does on known data. The task needs no margin; without one no sample is
@@ -73,7 +73,9 @@ class _Fit:
         self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=RATE, weight_decay=DECAY))
         self.teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self.generator = torch.Generator().manual_seed(problem.seed)
-        self.weights = torch.stack([1 + (EMPHASIS - 1) * before.targeted.float(), HOLD * before.passed.float()], 1)
+        weight = before.weight.float().clamp(max=MOST)
+        pull = torch.where(before.targeted, EMPHASIS * weight, 1.0)
+        self.weights = torch.stack([pull, HOLD * before.passed.float() * weight], 1)
         self.wide = EASY * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
         self.margin = before.margin.clone()
         self.seen, self.planned = 0, VISITS * len(before)

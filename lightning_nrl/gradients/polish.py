@@ -21,7 +21,7 @@ from lightning_nrl.batches import Batch
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import Flips
-from lightning_nrl.gradients.descent import BATCH, Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl.gradients.descent import BATCH, MOST, Descent, Teacher, deal, draw, measured, outputs
 from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, between, holding, snapshot
 
@@ -41,7 +41,7 @@ NEAR, FOLLOWED = 1.0, 2.0
 """Steps are on samples with a margin below NEAR; those below FOLLOWED are watched."""
 REST = 8 * BATCH
 """Further passed samples, drawn once, that hold the model where it is."""
-MOST = 64 * BATCH
+FOLLOW = 64 * BATCH
 """Followed samples at most, so that a round stays short however much is known."""
 RATE = 5e-5
 """Of Adam. Each step moves what nobody looks at too, so small steps are better than few."""
@@ -70,6 +70,7 @@ class Polished:
         after: what the deployed model does on known data under it.
         repaired: targeted samples that pass.
         broken: known passed samples that do not pass any more: 0.
+        gain: what the repaired samples are worth.
         rounds: of steps that were made.
         strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
     """
@@ -78,6 +79,7 @@ class Polished:
     after: Evidence
     repaired: int
     broken: int
+    gain: float
     rounds: int
     strength: float = 1.0
 
@@ -109,7 +111,8 @@ def polish(
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
         insist: whether the steps go on for failing targets too, however far from being right these are. Targets that
-            are not right after some rounds are let go; of all weights that broke nothing those that repair most count.
+            are not right after some rounds are let go, those that count less first; of all weights that broke nothing
+            those that repair most count.
 
     Raises:
         ConfigurationError: the task has no margins.
@@ -119,7 +122,7 @@ def polish(
     if after is None:
         after, one_pass = _timed(problem, state)
     old, done, best = snapshot(problem.model), 0, None
-    insisted = problem.before.targeted & insist & after.loss.isfinite()
+    insisted, weight = problem.before.targeted & insist & after.loss.isfinite(), problem.before.weight
     for retreats in range(RETREATS + 1):
         border = _Border(problem, state, after, insisted)
         if not border.open.any():
@@ -142,7 +145,10 @@ def polish(
             border.seen(after)
             if not border.broken.any():
                 best = _most(best, _polished(problem, descent.state(), after, done, RETREAT**retreats))
-        insisted &= ~border.open
+        left = insisted & border.open
+        if left.any():
+            # The lesser half, by weight; all of them where they weigh the same.
+            insisted &= ~(left & (weight <= weight[left].median()))
         state = between(old, descent.state(), RETREAT)
         after, one_pass = _timed(problem, state)
     border.seen(after)
@@ -150,8 +156,8 @@ def polish(
 
 
 def _most(best: Polished | None, other: Polished) -> Polished:
-    """The one that repairs more; both break nothing."""
-    return other if best is None or other.repaired > best.repaired else best
+    """The one whose repairs are worth more; both break nothing."""
+    return other if best is None or other.gain > best.gain else best
 
 
 def _is_late(problem: Problem, deadline: float) -> bool:
@@ -209,8 +215,9 @@ def _timed(problem: Problem, state: State) -> tuple[Evidence, float]:
 
 def _polished(problem: Problem, state: State, after: Evidence, rounds: int, strength: float = 1.0) -> Polished:
     flips = Flips.between(problem.before, after)
-    repaired = int((flips.repaired & problem.before.targeted).sum())
-    return Polished(state, after, repaired, int(flips.broken.sum()), rounds, strength)
+    repaired = flips.repaired & problem.before.targeted
+    gain = problem.before.gain(repaired)
+    return Polished(state, after, int(repaired.sum()), int(flips.broken.sum()), gain, rounds, strength)
 
 
 class _Border:
@@ -226,7 +233,11 @@ class _Border:
         self.right = after.passed
         self.asked = before.margin.clamp(max=SAFE * max(1.0, self.unit))
         self.goal = (RELATIVE_GOAL * before.margin).clamp(RELATIVE_GOAL * 0.05 * self.unit, GOAL * self.unit)
-        self.pressure = torch.ones(len(before))
+        weight = before.weight.float()
+        self.weight = torch.where(before.passed, 1.0, weight.clamp(max=MOST))
+        # Failing targets that count more are tried from further away.
+        self.reach = -self.unit * REACH * torch.where(before.targeted, weight.clamp(1, MOST), 1.0)
+        self.pressure = torch.where(before.passed, weight.clamp(max=MOST), 1.0)
         self.generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
         # The given state where it is right, else the original model, which matters where that is right.
@@ -264,12 +275,12 @@ class _Border:
         """A round: steps on the samples near the border and as many others, then their margins again."""
         before = self.problem.before
         self.pressure[self.open] *= PRESSURE
-        wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > -self.unit * REACH)
+        wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > self.reach)
         wanted |= self.insisted & (self.margin < self.unit * NEAR)
         near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)
         core, rest = near.nonzero().flatten(), (self.followed & ~near).nonzero().flatten()
         rest = rest[torch.randperm(len(rest), generator=self.generator)[: len(core)]]
-        weight = torch.where(before.passed | self.insisted, self.pressure, wanted.float())
+        weight = self.weight * torch.where(before.passed | self.insisted, self.pressure, wanted.float())
         goal = torch.where(before.passed, self.goal, TARGET_GOAL * self.unit)
         table = torch.stack([weight, goal, (self.right | before.passed).float()], 1)
         found: list[tuple[Tensor, Tensor]] = []
@@ -291,10 +302,10 @@ class _Border:
 
     def _close(self) -> Tensor:
         before, margin = self.problem.before, self.margin
-        repaired = (self.right | before.targeted) & ~before.passed & (margin > -self.unit * REACH)
+        repaired = (self.right | before.targeted) & ~before.passed & (margin > self.reach)
         close = (before.passed & (margin < self.unit * FOLLOWED)) | (repaired & (margin < self.unit * FOLLOWED))
         rows = close.nonzero().flatten()
-        first = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MOST]
+        first = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:FOLLOW]
         chosen = self.insisted.clone()
         chosen[rows[first]] = True
         return chosen

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.gradients.descent import MOST
 from lightning_nrl.gradients.fit import fit
 from lightning_nrl.gradients.polish import check_margin, polish
 from lightning_nrl.problem import Problem, Solution
@@ -75,7 +78,7 @@ class Constrained:
         with clock.stage("polish"):
             # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
             seconds = _left(problem, clock.elapsed + clock.left - JUDGE * one_pass)
-            polished = polish(problem, state, seconds=seconds, after=fitted.after)
+            polished = polish(problem.steered(fitted.after), state, seconds=seconds, after=fitted.after)
         proposal = problem.counted("polish", polished.state, polished.after)
         steps.append(proposal.step(time.perf_counter() - began, polished.note))
         if not proposal.repaired:
@@ -88,11 +91,20 @@ def _fitted(problem: Problem, end: float) -> tuple[State, str] | None:
     """Weights that repair, and in words how they came about; None if the clock is at the end before they did."""
     seconds = _left(problem, end)
     if seconds > 0 and problem.whole and problem.training is not None:
-        state = problem.training(seconds=seconds, seed=problem.seed, clock=problem.clock)
+        weight = _repeats(problem)
+        train = problem.training if weight is None else partial(problem.training, weight=weight)
+        state = train(seconds=seconds, seed=problem.seed, clock=problem.clock)
         if state is not None:
             return state, "continued training"
         seconds = _left(problem, end)
     return (fit(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
+
+
+def _repeats(problem: Problem) -> Tensor | None:
+    """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
+    before = problem.before
+    weight = torch.where(before.targeted, before.weight.clamp(max=MOST), 1.0)
+    return weight if bool((weight != 1).any()) else None
 
 
 def _left(problem: Problem, end: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ SHARES = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 """Shares of a change that are tried on the deployed model: rounding may differ from that of the recording."""
 
 
+class _Held(NamedTuple):
+    """What a change did to samples that it was not made from."""
+
+    gained: int  # targets that were repaired
+    lost: int  # passed samples that were broken
+    gain: float  # what the former weigh
+    harm: float  # what the latter weigh
+
+
 @dataclass(frozen=True)
 class Convex:
     """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds."""
@@ -61,8 +71,8 @@ class Convex:
         ]
         seconds = (time.perf_counter() - began) / len(points)
         steps = [
-            point.step(seconds, f"strength {strength:g}; held out {gained} repaired, {lost} broken")
-            for point, strength, (gained, lost) in zip(points, STRENGTHS, held, strict=False)
+            point.step(seconds, f"strength {strength:g}; held out {one.gained} repaired, {one.lost} broken")
+            for point, strength, one in zip(points, STRENGTHS, held, strict=False)
         ]
         best = _best(held, points)
         others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
@@ -137,37 +147,45 @@ def _direct(recording: Recording, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
 
 
 @torch.no_grad()
-def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[tuple[int, int]]]:
-    """The change at each strength, `C x d`, and how many held-out samples it repaired and broke.
+def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_Held]]:
+    """The change at each strength, `C x d`, and what it did to held-out samples.
 
     One rank solves for all of them.
     """
     collective, n = problem.collective, len(STRENGTHS)
     changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
-    held = torch.zeros(n, 3, dtype=torch.int64)
+    held = torch.zeros(n, 4, dtype=torch.float64)
+    made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, gained, lost) in enumerate(_solved(problem, features, logits)):
-            changes[i], held[i] = change, torch.tensor([1, gained, lost])
-    changes, held = collective.agreed(changes), collective.agreed(held)
-    made = int(held[:, 0].sum())
-    return list(changes[:made]), [(int(gained), int(lost)) for _, gained, lost in held[:made]]
+        for i, (change, *found) in enumerate(_solved(problem, features, logits)):
+            changes[i], held[i] = change, torch.tensor(found)
+            made += 1
+    changes, held, made = (collective.agreed(x) for x in (changes, held, made))
+    return list(changes[: int(made)]), [_Held(int(a), int(b), c, d) for a, b, c, d in held[: int(made)].tolist()]
 
 
-def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int]]:
-    """Strength by strength the change that all samples ask for, and what those without a fold do on that fold."""
+def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float]]:
+    """Strength by strength the change that all samples ask for, and what those without a fold do on that fold.
+
+    How many targets they repair, how many passed samples they break, and what these weigh.
+    """
     before, device = problem.before, features.device
     known = (before.passed | before.targeted).to(device)
-    head = Head(features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known])
+    weight = before.weight.to(features)[known] if before.weighted else None
+    head = Head(
+        features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
+    )
     fold = _folds(problem).to(device)[known]
     paths = [follow(head, STRENGTHS), *(follow(head, STRENGTHS, fold != number) for number in range(FOLDS))]
+    counts = before.finite_weight.to(device)[known]
     for change, *others in zip(*paths, strict=True):
-        gained = lost = 0
+        flipped = torch.zeros_like(head.targeted)
         for number, other in enumerate(others):
             out = fold == number
             right = head.changed(other)[out].argmax(1) == head.label[out]
-            gained += int((right & head.targeted[out]).sum())
-            lost += int((~right & ~head.targeted[out]).sum())
-        yield change, gained, lost
+            flipped[out] = right == head.targeted[out]
+        gained, lost = flipped & head.targeted, flipped & ~head.targeted
+        yield change, int(gained.sum()), int(lost.sum()), float(counts[gained].sum()), float(counts[lost].sum())
         if problem.clock.left <= 0:
             return
 
@@ -187,10 +205,13 @@ def _folds(problem: Problem) -> Tensor:
     return fold
 
 
-def _best(held: list[tuple[int, int]], points: list[Proposal]) -> int:
-    """What held-out samples speak for most; of equals one that repairs a target at all, then the weakest."""
-    worth = [gained - PRICE * lost for gained, lost in held]
-    return max(range(len(worth)), key=lambda i: (worth[i], points[i].repaired > 0, -i))
+def _best(held: list[_Held], points: list[Proposal]) -> int:
+    """Where slices lack the fewest repairs, what held-out samples speak for most.
+
+    Of equals one that repairs a target at all, then the weakest.
+    """
+    worth = [one.gain - PRICE * one.harm for one in held]
+    return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
 
 
 def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, strength: float) -> Proposal:

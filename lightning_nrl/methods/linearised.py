@@ -98,7 +98,7 @@ class _Walk:
     """From the original weights, round by round.
 
     Attributes:
-        found: proposals that break nothing, each with more repairs than the one before.
+        found: proposals that break nothing, each better than the one before.
         steps: one a round.
         stalled: rounds since the last of `found`.
     """
@@ -123,6 +123,11 @@ class _Walk:
         """Targets that the best proposal repairs."""
         return self.found[-1].repaired if self.found else 0
 
+    @property
+    def gain(self) -> float:
+        """What these are worth."""
+        return self.found[-1].gain if self.found else 0.0
+
     def round(self) -> bool:
         """Linearises, solves and steps; False where no target's margin depends on the weights."""
         began = time.perf_counter()
@@ -142,10 +147,10 @@ class _Walk:
         elif len(tries) > 1 + CORRECTIONS:
             self.radius.shortened(step)
         best = max(clean or tries, key=lambda one: self._worth(one[0]))
-        if clean or self._worth(best[0]) >= self.repaired:
+        if clean or self._worth(best[0]) >= self.gain:
             self.after, self.change = best[0].after, best[1]
         self.stalled += 1
-        if clean and best[0].repaired > self.repaired:
+        if clean and (not self.found or best[0].rank > self.found[-1].rank) and best[0].repaired:
             self.found.append(best[0])
             self.stalled = 0
         self.steps.append(best[0].step(time.perf_counter() - began, f"{len(rows):,} gradients, {note}"))
@@ -159,13 +164,16 @@ class _Walk:
         device, rows = found.values.device, found.rows
         margin, asked = (x[rows].to(found.values) for x in (_margins(self.after), self.asked))
         targeted = self.problem.before.targeted[rows].to(device)
-        return Tangent(found.values, margin, asked, targeted), rows, change.to(found.values)
+        before = self.problem.before
+        weight = before.weight[rows].to(found.values) if before.weighted else None
+        return Tangent(found.values, margin, asked, targeted, weight), rows, change.to(found.values)
 
     def _near(self) -> Tensor:
-        """Rows of the samples of a programme: those nearest to the border, targets among them or not."""
+        """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
         before, margin = self.problem.before, _margins(self.after)
         targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
-        targets = targets[margin[targets].abs().argsort(stable=True)[: ROWS // 2]]
+        distance = margin[targets].abs() / before.weight[targets].to(margin)
+        targets = targets[distance.argsort(stable=True)[: ROWS // 2]]
         closest = torch.minimum(self.closest, margin)[passed]
         passed = passed[closest.argsort(stable=True)[: ROWS - len(targets)]]
         return torch.cat([targets, passed]).sort().values
@@ -200,8 +208,8 @@ class _Walk:
         right = after.passed & (_margins(after) >= self.least)
         return not bool((self.problem.before.passed & ~right).any())
 
-    def _worth(self, proposal: Proposal) -> int:
-        return proposal.repaired - BROKEN * proposal.broken
+    def _worth(self, proposal: Proposal) -> float:
+        return proposal.gain - BROKEN * proposal.harm
 
 
 def _margins(evidence: Evidence) -> Tensor:

@@ -98,6 +98,7 @@ def by_swarm(
             start = problem.propose("base", base)
     best = better([start, *seeds])
     assert best is not None
+    problem = problem.steered(start.after)
     failed = problem.before.targeted & ~start.after.passed
     if not failed.any():
         step = replace(best.step(0.0, "not run: no target is left for it"), name="swarm")
@@ -201,6 +202,7 @@ def _search(
         passed_loss=passed_loss,
         fragility=before.loss,
         reserve=task.reserve,
+        weight=before.finite_weight if before.weighted else None,
     )
     result = search(
         scorer,
@@ -223,7 +225,7 @@ def _elites(
     space: WeightSpace, original: State, base: State, seeds: Sequence[Proposal], where: Tensor, particles: int
 ) -> Tensor:
     """What seeds have at the localised weights, best first, and steps beyond the base: `M x K`, none of them twice."""
-    ranked = sorted(seeds, key=lambda seed: (seed.broken, -seed.repaired))
+    ranked = sorted(seeds, key=lambda seed: seed.rank, reverse=True)
     beyond = (
         [between(original, {name: base.get(name, value) for name, value in original.items()}, step) for step in BEYOND]
         if base

@@ -3,6 +3,7 @@
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.report import RepairReport, Status, installed_versions
+from lightning_nrl.report.slices import SetAside, SliceReport, set_aside, slice_reports
 from lightning_nrl.report.split import Role, SplitReport, pool, split_report
 from lightning_nrl.report.update import UpdateSplit, pool_updates, update_split, update_words
 from lightning_nrl.report.weights import WeightChange, hash_tensors
@@ -14,6 +15,8 @@ __all__ = [
     "RepairReport",
     "Role",
     "SearchReport",
+    "SetAside",
+    "SliceReport",
     "SplitReport",
     "Status",
     "UpdateSplit",
@@ -22,6 +25,8 @@ __all__ = [
     "installed_versions",
     "pool",
     "pool_updates",
+    "set_aside",
+    "slice_reports",
     "split_report",
     "update_split",
     "update_words",

@@ -15,6 +15,7 @@ from lightning_nrl.problem import Step
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Shown, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
+from lightning_nrl.report.slices import SetAside, SliceReport, aside_facts, slice_table
 from lightning_nrl.report.split import Role, SplitReport, pool
 from lightning_nrl.report.update import UpdateSplit, pool_updates, update_table
 from lightning_nrl.report.weights import WeightChange
@@ -68,6 +69,9 @@ class RepairReport(Shown):
         task: what right and wrong mean, in words.
         splits: what became of the samples of each split under the weights that the model has now.
         update: the new model against the one that it replaces, by split; empty if it replaces none.
+        slices: what became of the samples of each slice and role; of refused weights what they would have done to known
+            data. Empty where no slices were asked for.
+        set_aside: failed samples in the target that were set aside, and why.
         candidate: what the refused weights would have done to the known splits; empty if none were refused.
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
@@ -92,6 +96,8 @@ class RepairReport(Shown):
     splits: tuple[SplitReport, ...]
     update: tuple[UpdateSplit, ...] = ()
     candidate: tuple[SplitReport, ...] = ()
+    slices: tuple[SliceReport, ...] = ()
+    set_aside: tuple[SetAside, ...] = ()
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
     steps: tuple[Step, ...] = ()
@@ -145,6 +151,8 @@ class RepairReport(Shown):
             UpdateSplit(*(_read(SplitReport, split[name]) for name in ("trained", "now")))
             for split in own.get("update", ())
         )
+        own["slices"] = tuple(_read(SliceReport, one) for one in own.get("slices", ()))
+        own["set_aside"] = tuple(_read(SetAside, one) for one in own.get("set_aside", ()))
         own["steps"] = tuple(_read(Step, step) for step in own.get("steps", ()))
         own["strength"] = tuple(_read_point(point) for point in own.get("strength", ()))
         for name, kind in PARTS.items():
@@ -171,9 +179,13 @@ class RepairReport(Shown):
 
     def _tables(self) -> tuple[Block, ...]:
         if not self.update:
-            return self._outcome()
+            return (*self._outcome(), *self._slices())
         against = Heading("Against the model that it replaces"), update_table(self.update)
-        return (*against, Heading("Against the new model as it was trained"), *self._outcome())
+        return (*against, Heading("Against the new model as it was trained"), *self._outcome(), *self._slices())
+
+    def _slices(self) -> tuple[Block, ...]:
+        """A row a slice, where there are any."""
+        return (Heading("By slice"), slice_table(self.slices)) if self.slices else ()
 
     def _outcome(self) -> tuple[Block, ...]:
         if self.status == "repaired":
@@ -190,6 +202,8 @@ class RepairReport(Shown):
 
     def _facts(self) -> tuple[tuple[str, str], ...]:
         facts = [("target", self.target), ("layer", ", ".join(self.layers)), ("gate", self.gate)]
+        if self.set_aside:
+            facts.append(("set aside", f"{len(self.set_aside):,} failed samples, {self.set_aside[0].why}"))
         if self.localization is not None:
             facts.append(("weights searched", localization_words(self.localization)))
         if self.search is not None:
@@ -219,6 +233,8 @@ class RepairReport(Shown):
         if self.status == "repaired" or self.candidate:
             blocks += [Heading("Samples, by position in their data set"), Facts(id_facts(shown, "report.json"))]
             blocks += [Heading("Rates"), rates_table(shown)]
+        if self.set_aside:
+            blocks += [Heading("Failures that were set aside"), Facts(aside_facts(self.set_aside))]
         if self.hashes is not None:
             blocks += [Heading("Weights"), Facts(hash_facts(self.hashes))]
         blocks += [Heading("Run"), Facts(tuple(run))]
@@ -235,6 +251,7 @@ def _read_point(data: Mapping[str, Any]) -> StrengthPoint:
         _read(FlipCounts, data["known"]),
         None if aside is None else _read(FlipCounts, aside),
         data.get("polished", False),
+        *(data.get(name) for name in ("gain", "harm", "harm_aside")),
     )
 
 

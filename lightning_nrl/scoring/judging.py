@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_nrl.scoring.sparse import SiteChange, Taps
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["Head", "is_plain_multiclass", "make_head"]
+__all__ = ["Head", "counted", "is_plain_multiclass", "make_head"]
 
 WORTHWHILE = 0.75
 """Samples are only left out if at most this share of them is left."""
@@ -120,14 +120,31 @@ class Head:
         reserve = None if self.reserve is None else some(self.reserve)
         return replace(Head(self.change, taps, *map(some, tables)), reserve=reserve)
 
-    def survivors(self, values: Tensor) -> Tensor:
-        """How many samples each candidate, `P x K`, passes: `P`. Samples whose fate is certain are not computed."""
+    def survivors(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """How many samples each candidate, `P x K`, passes, and what these weigh, `P` each.
+
+        Samples whose fate is certain are not computed.
+
+        Args:
+            values: `P x K`.
+            weight: `n`; None: no weights are asked for.
+        """
         pass_all, fail_all = self.certain(values)
         open_ = (~(pass_all | fail_all)).nonzero().flatten()
         if len(open_) > WORTHWHILE * len(pass_all):
-            return self.judge(values, with_loss=False)[0].sum(1)
-        sure = pass_all.sum()
-        return sure.expand(len(values)) if not len(open_) else self.only(open_).judge(values, False)[0].sum(1) + sure
+            return counted(self.judge(values, with_loss=False)[0], weight)
+        sure = [None if x is None else x.expand(len(values)) for x in counted(pass_all[None], weight)]
+        if len(open_):
+            some = None if weight is None else weight[open_]
+            found = counted(self.only(open_).judge(values, False)[0], some)
+            sure = [None if x is None or y is None else x + y for x, y in zip(found, sure, strict=True)]
+        assert sure[0] is not None
+        return sure[0], sure[1]
+
+
+def counted(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """How many of `P x n` samples pass, `P`, and what these weigh; None without weights, `n`."""
+    return passed.sum(1), None if weight is None else torch.where(passed, weight, 0.0).sum(1)
 
 
 def make_head(change: SiteChange, taps: Taps, y: Tensor, target: Tensor, reserve: Tensor | None = None) -> Head:

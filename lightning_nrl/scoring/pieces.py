@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nrl.precision import widest
 from lightning_nrl.scoring.channelwise import Varied
-from lightning_nrl.scoring.judging import Head, is_plain_multiclass, make_head
+from lightning_nrl.scoring.judging import Head, counted, is_plain_multiclass, make_head
 from lightning_nrl.scoring.memory import is_out_of_memory, measured
 from lightning_nrl.scoring.recording import Chunk, Recording
 from lightning_nrl.scoring.slots import repeat_all
@@ -49,6 +49,7 @@ class Piece:
         head: the samples in front of a last layer that is the model's output, if there is room to keep that.
         direct: whether they are in front of such a layer.
         reserve: `n`, the margin that a sample must keep to pass, on the device of the weights; None: any.
+        weight: `n`, what each sample counts, likewise; None: all alike.
     """
 
     recording: Recording
@@ -61,6 +62,12 @@ class Piece:
     head: Head | None = None
     direct: bool = False
     reserve: Tensor | None = None
+    weight: Tensor | None = None
+
+    @property
+    def total(self) -> float:
+        """What all samples count together."""
+        return len(self.chunk) if self.weight is None else float(self.weight.sum())
 
     def judge(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs candidates.
@@ -75,18 +82,28 @@ class Piece:
         for part, (passed, loss) in self._parts(values, partial(self._run, with_loss=with_loss)):
             yield part, passed, loss
 
-    def tally(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """The same with sums over the samples: which candidates, how many samples pass, `p`, their losses' sum, `p`."""
+    def tally(
+        self, values: Tensor, with_loss: bool = True
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+        """The same with sums over the samples.
 
-        def work(values: Tensor) -> tuple[Tensor, Tensor | None]:
+        Yields:
+            Which candidates, how many samples pass, what these weigh or None without weights, and the sum of all
+            losses, weighted where there are weights, or None; `p` each.
+        """
+
+        def work(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             head = None if with_loss or values.device.type != "cpu" else self._head()
             if head is not None:
-                return head.survivors(values), None
+                return (*head.survivors(values, self.weight), None)
             passed, loss = self._run(values, with_loss)
-            return passed.sum(1), None if loss is None else loss.sum(1, dtype=widest(values.device))
+            if loss is not None and self.weight is not None:
+                loss = loss * self.weight
+            total = None if loss is None else loss.sum(1, dtype=widest(values.device))
+            return (*counted(passed, self.weight), total)
 
-        for part, (passed, loss) in self._parts(values, work):
-            yield part, passed, loss
+        for part, (passed, weight, loss) in self._parts(values, work):
+            yield part, passed, weight, loss
 
     def _head(self) -> Head | None:
         if self.head is not None or not self.direct:
@@ -155,6 +172,7 @@ def make_pieces(
     budget: int,
     room: int,
     reserve: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> list[Piece]:
     """Cuts samples into pieces.
 
@@ -166,16 +184,20 @@ def make_pieces(
         budget: bytes that running a block may take.
         room: bytes that may be kept from one call to the next.
         reserve: `N` float by row of the evidence, the margin that each must keep to pass; None: any.
+        weight: `N` float64 by row of the evidence, what each counts; None: all alike.
     """
 
-    def kept(chunk: Chunk) -> Tensor | None:
-        return None if reserve is None else reserve[chunk.rows].to(recording.subject.space.device)
+    def kept(chunk: Chunk, column: Tensor | None = reserve) -> Tensor | None:
+        return None if column is None else column[chunk.rows].to(recording.subject.space.device)
+
+    if weight is not None:
+        weight = weight.to(widest(recording.subject.space.device))
 
     on_cpu = recording.subject.space.device.type == "cpu"
     changes = make_changes(recording.subject.space, where)
     pieces: list[Piece] = []
     for group in recording.chunks(None, mask):
-        piece = Piece(recording, group, changes, where, task, 1, reserve=kept(group))
+        piece = Piece(recording, group, changes, where, task, 1, reserve=kept(group), weight=kept(group, weight))
         if not recording.replayable(group):
             pieces.append(replace(piece, rows=_rows(piece, budget, 0, on_cpu)))
             continue
@@ -194,6 +216,7 @@ def make_pieces(
             x, y = recording.site(chunk)
             taps = change.taps(x, y) if len(change.units) else None
             made = replace(piece, chunk=chunk, rows=rows, direct=direct, reserve=kept(chunk))
+            made.weight = kept(chunk, weight)
             if direct and taps is not None:
                 head = make_head(change, taps, y, _labels(task, chunk), made.reserve)
                 made.head = head if head.nbytes <= room else None

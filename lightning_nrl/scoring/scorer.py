@@ -67,6 +67,8 @@ class SwarmScorer:
         passed_loss: whether losses on I_pos are asked for.
         gives_up: whether candidates that break too many are scored no further when told how many that is. Not where the
             host would have to wait for a device to learn who they are.
+        weighted: whether samples have weights.
+        least: the least weight of a sample of I_neg.
     """
 
     recording: Recording
@@ -76,6 +78,8 @@ class SwarmScorer:
     collective: Collective
     passed_loss: bool
     gives_up: bool = False
+    weighted: bool = False
+    least: float = 1.0
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
@@ -88,13 +92,13 @@ class SwarmScorer:
         """
         device = self.recording.subject.space.device
         values = values.to(device)
-        sums = torch.zeros(4, *values.shape[:2], device=device, dtype=widest(device))
+        sums = torch.zeros(6 if self.weighted else 4, *values.shape[:2], device=device, dtype=widest(device))
         for problem in self.problems:
             for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, problem.columns]
                 limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
                 self._add(problem, own, limit, sums[:, swarm])
-        patched, intact, loss_failed, loss_passed = self.collective.sum(sums)
+        patched, intact, loss_failed, loss_passed, *weights = self.collective.sum(sums)
         least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
             patched.float(),
@@ -103,23 +107,29 @@ class SwarmScorer:
             (loss_passed / _at_least_one(self.n_passed)).to(least),
             self.n_failed,
             self.n_passed,
+            weights[0] if weights else None,
+            weights[1] if weights else None,
+            self.least,
         )
 
     def _add(self, problem: _Problem, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
-        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to `4 x P` sums, I_pos first."""
+        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
         seen = 0
         for role, pieces in ((1, problem.passed), (0, problem.failed)):
             for piece in pieces:
                 chosen = values if alive is None else values[alive]
-                for part, passed, loss in piece.tally(chosen, with_loss=role == 0 or self.passed_loss):
+                for part, passed, weight, loss in piece.tally(chosen, with_loss=role == 0 or self.passed_loss):
                     which = part if alive is None else alive[part]
                     sums[role, which] += passed
+                    if weight is not None:
+                        sums[4 + role, which] += piece.total - weight if role else weight
                     if loss is not None:
                         sums[2 + role, which] += loss
                 if role == 1 and alive is not None and limit is not None:
                     seen += len(piece.chunk)
-                    alive = alive[seen - sums[1, alive] <= limit[alive]]
+                    broken = sums[5, alive] if self.weighted else seen - sums[1, alive]
+                    alive = alive[broken <= limit[alive]]
         if alive is not None:
             given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
             given_up[alive] = False
@@ -150,6 +160,7 @@ def make_scorer(
     passed_loss: bool = True,
     fragility: Tensor | None = None,
     reserve: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> SwarmScorer:
     """Prepares the scoring of candidates.
 
@@ -169,6 +180,8 @@ def make_scorer(
             the recording.
         reserve: `N` float by row of the evidence, the margin that each sample must keep to count as passing; it needs a
             task with margins. None: any.
+        weight: `N` float64 by row of the evidence, finite, what each sample of I_neg and I_pos counts, those of I_neg 1
+            on average; None: all alike.
 
     Returns:
         A scorer of candidates, with `by_sample` for a look at single samples.
@@ -198,7 +211,7 @@ def make_scorer(
         columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
         first = _most_fragile(mask_passed, fragility)
         failed_pieces, fragile_pieces, other_pieces = (
-            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share, reserve)
+            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share, reserve, weight)
             for mask, share in ((mask_failed, room), (first, room // 4), (mask_passed & ~first, room - room // 4))
         )
         problems.append(_Problem(swarms, columns, failed_pieces, [*fragile_pieces, *other_pieces]))
@@ -210,7 +223,14 @@ def make_scorer(
         collective,
         passed_loss,
         gives_up=device.type == "cpu",
+        weighted=weight is not None,
+        least=1.0 if weight is None or not bool(failed.any()) else min(1.0, float(weight[_any(failed)].min())),
     )
+
+
+def _any(mask: Tensor) -> Tensor:
+    """`N` bool: rows that any swarm has."""
+    return mask if mask.ndim == 1 else mask.any(0)
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:

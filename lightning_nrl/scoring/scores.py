@@ -21,6 +21,9 @@ class Scores:
         loss_passed: mean loss over I_pos, `S x P`.
         n_failed: |I_neg|, a number or `S x 1`.
         n_passed: |I_pos|, a number or `S x 1`.
+        gain: what the patched samples are worth, `S x P`, at most |I_neg|; None: as many as they are.
+        harm: what the samples of I_pos that fail cost, `S x P` of whole numbers; None: as many as they are.
+        least: what the least of I_neg is worth, from 0 to 1.
     """
 
     patched: Tensor
@@ -29,6 +32,9 @@ class Scores:
     loss_passed: Tensor
     n_failed: int | Tensor
     n_passed: int | Tensor
+    gain: Tensor | None = None
+    harm: Tensor | None = None
+    least: float = 1.0
 
 
 class Scorer(Protocol):
@@ -57,7 +63,8 @@ class QuittingScorer(Protocol):
 
         Args:
             values: `S x P x K`, values of the K localised weights.
-            most_broken: `S x P`, how many samples of I_pos each may break; None for any number. One that breaks more
-                may come back with NaN losses and counts that mean nothing.
+            most_broken: `S x P`, how many samples of I_pos each may break, or what they may cost where weights are
+                given; None for any number. One that breaks more may come back with NaN losses and counts that mean
+                nothing.
         """
         ...

@@ -53,12 +53,14 @@ class Head:
         logits: `N x C`, what it gives.
         label: `N` int64, the true classes.
         targeted: `N` bool, samples to be repaired; all others are passed and to be kept.
+        weight: `N`, what the missing margin of a target costs more than that of another; None: all alike.
     """
 
     features: Tensor
     logits: Tensor
     label: Tensor
     targeted: Tensor
+    weight: Tensor | None = None
 
     @cached_property
     def gaps(self) -> Tensor:
@@ -156,7 +158,8 @@ def _solve(head: Head, pairs: _Pairs, limit: float) -> tuple[Tensor, _Pairs]:
     sample, other = pairs.code // n_classes, pairs.code % n_classes
     own, features = head.label[sample], white[sample]
     asked = (head.asked[sample] - head.gaps.view(-1)[pairs.code]).to(white.dtype)
-    limits = torch.where(head.targeted[sample], limit, torch.inf).to(white.dtype)
+    price = limit if head.weight is None else limit * head.weight[sample]
+    limits = torch.where(head.targeted[sample], price, torch.inf).to(white.dtype)
     # GPUs multiply no matrices of whole numbers.
     signs = (F.one_hot(own, n_classes) - F.one_hot(other, n_classes)).to(white.dtype)
     solution = solve_dual((signs @ signs.T) * (features @ features.T), asked, limits, pairs.values)

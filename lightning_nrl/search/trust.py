@@ -40,12 +40,14 @@ class Tangent:
         margin: `m`, at the present weights.
         asked: `m`, what each is to have.
         targeted: `m` bool, samples to be repaired; the others are to be kept.
+        weight: `m`, what the missing margin of a target costs more than that of another; None: all alike.
     """
 
     slopes: Tensor
     margin: Tensor
     asked: Tensor
     targeted: Tensor
+    weight: Tensor | None = None
 
     @cached_property
     def gram(self) -> Tensor:
@@ -74,7 +76,8 @@ class Tangent:
             The step, `K`, and its multipliers, `m`.
         """
         missing = self.asked - self.margin if error is None else self.asked - self.margin - error
-        limit = torch.where(self.targeted, price, PASSED * price).to(self.gram)
+        own = price if self.weight is None else price * self.weight
+        limit = torch.where(self.targeted, own, PASSED * price).to(self.gram)
         values = solve_dual(self.gram, missing.to(self.gram), limit, start).values
         return self.slopes.T @ values.to(self.slopes), values
 

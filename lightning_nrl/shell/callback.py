@@ -90,6 +90,15 @@ class RegressionFreeRepair(Callback):
             repairs more and breaks no known sample and no more of the calibration data.
         limit: how many calibration samples may break, as a gate: the greatest strength within it is taken.
         sparse: the share of repairs that may be lost for a patch of fewer changed weights; None: no weights are spared.
+        importance: what repairing each failed sample is worth, beside the others: a column of numbers above 0 (a key or
+            a place in your batches, a function of a batch or its address), `{id: number}`, or `focal`: hard ones count
+            more; None: all alike.
+        slices: which slice each sample is in, likewise a column, or a target; the report has a row for each.
+        quotas: how many targets of a slice must be repaired: `{"night": 5, "truck": "50%"}`.
+        protected: passed samples that may not break, whatever the gate tolerates: a column of bools, a target, or ids
+            by split; whole numbers say how many other samples one counts for.
+        set_aside: failures that are no targets although they are in the target: a column of bools, a target, ids, or
+            `doubtful`, those whose label looks wrong.
         verbose: whether the report is printed at the end.
 
     Attributes:
@@ -131,6 +140,11 @@ class RegressionFreeRepair(Callback):
         strength: float | None = None,
         limit: str | Gate | None = None,
         sparse: float | None = None,
+        importance: Any = None,
+        slices: Any = None,
+        quotas: dict[str, int | float | str] | None = None,
+        protected: Any = None,
+        set_aside: Any = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -150,6 +164,11 @@ class RegressionFreeRepair(Callback):
             limit=limit,
             sparse=sparse,
             keep=keep,
+            importance=importance,
+            slices=slices,
+            quotas=quotas,
+            protected=protected,
+            set_aside=set_aside,
         )
         check_limit(self.settings, calibration is not None)
         self.task = task if task is not None else Multiclass()

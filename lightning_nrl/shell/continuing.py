@@ -80,7 +80,15 @@ class ContinuedTraining:
         with random_state():
             return _cannot_collate(self._parts(), self._like().collate_fn)
 
-    def __call__(self, *, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State | None:
+    def __call__(
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: Clock,
+        start: State | None = None,
+        weight: Tensor | None = None,
+    ) -> State | None:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit.
@@ -91,6 +99,8 @@ class ContinuedTraining:
                 gives the same weights.
             clock: is told how many batches of how many were trained on.
             start: weights to begin with; None: the model's own.
+            weight: `N`, of each known sample, split by split, how often it is trained on in an epoch, on average;
+                None: each once.
 
         Returns:
             Every parameter and persistent buffer, on the model's device; None if the time is too short, the weights
@@ -101,7 +111,7 @@ class ContinuedTraining:
             return None
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                return self._trained(end, seed, clock, start or {}, folder)
+                return self._trained(end, seed, clock, start or {}, weight, folder)
         except (_StuckError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
             self._warn(str(error).partition("\n")[0])
             return None
@@ -121,20 +131,22 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(self, end: float, seed: int, clock: Clock, start: State, folder: str) -> State | None:
+    def _trained(
+        self, end: float, seed: int, clock: Clock, start: State, weight: Tensor | None, folder: str
+    ) -> State | None:
         collective, epochs = Collective.current(self.model.device), self.epochs
         if math.isfinite(end):
             pace = Pace(end, collective)
-            self._fit(pace, epochs, seed, start, folder)
+            self._fit(pace, epochs, seed, start, weight, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < min(FEWEST, self.epochs):
             return None
-        state = self._fit(Course(end, collective, clock), epochs, seed, start, folder)
+        state = self._fit(Course(end, collective, clock), epochs, seed, start, weight, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
-    def _fit(self, course: Course, epochs: int, seed: int, start: State, folder: str) -> State:
+    def _fit(self, course: Course, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str) -> State:
         """The state of a copy after training."""
         outer = self.trainer
         data: Any = outer.datamodule  # type: ignore[attr-defined]
@@ -149,7 +161,7 @@ class ContinuedTraining:
                 trainer = inner_trainer(outer, course, epochs=epochs, folder=folder)
             except Exception as error:
                 raise _StuckError(f"it or its trainer cannot be copied ({type(error).__name__}: {error})") from error
-            loader = self._loader(seed)
+            loader = self._loader(seed, weight)
             if data is None:
                 trainer.fit(model, loader)
             else:
@@ -159,12 +171,13 @@ class ContinuedTraining:
         gc.collect()  # they refer to each other, and may be large
         return state
 
-    def _loader(self, seed: int) -> DataLoader[Any]:
+    def _loader(self, seed: int, weight: Tensor | None = None) -> DataLoader[Any]:
         """All training data, read as the outer trainer reads its own."""
         like, parts = self._like(), self._parts()
         data = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         size = like.batch_size or getattr(like.batch_sampler, "batch_size", None) or 1
-        sampler = Shuffled(len(data), seed, self.trainer.global_rank, self.trainer.world_size)  # type: ignore[arg-type]
+        share = self.trainer.global_rank, self.trainer.world_size
+        sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
         return DataLoader(
             data,
             batch_size=size,
@@ -224,15 +237,29 @@ class Shuffled(Sampler[int]):
         seed: of the orders.
         rank: whose share this is.
         world_size: how many ranks there are.
+        weight: `n`, how often each sample comes in an epoch, on average over epochs; None: once. An epoch has so many
+            samples as there are, weights or not.
     """
 
-    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self._n, self._rank, self._world_size = n, rank, world_size
+    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
+        self._n, self._rank, self._world_size, self._weight = n, rank, world_size, weight
         self._generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self._n, generator=self._generator)
+        if self._weight is not None:
+            order = self._drawn(order)
         yield from order[self._rank :: self._world_size][: len(self)].tolist()
+
+    def _drawn(self, order: Tensor) -> Tensor:
+        """Samples in random order, each as often as it weighs: the broken part of a weight by chance."""
+        assert self._weight is not None
+        weight = self._weight[order]
+        chance = torch.rand(len(order), generator=self._generator, dtype=torch.float64)
+        drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
+        drawn = drawn[torch.randperm(len(drawn), generator=self._generator)]
+        # What is too few is made up for by the first ones, once more.
+        return torch.cat([drawn, order])[: self._n] if len(drawn) < self._n else drawn[: self._n]
 
     def __len__(self) -> int:
         return self._n // self._world_size

@@ -17,6 +17,7 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
+from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.reference import Reference, parse_reference
 from lightning_nrl.shell.checks import check_namespace, check_strategy
@@ -40,9 +41,9 @@ class RegressionMetrics(Callback):
     Args:
         reference: the replaced model: a module, the path of its checkpoint, a CSV file of its predictions (split
             `val`), or an `OldModel`.
-        slices: counts slices of the data too, as `regression/<slice>/nfr` and so on: a function of the raw batch that
-            gives a name or number for each sample, or one bool (the slice has the function's name); its address,
-            `package.module:function`; or a `Target`, whose samples are the slice.
+        slices: counts slices of the data too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its
+            key or place, or a function of it, with a name or number for each sample, or one bool (the slice has the
+            column's name); the function's address, `package.module:function`; or a `Target`, whose samples are it.
         prefix: what the tags begin with.
         dataloader: which validation data loader is counted, where there are several.
         task: what passed means; None: multiclass classification from logits.
@@ -62,7 +63,7 @@ class RegressionMetrics(Callback):
     def __init__(
         self,
         reference: nn.Module | str | Path | State | Reference,
-        slices: str | Callable[[Any], Any] | Target | None = None,
+        slices: str | int | Callable[[Any], Any] | Target | None = None,
         prefix: str = "regression",
         dataloader: int = 0,
         task: Task | None = None,
@@ -74,8 +75,7 @@ class RegressionMetrics(Callback):
             hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
             raise ConfigurationError(explain("`reference=None`: there is nothing to compare with.", hint))
         self.reference = found
-        told = slices is None or isinstance(slices, Target)
-        self.slices: Any = slices if told else find_function("slices", slices)  # type: ignore[arg-type]
+        self.slices: Any = None if slices is None else find_column("slices", slices)
         fits = isinstance(prefix, str) and bool(prefix.strip("/"))
         check_kind("prefix", prefix, fits, "name", "prefix='regression'")
         self.prefix = prefix.rstrip("/")

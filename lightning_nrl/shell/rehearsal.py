@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -53,7 +54,8 @@ def rehearse(
     """
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with as_found(model):
-        few = collect(model, sources, task=task, target=settings.target, context=context, collective=collective)
+        see = partial(collect, model, task=task, target=settings.target, context=context, collective=collective)
+        few, _ = settings.counting.columns().over(see, sources, task, collective or Collective())
         if reference is not None:
             # Without its cache, which is for all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference

@@ -1,10 +1,11 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value.
 
 Tags begin with `<name>/` for the outcome, `<name>_search/` for the course of the search, `<name>_strength/` for the way
-from the original weights to the patch, and `<name>_splits/<split>/` for the numbers of a split: TensorBoard and others
-make a group of what stands before the first slash, so the few numbers that matter come first. The outcome is single
-points, not lines from before to after: smoothing would bend those, and a reader would read wrong numbers. What is not
-finite is left out: several loggers refuse or misdraw it.
+from the original weights to the patch, `<name>_splits/<split>/` for the numbers of a split, and
+`<name>_slices/<slice>/` for those of a slice: TensorBoard and others make a group of what stands before the first
+slash, so the few numbers that matter come first. The outcome is single points, not lines from before to after:
+smoothing would bend those, and a reader would read wrong numbers. What is not finite is left out: several loggers
+refuse or misdraw it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 
 from lightning_nrl.report import RepairReport, SplitReport
 
-__all__ = ["CURVES", "Scalars", "outcome", "search_curves", "split_numbers", "strength_curves"]
+__all__ = ["CURVES", "Scalars", "outcome", "search_curves", "slice_numbers", "split_numbers", "strength_curves"]
 
 Scalars = dict[str, float]
 """Values by tag."""
@@ -65,6 +66,15 @@ def split_numbers(report: RepairReport, name: str = "repair") -> Scalars:
             for number, value in split.numbers.items()
         }
     )
+
+
+def slice_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+    """Counts of every slice by the role of the data; empty where no slices were asked for."""
+    found: Scalars = {}
+    for one in report.slices:
+        for number in ("targeted", "repaired_in_target", "repaired", "broken"):
+            found[f"{name}_slices/{one.name}/{one.role}_{number}"] = float(getattr(one, number))
+    return found
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:

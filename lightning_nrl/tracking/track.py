@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import outcome, search_curves, split_numbers, strength_curves
+from lightning_nrl.tracking.scalars import outcome, search_curves, slice_numbers, split_numbers, strength_curves
 from lightning_nrl.tracking.tensorboard import write_extras
 
 __all__ = ["track"]
@@ -53,7 +53,8 @@ def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | Non
         logger.log_metrics(scalars, step=iteration)
     for strength, scalars in strength_curves(report, name).items():
         logger.log_metrics(scalars, step=strength)
-    logger.log_metrics(outcome(report, name) | split_numbers(report, name), step=step)
+    numbers = outcome(report, name) | split_numbers(report, name) | slice_numbers(report, name)
+    logger.log_metrics(numbers, step=step)
     writer = getattr(logger, "experiment", None)
     if isinstance(writer, SummaryWriter):
         write_extras(report, writer, step=step, change=change, name=name)

@@ -375,7 +375,7 @@ def mlp_reference() -> OldModel:
     [
         ({"reference": None}, "`reference=None`"),
         ({"reference": "nowhere.ckpt"}, "is not there"),
-        ({"slices": 3}, "`slices`: a value of type int cannot be called"),
+        ({"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
         ({"prefix": ""}, "`prefix=''` is no name"),
         ({"dataloader": -1}, "`dataloader=-1` is no number from 0"),
         ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
