@@ -1,4 +1,4 @@
-"""The paper's kind of network, 27 convolutions and one Linear layer with 7 outputs, trained with care."""
+"""The paper's kind of network, 27 convolutions and one Linear layer, and its data: vehicles or digits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from digits_in_place import draw
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,8 +17,8 @@ EPOCHS = 40
 FRONT, BACK = 0, 1
 
 
-class Vehicles(LightningDataModule):
-    """Batches of `(image, vehicle, view, occluded)`. `repair_dataloader` gives what came in after training.
+class Scenes(LightningDataModule):
+    """Batches of `(image, class, view, occluded)`. `repair_dataloader` gives what came in after training.
 
     Args:
         experiment: `A`, `B` or `C` of the paper.
@@ -26,14 +27,28 @@ class Vehicles(LightningDataModule):
         folder: where scenes that were drawn once are kept.
     """
 
-    def __init__(self, experiment: str = "C", seed: int = 0, total: int = 10_186, folder: str | Path = "runs") -> None:
+    name: str
+    total: int
+
+    def __init__(
+        self, experiment: str = "C", seed: int = 0, total: int | None = None, folder: str | Path = "runs"
+    ) -> None:
         super().__init__()
-        path = Path(folder) / f"vehicles_{experiment}_{seed}_{total}.npz"
+        total = total or self.total
+        path = Path(folder) / f"{self.name}_{experiment}_{seed}_{total}.npz"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **make(PAK, experiment, seed, total))
+            np.savez(path, **self.draw(experiment, seed, total))
         columns = np.load(path)
         self.data = {split: _split(columns, split) for split in SPLITS}
+
+    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
+        """The columns of all splits."""
+        raise NotImplementedError
+
+    def network(self) -> VehicleNet:
+        """A new network for these images."""
+        raise NotImplementedError
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], 128, shuffle=True, drop_last=True)
@@ -48,12 +63,37 @@ class Vehicles(LightningDataModule):
         return DataLoader(self.data["test"], 512)
 
 
+class Vehicles(Scenes):
+    """Seven kinds of vehicle, as many images as in the paper."""
+
+    name, total = "vehicles", 10_186
+
+    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
+        return make(PAK, experiment, seed, total)
+
+    def network(self) -> VehicleNet:
+        return VehicleNet()
+
+
+class Digits(Scenes):
+    """Scikit-learn's digits with the same attributes, for machines without the vehicles."""
+
+    name, total = "digits", 1_797
+
+    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
+        return draw(experiment, seed, total)
+
+    def network(self) -> VehicleNet:
+        return VehicleNet(width=8, classes=10, mirrored=False)
+
+
 class VehicleNet(LightningModule):
     """A residual network: a first convolution, three stages of four blocks of two, and two at the shortcuts."""
 
-    def __init__(self, width: int = 16, blocks: int = 4) -> None:
+    def __init__(self, width: int = 16, blocks: int = 4, classes: int = len(CLASSES), mirrored: bool = True) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.mirrored = mirrored
         self.features = nn.Sequential(*_convolution(3, width), nn.ReLU(), nn.MaxPool2d(2))
         n_in = width
         for stage in range(3):
@@ -62,7 +102,7 @@ class VehicleNet(LightningModule):
                 stride = 2 if stage and not block else 1
                 self.features.append(Block(n_in, n_out, stride))
                 n_in = n_out
-        self.classifier = nn.Linear(n_in, len(CLASSES))
+        self.classifier = nn.Linear(n_in, classes)
         self.to(memory_format=torch.channels_last)  # a quarter faster on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
@@ -70,7 +110,7 @@ class VehicleNet(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, vehicles, *_ = batch
-        return F.cross_entropy(self(augmented(images)), vehicles)
+        return F.cross_entropy(self(augmented(images, mirror=self.mirrored)), vehicles)
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
@@ -92,13 +132,14 @@ class Block(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x))
 
 
-def augmented(images: Tensor, shift: int = 3) -> Tensor:
+def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
     """Three quarters of the images mirrored left to right by chance, and moved by up to `shift` pixels each."""
     n, _, height, width = images.shape
     device = images.device
     chosen = torch.rand(n, device=device) < 0.75
     mirrored = chosen & (torch.rand(n, device=device) < 0.5)
-    images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+    if mirror:
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     down, right = torch.randint(-shift, shift + 1, (2, n), device=device) * chosen
     padded = F.pad(images, (shift, shift, shift, shift), mode="replicate")
     rows = (torch.arange(height, device=device) + shift + down[:, None])[:, None, :, None]
@@ -111,7 +152,7 @@ def augmented(images: Tensor, shift: int = 3) -> Tensor:
     ]
 
 
-def trained(data: Vehicles, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
+def trained(data: Scenes, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
     """The checkpoint of the network that is to be repaired; trained if it is not there yet."""
     if not path.exists():
         seed_everything(seed, verbose=False)
@@ -123,7 +164,7 @@ def trained(data: Vehicles, path: Path, seed: int = 0, epochs: int = EPOCHS) -> 
             enable_checkpointing=False,
             enable_model_summary=False,
         )
-        trainer.fit(VehicleNet(), train_dataloaders=data.train_dataloader())
+        trainer.fit(data.network(), train_dataloaders=data.train_dataloader())
         trainer.save_checkpoint(path)
     return path
 

@@ -219,6 +219,14 @@ def make_split(rng, n: int, pak, p_occluded: float, p_front_back: float | None) 
     }
 
 
+def rates(experiment: str, split: str) -> tuple[float, float | None]:
+    """Share of occluded scenes, and of front and back views; None: as the headings are drawn."""
+    later = split in ("repair", "test")
+    p_occluded = {"A": 0.30 if later else 0.15, "B": 0.0, "C": 0.0}[experiment]
+    p_front_back = {"A": None, "B": 0.4, "C": 0.5 if later else 0.05}[experiment]
+    return p_occluded, p_front_back
+
+
 def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> dict:
     """Draws the scenes of an experiment.
 
@@ -238,10 +246,7 @@ def make(pak_dir: Path, experiment: str, seed: int = 0, total: int = 10186) -> d
         raise SystemExit(f"{pak_dir} has no sprites of vehicles, ground and trees.\nHINT: apt install simutrans-pak64")
     rng, out = np.random.default_rng(seed), {}
     for split, share in SPLITS.items():
-        later = split in ("repair", "test")
-        p_occluded = {"A": 0.30 if later else 0.15, "B": 0.0, "C": 0.0}[experiment]
-        p_front_back = {"A": None, "B": 0.4, "C": 0.5 if later else 0.05}[experiment]
-        for key, value in make_split(rng, round(total * share), pak, p_occluded, p_front_back).items():
+        for key, value in make_split(rng, round(total * share), pak, *rates(experiment, split)).items():
             out[f"{split}_{key}"] = value
     return out
 

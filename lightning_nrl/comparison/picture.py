@@ -11,7 +11,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 if TYPE_CHECKING:
     from lightning_nrl.comparison.comparison import Comparison, Entry
 
-__all__ = ["draw_comparison"]
+__all__ = ["COLOURS", "FAINT", "INK", "draw_comparison", "label_points"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
 """Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is
@@ -26,8 +26,8 @@ ROOM = 1.12  # of an axis beyond the largest count
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
 Role = Literal["known", "unseen"]
-End = tuple[str, str, tuple[int, int]]
-"""A method, its colour, and where its curve ends."""
+End = tuple[str, str, tuple[float, float]]
+"""A name, such as a method's, its colour, and the point that it belongs to, such as where a curve ends."""
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
 
@@ -62,8 +62,40 @@ def draw_comparison(comparison: Comparison) -> Any:
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     ends = [_panel(axes, role, entries) for axes, role in zip(panels, roles, strict=True)]
     for axes, own in zip(panels, ends, strict=True):
-        _label(axes, own)
+        label_points(axes, own)
     return figure
+
+
+def label_points(axes: Any, ends: Sequence[End]) -> None:
+    """Names beside points, moved up or down where one would lie over another or over a point.
+
+    Args:
+        axes: of matplotlib, with limits that stay as they are; the figure's canvas can measure text.
+        ends: name, colour and place of each point.
+    """
+    from matplotlib.patheffects import withStroke
+
+    figure, halo = axes.figure, withStroke(linewidth=2.5, foreground="white")
+    figure.draw_without_rendering()  # the layout is made now, so that what is measured is what will be shown
+    renderer = figure.canvas.get_renderer()
+    scale = figure.dpi / 72
+    ends_at = [axes.transData.transform(end) for _, _, end in ends]
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in ends_at]
+    for (name, colour, end), at in sorted(zip(ends, ends_at, strict=True), key=lambda pair: -pair[1][1]):
+        text = axes.annotate(
+            name, end, color=colour, fontsize=9, va="center", annotation_clip=False, path_effects=[halo]
+        )
+        size = text.get_window_extent(renderer)
+        x, y = at[0] + AWAY * scale, at[1]
+        for place in _around(y, 0.5 * size.height):
+            box = (x, place - size.height / 2, x + size.width, place + size.height / 2)
+            if not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        text.set_position(axes.transData.inverted().transform((x, place)))
+        if abs(place - y) > size.height / 2:
+            beside = axes.transData.inverted().transform((x, place))
+            axes.annotate("", beside, end, arrowprops={**LEADER, "color": colour}, annotation_clip=False)
 
 
 def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
@@ -71,7 +103,7 @@ def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
     right = ROOM * max([1, *(curve[-1][0] for curve in curves)])
     top = ROOM * max([1, *(y for curve in curves for x, y in curve if x <= right)])
     axes.plot([0, top], [0, top], color=FAINT, linewidth=0.8, zorder=0)
-    ends = []
+    ends: list[End] = []
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         if all(x <= right for x, _ in curve):
@@ -101,33 +133,6 @@ def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True)
     return ends
-
-
-def _label(axes: Any, ends: Sequence[End]) -> None:
-    """Names beside the ends of the curves, moved up or down where one would lie over another or over an end."""
-    from matplotlib.patheffects import withStroke
-
-    figure, halo = axes.figure, withStroke(linewidth=2.5, foreground="white")
-    figure.draw_without_rendering()  # the layout is made now, so that what is measured is what will be shown
-    renderer = figure.canvas.get_renderer()
-    scale = figure.dpi / 72
-    ends_at = [axes.transData.transform(end) for _, _, end in ends]
-    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in ends_at]
-    for (name, colour, end), at in sorted(zip(ends, ends_at, strict=True), key=lambda pair: -pair[1][1]):
-        text = axes.annotate(
-            name, end, color=colour, fontsize=9, va="center", annotation_clip=False, path_effects=[halo]
-        )
-        size = text.get_window_extent(renderer)
-        x, y = at[0] + AWAY * scale, at[1]
-        for place in _around(y, 0.5 * size.height):
-            box = (x, place - size.height / 2, x + size.width, place + size.height / 2)
-            if not any(_overlap(box, other) for other in taken):
-                break
-        taken.append(box)
-        text.set_position(axes.transData.inverted().transform((x, place)))
-        if abs(place - y) > size.height / 2:
-            beside = axes.transData.inverted().transform((x, place))
-            axes.annotate("", beside, end, arrowprops={**LEADER, "color": colour}, annotation_clip=False)
 
 
 def _around(y: float, step: float) -> Iterator[float]:

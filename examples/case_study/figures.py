@@ -1,0 +1,242 @@
+"""Figures 2 to 6 of the paper, and what methods repair for what they break, drawn from the tables of a study.
+
+    python examples/case_study/figures.py runs/study_vehicles_0 --out docs/figures
+
+Each run is a pale mark; dark ones are means, with their 95 % bootstrap intervals over the runs.
+"""
+
+from __future__ import annotations
+
+import random
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from grid import LINES, Line
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from questions import Run, Tables, fewest_broken, interval, like
+
+from lightning_nrl.comparison import Comparison
+from lightning_nrl.comparison.picture import COLOURS, FAINT, INK, label_points
+from lightning_nrl.flips import FlipCounts
+from lightning_nrl.paper import TABLE_II
+from lightning_nrl.report import RepairReport
+
+BLUE, VERMILLION, GREEN = COLOURS[:3]
+LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
+"""Shapes too, so that colour is never needed."""
+TICKS = (0, 1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
+KEY = (
+    "Dot: a run of a setting; diamond: mean of a row of the paper's Table II, filled where it is of this experiment;\n"
+    "star: this package; square: a baseline; line: as many broken as repaired"
+)
+ROLES = ("known", "unseen")
+NAMES = {"A": "A: partly occluded", "B": "B: front and back", "C": "C: front and back, drift"}
+
+
+def draw_all(tables: Tables, folder: Path, others: Mapping[str, Sequence[Other]] | None = None) -> list[Path]:
+    """Draws what the tables have runs for. Returns the files."""
+    figures = {"figure_2": accuracies(tables), "figure_3": counts(tables)}
+    for line in LINES:
+        figure = along(tables, line)
+        figures |= {} if figure is None else {f"figure_{line.figure}": figure}
+    for experiment, runs in tables.items():
+        figures[f"trade_{experiment}"] = trade(experiment, runs, (others or {}).get(experiment, ()))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, figure in figures.items():
+        found.append(folder / f"{name}.png")
+        figure.savefig(found[-1], dpi=110)
+        Image.open(found[-1]).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(found[-1], optimize=True)
+    return found
+
+
+def accuracies(tables: Tables) -> Figure:
+    """Figure 2: accuracy on unseen data, before and after, where the fewest known samples break."""
+    cases = _cases(tables)
+    figure = _figure(1.5 + 1.25 * len(cases), 4.2, "Accuracy on unseen data where the fewest known samples break")
+    axes = figure.subplots()
+    for at, runs in enumerate(cases.values()):
+        before = runs[0].unseen_accuracy_before
+        axes.plot([at - 0.35, at + 0.35], [before] * 2, color=INK, linewidth=1.4, label="" if at else "before")
+        _dots(axes, at, [run.unseen_accuracy_after for run in runs], "repaired", "" if at else "after: runs and mean")
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_ylabel("accuracy", color=INK)
+    axes.margins(x=0.08, y=0.1)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, labelcolor=INK, ncols=2)
+    return figure
+
+
+def counts(tables: Tables) -> Figure:
+    """Figure 3: broken and repaired in the same runs."""
+    cases = _cases(tables)
+    figure = _figure(1.5 + 1.25 * len(cases), 6.4, "Broken and repaired where the fewest known samples break")
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, role in zip(panels, ROLES, strict=True):
+        for at, runs in enumerate(cases.values()):
+            for side, what in ((-0.2, "broken"), (0.2, "repaired")):
+                values = [getattr(run, f"{role}_{what}") for run in runs]
+                _dots(axes, at + side, values, what, "" if at or role == "unseen" else what, width=0.08)
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.06)
+        axes.set_ylabel(f"{role} samples", color=INK)
+    panels[1].set_xticks(range(len(cases)), cases)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, labelcolor=INK, ncols=2)
+    return figure
+
+
+def along(tables: Tables, line: Line) -> Figure | None:
+    """Figures 4, 5 and 6: broken and repaired against one number of the settings; None if there are no such runs."""
+    own = {
+        name: found for name, runs in tables.items() if all(found := [like(runs, row) for row in line.settings(name)])
+    }
+    if not own:
+        return None
+    figure = _figure(1.2 + 3.0 * len(own), 5.4, f"Broken and repaired against the {line.words}")
+    panels = figure.subplots(2, len(own), squeeze=False, sharex=True, sharey="row")
+    for row, role in zip(panels, ROLES, strict=True):
+        for axes, (name, settings) in zip(row, own.items(), strict=True):
+            for what, (colour, _) in LOOKS.items():
+                values = [[getattr(run, f"{role}_{what}") for run in runs] for runs in settings]
+                for at, cell in enumerate(values):
+                    _dots(axes, at, cell, what, "" if at else what, width=0.1)
+                axes.plot([fmean(cell) for cell in values], color=colour, linewidth=1.3)
+            axes.set_xticks(range(len(settings)), [_tick(line, runs) for runs in settings])
+            if role == "known":
+                shown = " (in the paper)" if name in line.shown else ""
+                axes.set_title(f"{NAMES[name]}{shown}\nas {line.rows[name]}", color=INK, fontsize=9, loc="left")
+            else:
+                axes.set_xlabel(line.words, color=INK, fontsize=9)
+        row[0].set_ylim(bottom=0)
+        row[0].set_ylabel(f"{role} samples", color=INK)
+    handles = panels[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper right", frameon=False, fontsize=8, labelcolor=INK, ncols=2)
+    return figure
+
+
+@dataclass(frozen=True)
+class Other:
+    """What another method repairs and breaks, to stand beside the settings of the paper.
+
+    Attributes:
+        name: of the method.
+        known: what becomes of known samples.
+        unseen: what becomes of unseen samples.
+        repair: whether it is a repair; else a baseline.
+    """
+
+    name: str
+    known: FlipCounts
+    unseen: FlipCounts
+    repair: bool
+
+
+def others_of(report: Path, comparison: Path) -> Iterator[Other]:
+    """The default method from its report, and baselines as they gave their weights, where these files are there."""
+    if report.exists():
+        found = RepairReport.from_json(report.read_text())
+        yield Other("default method", found.pooled("known"), found.pooled("unseen"), repair=True)
+    if comparison.exists():
+        for entry in Comparison.from_json(comparison.read_text()).entries:
+            if entry.given is not None:
+                yield Other(entry.method, entry.given.known, entry.given.unseen, repair=False)
+
+
+def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) -> Figure:
+    """Repaired against broken: each run, the means of the rows of Table II, and other methods. Square-root scales."""
+    figure = _figure(11, 5.2, f"{NAMES[experiment]}: what is repaired for what breaks")
+    figure.supxlabel(KEY, color=INK, fontsize=8, x=0.01, ha="left")
+    panels, names = figure.subplots(1, 2), []
+    for axes, role in zip(panels, ROLES, strict=True):
+        x, y = ([getattr(run, f"{role}_{what}") for run in runs] for what in ("broken", "repaired"))
+        axes.plot(x, y, ".", color=FAINT, markersize=4, zorder=1)
+        points = []
+        for name, row in TABLE_II.items():
+            if own := like(runs, row):
+                broken, repaired = (fmean(getattr(run, f"{role}_{what}") for run in own) for what in LOOKS)
+                points.append((name.removeprefix("EXP-"), BLUE, (broken, repaired)))
+                its = name.startswith(f"EXP-{experiment}")
+                axes.plot(broken, repaired, "D", color=BLUE, markersize=6, mfc=BLUE if its else "white", zorder=3)
+        for other in others:
+            colour, shape, size = (GREEN, "*", 14) if other.repair else (VERMILLION, "s", 6)
+            found = getattr(other, role)
+            points.append((other.name, colour, (found.broken, found.repaired)))
+            axes.plot(found.broken, found.repaired, shape, color=colour, markersize=size, zorder=4, clip_on=False)
+        _square_roots(axes, [*x, *(at[0] for _, _, at in points)], [*y, *(at[1] for _, _, at in points)])
+        axes.set_title(_of(role, runs), color=INK, fontsize=10, loc="left")
+        axes.set_xlabel("broken (was right, now wrong)", color=INK)
+        names.append(points)
+    panels[0].set_ylabel("repaired (was wrong, now right)", color=INK)
+    for axes, points in zip(panels, names, strict=True):
+        label_points(axes, points)
+    return figure
+
+
+def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:
+    """Scales that show 0, 5 and 500 in one picture, and the line of as many broken as repaired."""
+    right, top = 1.25 * max(1, *x), 1.1 * max(1, *y)
+    axes.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+    axes.set_yscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+    axes.set_xticks([tick for tick in TICKS if tick <= right])
+    axes.set_yticks([tick for tick in TICKS if tick <= top])
+    axes.plot([0, min(right, top)], [0, min(right, top)], color=FAINT, linewidth=0.8, zorder=0)
+    axes.set_xlim(0, right)
+    axes.set_ylim(0, top)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+
+
+def _cases(tables: Tables) -> dict[str, list[Run]]:
+    """For each experiment the setting that breaks the fewest known samples and the paper's, by their names."""
+    found = {}
+    for name, runs in tables.items():
+        best = fewest_broken(runs)
+        found[f"{name}: fewest\n" + textwrap.fill(best[0].setting, 15)] = best
+        if paper := like(runs, TABLE_II[f"EXP-{name}1"]):
+            found[f"{name}: EXP-{name}1\n" + textwrap.fill(paper[0].setting, 15)] = paper
+    return found
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left")
+    return figure
+
+
+def _dots(axes: Any, at: float, values: Sequence[float], what: str, label: str, width: float = 0.12) -> None:
+    """Each value a pale dot, moved aside a little; their mean and its interval beside them."""
+    colour, shape = LOOKS[what]
+    rng = random.Random(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.plot([at + rng.uniform(-width, width) for _ in values], values, shape, color=colour, alpha=0.3, markersize=4)
+    mean = interval(values)
+    axes.errorbar(
+        at,
+        mean.mean,
+        [[mean.mean - mean.low], [mean.high - mean.mean]],
+        fmt=shape,
+        color=colour,
+        markersize=7,
+        capsize=3,
+        markeredgecolor="white",
+        label=label or None,
+        zorder=3,
+    )
+
+
+def _tick(line: Line, runs: Sequence[Run]) -> str:
+    """The value, and how many weights there were where that is another number."""
+    value, found = getattr(runs[0], line.axis), runs[0].n_localized
+    return f"{value}\n({found} found)" if line.axis == "n_weights" and found != value else str(value)
+
+
+def _of(role: str, runs: Sequence[Run]) -> str:
+    return f"{role} data: {getattr(runs[0], f'{role}_n'):,} samples"
