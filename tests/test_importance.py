@@ -21,6 +21,7 @@ from lightning_nrl import (
     Settings,
     Target,
     TensorSource,
+    compare_module,
     repair_module,
 )
 from lightning_nrl.collective import Collective
@@ -277,6 +278,14 @@ def test_of_two_failures_every_method_repairs_the_one_that_counts_more(method: s
         outcome = repair_module(model, either_or(), Settings(importance={worthy: 9, 9 - worthy: 1}, **METHODS[method]))
     assert outcome.report.splits[0].repaired_ids == (worthy,)
     assert outcome.report.splits[0].broken == 0
+
+
+def test_a_comparison_heeds_it_too() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.75))
+    alike = compare_module(model, either_or(), methods=["linearised"])
+    other = compare_module(model, either_or(), Settings(importance={4: 1, 5: 9}), methods=["linearised"])
+    assert [alike.entries[0].given, other.entries[0].given.targeted] == [None, 1]
 
 
 @pytest.mark.parametrize("name", ["low", "high"])

@@ -27,6 +27,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.flips import FlipCounts, Flips
+from lightning_nrl.importance import Importance
 from lightning_nrl.known import check_losses, check_sources, given_or_default, passed_rows
 from lightning_nrl.methods import METHODS, Method, Problem, Solution, Training, parse_method, solve
 from lightning_nrl.search import ParticleSwarm
@@ -91,7 +92,8 @@ def compare_module(
     with as_found(model):
         collecting = Clock(observer)
         with collecting.stage("collect"):
-            before = see(model, known, target=settings.target)
+            whole = partial(see, model, target=settings.target)
+            before, _ = Importance(importance=settings.importance).over(whole, known, task, collective)
         check_losses(before)
         _check_targets(before, settings)
         problem = Problem(

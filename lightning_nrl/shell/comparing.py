@@ -15,7 +15,10 @@ from lightning_nrl.shell.looking import Scene, look
 
 __all__ = ["compare"]
 
-WITHOUT_EFFECT = {"gate", "strength", "limit", "sparse", "calibration", "dirpath"}
+WITHOUT_EFFECT = {
+    *("gate", "strength", "limit", "sparse", "calibration", "dirpath"),
+    *("slices", "quotas", "protected", "set_aside"),
+}
 
 
 def compare(
