@@ -70,6 +70,8 @@ def compare(
         raise ConfigurationError(
             explain(f"`method={method!r}`: a comparison runs several.", f"name them: `methods=[{method!r}, ...]`.")
         )
+    callback = callback_with(unseen=unseen, **arguments)
+    check_model(model, "compare_module")
     for name in sorted(WITHOUT_EFFECT & set(arguments)):
         raise ConfigurationError(
             explain(
@@ -77,8 +79,6 @@ def compare(
                 f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
             )
         )
-    callback = callback_with(unseen=unseen, **arguments)
-    check_model(model, "compare_module")
 
     def work(scene: Scene) -> Comparison:
         return compare_module(
