@@ -4,7 +4,8 @@
     python examples/case_study/updates.py --updates "from scratch"
 
 The network in use has seen few front and back views; then more data came in. It is replaced by one that was trained on
-all of them, from scratch or from the old weights on, and what this one breaks is repaired right after the training.
+all of them, from scratch or from the old weights on, with or without a term in the loss that holds it to what the old
+one gets right (focal distillation); what this one breaks is repaired right after the training.
 Then old and new are served together: behind a margin switch, or as an ensemble, with a threshold and a weight that are
 chosen on a quarter of the test data; all counts are of the rest. What was run before is read from `runs/`.
 """
@@ -20,18 +21,18 @@ from statistics import mean
 
 import torch
 from network import EPOCHS, VehicleNet, Vehicles, trained
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-from lightning_nrl import RegressionFreeRepair, RepairReport
+from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.switch import WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.switch.rule import SwitchRule
 
-UPDATES = ("from scratch", "from the old weights")
+UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
 LIMIT = 0.005
 """The share of the calibration samples that the old model gets right and the switch may break."""
 SHARES = (0.2, 0.3, 0.4)
@@ -44,19 +45,22 @@ Row = tuple[float, ...]
 
 def updated(update: str, experiment: str, seed: int, epochs: int = EPOCHS) -> dict[str, Row]:
     """One update with one seed: rows for the model as it was trained, as it was repaired, and beside the old one."""
-    folder = Path("runs") / f"update_{experiment}_{update.replace(' ', '_')}" / f"seed_{seed}"
+    name = update.replace(",", "").replace(" ", "_")
+    folder = Path("runs") / f"update_{experiment}_{name}" / f"seed_{seed}"
     data = Vehicles(experiment, seed)
     checkpoint = trained(data, Path("runs") / f"vehicles_{experiment}_{seed}.ckpt", seed, epochs)
     old, new = VehicleNet.load_from_checkpoint(checkpoint, map_location="cpu"), VehicleNet()
     if not (folder / "update.ckpt").exists():
         seed_everything(seed + 1000, verbose=False)
-        if update == "from the old weights":
+        if update.startswith("from the old weights"):
             new.load_state_dict(old.state_dict())
+        congruent = [PositiveCongruentTraining(checkpoint)] if update.endswith("congruent") else []
         _train(
             new,
             data,
             folder,
             epochs,
+            *congruent,
             RegressionFreeRepair(
                 reference=checkpoint,
                 passed=DataLoader(data.data["train"], 512),
@@ -73,10 +77,10 @@ def updated(update: str, experiment: str, seed: int, epochs: int = EPOCHS) -> di
     return rows | {f"{update}, {name}": row for name, row in _served(old, new, data, seed).items()}
 
 
-def _train(model: VehicleNet, data: Vehicles, folder: Path, epochs: int, repair: RegressionFreeRepair) -> None:
+def _train(model: VehicleNet, data: Vehicles, folder: Path, epochs: int, *callbacks: Callback) -> None:
     trainer = Trainer(
         max_epochs=epochs,
-        callbacks=[repair],
+        callbacks=list(callbacks),
         devices=1,
         logger=False,
         enable_checkpointing=False,
