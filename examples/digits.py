@@ -85,7 +85,7 @@ class DigitNet(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         self._log_accuracy("val", batch)
 
-    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._log_accuracy("test", batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from lightning_nrl.comparison import Comparison, compare_module
 from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
-from lightning_nrl.gate import Gate
+from lightning_nrl.gate import Gate, release
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
 from lightning_nrl.oversampling import Oversampler
@@ -19,6 +19,7 @@ from lightning_nrl.shell.comparing import compare
 from lightning_nrl.shell.congruent import PositiveCongruentTraining, regression_loss
 from lightning_nrl.shell.monitoring import RegressionMetrics
 from lightning_nrl.shell.preflight import diagnose
+from lightning_nrl.shell.releasing import ReleaseGate
 from lightning_nrl.shell.standalone import repair
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
@@ -49,6 +50,7 @@ __all__ = [
     "Predictions",
     "RegressionFreeRepair",
     "RegressionMetrics",
+    "ReleaseGate",
     "RepairError",
     "RepairReport",
     "Settings",
@@ -61,6 +63,7 @@ __all__ = [
     "diagnose",
     "diagnose_module",
     "regression_loss",
+    "release",
     "repair",
     "repair_module",
 ]

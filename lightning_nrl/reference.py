@@ -102,9 +102,8 @@ class OldModel:
         collective: Collective,
     ) -> Evidence:
         """Runs it over the data, unless its predictions are in the cache."""
-        state = None if isinstance(self.model, nn.Module) else self._state(model)
-        weights = self.model.state_dict() if isinstance(self.model, nn.Module) else state
-        assert weights is not None
+        weights = self.weights(model)
+        state = None if isinstance(self.model, nn.Module) else weights
         known = None if self.cache is None else Predictions.cached(self.cache, weights, like)
         if not collective.any(known is None):
             assert known is not None
@@ -114,6 +113,16 @@ class OldModel:
         if self.cache is not None and collective.rank == 0:
             Predictions.of(answer, weights).save(self.cache)
         return answer
+
+    def weights(self, model: nn.Module) -> State:
+        """Its state dict; of weights alone in the dtypes and on the device of a model of the same architecture.
+
+        Raises:
+            ConfigurationError: the weights cannot be read, or do not fit the model.
+        """
+        if isinstance(self.model, nn.Module):
+            return self.model.state_dict()
+        return fitting("reference", read_state("reference", self.model), model)
 
     def _run(
         self,
@@ -137,10 +146,6 @@ class OldModel:
                 return collect(self.model.to(here), seen, task=task, context=context, collective=ranks)
         finally:
             self.model.to(home)
-
-    def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        assert not isinstance(self.model, nn.Module)
-        return fitting("reference", read_state("reference", self.model), model)
 
 
 def parse_reference(reference: Any) -> Reference | None:

@@ -26,10 +26,17 @@ MOST = 200
 
 
 class Told:
-    """A source that notes in passing which slice each sample is in."""
+    """A source that notes in passing which slice each sample is in.
 
-    def __init__(self, source: Source, slices: Slices | None, task: Task) -> None:
-        self.source, self.slices, self.task = source, slices, task
+    Args:
+        source: whose batches are handed on.
+        slices: which slice each sample is in; None: in none.
+        task: knows the labels.
+        argument: what `slices` was given as, for an error.
+    """
+
+    def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
+        self.source, self.slices, self.task, self.argument = source, slices, task, argument
         self.found: list[tuple[int, str]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +45,7 @@ class Told:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.source:
             if self.slices is not None:
-                names = _names(self.slices, batch, self.task.label(batch.target))
+                names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
                 pairs = zip(batch.position.tolist(), names, strict=True)
                 self.found += [(at, name) for at, name in pairs if name is not None]
             yield batch
@@ -51,7 +58,7 @@ class Told:
         if len(names) > MOST:
             raise ConfigurationError(
                 explain(
-                    f"`slices` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
+                    f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                     f"return one of at most {MOST} names or numbers for each sample.",
                 )
             )
@@ -63,20 +70,20 @@ class Told:
         return tuple(names), group
 
 
-def _names(slices: Slices, batch: Batch, label: Tensor | None) -> list[str | None]:
+def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
     try:
         found = slices.select(batch, label, None) if isinstance(slices, Target) else slices(batch.raw)
     except Exception as error:
         hint = "it is called with a batch of the data loader; what a model makes of a sample is no slice."
         raise ConfigurationError(
-            explain(f"`slices` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint)
+            explain(f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint)
         ) from error
     values = found.tolist() if hasattr(found, "tolist") else found
     fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
     if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):
         raise ConfigurationError(
             explain(
-                f"`slices` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
+                f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
                 "return one name, whole number or bool for each sample.",
             )
         )

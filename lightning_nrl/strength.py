@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from lightning_nrl.batches import Source
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.flips import FlipCounts, Flips
+from lightning_nrl.flips import Flips
 from lightning_nrl.gate import Gate
 from lightning_nrl.gradients.polish import polish
 from lightning_nrl.problem import Problem
+from lightning_nrl.report import StrengthPoint
 from lightning_nrl.state import State, between, holding
 
-__all__ = ["POINTS", "Calibration", "Strength", "StrengthPoint", "choose", "find_strength", "strength_path"]
+__all__ = ["POINTS", "Calibration", "Strength", "choose", "find_strength", "strength_path"]
 
 POINTS = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 """Strengths to be counted, the most telling first, since time may be short."""
@@ -29,48 +30,6 @@ GRID = tuple(step / 20 for step in range(1, 27))
 
 POLISHES = 3
 """Polishes at most in the search for the strongest: each may break calibration samples that were not broken before."""
-
-
-@dataclass(frozen=True)
-class StrengthPoint:
-    """What a patch does at one strength.
-
-    Attributes:
-        strength: t, 0 for the original weights and 1 for the patch.
-        repaired_in_target: targeted samples that pass.
-        known: what becomes of all known samples.
-        calibration: what becomes of the calibration data; None if there are none.
-        polished: whether the weights were polished there, and the counts are those after it.
-        gain: what the repaired targets are worth; None: as many as they are.
-        harm: what the broken known samples cost; likewise.
-        harm_aside: what the broken calibration samples cost; likewise.
-    """
-
-    strength: float
-    repaired_in_target: int
-    known: FlipCounts
-    calibration: FlipCounts | None = None
-    polished: bool = False
-    gain: float | None = None
-    harm: float | None = None
-    harm_aside: float | None = None
-
-    @property
-    def worth(self) -> float:
-        """What the repaired targets are worth."""
-        return self.repaired_in_target if self.gain is None else self.gain
-
-    @property
-    def cost(self) -> float:
-        """What the broken known samples cost."""
-        return self.known.broken if self.harm is None else self.harm
-
-    @property
-    def cost_aside(self) -> float:
-        """What the broken calibration samples cost; 0 without any."""
-        if self.harm_aside is not None:
-            return self.harm_aside
-        return 0 if self.calibration is None else self.calibration.broken
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from lightning_nrl.clock import Clock
 from lightning_nrl.evidence import collect
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.methods import Problem, Solution
+from lightning_nrl.report import StrengthPoint
 from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State, snapshot
-from lightning_nrl.strength import Calibration, StrengthPoint, choose, find_strength, strength_path
+from lightning_nrl.strength import Calibration, choose, find_strength, strength_path
 from lightning_nrl.targets import AllFailures
 
 PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}

@@ -30,11 +30,12 @@ from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.importance import Importance
 from lightning_nrl.known import check_losses, check_sources, given_or_default, passed_rows
 from lightning_nrl.methods import METHODS, Method, Problem, Solution, Training, parse_method, solve
+from lightning_nrl.report import StrengthPoint
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State
-from lightning_nrl.strength import Calibration, StrengthPoint, strength_path
+from lightning_nrl.strength import Calibration, strength_path
 from lightning_nrl.tasks import Task
 
 __all__ = ["Methods", "compare_module", "parse_methods"]

@@ -5,6 +5,7 @@ from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.report import RepairReport, Status, installed_versions
 from lightning_nrl.report.slices import SetAside, SliceReport, set_aside, slice_reports
 from lightning_nrl.report.split import Role, SplitReport, pool, split_report
+from lightning_nrl.report.strength import StrengthPoint
 from lightning_nrl.report.update import UpdateSplit, pool_updates, update_split, update_words
 from lightning_nrl.report.weights import WeightChange, hash_tensors
 
@@ -19,6 +20,7 @@ __all__ = [
     "SliceReport",
     "SplitReport",
     "Status",
+    "StrengthPoint",
     "UpdateSplit",
     "WeightChange",
     "hash_tensors",

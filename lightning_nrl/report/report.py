@@ -17,6 +17,7 @@ from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
 from lightning_nrl.report.slices import SetAside, SliceReport, aside_facts, slice_table
 from lightning_nrl.report.split import Role, SplitReport, pool
+from lightning_nrl.report.strength import StrengthPoint, strength_table
 from lightning_nrl.report.update import UpdateSplit, pool_updates, update_table
 from lightning_nrl.report.weights import WeightChange
 from lightning_nrl.report.words import (
@@ -31,10 +32,8 @@ from lightning_nrl.report.words import (
     sentence,
     setting_facts,
     steps_table,
-    strength_table,
     unchanged_table,
 )
-from lightning_nrl.strength import StrengthPoint
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 

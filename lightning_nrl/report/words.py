@@ -12,7 +12,6 @@ from lightning_nrl.report.page import Row, Table
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.split import SplitReport, pool
 from lightning_nrl.report.weights import WeightChange
-from lightning_nrl.strength import StrengthPoint
 
 __all__ = [
     "change_words",
@@ -26,7 +25,6 @@ __all__ = [
     "sentence",
     "setting_facts",
     "steps_table",
-    "strength_table",
     "unchanged_table",
 ]
 
@@ -88,22 +86,6 @@ def steps_table(steps: Sequence[Step]) -> Table:
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
     rows = [Row(s.name, (_count(s.repaired), _count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
     return Table(columns, tuple(rows), notes=True)
-
-
-def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
-    """What a patch does at several strengths, the chosen one marked."""
-    columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
-    calibrated = any(point.calibration is not None for point in path)
-    columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []
-    rows = []
-    for point in path:
-        cells = [point.repaired_in_target, point.known.repaired, point.known.broken]
-        if point.calibration is not None:
-            cells += [point.calibration.repaired, point.calibration.broken]
-        taken = point.strength == chosen
-        label = f"strength {point.strength:g}" + ", polished" * point.polished + ", taken" * taken
-        rows.append(Row(label, tuple(map(_count, cells)), "gain" if taken else ""))
-    return Table(tuple(columns), tuple(rows))
 
 
 def with_totals(splits: Sequence[SplitReport]) -> list[SplitReport]:

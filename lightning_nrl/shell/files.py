@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.gate import ReleaseReport
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report.page import Shown
 from lightning_nrl.tracking import outcome
 
 __all__ = ["base_folder", "file_names", "headline", "output_folder", "show", "write_report"]
 
 
-def base_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path:
-    """The folder that the user named, or `repair` in the log folder.
+def base_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path:
+    """The folder that the user named, or one of this name in the log folder.
 
     Raises:
         ConfigurationError: it is not on this machine's file system.
@@ -25,27 +27,28 @@ def base_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path:
     if "://" in str(found):
         raise ConfigurationError(
             explain(
-                f"`dirpath`: the files of a repair cannot go to '{found}', which is no local folder.",
+                f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
                 "pass a local folder as `dirpath=`, and copy it where it should be.",
             )
         )
-    return Path(found) if dirpath is not None else Path(found) / "repair"
+    return Path(found) if dirpath is not None else Path(found) / name
 
 
-def output_folder(dirpath: str | Path | None, trainer: pl.Trainer) -> Path | None:
+def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path | None:
     """The folder for the files of a repair, made on the first rank, the same on all.
 
     Args:
-        dirpath: the folder that the user named; None: `repair` in the log folder, or the next free of `repair-1`,
-            `repair-2` ... where an earlier repair has left its report.
+        dirpath: the folder that the user named; None: `name` in the log folder, or the next free of `name-1`,
+            `name-2` ... where an earlier one has left its report.
         trainer: knows the log folder.
+        name: what is done, in a word.
 
     Returns:
         None in a `fast_dev_run`, which writes nothing.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None
-    folder = base_folder(dirpath, trainer)
+    folder = base_folder(dirpath, trainer, name)
     if trainer.is_global_zero:
         free, k = folder, 0
         while dirpath is None and (free / "report.json").exists():
@@ -64,14 +67,14 @@ def file_names(folder: Path | None, *, checkpoint: bool) -> dict[str, str]:
     return {kind: str(folder / name) for kind, name in names.items() if checkpoint or kind != "checkpoint"}
 
 
-def write_report(report: RepairReport) -> None:
+def write_report(report: RepairReport | ReleaseReport) -> None:
     """Writes the report to the files that it names."""
     for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
         if kind in report.files:
             Path(report.files[kind]).write_text(text, encoding="utf-8")
 
 
-def show(report: RepairReport) -> None:
+def show(report: Shown) -> None:
     """Prints the report: as a rich table where rich is installed, else as plain text."""
     try:
         from rich import get_console

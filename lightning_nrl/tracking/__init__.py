@@ -1,7 +1,24 @@
 """Writing a repair to loggers: numbers to any of them, and to TensorBoard what else helps to judge it."""
 
-from lightning_nrl.tracking.scalars import outcome, search_curves, slice_numbers, split_numbers, strength_curves
+from lightning_nrl.tracking.scalars import (
+    outcome,
+    release_numbers,
+    search_curves,
+    slice_numbers,
+    split_numbers,
+    strength_curves,
+)
 from lightning_nrl.tracking.tensorboard import write_extras
-from lightning_nrl.tracking.track import track
+from lightning_nrl.tracking.track import track, track_release
 
-__all__ = ["outcome", "search_curves", "slice_numbers", "split_numbers", "strength_curves", "track", "write_extras"]
+__all__ = [
+    "outcome",
+    "release_numbers",
+    "search_curves",
+    "slice_numbers",
+    "split_numbers",
+    "strength_curves",
+    "track",
+    "track_release",
+    "write_extras",
+]

@@ -12,9 +12,19 @@ from __future__ import annotations
 
 import math
 
+from lightning_nrl.gate import ReleaseReport
 from lightning_nrl.report import RepairReport, SplitReport
 
-__all__ = ["CURVES", "Scalars", "outcome", "search_curves", "slice_numbers", "split_numbers", "strength_curves"]
+__all__ = [
+    "CURVES",
+    "Scalars",
+    "outcome",
+    "release_numbers",
+    "search_curves",
+    "slice_numbers",
+    "split_numbers",
+    "strength_curves",
+]
 
 Scalars = dict[str, float]
 """Values by tag."""
@@ -55,6 +65,29 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
         found["weights_changed"] = float(report.change.changed)
     found["seconds"] = float(sum(report.seconds.values()))
     return _finite({f"{name}/{tag}": value for tag, value in found.items()})
+
+
+RELEASE = {
+    "negative_flip_rate": "nfr",
+    "positive_flip_rate": "pfr",
+    "relative_negative_flip_rate": "relative_nfr",
+    "backward_trust_compatibility": "btc",
+    "backward_error_compatibility": "bec",
+    "accuracy_after": "accuracy",
+    "accuracy_before": "reference_accuracy",
+}
+"""Tags of a release by the names of the report."""
+
+
+def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
+    """The verdict (`accepted`, 1 or 0) and the numbers of every split, `<name>/<split>/...`, and of its slices."""
+    found: Scalars = {f"{name}/accepted": float(report.accepted)}
+    for row in report.rows:
+        place = "/".join(filter(None, (name, row.split, row.slice)))
+        numbers = {RELEASE[key]: value for key, value in row.numbers.items()}
+        numbers |= {"nfr_upper": row.upper, "broken": row.counts.broken, "repaired": row.counts.repaired}
+        found |= {f"{place}/{key}": float(value) for key, value in numbers.items()}
+    return _finite(found)
 
 
 def split_numbers(report: RepairReport, name: str = "repair") -> Scalars:

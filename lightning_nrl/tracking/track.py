@@ -1,19 +1,21 @@
-"""One repair to all loggers of a trainer. Logging comes last and must never cost the repair."""
+"""One report to all loggers of a trainer. Logging comes last and must never cost the repair, or the decision."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_nrl.gate import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.tracking.scalars import outcome, search_curves, slice_numbers, split_numbers, strength_curves
 from lightning_nrl.tracking.tensorboard import write_extras
 
-__all__ = ["track"]
+__all__ = ["track", "track_release"]
 
 
 @rank_zero_only
@@ -38,17 +40,42 @@ def track(
         change: the change of every searched weight, for a histogram; None if there was no candidate.
         name: the first part of every tag; a second repair in the same log needs another one.
     """
+    write = partial(_write, report, step=step, change=change, name=name)
+    _to_each(loggers, write, "repair")
+
+
+@rank_zero_only
+def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
+    """Writes the page of a release decision to every TensorBoard logger, on rank zero. Its numbers go with the metrics.
+
+    Args:
+        report: the decision.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        name: the first part of the tag.
+    """
+
+    def write(logger: Logger) -> None:
+        writer = getattr(logger, "experiment", None)
+        if isinstance(writer, SummaryWriter):
+            writer.add_text(f"{name}/report", report.to_markdown(), step)
+            logger.save()
+
+    _to_each(loggers, write, "release report")
+
+
+def _to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
     for logger in loggers:
         try:
-            _write(report, logger, step, change, name)
+            write(logger)
         except Exception as error:
             rank_zero_warn(
-                f"The repair was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
-                "The repair itself and its files are not affected."
+                f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
+                f"The {what} itself and its files are not affected."
             )
 
 
-def _write(report: RepairReport, logger: Logger, step: int, change: Tensor | None, name: str) -> None:
+def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | None, name: str) -> None:
     for iteration, scalars in enumerate(search_curves(report, name)):
         logger.log_metrics(scalars, step=iteration)
     for strength, scalars in strength_curves(report, name).items():

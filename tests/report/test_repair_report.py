@@ -16,9 +16,9 @@ from lightning_nrl.flips import FlipCounts
 from lightning_nrl.localization.localization import Localization
 from lightning_nrl.methods import Step
 from lightning_nrl.report import Hashes, LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.report.strength import StrengthPoint
 from lightning_nrl.report.words import percent
 from lightning_nrl.search.result import SearchHistory, SearchResult
-from lightning_nrl.strength import StrengthPoint
 
 STATES = ("repaired", "refused", "nothing")
 TRAIN = SplitReport("train", "known", 1172, 0, 9, 17, 0, 0, (), (1, 5, 7, 8, 9, 33, 44, 55, 66), ())

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.report import RepairReport
-from lightning_nrl.strength import StrengthPoint
+from lightning_nrl.report.strength import StrengthPoint
 from lightning_nrl.tracking import outcome, search_curves, split_numbers, strength_curves
 from lightning_nrl.tracking.tensorboard import layout
 

@@ -20,7 +20,7 @@ from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.quotas import below
 
-__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "judge", "spared"]
+__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "allowance", "judge", "read_number", "spared"]
 
 KINDS = ("instance", "accuracy", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 
@@ -260,9 +260,7 @@ def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, bro
     split = ", ".join(f"{len(ids):,} in {name}" for name, ids in broken.items() if ids)
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
-    allowed = f"{gate.allowed(counts):,}"
-    here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
-    limit = f"the gate allows {gate.rule}{here}"
+    limit = allowance(gate, counts)
     if status == "refused":
         sentences = f"{loss}; {limit}", gain
     elif status == "repaired":
@@ -270,6 +268,13 @@ def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, bro
     else:
         sentences = gain, loss
     return " ".join(f"{text[0].upper()}{text[1:]}." for text in sentences)
+
+
+def allowance(gate: Gate, counts: FlipCounts) -> str:
+    """What a gate allows, in words, and how many samples that is here."""
+    allowed = f"{gate.allowed(counts):,}"
+    here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
+    return f"the gate allows {gate.rule}{here}"
 
 
 def _warning(after: Evidence) -> str:
@@ -281,11 +286,20 @@ def _count(n: int) -> str:
     return f"{n:,}" if n else "none"
 
 
+def read_number(text: str) -> int | float:
+    """A whole number, or a share, also in percent.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text.endswith("%"):
+        return float(Fraction(text[:-1].strip()) / 100)
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
 def _number(text: str, gate: str, argument: str) -> int | float:
     try:
-        if text.endswith("%"):
-            return float(Fraction(text[:-1].strip()) / 100)
-        return int(text) if text.lstrip("+-").isdigit() else float(text)
+        return read_number(text)
     except ValueError as error:
         raise ConfigurationError(
             explain(f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(KINDS)}.")

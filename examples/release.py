@@ -1,0 +1,85 @@
+"""May the new model replace the old one? Rules, a verdict with reasons, a report to file, an exit status for scripts.
+
+    python examples/release.py                        # the candidate is the old model, tuned on what it failed on
+    python examples/release.py --candidate repaired   # the candidate is the old model, repaired
+
+The data and the network are in `digits.py`. Exits with 0 if the candidate is accepted, 1 if it is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from copy import deepcopy
+
+import torch
+from digits import DigitNet, SlashedZeros
+from pytorch_lightning import Trainer, seed_everything
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader
+
+from lightning_nrl import ReleaseGate, Target, repair
+from lightning_nrl.gate import ProtectedIntact
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def digit(batch: Batch) -> Tensor:
+    return batch[1]
+
+
+def is_zero(batch: Batch) -> Tensor:
+    return batch[1] == 0
+
+
+def slashed_zero(batch: Batch) -> Tensor:
+    return batch[2]
+
+
+def quiet_trainer(epochs: int = 30) -> Trainer:
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--candidate", choices=["tuned", "repaired"], default="tuned")
+    parser.add_argument("--epochs", type=int, default=30, help="of each training")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+    data = SlashedZeros()
+    seed_everything(0, verbose=False)
+    old = DigitNet()
+    quiet_trainer(arguments.epochs).fit(old, datamodule=data)
+    new = deepcopy(old)
+    if arguments.candidate == "tuned":
+        quiet_trainer(arguments.epochs).fit(new, data.repair_dataloader())
+    else:
+        repair(quiet_trainer(), new, datamodule=data, target=Target.where(slashed_zero), verbose=False)
+
+    gate = ReleaseGate(
+        reference=old,
+        rules=[
+            "instance in known",  # nothing that has been seen to work may break
+            "accuracy in later",
+            "nfr:2% in later",  # with 95 % confidence, of data like these
+            "slices in later",  # no digit is worse
+            ProtectedIntact(where=is_zero),
+        ],
+        slices=digit,
+    )
+    known = DataLoader(ConcatDataset([data.data["train"], data.data["repair"]]), 256)
+    trainer = Trainer(accelerator="cpu", callbacks=[gate], enable_progress_bar=False)
+    trainer.test(new, {"known": known, "later": data.test_dataloader()}, verbose=False)
+    sys.exit(gate.report.exit_status)

@@ -1,0 +1,299 @@
+"""The release gate in `trainer.test` and `trainer.validate`; also a script, since plain `ddp` starts it again.
+
+python test_release_gate.py FOLDER
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from digit_models import Classifier, Digits, quiet_trainer, right
+from pytorch_lightning import LightningModule
+from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_nrl import ConfigurationError, OldModel, Predictions, ReleaseGate
+from lightning_nrl.gate import ProtectedIntact, ReleaseReport
+
+RULES = ["accuracy", "nfr:10%", "slices"]
+
+
+def digit(batch: Any) -> Any:
+    return batch[1]
+
+
+def is_noisy(batch: Any) -> Any:
+    return batch[2]
+
+
+@pytest.fixture
+def new(trained: Classifier) -> Classifier:
+    """Another model: the last layer moved a little."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        trained.network[3].weight.add_(0.1 * torch.randn_like(trained.network[3].weight))
+    return trained
+
+
+@pytest.fixture
+def old(trained_path: Path) -> Classifier:
+    return Classifier.load_from_checkpoint(trained_path)
+
+
+def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:
+    return ReleaseGate(reference, **{"rules": RULES, "slices": digit, "verbose": False, **arguments})
+
+
+def test_the_test_is_followed_by_a_verdict(
+    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = Digits()
+    was, now = right(old, data.test), right(new, data.test)
+    gate = gate_of(trained_path, rules=["instance", ProtectedIntact(where=is_noisy)], verbose=True)
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False)
+    (metrics,) = trainer.test(new, datamodule=data, verbose=False)
+    report = gate.report
+    assert report is not None
+    broken = (was & ~now).nonzero().flatten().tolist()
+    assert broken
+    assert report.broken_ids == {"test": broken}
+    assert report.findings[1].ids["test"] == [at for at in broken if data.test.tensors[2][at]]
+    assert (report.status, report.exit_status) == ("refused", 1)
+    assert [row.slice for row in report.rows] == ["", *map(str, range(10))]
+    assert metrics["release/accepted"] == 0.0
+    assert metrics["release/test/broken"] == len(broken)
+    assert metrics["release/test/accuracy"] == pytest.approx(int(now.sum()) / len(now))
+    assert metrics["release/test/3/nfr"] == pytest.approx(report.rows[4].numbers["negative_flip_rate"])
+    assert "test_right" in metrics
+    assert ReleaseReport.from_json((tmp_path / "release" / "report.json").read_text()) == report
+    assert (tmp_path / "release" / "report.md").read_text() == report.to_markdown()
+    assert "REFUSED" in capsys.readouterr().out
+
+
+def test_nothing_but_the_verdict_comes_of_it(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+    found = []
+    for gates in ([], [gate_of(old)]):
+        torch.manual_seed(3)
+        new.network[2].train()
+        new.network[3].eval()
+        quiet_trainer(tmp_path, *gates).test(new, datamodule=Digits(), verbose=False)
+        flags = [module.training for model in (old, new) for module in model.modules()]
+        found.append((torch.get_rng_state().tolist(), flags))
+    assert found[0] == found[1]
+
+
+def test_its_predictions_are_the_next_reference(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+    first = gate_of(old, dirpath=tmp_path / "first")
+    quiet_trainer(tmp_path, first).test(new, datamodule=Digits(), verbose=False)
+    second = gate_of(first.report.files["predictions"])
+    quiet_trainer(tmp_path, second).test(old, datamodule=Digits(), verbose=False)
+    assert second.report.old.sha256 == first.report.new.sha256
+    assert second.report.rows[0].counts.broken == first.report.rows[0].counts.repaired
+    assert second.report.samples == first.report.samples
+
+
+def test_validate_judges_on_validation_data_and_fit_does_not(old: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old, rules="instance")
+    trainer = quiet_trainer(tmp_path, gate, enable_checkpointing=False, max_epochs=1)
+    trainer.fit(Classifier(), datamodule=Digits())
+    assert gate.report is None
+    trainer.validate(old, datamodule=Digits(), verbose=False)
+    assert gate.report.accepted
+    assert gate.report.rows[0].split == "val"
+    assert trainer.callback_metrics["release/accepted"] == 1.0
+
+
+def test_the_checkpoint_that_is_tested_is_what_is_judged(
+    old: Classifier, new: Classifier, trained_path: Path, tmp_path: Path
+) -> None:
+    gate = gate_of(old, rules="instance")
+    quiet_trainer(tmp_path, gate).test(new, ckpt_path=trained_path, datamodule=Digits(), verbose=False)
+    assert gate.report.accepted
+    assert gate.report.new.name == f"Classifier from {trained_path}"
+    assert gate.report.new.sha256 == gate.report.old.sha256
+
+
+class Several(Digits):
+    def __init__(self, make: Callable[[list[DataLoader]], Any] = list) -> None:
+        super().__init__()
+        self.make = make
+
+    def test_dataloader(self) -> Any:
+        return self.make([DataLoader(self.val, 64), DataLoader(self.test, 64, shuffle=True)])
+
+
+class Plain(Classifier):
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self(batch[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "splits", "names"),
+    [
+        (list, None, ["test-0", "test-1"]),
+        (list, ["suite", "later"], ["suite", "later"]),
+        (lambda loaders: dict(zip("ab", loaders, strict=True)), None, ["a", "b"]),
+    ],
+)
+def test_each_data_loader_is_a_split(make: Any, splits: Any, names: list[str], old: Classifier, tmp_path: Path) -> None:
+    model = Plain()
+    model.load_state_dict(old.state_dict())
+    gate = gate_of(old, rules=[f"instance in {names[0]}", f"nfr:5% in {names[1]}"], splits=splits)
+    quiet_trainer(tmp_path, gate).test(model, datamodule=Several(make), verbose=False)
+    assert gate.report.accepted
+    assert [(row.split, row.counts.n) for row in gate.report.rows if not row.slice] == [
+        (names[0], 100),
+        (names[1], 300),
+    ]
+
+
+def test_a_report_is_kept_when_the_next_one_is_made(old: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old)
+    trainer = quiet_trainer(tmp_path, gate)
+    for _ in range(2):
+        trainer.test(old, datamodule=Digits(), verbose=False)
+    assert Path(gate.report.files["json"]).parent == tmp_path / "release-1"
+    assert (tmp_path / "release" / "report.json").exists()
+
+
+def test_a_fast_run_judges_one_batch_and_writes_nothing(old: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old)
+    quiet_trainer(tmp_path, gate, fast_dev_run=True).test(old, datamodule=Digits(), verbose=False)
+    assert gate.report.rows[0].counts.n == 64
+    assert not gate.report.files
+    assert not (tmp_path / "release").exists()
+
+
+def test_tensorboard_shows_the_page_and_the_numbers(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+    gate, logger = gate_of(old), TensorBoardLogger(tmp_path)
+    quiet_trainer(tmp_path, gate, logger=logger).test(new, datamodule=Digits(), verbose=False)
+    events = EventAccumulator(logger.log_dir).Reload()
+    (page,) = events.Tensors("release/report/text_summary")
+    assert page.tensor_proto.string_val[0].decode() == gate.report.to_markdown()
+    (point,) = events.Scalars("release/test/nfr_upper")
+    assert point.value == pytest.approx(gate.report.rows[0].upper)
+    assert Path(gate.report.files["json"]).parent == Path(logger.log_dir) / "release"
+
+
+def test_it_is_the_deployed_precision_that_is_judged(old: Classifier, new: Classifier, tmp_path: Path) -> None:
+    gate = gate_of(old)
+    quiet_trainer(tmp_path, gate, precision="bf16-mixed").test(new, datamodule=Digits(), verbose=False)
+    assert gate.report.precision == "float32 on cpu, autocast to bfloat16"
+    data, found = Digits(), []
+    for model in (old, new):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(right(model, data.test))
+    assert gate.report.rows[0].counts.broken == int((found[0] & ~found[1]).sum())
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        yield from Digits().test
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loader", "message"),
+    [
+        ({"rules": "instance in suite"}, None, r"names the split 'suite', the data have \['test'\]"),
+        ({"rules": "slices", "slices": None}, None, "the rule `slices` needs slices"),
+        ({"splits": ["a", "b"]}, None, r"`splits=\['a', 'b'\]`: there are 1 test data loaders"),
+        ({}, DataLoader(Stream(), 64), r"`test` data: Stream is iterable[\s\S]*HINT: give the data as a DataLoader"),
+        ({"dirpath": "s3://bucket"}, None, "no local folder"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_the_test(
+    arguments: dict[str, Any], loader: Any, message: str, old: Classifier, tmp_path: Path
+) -> None:
+    class Untested(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            raise AssertionError("the test has begun")
+
+    data = Digits()
+    if loader is not None:
+        data.test_dataloader = lambda: loader  # type: ignore[method-assign]
+    trainer = quiet_trainer(tmp_path, gate_of(old, **arguments))
+    with pytest.raises(ConfigurationError, match=message):
+        trainer.test(Untested(), datamodule=data, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reference": None}, "`reference=None`"),
+        ({"reference": "nowhere.ckpt"}, "is not there"),
+        ({"rules": "nothing"}, "is no rule"),
+        ({"slices": 3}, "`slices`: a value of type int"),
+        ({"splits": "test"}, "`splits='test'` is no list of names"),
+        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+        ({"seed": -1}, "`seed=-1` is no seed"),
+    ],
+)
+def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        ReleaseGate(**{"reference": OldModel(Classifier()), **arguments})
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
+def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
+    written = {"reference": str(trained_path), "rules": ["accuracy", "nfr:5%"], "slices": "test_release_gate:digit"}
+    entry = {"class_path": "lightning_nrl.ReleaseGate", "init_args": written}
+    config = {
+        "model": {"class_path": "digit_models.Classifier"},
+        "data": {"class_path": "digit_models.Digits"},
+        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    args = ["--config", str(tmp_path / "config.yaml")]
+    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
+    (gate,) = (c for c in made.trainer.callbacks if isinstance(c, ReleaseGate))  # type: ignore[attr-defined]
+    assert [str(rule) for rule in gate.rules] == ["accuracy", "nfr:5%"]
+
+
+class Odd(Digits):
+    """203 samples, which two ranks cannot share evenly."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Subset(self.repair, range(203)), 64)
+
+
+def judged(folder: Path, name: str, **arguments: Any) -> ReleaseReport:
+    """A test of one model against another, which differ by their seed; the report without its files."""
+    model: LightningModule = Classifier()
+    model.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
+    with torch.no_grad():
+        model.network[3].weight.mul_(torch.linspace(0.5, 1.5, 10)[:, None])
+    rules = [*RULES, ProtectedIntact(where=is_noisy)]
+    gate = gate_of(folder / "trained.ckpt", rules=rules, dirpath=folder / name)
+    quiet_trainer(folder, gate, **arguments).test(model, datamodule=Odd(), verbose=False)
+    return gate.report
+
+
+def test_two_processes_judge_as_one(trained_path: Path) -> None:
+    folder = trained_path.parent
+    alone = judged(folder, "alone")
+    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=300)
+    reports = [ReleaseReport.from_json((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert alone.rows[0].counts.n == 203
+    assert alone.rows[0].counts.broken > 0
+    for together in reports:
+        assert (together.findings, together.rows) == (alone.findings, alone.rows)
+        assert (together.samples, together.new, together.old) == (alone.samples, alone.new, alone.old)
+    written = ReleaseReport.from_json((folder / "together" / "report.json").read_text())
+    assert written == reports[0]
+    saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
+    assert saved[0] == saved[1]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    result = judged(Path(sys.argv[1]), "together", strategy="ddp", devices=2)
+    Path(sys.argv[1], f"rank{torch.distributed.get_rank()}.json").write_text(result.to_json())
