@@ -21,6 +21,8 @@ from lightning_nrl.shell.monitoring import RegressionMetrics
 from lightning_nrl.shell.preflight import diagnose
 from lightning_nrl.shell.releasing import ReleaseGate
 from lightning_nrl.shell.standalone import repair
+from lightning_nrl.shell.sweeping import sweep
+from lightning_nrl.sweeps import Grid, SweepResult, sweep_module
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource
@@ -37,6 +39,7 @@ __all__ = [
     "Fitness",
     "FocalDistillation",
     "Gate",
+    "Grid",
     "Linearised",
     "MarginHinge",
     "Multiclass",
@@ -55,6 +58,7 @@ __all__ = [
     "RepairReport",
     "Settings",
     "Strongest",
+    "SweepResult",
     "Target",
     "Task",
     "TensorSource",
@@ -66,4 +70,6 @@ __all__ = [
     "release",
     "repair",
     "repair_module",
+    "sweep",
+    "sweep_module",
 ]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nrl.batches import Source
-from lightning_nrl.errors import ConfigurationError, EvidenceError, check_kind, explain
+from lightning_nrl.collective import Collective
+from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError, check_kind, explain
 from lightning_nrl.evidence import Evidence, non_finite
 from lightning_nrl.settings import Settings
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["check_limit", "check_losses", "check_sources", "given_or_default", "passed_rows"]
+__all__ = ["check_limit", "check_losses", "check_sources", "given_or_default", "passed_rows", "see_aside"]
 
 
 def given_or_default(settings: Settings | None, task: Task | None) -> tuple[Settings, Task]:
@@ -109,3 +112,32 @@ def passed_rows(before: Evidence, known: Sequence[Source], settings: Settings) -
     drawn = torch.zeros_like(pool)
     drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
     return drawn
+
+
+def see_aside(
+    see: Callable[..., Evidence],
+    model: nn.Module,
+    unseen: Sequence[Source],
+    settings: Settings,
+    task: Task,
+    collective: Collective,
+) -> Evidence:
+    """The evidence on data that no search looks at; the target there is for the report alone, so it may fail.
+
+    Args:
+        see: collects evidence.
+        model: the original model.
+        unseen: the data.
+        settings: say which failures are marked, where that can be told, and what samples count.
+        task: knows the labels.
+        collective: the ranks that share the data.
+    """
+    over = partial(settings.counting.over, sources=unseen, task=task, collective=collective, known=False)
+    try:
+        return over(partial(see, model, target=settings.target, everywhere=True))[0]
+    except Exception as error:
+        # If one rank fails all do; they try again only if all can.
+        if collective.any(not isinstance(error, RepairError)):
+            raise
+        warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
+        return over(partial(see, model))[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +17,11 @@ from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.labels import doubtful_labels
-from lightning_nrl.errors import EmptyLocalizationError, RepairError
+from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import Gate, judge, spared
 from lightning_nrl.importance import DOUBTFUL
-from lightning_nrl.known import check_limit, check_losses, check_sources, given_or_default, passed_rows
+from lightning_nrl.known import check_limit, check_losses, check_sources, given_or_default, passed_rows, see_aside
 from lightning_nrl.methods import Problem, Solution, Training, better, solve
 from lightning_nrl.quotas import needed, normalised
 from lightning_nrl.reference import Reference
@@ -124,7 +124,7 @@ def repair_module(
         aside: dict[Role, Evidence] = {}
         for role, sources in others.items():
             with clock.stage("unseen"):
-                aside[role] = _see_aside(see, model, sources, settings, task, collective)
+                aside[role] = see_aside(see, model, sources, settings, task, collective)
         check_losses(before)
         update, own = None, before
         if reference is not None:
@@ -266,26 +266,6 @@ def _change(old: State, new: State) -> Tensor:
     changes = [(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new]
     change = torch.cat(changes)
     return change[change != 0].float()
-
-
-def _see_aside(
-    see: Callable[..., Evidence],
-    model: nn.Module,
-    unseen: Sequence[Source],
-    settings: Settings,
-    task: Task,
-    collective: Collective,
-) -> Evidence:
-    """The evidence on data that no search looks at; the target there is for the report alone, so it may fail."""
-    over = partial(settings.counting.over, sources=unseen, task=task, collective=collective, known=False)
-    try:
-        return over(partial(see, model, target=settings.target, everywhere=True))[0]
-    except Exception as error:
-        # If one rank fails all do; they try again only if all can.
-        if collective.any(not isinstance(error, RepairError)):
-            raise
-        warnings.warn(f"the target's failures are not counted on unseen data: {error}", stacklevel=3)
-        return over(partial(see, model))[0]
 
 
 def _nothing_passes(before: Evidence, known: Sequence[Source]) -> str:

@@ -32,7 +32,7 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import collect
 from lightning_nrl.flips import FlipCounts
-from lightning_nrl.pipeline import _see_aside
+from lightning_nrl.known import see_aside
 from lightning_nrl.report import hash_tensors
 
 
@@ -144,7 +144,7 @@ def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
         see = partial(collect, task=Multiclass(), collective=collective)
         with pytest.raises((OSError, EvidenceError)) as error:
-            _see_aside(see, mlp(), later, quick(), Multiclass(), collective)
+            see_aside(see, mlp(), later, quick(), Multiclass(), collective)
         return str(error.value)
 
     first, second = on_ranks(2, run)

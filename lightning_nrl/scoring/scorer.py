@@ -88,7 +88,8 @@ class SwarmScorer:
         Args:
             values: `S x P x K`.
             most_broken: `S x P`, how many samples of I_pos a candidate may break; None for any number. One that breaks
-                more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing.
+                more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which
+                all may break fewer than none is not scored.
         """
         device = self.recording.subject.space.device
         values = values.to(device)
@@ -97,6 +98,9 @@ class SwarmScorer:
             for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, problem.columns]
                 limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
+                if limit is not None and bool((limit < 0).all()):
+                    sums[2:, swarm] = torch.nan
+                    continue
                 self._add(problem, own, limit, sums[:, swarm])
         patched, intact, loss_failed, loss_passed, *weights = self.collective.sum(sums)
         least = values.dtype if values.dtype == torch.float64 else torch.float32

@@ -65,6 +65,6 @@ class QuittingScorer(Protocol):
             values: `S x P x K`, values of the K localised weights.
             most_broken: `S x P`, how many samples of I_pos each may break, or what they may cost where weights are
                 given; None for any number. One that breaks more may come back with NaN losses and counts that mean
-                nothing.
+                nothing; below 0, whatever it breaks.
         """
         ...

@@ -133,7 +133,7 @@ def search_many(
     while books.done < settings.iterations and _searching(rows, settings) and not over:
         for _ in range(min(interval - books.done % interval, settings.iterations - books.done)):
             swarm = ask(swarm, settings, streams)
-            scores = _score(scorer, swarm, original.dtype, value, before)
+            scores = _score(scorer, swarm, original.dtype, value, before, books.frozen)
             swarm = books.enter(swarm, scores, value(scores, before))
         rows, over = books.read(), is_over is not None and is_over()
         if on_progress is not None and books.done % PROGRESS_EVERY == 0:
@@ -160,12 +160,20 @@ def search_many(
     ]
 
 
-def _score(scorer: Scorer, swarm: Swarm, dtype: torch.dtype, value: FitnessFunction, before: Scores) -> Scores:
-    """Scores the swarm; tells a scorer that can give up which candidates can no longer be their particle's best."""
+def _score(
+    scorer: Scorer, swarm: Swarm, dtype: torch.dtype, value: FitnessFunction, before: Scores, frozen: Tensor
+) -> Scores:
+    """Scores the swarms; tells a scorer that can give up which candidates can no longer be their particle's best.
+
+    Those of a frozen swarm, `S` bool, can not, whatever they break.
+    """
     position = swarm.position.to(dtype)
-    if not isinstance(scorer, QuittingScorer) or not isinstance(value, Fitness):
+    if not isinstance(scorer, QuittingScorer):
         return scorer(position)
-    limit = value.most_broken(swarm.best_fitness, before.n_failed)
+    limit = value.most_broken(swarm.best_fitness, before.n_failed) if isinstance(value, Fitness) else None
+    if scorer.gives_up and len(frozen) > 1 and bool(frozen.any()):
+        any_number = torch.full_like(swarm.best_fitness, math.inf)
+        limit = (any_number if limit is None else limit).masked_fill(frozen[:, None], -1.0)
     return scorer(position) if limit is None else scorer(position, limit)
 
 
@@ -188,9 +196,14 @@ class _Books:
         self.rows = fitness.new_zeros(settings.iterations + 1, ROWS, n_swarms)
         self.sizes = torch.tensor([n_weights] * n_swarms if sizes is None else list(sizes), device=fitness.device)
 
+    @property
+    def frozen(self) -> Tensor:
+        """Which swarms are over, `S` bool."""
+        return self.stale >= self.patience
+
     def enter(self, swarm: Swarm, scores: Scores, fitness: Tensor) -> Swarm:
         """Tells the swarm its fitness, `S x P`, and writes the iteration down."""
-        fitness = fitness.masked_fill((self.stale >= self.patience)[:, None], -math.inf)
+        fitness = fitness.masked_fill(self.frozen[:, None], -math.inf)
         told = tell(swarm, fitness)
         better = told.leader_fitness > swarm.leader_fitness
         which = fitness.argmax(1, keepdim=True)

@@ -112,6 +112,7 @@ def make_source(
     adapter: Adapter = unpack,
     seed: int = 0,
     limit: int | None = None,
+    whole: bool = False,
 ) -> LoaderSource:
     """Rebuilds a data loader so that each rank reads its own samples once, in order, nothing dropped or padded.
 
@@ -125,6 +126,7 @@ def make_source(
         adapter: takes a batch apart.
         seed: for random transforms of the data set: the same at every pass.
         limit: read only this many batches, for `fast_dev_run`.
+        whole: whether each rank reads all samples.
 
     Raises:
         ConfigurationError: an iterable data set, several loaders at once, or a data set that batches itself.
@@ -134,7 +136,9 @@ def make_source(
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
     if limit is not None:
         index = index[: limit * batch_size]
-    positions = torch.arange(len(index))[trainer.global_rank :: trainer.world_size]
+    positions = torch.arange(len(index))
+    if not whole:
+        positions = positions[trainer.global_rank :: trainer.world_size]
     generator = torch.Generator()
     again: DataLoader[Any] = DataLoader(
         loader.dataset,

@@ -31,6 +31,7 @@ class Scene:
         model: on its device.
         known: the data that a repair may look at.
         unseen: the data that are only counted.
+        calibration: the data that no method looks at, to choose by.
         training: would go on with the training.
         means: the arguments `task`, `context`, `collective` and `observer` of functions that know nothing of Lightning.
     """
@@ -38,6 +39,7 @@ class Scene:
     model: pl.LightningModule
     known: list[LoaderSource]
     unseen: list[LoaderSource]
+    calibration: list[LoaderSource]
     training: ContinuedTraining
     means: dict[str, Any]
 
@@ -50,6 +52,7 @@ def look(
     model: pl.LightningModule,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
+    whole: bool = False,
     **arguments: Any,
 ) -> Result:
     """Has something looked at. The model, the trainer and the random state stay as they are, and nothing is written.
@@ -62,6 +65,7 @@ def look(
         model: the module, trained, or to be filled from `ckpt_path`.
         train_dataloaders: as for `fit`.
         val_dataloaders: as for `fit`.
+        whole: whether each rank reads all of the data.
         **arguments: `datamodule` and `ckpt_path`, as for `fit`.
 
     Raises:
@@ -73,7 +77,7 @@ def look(
 
     def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
         with validating(trainer), RepairProgress(trainer) as progress:
-            found.append(work(_scene(trainer, module, callback, epochs, progress)))
+            found.append(work(_scene(trainer, module, callback, epochs, progress, whole)))
 
     with untracked(trainer), without_training(trainer, callback, inside):
         trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
@@ -90,11 +94,12 @@ def _scene(
     callback: RegressionFreeRepair,
     epochs: int,
     progress: RepairProgress,
+    whole: bool,
 ) -> Scene:
     limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
-    known, unseen = callback.data.sources(
-        trainer, model, adapter=callback.adapter, seed=callback.settings.seed, limit=limit
-    )
+    how: dict[str, Any] = {"adapter": callback.adapter, "seed": callback.settings.seed, "limit": limit, "whole": whole}
+    known, unseen = callback.data.sources(trainer, model, **how)
+    calibration = callback.data.calibration_sources(trainer, model, **how)
     warn_if_random(known)
     means = {
         "task": callback.task,
@@ -103,4 +108,4 @@ def _scene(
         "observer": progress,
     }
     training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair,))
-    return Scene(model, known, unseen, training, means)
+    return Scene(model, known, unseen, calibration, training, means)

@@ -79,8 +79,18 @@ class RepairProgress:
             repaired: failed samples that the best candidate so far repairs.
             broken: passed samples that it breaks.
         """
+        self.show(done, total, f"{repaired} repaired, {broken} broken")
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """Shows how far a stage is, and what else is to be said of it.
+
+        Args:
+            done: steps made.
+            total: steps in all.
+            note: a few words.
+        """
         if self._line is not None and self._open:
-            self._line.show(done, total, f"{repaired} repaired, {broken} broken")
+            self._line.show(done, total, note)
 
 
 class _Line(Protocol):

@@ -99,7 +99,14 @@ class DataRequest:
         return found
 
     def sources(
-        self, trainer: pl.Trainer, model: pl.LightningModule, *, adapter: Adapter, seed: int, limit: int | None
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        *,
+        adapter: Adapter,
+        seed: int,
+        limit: int | None,
+        whole: bool = False,
     ) -> tuple[list[LoaderSource], list[LoaderSource]]:
         """The known and the unseen splits, ready to be read.
 
@@ -109,11 +116,12 @@ class DataRequest:
             adapter: takes a batch apart.
             seed: for random transforms of the data sets.
             limit: read only this many batches of each.
+            whole: whether each rank reads all of them.
 
         Raises:
             ConfigurationError: as in `find`.
         """
-        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit)
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
         passed, failed, unseen = self.find(trainer, model)
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
             known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]
@@ -122,7 +130,14 @@ class DataRequest:
         return known, [] if unseen is None else [make(*unseen)]
 
     def calibration_sources(
-        self, trainer: pl.Trainer, model: pl.LightningModule, *, adapter: Adapter, seed: int, limit: int | None
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        *,
+        adapter: Adapter,
+        seed: int,
+        limit: int | None,
+        whole: bool = False,
     ) -> list[LoaderSource]:
         """The calibration data, ready to be read; see `sources` for the arguments.
 
@@ -132,7 +147,7 @@ class DataRequest:
         if self.calibration is None:
             return []
         found = self.find_calibration(trainer, model)
-        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit)
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
         return [] if found is None else [make(*found)]
 
     def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:

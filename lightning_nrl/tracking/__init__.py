@@ -8,6 +8,7 @@ from lightning_nrl.tracking.scalars import (
     split_numbers,
     strength_curves,
 )
+from lightning_nrl.tracking.sweeps import sweep_rows, track_sweep
 from lightning_nrl.tracking.tensorboard import write_extras
 from lightning_nrl.tracking.track import track, track_release
 
@@ -18,7 +19,9 @@ __all__ = [
     "slice_numbers",
     "split_numbers",
     "strength_curves",
+    "sweep_rows",
     "track",
     "track_release",
+    "track_sweep",
     "write_extras",
 ]

@@ -313,11 +313,13 @@ class Quitting:
 
     def __init__(self):
         self.given_up = 0
+        self.over = []
 
     def __call__(self, values, most_broken=None):
         scores = wall(values)
         if most_broken is None:
             return scores
+        self.over.append((most_broken < 0).all(1).tolist())
         out = N - scores.intact > most_broken
         self.given_up += int(out.sum())
         losses = (loss.masked_fill(out, math.nan) for loss in (scores.loss_failed, scores.loss_passed))
@@ -389,3 +391,16 @@ def test_a_search_ends_when_its_time_is_over(asked):
     answers = iter([False] * asked + [True])
     result = search(wall, original()[0], WIDE, is_over=lambda: next(answers))
     assert (result.iterations, result.stopped) == (asked, "time was over")
+
+
+@pytest.mark.parametrize("fitness", [Fitness(), Fitness("eq1"), [Fitness(), Fitness("eq1"), Fitness("eq2"), Fitness()]])
+def test_a_swarm_that_is_over_is_scored_no_more(fitness):
+    how, scorer = ParticleSwarm(particles=5, iterations=40, patience=2), Quitting()
+    arguments = {"seeds": range(4), "settings": how, "fitness": fitness}
+    given_up = search_many(scorer, original(4), WIDE, **arguments)
+    in_full = search_many(wall, original(4), WIDE, **arguments)
+    assert all(same(a, b) for a, b in zip(given_up, in_full, strict=True))
+    ends = [result.iterations for result in in_full]
+    assert min(ends) < max(ends)
+    scored = [sum(over[s] for over in scorer.over) for s in range(4)]
+    assert scored == [max(ends) - end for end in ends]

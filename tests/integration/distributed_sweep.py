@@ -1,0 +1,29 @@
+"""A sweep on two processes, for `test_sweep_call.py`; plain `ddp` starts this script again.
+
+python distributed_sweep.py FOLDER CHECKPOINT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from digit_models import QUICK, Classifier, Digits, quiet_trainer
+
+from lightning_nrl import Grid, sweep
+
+SWEEP: dict[str, Any] = {
+    "settings": Grid(fitness=["eq1", "lexicographic"], n_passed=[100], particles=[15]),
+    "seeds": 3,
+    "method": QUICK["method"],
+    "localizer": QUICK["localizer"],
+}
+
+if __name__ == "__main__":
+    folder, checkpoint = Path(sys.argv[1]), sys.argv[2]
+    trainer = quiet_trainer(folder, devices=2, strategy="ddp")
+    found = sweep(trainer, Classifier(), datamodule=Digits(), ckpt_path=checkpoint, **SWEEP)
+    (folder / f"{trainer.global_rank}.json").write_text(found.to_json())
+    torch.save(found.state(found.runs[-1]), folder / f"{trainer.global_rank}.pt")
