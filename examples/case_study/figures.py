@@ -2,14 +2,15 @@
 
     python examples/case_study/figures.py runs/study_vehicles_0 --out docs/figures
 
-Each run is a pale mark; dark ones are means, with their 95 % bootstrap intervals over the runs.
+Each run is a pale mark; dark ones are means over the runs with their 95 % intervals.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,13 +21,15 @@ from grid import LINES, Line
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from questions import Run, Tables, fewest_broken, interval, like
+from questions import Tables, fewest_broken, interval, like
 
+from lightning_nrl.baselines import BASELINES
 from lightning_nrl.comparison import Comparison
 from lightning_nrl.comparison.picture import COLOURS, FAINT, INK, label_points
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.paper import TABLE_II
 from lightning_nrl.report import RepairReport
+from lightning_nrl.sweeps import Run, SweepResult
 
 BLUE, VERMILLION, GREEN = COLOURS[:3]
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
@@ -55,6 +58,12 @@ def draw_all(tables: Tables, folder: Path, others: Mapping[str, Sequence[Other]]
         figure.savefig(found[-1], dpi=110)
         Image.open(found[-1]).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(found[-1], optimize=True)
     return found
+
+
+def tables_of(folder: Path) -> dict[str, tuple[Run, ...]]:
+    """The tables of a study: `A/sweep.csv`, `B/sweep.csv` and `C/sweep.csv`, those that are there."""
+    paths = {experiment: folder / experiment / "sweep.csv" for experiment in NAMES}
+    return {experiment: SweepResult.from_csv(path).runs for experiment, path in paths.items() if path.exists()}
 
 
 def accuracies(tables: Tables) -> Figure:
@@ -137,15 +146,19 @@ class Other:
     repair: bool
 
 
-def others_of(report: Path, comparison: Path) -> Iterator[Other]:
-    """The default method from its report, and baselines as they gave their weights, where these files are there."""
+def others_of(experiment: str, seed: int, folder: Path = Path("runs")) -> list[Other]:
+    """The default method and baselines as they gave their weights, where `repairs.py` and `comparison.py` left them."""
+    found = []
+    report = folder / f"vehicles_{experiment}_auto" / f"seed_{seed}" / "report.json"
+    comparison = folder / f"comparison_{experiment}_{seed}" / "comparison.json"
     if report.exists():
-        found = RepairReport.from_json(report.read_text())
-        yield Other("default method", found.pooled("known"), found.pooled("unseen"), repair=True)
+        repair = RepairReport.from_json(report.read_text())
+        found.append(Other("default method", repair.pooled("known"), repair.pooled("unseen"), repair=True))
     if comparison.exists():
-        for entry in Comparison.from_json(comparison.read_text()).entries:
-            if entry.given is not None:
-                yield Other(entry.method, entry.given.known, entry.given.unseen, repair=False)
+        entries = Comparison.from_json(comparison.read_text()).entries
+        given = {entry.method: entry.given for entry in entries if entry.method in BASELINES and entry.given}
+        found += [Other(name, point.known, point.unseen, repair=False) for name, point in given.items()]
+    return found
 
 
 def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) -> Figure:
@@ -240,3 +253,17 @@ def _tick(line: Line, runs: Sequence[Run]) -> str:
 
 def _of(role: str, runs: Sequence[Run]) -> str:
     return f"{role} data: {getattr(runs[0], f'{role}_n'):,} samples"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="the folder of its tables")
+    parser.add_argument("--out", type=Path, help="where the figures go; into the same folder if not said")
+    parser.add_argument("--seed", type=int, default=0, help="of the repair and the baselines that are drawn, too")
+    chosen = parser.parse_args()
+    tables = tables_of(chosen.study)
+    if not tables:
+        raise SystemExit(f"{chosen.study} has no tables.\nHINT: run study.py first.")
+    others = {experiment: others_of(experiment, chosen.seed) for experiment in tables}
+    for path in draw_all(tables, chosen.out or chosen.study, others):
+        print(path)

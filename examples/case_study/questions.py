@@ -1,33 +1,33 @@
 """The paper's research questions, answered from the table of a study: what it found, what is found here, do they agree.
 
-A table is the runs of one experiment, with the columns of `lightning_nrl.sweep`. All counts are of unseen data, as the
+A table is the runs of one experiment, as a sweep gives them. All counts are of unseen data, as the
 paper's figures are, unless *known* is written. Differences between settings are taken within a seed, so that the two
-runs of a pair begin alike, and their interval is a bootstrap over the seeds.
+runs of a pair begin alike, and their interval is that of the mean over seeds.
 """
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import fmean, median
+from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 from grid import LINES, Line
-from scipy.stats import bootstrap
+from in_target import InTarget
+from scipy.stats import t
 
 from lightning_nrl.bounds import lower_limit, upper_limit
 from lightning_nrl.paper import PaperRow
+from lightning_nrl.sweeps import Run
 
-Run = Any
-"""A row of the table: `known_broken`, `unseen_repaired` and so on are attributes."""
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""
+Targets = Mapping[str, Sequence[InTarget]]
+"""What becomes of the target, likewise."""
 
 SETTING = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,15 @@ class Answer:
         return f"| {self.question} | {self.paper} | {self.found} | {verdict} |"
 
 
-def answers(tables: Tables) -> tuple[Answer, ...]:
-    """An answer to each claim of the paper that the experiments in the table speak of."""
-    found = [*levels(tables), *drift(tables)]
+def answers(tables: Tables, targets: Targets) -> tuple[Answer, ...]:
+    """An answer to each claim of the paper that the experiments in the tables speak of.
+
+    Args:
+        tables: all runs.
+        targets: what becomes of unseen samples of the target in each of them.
+    """
+    found = [answer for name, runs in tables.items() for answer in levels(name, runs, targets[name])]
+    found += drift(tables)
     for line, ask in zip(LINES, (intact_weight, positive_samples, localised_weights), strict=True):
         for experiment, runs in tables.items():
             answer = ask(experiment, runs, line)
@@ -100,16 +106,11 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
     return min(able, key=lambda own: (fmean(r.known_broken for r in own), -fmean(r.known_repaired for r in own)))
 
 
-def free(run: Run, role: str) -> bool:
-    """Whether a run suppresses regression at the instance level: something repaired, nothing broken."""
-    return getattr(run, f"{role}_broken") == 0 and getattr(run, f"{role}_repaired") > 0
-
-
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
     """How much more of `column` there is at `high` than at `low`, all else equal, in the mean over pairs of runs.
 
-    Pairs have the same seed and the same setting but for `axis`. The differences are averaged within each seed, and the
-    seeds are resampled.
+    Pairs have the same seed and the same setting but for `axis`. The differences are averaged within each seed, so that
+    each seed is one observation.
 
     Returns:
         None if there is no such pair.
@@ -126,56 +127,52 @@ def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of some numbers, and its 95 % bootstrap interval (BCa; Efron 1987)."""
-    mean = fmean(values)
-    if len(set(values)) == 1:
-        return Interval(mean, mean, mean)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = bootstrap((values,), np.mean, n_resamples=RESAMPLES, rng=np.random.default_rng(0)).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    """The mean of some numbers, and its 95 % interval by Student's t; of a single number none is known (NaN)."""
+    mean, n = fmean(values), len(values)
+    half = float(t.ppf(0.975, n - 1)) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
 
 
-def share(runs: Sequence[Run], holds: Callable[[Run], bool]) -> str:
+def share(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
     """How many runs, with the 95 % limits of Clopper and Pearson on the rate."""
     k, n = sum(map(holds, runs)), len(runs)
     low, high = lower_limit(k, n, 0.975), upper_limit(k, n, 0.975)
     return f"{k} of {n} runs ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def levels(tables: Tables) -> list[Answer]:
-    """RQ1 and RQ2: at which level regression is suppressed, by the setting that breaks the fewest known samples."""
-    found = []
-    for experiment, runs in tables.items():
-        question = "RQ2" if experiment == "C" else "RQ1"
-        best = fewest_broken(runs)
-        gain = interval([100 * (run.unseen_accuracy_after - run.unseen_accuracy_before) for run in best])
-        able = [run for run in runs if run.unseen_repaired]
-        found.append(
-            Answer(
-                question,
-                f"{experiment}: suppressed at the level of accuracy",
-                f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {share(best, _no_worse)}; "
-                f"of all runs that repair something in {share(able, _no_worse)}",
-                gain.mean >= 0,
-            )
-        )
-        claimed = experiment != "A"
-        both = [run for run in runs if free(run, "known") and free(run, "unseen")]
-        reached = all(run.unseen_broken == 0 for run in best) and any(run.unseen_repaired for run in best)
-        found.append(
-            Answer(
-                question,
-                f"{experiment}: {'suppressed' if claimed else 'not suppressed'} at the level of instances"
-                + (", with 0 or 1 repairs" if claimed else ""),
-                f"{best[0].setting}: {fmean(r.known_broken for r in best):.1f} known and "
-                f"{fmean(r.unseen_broken for r in best):.1f} unseen broken; nothing broken and something repaired on "
-                f"known data in {share(runs, lambda r: free(r, 'known'))} of all settings, there and on unseen data in "
-                f"{share(runs, lambda r: free(r, 'known') and free(r, 'unseen'))}{_repairs(both)}",
-                reached == claimed,
-            )
-        )
-    return found
+def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> list[Answer]:
+    """RQ1 and RQ2: at which level regression is suppressed.
+
+    The level of accuracy is that of the setting that breaks the fewest known samples. The level of instances is reached
+    if there is a setting none of whose runs breaks an unseen sample of the target, and that repairs one.
+    """
+    question = "RQ2" if experiment == "C" else "RQ1"
+    best = fewest_broken(runs)
+    gain = interval([100 * (run.unseen_accuracy_after - run.unseen_accuracy_before) for run in best])
+    able = [run for run in runs if run.unseen_repaired]
+    accuracy = Answer(
+        question,
+        f"{experiment}: suppressed at the level of accuracy",
+        f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {share(best, _no_worse)}; of all that repair "
+        f"something in {share(able, _no_worse)}",
+        gain.mean >= 0,
+    )
+    settings: dict[str, list[InTarget]] = {}
+    for run in target:
+        settings.setdefault(run.setting, []).append(run)
+    clean = [own for own in settings.values() if not any(r.broken for r in own) and any(r.repaired for r in own)]
+    fewest = min(settings.values(), key=lambda own: (fmean(r.broken for r in own), -fmean(r.repaired for r in own)))
+    claimed = experiment != "A"
+    instances = Answer(
+        question,
+        f"{experiment}: {'' if claimed else 'not '}suppressed at the level of instances",
+        f"of the unseen target nothing is broken and something repaired in {share(target, _spared)}, and in all runs "
+        f"of {len(clean)} of {len(settings)} settings; the fewest by {fewest[0].setting}: "
+        f"{fmean(r.broken for r in fewest):.1f} broken, {fmean(r.repaired for r in fewest):.1f} repaired. Of all known "
+        f"samples nothing is broken and something repaired in {share(runs, lambda run: run.regression_free)}",
+        bool(clean) == claimed,
+    )
+    return [accuracy, instances]
 
 
 def drift(tables: Tables) -> list[Answer]:
@@ -193,28 +190,40 @@ def drift(tables: Tables) -> list[Answer]:
 
 
 def intact_weight(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
-    """RQ3: from the smallest alpha to the largest."""
-    broken, repaired, known = _effects(runs, line.axis, line.values[0], line.values[-1])
+    """RQ3: between the alphas of the paper, and from a smaller one."""
+    low, high = line.ends
+    broken, repaired, known = _effects(runs, line.axis, low, high)
     if broken is None:
         return None
-    settled = broken.sign and repaired.sign
+    settled, least = broken.sign and repaired.sign, line.values[0]
+    wider = _effects(runs, line.axis, least, high)
     return Answer(
         "RQ3",
         f"{experiment}: a larger alpha breaks fewer and repairs fewer",
-        f"alpha {line.values[0]} to {line.values[-1]}: {broken} broken, {repaired} repaired; known {known} broken",
+        f"alpha {low} to {high}: {broken} broken, {repaired} repaired; known {known} broken"
+        + (
+            f". Alpha {least} to {high}: {wider[0]} broken, {wider[1]} repaired; known {wider[2]} broken"
+            * bool(wider[0])
+        ),
         (broken.sign, repaired.sign) == (-1, -1) if settled else None,
     )
 
 
 def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
-    """RQ3: from 500 to 1000 passed samples."""
-    broken, repaired, known = _effects(runs, line.axis, line.values[0], line.values[-1])
+    """RQ3: from 500 to 1000 passed samples, where regressions are weighed (not under perfect intact)."""
+    few, many = line.ends
+    weighed = [run for run in runs if not run.perfect_intact]
+    broken, repaired, known = _effects(weighed, line.axis, few, many)
     if broken is None:
         return None
+    counts = (fmean(r.n_passed - r.intact for r in weighed if r.n_passed == n) for n in (few, many))
+    sampled = " and ".join(f"{n:.1f}" for n in counts)
+    strict = effect([run for run in runs if run.perfect_intact], line.axis, few, many, "known_broken")
     return Answer(
         "RQ3",
         f"{experiment}: more passed samples, more broken",
-        f"#pos {line.values[0]} to {line.values[-1]}: {broken} broken, {repaired} repaired; known {known} broken",
+        f"#pos {few} to {many}: {broken} broken, {repaired} repaired; known {known} broken; of the sampled ones "
+        f"{sampled} broken" + (f"; under perfect intact known {strict} broken" if strict else ""),
         broken.sign == 1 if broken.sign else None,
     )
 
@@ -222,7 +231,7 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer
 def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answer | None:
     """RQ3: of the rows of C, the one with 32 weights breaks the fewest; with half as many more break."""
     own = [run for row in line.settings(experiment) for run in like(runs, row)]
-    few, some, *_, most = line.values
+    (few, most), some = line.ends, line.values[1]
     less, more = (effect(own, line.axis, some, other, "unseen_broken") for other in (few, most))
     if less is None or more is None:
         return None
@@ -234,6 +243,10 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answe
     )
 
 
+def _spared(run: InTarget) -> bool:
+    return run.broken == 0 and run.repaired > 0
+
+
 def _no_worse(run: Run) -> bool:
     """Whether a run suppresses regression at the level of accuracy."""
     return run.unseen_accuracy_after >= run.unseen_accuracy_before
@@ -241,13 +254,6 @@ def _no_worse(run: Run) -> bool:
 
 def _effects(runs: Sequence[Run], axis: str, low: float, high: float) -> list[Interval | None]:
     return [effect(runs, axis, low, high, name) for name in ("unseen_broken", "unseen_repaired", "known_broken")]
-
-
-def _repairs(runs: Sequence[Run]) -> str:
-    if not runs:
-        return ""
-    counts = [run.known_repaired_in_target for run in runs]
-    return f", with {median(counts):g} known targets repaired in the median, {max(counts)} at most"
 
 
 def _setting(run: Run) -> tuple:

@@ -1,0 +1,126 @@
+"""The paper's case study in one command: experiments A, B and C, 66 settings with ten seeds each, figures and answers.
+
+    python examples/case_study/study.py            # from fresh images to the answers
+    python examples/case_study/study.py --quick    # Table II on few images, a short training, three seeds: minutes
+    python examples/case_study/study.py --data digits
+
+Draws the scenes, trains a network for each experiment, runs the settings on its last layer, and writes to
+`runs/study_<data>_<seed>/` a table for each experiment, the paper's figures 2 to 6 and `answers.md`. What is there is
+used again. Without the vehicles' sprites it takes scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import in_target
+from figures import draw_all, others_of, tables_of
+from grid import studied
+from network import EPOCHS, Digits, Scenes, Vehicles, trained
+from pytorch_lightning import Trainer
+from questions import answers, page
+from repairs import TARGETS
+from rich import print
+from rich.markdown import Markdown
+from vehicles import PAK
+
+from lightning_nrl import sweep
+from lightning_nrl.paper import TABLE_II, PaperRow
+from lightning_nrl.sweeps import SweepResult
+
+DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}
+IN_TARGET = "in_target.csv"
+QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
+
+
+def swept(
+    data: Scenes, experiment: str, checkpoint: Path, rows: Sequence[PaperRow], seeds: int, folder: Path
+) -> SweepResult:
+    """Runs settings on the last layer of a trained network; what is in the folder is not run again."""
+    model = data.network()
+    result = sweep(
+        Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False),
+        model,
+        datamodule=data,
+        ckpt_path=checkpoint,
+        target=TARGETS[experiment],
+        settings=[setting_of(row) for row in rows],
+        seeds=seeds,
+        dirpath=folder,
+    )
+    in_target.write(in_target.count(result, data, model, TARGETS[experiment].predicate), folder / IN_TARGET)
+    return result
+
+
+def setting_of(row: PaperRow) -> dict[str, object]:
+    """Arguments of a setting, and its name; the swarm starts and stops as in any row of Table II."""
+    arguments = asdict(row)
+    words = (
+        f"{row.equation} alpha={row.alpha}",
+        "pi" * row.perfect_intact,
+        f"lw={row.n_weights} pos={row.n_passed} p={row.particles}",
+    )
+    own = {"fitness": arguments.pop("equation"), **arguments}
+    return {"row": next(iter(TABLE_II)), "name": " ".join(filter(None, words)), **own}
+
+
+def study(
+    name: str,
+    experiments: str,
+    rows: Sequence[PaperRow],
+    folder: Path,
+    *,
+    seed: int,
+    seeds: int,
+    epochs: int,
+    total: int | None,
+) -> None:
+    """Runs experiments and writes what came of them to a folder."""
+    for experiment in experiments:
+        data = DATA[name](experiment, seed, total)
+        of = f"{name}_{experiment}_{seed}" + (f"_{total}" if total else "")
+        checkpoint = trained(data, Path("runs") / f"{of}.ckpt", seed, epochs)
+        print(swept(data, experiment, checkpoint, rows, seeds, folder / experiment))
+    tables = tables_of(folder)
+    targets = {experiment: in_target.read(folder / experiment / IN_TARGET) for experiment in tables}
+    answered = page(answers(tables, targets))
+    (folder / "answers.md").write_text(answered)
+    print(Markdown(answered))
+    others = {e: others_of(e, seed) for e in tables} if name == "vehicles" and total is None else {}
+    for path in (*draw_all(tables, folder, others), folder / "answers.md"):
+        print(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiments", default="ABC")
+    parser.add_argument("--data", choices=DATA, help="vehicles, where their sprites are")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and training")
+    parser.add_argument("--seeds", type=int, help="of the search, ten as in the paper")
+    parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
+    chosen = parser.parse_args()
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    name = chosen.data or ("vehicles" if PAK.exists() else "digits")
+    if chosen.data is None and name == "digits":
+        print(f"{PAK} has no sprites of vehicles: this runs on digits.\nHINT: apt install simutrans-pak64")
+    quick = "_quick" if chosen.quick else ""
+    study(
+        name,
+        chosen.experiments,
+        tuple(TABLE_II.values()) if chosen.quick else studied(),
+        Path("runs") / f"study_{name}_{chosen.seed}{quick}",
+        seed=chosen.seed,
+        seeds=chosen.seeds or (QUICK["seeds"] if chosen.quick else 10),
+        epochs=QUICK["epochs"] if chosen.quick else EPOCHS,
+        total=QUICK["total"] if chosen.quick else None,
+    )
+
+
+if __name__ == "__main__":
+    main()
