@@ -1,5 +1,6 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback."""
 
+from lightning_nrl.bounds import Bound, check_mix, slice_bounds, weighted_bound
 from lightning_nrl.comparison import Comparison, compare_module
 from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
@@ -23,12 +24,14 @@ from lightning_nrl.shell.releasing import ReleaseGate
 from lightning_nrl.shell.standalone import repair
 from lightning_nrl.shell.sweeping import sweep
 from lightning_nrl.sweeps import Grid, SweepResult, sweep_module
+from lightning_nrl.switch import MarginSwitch, SwitchedModule, WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource
 from lightning_nrl.terms import FocalDistillation, MarginHinge
 
 __all__ = [
+    "Bound",
     "Comparison",
     "ConfigurationError",
     "Constrained",
@@ -42,6 +45,7 @@ __all__ = [
     "Grid",
     "Linearised",
     "MarginHinge",
+    "MarginSwitch",
     "Multiclass",
     "NeuRecoverLite",
     "OldModel",
@@ -59,9 +63,14 @@ __all__ = [
     "Settings",
     "Strongest",
     "SweepResult",
+    "SwitchedModule",
     "Target",
     "Task",
     "TensorSource",
+    "WeightedEnsemble",
+    "check_mix",
+    "choose_threshold",
+    "choose_weight",
     "compare",
     "compare_module",
     "diagnose",
@@ -70,6 +79,8 @@ __all__ = [
     "release",
     "repair",
     "repair_module",
+    "slice_bounds",
     "sweep",
     "sweep_module",
+    "weighted_bound",
 ]

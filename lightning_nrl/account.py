@@ -15,6 +15,7 @@ from lightning_nrl.importance import DOUBTFUL
 from lightning_nrl.methods import Solution
 from lightning_nrl.quotas import needed
 from lightning_nrl.report import (
+    CalibrationBounds,
     Hashes,
     LocalizationReport,
     RepairReport,
@@ -96,7 +97,13 @@ class Account:
         return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes, slices=slices)
 
     def judged(
-        self, verdict: Verdict, old: State, new: State, after: Evidence, aside: Mapping[Role, Evidence] = NOTHING
+        self,
+        verdict: Verdict,
+        old: State,
+        new: State,
+        after: Evidence,
+        aside: Mapping[Role, Evidence] = NOTHING,
+        bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
         """The report of a candidate.
 
@@ -106,6 +113,7 @@ class Account:
             new: likewise as the candidate has them.
             after: the evidence on known data under the candidate.
             aside: likewise on the data that no search looks at, if it was accepted.
+            bounds: what the calibration data say of it, if there are any and it was accepted.
         """
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
@@ -119,6 +127,7 @@ class Account:
             update=self._updates(after, aside) if verdict.accepted else self._updates(),
             slices=self._slices(after, aside if verdict.accepted else NOTHING),
             change=WeightChange.between(old, new),
+            bounds=bounds,
             hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
 

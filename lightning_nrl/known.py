@@ -68,18 +68,20 @@ def _kinds(sources: object) -> str:
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Refuses a limit where there are no calibration data to keep it on.
+    """Refuses a limit and a mix where there are no calibration data that they are about.
 
     Raises:
         ConfigurationError: as above.
     """
-    if settings.limit is not None and not calibrated:
-        raise ConfigurationError(
-            explain(
-                f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
-                "give `calibration` data that the repair does not look at, or leave `limit` out.",
+    for name, value in (("limit", settings.limit), ("mix", settings.mix)):
+        if value is not None and not calibrated:
+            shown = repr(str(value)) if name == "limit" else "..."
+            raise ConfigurationError(
+                explain(
+                    f"`{name}={shown}` needs calibration data, and there are none.",
+                    f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
+                )
             )
-        )
 
 
 def check_losses(before: Evidence) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_nrl.account import Account
 from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
+from lightning_nrl.calibrated import Groups, bounds_after, groups_of
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.labels import doubtful_labels
@@ -125,6 +126,7 @@ def repair_module(
         for role, sources in others.items():
             with clock.stage("unseen"):
                 aside[role] = see_aside(see, model, sources, settings, task, collective)
+        groups = groups_of(known, before, aside["calibration"], settings) if calibration else None
         check_losses(before)
         update, own = None, before
         if reference is not None:
@@ -185,10 +187,12 @@ def repair_module(
         if not new:
             reason = solution.reason or "the search found nothing better than the original weights."
             return Outcome(account.closed("not repaired", reason))
-        return _concluded(account, problem, new, others)
+        return _concluded(account, problem, new, others, groups)
 
 
-def _concluded(account: Account, problem: Problem, new: State, others: Mapping[Role, Sequence[Source]]) -> Outcome:
+def _concluded(
+    account: Account, problem: Problem, new: State, others: Mapping[Role, Sequence[Source]], groups: Groups | None
+) -> Outcome:
     """How far to go, and whether the deployed model may have it."""
     model, settings = problem.model, account.settings
     see = partial(collect, task=problem.task, context=problem.context, collective=problem.collective)
@@ -212,7 +216,10 @@ def _concluded(account: Account, problem: Problem, new: State, others: Mapping[R
         if "calibration" in later:
             verdict = spared(verdict, account.aside["calibration"], later["calibration"])
     old = {name: value for name, value in model.state_dict().items() if name in new}
-    report = account.judged(verdict, old, new, after, later)
+    bounds = None
+    if groups is not None and verdict.accepted:
+        bounds = bounds_after(account.aside["calibration"], later["calibration"], groups, strength.selection, settings)
+    report = account.judged(verdict, old, new, after, later, bounds)
     return Outcome(report, new if verdict.accepted else None, _change(old, new))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_nrl.bounds.binomial import check_confidence
+from lightning_nrl.bounds.weighted import check_shares
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
@@ -62,6 +64,9 @@ class Settings:
             or `"doubtful"`, those whose label looks wrong. They are listed in the report.
         keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
             `reference`, only what both of them get right.
+        confidence: of the limits that the report gives from calibration data, in (0, 1).
+        mix: the expected share of each slice, or without slices of each class, among samples that are right before, for
+            a limit under this mix.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
@@ -91,6 +96,8 @@ class Settings:
     quotas: Mapping[str, Quota] | None = None
     protected: Any = None
     set_aside: Any = None
+    confidence: float = 0.95
+    mix: Mapping[str | int, float] | None = None
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
@@ -114,6 +121,9 @@ class Settings:
         self._check_numbers()
         object.__setattr__(self, "quotas", None if self.quotas is None else checked_quotas(self.quotas))
         _ = self.counting
+        check_confidence(self.confidence)
+        if self.mix is not None:
+            check_shares("mix", self.mix)
         if self.limit is not None:
             object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:

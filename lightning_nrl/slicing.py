@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task
 
-__all__ = ["Slices", "Told"]
+__all__ = ["Slices", "Told", "renumbered"]
 
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
@@ -68,6 +68,11 @@ class Told:
         group = torch.full((len(self.source.index),), -1)
         group[rows[:, 0]] = rows[:, 1]
         return tuple(names), group
+
+
+def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
+    """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
+    return torch.tensor([*(names.index(name) for name in own), -1])[group]
 
 
 def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:

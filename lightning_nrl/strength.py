@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lightning_nrl.batches import Source
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.flips import Flips
+from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.gate import Gate
 from lightning_nrl.gradients.polish import polish
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.state import State, between, holding
 
-__all__ = ["POINTS", "Calibration", "Strength", "choose", "find_strength", "strength_path"]
+__all__ = ["POINTS", "Calibration", "Selection", "Strength", "choose", "find_strength", "strength_path"]
 
 POINTS = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 """Strengths to be counted, the most telling first, since time may be short."""
 
 GRID = tuple(step / 20 for step in range(1, 27))
 """Strengths among which the strongest under a limit is sought, 0.05 to 1.3."""
+
+STATES = len(GRID) + sum(t < 1 for t in GRID)
+"""Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
 
 POLISHES = 3
 """Polishes at most in the search for the strongest: each may break calibration samples that were not broken before."""
@@ -46,6 +49,23 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What say calibration data had in which weights are taken.
+
+    Attributes:
+        states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they
+            had no say.
+        walked: whether strengths are accepted from weak to strong first, and these states are what there is beside.
+        allowed: how many calibration samples might break, a number fixed before they were looked at, if the strength
+            taken and all weaker ones of `GRID` keep within it; else None.
+    """
+
+    states: int = 1
+    walked: bool = False
+    allowed: int | None = None
+
+
+@dataclass(frozen=True)
 class Strength:
     """How far a repair goes.
 
@@ -53,11 +73,13 @@ class Strength:
         path: the strengths that were counted, ascending.
         chosen: the one to take; None if none keeps within the limit.
         state: the weights there, whole tensors.
+        selection: what say calibration data had in that.
     """
 
     path: tuple[StrengthPoint, ...] = ()
     chosen: float | None = 1.0
     state: State = field(default_factory=dict)
+    selection: Selection = Selection()
 
 
 def find_strength(
@@ -88,7 +110,11 @@ def find_strength(
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return way.strongest(limit)
-    return way.taken(choose(path) if fixed is None else fixed)
+    if fixed is not None:
+        return way.taken(fixed)
+    # Whether something protected breaks there decides what is looked at.
+    states = STATES if calibration is not None and calibration.before.weighted else 1 + len(_free(path))
+    return replace(way.taken(choose(path)), selection=Selection(states))
 
 
 def strength_path(
@@ -138,13 +164,21 @@ def choose(path: Sequence[StrengthPoint]) -> float:
     chosen = next((point for point in path if point.strength == 1), None)
     if chosen is None:
         return 1.0
-    for point in path:
+    for point in _free(path):
         here, there = chosen.calibration, point.calibration
-        if point.strength <= chosen.strength or point.known.broken or here is None or there is None:
+        if here is None or there is None:
             continue
         if point.cost_aside <= chosen.cost_aside and point.worth > chosen.worth:
             chosen = point
     return chosen.strength
+
+
+def _free(path: Sequence[StrengthPoint]) -> list[StrengthPoint]:
+    """Points beyond the patch that are better than it on known data; calibration data have the last word on them."""
+    patch = next((point for point in path if point.strength == 1), None)
+    if patch is None or patch.calibration is None:
+        return []
+    return [point for point in path if point.strength > 1 and not point.known.broken and point.worth > patch.worth]
 
 
 @dataclass
@@ -156,6 +190,10 @@ class _Way:
     gate: Gate
     calibration: Calibration | None
     seen: dict[float, StrengthPoint]
+    unpolished: dict[float, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._note(self.seen)
 
     def taken(self, strength: float) -> Strength:
         """The state at a strength, polished if it lies before the patch and breaks more than the gate allows."""
@@ -182,7 +220,7 @@ class _Way:
                 found = self.taken(strength)
                 polished += self.seen[strength].polished
                 if self._keeps(strength, limit) and self._allowed(self.seen[strength]):
-                    return found
+                    return replace(found, selection=self._selection(strength, limit))
             took = time.perf_counter() - began
         return Strength(tuple(self.seen[strength] for strength in sorted(self.seen)), None)
 
@@ -190,7 +228,47 @@ class _Way:
         if strength not in self.seen:
             state = between(self.problem.model.state_dict(), self.patch, strength)
             self.seen[strength] = _count(self.problem, state, strength, self.calibration)
+            self._note({strength: self.seen[strength]})
         return self.seen[strength]
+
+    def _note(self, points: Mapping[float, StrengthPoint]) -> None:
+        """Calibration samples that break at a strength before anything is polished there."""
+        self.unpolished |= {t: p.calibration.broken for t, p in points.items() if p.calibration is not None}
+
+    def _selection(self, strength: float, limit: Gate) -> Selection:
+        """What say calibration data had in a strength that was found under a limit.
+
+        It was sought from strong to weak, which costs least. If all weaker strengths keep within the limit too, it is
+        also one that a walk from weak to strong accepts, and what is said of those holds: the order of `GRID` and the
+        number of samples that may break are fixed before anything is counted.
+        """
+        allowed = self._fixed(limit)
+        if allowed is not None and not self.seen[strength].polished and self._walks(strength, allowed):
+            return Selection(STATES, True, allowed)
+        return Selection(STATES, allowed is not None)
+
+    def _walks(self, strength: float, allowed: int) -> bool:
+        assert self.calibration is not None
+        took = 0.0
+        for weaker in (t for t in GRID if t <= strength):
+            if weaker not in self.unpolished:
+                if _short_of_time(self.problem, took):
+                    return False
+                began = time.perf_counter()
+                state = between(self.problem.model.state_dict(), self.patch, weaker)
+                self.unpolished[weaker] = _aside(self.problem, state, self.calibration).counts().broken
+                took = time.perf_counter() - began
+            if self.unpolished[weaker] > allowed:
+                return False
+        return True
+
+    def _fixed(self, limit: Gate) -> int | None:
+        """How many calibration samples may break, if not all and whatever becomes of them."""
+        assert self.calibration is not None
+        now = Flips.between(self.calibration.before, self.calibration.before).counts()
+        best, worst = FlipCounts(now.kept, 0, now.failing, 0), FlipCounts(0, now.kept, 0, now.failing)
+        allowed = limit.allowed(best)
+        return allowed if allowed == limit.allowed(worst) and allowed < now.kept else None
 
     def _is_work(self, strength: float) -> bool:
         """Whether a strength has to be counted first, or polished."""
@@ -212,17 +290,9 @@ class _Way:
 
 def _count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
     flips = Flips.between(problem.before, problem.see(state))
+    later = None if calibration is None else _aside(problem, state, calibration)
     aside, harm_aside, before = None, None, problem.before
-    if calibration is not None:
-        with holding(problem.model, state):
-            after = collect(
-                problem.model,
-                calibration.sources,
-                task=problem.task,
-                context=problem.context,
-                collective=problem.collective,
-            )
-        later = Flips.between(calibration.before, after)
+    if calibration is not None and later is not None:
         aside = later.counts()
         harm_aside = calibration.before.harm(later.broken) if calibration.before.weighted else None
     repaired = flips.repaired & before.targeted
@@ -230,6 +300,19 @@ def _count(problem: Problem, state: State, strength: float, calibration: Calibra
     if not before.weighted:
         return point
     return replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))
+
+
+def _aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
+    """What becomes of calibration samples."""
+    with holding(problem.model, state):
+        after = collect(
+            problem.model,
+            calibration.sources,
+            task=problem.task,
+            context=problem.context,
+            collective=problem.collective,
+        )
+    return Flips.between(calibration.before, after)
 
 
 def _short_of_time(problem: Problem, took: float) -> bool:

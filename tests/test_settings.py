@@ -67,6 +67,7 @@ def test_settings_are_told_as_plain_values() -> None:
     assert list(plain) == [
         "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time",
             "strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside",
+            "confidence", "mix",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]

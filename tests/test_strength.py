@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import (
     ConfigurationError,
-    Fitness,
     Gate,
     Multiclass,
-    NeuRecoverLite,
     Outcome,
     TensorSource,
     repair_module,
@@ -26,39 +25,9 @@ from lightning_nrl.evidence import collect
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.report import StrengthPoint
-from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State, snapshot
-from lightning_nrl.strength import Calibration, choose, find_strength, strength_path
+from lightning_nrl.strength import choose, find_strength, strength_path
 from lightning_nrl.targets import AllFailures
-
-PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}
-
-
-def line(*crossings: float, split: str = "line", label: int = 1) -> TensorSource:
-    """Samples that the model gives class 0 at strength 0, and class 1 from these strengths on."""
-    inputs = torch.tensor([[1.0, -x] for x in crossings])
-    return TensorSource(inputs, torch.full((len(crossings),), label), split=split, passed=True, failed=True)
-
-
-class Line(nn.Module):
-    """Logits 0 and t - crossing, t being the one weight that a patch changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :1] @ self.weight.T + x[:, 1:] * torch.tensor([0.0, 1.0])
-
-
-def problem(*sources: TensorSource, **changes: Any) -> Problem:
-    model = Line().eval()
-    before = collect(model, sources, task=Multiclass(), target=AllFailures())
-    space, _ = find_scope(nn.Linear(1, 2))
-    return Problem(
-        model, sources, before, space, ("weight",), Multiclass(), NeuRecoverLite(), Fitness(), before.passed, **changes
-    )
-
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
 RIGHT = line(0.9, 1.2, 1.25, 9, split="right", label=0)
@@ -75,10 +44,6 @@ def test_the_path_by_hand() -> None:
         StrengthPoint(1.0, 4, FlipCounts(3, 1, 4, 1), FlipCounts(0, 2, 0, 0)),
     )
     assert torch.equal(own.model.weight, before["weight"])
-
-
-def aside(own: Problem, *sources: TensorSource) -> Calibration:
-    return Calibration(sources, collect(own.model, sources, task=Multiclass()))
 
 
 def strengths(path: Sequence[StrengthPoint]) -> list[float]:

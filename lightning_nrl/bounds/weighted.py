@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from lightning_nrl.bounds.binomial import check_confidence, limit_at_level, percent_up, show_confidence
 from lightning_nrl.bounds.slices import Name, SliceBounds
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["WeightedBound", "weighted_bound"]
+__all__ = ["WeightedBound", "check_shares", "weighted_bound"]
 
 PLANNED = 0.01
 """The rate of broken samples for which the better of the two constructions is taken; any number would be valid."""
@@ -116,6 +117,25 @@ def _divergence(a: float, b: float) -> float:
     return heads + (1 - a) * (math.log1p(-a) - math.log1p(-b))
 
 
+def check_shares(argument: str, shares: Mapping[Name, float]) -> None:
+    """Refuses what are no shares of a whole.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    numbers = list(shares.values()) if isinstance(shares, Mapping) else []
+    if not all(isinstance(share, Real) and 0 <= share <= 1 for share in numbers) or not _is_one(numbers):
+        found = f"{dict(shares)}" if isinstance(shares, Mapping) else f"{shares!r}"
+        total = f": their sum is {math.fsum(numbers):g}" if all(isinstance(share, Real) for share in numbers) else ""
+        raise ConfigurationError(
+            explain(f"`{argument}={found}` are no shares{total}.", "give numbers in [0, 1] that sum to 1.")
+        )
+
+
+def _is_one(shares: Sequence[float]) -> bool:
+    return abs(math.fsum(shares) - 1) <= 1e-6
+
+
 def _check_shares(slices: SliceBounds, shares: Mapping[Name, float]) -> None:
     if shares.keys() != slices.bounds.keys():
         raise ConfigurationError(
@@ -125,13 +145,7 @@ def _check_shares(slices: SliceBounds, shares: Mapping[Name, float]) -> None:
                 "nothing can be said.",
             )
         )
-    if not all(0 <= share <= 1 for share in shares.values()) or abs(math.fsum(shares.values()) - 1) > 1e-6:
-        raise ConfigurationError(
-            explain(
-                f"`shares={dict(shares)}` are no shares: their sum is {math.fsum(shares.values()):g}.",
-                "give numbers in [0, 1] that sum to 1.",
-            )
-        )
+    check_shares("shares", shares)
     if unknown := [name for name, share in shares.items() if share > 0 and slices[name].n == 0]:
         raise ConfigurationError(
             explain(

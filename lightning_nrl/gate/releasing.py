@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_nrl.addresses import find_function
 from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
+from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import Context
 from lightning_nrl.gate.parsing import parse_rules
@@ -22,10 +22,9 @@ from lightning_nrl.predictions import Predictions
 from lightning_nrl.reference import OldModel, Reference, parse_reference
 from lightning_nrl.report.weights import hash_tensors
 from lightning_nrl.slicing import Slices
-from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["check_reference", "check_slices", "compare_and_judge", "release"]
+__all__ = ["check_reference", "compare_and_judge", "release"]
 
 
 def release(
@@ -34,7 +33,7 @@ def release(
     data: Source | Sequence[Source],
     rules: str | Rule | Sequence[str | Rule] = "instance",
     *,
-    slices: str | Slices | None = None,
+    slices: str | int | Slices | None = None,
     task: Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
@@ -53,8 +52,8 @@ def release(
         rules: what must hold, one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`,
             `slices`, `slices:count`, `protected:ids.csv`, with ` in SPLIT` behind it if it is for one split; or objects
             of `lightning_nrl.gate`.
-        slices: which slice each sample is in: a function of the raw batch that gives a name or a number for each
-            sample, its address, or a `Target`, whose samples are the slice.
+        slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
+            that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         task: what right means; None: `Multiclass`.
         context: entered around every forward pass, such as the autocast that the model is deployed under.
         collective: the ranks that share the data; each gets the same report.
@@ -93,7 +92,7 @@ def release(
         check_reference("old", old),
         sources,
         parse_rules(rules),
-        slices=check_slices(slices),
+        slices=None if slices is None else find_column("slices", slices),
         task=task,
         context=context,
         collective=collective,
@@ -145,16 +144,6 @@ def check_reference(argument: str, old: Any) -> Reference:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
         raise ConfigurationError(explain(f"`{argument}=None`: there is nothing to compare with.", hint))
     return found
-
-
-def check_slices(slices: str | Slices | None) -> Slices | None:
-    """A function that says which slice each sample is in.
-
-    Raises:
-        ConfigurationError: there is no such function.
-    """
-    told = slices is None or isinstance(slices, Target)
-    return slices if told else find_function("slices", slices)  # type: ignore[arg-type,return-value]
 
 
 def _identity(old: Reference, new: nn.Module) -> Identity:

@@ -17,7 +17,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.flips import Flips
 from lightning_nrl.reference import Reference
-from lightning_nrl.slicing import Slices, Told
+from lightning_nrl.slicing import Slices, Told, renumbered
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -125,8 +125,4 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 def _joined(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
     """The slices of all splits under common numbers."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
-    columns = []
-    for own, group in parts:
-        numbers = torch.tensor([*(names.index(name) for name in own), -1])
-        columns.append(numbers[group])  # -1, in none, is the last
-    return names, torch.cat(columns)
+    return names, torch.cat([renumbered(own, group, names) for own, group in parts])

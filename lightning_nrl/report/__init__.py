@@ -1,5 +1,6 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table."""
 
+from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.report import RepairReport, Status, installed_versions
@@ -10,6 +11,7 @@ from lightning_nrl.report.update import UpdateSplit, pool_updates, update_split,
 from lightning_nrl.report.weights import WeightChange, hash_tensors
 
 __all__ = [
+    "CalibrationBounds",
     "Hashes",
     "LocalizationReport",
     "Page",
@@ -17,6 +19,7 @@ __all__ = [
     "Role",
     "SearchReport",
     "SetAside",
+    "SliceLimit",
     "SliceReport",
     "SplitReport",
     "Status",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.problem import Step
+from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit, calibration_words, slices_table
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Shown, Text, Tone
 from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
 from lightning_nrl.report.serial import dumps, plain
@@ -77,6 +78,7 @@ class RepairReport(Shown):
         steps: what the method did, in order.
         strength: what the patch that was found does on the way from the original weights (0) to it (1) and beyond.
         chosen_strength: how much of the patch was taken; None if that stage was not reached.
+        bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
         seed: what reproduces the run.
@@ -102,6 +104,7 @@ class RepairReport(Shown):
     steps: tuple[Step, ...] = ()
     strength: tuple[StrengthPoint, ...] = ()
     chosen_strength: float | None = None
+    bounds: CalibrationBounds | None = None
     change: WeightChange | None = None
     hashes: Hashes | None = None
     seed: int | None = None
@@ -156,6 +159,9 @@ class RepairReport(Shown):
         own["strength"] = tuple(_read_point(point) for point in own.get("strength", ()))
         for name, kind in PARTS.items():
             own[name] = None if own.get(name) is None else _read(kind, own[name])
+        if own.get("bounds") is not None:
+            slices = tuple(_read(SliceLimit, part) for part in own["bounds"].get("slices", ()))
+            own["bounds"] = replace(_read(CalibrationBounds, own["bounds"]), slices=slices)
         return cls(**own)
 
     @classmethod
@@ -170,7 +176,7 @@ class RepairReport(Shown):
     def to_table(self) -> Page:
         """The verdict, a table of the splits and the facts that one needs next, for rich's `print`."""
         facts = Facts((*self._facts(), *self._written(from_here)))
-        return Page((*self._verdict(), *self._tables(), *self._course(), facts))
+        return Page((*self._verdict(), *self._tables(), *self._calibrated(), *self._course(), facts))
 
     def _verdict(self) -> tuple[Block, ...]:
         changed = "" if self.status == "repaired" else " The model's weights are unchanged."
@@ -185,6 +191,12 @@ class RepairReport(Shown):
     def _slices(self) -> tuple[Block, ...]:
         """A row a slice, where there are any."""
         return (Heading("By slice"), slice_table(self.slices)) if self.slices else ()
+
+    def _calibrated(self) -> tuple[Block, ...]:
+        """The limit of each slice of the calibration data."""
+        if self.bounds is None or not self.bounds.slices:
+            return ()
+        return Heading("Calibration data, slice by slice"), slices_table(self.bounds)
 
     def _outcome(self) -> tuple[Block, ...]:
         if self.status == "repaired":
@@ -209,6 +221,8 @@ class RepairReport(Shown):
             facts.append(("search", search_words(self.search, self.seconds.get("search"))))
         if self.chosen_strength not in (None, 1.0):
             facts.append(("strength", f"{self.chosen_strength:g} of the change that was found"))
+        if self.bounds is not None:
+            facts += calibration_words(self.bounds)
         if self.change is not None:
             facts.append(
                 ("weights changed" if self.status == "repaired" else "would change", change_words(self.change))
@@ -223,7 +237,7 @@ class RepairReport(Shown):
         run = [("task", self.task), ("seed", str(self.seed))]
         run += [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in self.seconds.items()]
         run += self.versions.items()
-        blocks: list[Block] = [Heading("What was done"), Facts((*self._facts(), *self._written()))]
+        blocks: list[Block] = [*self._calibrated(), Heading("What was done"), Facts((*self._facts(), *self._written()))]
         if self.steps:
             blocks += [Heading("What the method did"), steps_table(self.steps)]
         if self.strength:

@@ -99,6 +99,9 @@ class RegressionFreeRepair(Callback):
             by split; whole numbers say how many other samples one counts for.
         set_aside: failures that are no targets although they are in the target: a column of bools, a target, ids, or
             `doubtful`, those whose label looks wrong.
+        confidence: of the limits that the report gives from calibration data, in (0, 1).
+        mix: the expected share of each slice, or without slices of each class, among samples that are right before, for
+            a limit under this mix.
         verbose: whether the report is printed at the end.
 
     Attributes:
@@ -145,6 +148,8 @@ class RegressionFreeRepair(Callback):
         quotas: dict[str, int | float | str] | None = None,
         protected: Any = None,
         set_aside: Any = None,
+        confidence: float = 0.95,
+        mix: dict[str | int, float] | None = None,
         verbose: bool = True,
     ) -> None:
         super().__init__()
@@ -169,6 +174,8 @@ class RegressionFreeRepair(Callback):
             quotas=quotas,
             protected=protected,
             set_aside=set_aside,
+            confidence=confidence,
+            mix=mix,
         )
         check_limit(self.settings, calibration is not None)
         self.task = task if task is not None else Multiclass()

@@ -18,9 +18,10 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
+from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gate import ReleaseReport, Rule, Seen, parse_rules
-from lightning_nrl.gate.releasing import check_reference, check_slices, compare_and_judge
+from lightning_nrl.gate.releasing import check_reference, compare_and_judge
 from lightning_nrl.predictions import Predictions
 from lightning_nrl.reference import Reference
 from lightning_nrl.shell.checks import check_namespace, check_strategy
@@ -45,8 +46,8 @@ class ReleaseGate(Callback):
         reference: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an
             `OldModel`.
         rules: what must hold, see `lightning_nrl.gate.release`: texts such as `nfr:1%` or objects.
-        slices: which slice each sample is in: a function of the raw batch that gives a name or a number for each
-            sample, its address, or a `Target`.
+        slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
+            that gives a name or a number for each sample, its address, or a `Target`.
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
         task: what right means; None: multiclass classification from logits.
@@ -73,7 +74,7 @@ class ReleaseGate(Callback):
         self,
         reference: nn.Module | str | Path | State | Reference,
         rules: str | Rule | list[str | Rule] = "instance",
-        slices: str | Callable[[Any], Any] | Target | None = None,
+        slices: str | int | Callable[[Any], Any] | Target | None = None,
         splits: list[str] | None = None,
         task: Task | None = None,
         adapter: str | Adapter | None = None,
@@ -84,7 +85,7 @@ class ReleaseGate(Callback):
         super().__init__()
         self.reference = check_reference("reference", reference)
         self.rules = parse_rules(rules)
-        self.slices = check_slices(slices)
+        self.slices = None if slices is None else find_column("slices", slices)
         named = splits is None or (isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits))
         check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
         self.splits = splits

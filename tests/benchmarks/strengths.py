@@ -1,0 +1,161 @@
+"""How often the limit printed after a choice of strength is wrong: the true rate lies above it, in 1,000 draws.
+
+The strength is chosen by `find_strength`, and the limit is that of the report. What breaks at each strength is drawn
+from a world where the true rates are known. Run with `python tests/benchmarks/strengths.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_nrl import Fitness, Gate, Multiclass, NeuRecoverLite, TensorSource
+from lightning_nrl.bounds import binomial_cdf, upper_limit
+from lightning_nrl.bounds.binomial import limit_at_level
+from lightning_nrl.calibrated import WALKED, limit_after
+from lightning_nrl.evidence import collect
+from lightning_nrl.flips import FlipCounts, Flips
+from lightning_nrl.methods import Problem
+from lightning_nrl.report import StrengthPoint
+from lightning_nrl.sites import find_scope
+from lightning_nrl.state import State
+from lightning_nrl.strength import GRID, Calibration, Strength, find_strength
+
+DRAWS, CONFIDENCE = 1000, 0.95
+N, ALLOWED = 915, 9
+LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * WALKED)
+"""What is said of a strength that a walk accepts: the rate of which 9 of 915 are the limit."""
+
+Rates = Callable[[float], float]
+"""The true rate of broken samples by strength; it never falls."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How often a limit is missed.
+
+    Attributes:
+        chosen: how the strength is chosen.
+        world: what breaks at which strength.
+        missed: draws in which the limit that the report prints lies below the true rate.
+        naive: draws in which the limit of Clopper and Pearson of the chosen strength alone does.
+        taken: draws in which any strength was taken.
+        strength: the mean strength that was taken.
+    """
+
+    chosen: str
+    world: str
+    missed: int
+    naive: int
+    taken: int
+    strength: float
+
+
+def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
+    """All ways to choose, in worlds where each is in danger."""
+    generator = np.random.default_rng(seed)
+    above = LIMIT * 1.0001
+    rising: Rates = lambda t: 0.004 + 0.012 * t  # noqa: E731
+    brink: Rates = lambda t: above  # noqa: E731
+    stair: Rates = lambda t: 0.003 if t <= 0.6 else above  # noqa: E731
+    limit = {"limit": Gate.tolerance(ALLOWED)}
+    half = {"fixed": 0.6}
+    cases: list[tuple[str, str, Rates, dict]] = [
+        ("given: `strength=0.6`", "rising with the strength", rising, half),
+        ("a step beyond if it is free", "rising with the strength", rising, {}),
+        ("a step beyond if it is free", "the same at each strength", lambda t: 0.006, {}),
+        ("under a limit", "rising with the strength", rising, limit),
+        ("under a limit", "a little above what is said, everywhere", brink, limit),
+        ("under a limit", "safe up to 0.6, then a little above what is said", stair, limit),
+    ]
+    return [_trial(chosen, world, rates, how, draws, generator) for chosen, world, rates, how in cases]
+
+
+def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generator: np.random.Generator) -> Trial:
+    missed = naive = 0
+    strengths = []
+    for _ in range(draws):
+        broken = _draw(rates, generator)
+        found = _chosen(broken, how)
+        if found.chosen is None:
+            continue
+        strengths.append(found.chosen)
+        k, rate = broken[found.chosen], rates(found.chosen)
+        missed += limit_after(k, N, found.selection, CONFIDENCE) < rate
+        naive += upper_limit(k, N, CONFIDENCE) < rate
+    return Trial(chosen, world, missed, naive, len(strengths), float(np.mean(strengths)) if strengths else 0.0)
+
+
+def _draw(rates: Rates, generator: np.random.Generator) -> dict[float, int]:
+    """Samples that break at each strength: those that break at one break at all stronger ones."""
+    luck = generator.random(N)
+    return {t: int((luck < rates(t)).sum()) for t in GRID}
+
+
+def _chosen(broken: dict[float, int], how: dict) -> Strength:
+    with _counting(broken):
+        return find_strength(PROBLEM, PATCH, Gate.instance(), calibration=CALIBRATION, **how)
+
+
+@contextmanager
+def _counting(broken: dict[float, int]) -> Iterator[None]:
+    """What a forward pass would count is what was drawn. Nothing known breaks, so that no strength is polished."""
+
+    def aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
+        k = broken[min(GRID, key=lambda t: abs(t - float(state["weight"])))]
+        bad, none = torch.arange(N) < k, torch.zeros(N, dtype=torch.bool)
+        return Flips(~bad, bad, none, none)
+
+    def count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
+        repaired = round(100 * strength)
+        return StrengthPoint(
+            strength, repaired, FlipCounts(100, 0, repaired, 200), aside(problem, state, CALIBRATION).counts()
+        )
+
+    with patch("lightning_nrl.strength._count", count), patch("lightning_nrl.strength._aside", aside):
+        yield
+
+
+class Scale(nn.Module):
+    """One weight, which is the strength itself: 0 at first, and 1 at the patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, self.weight.expand(len(x), 1) * 0], 1)
+
+
+def _problem() -> tuple[Problem, Calibration]:
+    model, means = Scale(), {"task": Multiclass()}
+    known = [TensorSource(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]), split="known", passed=True, failed=True)]
+    aside = [TensorSource(torch.ones(N, 1), torch.zeros(N, dtype=torch.int64), split="calibration")]
+    before = collect(model, known, **means)
+    space, _ = find_scope(nn.Linear(1, 2))
+    parts = (space, ("weight",), Multiclass(), NeuRecoverLite(), Fitness(), before.passed)
+    return Problem(model, known, before, *parts), Calibration(aside, collect(model, aside, **means))
+
+
+PATCH: State = {"weight": torch.ones(1)}
+PROBLEM, CALIBRATION = _problem()
+
+
+def main() -> None:
+    may = round((1 - CONFIDENCE) * DRAWS)
+    print(f"| the strength is | what breaks | taken | mean strength | missed of {DRAWS:,} | its own limit missed |")
+    print("|---|---|---|---|---|---|")
+    for t in trials():
+        print(f"| {t.chosen} | {t.world} | {t.taken:,} | {t.strength:.2f} | {t.missed} | {t.naive} |")
+    most = next(k for k in range(DRAWS) if binomial_cdf(k, DRAWS, 1 - CONFIDENCE) >= 0.999)
+    print(f"\nMay be missed: {may}. What fails as often as it may stays within {most} in 999 of 1,000 studies.")
+
+
+if __name__ == "__main__":
+    main()
