@@ -12,7 +12,17 @@ from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.shell.arguments import callback_with, check_model
 from lightning_nrl.shell.borrowing import starting_weights
 from lightning_nrl.shell.looking import Scene, look
-from lightning_nrl.sweeps import Seeds, Sweepable, SweepResult, parse_seeds, parse_settings, swarming, sweep_module
+from lightning_nrl.sweeps import (
+    Seeds,
+    Sweepable,
+    SweepResult,
+    Trials,
+    check_trials,
+    parse_seeds,
+    parse_settings,
+    swarming,
+    sweep_module,
+)
 from lightning_nrl.tracking import track_sweep
 
 __all__ = ["sweep"]
@@ -45,6 +55,7 @@ def sweep(
     ckpt_path: str | Path | None = None,
     unseen: str | DataLoader[Any] | None = "test",
     dirpath: str | Path | None = None,
+    trials: Trials | None = None,
     log: Literal["setting", "run", "none"] = "none",
     **arguments: Any,
 ) -> SweepResult:
@@ -65,6 +76,7 @@ def sweep(
         ckpt_path: a checkpoint of the model; None: the model as it is.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
         dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
+        trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
         log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
         **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
             settings leave open of the search: `method=ParticleSwarm(...)`, `fitness`, `localizer`, `n_passed`.
@@ -96,6 +108,7 @@ def sweep(
     base = swarming(callback.settings)
     parse_settings(settings, base)
     numbers = parse_seeds(seeds)
+    check_trials(trials, settings)
     check_model(model, "sweep_module")
 
     def work(scene: Scene) -> SweepResult:
@@ -109,6 +122,7 @@ def sweep(
                 unseen=scene.unseen,
                 calibration=scene.calibration,
                 dirpath=dirpath,
+                trials=trials,
                 **scene.means,
             )
 

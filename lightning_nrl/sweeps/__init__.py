@@ -3,7 +3,8 @@
 from lightning_nrl.sweeps.grid import Grid, Setting, Sweepable, parse_settings
 from lightning_nrl.sweeps.result import SweepResult
 from lightning_nrl.sweeps.run import COLUMNS, Run
-from lightning_nrl.sweeps.study import Seeds, SweepObserver, parse_seeds, swarming, sweep_module
+from lightning_nrl.sweeps.study import Seeds, SweepObserver, check_trials, parse_seeds, swarming, sweep_module
+from lightning_nrl.sweeps.trials import Trials, regression_free_repairs
 
 __all__ = [
     "COLUMNS",
@@ -14,8 +15,11 @@ __all__ = [
     "SweepObserver",
     "SweepResult",
     "Sweepable",
+    "Trials",
+    "check_trials",
     "parse_seeds",
     "parse_settings",
+    "regression_free_repairs",
     "swarming",
     "sweep_module",
 ]

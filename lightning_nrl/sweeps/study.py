@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from lightning_nrl.as_found import as_found
@@ -18,7 +19,7 @@ from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.labels import doubtful_labels
-from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.importance import DOUBTFUL
 from lightning_nrl.known import check_losses, check_sources, given_or_default, see_aside
@@ -29,15 +30,16 @@ from lightning_nrl.report import hash_tensors
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
-from lightning_nrl.sweeps.grid import Setting, Sweepable, parse_settings
+from lightning_nrl.sweeps.grid import Grid, Setting, Sweepable, parse_settings
 from lightning_nrl.sweeps.recount import Recount
 from lightning_nrl.sweeps.result import SweepResult
 from lightning_nrl.sweeps.run import Run
 from lightning_nrl.sweeps.searching import Bench, Found, Job, batches
 from lightning_nrl.sweeps.store import Kept, Store, digest, evidence_digest, exchanged
+from lightning_nrl.sweeps.trials import Trials, chosen
 from lightning_nrl.tasks import Task
 
-__all__ = ["Seeds", "Study", "SweepObserver", "parse_seeds", "study", "swarming", "sweep_module"]
+__all__ = ["Seeds", "Study", "SweepObserver", "check_trials", "parse_seeds", "study", "swarming", "sweep_module"]
 
 Seeds = int | Sequence[int]
 """How many seeds, from 0 on, or which."""
@@ -67,6 +69,7 @@ def sweep_module(
     context: Context = nullcontext,
     collective: Collective | None = None,
     dirpath: str | Path | None = None,
+    trials: Trials | None = None,
     observer: SweepObserver | None = None,
 ) -> SweepResult:
     """Runs every setting with every seed, each as a single repair by `ParticleSwarm` would, and counts all of them.
@@ -88,6 +91,7 @@ def sweep_module(
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share out the runs; each ends with the same result.
         dirpath: a folder in which runs are kept; those that are there already are not made again.
+        trials: lets an Optuna sampler choose combinations of the grid, instead of running all.
         observer: is told how it goes.
 
     Raises:
@@ -98,6 +102,7 @@ def sweep_module(
     base, task = given_or_default(base, task)
     base = swarming(base)
     tried, numbers = parse_settings(settings, base), parse_seeds(seeds)
+    check_trials(trials, settings)
     with as_found(model):
         made = study(
             model,
@@ -111,7 +116,24 @@ def sweep_module(
             dirpath=dirpath,
             observer=observer,
         )
+        if trials is not None and isinstance(settings, Grid):
+            return made.explore(settings, trials, numbers)
         return made.run([(setting, seed) for setting in tried for seed in numbers])
+
+
+def check_trials(trials: Trials | None, settings: Sweepable) -> None:
+    """Refuses trials of another kind, and of what is no grid.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if trials is None:
+        return
+    check_kind("trials", trials, isinstance(trials, Trials), "Trials", "Trials(40)")
+    if not isinstance(settings, Grid):
+        raise ConfigurationError(
+            explain("`trials` go through a grid, and `settings` is none.", "write `settings=Grid(alpha=[4, 5, 6])`.")
+        )
 
 
 def swarming(base: Settings) -> Settings:
@@ -214,6 +236,7 @@ class Study:
     observer: SweepObserver | None = None
     _benches: dict[bool, Bench] = field(default_factory=dict)
     _recounts: dict[bool, dict[str, Recount]] = field(default_factory=dict)
+    _there: dict[str, Kept] = field(default_factory=dict)
     _ground: str = ""
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
@@ -223,7 +246,9 @@ class Study:
             All that were wanted, in their order, the same on each rank.
         """
         jobs = [Job(self._key(setting, seed), setting, seed) for setting, seed in wanted]
-        there = exchanged(self.store.read(job.key for job in jobs), self.collective)
+        unknown = [job.key for job in jobs if job.key not in self._there]
+        there = self._there
+        there |= exchanged(self.store.read(unknown), self.collective)
         missing = [job for job in jobs if job.key not in there]
         error, made = None, {}
         try:
@@ -236,6 +261,25 @@ class Study:
         result = self._result(jobs, there)
         self._keep_table(result)
         return result
+
+    def explore(self, grid: Grid, trials: Trials, seeds: Sequence[int]) -> SweepResult:
+        """Runs the combinations that a sampler chooses; the first rank has it.
+
+        Returns:
+            All runs of all trials, each setting once.
+        """
+        settings: list[Setting] = []
+
+        def evaluate(combinations: Sequence[tuple[int, ...]]) -> list[tuple[Run, ...]]:
+            agreed = self.collective.agreed(torch.tensor(combinations))
+            asked = [parse_settings(one, self.base)[0] for one in chosen(grid, agreed)]
+            new = {setting.name: setting for setting in asked}
+            result = self.run([(setting, seed) for setting in new.values() for seed in seeds])
+            settings.extend(setting for name, setting in new.items() if name not in {one.name for one in settings})
+            return [result.of(setting.name) for setting in asked]
+
+        trials.explore(grid, evaluate, chooses=self.collective.rank == 0)
+        return self.run([(setting, seed) for setting in settings for seed in seeds])
 
     def _made(self, mine: Sequence[Job], jobs: Sequence[Job], there: Mapping[str, Kept]) -> dict[str, Kept]:
         """This rank's runs."""
