@@ -26,7 +26,7 @@ from lightning_nrl.shell.sweeping import sweep
 from lightning_nrl.sweeps import Grid, SweepResult, sweep_module
 from lightning_nrl.switch import MarginSwitch, SwitchedModule, WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
 from lightning_nrl.tensors import TensorSource
 from lightning_nrl.terms import FocalDistillation, MarginHinge
 
@@ -36,6 +36,7 @@ __all__ = [
     "ConfigurationError",
     "Constrained",
     "Convex",
+    "Custom",
     "Diagnosis",
     "Everything",
     "EvidenceError",
@@ -47,6 +48,7 @@ __all__ = [
     "MarginHinge",
     "MarginSwitch",
     "Multiclass",
+    "Multilabel",
     "NeuRecoverLite",
     "OldModel",
     "Outcome",
@@ -55,11 +57,14 @@ __all__ = [
     "Polish",
     "PositiveCongruentTraining",
     "Predictions",
+    "Regression",
     "RegressionFreeRepair",
     "RegressionMetrics",
     "ReleaseGate",
     "RepairError",
     "RepairReport",
+    "Segmentation",
+    "Sequence",
     "Settings",
     "Strongest",
     "SweepResult",

@@ -148,7 +148,7 @@ class Account:
             layers=layers or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
             target=str(self.settings.target),
             gate=str(self.settings.gate),
-            task=type(self.task).__name__,
+            task=str(self.task),
             splits=splits,
             update=update,
             localization=None if found.localization is None else LocalizationReport.of(found.localization),

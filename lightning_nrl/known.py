@@ -13,21 +13,32 @@ from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError, check_kind, explain
 from lightning_nrl.evidence import Evidence, non_finite
+from lightning_nrl.importance import DOUBTFUL
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.settings import Settings
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 
-__all__ = ["check_limit", "check_losses", "check_sources", "given_or_default", "passed_rows", "see_aside"]
+__all__ = [
+    "check_limit",
+    "check_losses",
+    "check_sources",
+    "check_task",
+    "given_or_default",
+    "passed_rows",
+    "see_aside",
+]
+
+CLASSES: tuple[Need, ...] = ("classes",)
 
 
-def given_or_default(settings: Settings | None, task: Task | None) -> tuple[Settings, Task]:
+def given_or_default(settings: Settings | None, task: str | Task | None) -> tuple[Settings, Task]:
     """The settings and the task that were given, or those of a repair that says nothing.
 
     Raises:
         ConfigurationError: one is of another kind.
     """
-    settings, task = Settings() if settings is None else settings, Multiclass() if task is None else task
+    settings, task = Settings() if settings is None else settings, parse_task(task)
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
-    check_kind("task", task, isinstance(task, Task), "Task", "Multiclass(), or an object of a class of yours")
     return settings, task
 
 
@@ -82,6 +93,23 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
                     f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
                 )
             )
+
+
+def check_task(settings: Settings, before: Evidence, task: Task) -> None:
+    """Refuses settings that need margins or classes where the task has none.
+
+    Args:
+        settings: what was asked for.
+        before: of some samples at least.
+        task: that they were judged by.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    check_needs(getattr(settings.method, "needs", ()), before, task)
+    if settings.set_aside == DOUBTFUL:
+        hint = "set failures aside by a function of the batch, or leave `set_aside` out."
+        check_needs(CLASSES, before, task, f"`set_aside={DOUBTFUL!r}`", hint)
 
 
 def check_losses(before: Evidence) -> None:

@@ -13,7 +13,7 @@ from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gradients.fit import EASY
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["Oversampler"]
 
@@ -70,7 +70,7 @@ class Oversampler(Sampler[int]):
         oversample: int = 3,
         seed: int = 0,
         *,
-        task: Task | None = None,
+        task: str | Task | None = None,
         adapter: Adapter = unpack,
         **loader: Any,
     ) -> Oversampler:
@@ -83,7 +83,7 @@ class Oversampler(Sampler[int]):
             data: with a length and an index.
             oversample: as above.
             seed: as above.
-            task: what passed means; None: multiclass classification.
+            task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
             adapter: takes a batch apart.
             **loader: arguments of the `DataLoader` that reads it, such as `batch_size`, `num_workers` and `collate_fn`.
 
@@ -91,7 +91,7 @@ class Oversampler(Sampler[int]):
             ConfigurationError: the data do not fit the model or the task.
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
-        task = task or Multiclass()
+        task = parse_task(task)
         held = next(iter((*model.parameters(), *model.buffers())), torch.zeros(0))
         passed, margins = [], []
         with as_found(model), torch.no_grad():

@@ -22,7 +22,15 @@ from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.gate import Gate, judge, spared
 from lightning_nrl.importance import DOUBTFUL
-from lightning_nrl.known import check_limit, check_losses, check_sources, given_or_default, passed_rows, see_aside
+from lightning_nrl.known import (
+    check_limit,
+    check_losses,
+    check_sources,
+    check_task,
+    given_or_default,
+    passed_rows,
+    see_aside,
+)
 from lightning_nrl.methods import Problem, Solution, Training, better, solve
 from lightning_nrl.quotas import needed, normalised
 from lightning_nrl.reference import Reference
@@ -80,7 +88,7 @@ def repair_module(
     *,
     unseen: Sequence[Source] = (),
     calibration: Sequence[Source] = (),
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
     training: Training | None = None,
@@ -95,7 +103,7 @@ def repair_module(
         settings: what to repair and how.
         unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
         calibration: data that no search looks at, to choose the strength by; its marks do not matter.
-        task: what passed and loss mean; None: `Multiclass`.
+        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same outcome.
         training: goes on with the training, for methods that do; None: they make steps of their own.
@@ -128,6 +136,7 @@ def repair_module(
                 aside[role] = see_aside(see, model, sources, settings, task, collective)
         groups = groups_of(known, before, aside["calibration"], settings) if calibration else None
         check_losses(before)
+        check_task(settings, before, task)
         update, own = None, before
         if reference is not None:
             with clock.stage("reference"):

@@ -16,6 +16,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.report.weights import hash_tensors
 from lightning_nrl.state import State
+from lightning_nrl.tasks import Task
 
 __all__ = ["Predictions"]
 
@@ -93,22 +94,25 @@ class Predictions:
         part.replace(path)
 
     @classmethod
-    def of(cls, evidence: Evidence, weights: State | None = None) -> Predictions:
-        """Those of a model whose evidence is known."""
+    def of(cls, evidence: Evidence, weights: State | None = None, task: Task | None = None) -> Predictions:
+        """Those of a model whose evidence is known, by a task."""
         columns = zip(evidence.index.tolist(), evidence.prediction.tolist(), evidence.passed.tolist(), strict=True)
         rows = list(columns)
         splits = {
             split: {at: (said, passed) for at, said, passed in rows[evidence.of(split)]} for split in evidence.splits
         }
-        return cls(splits, None if weights is None else hash_tensors(weights))
+        return cls(splits, None if weights is None else _key(weights, evidence, task))
 
     @classmethod
-    def cached(cls, path: str | Path, weights: State, like: Evidence) -> Predictions | None:
-        """Those in a file, if they are of these weights and of all these samples, with these labels."""
+    def cached(cls, path: str | Path, weights: State, like: Evidence, task: Task | None = None) -> Predictions | None:
+        """Those in a file, if they are of these weights and of all these samples, with these labels.
+
+        Where the task has no classes what passed hangs on the task, so that it must be the same one.
+        """
         if not Path(path).is_file():
             return None
         found = cls.read(path)
-        if found.weights != hash_tensors(weights):
+        if found.weights != _key(weights, like, task):
             return None
         for split in like.splits:
             rows = found.splits.get(split, {})
@@ -154,3 +158,9 @@ class Predictions:
         targeted = torch.zeros_like(like.targeted)
         loss = (~passed).to(like.loss)
         return replace(like, prediction=said, passed=passed, loss=loss, margin=nothing, targeted=targeted)
+
+
+def _key(weights: State, evidence: Evidence, task: Task | None) -> str:
+    """Which weights, and where there are no classes which task."""
+    told = "" if task is None or bool((evidence.label >= 0).all()) else f" {task!r}"
+    return hash_tensors(weights) + told

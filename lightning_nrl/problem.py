@@ -227,7 +227,8 @@ class Method(Protocol):
     """How new weights are found. A method of your own is a frozen dataclass with this call.
 
     With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
-    the first step of training whether that will be possible.
+    the first step of training whether that will be possible. With `needs`, of `lightning_nrl.needs.Need`, it says what
+    it needs of the task, which is checked then, too.
     """
 
     def __call__(self, problem: Problem) -> Solution:

@@ -104,14 +104,14 @@ class OldModel:
         """Runs it over the data, unless its predictions are in the cache."""
         weights = self.weights(model)
         state = None if isinstance(self.model, nn.Module) else weights
-        known = None if self.cache is None else Predictions.cached(self.cache, weights, like)
+        known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
         if not collective.any(known is None):
             assert known is not None
             return known.evidence(like)
         found = self._run(model, state, sources, task=_mapped(task, self.classes), context=context, ranks=collective)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
         if self.cache is not None and collective.rank == 0:
-            Predictions.of(answer, weights).save(self.cache)
+            Predictions.of(answer, weights, task).save(self.cache)
         return answer
 
     def weights(self, model: nn.Module) -> State:

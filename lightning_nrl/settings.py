@@ -34,8 +34,9 @@ class Settings:
 
     Attributes:
         target: which failures are to be repaired.
-        layer: dotted name of the layer, several names, or `auto`: the last Linear, and for methods that train the
-            whole network. For these it may be a block too: all layers inside may change.
+        layer: dotted name of the layer, several names, or `auto`: the last Linear (where there is none, the
+            last convolution), and for methods that train the whole network. For these it may be a block too: all layers
+            inside may change.
         gate: what a repair must satisfy to be accepted.
         method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
         max_time: seconds that the repair may take; None: as long as its method needs.

@@ -100,7 +100,7 @@ def find_sites(model: nn.Module, layer: str | Sequence[str] = "auto", *, include
     Args:
         model: the model whose layers are meant.
         layer: a dotted name, several of them, or `auto`: the last Linear in the order of registration that
-            is not frozen; where all are, the last.
+            is not frozen; where all are, the last; where there is none, likewise the last convolution.
         include_bias: whether biases may be changed too.
 
     Raises:
@@ -168,14 +168,15 @@ def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list
     names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if not linear:
-        others = _suggest("", modules)
-        hint = f"name one with `layer=`: {others}." if others else "only Linear and Conv1d/2d/3d can be repaired."
-        raise ConfigurationError(explain("`layer='auto'` found no Linear layer.", hint))
-    # Whoever froze a layer wants it as it is, unless all are frozen.
-    free = [name for name in linear if modules[name].weight.requires_grad]
-    return (free or linear)[-1:]
+    # A network without any Linear, as those for segmentation are, ends in a convolution.
+    for kind in (nn.Linear, Layer):
+        found = [name for name, module in modules.items() if isinstance(module, kind)]
+        if found:
+            # Whoever froze a layer wants it as it is, unless all are frozen.
+            free = [name for name in found if modules[name].weight.requires_grad]
+            return (free or found)[-1:]
+    hint = "only Linear and Conv1d/2d/3d can be repaired."
+    raise ConfigurationError(explain("`layer='auto'` found no Linear layer and no convolution.", hint))
 
 
 def _is_inside(parameter: str, block: str) -> bool:

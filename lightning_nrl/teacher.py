@@ -84,7 +84,7 @@ class ModelTeacher(Teaches):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
         rows = None if self.index is None else rows_of(self.index, raw, len(like)).to(like.device)
-        output = None if rows is None else self.memory.recall(rows)
+        output = None if rows is None else self.memory.recall(rows, like)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
             self._check(known, output)
@@ -189,14 +189,18 @@ class _Memory:
         self.outputs: Tensor | None = None
         self.known = torch.zeros(0, dtype=torch.bool)
 
-    def recall(self, rows: Tensor) -> Tensor | None:
-        """The outputs of these samples, if all of them are known."""
-        if self.outputs is None or int(rows.max()) >= len(self.known) or not bool(self.known[rows].all()):
+    def recall(self, rows: Tensor, like: Tensor) -> Tensor | None:
+        """The outputs of these samples, if all of them are known, as long as those of the new model."""
+        if self.outputs is None or (like.ndim > 2 and like.shape[1:] != self.outputs.shape[1:]):
+            return None
+        if int(rows.max()) >= len(self.known) or not bool(self.known[rows].all()):
             return None
         return self.outputs[rows]
 
     def note(self, rows: Tensor, output: Tensor) -> None:
-        """Remembers outputs, if there is room up to the largest of these positions."""
+        """Remembers outputs, if there is room up to the largest of these positions, and if they are of one shape."""
+        if self.outputs is not None and output.shape[1:] != self.outputs.shape[1:]:
+            return
         most = max(int(rows.max()) + 1, len(self.known))
         size = max(most, 2 * len(self.known)) if most > len(self.known) else most
         if size * output[0].numel() * output.element_size() > REMEMBERED:

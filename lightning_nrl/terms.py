@@ -113,10 +113,10 @@ class FocalDistillation(Term):
                 )
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
-        known = teacher.isfinite().flatten(1).all(1)
+        known = teacher.isfinite()[:, None].flatten(1).all(1)
         # In place of what is not finite the new output itself, from which nothing is to be learnt.
         teacher = torch.where(known.view(-1, *[1] * (teacher.ndim - 1)), teacher, taught.detach())
-        apart = task.divergence(taught / self.temperature, teacher / self.temperature)
+        apart = task.divergence(taught / self.temperature, teacher / self.temperature, target)
         focal = self.base + self.focus * old.passed.to(apart)
         return self.weight * self.temperature**2 * focal * apart * known
 

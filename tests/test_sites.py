@@ -152,10 +152,13 @@ def test_names_that_cannot_be_repaired_are_refused_with_a_hint(model, layer, fou
     assert hint in advice
 
 
-def test_auto_without_a_linear_names_what_there_is(model):
-    with pytest.raises(ConfigurationError, match=r"found no Linear layer.\nHINT: .*'0'"):
-        find_sites(model.features)
-    with pytest.raises(ConfigurationError, match=r"found no Linear layer.\nHINT: only Linear and Conv"):
+def test_auto_without_a_linear_is_the_last_convolution(model):
+    convolutions = [name for name, module in model.features.named_modules() if isinstance(module, nn.Conv2d)]
+    assert [site.name for site in find_sites(model.features).sites] == convolutions[-1:]
+
+
+def test_auto_without_anything_to_repair_is_refused():
+    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: only Linear and Conv"):
         find_sites(nn.Sequential(nn.ReLU()))
 
 

@@ -97,8 +97,8 @@ class FocalDistillation(FineTuning):
         weight = self.base + self.scale * problem.before.passed.float()
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-            old = at_least_float32(teacher(batch, rows))
-            apart = heat**2 * task.divergence(at_least_float32(output) / heat, old / heat)
+            old = at_least_float32(teacher(batch, rows, output.shape))
+            apart = heat**2 * task.divergence(at_least_float32(output) / heat, old / heat, batch.target)
             return plain(batch, rows, output) + (weight[rows].to(output.device) * apart).sum()
 
         return _tuned(problem, self, loss)

@@ -55,7 +55,7 @@ def compare_module(
     *,
     unseen: Sequence[Source] = (),
     methods: Methods | None = None,
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
     training: Training | None = None,
@@ -73,7 +73,7 @@ def compare_module(
             `gate`, `strength`, `limit`, `sparse`).
         unseen: data that is only counted: nothing is chosen by it.
         methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
-        task: what passed and loss mean; None: `Multiclass`.
+        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same comparison.
         training: goes on with the training of the model, or begins it anew; without it there is no retraining.

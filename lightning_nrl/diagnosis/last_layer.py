@@ -75,7 +75,7 @@ def look_at(
     label, passed, targeted = (x[features.rows] for x in (evidence.label, evidence.passed, evidence.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
-        return "the task is not to give the label the largest logit."
+        return "the task is not to give one label the largest logit."
     device, generator = features.inputs.device, torch.Generator().manual_seed(seed)
     samples = _Samples(features.inputs, features.logits, label.to(device))
     # A tie passes by the order of classes alone: it has no margin to keep.

@@ -71,6 +71,8 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
             f"{known['targeted']:,} of these to be repaired",
         ),
     ]
+    if diagnosis.task != "Multiclass":
+        facts.insert(1, ("right means", diagnosis.task))
     mixing, check = diagnosis.mixing, diagnosis.check
     if mixing is not None:
         facts.append(

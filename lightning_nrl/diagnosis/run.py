@@ -38,7 +38,7 @@ def diagnose_module(
     known: Sequence[Source],
     settings: Settings | None = None,
     *,
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
     epochs: int | None = None,
@@ -52,7 +52,7 @@ def diagnose_module(
         model: the trained model on its device; it runs in evaluation mode.
         known: data that a repair may look at.
         settings: the target and the seed; the rest does not matter here.
-        task: what passed and margin mean; None: `Multiclass`.
+        task: what passed and margin mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each ends with the same findings.
         epochs: how long the model was trained, if that is known; for the cost of training on.
@@ -184,7 +184,7 @@ def _told(
     return Diagnosis(
         advice=advise(counts, targets, check, mixing, doubts, rooms, head, prices),
         target=str(settings.target),
-        task=type(task).__name__,
+        task=str(task),
         known=counts,
         head=head,
         targets=targets,

@@ -22,7 +22,7 @@ from lightning_nrl.predictions import Predictions
 from lightning_nrl.reference import OldModel, Reference, parse_reference
 from lightning_nrl.report.weights import hash_tensors
 from lightning_nrl.slicing import Slices
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["check_reference", "compare_and_judge", "release"]
 
@@ -34,7 +34,7 @@ def release(
     rules: str | Rule | Sequence[str | Rule] = "instance",
     *,
     slices: str | int | Slices | None = None,
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
     seeds: Mapping[str, int] | None = None,
@@ -54,7 +54,7 @@ def release(
             of `lightning_nrl.gate`.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
-        task: what right means; None: `Multiclass`.
+        task: what right means, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as the autocast that the model is deployed under.
         collective: the ranks that share the data; each gets the same report.
         seeds: what the data and the models depend on, to be noted in the report.
@@ -108,7 +108,7 @@ def compare_and_judge(
     rules: Sequence[Rule],
     *,
     slices: Slices | None,
-    task: Task | None,
+    task: str | Task | None,
     context: Context,
     collective: Collective | None,
     seeds: Mapping[str, int],
@@ -126,7 +126,7 @@ def compare_and_judge(
         rules,
         new=Identity(name or type(new).__name__, hash_tensors(new.state_dict())),
         old=_identity(old, new),
-        task=type(task or Multiclass()).__name__,
+        task=str(parse_task(task)),
         precision=_precision(new, context),
         seeds=seeds,
     )

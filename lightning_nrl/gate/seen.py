@@ -19,7 +19,7 @@ from lightning_nrl.flips import Flips
 from lightning_nrl.reference import Reference
 from lightning_nrl.slicing import Slices, Told, renumbered
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["Seen", "check_splits", "see"]
 
@@ -72,7 +72,7 @@ def see(
     *,
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
 ) -> Seen:
@@ -84,7 +84,7 @@ def see(
         data: the splits, this rank's share of each.
         slices: which slice each sample is in.
         targets: what else is to be noted of the samples.
-        task: what passed means; None: `Multiclass`.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; each gets the same tables.
 
@@ -93,7 +93,7 @@ def see(
         EvidenceError: a split's samples are not there exactly once.
     """
     ranks = collective or Collective()
-    means: dict[str, Any] = {"task": task or Multiclass(), "context": context, "collective": ranks}
+    means: dict[str, Any] = {"task": parse_task(task), "context": context, "collective": ranks}
     slicing = [Told(source, slices, means["task"]) for source in data]
     told: Sequence[Any] = slicing
     marking: dict[Target, list[Told]] = {}

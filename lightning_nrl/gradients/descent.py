@@ -142,9 +142,17 @@ class Teacher:
         self._device = torch.device("cpu")
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, rows: Tensor) -> Tensor:
-        """The logits, on the device of the model. `rows` are the batch's rows in the evidence, `n` int64."""
-        if self._table is not None and bool(self._known[rows].all()):
+    def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """The logits, on the device of the model.
+
+        Args:
+            batch: `n` samples.
+            rows: their rows in the evidence, `n` int64.
+            shape: that the logits have if it depends on the batch, as it does where a batch is padded to its longest
+                sample. Logits of another shape than the first ones are not remembered.
+        """
+        fits = self._table is not None and (shape is None or shape[1:] == self._table.shape[1:])
+        if self._table is not None and fits and bool(self._known[rows].all()):
             return self._table[rows].to(self._device)
         which = self._which[rows]
         said = torch.zeros(0)
@@ -158,7 +166,7 @@ class Teacher:
         self._device = said.device
         if self._table is None and len(self._which) * said[0].numel() * said.element_size() <= REMEMBERED:
             self._table = torch.empty((len(self._which), *said.shape[1:]), dtype=said.dtype)
-        if self._table is not None:
+        if self._table is not None and said.shape[1:] == self._table.shape[1:]:
             self._table[rows] = said.cpu()
             self._known[rows] = True
         return said

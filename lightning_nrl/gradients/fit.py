@@ -112,7 +112,7 @@ class _Fit:
         if margin is not None:
             found.append((rows, margin))
         weight, hold = self.weights[rows].to(output.device).unbind(1)
-        kept = task.divergence(output, self.teacher(batch, rows))
+        kept = task.divergence(output, self.teacher(batch, rows, output.shape), batch.target)
         return (weight * task.loss(output, batch.target)).sum() + (hold * kept).sum()
 
     def _plan(self, start: int, began: float) -> None:

@@ -18,15 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl.batches import Batch
-from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import Flips
 from lightning_nrl.gradients.descent import BATCH, MOST, Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.problem import Problem
 from lightning_nrl.state import State, between, holding, snapshot
 
-__all__ = ["Polished", "check_margin", "polish"]
+__all__ = ["Polished", "polish"]
 
+NEEDS: tuple[Need, ...] = ("margins",)
 TYPICAL = 8.0
 """The median margin of passed samples for which the numbers below are meant; they grow and shrink with it."""
 SAFE = 1e-3
@@ -117,7 +118,7 @@ def polish(
     Raises:
         ConfigurationError: the task has no margins.
     """
-    check_margin(problem)
+    check_needs(NEEDS, problem.before, problem.task)
     deadline, one_pass = time.perf_counter() + seconds, problem.clock.seconds.get("collect", 0.0)
     if after is None:
         after, one_pass = _timed(problem, state)
@@ -163,21 +164,6 @@ def _most(best: Polished | None, other: Polished) -> Polished:
 def _is_late(problem: Problem, deadline: float) -> bool:
     """Whether time is over on any rank."""
     return math.isfinite(deadline) and problem.collective.any(time.perf_counter() > deadline)
-
-
-def check_margin(problem: Problem) -> None:
-    """Refuses a task without margins.
-
-    Raises:
-        ConfigurationError: it has none.
-    """
-    if bool(problem.before.margin.isnan().all()):
-        raise ConfigurationError(
-            explain(
-                f"`task`: {type(problem.task).__name__} has no `margin`, so there is nothing that steps could improve.",
-                "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
-            )
-        )
 
 
 def _scaled_back(problem: Problem, border: _Border, state: State, rounds: int, deadline: float) -> Polished:
@@ -289,7 +275,7 @@ class _Border:
             weight, goal, taught = table[rows].to(output.device).unbind(1)
             margin = self._margin(output, batch)
             found.append((rows, margin.detach()))
-            kept = self.problem.task.divergence(output, self.teacher(batch, rows))
+            kept = self.problem.task.divergence(output, self.teacher(batch, rows, output.shape), batch.target)
             return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
 
         rows = torch.cat([core, rest])

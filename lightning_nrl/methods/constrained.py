@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gradients.descent import MOST
 from lightning_nrl.gradients.fit import fit
-from lightning_nrl.gradients.polish import check_margin, polish
+from lightning_nrl.gradients.polish import polish
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.state import State, between
 
@@ -48,6 +49,7 @@ class Constrained:
     """
 
     trains: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
     share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Constrained:
         Raises:
             ConfigurationError: the task has no margins.
         """
-        check_margin(problem)
+        check_needs(self.needs, problem.before, problem.task)
         clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
         end = clock.elapsed + self.share * clock.left
         began = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.methods.swarm import half, rows
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.precision import at_least_float32
 from lightning_nrl.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.scoring import Recording, record
@@ -49,6 +50,8 @@ class _Held(NamedTuple):
 @dataclass(frozen=True)
 class Convex:
     """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("classes",)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves along strengths, and takes the strongest that held-out samples speak for.
@@ -95,10 +98,7 @@ def _check(problem: Problem) -> None:
                 "leave `layer` at 'auto', or use `method='linearised'`.",
             )
         )
-    if bool((problem.before.label < 0).any()):
-        raise ConfigurationError(
-            explain("`method='convex'` needs a class for each sample, the task has none.", "use another method.")
-        )
+    check_needs(Convex.needs, problem.before, problem.task)
 
 
 @torch.no_grad()

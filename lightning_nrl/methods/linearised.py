@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.evidence import Evidence
-from lightning_nrl.gradients.polish import SAFE, TYPICAL, check_margin
+from lightning_nrl.gradients.polish import SAFE, TYPICAL
 from lightning_nrl.gradients.whitening import Whitening, slopes, whitened
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.search.head import SHARE
 from lightning_nrl.search.trust import Radius, Tangent
@@ -65,13 +67,15 @@ class Linearised:
     the gradients of targets and of passed samples near the border, and taken as far as an exact count allows.
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
+
     def __call__(self, problem: Problem) -> Solution:
         """Walks from the original weights.
 
         Raises:
             ConfigurationError: the task has no margins, or their gradients do not reach a layer.
         """
-        check_margin(problem)
+        check_needs(self.needs, problem.before, problem.task)
         clock = problem.clock
         if _is_late(problem, PASSES * _one_pass(problem)):
             return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")

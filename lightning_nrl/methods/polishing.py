@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.gradients.polish import check_margin, polish
+from lightning_nrl.gradients.polish import polish
+from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution, Step
 from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.state import State, changed
@@ -41,6 +43,7 @@ class Polish:
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt", method=Polish("new.ckpt"))
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
     new: nn.Module | State | str | Path | None = None
     share: float = 1.0
 
@@ -55,7 +58,7 @@ class Polish:
             ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
                 layer that may change; or the task has no margins.
         """
-        check_margin(problem)
+        check_needs(self.needs, problem.before, problem.task)
         clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
         end = clock.elapsed + self.share * clock.left
         steps: tuple[Step, ...] = ()

@@ -40,6 +40,7 @@ __all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 TONES: dict[Status, Tone] = {"repaired": "good", "refused": "warn", "not repaired": "warn", "nothing to repair": "good"}
+USUAL = "Multiclass"
 FILES = {"json": "report (JSON)", "markdown": "report (Markdown)"}
 PARTS = {"localization": LocalizationReport, "search": SearchReport, "change": WeightChange, "hashes": Hashes}
 
@@ -213,6 +214,8 @@ class RepairReport(Shown):
 
     def _facts(self) -> tuple[tuple[str, str], ...]:
         facts = [("target", self.target), ("layer", ", ".join(self.layers)), ("gate", self.gate)]
+        # Of classes everybody knows what right is.
+        facts += [] if self.task == USUAL else [("right means", self.task)]
         if self.set_aside:
             facts.append(("set aside", f"{len(self.set_aside):,} failed samples, {self.set_aside[0].why}"))
         if self.localization is not None:
@@ -234,7 +237,8 @@ class RepairReport(Shown):
 
     def _details(self) -> tuple[Block, ...]:
         shown = self.candidate or self.splits
-        run = [("task", self.task), ("seed", str(self.seed))]
+        run = [("task", self.task)] if self.task == USUAL else []
+        run.append(("seed", str(self.seed)))
         run += [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in self.seconds.items()]
         run += self.versions.items()
         blocks: list[Block] = [*self._calibrated(), Heading("What was done"), Facts((*self._facts(), *self._written()))]

@@ -18,7 +18,7 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
-from lightning_nrl.errors import check_choice, check_kind, explain
+from lightning_nrl.errors import check_choice, explain
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.known import check_limit
@@ -41,7 +41,7 @@ from lightning_nrl.shell.splits import DataRequest
 from lightning_nrl.sites import find_scope
 from lightning_nrl.state import State, changed
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import track
 
 __all__ = ["RegressionFreeRepair"]
@@ -58,8 +58,8 @@ class RegressionFreeRepair(Callback):
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)`; None: all.
-        layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear is searched,
-            and methods that train may change the whole network.
+        layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
+            there is none, the last convolution) is searched, and methods that train may change the whole network.
         gate: what is accepted: `instance` (no known passed sample broken), `accuracy` (at least as many repaired as
             broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `constrained`, `convex`, `linearised`, `swarm`, or an object of
@@ -75,7 +75,8 @@ class RegressionFreeRepair(Callback):
         unseen: data that the repair never looks at, counted before and after for the report: `test`, `val`, a
             DataLoader or None.
         calibration: data that no search looks at, to choose the strength by: `val`, `test`, a DataLoader or None.
-        task: what passed and loss mean; None: multiclass classification from logits.
+        task: what passed and loss mean: `multiclass`, `multilabel`, `segmentation`, `sequence`, or an object of
+            `lightning_nrl.tasks`, such as `Regression(tolerance=0.1)`; None: multiclass classification from logits.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or `package.module:function`; None:
             `(x, y, *extras)` or a mapping with the usual keys.
         reference: in an update, the model that the new one replaces: a module, the path of its checkpoint, a CSV file
@@ -131,7 +132,7 @@ class RegressionFreeRepair(Callback):
         failed: str | DataLoader = "auto",
         unseen: str | DataLoader | None = None,
         calibration: str | DataLoader | None = None,
-        task: Task | None = None,
+        task: str | Task | None = None,
         adapter: str | Adapter | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
         keep: Literal["both", "reference"] = "both",
@@ -178,10 +179,7 @@ class RegressionFreeRepair(Callback):
             mix=mix,
         )
         check_limit(self.settings, calibration is not None)
-        self.task = task if task is not None else Multiclass()
-        check_kind(
-            "task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of a class of yours"
-        )
+        self.task = parse_task(task)
         self.data = DataRequest(passed, failed, unseen, calibration)
         self.adapter = unpack if adapter is None else find_function("adapter", adapter)
         self.reference = parse_reference(reference)

@@ -27,7 +27,7 @@ from lightning_nrl.shell.loaders import find_loader, length_of
 from lightning_nrl.shell.stepping import ONE_LINE, Wrapped, added, forwarded
 from lightning_nrl.shell.watching import Outputs, Probe
 from lightning_nrl.state import State, write
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.teacher import ModelTeacher, PredictedTeacher, Teaches
 from lightning_nrl.terms import Term, parse_terms
 
@@ -52,7 +52,7 @@ class PositiveCongruentTraining(Callback):
             With it the replaced model is asked about each sample once; so only without augmentation. Needed for
             predictions from a file. None: it is asked about each batch, with the very inputs of the new model.
         prefix: what tags begin with.
-        task: what passed means; None: multiclass classification from logits.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
             or a mapping with the usual keys.
 
@@ -73,7 +73,7 @@ class PositiveCongruentTraining(Callback):
         term: str | Term | Sequence[str | Term] = "focal_distillation",
         index: str | Callable[[Any], Any] | None = None,
         prefix: str = "regression",
-        task: Task | None = None,
+        task: str | Task | None = None,
         adapter: str | Adapter | None = None,
     ) -> None:
         super().__init__()
@@ -91,8 +91,7 @@ class PositiveCongruentTraining(Callback):
         fits = isinstance(prefix, str) and bool(prefix.strip("/"))
         check_kind("prefix", prefix, fits, "name", "prefix='regression'")
         self.prefix = prefix.rstrip("/")
-        self.task = task if task is not None else Multiclass()
-        check_kind("task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of yours")
+        self.task = parse_task(task)
         self.adapter: Adapter = unpack if adapter is None else find_function("adapter", adapter)
         self._wrapped, self._outputs, self._held = Wrapped(), Outputs(), ExitStack()
         self._teacher: Teaches | None = None

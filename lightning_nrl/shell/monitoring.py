@@ -26,7 +26,7 @@ from lightning_nrl.shell.replaced import Replaced, ask, is_known
 from lightning_nrl.shell.watching import Outputs
 from lightning_nrl.state import State
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["RegressionMetrics"]
 
@@ -46,7 +46,7 @@ class RegressionMetrics(Callback):
             column's name); the function's address, `package.module:function`; or a `Target`, whose samples are it.
         prefix: what the tags begin with.
         dataloader: which validation data loader is counted, where there are several.
-        task: what passed means; None: multiclass classification from logits.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
             or a mapping with the usual keys.
 
@@ -66,7 +66,7 @@ class RegressionMetrics(Callback):
         slices: str | int | Callable[[Any], Any] | Target | None = None,
         prefix: str = "regression",
         dataloader: int = 0,
-        task: Task | None = None,
+        task: str | Task | None = None,
         adapter: str | Adapter | None = None,
     ) -> None:
         super().__init__()
@@ -82,8 +82,7 @@ class RegressionMetrics(Callback):
         whole = isinstance(dataloader, int) and not isinstance(dataloader, bool) and dataloader >= 0
         check_kind("dataloader", dataloader, whole, "number from 0", "dataloader=0")
         self.dataloader = dataloader
-        self.task = task if task is not None else Multiclass()
-        check_kind("task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of yours")
+        self.task = parse_task(task)
         self.adapter: Adapter = unpack if adapter is None else find_function("adapter", adapter)
         self._outputs = Outputs()
         self._replaced: Replaced | None = None

@@ -16,6 +16,7 @@ from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError, EvidenceError
 from lightning_nrl.evidence import Context, collect
+from lightning_nrl.known import check_task
 from lightning_nrl.reference import OldModel, Reference
 from lightning_nrl.scoring import record
 from lightning_nrl.settings import Settings
@@ -48,7 +49,7 @@ def rehearse(
         reference: the model that is to be replaced.
 
     Raises:
-        ConfigurationError: the layer, the batches, the target, the task or the reference do not fit.
+        ConfigurationError: the layer, the batches, the target, the task, the method or the reference do not fit.
         EvidenceError: a collate function drops or adds samples.
         ReplayError: a layer is never called, or the localizer cannot use what the model gives.
     """
@@ -61,6 +62,7 @@ def rehearse(
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             ranks = collective or Collective()
             asked.answers(model, sources, few, task=task, context=context, collective=ranks)
+        check_task(settings, few, task)
         first = sources[0]
         known = torch.arange(len(few)) < len(first.index)
         failed = known & (torch.arange(len(few)) % 2 == 0)

@@ -29,7 +29,7 @@ from lightning_nrl.shell.files import base_folder, file_names, output_folder, sh
 from lightning_nrl.shell.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl.state import State
 from lightning_nrl.targets import Target
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import release_numbers, track_release
 
 __all__ = ["ReleaseGate"]
@@ -50,7 +50,7 @@ class ReleaseGate(Callback):
             that gives a name or a number for each sample, its address, or a `Target`.
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
-        task: what right means; None: multiclass classification from logits.
+        task: what right means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
             or a mapping with the usual keys.
         seed: for random transforms of the data.
@@ -76,7 +76,7 @@ class ReleaseGate(Callback):
         rules: str | Rule | list[str | Rule] = "instance",
         slices: str | int | Callable[[Any], Any] | Target | None = None,
         splits: list[str] | None = None,
-        task: Task | None = None,
+        task: str | Task | None = None,
         adapter: str | Adapter | None = None,
         seed: int = 0,
         dirpath: str | Path | None = None,
@@ -89,8 +89,7 @@ class ReleaseGate(Callback):
         named = splits is None or (isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits))
         check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
         self.splits = splits
-        self.task = task if task is not None else Multiclass()
-        check_kind("task", self.task, isinstance(self.task, Task), "Task", "Multiclass(), or an object of yours")
+        self.task = parse_task(task)
         self.adapter: Adapter = unpack if adapter is None else find_function("adapter", adapter)
         check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")
         self.seed = seed
@@ -165,7 +164,7 @@ class ReleaseGate(Callback):
         assert self.report is not None
         write_report(self.report)
         if "predictions" in self.report.files:
-            Predictions.of(seen.after, model.state_dict()).save(self.report.files["predictions"])
+            Predictions.of(seen.after, model.state_dict(), self.task).save(self.report.files["predictions"])
 
     def _sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]

@@ -22,7 +22,7 @@ from lightning_nrl.diagnosis.labels import doubtful_labels
 from lightning_nrl.errors import ConfigurationError, RepairError, check_kind, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.importance import DOUBTFUL
-from lightning_nrl.known import check_losses, check_sources, given_or_default, see_aside
+from lightning_nrl.known import check_losses, check_sources, check_task, given_or_default, see_aside
 from lightning_nrl.methods import Strongest
 from lightning_nrl.problem import Problem
 from lightning_nrl.quotas import normalised
@@ -65,7 +65,7 @@ def sweep_module(
     base: Settings | None = None,
     unseen: Sequence[Source] = (),
     calibration: Sequence[Source] = (),
-    task: Task | None = None,
+    task: str | Task | None = None,
     context: Context = nullcontext,
     collective: Collective | None = None,
     dirpath: str | Path | None = None,
@@ -87,7 +87,7 @@ def sweep_module(
             `max_time` and `seed` do not matter.
         unseen: data that is only counted.
         calibration: data that no search looks at, to choose among runs by.
-        task: what passed and loss mean; None: `Multiclass`.
+        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share out the runs; each ends with the same result.
         dirpath: a folder in which runs are kept; those that are there already are not made again.
@@ -188,6 +188,7 @@ def study(
         others = {"calibration": calibration, "unseen": unseen}
         aside = {role: see_aside(see, model, sources, base, task, alone) for role, sources in others.items() if sources}
     check_losses(before)
+    check_task(base, before, task)
     if base.set_aside == DOUBTFUL:
         left_out = doubtful_labels(model, known, before, task=task, context=context, collective=alone)
     before = normalised(replace(before, targeted=before.targeted & ~left_out))
@@ -330,7 +331,7 @@ class Study:
             model = hash_tensors(self.problem.model.state_dict())
             passed = [source.split for source in self.problem.known if source.passed]
             said = self.base.plain()
-            self._ground = digest([model, evidence, passed, said["layer"], type(self.problem.task).__qualname__])
+            self._ground = digest([model, evidence, passed, said["layer"], repr(self.problem.task)])
         return digest([self._ground, setting.plain(), seed])
 
     def _result(self, jobs: Sequence[Job], there: Mapping[str, Kept]) -> SweepResult:

@@ -91,6 +91,7 @@ def hparams(report: RepairReport) -> dict[str, bool | int | float | str]:
         "layer": ", ".join(report.layers),
         "seed": report.seed,
         "target": report.target,
+        "task": report.task,
         "weights": None if report.localization is None else report.localization.sizes.get("localized"),
     }
     details = {key: value for key, value in report.settings.items() if key not in asked or isinstance(value, Mapping)}

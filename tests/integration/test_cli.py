@@ -10,7 +10,18 @@ import yaml
 from digit_models import Classifier, Digits
 from pytorch_lightning.cli import LightningCLI
 
-from lightning_nrl import Fitness, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl import (
+    Fitness,
+    Multilabel,
+    NeuRecoverLite,
+    ParticleSwarm,
+    Regression,
+    RegressionFreeRepair,
+    Segmentation,
+    Sequence,
+    Target,
+    Task,
+)
 from lightning_nrl.gate import Instance, Tolerance
 
 pytestmark = [
@@ -156,3 +167,21 @@ def test_the_configuration_that_is_printed_can_be_read_again(
     assert entry["init_args"]["layer"] == "auto"
     again = repair_of(cli(tmp_path, yaml.safe_dump(entry["init_args"]), run=False))
     assert again.settings == RegressionFreeRepair().settings
+
+
+@pytest.mark.parametrize(
+    ("words", "task"),
+    [
+        ("multilabel", Multilabel()),
+        ("{class_path: lightning_nrl.Regression, init_args: {tolerance: 0.1}}", Regression(0.1)),
+        ("{class_path: lightning_nrl.Segmentation, init_args: {iou: 0.7, classes: [1]}}", Segmentation(0.7, (1,))),
+        ("{class_path: lightning_nrl.Sequence, init_args: {class_dim: 1}}", Sequence(class_dim=1)),
+    ],
+)
+def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) -> None:
+    assert repair_of(cli(tmp_path, f"task: {words}", run=False)).task == task
+
+
+def test_a_task_of_functions_is_given_by_addresses(tmp_path: Path) -> None:
+    words = "task: {class_path: lightning_nrl.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
+    assert str(repair_of(cli(tmp_path, words, run=False)).task) == "Custom: passed by torch:eq"

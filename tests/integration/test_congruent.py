@@ -446,7 +446,8 @@ def test_what_does_not_fit_is_refused_before_the_first_step(old: Classifier, tmp
         ({"term": "distillation"}, "did you mean 'focal_distillation'"),
         ({"index": "nowhere:ids"}, "`index='nowhere:ids'` was not found"),
         ({"prefix": "/"}, "`prefix='/'` is no name"),
-        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
+        ({"task": 3}, "`task=3` is no Task"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:

@@ -192,8 +192,8 @@ def test_a_limit_without_calibration_data_is_refused_at_once() -> None:
 
 
 def test_a_task_or_method_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`task='multiclass'`"):
-        quick_repair(task="multiclass")
+    with pytest.raises(ConfigurationError, match=r"`task='multi-class'`"):
+        quick_repair(task="multi-class")
     with pytest.raises(ConfigurationError, match=r"`method='pso'`"):
         quick_repair(method="pso")
 

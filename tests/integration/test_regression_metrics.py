@@ -378,7 +378,8 @@ def mlp_reference() -> OldModel:
         ({"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
         ({"prefix": ""}, "`prefix=''` is no name"),
         ({"dataloader": -1}, "`dataloader=-1` is no number from 0"),
-        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
+        ({"task": 3}, "`task=3` is no Task"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:

@@ -233,7 +233,8 @@ def test_what_cannot_be_judged_is_refused_before_the_test(
         ({"rules": "nothing"}, "is no rule"),
         ({"slices": 3.5}, "`slices`"),
         ({"splits": "test"}, "`splits='test'` is no list of names"),
-        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
+        ({"task": 3}, "`task=3` is no Task"),
         ({"seed": -1}, "`seed=-1` is no seed"),
     ],
 )

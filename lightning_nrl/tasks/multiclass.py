@@ -1,9 +1,7 @@
-"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
+"""One of several classes a sample."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,73 +10,9 @@ from torch.nn import functional as F
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.precision import at_least_float32
+from lightning_nrl.tasks.task import Task
 
-__all__ = ["Multiclass", "Task"]
-
-
-class Task(ABC):
-    """Decides, sample by sample, what is right and how wrong the rest is."""
-
-    @abstractmethod
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        """Whether each sample is right: `n` bool from an output with first dimension `n`."""
-
-    @abstractmethod
-    def loss(self, output: Tensor, target: Any) -> Tensor:
-        """Each sample's loss, `n`, at least float32, to be made small."""
-
-    def check(self, output: Tensor, target: Any) -> None:
-        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
-
-        Raises:
-            ConfigurationError: they do not.
-        """
-        return None
-
-    def logits(self, output: Any) -> Tensor:
-        """The tensor to be judged inside whatever the model returns.
-
-        A tensor is taken as it is; else the `logits` of an object or mapping; else the first of a sequence.
-
-        Raises:
-            ConfigurationError: there is no such tensor.
-        """
-        if isinstance(output, Tensor):
-            return output
-        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if found is None and isinstance(output, (tuple, list)) and output:
-            found = output[0]
-        if isinstance(found, Tensor):
-            return found
-        raise ConfigurationError(
-            explain(
-                f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
-                "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
-            )
-        )
-
-    def margin(self, output: Tensor, target: Any) -> Tensor | None:
-        """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
-
-        Differentiable. None where the task has no such number; then only methods without gradients can repair.
-        """
-        return None
-
-    def divergence(self, output: Tensor, teacher: Tensor) -> Tensor:
-        """How much each sample's output differs from a teacher's, `n`, at least 0 and differentiable.
-
-        The mean squared difference, unless the task knows better.
-        """
-        squares = (at_least_float32(output) - at_least_float32(teacher)).square()
-        return squares.flatten(1).mean(1)
-
-    def prediction(self, output: Tensor) -> Tensor | None:
-        """The predicted class of each sample, `n` int64, or None where the task has no classes."""
-        return None
-
-    def label(self, target: Any) -> Tensor | None:
-        """The true class of each sample, `n` int64, or None where the task has no classes."""
-        return None
+__all__ = ["Multiclass"]
 
 
 class Multiclass(Task):
@@ -108,7 +42,7 @@ class Multiclass(Task):
         output, label = at_least_float32(output), self.label(target).clamp_min(0)[:, None]
         return output.gather(1, label)[:, 0] - output.scatter(1, label, -torch.inf).amax(1)
 
-    def divergence(self, output: Tensor, teacher: Tensor) -> Tensor:
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
         """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`."""
         new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
         return F.kl_div(new, old, reduction="none", log_target=True).sum(1)

@@ -1,0 +1,12 @@
+"""What "passed" and "loss" mean for one sample: a `Task`, and those that there are."""
+
+from lightning_nrl.tasks.custom import Custom
+from lightning_nrl.tasks.multiclass import Multiclass
+from lightning_nrl.tasks.multilabel import Multilabel
+from lightning_nrl.tasks.naming import parse_task
+from lightning_nrl.tasks.regression import Regression
+from lightning_nrl.tasks.segmentation import Segmentation
+from lightning_nrl.tasks.sequence import Sequence
+from lightning_nrl.tasks.task import Task
+
+__all__ = ["Custom", "Multiclass", "Multilabel", "Regression", "Segmentation", "Sequence", "Task", "parse_task"]

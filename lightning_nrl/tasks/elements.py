@@ -1,0 +1,126 @@
+"""What sequences and segmentations have in common: a class for each of a sample's elements, tokens or pixels."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.precision import at_least_float32
+from lightning_nrl.tasks.task import Task
+
+__all__ = ["Elements", "ElementsTask"]
+
+
+class Elements(NamedTuple):
+    """Samples taken apart: `n` of them with `E` elements of `C` classes each."""
+
+    logits: Tensor  # n x C x E, at least float32
+    label: Tensor  # n x E int64, 0 where the element is ignored
+    counts: Tensor  # n x E bool, whether the element is not ignored
+
+    def lead(self) -> tuple[Tensor, Tensor]:
+        """The logit of the true class less the largest other one, `n x E`, and that other class, `n x E` int64.
+
+        Above 0 where an element is right; minus infinity where logits are not numbers.
+        """
+        own = self.label[:, None]
+        best, rival = self.logits.scatter(1, own, -torch.inf).max(1)
+        lead = self.logits.gather(1, own)[:, 0] - best
+        return torch.where(lead.isnan(), -torch.inf, lead), rival
+
+    def mean(self, values: Tensor) -> Tensor:
+        """`n`, the mean of `n x E` values over the elements that are not ignored; 0 where all are."""
+        return torch.where(self.counts, values, 0.0).sum(1) / self.counts.sum(1).clamp_min(1)
+
+
+class ElementsTask(Task):
+    """Base of tasks with a class for each element. The loss is cross entropy, the mean over a sample's elements.
+
+    A subclass is a frozen dataclass with `ignore_index`, and says where the classes are.
+    """
+
+    ignore_index: int
+
+    @abstractmethod
+    def classes_first(self, output: Tensor) -> Tensor:
+        """The logits as `n x C x ...`, `C` at least 2.
+
+        Raises:
+            ConfigurationError: they have no such shape.
+        """
+
+    def labels(self, target: Any, ndim: int) -> Tensor:
+        """The true classes, `n x ...` int64, of so many dimensions.
+
+        Raises:
+            ConfigurationError: the target is something else.
+        """
+        if isinstance(target, Tensor) and not target.is_floating_point() and target.ndim > 1:
+            return target.long()
+        found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        raise ConfigurationError(
+            explain(
+                f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {found}.",
+                "give a class number for each element, or pass an `adapter` that does.",
+            )
+        )
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuses shapes that do not fit, labels without a logit, and samples of which every element is ignored."""
+        logits = self.classes_first(output)
+        label = self.labels(target, logits.ndim - 1)
+        name = type(self).__name__
+        if (len(logits), *logits.shape[2:]) != label.shape:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
+                    self._shapes_hint(output, label),
+                )
+            )
+        classes, counts = logits.shape[1], label != self.ignore_index
+        wrong = counts & ((label < 0) | (label >= classes))
+        if wrong.any():
+            raise ConfigurationError(
+                explain(
+                    f"`task`: there is a label {int(label[wrong][0])}, and the model returned {classes} logits an "
+                    "element.",
+                    f"labels are from 0 to {classes - 1}; set `ignore_index` if that one means no class.",
+                )
+            )
+        empty = int((~counts.flatten(1).any(1)).sum())
+        if empty:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: {empty} samples of a batch have the label {self.ignore_index} (ignored) everywhere.",
+                    "leave samples without any label out of the data.",
+                )
+            )
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        elements = self.elements(output, target)
+        return elements.mean(F.cross_entropy(elements.logits, elements.label, reduction="none"))
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`, the mean over elements.
+
+        Those that the target ignores have no part in it.
+        """
+        logits = self.classes_first(output).flatten(2)
+        new, old = (F.log_softmax(at_least_float32(x), 1) for x in (logits, self.classes_first(teacher).flatten(2)))
+        apart = F.kl_div(new, old, reduction="none", log_target=True).sum(1)
+        return apart.mean(1) if target is None else self.elements(output, target).mean(apart)
+
+    def elements(self, output: Tensor, target: Any) -> Elements:
+        """The samples taken apart; shapes that `check` has not seen must fit."""
+        label = self.labels(target, output.ndim - 1).flatten(1)
+        counts = label != self.ignore_index
+        logits = at_least_float32(self.classes_first(output).flatten(2))
+        return Elements(logits, torch.where(counts, label, 0), counts)
+
+    def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
+        return "the model must give logits for each element of the labels; an `adapter` can change these."

@@ -1,0 +1,117 @@
+"""Numbers that must come close."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.precision import at_least_float32
+from lightning_nrl.tasks.task import Task
+
+__all__ = ["Regression"]
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """Regression: a sample is right if each of its outputs is closer to its target than a tolerance.
+
+    Outputs and targets are `n`, `n x 1`, `n x D` or of any further shape, in the same units. Errors are measured in
+    tolerances: the margin is 1 less the largest error of a sample, so 1 for a perfect output and below 0 for one out of
+    tolerance. The loss is the Huber loss of the same errors, the mean over outputs: quadratic within the tolerance,
+    linear beyond it, so that no outlier drowns all others.
+
+    Attributes:
+        tolerance: the error that is too large, above 0, in the units of the target.
+        relative: what is added to it for each unit of the target's size, such as 0.05 for 5 % of the target.
+
+    Raises:
+        ConfigurationError: on construction, for values out of range.
+
+    Example:
+        >>> output, target = torch.tensor([1.25, 3.0]), torch.tensor([1.0, 2.0])
+        >>> Regression(tolerance=0.5).margin(output, target)
+        tensor([ 0.5000, -1.0000])
+        >>> Regression(tolerance=0.5, relative=0.5).passed(output, target)
+        tensor([True, True])
+    """
+
+    tolerance: float
+    relative: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("tolerance", "above 0"), ("relative", "from 0")):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            size = float(value) if number else math.nan
+            if not 0 <= size < math.inf or (name == "tolerance" and size == 0):
+                raise ConfigurationError(
+                    explain(
+                        f"`Regression.{name}={value!r}` is out of range.",
+                        f"give a number {least}, in the units of the target.",
+                    )
+                )
+
+    def __str__(self) -> str:
+        more = f" + {self.relative:.4g} of the target" if self.relative else ""
+        return f"Regression: every output within {self.tolerance:.4g}{more} of its target"
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuses targets that are no finite numbers, or not one for each output."""
+        if not isinstance(target, Tensor) or target.is_complex():
+            found = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
+            raise ConfigurationError(
+                explain(
+                    f"`task`: regression needs a tensor of numbers as target, found {found}.",
+                    "pass an `adapter` that gives one.",
+                )
+            )
+        if output.shape[:1] != target.shape[:1] or output.numel() != target.numel() or not output.ndim:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: regression got outputs {list(output.shape)} for targets {list(target.shape)}.",
+                    "the model must return one number for each number of the target.",
+                )
+            )
+        wrong = int((~target.isfinite()).sum())
+        if wrong:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
+                    "leave samples without a known truth out of the data.",
+                )
+            )
+
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return self.margin(output, target) > 0
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        error = self._errors(output, target, target)
+        return F.huber_loss(error, torch.zeros_like(error), reduction="none").mean(1)
+
+    def margin(self, output: Tensor, target: Any) -> Tensor:
+        """What is left of the tolerance, `n`, at most 1, in tolerances: 1 less the largest error."""
+        margin = 1 - self._errors(output, target, target).abs().amax(1)
+        return torch.where(margin.isnan(), -torch.inf, margin)
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        """The mean squared difference in tolerances, `n`."""
+        return self._errors(output, teacher, target).square().mean(1)
+
+    def _errors(self, output: Tensor, other: Tensor, target: Tensor | None) -> Tensor:
+        """`n x D`, differences in tolerances."""
+        output, other = (_rows(at_least_float32(x)) for x in (output, other))
+        if not self.relative or target is None:
+            return (output - other) / self.tolerance
+        return (output - other) / (self.tolerance + self.relative * _rows(at_least_float32(target)).abs())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`n x D`, whatever the shape behind `n` is."""
+    return x[:, None].flatten(1)

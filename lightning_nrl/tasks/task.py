@@ -1,0 +1,96 @@
+"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.precision import at_least_float32
+
+__all__ = ["Task"]
+
+
+class Task(ABC):
+    """Decides, sample by sample, what is right and how wrong the rest is.
+
+    The first dimension of an output counts samples, and so does that of each tensor in a target.
+    """
+
+    @abstractmethod
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        """Whether each sample is right: `n` bool from an output with first dimension `n`."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        """Each sample's loss, `n`, at least float32, to be made small."""
+
+    def check(self, output: Tensor, target: Any) -> None:
+        """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
+
+        Raises:
+            ConfigurationError: they do not.
+        """
+        return None
+
+    def logits(self, output: Any) -> Tensor:
+        """The tensor to be judged inside whatever the model returns.
+
+        A tensor is taken as it is; else the `logits` of an object or mapping; else the first of a sequence.
+
+        Raises:
+            ConfigurationError: there is no such tensor.
+        """
+        if isinstance(output, Tensor):
+            return output
+        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        if found is None and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+        if isinstance(found, Tensor):
+            return found
+        raise ConfigurationError(
+            explain(
+                f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
+                "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
+            )
+        )
+
+    def margin(self, output: Tensor, target: Any) -> Tensor | None:
+        """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
+
+        Differentiable. None where the task has no such number; then only methods without gradients can repair.
+        """
+        return None
+
+    def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
+        """How much each sample's output differs from a teacher's, `n`, at least 0 and differentiable.
+
+        The mean squared difference, unless the task knows better.
+
+        Args:
+            output: of `n` samples.
+            teacher: the teacher's, of the same shape.
+            target: their truth, for tasks whose truth says which parts of an output matter.
+        """
+        squares = (at_least_float32(output) - at_least_float32(teacher)).square()
+        return squares[:, None].flatten(1).mean(1)
+
+    def prediction(self, output: Tensor) -> Tensor | None:
+        """The predicted class of each sample, `n` int64, or None where the task has no classes."""
+        return None
+
+    def label(self, target: Any) -> Tensor | None:
+        """The true class of each sample, `n` int64, or None where the task has no classes."""
+        return None
+
+    def __repr__(self) -> str:
+        """The task with the numbers and words in it, without memory addresses: what a cache tells tasks apart by."""
+        plain = {name: x for name, x in vars(self).items() if x is None or isinstance(x, (bool, int, float, str))}
+        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in plain.items())})"
+
+    def __str__(self) -> str:
+        """What right means, in words, as reports print it."""
+        return type(self).__name__

@@ -1,0 +1,300 @@
+"""Repairs of models that do not give one class a sample, each task with each method, through a Trainer."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import quiet_trainer
+from pytorch_lightning import seed_everything
+from pytorch_lightning.loggers import TensorBoardLogger
+from task_models import CASES, Case, Data, Net, Tokens, dim, rows_of_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl import (
+    ConfigurationError,
+    Multilabel,
+    NeuRecoverLite,
+    OldModel,
+    ParticleSwarm,
+    RegressionFreeRepair,
+    RepairReport,
+    Sequence,
+    Strongest,
+    Target,
+    compare,
+    diagnose,
+    repair,
+)
+from lightning_nrl.shell.congruent import PositiveCongruentTraining
+from lightning_nrl.shell.monitoring import RegressionMetrics
+
+SWARM = ParticleSwarm(particles=12, iterations=8)
+METHODS: dict[str, Any] = {
+    "auto": Strongest(SWARM),
+    "constrained": "constrained",
+    "linearised": "linearised",
+    "swarm": SWARM,
+}
+MARGINS = [name for name in CASES if name != "custom"]
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def trained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(case, tmp_path_factory.mktemp("trained"))
+
+
+def train(case: Case, folder: Path) -> Path:
+    seed_everything(0, verbose=False)
+    data, model = case.make()
+    trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
+    trainer.fit(model, datamodule=data)
+    trainer.save_checkpoint(folder / "trained.ckpt")
+    return folder / "trained.ckpt"
+
+
+def arguments(case: Case, **more: Any) -> dict[str, Any]:
+    quick = {"task": case.task, "unseen": "test", "verbose": False, "localizer": NeuRecoverLite(n_weights=24)}
+    return {**quick, **more}
+
+
+def by_split(case: Case, model: Net, data: Data) -> dict[str, Tensor]:
+    return {name: case.counted(model, getattr(data, name)) for name in ("train", "repair", "test")}
+
+
+def check_counts(report: RepairReport, old: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for split in report.splits:
+        before, after = old[split.split], new[split.split]
+        counts = [(a & b).sum() for a, b in ((before, after), (before, ~after), (~before, after), (~before, ~after))]
+        assert [split.kept, split.broken, split.repaired, split.failing] == [int(count) for count in counts]
+        assert not split.broken or split.role == "unseen"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_task_is_repaired_by_each_method_or_refused(
+    tmp_path: Path, case: Case, trained: Path, method: str
+) -> None:
+    data, model = case.make()
+    model.load_state_dict(torch.load(trained, weights_only=True)["state_dict"])
+    old = by_split(case, model, data)
+    given = arguments(case, method=METHODS[method])
+    trainer = quiet_trainer(tmp_path)
+    if case is CASES["custom"] and method in ("constrained", "linearised"):
+        with pytest.raises(ConfigurationError, match=r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"):
+            repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
+        return
+    report = repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
+    check_counts(report, old, by_split(case, model, data))
+    if method == "constrained":
+        assert report.status == "repaired", report.reason
+    assert f"right means: {case.task}" in re.sub(r"[*`|]", "", report.to_markdown())
+
+
+def test_convex_is_refused_before_training_begins(tmp_path: Path, case: Case) -> None:
+    data, model = case.make()
+
+    def never(batch: Any, batch_idx: int) -> Tensor:
+        raise AssertionError("training has begun")
+
+    model.training_step = never  # type: ignore[method-assign]
+    callback = RegressionFreeRepair(**arguments(case, method="convex"))
+    with pytest.raises(ConfigurationError, match=r"'convex'` needs a class for each sample[\s\S]*HINT: "):
+        quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
+
+
+def test_methods_that_need_margins_are_refused_before_training_begins(tmp_path: Path) -> None:
+    case = CASES["custom"]
+    data, model = case.make()
+    callback = RegressionFreeRepair(**arguments(case, method="constrained"))
+    trainer = quiet_trainer(tmp_path, callback)
+    with pytest.raises(ConfigurationError, match="Custom has no `margin`"):
+        trainer.fit(model, datamodule=data)
+    assert trainer.global_step == 0
+
+
+def test_labels_cannot_look_wrong_where_there_are_none(tmp_path: Path) -> None:
+    case = CASES["multilabel"]
+    data, model = case.make()
+    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(**arguments(case, set_aside="doubtful")))
+    with pytest.raises(ConfigurationError, match=r"`set_aside='doubtful'` needs a class for each sample[\s\S]*HINT: "):
+        trainer.fit(model, datamodule=data)
+    assert trainer.global_step == 0
+
+
+def test_targets_that_ask_for_classes_are_refused(tmp_path: Path) -> None:
+    case = CASES["regression"]
+    data, model = case.make()
+    callback = RegressionFreeRepair(**arguments(case, target=Target.label(3)))
+    with pytest.raises(ConfigurationError, match="'label 3' asks for classes, and the task has none"):
+        quiet_trainer(tmp_path, callback).fit(model, datamodule=data)
+
+
+def test_batches_that_do_not_fit_the_task_are_refused_before_training_begins(tmp_path: Path) -> None:
+    data, model = CASES["regression"].make()
+    trainer = quiet_trainer(tmp_path, RegressionFreeRepair(task="multilabel", verbose=False))
+    with pytest.raises(ConfigurationError, match="multilabel needs logits"):
+        trainer.fit(model, datamodule=data)
+    assert trainer.global_step == 0
+
+
+def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    case = CASES["sequence"]
+    data, model = case.make()
+    callback = RegressionFreeRepair(**arguments(case, method="constrained", target=Target.all()))
+    logger = TensorBoardLogger(tmp_path)
+    quiet_trainer(tmp_path, callback, max_epochs=12, logger=logger).fit(model, datamodule=data)
+    report = callback.report
+    assert report is not None
+    assert report.status == "repaired", report.reason
+    new = by_split(case, model, data)
+    assert {s.split: s.kept + s.repaired for s in report.splits} == {name: int(x.sum()) for name, x in new.items()}
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert events.Scalars("repair/known_broken")[-1].value == 0
+    page = events.Tensors("repair/report/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "Sequence: every token right" in page
+    assert RepairReport.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    path = train(case, tmp_path)
+    data, model = case.make()
+    found = diagnose(quiet_trainer(tmp_path), model, datamodule=data, ckpt_path=str(path), task=case.task)
+    assert found.task == str(case.task)
+    assert found.known["targeted"] > 0
+    # Costs of a swarm are told for a last Linear, which that network does not have.
+    swarm = set() if name == "segmentation" else {"swarm"}
+    assert {cost.method for cost in found.costs} == {"linearised", "constrained", "auto"} | swarm
+    page = found.to_markdown()
+    assert str(case.task) in page
+    assert "convex" not in page
+
+
+def test_a_comparison_leaves_out_what_needs_classes_and_says_why(tmp_path: Path) -> None:
+    case = CASES["multilabel"]
+    path = train(case, tmp_path)
+    data, model = case.make()
+    found = compare(
+        quiet_trainer(tmp_path),
+        model,
+        datamodule=data,
+        ckpt_path=str(path),
+        methods=["convex", "linearised", "distillation"],
+        **{key: value for key, value in arguments(case).items() if key != "verbose"},
+    )
+    notes = {entry.method: entry.note for entry in found.entries}
+    assert "needs a class for each sample" in notes["convex"]
+    assert "needs a class" not in notes["linearised"] + notes["distillation"]
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    old_path = train(case, tmp_path)
+    data, old = case.make()
+    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+    seed_everything(1, verbose=False)
+    _, new = case.make()
+    cache = tmp_path / "old.csv"
+    reference = OldModel(old, cache=cache)
+    callback = RegressionFreeRepair(**arguments(case, reference=reference, method=METHODS["auto"]))
+    quiet_trainer(tmp_path, callback, max_epochs=12).fit(new, datamodule=data)
+    report = callback.report
+    assert report is not None
+    was, now = by_split(case, old, data), by_split(case, new, data)
+    for split in report.update:
+        assert split.now.broken == int((was[split.split] & ~now[split.split]).sum())
+    assert cache.read_text().splitlines()[0].endswith(repr(case.task))
+
+
+def test_validations_count_regressions_of_any_task(tmp_path: Path) -> None:
+    case = CASES["multilabel"]
+    old_path = train(case, tmp_path)
+    data, old = case.make()
+    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+    _, new = case.make()
+    data.val_dataloader = data.repair_dataloader  # type: ignore[method-assign]
+    trainer = quiet_trainer(tmp_path, RegressionMetrics(old, task="multilabel"), max_epochs=2)
+    trainer.fit(new, datamodule=data)
+    was, now = case.counted(old, data.repair), case.counted(new, data.repair)
+    assert trainer.callback_metrics["regression/broken"] == int((was & ~now).sum())
+    assert trainer.callback_metrics["regression/repaired"] == int((~was & now).sum())
+
+
+class TestSequencesOfSeveralLengths:
+    """Batches are padded to their longest sample, so that a sample comes in several shapes."""
+
+    @staticmethod
+    def collate(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        strips, labels = (torch.stack(column) for column in zip(*samples, strict=True))
+        longest = int((labels != -100).sum(1).max())
+        return strips[:, :, : 8 * longest], labels[:, :longest]
+
+    def data(self) -> Data:
+        strips, labels = rows_of_digits(3)
+        length = torch.randint(1, 4, (len(labels),), generator=torch.Generator().manual_seed(0))
+        # Long ones are rare, so that batches differ.
+        length = torch.where(torch.rand(len(labels), generator=torch.Generator().manual_seed(1)) < 0.95, 2, length)
+        labels = labels.masked_fill(torch.arange(3) >= length[:, None], -100)
+        return Data(strips, labels, dim, self.collate)
+
+    @pytest.mark.parametrize("method", ["auto", "constrained", "linearised", "swarm"])
+    def test_they_are_repaired(self, tmp_path: Path, method: str) -> None:
+        seed_everything(0, verbose=False)
+        data = self.data()
+        shapes = {tuple(x.shape[2:]) for x, _ in (*data.train_dataloader(), *data.repair_dataloader())}
+        assert len(shapes) > 1
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output.transpose(1, 2), target)
+
+        model = Net(Tokens(), loss)
+        counted = Case(Sequence(), self.data, lambda o, y: ((o.argmax(2) == y) | (y < 0)).all(1).tolist())
+        callback = RegressionFreeRepair(**arguments(counted, method=METHODS[method], layer="network.head"))
+        quiet_trainer(tmp_path, callback, max_epochs=12).fit(model, datamodule=data)
+        report = callback.report
+        assert report is not None
+        assert not any(split.broken for split in report.splits if split.role == "known")
+        if method == "constrained":
+            assert report.status == "repaired", report.reason
+        for split in report.splits:
+            assert split.kept + split.repaired == int(counted.counted(model, getattr(data, split.split)).sum())
+
+
+@pytest.mark.parametrize("name", MARGINS)
+def test_a_training_may_be_held_to_the_replaced_model(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    old_path = train(case, tmp_path)
+    data, old = case.make()
+    old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
+    _, new = case.make()
+    congruent = PositiveCongruentTraining(old, term=["focal_distillation", "margin_hinge"], task=case.task)
+    trainer = quiet_trainer(tmp_path, congruent, max_epochs=1)
+    trainer.fit(new, datamodule=data)
+    for term in ("focal_distillation", "margin_hinge"):
+        assert trainer.callback_metrics[f"regression/{term}"].isfinite()
+
+
+def test_the_task_of_a_cache_must_be_the_same(tmp_path: Path) -> None:
+    case = CASES["multilabel"]
+    data, old = case.make()
+    cache = tmp_path / "old.csv"
+    for task in (Multilabel(), Multilabel(wrong=1)):
+        _, new = case.make()
+        callback = RegressionFreeRepair(
+            **arguments(case, task=task, reference=OldModel(old, cache=cache), method="swarm", max_time=5)
+        )
+        quiet_trainer(tmp_path, callback, max_epochs=1).fit(new, datamodule=data)
+        assert cache.read_text().splitlines()[0].endswith(repr(task))

@@ -1,0 +1,129 @@
+"""What holds for every task, whatever a model returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_nrl import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
+
+SHARES = st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0])
+Sample = tuple[Task, Tensor, Tensor]
+
+
+def logits(generator: torch.Generator, *shape: int) -> Tensor:
+    """Halves, so that there are ties."""
+    return torch.randint(-6, 7, shape, generator=generator) / 2
+
+
+def whole(generator: torch.Generator, n: int, *shape: int, ignored: bool = True) -> Tensor:
+    """Labels from 0 to below n, a few of them ignored, the first of a sample never."""
+    label = torch.randint(0, n, shape, generator=generator)
+    if ignored:
+        label[torch.rand(shape, generator=generator) < 0.2] = -100
+        label[:, :1] = label[:, :1].clamp_min(0)
+    return label
+
+
+@st.composite
+def multilabel(draw: Any, g: torch.Generator) -> Sample:
+    task = Multilabel(draw(st.sampled_from([0.2, 0.5, 0.9])), wrong=draw(st.integers(0, 1)))
+    label = whole(g, 2, 6, 5)
+    label[:, 1] = label[:, 1].clamp_min(0)
+    return task, logits(g, 6, 5), label
+
+
+@st.composite
+def regression(draw: Any, g: torch.Generator) -> Sample:
+    task = Regression(draw(st.sampled_from([0.5, 0.7, 2.0])), relative=draw(st.sampled_from([0.0, 0.25])))
+    return task, logits(g, 6, 3), logits(g, 6, 3)
+
+
+@st.composite
+def sequence(draw: Any, g: torch.Generator) -> Sample:
+    t = draw(st.integers(1, 8))
+    return Sequence(draw(SHARES)), logits(g, 6, t, 3), whole(g, 3, 6, t)
+
+
+@st.composite
+def segmentation(draw: Any, g: torch.Generator) -> Sample:
+    c, height = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    task = Segmentation(draw(SHARES), classes=draw(st.sampled_from([None, (1,)])))
+    return task, logits(g, 6, c, height, 5), whole(g, max(2, c), 6, height, 5)
+
+
+@st.composite
+def multiclass(draw: Any, g: torch.Generator) -> Sample:
+    c = draw(st.integers(2, 5))
+    return Multiclass(), torch.randn(6, c, generator=g), whole(g, c, 6, ignored=False)
+
+
+ALL = [multiclass, multilabel, regression, sequence, segmentation]
+
+
+@pytest.mark.parametrize("make", ALL)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_a_margin_is_above_0_exactly_where_a_sample_passed(make: Callable[..., Any], data: Any, seed: int) -> None:
+    task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
+    task.check(output, target)
+    assert torch.equal(task.margin(output, target) > 0, task.passed(output, target))
+
+
+@pytest.mark.parametrize("make", ALL)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed: int) -> None:
+    task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
+    for judge in (task.passed, task.loss, task.margin, lambda o, t: task.divergence(o, o.flip(0), t)):
+        together = judge(output, target)
+        assert together.shape == (6,)
+        if judge in (task.passed, task.loss, task.margin):
+            one = torch.cat([judge(output[i : i + 1], target[i : i + 1]) for i in range(6)])
+            torch.testing.assert_close(together, one)
+
+
+@pytest.mark.parametrize("make", ALL)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_steps_along_the_margin_make_it_grow(make: Callable[..., Any], data: Any, seed: int) -> None:
+    task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
+    at = output.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(task.margin(at, target).sum(), at)
+    assert slope.isfinite().all()
+    for _ in range(200):
+        if bool(task.passed(output, target).all()):
+            break
+        at = output.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(task.margin(at, target).sum(), at)
+        output = output + 0.2 * slope.sign()
+    assert task.passed(output, target).all()
+
+
+@pytest.mark.parametrize("make", ALL)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_the_divergence_is_0_from_oneself_and_never_below(make: Callable[..., Any], data: Any, seed: int) -> None:
+    task, output, target = data.draw(make(torch.Generator().manual_seed(seed)))
+    other = output.roll(1, 0)
+    for truth in (None, target):
+        assert (task.divergence(output, output, truth).abs() <= 1e-6).all()
+        assert (task.divergence(output, other, truth) >= -1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_the_iou_is_that_of_sets_of_pixels(data: Any, seed: int) -> None:
+    from test_segmentation import mean_iou
+
+    g = torch.Generator().manual_seed(seed)
+    output, target = torch.randn(4, 3, 3, 4, generator=g), whole(g, 3, 4, 3, 4)
+    threshold = data.draw(SHARES)
+    expected = [mean_iou(o.argmax(0), t) >= threshold - 1e-6 for o, t in zip(output, target, strict=True)]
+    assert Segmentation(threshold).passed(output, target).tolist() == expected
