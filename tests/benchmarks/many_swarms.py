@@ -1,7 +1,7 @@
 """The whole of the paper's study as one call: 66 settings x 10 seeds of 200 particles, 100 iterations, 650 samples.
 
 A last Linear 32 -> 7; each swarm has its own localised weights, sampled passed data, fitness and seed. Wall clock. Run
-with `python tests/benchmarks/study.py`; a number of iterations as argument makes it short and scales the time up.
+with `python tests/benchmarks/many_swarms.py`; a number of iterations as argument makes it short and scales the time up.
 """
 
 from __future__ import annotations
