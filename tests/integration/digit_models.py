@@ -50,7 +50,7 @@ class Digits(LightningDataModule):
     def __init__(self, batch_size: int = 32, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.batch_size = batch_size
-        images, labels = (x[: sum(self.sizes)] for x in digits())
+        images, labels = (x[: sum(self.sizes)].clone() for x in digits())
         generator = torch.Generator().manual_seed(1)
         share = torch.cat([torch.full((n,), p) for n, p in zip(self.sizes, self.noisy, strict=True)])
         noisy = torch.rand(len(images), generator=generator) < share
