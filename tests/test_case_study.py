@@ -161,7 +161,8 @@ def test_levels_and_drift_are_answered():
     found = {answer.paper: answer for answer in answers({"A": a, "B": b, "C": c}, targets)}
     assert {answer.agrees for answer in found.values()} == {True}
     assert found["fewer repairs in C than in B"].found == (
-        "targets repaired where the fewest break: B: 20.0 % [20.0, 20.0]; C: 10.0 % [10.0, 10.0]"
+        "eq1 alpha=6 lw=282 pos=500 p=200: of the known targets are repaired in "
+        "B: 20.0 % [20.0, 20.0]; C: 10.0 % [10.0, 10.0]"
     )
     name = "eq1 alpha=6 lw=282 pos=500 p=200"
     assert found["A: suppressed at the level of accuracy"].found == (
@@ -228,9 +229,9 @@ def test_digits_have_the_attributes_of_the_vehicles():
 
 def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder, rows = tmp_path / "study", studied()[2:4]
+    folder, settings = tmp_path / "study", [study.setting_of(row) for row in studied()[2:4]]
     tiny = {"seed": 0, "seeds": 1, "epochs": 1, "total": 600}
-    study.study("digits", "C", rows[:1], folder, **tiny)
+    study.study("digits", "C", settings[:1], folder, **tiny)
     table = tables_of(folder)["C"]
     assert [run.setting for run in table] == ["eq2 alpha=8 pi lw=32 pos=500 p=200"]
     assert table[0].known_n == 360  # of training and repair data
@@ -241,7 +242,7 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert 0 < target.passed < 120
     assert target.broken <= table[0].unseen_broken
     assert target.repaired == table[0].unseen_repaired_in_target
-    study.study("digits", "C", rows, folder, **tiny)
+    study.study("digits", "C", settings, folder, **tiny)
     again = tables_of(folder)["C"]
     assert again[0] == table[0]  # its seconds, too: it was not run again
     assert again[1].setting == "eq1 alpha=6 lw=309 pos=500 p=200"
@@ -258,5 +259,7 @@ def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monk
     assert "apt install simutrans-pak64" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--experiments", "AC"])
     study.main()
-    assert asked == [("digits", "ABC", 12, 3), ("vehicles", "AC", 66, 10)]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--table-ii", "--loss-term", "as_printed"])
+    study.main()
+    assert asked == [("digits", "ABC", 12, 3), ("vehicles", "AC", 66, 10), ("vehicles", "ABC", 12, 10)]
     assert not capsys.readouterr().out

@@ -67,18 +67,19 @@ def tables_of(folder: Path) -> dict[str, tuple[Run, ...]]:
 
 
 def accuracies(tables: Tables) -> Figure:
-    """Figure 2: accuracy on unseen data, before and after, where the fewest known samples break."""
+    """Figure 2: accuracy on unseen data, as its change, where the fewest known samples break."""
     cases = _cases(tables)
     figure = _figure(1.5 + 1.25 * len(cases), 4.2, "Accuracy on unseen data where the fewest known samples break")
     axes = figure.subplots()
+    axes.axhline(0, color=INK, linewidth=1)
     for at, runs in enumerate(cases.values()):
-        before = runs[0].unseen_accuracy_before
-        axes.plot([at - 0.35, at + 0.35], [before] * 2, color=INK, linewidth=1.4, label="" if at else "before")
-        _dots(axes, at, [run.unseen_accuracy_after for run in runs], "repaired", "" if at else "after: runs and mean")
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("accuracy", color=INK)
+        gains = [100 * (run.unseen_accuracy_after - run.unseen_accuracy_before) for run in runs]
+        _dots(axes, at, gains, "repaired", "" if at else "runs and mean")
+    before = [f"{case}\nbefore: {100 * runs[0].unseen_accuracy_before:.1f} %" for case, runs in cases.items()]
+    axes.set_xticks(range(len(cases)), before)
+    axes.set_ylabel("change of accuracy, points", color=INK)
     axes.margins(x=0.08, y=0.1)
-    figure.legend(loc="outside upper right", frameon=False, fontsize=8, labelcolor=INK, ncols=2)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, labelcolor=INK)
     return figure
 
 
@@ -248,7 +249,7 @@ def _dots(axes: Any, at: float, values: Sequence[float], what: str, label: str, 
 def _tick(line: Line, runs: Sequence[Run]) -> str:
     """The value, and how many weights there were where that is another number."""
     value, found = getattr(runs[0], line.axis), runs[0].n_localized
-    return f"{value}\n({found} found)" if line.axis == "n_weights" and found != value else str(value)
+    return f"{value}\n({found} found)" if line.axis == "n_weights" and found != value else f"{value:g}"
 
 
 def _of(role: str, runs: Sequence[Run]) -> str:

@@ -30,6 +30,7 @@ from rich.markdown import Markdown
 from vehicles import PAK
 
 from lightning_nrl import sweep
+from lightning_nrl.fitness import LOSS_TERMS
 from lightning_nrl.paper import TABLE_II, PaperRow
 from lightning_nrl.sweeps import SweepResult
 
@@ -39,7 +40,7 @@ QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
 
 
 def swept(
-    data: Scenes, experiment: str, checkpoint: Path, rows: Sequence[PaperRow], seeds: int, folder: Path
+    data: Scenes, experiment: str, checkpoint: Path, settings: Sequence[dict], seeds: int, folder: Path
 ) -> SweepResult:
     """Runs settings on the last layer of a trained network; what is in the folder is not run again."""
     model = data.network()
@@ -49,7 +50,7 @@ def swept(
         datamodule=data,
         ckpt_path=checkpoint,
         target=TARGETS[experiment],
-        settings=[setting_of(row) for row in rows],
+        settings=settings,
         seeds=seeds,
         dirpath=folder,
     )
@@ -57,7 +58,7 @@ def swept(
     return result
 
 
-def setting_of(row: PaperRow) -> dict[str, object]:
+def setting_of(row: PaperRow, loss_term: str = "bounded") -> dict[str, object]:
     """Arguments of a setting, and its name; the swarm starts and stops as in any row of Table II."""
     arguments = asdict(row)
     words = (
@@ -65,14 +66,14 @@ def setting_of(row: PaperRow) -> dict[str, object]:
         "pi" * row.perfect_intact,
         f"lw={row.n_weights} pos={row.n_passed} p={row.particles}",
     )
-    own = {"fitness": arguments.pop("equation"), **arguments}
+    own = {"fitness": arguments.pop("equation"), "loss_term": loss_term, **arguments}
     return {"row": next(iter(TABLE_II)), "name": " ".join(filter(None, words)), **own}
 
 
 def study(
     name: str,
     experiments: str,
-    rows: Sequence[PaperRow],
+    settings: Sequence[dict],
     folder: Path,
     *,
     seed: int,
@@ -85,7 +86,7 @@ def study(
         data = DATA[name](experiment, seed, total)
         of = f"{name}_{experiment}_{seed}" + (f"_{total}" if total else "")
         checkpoint = trained(data, Path("runs") / f"{of}.ckpt", seed, epochs)
-        print(swept(data, experiment, checkpoint, rows, seeds, folder / experiment))
+        print(swept(data, experiment, checkpoint, settings, seeds, folder / experiment))
     tables = tables_of(folder)
     targets = {experiment: in_target.read(folder / experiment / IN_TARGET) for experiment in tables}
     answered = page(answers(tables, targets))
@@ -102,6 +103,8 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, help="vehicles, where their sprites are")
     parser.add_argument("--seed", type=int, default=0, help="of scenes and training")
     parser.add_argument("--seeds", type=int, help="of the search, ten as in the paper")
+    parser.add_argument("--table-ii", action="store_true", help="the twelve rows of Table II alone")
+    parser.add_argument("--loss-term", choices=LOSS_TERMS, default="bounded", help="how the paper's loss ratio is read")
     parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
     chosen = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -109,12 +112,13 @@ def main() -> None:
     name = chosen.data or ("vehicles" if PAK.exists() else "digits")
     if chosen.data is None and name == "digits":
         print(f"{PAK} has no sprites of vehicles: this runs on digits.\nHINT: apt install simutrans-pak64")
-    quick = "_quick" if chosen.quick else ""
+    rows = tuple(TABLE_II.values()) if chosen.quick or chosen.table_ii else studied()
+    kind = "_quick" * chosen.quick + f"_{chosen.loss_term}" * (chosen.loss_term != "bounded")
     study(
         name,
         chosen.experiments,
-        tuple(TABLE_II.values()) if chosen.quick else studied(),
-        Path("runs") / f"study_{name}_{chosen.seed}{quick}",
+        [setting_of(row, chosen.loss_term) for row in rows],
+        Path("runs") / f"study_{name}_{chosen.seed}{kind}",
         seed=chosen.seed,
         seeds=chosen.seeds or (QUICK["seeds"] if chosen.quick else 10),
         epochs=QUICK["epochs"] if chosen.quick else EPOCHS,
