@@ -50,6 +50,11 @@ class Clock:
         """Seconds until the repair must be over; infinite without a limit."""
         return self._max_time - self.elapsed
 
+    @property
+    def one_pass(self) -> float:
+        """Seconds of a forward pass over all known data, by the first one; methods keep time for further ones by it."""
+        return self.seconds.get("collect", 0.0)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Around a stage. Stages do not overlap: one inside another takes its time from the outer one."""

@@ -319,4 +319,4 @@ def _short_of_time(problem: Problem, took: float) -> bool:
     """Whether another point, and the recount that follows, would take longer than is left; the same on every rank."""
     if problem.clock.left == float("inf"):
         return False
-    return problem.collective.any(problem.clock.left < took + problem.clock.seconds.get("collect", 0.0))
+    return problem.collective.any(problem.clock.left < took + problem.clock.one_pass)

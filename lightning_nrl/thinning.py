@@ -169,4 +169,4 @@ class _Patch:
         clock = self.problem.clock
         if clock.left == math.inf:
             return False
-        return self.problem.collective.any(clock.left < SPARE * clock.seconds.get("collect", 0.0))
+        return self.problem.collective.any(clock.left < SPARE * clock.one_pass)

@@ -53,7 +53,7 @@ class FurtherTraining:
     """
 
     def __call__(self, problem: Problem) -> Solution:
-        one_pass = problem.clock.seconds.get("collect", 0.0)
+        one_pass = problem.clock.one_pass
         return _trained(problem, "train", problem.clock.left - one_pass)
 
 

@@ -150,6 +150,6 @@ def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[Stat
 
 def _steps_left(problem: Problem, pace: float) -> int:
     """How many steps there is time for, a last pass over the data excepted; the first rank's answer."""
-    left = problem.clock.left - problem.clock.seconds.get("collect", 0.0)
+    left = problem.clock.left - problem.clock.one_pass
     steps = int(min(max(0.0, left) / max(pace, 1e-9), 1e9))
     return steps if math.isinf(left) else int(problem.collective.agreed(torch.tensor(steps)))

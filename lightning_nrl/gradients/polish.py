@@ -119,7 +119,7 @@ def polish(
         ConfigurationError: the task has no margins.
     """
     check_needs(NEEDS, problem.before, problem.task)
-    deadline, one_pass = time.perf_counter() + seconds, problem.clock.seconds.get("collect", 0.0)
+    deadline, one_pass = time.perf_counter() + seconds, problem.clock.one_pass
     if after is None:
         after, one_pass = _timed(problem, state)
     old, done, best = snapshot(problem.model), 0, None

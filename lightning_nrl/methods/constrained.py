@@ -65,7 +65,7 @@ class Constrained:
             ConfigurationError: the task has no margins.
         """
         check_needs(self.needs, problem.before, problem.task)
-        clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
+        clock, one_pass = problem.clock, problem.clock.one_pass
         end = clock.elapsed + self.share * clock.left
         began = time.perf_counter()
         with clock.stage("fit"):

@@ -77,13 +77,13 @@ class Linearised:
         """
         check_needs(self.needs, problem.before, problem.task)
         clock = problem.clock
-        if _is_late(problem, PASSES * _one_pass(problem)):
+        if _is_late(problem, PASSES * problem.clock.one_pass):
             return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
         entries = ENTRIES if problem.budget is None else min(ENTRIES, problem.budget // 8)
         with clock.stage("linearise"):
             whitening = whitened(problem, max(1, entries // min(ROWS, len(problem.before))))
         walk = _Walk(problem, whitening)
-        targets, took = int(problem.before.targeted.sum()), PASSES * _one_pass(problem)
+        targets, took = int(problem.before.targeted.sum()), PASSES * problem.clock.one_pass
         while len(walk.steps) < ROUNDS and walk.stalled < STALLED and walk.repaired < targets:
             if _is_late(problem, took):
                 break
@@ -222,10 +222,6 @@ def _margins(evidence: Evidence) -> Tensor:
     return torch.where(finite, evidence.margin, -1e6)
 
 
-def _one_pass(problem: Problem) -> float:
-    return problem.clock.seconds.get("collect", 0.0)
-
-
 def _is_late(problem: Problem, seconds: float) -> bool:
     """Whether on any rank no time is left for work of so many seconds and for judging."""
-    return problem.collective.any(problem.clock.left < seconds + JUDGE * _one_pass(problem))
+    return problem.collective.any(problem.clock.left < seconds + JUDGE * problem.clock.one_pass)

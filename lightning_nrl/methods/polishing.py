@@ -59,7 +59,7 @@ class Polish:
                 layer that may change; or the task has no margins.
         """
         check_needs(self.needs, problem.before, problem.task)
-        clock, one_pass = problem.clock, problem.clock.seconds.get("collect", 0.0)
+        clock, one_pass = problem.clock, problem.clock.one_pass
         end = clock.elapsed + self.share * clock.left
         steps: tuple[Step, ...] = ()
         others: tuple[Proposal, ...] = ()

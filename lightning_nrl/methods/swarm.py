@@ -265,7 +265,7 @@ def _deadline(problem: Problem, seconds: float) -> Callable[[], bool] | None:
     if seconds == math.inf and clock.left == math.inf:
         return None
     end = clock.elapsed + seconds
-    spare = SPARE * clock.seconds.get("collect", 0.0)
+    spare = SPARE * clock.one_pass
     return lambda: problem.collective.any(clock.elapsed >= end or clock.left <= spare)
 
 
