@@ -1,9 +1,10 @@
 """The paper's study as one call: many settings and seeds on one problem, one table. `sweep_module` runs them."""
 
 from lightning_nrl.sweeps.grid import Grid, Setting, Sweepable, parse_settings
+from lightning_nrl.sweeps.progress import SweepObserver
 from lightning_nrl.sweeps.result import SweepResult
 from lightning_nrl.sweeps.run import COLUMNS, Run
-from lightning_nrl.sweeps.study import Seeds, SweepObserver, check_trials, parse_seeds, swarming, sweep_module
+from lightning_nrl.sweeps.sweeping import Seeds, check_trials, parse_seeds, swarming, sweep_module
 from lightning_nrl.sweeps.trials import Trials, regression_free_repairs
 
 __all__ = [
