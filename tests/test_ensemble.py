@@ -7,22 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from two_models import Given
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.switch import UNKNOWN, WeightedEnsemble, choose_weight
 
 INF, NAN = float("inf"), float("nan")
-
-
-class Given(nn.Module):
-    """Returns one of its arguments, so that a test can say what each model answers."""
-
-    def __init__(self, which: int) -> None:
-        super().__init__()
-        self.which = which
-
-    def forward(self, old: Tensor, new: Tensor) -> Any:
-        return (old, new)[self.which]
 
 
 def ensemble(weight: float, classes: Any = None) -> WeightedEnsemble:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
+from two_models import Given
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.flips import FlipCounts
@@ -34,17 +35,6 @@ from lightning_nrl.switch import (
 
 HOW_TO = Path(__file__).parents[1] / "docs" / "switch.md"
 INF, NAN = float("inf"), float("nan")
-
-
-class Given(nn.Module):
-    """Returns one of its arguments, so that a test can say what each model answers."""
-
-    def __init__(self, which: int) -> None:
-        super().__init__()
-        self.which = which
-
-    def forward(self, old: Tensor, new: Tensor) -> Any:
-        return (old, new)[self.which]
 
 
 def switch(threshold: float, classes: Any = None) -> MarginSwitch:

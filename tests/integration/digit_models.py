@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 from packaging.version import Version
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, callbacks
+from pytorch_lightning.cli import LightningCLI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -155,6 +158,21 @@ def quiet_trainer(path: Any, *given: Any, **arguments: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(default_root_dir=path, callbacks=list(given), **{**defaults, **arguments})
+
+
+def configured(folder: Path, name: str, **written: Any) -> Any:
+    """The callback of `lightning_nrl` that LightningCLI makes of a configuration file."""
+    entry = {"class_path": f"lightning_nrl.{name}", "init_args": written}
+    config = {
+        "model": {"class_path": "digit_models.Classifier"},
+        "data": {"class_path": "digit_models.Digits"},
+        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    args = ["--config", str(folder / "config.yaml")]
+    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
+    (callback,) = (c for c in made.trainer.callbacks if type(c).__name__ == name)  # type: ignore[attr-defined]
+    return callback
 
 
 def quick_repair(**arguments: Any) -> RegressionFreeRepair:

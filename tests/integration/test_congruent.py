@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from digit_models import Classifier, Digits, cnn, quick_repair, quiet_trainer, right
+from digit_models import Classifier, Digits, cnn, configured, quick_repair, quiet_trainer, right
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -459,19 +457,9 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
     term = {"class_path": "lightning_nrl.FocalDistillation", "init_args": {"temperature": 2.0}}
     written = {"reference": str(trained_path), "term": [term, "margin_hinge"], "index": "test_congruent:third"}
-    entry = {"class_path": "lightning_nrl.PositiveCongruentTraining", "init_args": written}
-    config = {
-        "model": {"class_path": "digit_models.Classifier"},
-        "data": {"class_path": "digit_models.Digits"},
-        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    args = ["--config", str(tmp_path / "config.yaml")]
-    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
-    callbacks = made.trainer.callbacks  # type: ignore[attr-defined]
-    (congruent,) = (c for c in callbacks if isinstance(c, PositiveCongruentTraining))
+    congruent = configured(tmp_path, "PositiveCongruentTraining", **written)
     assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())
-    assert congruent.index.__name__ == "third"  # type: ignore[union-attr]
+    assert congruent.index.__name__ == "third"
 
 
 def test_the_documented_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from digit_models import Classifier, Digits, mlp, quiet_trainer, right
+from digit_models import Classifier, Digits, configured, mlp, quiet_trainer, right
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -404,16 +402,7 @@ def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
     written = {"reference": str(trained_path), "slices": "test_regression_metrics:is_noisy", "prefix": "old"}
-    entry = {"class_path": "lightning_nrl.RegressionMetrics", "init_args": written}
-    config = {
-        "model": {"class_path": "digit_models.Classifier"},
-        "data": {"class_path": "digit_models.Digits"},
-        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    args = ["--config", str(tmp_path / "config.yaml")]
-    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
-    (metrics,) = (c for c in made.trainer.callbacks if isinstance(c, RegressionMetrics))  # type: ignore[attr-defined]
+    metrics = configured(tmp_path, "RegressionMetrics", **written)
     assert (metrics.prefix, metrics.slices) == ("old", is_noisy) or metrics.slices.__name__ == "is_noisy"
 
 

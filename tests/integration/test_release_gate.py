@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from digit_models import Classifier, Digits, quiet_trainer, right
+from digit_models import Classifier, Digits, configured, quiet_trainer, right
 from pytorch_lightning import LightningModule
-from pytorch_lightning.cli import LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -246,16 +244,7 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
     written = {"reference": str(trained_path), "rules": ["accuracy", "nfr:5%"], "slices": "test_release_gate:digit"}
-    entry = {"class_path": "lightning_nrl.ReleaseGate", "init_args": written}
-    config = {
-        "model": {"class_path": "digit_models.Classifier"},
-        "data": {"class_path": "digit_models.Digits"},
-        "trainer": {"callbacks": [entry], "accelerator": "cpu", "logger": False},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    args = ["--config", str(tmp_path / "config.yaml")]
-    made = LightningCLI(save_config_callback=None, run=False, args=args, seed_everything_default=0)
-    (gate,) = (c for c in made.trainer.callbacks if isinstance(c, ReleaseGate))  # type: ignore[attr-defined]
+    gate = configured(tmp_path, "ReleaseGate", **written)
     assert [str(rule) for rule in gate.rules] == ["accuracy", "nfr:5%"]
 
 
