@@ -29,7 +29,7 @@ from lightning_nrl.switch import (
     SwitchedModule,
     Timing,
     choose_threshold,
-    logit_gap,
+    margin_over,
     report_switch,
 )
 
@@ -42,26 +42,35 @@ def switch(threshold: float, classes: Any = None) -> MarginSwitch:
     return MarginSwitch(Given(0), Given(1), threshold, classes)
 
 
-OLD = torch.tensor([[9.0, 8.0, 7.0]]).repeat(4, 1)
-NEW = torch.tensor([[3.0, 1.0, 0.0], [0.0, 1.5, 0.0], [2.0, 2.0, 0.0], [-1.0, -4.0, -1.5]])  # gaps 2, 1.5, 0, 0.5
+OLD = torch.tensor([[9.0, 8.0, 7.0]]).repeat(5, 1)  # class 0
+NEW = torch.tensor([[1.0, 3.0, 2.9], [0.0, 1.0, 1.5], [-2.0, -4.0, -1.5], [2.0, 1.9, 0.0], [2.0, 0.0, 2.0]])
 
 
 @pytest.mark.parametrize(
     ("threshold", "by_new"),
     [
-        (-INF, [1, 1, 1, 1]),
-        (-0.1, [1, 1, 1, 1]),
-        (0, [1, 1, 0, 1]),
-        (0.5, [1, 1, 0, 0]),
-        (1.9, [1, 0, 0, 0]),
-        (2, [0, 0, 0, 0]),
-        (INF, [0, 0, 0, 0]),
+        (-INF, [1, 1, 1, 1, 1]),
+        (-0.1, [1, 1, 1, 1, 1]),
+        (0, [1, 1, 1, 1, 1]),
+        (0.5, [1, 1, 0, 1, 1]),
+        (1.9, [1, 0, 0, 1, 1]),
+        (2, [0, 0, 0, 1, 1]),
+        (INF, [0, 0, 0, 1, 1]),
     ],
 )
-def test_the_new_model_answers_where_its_gap_is_above_the_threshold(threshold: float, by_new: list[int]) -> None:
-    assert logit_gap(NEW).tolist() == [2.0, 1.5, 0.0, 0.5]
+def test_the_new_model_answers_where_it_agrees_or_prefers_its_own_class_clearly(
+    threshold: float, by_new: list[int]
+) -> None:
+    # The runner-up does not count: the first sample is served at 1.9, with another class only 0.1 below.
+    assert margin_over(NEW, OLD.argmax(1)).tolist() == [2.0, 1.5, 0.5, 0.0, 0.0]
     served = switch(threshold)(OLD, NEW)
     assert torch.equal(served, torch.stack([(OLD, NEW)[new][i] for i, new in enumerate(by_new)]))
+
+
+def test_of_two_equal_logits_the_first_is_the_prediction() -> None:
+    old, new = torch.tensor([[0.0, 9.0]]), torch.tensor([[2.0, 2.0]])
+    assert torch.equal(switch(0)(old, new), old)
+    assert torch.equal(switch(-0.1)(old, new), new)
 
 
 def test_inputs_are_passed_by_position_and_by_name() -> None:
@@ -70,7 +79,7 @@ def test_inputs_are_passed_by_position_and_by_name() -> None:
 
 @pytest.mark.parametrize("classes", [{0: 2, 1: 0, 2: 3}, [2, 0, 3]])
 def test_old_classes_are_renumbered_and_unknown_ones_get_no_probability(classes: Any) -> None:
-    new = torch.tensor([[0.0, 0.0, 0.0, 5.0], [0.0, 0.5, 0.0, 0.0]])
+    new = torch.tensor([[0.0, 0.0, 0.0, 5.0], [0.0, 0.5, 0.0, 0.0]])  # the old one's class is 2 here
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         served = switch(1.0, classes)(OLD[:2].to(dtype), new.to(dtype))
         assert served.dtype == dtype
@@ -94,22 +103,23 @@ def test_outputs_have_the_dtype_that_holds_both(old: torch.dtype, new: torch.dty
     assert switch(1.0)(OLD.to(old), NEW.to(new)).dtype == both
 
 
-def test_gaps_and_thresholds_are_not_rounded_to_half_precision() -> None:
+def test_margins_and_thresholds_are_not_rounded_to_half_precision() -> None:
     # 65,504 - (-65,504) is infinite in half precision, and 0.1 is not a number there.
     far = torch.tensor([[65504.0, -65504.0]], dtype=torch.float16)
-    assert logit_gap(far).tolist() == [131008.0]
+    assert margin_over(far, torch.tensor([1])).tolist() == [131008.0]
     for threshold in (0.1, 1e6):
         module = switch(threshold).half().bfloat16()
         assert module.threshold.dtype == torch.float32
         assert module.threshold == torch.tensor(threshold)
-    assert switch(1e6).half()(torch.zeros_like(far), far).tolist() == [[0, 0]]
+    old = torch.tensor([[0.0, 1.0]], dtype=torch.float16)
+    assert switch(1e6).half()(old, far).tolist() == [[0, 1]]
     assert switch(0.5).to("meta").to_empty(device="cpu").threshold.dtype == torch.float32
 
 
 def test_nothing_waits_for_the_device() -> None:
     # A meta tensor has no numbers that could be looked at.
     for classes in (None, [0, 2, 1]):
-        assert switch(1.0, classes).to("meta")(OLD.to("meta"), NEW.to("meta")).shape == (4, 3)
+        assert switch(1.0, classes).to("meta")(OLD.to("meta"), NEW.to("meta")).shape == (5, 3)
 
 
 def test_both_models_stay_in_evaluation_mode() -> None:
@@ -120,9 +130,13 @@ def test_both_models_stay_in_evaluation_mode() -> None:
 
 
 def test_without_a_number_the_old_model_answers() -> None:
-    new = torch.tensor([[NAN, 1.0, 9.0], [INF, INF, 0.0], [INF, 1.0, 0.0], [0.0, -INF, -INF]])
+    new = torch.tensor([[NAN, 1.0, 9.0], [9.0, 1.0, NAN], [INF, 1.0, 0.0], [0.0, INF, -INF]])
+    old = torch.tensor([[9.0, 8.0, 7.0]]).repeat(4, 1)
     for threshold in (-INF, 1.0):
-        assert switch(threshold)(OLD, new).tolist() == [[9, 8, 7], [9, 8, 7], *new[2:].tolist()]
+        assert switch(threshold)(old, new).tolist() == [[9, 8, 7], [9, 8, 7], *new[2:].tolist()]
+    # Two infinite logits do not say which class is preferred.
+    both = torch.tensor([[INF, INF, 0.0]])
+    assert switch(1.0)(torch.tensor([[1.0, 2.0, 0.0]]), both).tolist() == [[1, 2, 0]]
 
 
 def test_the_state_holds_models_threshold_and_classes(tmp_path: Path) -> None:
@@ -135,7 +149,7 @@ def test_the_state_holds_models_threshold_and_classes(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"the highest to 3"):
         second.choose(torch.zeros(1, 3), torch.zeros(1, 3))
     second.threshold.fill_(INF)
-    assert torch.equal(second(x)[:, [3, 0, 1]], second.old(x))
+    assert torch.equal(second(x).argmax(1), torch.tensor([3, 0, 1])[second.old(x).argmax(1)])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +166,7 @@ def test_the_state_holds_models_threshold_and_classes(tmp_path: Path) -> None:
         (lambda: MarginSwitch(Given(0), Given, 1), "`new=<class"),
         (lambda: switch(1)({"logits": OLD}, NEW), "`old`: .* found a dict"),
         (lambda: switch(1)(OLD, NEW[0]), r"`new`: .* found torch.float32 \[3\]"),
-        (lambda: switch(1)(OLD[:, :1], NEW), r"`old`: .* \[4, 1\]"),
+        (lambda: switch(1)(OLD[:, :1], NEW), r"`old`: .* \[5, 1\]"),
         (lambda: switch(1)(OLD[:, :2], NEW), "the old model has 2 classes, the new one 3, and it is not given"),
         (lambda: switch(1, [0, 1])(OLD, NEW), "3 classes, the new one 3, and it maps 2"),
         (lambda: switch(1, [0, 1, 4])(OLD, NEW), "it maps 3, the highest to 4"),
@@ -186,7 +200,8 @@ def test_a_trace_does_the_same_for_any_batch(which: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(module, SHOWN)
-    assert 0 < int(module.is_sure(module.new(FRESH)).sum()) < len(FRESH)
+    old, new = module.side_by_side(module.old(FRESH), module.new(FRESH))
+    assert 0 < int(module.is_served(old, new).sum()) < len(FRESH)
     assert torch.equal(traced(FRESH), module(FRESH))
 
 
@@ -237,20 +252,20 @@ def test_onnx_does_the_same_for_any_batch(which: int, dynamo: bool, tmp_path: Pa
 
 LABELS = torch.tensor([1, 1, 0, 0, 0, 1])
 PREDICTED = torch.tensor([0, 0, 0, 0, 1, 1])
-GAPS = torch.tensor([4.0, 2.0, 3.0, 1.0, 5.0, 0.5])
-AFTER = torch.stack([torch.zeros(6), GAPS], 1)  # class 1: two repaired, two broken, one failing, one kept
+MARGINS = torch.tensor([4.0, 2.0, 3.0, 1.0, 5.0, 0.5])
+AFTER = torch.stack([torch.zeros(6), MARGINS], 1)  # class 1: two repaired, two broken, one failing, one kept
 
 
 def test_the_curve_has_the_smallest_threshold_for_each_number_of_broken_samples() -> None:
     choice = choose_threshold(PREDICTED, AFTER, LABELS, 0)
     assert [(p.threshold, p.counts, p.share) for p in choice.curve] == [
         (-INF, FlipCounts(kept=1, broken=2, repaired=2, failing=1), 1.0),
-        (1.0, FlipCounts(kept=2, broken=1, repaired=2, failing=1), 4 / 6),
-        (3.0, FlipCounts(kept=3, broken=0, repaired=1, failing=2), 2 / 6),
+        (1.0, FlipCounts(kept=2, broken=1, repaired=2, failing=1), 5 / 6),
+        (3.0, FlipCounts(kept=3, broken=0, repaired=1, failing=2), 3 / 6),
     ]
     assert (choice.threshold, choice.limit) == (3.0, "tolerance:0")
-    assert "gap above 3, taken" in choice.render()
-    assert "| **gap above 3, taken** | **1** | **0** |" in choice.to_markdown()
+    assert "margin above 3, taken" in choice.render()
+    assert "| **margin above 3, taken** | **1** | **0** |" in choice.to_markdown()
 
 
 @pytest.mark.parametrize(
@@ -335,7 +350,7 @@ def served_counts(threshold: float, old: Tensor, new: Tensor, labels: Tensor) ->
     module = switch(threshold)
     before, after = old.argmax(1) == labels, module(old, new).argmax(1) == labels
     masks = (before & after, before & ~after, ~before & after, ~before & ~after)
-    return FlipCounts(*(int(mask.sum()) for mask in masks)), float(module.is_sure(new).float().mean())
+    return FlipCounts(*(int(mask.sum()) for mask in masks)), float(module.is_served(old, new).float().mean())
 
 
 @settings(max_examples=30, deadline=None)
@@ -355,7 +370,7 @@ def test_a_higher_threshold_never_breaks_repairs_or_answers_more(rows: Any, thre
 @given(logits)
 def test_the_ends_are_the_two_models(rows: Any) -> None:
     old, new, _ = split(rows)
-    assert torch.equal(switch(INF)(old, new), old)
+    assert torch.equal(switch(INF)(old, new).argmax(1), old.argmax(1))
     for below in (-INF, -1e-30):
         assert torch.equal(switch(below)(old, new), new)
 
@@ -432,14 +447,14 @@ def test_the_report_counts_and_times_all_three() -> None:
     (test,) = report.splits
     assert test.new == FlipCounts(kept=1, broken=2, repaired=2, failing=1)
     assert test.switch == FlipCounts(kept=2, broken=1, repaired=2, failing=1)
-    assert test.served == 4
+    assert test.served == 5
     timing = report.timing
     assert (timing.samples, timing.device, timing.runs) == (4, "cpu", 3)
     assert min(timing.old, timing.new, timing.switch) > 0
     assert Timing(4, "cpu", 3, old=0.1, new=0.2, switch=0.5).ratio == 2.5
     assert re.search(r"^right +3 +3 +4$", report.render(), re.MULTILINE)
     assert re.search(r"^broken \(was right, now wrong\) +2 +1$", report.render(), re.MULTILINE)
-    assert "| answered by the new model |  |  | 66.67 % |" in report.to_markdown()
+    assert "| answered by the new model |  |  | 83.33 % |" in report.to_markdown()
     assert "forward pass" in report.render()
     (batch, _) = TensorSource((AFTER, AFTER), LABELS, split="timed", batch_size=5)
     assert report_switch(switch(1.0), [source], batch=batch, runs=1).timing.samples == 5

@@ -5,7 +5,7 @@ An opt-in for deployment: some repairs are given up for fewer regressions, at th
 
 from lightning_nrl.switch.ensemble import WeightChoice, WeightedEnsemble, WeightPoint, choose_weight
 from lightning_nrl.switch.report import SwitchReport, SwitchSplit, Timing, report_switch
-from lightning_nrl.switch.rule import UNKNOWN, MarginSwitch, logit_gap
+from lightning_nrl.switch.rule import UNKNOWN, MarginSwitch, margin_over
 from lightning_nrl.switch.served import SwitchedModule
 from lightning_nrl.switch.threshold import ThresholdChoice, ThresholdPoint, choose_threshold
 
@@ -23,6 +23,6 @@ __all__ = [
     "WeightedEnsemble",
     "choose_threshold",
     "choose_weight",
-    "logit_gap",
+    "margin_over",
     "report_switch",
 ]

@@ -14,8 +14,8 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.precision import at_least_float32
 from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.words import percent
-from lightning_nrl.switch.rule import Classes, Renumbered, TwoModels
-from lightning_nrl.switch.threshold import compared, gate_of, is_right
+from lightning_nrl.switch.rule import Classes, Renumbered, TwoModels, predicts
+from lightning_nrl.switch.threshold import compared, gate_of
 
 __all__ = ["WeightChoice", "WeightPoint", "WeightedEnsemble", "choose_weight"]
 
@@ -163,13 +163,13 @@ def choose_weight(
     """
     gate = None if limit is None else gate_of(limit)
     rule = Renumbered(classes)
-    was_right, labels = compared(old, new, labels, rule)
+    was_right, _, labels = compared(old, new, labels, rule)
     old, new = rule.side_by_side(old.cpu(), new.cpu())
     curve = []
     for weight in torch.linspace(0, 1, WEIGHTS):
         # At the ends one model answers, also where the other returns NaN.
         served = new if weight == 0 else old if weight == 1 else _blended(old, new, weight)
-        right = is_right(served, labels)
+        right = predicts(served, labels)
         curve.append(WeightPoint(round(float(weight), 4), FlipCounts.of(was_right, right)))
     within = [point for point in curve if gate is None or point.counts.broken <= gate.allowed(point.counts)]
     chosen = max(within, key=lambda point: (point.right, point.weight))

@@ -20,8 +20,7 @@ from lightning_nrl.flips import FlipCounts
 from lightning_nrl.metrics.functional import flip_rates
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Shown, Table
 from lightning_nrl.report.words import percent
-from lightning_nrl.switch.rule import MarginSwitch
-from lightning_nrl.switch.threshold import is_right
+from lightning_nrl.switch.rule import MarginSwitch, predicts
 from lightning_nrl.tasks import Multiclass
 
 __all__ = ["SwitchReport", "SwitchSplit", "Timing", "report_switch"]
@@ -151,12 +150,12 @@ def _count(switch: MarginSwitch, source: Source, context: Context) -> SwitchSpli
             served = switch(*batch.args, **batch.kwargs)
             new = switch.new(*batch.args, **batch.kwargs)
             old = switch.renumbered(switch.old(*batch.args, **batch.kwargs), new.shape[1])
-            sure = switch.is_sure(new)
-        columns.append((*(is_right(logits, labels) for logits in (old, new, served)), sure))
+            by_new = switch.is_served(old, new)
+        columns.append((*(predicts(logits, labels) for logits in (old, new, served)), by_new))
     if not columns:
         return SwitchSplit(source.split, FlipCounts(0, 0, 0, 0), FlipCounts(0, 0, 0, 0), 0)
-    was, now, served, sure = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
-    return SwitchSplit(source.split, FlipCounts.of(was, now), FlipCounts.of(was, served), int(sure.sum()))
+    was, now, served, by_new = (torch.cat(column).cpu() for column in zip(*columns, strict=True))
+    return SwitchSplit(source.split, FlipCounts.of(was, now), FlipCounts.of(was, served), int(by_new.sum()))
 
 
 def _time(switch: MarginSwitch, batch: Batch, runs: int, context: Context) -> Timing:

@@ -1,4 +1,4 @@
-"""Which of two models answers, sample by sample: the new one where its logits leave no doubt, else the old one."""
+"""Which of two models answers where they disagree: the new one where its logits leave no doubt, else the old one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ __all__ = [
     "TwoModels",
     "check_logits",
     "checked_classes",
-    "logit_gap",
+    "margin_over",
+    "predicts",
 ]
 
 UNKNOWN = -1e4
@@ -33,22 +34,28 @@ Classes = Mapping[int, int] | Sequence[int]
 """For each class of the old model, counted from 0, its index in the new model's output."""
 
 
-def logit_gap(logits: Tensor) -> Tensor:
-    """How far the largest logit of each sample lies above the second largest.
+def margin_over(logits: Tensor, classes: Tensor) -> Tensor:
+    """How far the largest logit of each sample lies above that of a given class, such as another model's prediction.
 
     Args:
-        logits: `n x C` of any floating dtype, at least two classes.
+        logits: `n x C` of any floating dtype.
+        classes: `n` int64, from 0 to C - 1.
 
     Returns:
-        `n` float32 from 0, computed in float32 or better. NaN where a logit is NaN, or where the two are equal and
-        infinite.
+        `n` float32 from 0, computed in float32 or better; 0 where the class is the predicted one. NaN where a logit is
+        NaN, or where the two are equal and infinite.
 
     Example:
-        >>> logit_gap(torch.tensor([[3.0, 1.0, 2.5], [0.0, 4.0, 4.0]]))
-        tensor([0.5000, 0.0000])
+        >>> margin_over(torch.tensor([[3.0, 1.0, 2.5], [0.0, 4.0, 4.0]]), torch.tensor([1, 2]))
+        tensor([2., 0.])
     """
-    top = at_least_float32(logits).topk(2, dim=1).values
-    return (top[:, 0] - top[:, 1]).float()
+    exact = at_least_float32(logits)
+    return (exact.amax(1) - exact.gather(1, classes[:, None]).squeeze(1)).float()
+
+
+def predicts(logits: Tensor, classes: Tensor) -> Tensor:
+    """Where the largest logit is that of a given class, and none is NaN, `n` bool, from logits `n x C`."""
+    return (logits.argmax(1) == classes) & ~logits.isnan().any(1)
 
 
 class Renumbered(nn.Module):
@@ -133,9 +140,10 @@ class SwitchRule(Renumbered):
         super().__init__(classes)
         self.register_buffer("threshold", torch.tensor(_checked_threshold(threshold), dtype=torch.float32))
 
-    def is_sure(self, new: Tensor) -> Tensor:
-        """Which samples the new model answers, `n` bool, from its logits `n x C`."""
-        return logit_gap(new) > self.threshold
+    def is_served(self, old: Tensor, new: Tensor) -> Tensor:
+        """Which samples the new model answers, `n` bool, from both models' logits with the same classes, `n x C`."""
+        predicted = old.argmax(1)
+        return predicts(new, predicted) | (margin_over(new, predicted) > self.threshold)
 
     def choose(self, old: Tensor, new: Tensor) -> Tensor:
         """The logits that are served.
@@ -151,7 +159,7 @@ class SwitchRule(Renumbered):
             ConfigurationError: these are no logits, or their classes do not fit together.
         """
         old, both = self.side_by_side(old, new)
-        return torch.where(self.is_sure(new)[:, None], both, old)
+        return torch.where(self.is_served(old, both)[:, None], both, old)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.threshold
@@ -192,12 +200,14 @@ class TwoModels(Renumbered):
 
 
 class MarginSwitch(SwitchRule, TwoModels):
-    """Two models as one: the new model's logits where it is sure, else the old model's.
+    """Two models as one: where they disagree the new model answers if it is sure, else the old one.
 
-    The new model is sure of a sample if its largest logit lies more than `threshold` above its second largest. Both
-    models run on every sample, so it costs the time and the memory of both.
+    The new model is sure of a sample if its largest logit lies more than `threshold` above its logit of the class that
+    the old model predicts. Where both predict the same class the new model answers: no change of class, and with
+    drifted inputs the better probabilities. Both models run on every sample, so it costs the time and the memory of
+    both.
 
-    - `threshold=inf` is exactly the old model, any threshold below 0 exactly the new one.
+    - `threshold=inf` predicts as the old model does, any threshold below 0 is exactly the new one.
     - Where the new model's logits hold NaN, the old model answers, whatever the threshold.
     - It is made for deployment: both models are put into evaluation mode, and `train()` leaves them there.
     - Nothing waits for the device, and no branch is taken on data, so it can be traced and exported.
@@ -214,7 +224,7 @@ class MarginSwitch(SwitchRule, TwoModels):
             no module. When run: if the outputs are no logits, or their classes do not fit together.
 
     Example:
-        The new model is sure of the first sample and hesitates at the second.
+        The models disagree on both samples; the new one is sure of the first and hesitates at the second.
 
         >>> old, new = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
         >>> _ = old.load_state_dict({"weight": torch.eye(2)})

@@ -13,10 +13,10 @@ from lightning_nrl.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.words import percent
-from lightning_nrl.switch.rule import Classes, Renumbered, check_logits, logit_gap
+from lightning_nrl.switch.rule import Classes, Renumbered, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
 
-__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "compared", "gate_of", "is_right"]
+__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "compared", "gate_of"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ThresholdChoice(Shown):
             taken = point == self.chosen
             c = point.counts
             cells = (*(f"{n:,}" for n in (c.repaired, c.broken, c.kept, c.failing)), percent(point.share))
-            rows.append(Row(f"gap above {point.threshold:.4g}" + ", taken" * taken, cells, "gain" if taken else ""))
+            rows.append(Row(f"margin above {point.threshold:.4g}" + ", taken" * taken, cells, "gain" if taken else ""))
         text = f"The smallest threshold within {self.limit!r}: {self.threshold:.6g}."
         return Page((Heading("Threshold", 1), Text(text), Table(columns, tuple(rows))))
 
@@ -116,20 +116,25 @@ def choose_threshold(
         raise ConfigurationError(
             explain(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
         )
-    was_right, labels = compared(old, new, labels, Renumbered(classes))
-    now_right, gap = is_right(new.cpu(), labels), logit_gap(new.cpu())
-    # No threshold lets the new model answer where its gap is NaN.
-    answers = ~gap.isnan()
-    broken, repaired = (gap[mask & answers] for mask in (was_right & ~now_right, ~was_right & now_right))
-    # Broken samples become fewer at their gaps and nowhere else, and in between a higher threshold only loses repairs.
-    thresholds = torch.cat([gap.new_tensor([-math.inf]), broken.unique()])
-    passed, n = int(was_right.sum()), len(gap)
+    was_right, predicted, labels = compared(old, new, labels, Renumbered(classes))
+    new = new.cpu()
+    now_right, margin = predicts(new, labels), margin_over(new, predicted)
+    # Whatever the threshold, the new model answers where it agrees, and does not where its margin is NaN.
+    agrees = predicts(new, predicted)
+    asked = ~agrees & ~margin.isnan()
+    masks = (was_right & ~now_right & asked, ~was_right & now_right & asked, asked)
+    broken, repaired, disagreeing = (margin[mask] for mask in masks)
+    # Broken samples become fewer at their margins and nowhere else; in between a higher threshold only loses repairs.
+    thresholds = torch.cat([margin.new_tensor([-math.inf]), broken.unique()])
+    passed, n, same = int(was_right.sum()), len(margin), int(agrees.sum())
     columns = zip(
-        thresholds.tolist(), *(_above(gaps, thresholds) for gaps in (broken, repaired, gap[answers])), strict=True
+        thresholds.tolist(), *(_above(margins, thresholds) for margins in (broken, repaired, disagreeing)), strict=True
     )
     curve = [
-        ThresholdPoint(at, FlipCounts(kept=passed - b, broken=b, repaired=r, failing=n - passed - r), answered / n)
-        for at, b, r, answered in columns
+        ThresholdPoint(
+            at, FlipCounts(kept=passed - b, broken=b, repaired=r, failing=n - passed - r), (same + above) / n
+        )
+        for at, b, r, above in columns
     ]
     chosen = next(i for i, point in enumerate(curve) if point.counts.broken <= gate.allowed(point.counts))
     kept = sorted({*_evenly(len(curve), points - 1), chosen})
@@ -141,18 +146,15 @@ def gate_of(limit: Gate | str | float) -> Gate:
     return limit if isinstance(limit, Gate) else Gate.parse(limit) if isinstance(limit, str) else Gate.tolerance(limit)
 
 
-def is_right(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples are classified rightly, `n` bool; one with a NaN among its logits is not."""
-    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+def _above(margins: Tensor, thresholds: Tensor) -> list[int]:
+    """How many of the margins lie above each threshold."""
+    return (len(margins) - torch.searchsorted(margins.sort().values, thresholds, right=True)).tolist()
 
 
-def _above(gaps: Tensor, thresholds: Tensor) -> list[int]:
-    """How many of the gaps lie above each threshold."""
-    return (len(gaps) - torch.searchsorted(gaps.sort().values, thresholds, right=True)).tolist()
+def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples the old model gets right, its predicted classes as the new one numbers them, and the labels.
 
-
-def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tuple[Tensor, Tensor]:
-    """Which samples the old model gets right, and the labels, `n` each, on the CPU.
+    All are `n` and on the CPU.
 
     Args:
         old: its logits `n x C_old`, or its predicted classes, `n` integers.
@@ -176,11 +178,11 @@ def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tupl
     old, new = old.cpu(), new.cpu()
     if old.ndim == 1 and not old.is_floating_point():
         check_logits("new", new)
-        was_right = _renumbered(old.long(), rule.classes) == labels
-    else:
-        rule.check(old, new)
-        was_right = is_right(rule.renumbered(old, new.shape[1]), labels)
-    return was_right, labels
+        predicted = _renumbered(old.long(), rule.classes)
+        return predicted == labels, predicted, labels
+    rule.check(old, new)
+    old = rule.renumbered(old, new.shape[1])
+    return predicts(old, labels), old.argmax(1), labels
 
 
 def _renumbered(predictions: Tensor, classes: Tensor | None) -> Tensor:
