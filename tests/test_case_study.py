@@ -242,6 +242,9 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert 0 < target.passed < 120
     assert target.broken <= table[0].unseen_broken
     assert target.repaired == table[0].unseen_repaired_in_target
+    study.study("digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3")
+    (run,) = tables_of(tmp_path / "convolution")["C"]
+    assert (run.layer, run.n_localized) == ("features.15.body.3", 32)
     study.study("digits", "C", settings, folder, **tiny)
     again = tables_of(folder)["C"]
     assert again[0] == table[0]  # its seconds, too: it was not run again
@@ -251,9 +254,14 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monkeypatch, capsys):
-    asked = []
+    asked, folders = [], []
+
+    def noted(name, experiments, settings, folder, **more):
+        asked.append((name, experiments, len(settings), more["seeds"]))
+        folders.append(folder)
+
     monkeypatch.setattr(study, "PAK", tmp_path / "none")
-    monkeypatch.setattr(study, "study", lambda *args, **more: asked.append((*args[:2], len(args[2]), more["seeds"])))
+    monkeypatch.setattr(study, "study", noted)
     monkeypatch.setattr(sys, "argv", ["study.py", "--quick"])
     study.main()
     assert "apt install simutrans-pak64" in capsys.readouterr().out
@@ -261,5 +269,14 @@ def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monk
     study.main()
     monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--table-ii", "--loss-term", "as_printed"])
     study.main()
-    assert asked == [("digits", "ABC", 12, 3), ("vehicles", "AC", 66, 10), ("vehicles", "ABC", 12, 10)]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--layer", "features.15.body.3"])
+    study.main()
+    assert [seen[0] for seen in asked] == ["digits", "vehicles", "vehicles", "vehicles"]
+    assert [seen[1:] for seen in asked] == [("ABC", 12, 3), ("AC", 66, 10), ("ABC", 12, 10), ("ABC", 66, 10)]
+    assert [folder.name for folder in folders] == [
+        "study_digits_0_quick",
+        "study_vehicles_0",
+        "study_vehicles_0_as_printed",
+        "study_vehicles_0_features.15.body.3",
+    ]
     assert not capsys.readouterr().out

@@ -2,9 +2,10 @@
 
     python examples/case_study/study.py            # from fresh images to the answers
     python examples/case_study/study.py --quick    # Table II on few images, a short training, three seeds: minutes
+    python examples/case_study/study.py --layer features.15.body.3   # the last convolution in place of the last layer
     python examples/case_study/study.py --data digits
 
-Draws the scenes, trains a network for each experiment, runs the settings on its last layer, and writes to
+Draws the scenes, trains a network for each experiment, runs the settings on its last layer or another, and writes to
 `runs/study_<data>_<seed>/` a table for each experiment, the paper's figures 2 to 6 and `answers.md`. What is there is
 used again. Without the vehicles' sprites it takes scikit-learn's digits.
 """
@@ -40,9 +41,15 @@ QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
 
 
 def swept(
-    data: Scenes, experiment: str, checkpoint: Path, settings: Sequence[dict], seeds: int, folder: Path
+    data: Scenes,
+    experiment: str,
+    checkpoint: Path,
+    settings: Sequence[dict],
+    seeds: int,
+    folder: Path,
+    layer: str = "auto",
 ) -> SweepResult:
-    """Runs settings on the last layer of a trained network; what is in the folder is not run again."""
+    """Runs settings on a layer of a trained network, its last one; what is in the folder is not run again."""
     model = data.network()
     result = sweep(
         Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False),
@@ -50,6 +57,7 @@ def swept(
         datamodule=data,
         ckpt_path=checkpoint,
         target=TARGETS[experiment],
+        layer=layer,
         settings=settings,
         seeds=seeds,
         dirpath=folder,
@@ -80,13 +88,14 @@ def study(
     seeds: int,
     epochs: int,
     total: int | None,
+    layer: str = "auto",
 ) -> None:
     """Runs experiments and writes what came of them to a folder."""
     for experiment in experiments:
         data = DATA[name](experiment, seed, total)
         of = f"{name}_{experiment}_{seed}" + (f"_{total}" if total else "")
         checkpoint = trained(data, Path("runs") / f"{of}.ckpt", seed, epochs)
-        print(swept(data, experiment, checkpoint, settings, seeds, folder / experiment))
+        print(swept(data, experiment, checkpoint, settings, seeds, folder / experiment, layer))
     tables = tables_of(folder)
     targets = {experiment: in_target.read(folder / experiment / IN_TARGET) for experiment in tables}
     answered = page(answers(tables, targets))
@@ -105,6 +114,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of the search, ten as in the paper")
     parser.add_argument("--table-ii", action="store_true", help="the twelve rows of Table II alone")
     parser.add_argument("--loss-term", choices=LOSS_TERMS, default="bounded", help="how the paper's loss ratio is read")
+    parser.add_argument("--layer", default="auto", help="whose weights change; auto is the last Linear layer")
     parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
     chosen = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -114,6 +124,7 @@ def main() -> None:
         print(f"{PAK} has no sprites of vehicles: this runs on digits.\nHINT: apt install simutrans-pak64")
     rows = tuple(TABLE_II.values()) if chosen.quick or chosen.table_ii else studied()
     kind = "_quick" * chosen.quick + f"_{chosen.loss_term}" * (chosen.loss_term != "bounded")
+    kind += f"_{chosen.layer}" * (chosen.layer != "auto")
     study(
         name,
         chosen.experiments,
@@ -123,6 +134,7 @@ def main() -> None:
         seeds=chosen.seeds or (QUICK["seeds"] if chosen.quick else 10),
         epochs=QUICK["epochs"] if chosen.quick else EPOCHS,
         total=QUICK["total"] if chosen.quick else None,
+        layer=chosen.layer,
     )
 
 
