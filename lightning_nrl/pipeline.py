@@ -14,25 +14,21 @@ from torch import Tensor, nn
 from lightning_nrl.account import Account
 from lightning_nrl.as_found import as_found
 from lightning_nrl.batches import Source
-from lightning_nrl.calibrated import Groups, bounds_after, groups_of
+from lightning_nrl.calibrated import Groups, bounds_after
 from lightning_nrl.clock import Clock, Observer
 from lightning_nrl.collective import Collective
-from lightning_nrl.diagnosis.labels import doubtful_labels
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import Context, Evidence, collect
+from lightning_nrl.findings import look
 from lightning_nrl.gate import Gate, judge, spared
-from lightning_nrl.importance import DOUBTFUL
 from lightning_nrl.known import (
     check_limit,
-    check_losses,
     check_sources,
-    check_task,
     given_or_default,
     passed_rows,
-    see_aside,
 )
 from lightning_nrl.methods import Problem, Solution, Training, better, solve
-from lightning_nrl.quotas import needed, normalised
+from lightning_nrl.quotas import needed
 from lightning_nrl.reference import Reference
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
@@ -42,7 +38,7 @@ from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task
 from lightning_nrl.thinning import thin
-from lightning_nrl.update import Update, look_back
+from lightning_nrl.update import Update
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -125,41 +121,32 @@ def repair_module(
     others: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     others = {role: sources for role, sources in others.items() if sources}
     space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
-    see = partial(collect, task=task, context=context, collective=collective)
     with as_found(model):
-        with clock.stage("collect"):
-            whole = partial(see, model, target=settings.target, everywhere=reference is not None)
-            before, left_out = settings.counting.over(whole, known, task, collective)
-        aside: dict[Role, Evidence] = {}
-        for role, sources in others.items():
-            with clock.stage("unseen"):
-                aside[role] = see_aside(see, model, sources, settings, task, collective)
-        groups = groups_of(known, before, aside["calibration"], settings) if calibration else None
-        check_losses(before)
-        check_task(settings, before, task)
-        update, own = None, before
-        if reference is not None:
-            with clock.stage("reference"):
-                update = look_back(
-                    reference,
-                    model,
-                    {"known": known, **others},
-                    {"known": before, **aside},
-                    task=task,
-                    context=context,
-                    collective=collective,
-                )
-            before = update.regressions("known", before)
-            aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
-            own, before = before, update.kept(before, settings.keep)
-        if settings.set_aside == DOUBTFUL:
-            with clock.stage("labels"):
-                left_out = doubtful_labels(model, known, before, task=task, context=context, collective=collective)
-        before, own, same = _weighed(before, left_out), _weighed(own, left_out), own is before
-        own = before if same else own
-        account = Account(model, space, settings, task, own, aside, clock.seconds, update=update, left_out=left_out)
+        found = look(
+            model,
+            known,
+            others,
+            settings,
+            task=task,
+            context=context,
+            collective=collective,
+            clock=clock,
+            reference=reference,
+        )
+        before, update = found.before, found.update
+        account = Account(
+            model,
+            space,
+            settings,
+            task,
+            found.known,
+            found.aside,
+            clock.seconds,
+            update=update,
+            left_out=found.left_out,
+        )
         if not before.targeted.any():
-            return Outcome(account.closed("nothing to repair", _nothing(own, known, settings.target, update)))
+            return Outcome(account.closed("nothing to repair", _nothing(found.known, known, settings.target, update)))
         quotas, impossible = needed(before, settings.quotas or {})
         if impossible:
             return _given_up(account, impossible)
@@ -196,7 +183,7 @@ def repair_module(
         if not new:
             reason = solution.reason or "the search found nothing better than the original weights."
             return Outcome(account.closed("not repaired", reason))
-        return _concluded(account, problem, new, others, groups)
+        return _concluded(account, problem, new, others, found.groups)
 
 
 def _concluded(
@@ -230,11 +217,6 @@ def _concluded(
         bounds = bounds_after(account.aside["calibration"], later["calibration"], groups, strength.selection, settings)
     report = account.judged(verdict, old, new, after, later, bounds)
     return Outcome(report, new if verdict.accepted else None, _change(old, new))
-
-
-def _weighed(evidence: Evidence, left_out: Tensor) -> Evidence:
-    """The evidence without targets that are set aside, those that are left weighing 1 on average."""
-    return normalised(replace(evidence, targeted=evidence.targeted & ~left_out))
 
 
 def _solved(problem: Problem, settings: Settings) -> Solution:

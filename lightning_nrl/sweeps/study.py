@@ -15,14 +15,12 @@ from torch import nn
 from lightning_nrl.batches import Source
 from lightning_nrl.clock import Clock
 from lightning_nrl.collective import Collective
-from lightning_nrl.diagnosis.labels import doubtful_labels
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
-from lightning_nrl.evidence import Context, Evidence, collect
-from lightning_nrl.importance import DOUBTFUL
-from lightning_nrl.known import check_losses, check_sources, check_task, see_aside
+from lightning_nrl.evidence import Context, Evidence
+from lightning_nrl.findings import look
+from lightning_nrl.known import check_sources
 from lightning_nrl.problem import Problem
-from lightning_nrl.quotas import normalised
-from lightning_nrl.report import hash_tensors
+from lightning_nrl.report import Role, hash_tensors
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
 from lightning_nrl.sweeps.grid import Grid, Setting, parse_settings
@@ -63,18 +61,11 @@ def study(
     _check_counting(base)
     _check_whole((*known, *calibration, *unseen))
     space, scope = find_scope(model, base.layer, include_bias=base.localizer.include_bias)
-    alone = Collective()
-    see = partial(collect, task=task, context=context, collective=alone)
-    with clock.stage("collect"):
-        whole = partial(see, model, target=base.target)
-        before, left_out = base.counting.over(whole, known, task, alone)
-        others = {"calibration": calibration, "unseen": unseen}
-        aside = {role: see_aside(see, model, sources, base, task, alone) for role, sources in others.items() if sources}
-    check_losses(before)
-    check_task(base, before, task)
-    if base.set_aside == DOUBTFUL:
-        left_out = doubtful_labels(model, known, before, task=task, context=context, collective=alone)
-    before = normalised(replace(before, targeted=before.targeted & ~left_out))
+    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
+    others = {role: sources for role, sources in roles.items() if sources}
+    # Each rank looks at all data, as they share out the runs.
+    found = look(model, known, others, base, task=task, context=context, collective=Collective(), clock=clock)
+    before = found.before
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
@@ -94,7 +85,7 @@ def study(
         budget=base.budget,
         context=context,
     )
-    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in aside.items()}}
+    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.aside.items()}}
     store = Store(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)
 
@@ -114,7 +105,7 @@ class Study:
 
     problem: Problem
     base: Settings
-    data: Mapping[str, tuple[Sequence[Source], Evidence]]
+    data: Mapping[Role, tuple[Sequence[Source], Evidence]]
     collective: Collective
     store: Store
     observer: SweepObserver | None = None

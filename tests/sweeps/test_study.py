@@ -298,7 +298,7 @@ def test_an_observer_is_told_how_long_the_rest_takes(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(study.Bench, "find", slow)
     watcher = Watcher()
     run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=watcher)
-    assert watcher.stages == ["collect", "sweep", "localize", "localize"]
+    assert watcher.stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
     whole = [told for told in watcher.told if told[2] != watcher.told[0][2]]
     assert [told for told in watcher.told if told[0]][-1] == (6, 6, "about 0 s left")
     # Two of six took two minutes, so four take four.
