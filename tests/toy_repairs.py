@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=12, iterations=12),
     "localizer": NeuRecoverLite(n_weights=12),
 }
+
+ONE_AT_A_TIME = threading.Lock()
+"""Ranks may be threads, which have one random state together."""
 
 
 def blobs(n: int, shift: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -34,7 +38,7 @@ def mlp(width: int = 12) -> nn.Sequential:
 def trained(make: Callable[[], nn.Module] = mlp, seed: int = 0) -> nn.Module:
     """A network that has learned the blobs as they were, in training mode as training leaves it."""
     x, y = blobs(120, seed=seed)
-    with torch.random.fork_rng():
+    with ONE_AT_A_TIME, torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
