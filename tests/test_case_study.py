@@ -180,6 +180,13 @@ def test_levels_and_drift_are_answered():
     assert {line.count("|") for line in lines} == {5}
 
 
+@pytest.mark.parametrize(("broken", "agrees"), [((4, 4), True), ((6, 6), False), ((4, 6), None)])
+def test_the_level_of_accuracy_is_reached_if_the_interval_says_so(broken, agrees):
+    runs = [run(seed=s, broken=broken[s % 2], repaired=5) for s in range(10)]
+    (answer,) = (a for a in answers({"B": runs}, {"B": targets_of(runs)}) if "accuracy" in a.paper)
+    assert answer.agrees is agrees
+
+
 def test_the_level_of_instances_takes_every_run_of_a_setting():
     runs = [run(seed=s, repaired=1) for s in range(10)]
     targets = targets_of(runs[:9]) + targets_of(runs[9:], broken=1)

@@ -143,7 +143,8 @@ def share(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
 def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> list[Answer]:
     """RQ1 and RQ2: at which level regression is suppressed.
 
-    The level of accuracy is that of the setting that breaks the fewest known samples. The level of instances is reached
+    The level of accuracy is that of the setting that breaks the fewest known samples; it is reached if the interval of
+    its mean gain lies above 0, and not if it lies below. The level of instances is reached
     if there is a setting none of whose runs breaks an unseen sample of the target, and that repairs one.
     """
     question = "RQ2" if experiment == "C" else "RQ1"
@@ -155,7 +156,7 @@ def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> 
         f"{experiment}: suppressed at the level of accuracy",
         f"{best[0].setting}: {gain:.2f} points of accuracy, not below in {share(best, _no_worse)}; of all that repair "
         f"something in {share(able, _no_worse)}",
-        gain.mean >= 0,
+        True if gain.low >= 0 else False if gain.high < 0 else None,
     )
     settings: dict[str, list[InTarget]] = {}
     for run in target:
