@@ -59,6 +59,10 @@ class DriftingFashion(LightningDataModule):
         parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
+    def network(self) -> FashionNet:
+        """A new network for these images."""
+        return FashionNet()
+
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,20 @@ from vehicles import CLASSES, PAK, SPLITS, make
 
 EPOCHS = 40
 FRONT, BACK = 0, 1
+
+
+class Drifting(Protocol):
+    """Data in splits `train`, `val`, `repair` and `test`, and the network for them."""
+
+    data: dict[str, TensorDataset]
+
+    def network(self) -> LightningModule:
+        """A new network for these images."""
+
+    def train_dataloader(self) -> DataLoader: ...
+
+    def repair_dataloader(self) -> DataLoader:
+        """What came in after training."""
 
 
 class Scenes(LightningDataModule):
@@ -152,7 +167,7 @@ def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
     ]
 
 
-def trained(data: Scenes, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
+def trained(data: Drifting, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
     """The checkpoint of the network that is to be repaired; trained if it is not there yet."""
     if not path.exists():
         seed_everything(seed, verbose=False)

@@ -1,11 +1,12 @@
-"""Updates of the vehicles' network beside each other: what each breaks of the model that it replaces, one table.
+"""Updates of a network in use beside each other: what each breaks of the model that it replaces, one table.
 
-    python examples/case_study/updates.py --seeds 10
+    python examples/case_study/updates.py --seeds 10                   # vehicles
+    python examples/case_study/updates.py --data fashion --seeds 10    # Fashion-MNIST with drift
     python examples/case_study/updates.py --updates "from scratch"
 
-The network in use has seen few front and back views; then more data came in. It is replaced by one that was trained on
-all of them, from scratch or from the old weights on, with or without a term in the loss that holds it to what the old
-one gets right (focal distillation); what this one breaks is repaired right after the training.
+The network in use has seen few front and back views, or few garments that are upside down; then more data came in. It
+is replaced by one that was trained on all of them, from scratch or from the old weights on, with or without a term in
+the loss that holds it to what the old one gets right (focal distillation); what it breaks is repaired right after.
 Then old and new are served together: behind a margin switch, or as an ensemble, with a threshold and a weight that are
 chosen on a quarter of the test data; all counts are of the rest. What was run before is read from `runs/`.
 """
@@ -16,16 +17,16 @@ import argparse
 import logging
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from copy import deepcopy
 from statistics import mean
 
 import torch
-from network import EPOCHS, VehicleNet, Vehicles, trained
-from pytorch_lightning import Callback, Trainer, seed_everything
+from in_use import DATA, InUse
+from pytorch_lightning import LightningModule, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport
 from lightning_nrl.flips import FlipCounts
@@ -43,52 +44,43 @@ Row = tuple[float, ...]
 """Accuracy, repaired and broken against the old model, negative flip rate, all unseen; known broken; seconds."""
 
 
-def updated(update: str, experiment: str, seed: int, epochs: int = EPOCHS) -> dict[str, Row]:
+def updated(update: str, in_use: InUse) -> dict[str, Row]:
     """One update with one seed: rows for the model as it was trained, as it was repaired, and beside the old one."""
-    name = update.replace(",", "").replace(" ", "_")
-    folder = Path("runs") / f"update_{experiment}_{name}" / f"seed_{seed}"
-    data = Vehicles(experiment, seed)
-    checkpoint = trained(data, Path("runs") / f"vehicles_{experiment}_{seed}.ckpt", seed, epochs)
-    old, new = VehicleNet.load_from_checkpoint(checkpoint, map_location="cpu"), VehicleNet()
+    folder = in_use.folder(update)
+    old = in_use.load(in_use.checkpoint())
     if not (folder / "update.ckpt").exists():
-        seed_everything(seed + 1000, verbose=False)
-        if update.startswith("from the old weights"):
-            new.load_state_dict(old.state_dict())
-        congruent = [PositiveCongruentTraining(checkpoint)] if update.endswith("congruent") else []
-        _train(
-            new,
-            data,
-            folder,
-            epochs,
-            *congruent,
-            RegressionFreeRepair(
-                reference=checkpoint,
-                passed=DataLoader(data.data["train"], 512),
-                failed=data.repair_dataloader(),
-                unseen=DataLoader(_quarters(data, seed)[1], 512),
-                seed=seed,
-                dirpath=folder,
-                verbose=False,
-            ),
-        )
+        _train(update, old, in_use)
     report = RepairReport.from_json((folder / "report.json").read_text())
-    new = VehicleNet.load_from_checkpoint(folder / "update.ckpt", map_location="cpu")
+    new = in_use.load(folder / "update.ckpt")
     rows = {update: _row(report, "trained"), f"{update}, repaired": _row(report, "now")}
-    return rows | {f"{update}, {name}": row for name, row in _served(old, new, data, seed).items()}
+    return rows | {f"{update}, {name}": row for name, row in _served(old, new, in_use).items()}
 
 
-def _train(model: VehicleNet, data: Vehicles, folder: Path, epochs: int, *callbacks: Callback) -> None:
+def _train(update: str, old: LightningModule, in_use: InUse) -> None:
+    """Trains and repairs the update, and saves it with the report of the repair."""
+    folder, checkpoint = in_use.folder(update), in_use.checkpoint()
+    seed_everything(in_use.seed + 1000, verbose=False)
+    new = deepcopy(old) if update.startswith("from the old weights") else in_use.data.network()
+    congruent = [PositiveCongruentTraining(checkpoint)] if update.endswith("congruent") else []
+    repair = RegressionFreeRepair(
+        reference=checkpoint,
+        passed=DataLoader(in_use.data.data["train"], 512),
+        failed=in_use.data.repair_dataloader(),
+        unseen=DataLoader(in_use.quarters()[1], 512),
+        seed=in_use.seed,
+        dirpath=folder,
+        verbose=False,
+    )
     trainer = Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
+        max_epochs=in_use.epochs,
+        callbacks=[*congruent, repair],
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    everything = ConcatDataset([data.data["train"], data.data["repair"]])
-    trainer.fit(model, DataLoader(everything, 128, shuffle=True, drop_last=True))
+    trainer.fit(new, in_use.everything())
     trainer.save_checkpoint(folder / "update.ckpt")
 
 
@@ -113,33 +105,26 @@ def _row(report: RepairReport, which: str) -> Row:
     return (unseen.accuracy_after, *counts, known.broken, seconds)
 
 
-def _served(old: VehicleNet, new: VehicleNet, data: Vehicles, seed: int) -> dict[str, Row]:
-    """Rows for both models together, on unseen data; what is chosen is chosen on calibration data."""
-    chosen, unseen = ((_logits(old, part), _logits(new, part), _labels(part)) for part in _quarters(data, seed))
-    switch = SwitchRule(choose_threshold(*chosen, limit=LIMIT).threshold)
-    weight = choose_weight(*chosen).weight
+def _served(old: LightningModule, new: LightningModule, in_use: InUse) -> dict[str, Row]:
+    """Rows for what is served of both models, on unseen data; what is chosen is chosen on calibration data."""
+    chosen, unseen = ((_logits(old, part), _logits(new, part), _labels(part)) for part in in_use.quarters())
     before, after, labels = unseen
+    switch = SwitchRule(choose_threshold(*chosen, limit=LIMIT).threshold)
     found = {"switch": switch.choose(before, after)}
-    for name, share in (("ensemble", weight), *((f"ensemble {share}", share) for share in SHARES)):
-        found[name] = WeightedEnsemble(old, new, share).choose(before, after)
-    was = before.argmax(1) == labels
-    counts = {name: FlipCounts.of(was, served.argmax(1) == labels) for name, served in found.items()}
-    nothing = float("nan")
-    return {
-        name: ((c.kept + c.repaired) / c.n, c.repaired, c.broken, c.broken / c.n, nothing, nothing)
-        for name, c in counts.items()
-    }
+    shares = {"ensemble": choose_weight(*chosen).weight} | {f"ensemble {share}": share for share in SHARES}
+    found |= {name: WeightedEnsemble(old, new, share).choose(before, after) for name, share in shares.items()}
+    return {name: _against(before, served, labels) for name, served in found.items()}
 
 
-def _quarters(data: Vehicles, seed: int) -> tuple[Subset, Subset]:
-    """A quarter of the test data to calibrate on, and the rest, which stays unseen."""
-    test = data.data["test"]
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(test, order[: len(order) // 4]), Subset(test, order[len(order) // 4 :])
+def _against(before: Tensor, served: Tensor, labels: Tensor) -> Row:
+    """The row of logits that are served in place of others; nothing is repaired, so its last columns are empty."""
+    counts = FlipCounts.of(before.argmax(1) == labels, served.argmax(1) == labels)
+    n, nothing = counts.n, float("nan")
+    return ((counts.kept + counts.repaired) / n, counts.repaired, counts.broken, counts.broken / n, nothing, nothing)
 
 
 @torch.no_grad()
-def _logits(model: VehicleNet, data: Subset) -> Tensor:
+def _logits(model: LightningModule, data: Subset) -> Tensor:
     return torch.cat([model.eval()(images) for images, *_ in DataLoader(data, 512)])
 
 
@@ -147,21 +132,30 @@ def _labels(data: Subset) -> Tensor:
     return torch.cat([labels for _, labels, *_ in DataLoader(data, 512)])
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--experiment", choices="ABC", default="C")
+    parser.add_argument("--data", choices=DATA, default="vehicles")
+    parser.add_argument("--experiment", choices="ABC", help="of the vehicles; C if not given")
     parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=UPDATES)
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=int, help="of each training; 40 for vehicles, 20 for fashion if not given")
     chosen = parser.parse_args()
+    if chosen.experiment and chosen.data != "vehicles":
+        parser.error(f"`--experiment` is of the vehicles, and --data is {chosen.data}\nHINT: leave one of them out")
+    more = {"experiment": chosen.experiment} if chosen.experiment else {}
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     rows = []
     for seed in range(chosen.first, chosen.first + chosen.seeds):
+        in_use = DATA[chosen.data](seed, chosen.epochs, **more)
         rows.append({})
         for update in chosen.updates:
-            rows[-1] |= updated(update, chosen.experiment, seed, chosen.epochs)
+            rows[-1] |= updated(update, in_use)
         for name, row in rows[-1].items():
             print(f"seed {seed}: {name}: accuracy {row[0]:.4f}, {row[1]:.0f} : {row[2]:.0f}, {row[4]:.0f} known broken")
     print(table_of(rows))
+
+
+if __name__ == "__main__":
+    main()
