@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl import ConfigurationError, FocalDistillation, MarginHinge, Multiclass, Task
+from lightning_nrl import (
+    ConfigurationError,
+    FocalDistillation,
+    MarginHinge,
+    Multiclass,
+    Multilabel,
+    Regression,
+    Segmentation,
+    Sequence,
+    Task,
+)
 from lightning_nrl.terms import OldAnswers, Term, parse_terms
 
 TASK = Multiclass()
@@ -42,6 +52,46 @@ def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
     found.sum().backward()
     assert output.grad[0].tolist() == [0.0, 0.0]
     assert output.grad[1].isfinite().all()
+
+
+WIDE = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).log()
+"""Two elements, of which the divergence from equal probabilities is 0.143841 each, as above."""
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target"),
+    [
+        (Sequence(), WIDE[None], torch.tensor([[0, 1]])),
+        (Sequence(class_dim=1), WIDE.T[None], torch.tensor([[0, 1]])),
+        (Segmentation(), WIDE.T[None, :, None], torch.tensor([[[0, 1]]])),
+        (Multilabel(), torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([[1, 0]])),
+    ],
+)
+def test_elements_without_a_label_are_not_distilled(task: Task, output: Tensor, target: Tensor) -> None:
+    # The first element is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) away from its teacher; the second is far away.
+    student = output.clone().requires_grad_()
+    teacher = torch.zeros_like(output)
+    second = (0, 1) if isinstance(task, Sequence) and task.class_dim == -1 else (..., 1)
+    teacher[second] = -9.0 * output[second]
+    old = OldAnswers(torch.tensor([True]), teacher)
+    ignored = target.clone()
+    ignored[..., 1] = -100
+    assert float(FocalDistillation()(task, output, target, old)) > 0.7
+    found = FocalDistillation()(task, student, ignored, old)
+    torch.testing.assert_close(found, torch.tensor([0.143841]))
+    found.sum().backward()
+    assert not student.grad[second].any()
+    # At a temperature of 2, logits twice as large are as far away, and count four times.
+    soft = FocalDistillation(temperature=2.0)(task, 2 * student, ignored, replace(old, output=2 * teacher))
+    torch.testing.assert_close(soft, torch.tensor([0.575364]))
+
+
+def test_distillation_of_numbers_is_in_tolerances() -> None:
+    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [6.0]])
+    old = OldAnswers(RIGHT, torch.tensor([[3.0], [3.0]]))
+    # 2 / 0.5 and 2 / (0.5 + 0.25 * 6), squared; the second only has `base`.
+    term = FocalDistillation(base=1.0)
+    assert term(Regression(tolerance=0.5, relative=0.25), output, target, old).tolist() == [32.0, 1.0]
 
 
 def test_distillation_of_classes_that_both_models_have() -> None:
