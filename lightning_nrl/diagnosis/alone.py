@@ -49,7 +49,7 @@ class Alone(NamedTuple):
 
     fixable: Tensor  # T bool: a change was found that repairs it and breaks no passed sample
     unfixable: Tensor  # T bool: proved, any such change would be larger than the limit
-    size: Tensor  # T, root mean square of what the change does to the logits of passed samples; NaN where none is known
+    size: Tensor  # T, root mean square of what the change does to logits of passed samples, damped; NaN: none is known
     limit: float  # root mean square of these logits themselves, each sample's less their mean
     binds: Tensor  # T x P bool: passed samples that stand in a target's way
     change: Tensor  # T x C x D, of the weights; 0 where none is known
