@@ -10,6 +10,7 @@ stone and a dear one.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import logging
 import math
@@ -114,6 +115,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -8,6 +8,8 @@ half of the images that come in, and the network fails on many of these. They ar
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from rich import print
 from sklearn.datasets import load_digits
@@ -46,6 +48,7 @@ def is_scratched(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
     (x_train, x_new, x_later), (y_train, y_new, y_later), (_, marks_new, marks_later) = (x.split(SIZES) for x in load())

@@ -11,6 +11,7 @@ it is.
 
 from __future__ import annotations
 
+import argparse
 import io
 import keyword
 import logging
@@ -148,6 +149,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
