@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning_nrl import RegressionFreeRepair
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SCRIPTS = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
 
 
 def block_behind(mark: str) -> str:
@@ -62,6 +64,18 @@ def test_the_yaml_names_classes_and_arguments_that_exist():
     module, _, name = target["class_path"].rpartition(".")
     made = getattr(sys.modules[module], name)(**target["init_args"])
     assert RegressionFreeRepair(target=made, **callback["init_args"]).settings.target == made
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_example_says_what_it_does_instead_of_doing_it(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.syspath_prepend(path.parent)
+    try:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            runpy.run_path(str(path), run_name="__main__")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not among the test dependencies")
+    assert capsys.readouterr().out.startswith(f"usage: {path.name}")
 
 
 @pytest.mark.slow
