@@ -2,6 +2,7 @@
 
     python examples/congruent.py                  # ten seeds from scratch, all terms
     python examples/congruent.py --start old      # the same, going on from the old weights
+    python examples/congruent.py --start old --interpolate  # the same, and each with weights between old and new
     python examples/congruent.py --terms plain "focal distillation" --seeds 3
 
 A network for handwritten digits (scikit-learn) was trained on 300 images; it is replaced by one that is trained on
@@ -16,6 +17,8 @@ import argparse
 import logging
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -35,6 +38,7 @@ from lightning_nrl import (
     PositiveCongruentTraining,
     RegressionFreeRepair,
     RepairReport,
+    WeightInterpolation,
 )
 
 SPLITS = {"first": 300, "more": 300, "val": 200, "test": 997}
@@ -102,7 +106,7 @@ def old_model(seed: int, folder: Path) -> Path:
     return path
 
 
-def update(seed: int, term: str, start: str, runs: Path, folder: Path) -> RepairReport:
+def update(seed: int, term: str, start: str, interpolate: bool, runs: Path, folder: Path) -> RepairReport:
     """Trains the new model in one of the ways, and repairs what it breaks."""
     checkpoint = old_model(seed, runs)
     old = DigitNet.load_from_checkpoint(checkpoint)
@@ -112,9 +116,13 @@ def update(seed: int, term: str, start: str, runs: Path, folder: Path) -> Repair
         new.load_state_dict(old.state_dict())
     terms = TERMS[term]
     congruent = [] if terms is None else [PositiveCongruentTraining(checkpoint, terms, index=position)]
+    between = [WeightInterpolation(checkpoint, seed=seed, verbose=False)] if interpolate else []
     repair = RegressionFreeRepair(reference=checkpoint, unseen="test", seed=seed, dirpath=folder, verbose=False)
     data = MoreDigits(seed, more=True, hard_for=old if term == "oversampling" else None)
-    trainer_with(*congruent, repair).fit(new, datamodule=data)
+    trainer_with(*congruent, *between, repair).fit(new, datamodule=data)
+    for interpolation in between:
+        assert interpolation.choice is not None
+        print(f"seed {seed}: a share of {interpolation.choice.share:.2f} of the old weights")
     assert repair.report is not None
     return repair.report
 
@@ -149,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--start", choices=("scratch", "old"), default="scratch")
+    parser.add_argument("--interpolate", action="store_true", help="further rows with weights between old and new")
     parser.add_argument("--terms", nargs="+", choices=list(TERMS), default=list(TERMS))
     given = parser.parse_args()
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -156,10 +165,12 @@ def main() -> None:
     torch.set_num_threads(1)
     runs, seeds = Path("runs") / "congruent", range(given.first, given.first + given.seeds)
     found = {}
-    for term in given.terms:
-        print(f"\n{term}, from {given.start}")
-        folder = runs / f"{term.replace(' ', '_')}_{given.start}"
-        found[term] = reports_of(folder, seeds, lambda seed, own, term=term: update(seed, term, given.start, runs, own))
+    for term, between in product(given.terms, (False, True) if given.interpolate else (False,)):
+        name = f"{term}, interpolated" if between else term
+        print(f"\n{name}, from {given.start}")
+        folder = runs / f"{name.replace(', ', '_').replace(' ', '_')}_{given.start}"
+        run = partial(update, term=term, start=given.start, interpolate=between, runs=runs)
+        found[name] = reports_of(folder, seeds, lambda seed, own, run=run: run(seed, folder=own))
     beginning = "from scratch" if given.start == "scratch" else "from the old weights"
     print(table_of(found, f"A digit network is replaced, the new one trained {beginning}"))
 

@@ -6,6 +6,7 @@ from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate, release
+from lightning_nrl.interpolation import choose_share, interpolate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
 from lightning_nrl.oversampling import Oversampler
@@ -18,6 +19,7 @@ from lightning_nrl.settings import Settings
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.comparing import compare
 from lightning_nrl.shell.congruent import PositiveCongruentTraining, regression_loss
+from lightning_nrl.shell.interpolating import WeightInterpolation
 from lightning_nrl.shell.monitoring import RegressionMetrics
 from lightning_nrl.shell.preflight import diagnose
 from lightning_nrl.shell.releasing import ReleaseGate
@@ -72,14 +74,17 @@ __all__ = [
     "Target",
     "Task",
     "TensorSource",
+    "WeightInterpolation",
     "WeightedEnsemble",
     "check_mix",
+    "choose_share",
     "choose_threshold",
     "choose_weight",
     "compare",
     "compare_module",
     "diagnose",
     "diagnose_module",
+    "interpolate",
     "regression_loss",
     "release",
     "repair",

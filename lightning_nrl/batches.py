@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["Adapter", "Batch", "Source", "unpack"]
+__all__ = ["Adapter", "Batch", "Source", "apart", "unpack"]
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
@@ -112,3 +113,28 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
     raise ConfigurationError(
         explain(f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.", hint)
     )
+
+
+def apart(
+    batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any], Any]]:
+    """Batches as `(args, kwargs, target)`, whether they are those of a source or raw ones.
+
+    Args:
+        batches: a source, `Batch` objects, or batches as a data loader gives them.
+        adapter: takes raw batches apart; those of a source are apart already.
+        device: where raw batches are moved to.
+    """
+    for batch in batches:
+        if isinstance(batch, Batch):
+            yield batch.args, batch.kwargs, batch.target
+        else:
+            yield adapter(_moved(batch, device))
+
+
+def _moved(x: Any, device: torch.device) -> Any:
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: _moved(value, device) for name, value in x.items()}
+    return type(x)(_moved(value, device) for value in x) if type(x) in (list, tuple) else x

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_nrl.errors import EvidenceError, explain
+
 __all__ = ["Collective"]
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,29 @@ class Collective:
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([flag])).item())
+
+    def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
+        """What work gives on this rank. If one rank fails all do, so that none waits for ever.
+
+        Args:
+            work: exchanges nothing.
+            failed: what to say where another rank failed.
+
+        Raises:
+            EvidenceError: another rank failed.
+            Exception: whatever work raises on this rank.
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        another = self.any(error is not None)
+        if error is not None:
+            raise error
+        if another:
+            raise EvidenceError(explain(failed, "look at that rank's own error."))
+        return result
 
     def agreed(self, values: Tensor) -> Tensor:
         """The first rank's values on every rank, whatever rounding did elsewhere."""

@@ -242,19 +242,7 @@ def _checked(name: str, column: Tensor, n: int, task: Task) -> Tensor:
 
 def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
     """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
-    error: Exception | None = None
-    mine: Table = {}
-    try:
-        mine = read()
-    except Exception as caught:
-        error = caught
-    failed = collective.any(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise EvidenceError(
-            explain(f"`{source.split}` data could not be read on another rank.", "look at that rank's own error.")
-        )
+    mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
     whole = {name: torch.cat(collective.gather(column)) for name, column in mine.items()}
     position = whole.pop("position")
     order = position.argsort()

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_nrl.as_found import as_found
-from lightning_nrl.batches import Adapter, unpack
+from lightning_nrl.batches import Adapter, apart, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gradients.fit import EASY
+from lightning_nrl.state import device_of
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["Oversampler"]
@@ -92,11 +93,10 @@ class Oversampler(Sampler[int]):
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
         task = parse_task(task)
-        held = next(iter((*model.parameters(), *model.buffers())), torch.zeros(0))
         passed, margins = [], []
         with as_found(model), torch.no_grad():
-            for raw in DataLoader(data, **{"batch_size": 256, **loader}):
-                args, kwargs, target = adapter(_moved(raw, held.device))
+            batches = DataLoader(data, **{"batch_size": 256, **loader})
+            for args, kwargs, target in apart(batches, adapter, device_of(model)):
                 output = task.logits(model(*args, **kwargs))
                 task.check(output, target)
                 right = task.passed(output, target) & task.loss(output, target).isfinite()
@@ -117,11 +117,3 @@ class Oversampler(Sampler[int]):
 
     def __len__(self) -> int:
         return int(self.times.sum())
-
-
-def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
-        return x.to(device)
-    if isinstance(x, dict):
-        return {name: _moved(value, device) for name, value in x.items()}
-    return type(x)(_moved(value, device) for value in x) if type(x) in (list, tuple) else x

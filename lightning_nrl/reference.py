@@ -17,7 +17,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.predictions import Predictions
 from lightning_nrl.saved import fitting, read_state
-from lightning_nrl.state import State, holding
+from lightning_nrl.state import State, device_of, holding
 from lightning_nrl.tasks import Multiclass, Task
 
 __all__ = ["OldModel", "Reference", "parse_reference"]
@@ -139,8 +139,8 @@ class OldModel:
             with as_found(model), holding(model, state):
                 return collect(model, seen, task=task, context=context, collective=ranks)
         assert isinstance(self.model, nn.Module)
-        here = _device(model)
-        home = _device(self.model)
+        here = device_of(model)
+        home = device_of(self.model)
         try:
             with as_found(self.model):
                 return collect(self.model.to(here), seen, task=task, context=context, collective=ranks)
@@ -231,8 +231,3 @@ class _MappedMulticlass(Multiclass):
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         return torch.full(output.shape[:1], torch.nan, device=output.device)
-
-
-def _device(model: nn.Module) -> torch.device:
-    held = next(iter((*model.parameters(), *model.buffers())), None)
-    return torch.device("cpu") if held is None else held.device

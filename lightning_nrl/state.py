@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["State", "between", "changed", "holding", "snapshot", "write"]
+__all__ = ["State", "between", "changed", "device_of", "holding", "snapshot", "write"]
 
 State = Mapping[str, Tensor]
 """Whole parameters and buffers by the names that the state dict has for them."""
@@ -20,6 +20,12 @@ State = Mapping[str, Tensor]
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Detached copies of all that a repair may change: every parameter and persistent buffer, on their device."""
     return {name: value.detach().clone() for name, value in _live(model).items()}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer is; the CPU where it has none."""
+    held = next(iter((*model.parameters(), *model.buffers())), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from lightning_nrl.shell.borrowing import starting_weights, validating
 from lightning_nrl.shell.checks import check_namespace, check_order, check_strategy
 from lightning_nrl.shell.continuing import ContinuedTraining, epochs_of
 from lightning_nrl.shell.files import base_folder, file_names, headline, output_folder, show, write_report
+from lightning_nrl.shell.interpolating import WeightInterpolation
 from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
 from lightning_nrl.shell.progress import RepairProgress
 from lightning_nrl.shell.rehearsal import rehearse
@@ -220,7 +221,7 @@ class RegressionFreeRepair(Callback):
         check_namespace(trainer)
         if stage == "fit":
             check_strategy(trainer)
-            check_order(self, trainer, self.start_from)
+            check_order(self, trainer, (WeightInterpolation,), self.start_from)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -301,7 +302,8 @@ class RegressionFreeRepair(Callback):
             known, unseen, calibration = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
             means = self._means(trainer, pl_module)
-            training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=(RegressionFreeRepair,))
+            left_out = (RegressionFreeRepair, WeightInterpolation)
+            training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=left_out)
             means |= {"unseen": unseen, "calibration": calibration, "training": training, "observer": progress}
             means["reference"] = self.reference
             return repair_module(pl_module, known, self.settings, **means)

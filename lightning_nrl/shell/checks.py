@@ -49,14 +49,27 @@ def check_strategy(
         raise ConfigurationError(explain(f"`strategy`: {name} shards the weights, {why}.", hint))
 
 
-def check_order(callback: Callback, trainer: pl.Trainer, start_from: str) -> None:
-    """Refuses places among the callbacks where one repair of the weights undoes another.
+def check_order(
+    callback: Callback,
+    trainer: pl.Trainer,
+    earlier: tuple[type, ...] = (),
+    start_from: str = "last",
+    what: str = "the repair",
+) -> None:
+    """Refuses places among the callbacks where one change of the weights after training undoes another.
+
+    Args:
+        callback: changes the weights after training.
+        trainer: whose callbacks are looked at.
+        earlier: kinds that change them too and have to come before.
+        start_from: whether it goes on from the `last` weights or those of the `best` checkpoint.
+        what: it does.
 
     Raises:
-        ConfigurationError: weight averaging or pruning comes after this repair, or a repair comes before it and this
-            one would go back to the best checkpoint.
+        ConfigurationError: weight averaging, pruning, or what has to come earlier comes after it, or what has to come
+            earlier, or one of its own kind, comes before it and it would go back to the best checkpoint.
     """
-    overwriting: list[Any] = [StochasticWeightAveraging, ModelPruning]
+    overwriting: list[Any] = [StochasticWeightAveraging, ModelPruning, *earlier]
     averaging = getattr(pl.callbacks, "WeightAveraging", None)
     if averaging is not None:
         overwriting.append(averaging)
@@ -66,14 +79,18 @@ def check_order(callback: Callback, trainer: pl.Trainer, start_from: str) -> Non
     if behind:
         raise ConfigurationError(
             explain(
-                f"`callbacks`: {type(behind[0]).__name__} comes after the repair and would undo it.",
-                f"put {type(callback).__name__} last.",
+                f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
+                f"put {type(callback).__name__} after it.",
             )
         )
-    if start_from == "best" and any(isinstance(c, type(callback)) for c in callbacks[:place]):
+    before = [c for c in callbacks[:place] if isinstance(c, (type(callback), *earlier))]
+    if start_from == "best" and before:
+        repairs = isinstance(before[0], type(callback))
+        whose = "the repair before this one" if repairs else f"{type(before[0]).__name__} before it"
+        hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
         raise ConfigurationError(
             explain(
-                "`start_from='best'`: the best checkpoint lacks what the repair before this one does.",
-                "say `start_from='best'` to the first repair alone; the next ones go on from what it left.",
+                f"`start_from='best'`: the best checkpoint lacks what {whose} does.",
+                hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
             )
         )

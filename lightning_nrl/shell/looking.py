@@ -14,6 +14,7 @@ from lightning_nrl.shell.borrowing import untracked, validating
 from lightning_nrl.shell.callback import RegressionFreeRepair
 from lightning_nrl.shell.checks import check_namespace
 from lightning_nrl.shell.continuing import ContinuedTraining
+from lightning_nrl.shell.interpolating import WeightInterpolation
 from lightning_nrl.shell.loaders import LoaderSource, warn_if_random
 from lightning_nrl.shell.progress import RepairProgress
 from lightning_nrl.shell.standalone import without_training
@@ -107,5 +108,5 @@ def _scene(
         "collective": Collective.current(model.device),
         "observer": progress,
     }
-    training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair,))
+    training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair, WeightInterpolation))
     return Scene(model, known, unseen, calibration, training, means)

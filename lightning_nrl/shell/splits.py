@@ -15,7 +15,7 @@ from lightning_nrl.batches import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.shell.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
 
-__all__ = ["DataRequest"]
+__all__ = ["DataRequest", "Found", "check_data", "find_data"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
@@ -39,15 +39,9 @@ class DataRequest:
 
     def __post_init__(self) -> None:
         for argument in ("passed", "failed", "unseen", "calibration"):
-            value = getattr(self, argument)
             aside = argument in ("unseen", "calibration")
             names = SPLITS if aside else ("auto", *SPLITS)
-            if (isinstance(value, str) and value not in names) or (value is None and not aside):
-                raise ConfigurationError(
-                    explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
-                )
-            if not isinstance(value, str) and value is not None:
-                object.__setattr__(self, argument, check_loader(value, argument))
+            object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=aside))
 
     def find(self, trainer: pl.Trainer, model: pl.LightningModule) -> tuple[Found, Found, Found | None]:
         """The data loaders and names of the passed, the failed and the unseen data.
@@ -152,20 +146,67 @@ class DataRequest:
 
     def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
         value = getattr(self, argument)
-        if isinstance(value, DataLoader):
-            return value, argument
-        splits = automatic if value == "auto" else (value,)
-        for split in splits:
-            loader = find_loader(split, trainer, model)
-            if loader is not None and loader != []:
-                return check_loader(loader, split), split
-        without = f", or do without: `{argument}=None`" if argument in ("unseen", "calibration") else ""
+        optional = argument in ("unseen", "calibration")
+        return find_data(argument, value, trainer, model, automatic=automatic, optional=optional)
+
+
+def check_data(
+    argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
+) -> str | DataLoader[Any] | None:
+    """What the user said about data: the name of a split, the one data loader inside of what was given, or None.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        names: what a split may be called.
+        optional: whether None will do.
+
+    Raises:
+        ConfigurationError: it is none of these, or the data loader cannot be read by index.
+    """
+    if (isinstance(value, str) and value not in names) or (value is None and not optional):
         raise ConfigurationError(
-            explain(
-                f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
-                f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
-            )
+            explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
         )
+    return value if isinstance(value, str) or value is None else check_loader(value, argument)
+
+
+def find_data(
+    argument: str,
+    value: str | DataLoader[Any],
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    *,
+    automatic: Sequence[str] = (),
+    optional: bool = False,
+) -> Found:
+    """The data loader that is meant, and its name.
+
+    Args:
+        argument: its name.
+        value: a data loader, the name of a split, or `auto`.
+        trainer: in the middle of a fit.
+        model: its module.
+        automatic: the splits that `auto` stands for; the first that is there.
+        optional: whether None would do instead.
+
+    Raises:
+        ConfigurationError: it is not there, or cannot be read by index.
+    """
+    if isinstance(value, DataLoader):
+        return value, argument
+    splits = automatic if value == "auto" else (value,)
+    for split in splits:
+        loader = find_loader(split, trainer, model)
+        if loader is not None and loader != []:
+            return check_loader(loader, split), split
+    without = f", or do without: `{argument}=None`" if optional else ""
+    raise ConfigurationError(
+        explain(
+            f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
+            f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
+        )
+    )
 
 
 def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:

@@ -10,7 +10,7 @@ from lightning_nrl.tracking.scalars import (
 )
 from lightning_nrl.tracking.sweeps import sweep_rows, track_sweep
 from lightning_nrl.tracking.tensorboard import write_extras
-from lightning_nrl.tracking.track import track, track_release
+from lightning_nrl.tracking.track import track, track_numbers, track_release
 
 __all__ = [
     "outcome",
@@ -21,6 +21,7 @@ __all__ = [
     "strength_curves",
     "sweep_rows",
     "track",
+    "track_numbers",
     "track_release",
     "track_sweep",
     "write_extras",

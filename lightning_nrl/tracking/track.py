@@ -12,10 +12,17 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.gate import ReleaseReport
 from lightning_nrl.report import RepairReport
-from lightning_nrl.tracking.scalars import outcome, search_curves, slice_numbers, split_numbers, strength_curves
+from lightning_nrl.tracking.scalars import (
+    Scalars,
+    outcome,
+    search_curves,
+    slice_numbers,
+    split_numbers,
+    strength_curves,
+)
 from lightning_nrl.tracking.tensorboard import write_extras
 
-__all__ = ["track", "track_release"]
+__all__ = ["track", "track_numbers", "track_release"]
 
 
 @rank_zero_only
@@ -62,6 +69,24 @@ def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int
             logger.save()
 
     _to_each(loggers, write, "release report")
+
+
+@rank_zero_only
+def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
+    """Writes numbers to every logger, on rank zero.
+
+    Args:
+        numbers: by tag.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        what: they are of, for the warning.
+    """
+
+    def write(logger: Logger) -> None:
+        logger.log_metrics(numbers, step=step)
+        logger.save()
+
+    _to_each(loggers, write, what)
 
 
 def _to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:

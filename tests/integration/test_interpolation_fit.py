@@ -1,0 +1,352 @@
+"""Weights between the trained and the replaced model, through a Trainer; also a script, for plain `ddp`.
+
+python test_interpolation_fit.py FOLDER
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import (
+    Classifier,
+    Digits,
+    Untrainable,
+    cnn,
+    configured,
+    overwriting,
+    quick_repair,
+    quiet_trainer,
+    right,
+    since_2_6,
+)
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, WeightInterpolation
+from lightning_nrl.flips import FlipCounts
+
+HOW_TO = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+class Ordered(Digits):
+    """Not shuffled, so that fits can be compared."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train, self.batch_size)
+
+
+class NoValidation(Ordered):
+    val_dataloader = None  # type: ignore[assignment]
+
+
+def state_of(model: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+class Look(Callback):
+    """Notes the weights when its turn comes after training."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.state = state_of(pl_module)
+        self.optimizer = str(trainer.optimizers[0].state_dict())
+        self.random = torch.get_rng_state()
+        self.modes = [part.training for part in pl_module.modules()]
+
+
+def trained_on(path: Path, folder: Path, *callbacks: Callback, data: Any = None, **arguments: Any) -> Any:
+    """A fit that goes on from a checkpoint, and what it leaves."""
+    model = Classifier.load_from_checkpoint(path)
+    before, after = Look(), Look()
+    means = {"max_epochs": 1, "enable_checkpointing": False, **arguments}
+    trainer = quiet_trainer(folder, before, *callbacks, after, **means)
+    trainer.fit(model, datamodule=data or Ordered())
+    return trainer, model, before, after
+
+
+@pytest.fixture(scope="module")
+def old_cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a network with batch norm and dropout after an epoch."""
+    folder = tmp_path_factory.mktemp("cnn")
+    trainer = quiet_trainer(folder, enable_checkpointing=False, max_epochs=1, limit_val_batches=0)
+    trainer.fit(Classifier("cnn"), datamodule=Ordered())
+    trainer.save_checkpoint(folder / "old.ckpt")
+    return folder / "old.ckpt"
+
+
+def test_a_given_share_is_taken_and_nothing_else_is_touched(trained_path: Path, tmp_path: Path) -> None:
+    interpolation = WeightInterpolation(trained_path, share=0.25, calibration=None)
+    trainer, _, before, after = trained_on(trained_path, tmp_path, interpolation)
+    old = Classifier.load_from_checkpoint(trained_path).state_dict()
+    for name, value in after.state.items():
+        torch.testing.assert_close(value, 0.75 * before.state[name] + 0.25 * old[name])
+    assert not same(before.state, after.state)
+    assert before.optimizer == after.optimizer
+    assert torch.equal(before.random, after.random)
+    assert before.modes == after.modes
+    assert interpolation.choice is None
+    assert float(trainer.callback_metrics["interpolation/share"]) == 0.25
+    assert "interpolation/nfr" not in trainer.callback_metrics
+
+
+def test_the_share_is_chosen_counted_logged_and_a_repair_goes_on_from_there(
+    old_cnn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interpolation = WeightInterpolation(old_cnn, tolerance=0.02)
+    repair = quick_repair(reference=str(old_cnn), dirpath=tmp_path / "repair", layer="network.7")
+    logger = CSVLogger(tmp_path)
+    trainer, _, before, _ = trained_on(old_cnn, tmp_path, interpolation, between := Look(), repair, logger=logger)
+    choice, val = interpolation.choice, Digits().val
+    assert choice is not None
+    assert [point.share for point in choice.curve] == [step / 20 for step in range(11)]
+    assert choice.share > 0
+    models = [Classifier.load_from_checkpoint(old_cnn) for _ in range(3)]
+    for model, state in zip(models[1:], (before.state, between.state), strict=True):
+        model.load_state_dict(state)
+    was, trained, now = (right(model, val) for model in models)
+    assert choice.curve[0].counts == FlipCounts.of(was, trained)
+    assert choice.chosen.counts == FlipCounts.of(was, now)
+    expected = {
+        "share": choice.share,
+        "accuracy_before": trained.double().mean().item(),
+        "accuracy": now.double().mean().item(),
+        "nfr_before": (was & ~trained).double().mean().item(),
+        "nfr": (was & ~now).double().mean().item(),
+    }
+    found = {f"interpolation/{name}": value for name, value in expected.items()}
+    assert {tag: float(trainer.callback_metrics[tag]) for tag in found} == pytest.approx(found)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert "interpolation/nfr_before" in rows.partition("\n")[0]
+    assert f"share {choice.share:.2f}, taken" in capsys.readouterr().out
+    # What was trained, for the repair, is what lies between.
+    report = repair.report
+    assert report is not None
+    known = sum(int(right(models[2], part).sum()) for part in (Digits().train, Digits().repair))
+    assert report.pooled("known").passed == known  # type: ignore[union-attr]
+    # Statistics fit the weights: they are those of the training data.
+    hidden = models[2].network[0](Digits().train.tensors[0])  # type: ignore[index,operator]
+    torch.testing.assert_close(between.state["network.1.running_mean"], hidden.mean((0, 2, 3)), rtol=0.02, atol=2e-3)
+    assert before.modes == between.modes
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_at_the_ends_are_the_models_as_they_are(share: float, old_cnn: Path, tmp_path: Path) -> None:
+    interpolation = WeightInterpolation(old_cnn, share=share, verbose=False)
+    _, _, before, after = trained_on(old_cnn, tmp_path, interpolation)
+    expected = Classifier.load_from_checkpoint(old_cnn).state_dict() if share else before.state
+    assert same(after.state, expected)
+    assert interpolation.choice is not None
+    assert interpolation.choice.share == share
+
+
+class Freezes(Callback):
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.network[1].eval()
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_needs_no_data(old_cnn: Path, tmp_path: Path) -> None:
+    interpolation = WeightInterpolation(old_cnn, share=0.5, verbose=False)
+    _, _, before, after = trained_on(old_cnn, tmp_path, Freezes(), interpolation, max_epochs=1)
+    assert torch.equal(after.state["network.1.running_var"], before.state["network.1.running_var"])
+    assert not torch.equal(after.state["network.1.weight"], before.state["network.1.weight"])
+
+
+@pytest.mark.parametrize("form", ["module", "state", "old model"])
+def test_the_replaced_model_in_any_form_with_weights(form: str, trained_path: Path, tmp_path: Path) -> None:
+    module = Classifier.load_from_checkpoint(trained_path)
+    given: Any = {"module": module, "state": module.state_dict(), "old model": OldModel(trained_path)}[form]
+    ends = []
+    for reference in (given, trained_path):
+        interpolation = WeightInterpolation(reference, share=0.5, calibration=None)
+        ends.append(trained_on(trained_path, tmp_path, interpolation, limit_train_batches=3)[3].state)
+    assert same(*ends)
+
+
+class Erases(Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.path.unlink()
+
+
+def test_the_file_may_be_gone_when_training_ends(trained: Classifier, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    torch.save(trained.state_dict(), path)
+    interpolation = WeightInterpolation(path, share=1.0, calibration=None)
+    trainer = quiet_trainer(tmp_path, interpolation, Erases(path), max_epochs=1, limit_train_batches=2)
+    expected = state_of(trained)
+    trainer.fit(trained, datamodule=Ordered())
+    assert same(state_of(trained), expected)
+
+
+@since_2_6
+def test_what_is_saved_is_what_is_in_the_model_also_beside_averages(trained_path: Path, tmp_path: Path) -> None:
+    average, interpolation = overwriting("WeightAveraging"), WeightInterpolation(trained_path, 0.5, verbose=False)
+    trainer, model, _, _ = trained_on(trained_path, tmp_path, average, interpolation)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    saved = torch.load(tmp_path / "new.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+
+
+def refused(path: Any, *callbacks: Callback, data: Any = None, model: Any = None) -> str:
+    trainer = quiet_trainer(path, *callbacks, enable_checkpointing=False)
+    with pytest.raises(ConfigurationError) as refusal:
+        trainer.fit(model or Untrainable(), datamodule=data or Ordered())
+    assert "\nHINT: " in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_it_comes_before_the_repair_and_after_what_sets_weights(trained_path: Path, tmp_path: Path) -> None:
+    def interpolation() -> WeightInterpolation:
+        return WeightInterpolation(trained_path)
+
+    message = refused(tmp_path, quick_repair(), interpolation())
+    assert message.startswith("`callbacks`: WeightInterpolation comes after the repair and would undo it.")
+    assert message.endswith("put RegressionFreeRepair after it.")
+    message = refused(tmp_path, interpolation(), overwriting("StochasticWeightAveraging"))
+    assert "StochasticWeightAveraging comes after the interpolation and would undo it." in message
+    message = refused(tmp_path, interpolation(), quick_repair(start_from="best"))
+    assert "`start_from='best'`: the best checkpoint lacks what WeightInterpolation before it does." in message
+
+
+def test_what_does_not_fit_is_refused_before_training(trained_path: Path, trained: Classifier, tmp_path: Path) -> None:
+    message = refused(tmp_path, WeightInterpolation(cnn()))
+    assert message.startswith("`reference` lacks 'network.1.weight'") or "`reference` has" in message
+    message = refused(tmp_path, WeightInterpolation(trained_path), data=NoValidation())
+    assert message.startswith("`calibration='val'`: there is no `val_dataloader()`.")
+    assert "or a number as `share=`" in message
+    message = refused(tmp_path, WeightInterpolation(trained), model=trained)
+    assert message.startswith("`reference` is the very model")
+    message = refused(tmp_path, WeightInterpolation(trained_path, adapter=lambda batch: ((batch[0],), {}, batch[0])))
+    assert message.startswith("`task`:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"share": "most"}, "`share='most'` is no share"),
+        ({"share": 1.5}, "`share=1.5` is no share"),
+        ({"tolerance": -1}, "`tolerance=-1` is no share"),
+        ({"calibration": "valid"}, "`calibration='valid'` is no split"),
+        ({"calibration": None}, "`share='auto'` needs calibration data"),
+        ({"statistics": None}, "`statistics=None` is no split"),
+        ({"batches": 0}, "`batches=0` is no number from 1"),
+        ({"prefix": ""}, "`prefix=''` is no name"),
+        ({"seed": -1}, "`seed=-1` is no seed"),
+        ({"reference": None}, "`reference=None`: there is nothing to go back to"),
+        ({"reference": OldModel({}, classes={0: 1})}, "an OldModel with `classes` has other inputs or outputs"),
+        ({"reference": "gone.ckpt"}, r"`reference='gone\.ckpt'` is not there"),
+    ],
+)
+def test_an_argument_that_cannot_be_used_is_refused_at_once(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigurationError, match=said):
+        WeightInterpolation(**{"reference": {}, **arguments})
+
+
+def test_predictions_have_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("split,id,prediction\nval,0,1\n")
+    with pytest.raises(ConfigurationError, match="it has no weights"):
+        WeightInterpolation(tmp_path / "old.csv")
+
+
+def test_a_model_that_begins_elsewhere_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True)
+    model = Classifier()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        for part in model.network:  # type: ignore[union-attr]
+            getattr(part, "reset_parameters", int)()
+    with pytest.warns(UserWarning, match=r"the weights do not begin near those of `reference` \(cosine -?0\.\d"):
+        trainer.fit(model, datamodule=Ordered())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the weights do not begin")
+        trained_on(trained_path, tmp_path, WeightInterpolation(trained_path, verbose=False), fast_dev_run=True)
+
+
+def test_a_fit_without_a_step_is_warned_of(trained_path: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the weights were not interpolated, because no training step ran"):
+        trained_on(trained_path, tmp_path, WeightInterpolation(trained_path), max_epochs=0)
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
+def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
+    written = {"reference": str(trained_path), "share": 0.1, "calibration": "test", "batches": 20}
+    made = configured(tmp_path, "WeightInterpolation", **written)
+    assert (made.share, made.calibration, made.batches, made.tolerance) == (0.1, "test", 20, 0.005)
+    assert configured(tmp_path, "WeightInterpolation", reference=str(trained_path), share="auto").share == "auto"
+
+
+class Still(Classifier):
+    """Takes no step, so that one process and two choose between the same weights."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def distributed_fit(folder: Path, network: str, strategy: str = "auto", devices: int = 1) -> dict[str, Any]:
+    """What this rank is left with; the new model is the old one with some noise."""
+    old, new = Classifier(network), Still(network)
+    if network == "mlp":
+        old.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
+    new.load_state_dict(old.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    share: Any = "auto" if network == "mlp" else 0.3
+    interpolation, after = WeightInterpolation(old, share, tolerance=0.02, verbose=False), Look()
+    means: dict[str, Any] = {"strategy": strategy, "devices": devices, "max_epochs": 1, "limit_train_batches": 2}
+    trainer = quiet_trainer(folder, interpolation, after, enable_checkpointing=False, limit_val_batches=0, **means)
+    trainer.fit(new, datamodule=Ordered())
+    assert interpolation.choice is not None
+    curve = [(p.share, p.counts.kept, p.counts.broken, p.counts.repaired) for p in interpolation.choice.curve]
+    return {"share": interpolation.choice.share, "curve": curve, "state": after.state}
+
+
+def test_two_processes_choose_as_one(trained_path: Path) -> None:
+    folder = trained_path.parent
+    alone = [distributed_fit(folder, network) for network in ("mlp", "cnn")]
+    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=500)
+    first, second = (torch.load(folder / f"interpolated{rank}.pt", weights_only=True) for rank in (0, 1))
+    for a, b in zip(first, second, strict=True):
+        assert same(a["state"], b["state"])
+        assert (a["share"], a["curve"]) == (b["share"], b["curve"])
+    mlp, two_mlp, cnn, two_cnn = alone[0], first[0], alone[1], first[1]
+    assert mlp["curve"] == [tuple(row) for row in two_mlp["curve"]]
+    assert 0 < mlp["share"] == two_mlp["share"]
+    assert same(mlp["state"], two_mlp["state"])
+    # Each rank averages over batches of its own; together they are those of all samples, in other batches.
+    for name in ("network.1.running_mean", "network.1.running_var"):
+        torch.testing.assert_close(cnn["state"][name], two_cnn["state"][name], rtol=0.05, atol=2e-3)
+    assert cnn["share"] == two_cnn["share"] == 0.3
+
+
+def test_the_documented_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        for block in blocks:
+            if "import torch" in block or "WeightInterpolation(" in block or "choose_share(" in block:
+                exec(block, found)
+    assert isinstance(found["repair"], RegressionFreeRepair)
+    assert found["interpolation"].choice is not None
+    assert found["choice"].curve[0].share == 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = [distributed_fit(Path(sys.argv[1]), network, "ddp", 2) for network in ("mlp", "cnn")]
+    torch.save(results, Path(sys.argv[1], f"interpolated{torch.distributed.get_rank()}.pt"))
