@@ -86,14 +86,29 @@ def test_a_row_counts_what_is_served_against_what_was():
 def test_garments_are_updated_and_what_was_run_is_read(garments, monkeypatch):
     update, use = "from the old weights, congruent", in_use.fashion(5, epochs=2)
     rows = updates.updated(update, use)
-    assert tuple(rows) == tuple(f"{update}{name}" for name in SERVED)
+    between = [f"{update}, interpolated {share}" for share in (0.1, 0.2, 0.3)]
+    back = [f"{update}, interpolated{name}" for name in SERVED]
+    assert list(rows) == [*(f"{update}{name}" for name in SERVED), *between, *back]
     report = updates.RepairReport.from_json((use.folder(update) / "report.json").read_text())
     assert report.pooled_update("known").trained.n == 256
     assert report.pooled_update("unseen").trained.n == 60
     assert rows[f"{update}, repaired"][4] <= rows[update][4]
+    assert rows[f"{back[0]}, repaired"][4] <= rows[back[0]][4]
     monkeypatch.setattr(updates.Trainer, "fit", None)
     again = updates.updated(update, use)
     assert without_nan(again) == without_nan(rows)  # with the seconds of the first run
+
+
+def test_between_the_models_are_their_weights(garments):
+    torch.manual_seed(3)
+    use = in_use.fashion(5)
+    old, new = use.data.network().eval(), use.data.network().eval()
+    unseen = use.quarters()[1]
+    images, labels = unseen.dataset.tensors[0][unseen.indices], unseen.dataset.tensors[1][unseen.indices]
+    before, after = ((model(images).argmax(1) == labels).tolist() for model in (old, new))
+    broken = sum(was and not now for was, now in zip(before, after, strict=True))
+    assert updates._between(old, new, 0.0, use)[:3:2] == (sum(after) / 60, broken)
+    assert updates._between(old, new, 1.0, use)[:3] == (sum(before) / 60, 0, 0)
 
 
 @pytest.mark.parametrize("update", updates.UPDATES)

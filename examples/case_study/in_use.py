@@ -54,9 +54,15 @@ class InUse:
         return RUNS / f"update_{self.name}_{words}" / f"seed_{self.seed}"
 
     def everything(self) -> DataLoader:
-        """Batches of all that an update is trained on: the old data and those that came in since."""
-        parts = ConcatDataset([self.data.data["train"], self.data.data["repair"]])
-        return DataLoader(parts, 128, shuffle=True, drop_last=True)
+        """Batches to train an update on: the old data and those that came in since."""
+        return DataLoader(self._everything(), 128, shuffle=True, drop_last=True)
+
+    def known(self) -> DataLoader:
+        """The same in order, as they are."""
+        return DataLoader(self._everything(), 512)
+
+    def _everything(self) -> ConcatDataset:
+        return ConcatDataset([self.data.data["train"], self.data.data["repair"]])
 
     def quarters(self) -> tuple[Subset, Subset]:
         """A quarter of the test data to calibrate on, and the rest, which stays unseen."""

@@ -7,8 +7,9 @@
 The network in use has seen few front and back views, or few garments that are upside down; then more data came in. It
 is replaced by one that was trained on all of them, from scratch or from the old weights on, with or without a term in
 the loss that holds it to what the old one gets right (focal distillation); what it breaks is repaired right after.
-Then old and new are served together: behind a margin switch, or as an ensemble, with a threshold and a weight that are
-chosen on a quarter of the test data; all counts are of the rest. What was run before is read from `runs/`.
+If it began at the old weights, it then goes a share of the way back to them, and is repaired again. And old and new are
+served together: behind a margin switch, or as an ensemble. Share, threshold and weight are chosen on a quarter of the
+test data; all counts are of the rest. What was run before is read from `runs/`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,26 @@ import logging
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from in_use import DATA, InUse
-from pytorch_lightning import LightningModule, Trainer, seed_everything
+from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport
+from lightning_nrl import (
+    PositiveCongruentTraining,
+    RegressionFreeRepair,
+    RepairReport,
+    choose_share,
+    interpolate,
+    repair,
+)
 from lightning_nrl.flips import FlipCounts
 from lightning_nrl.switch import WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.switch.rule import SwitchRule
@@ -38,6 +48,8 @@ LIMIT = 0.005
 """The share of the calibration samples that the old model gets right and the switch may break."""
 SHARES = (0.2, 0.3, 0.4)
 """Weights of the old model in an ensemble that are looked at beside the one that is chosen."""
+BETWEEN = (0.1, 0.2, 0.3)
+"""Shares of the old weights that are looked at beside the one that is chosen."""
 HEADS = ("accuracy", "repaired", "broken", "NFR, %", "known\nbroken", "seconds")
 
 Row = tuple[float, ...]
@@ -50,10 +62,15 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
     old = in_use.load(in_use.checkpoint())
     if not (folder / "update.ckpt").exists():
         _train(update, old, in_use)
-    report = RepairReport.from_json((folder / "report.json").read_text())
     new = in_use.load(folder / "update.ckpt")
-    rows = {update: _row(report, "trained"), f"{update}, repaired": _row(report, "now")}
-    return rows | {f"{update}, {name}": row for name, row in _served(old, new, in_use).items()}
+    rows = _rows(update, folder, old, new, in_use)
+    if not update.startswith("from the old weights"):
+        return rows
+    shares = {f"{update}, interpolated {share}": _between(old, new, share, in_use) for share in BETWEEN}
+    folder /= "interpolated"
+    if not (folder / "update.ckpt").exists():
+        _go_back(folder, old, new, in_use)
+    return rows | shares | _rows(f"{update}, interpolated", folder, old, in_use.load(folder / "update.ckpt"), in_use)
 
 
 def _train(update: str, old: LightningModule, in_use: InUse) -> None:
@@ -62,26 +79,43 @@ def _train(update: str, old: LightningModule, in_use: InUse) -> None:
     seed_everything(in_use.seed + 1000, verbose=False)
     new = deepcopy(old) if update.startswith("from the old weights") else in_use.data.network()
     congruent = [PositiveCongruentTraining(checkpoint)] if update.endswith("congruent") else []
-    repair = RegressionFreeRepair(
-        reference=checkpoint,
-        passed=DataLoader(in_use.data.data["train"], 512),
-        failed=in_use.data.repair_dataloader(),
-        unseen=DataLoader(in_use.quarters()[1], 512),
-        seed=in_use.seed,
-        dirpath=folder,
-        verbose=False,
-    )
-    trainer = Trainer(
-        max_epochs=in_use.epochs,
-        callbacks=[*congruent, repair],
+    trainer = _trainer(in_use.epochs, *congruent, RegressionFreeRepair(**_repairing(folder, in_use)))
+    trainer.fit(new, in_use.everything())
+    trainer.save_checkpoint(folder / "update.ckpt")
+
+
+def _go_back(folder: Path, old: LightningModule, new: LightningModule, in_use: InUse) -> None:
+    """Goes a share of the way back to the old weights, and repairs what is there."""
+    between = deepcopy(new)
+    choose_share(old, new, DataLoader(in_use.quarters()[0], 512), in_use.known()).write(between)
+    trainer = _trainer(1)
+    repair(trainer, between, in_use.everything(), **_repairing(folder, in_use))
+    trainer.save_checkpoint(folder / "update.ckpt")
+
+
+def _repairing(folder: Path, in_use: InUse) -> dict[str, Any]:
+    """Arguments of the repair of what an update breaks."""
+    return {
+        "reference": in_use.checkpoint(),
+        "passed": DataLoader(in_use.data.data["train"], 512),
+        "failed": in_use.data.repair_dataloader(),
+        "unseen": DataLoader(in_use.quarters()[1], 512),
+        "seed": in_use.seed,
+        "dirpath": folder,
+        "verbose": False,
+    }
+
+
+def _trainer(epochs: int, *callbacks: Callback) -> Trainer:
+    return Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    trainer.fit(new, in_use.everything())
-    trainer.save_checkpoint(folder / "update.ckpt")
 
 
 def table_of(rows: Sequence[dict[str, Row]]) -> Table:
@@ -98,11 +132,25 @@ def table_of(rows: Sequence[dict[str, Row]]) -> Table:
     return table
 
 
+def _rows(name: str, folder: Path, old: LightningModule, new: LightningModule, in_use: InUse) -> dict[str, Row]:
+    """Rows for a model before and after its repair, and for what is served of it and the old one."""
+    report = RepairReport.from_json((folder / "report.json").read_text())
+    rows = {name: _row(report, "trained"), f"{name}, repaired": _row(report, "now")}
+    return rows | {f"{name}, {served}": row for served, row in _served(old, new, in_use).items()}
+
+
 def _row(report: RepairReport, which: str) -> Row:
     known, unseen = (getattr(report.pooled_update(role), which) for role in ("known", "unseen"))
     seconds = sum(report.seconds.values()) if which == "now" else float("nan")
     counts = (unseen.repaired, unseen.broken, unseen.broken / unseen.n)
     return (unseen.accuracy_after, *counts, known.broken, seconds)
+
+
+def _between(old: LightningModule, new: LightningModule, share: float, in_use: InUse) -> Row:
+    """The row of weights between those of both models, on unseen data."""
+    between, unseen = deepcopy(new), in_use.quarters()[1]
+    between.load_state_dict(interpolate(old, new, share, in_use.known()))
+    return _against(_logits(old, unseen), _logits(between, unseen), _labels(unseen))
 
 
 def _served(old: LightningModule, new: LightningModule, in_use: InUse) -> dict[str, Row]:
