@@ -136,6 +136,14 @@ def test_an_update_begins_where_it_says_whatever_ran_before(garments, monkeypatc
     assert (as_old, n, held) == ("old weights" in update, 256, "congruent" in update)
 
 
+def test_the_table_names_each_update_once(capsys):
+    row = (0.75, 2, 1, 0.125, 0, 1.0)
+    names = ("from scratch", "from scratch, repaired", "from scratch, congruent", "from scratch, congruent, repaired")
+    updates.print(updates.table_of([dict.fromkeys(names, row)]))
+    lines = [line.split("0.75")[0].rstrip() for line in capsys.readouterr().out.splitlines() if "0.75" in line]
+    assert [line.strip() for line in lines] == ["from scratch", "repaired", "from scratch, congruent", "repaired"]
+
+
 def test_the_command_takes_seeds_and_data(monkeypatch, capsys):
     asked = []
     row = (0.75, 2, 1, 0.125, 0, 1.0)

@@ -124,10 +124,18 @@ def table_of(rows: Sequence[dict[str, Row]]) -> Table:
     table.add_column("model")
     for head in HEADS:
         table.add_column(head, justify="right", no_wrap=True)
+    update = ""
     for name in rows[0]:
+        if name in UPDATES:
+            update = name
+            table.add_section()
         values = [mean(column) for column in zip(*(row[name] for row in rows), strict=True)]
         cells = (f"{values[0]:.4f}", f"{values[1]:.1f}", f"{values[2]:.1f}", f"{100 * values[3]:.2f}")
-        table.add_row(name, *cells, *("-" if value != value else f"{value:.1f}" for value in values[4:]))
+        table.add_row(
+            name.replace(f"{update}, ", "  "),
+            *cells,
+            *("-" if value != value else f"{value:.1f}" for value in values[4:]),
+        )
     table.caption = "On unseen samples, against the model that is replaced; seconds are those of the repair."
     return table
 
@@ -201,7 +209,8 @@ def main() -> None:
         for update in chosen.updates:
             rows[-1] |= updated(update, in_use)
         for name, row in rows[-1].items():
-            print(f"seed {seed}: {name}: accuracy {row[0]:.4f}, {row[1]:.0f} : {row[2]:.0f}, {row[4]:.0f} known broken")
+            known = "" if row[4] != row[4] else f", {row[4]:.0f} known broken"
+            print(f"seed {seed}: {name}: accuracy {row[0]:.4f}, {row[1]:.0f} : {row[2]:.0f}{known}")
     print(table_of(rows))
 
 
