@@ -6,13 +6,9 @@ from lightning_nrl.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.errors import ConfigurationError, EvidenceError, RepairError
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate, release
-from lightning_nrl.interpolation import choose_share, interpolate
 from lightning_nrl.localization import Everything, NeuRecoverLite
 from lightning_nrl.methods import Constrained, Convex, Linearised, Polish, Strongest
-from lightning_nrl.oversampling import Oversampler
 from lightning_nrl.pipeline import Outcome, repair_module
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import OldModel
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -30,7 +26,11 @@ from lightning_nrl.switch import MarginSwitch, SwitchedModule, WeightedEnsemble,
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
 from lightning_nrl.tensors import TensorSource
-from lightning_nrl.terms import FocalDistillation, MarginHinge
+from lightning_nrl.updates.interpolation import choose_share, interpolate
+from lightning_nrl.updates.oversampling import Oversampler
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import OldModel
+from lightning_nrl.updates.terms import FocalDistillation, MarginHinge
 
 __all__ = [
     "Bound",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.gate import Verdict
 from lightning_nrl.importance import DOUBTFUL
+from lightning_nrl.importance.quotas import needed
 from lightning_nrl.methods import Solution
-from lightning_nrl.quotas import needed
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,
@@ -39,7 +39,7 @@ from lightning_nrl.sites import WeightSpace
 from lightning_nrl.state import State
 from lightning_nrl.strength import Strength
 from lightning_nrl.tasks import Task
-from lightning_nrl.update import Update
+from lightning_nrl.updates.update import Update
 
 __all__ = ["Account"]
 

@@ -15,9 +15,9 @@ from lightning_nrl.bounds.slices import Name
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import Flips
+from lightning_nrl.importance.slicing import renumbered
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
 from lightning_nrl.settings import Settings
-from lightning_nrl.slicing import renumbered
 from lightning_nrl.strength import Selection
 
 __all__ = ["Groups", "bounds_after", "groups_of", "limit_after"]

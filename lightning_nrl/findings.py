@@ -15,13 +15,13 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.diagnosis.labels import doubtful_labels
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.importance import DOUBTFUL
+from lightning_nrl.importance.quotas import normalised
 from lightning_nrl.known import check_losses, check_task, see_aside
-from lightning_nrl.quotas import normalised
-from lightning_nrl.reference import Reference
 from lightning_nrl.report import Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.tasks import Task
-from lightning_nrl.update import Update, look_back
+from lightning_nrl.updates.reference import Reference
+from lightning_nrl.updates.update import Update, look_back
 
 __all__ = ["Findings", "look"]
 

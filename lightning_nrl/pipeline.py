@@ -21,6 +21,7 @@ from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.findings import look
 from lightning_nrl.gate import Gate, judge, spared
+from lightning_nrl.importance.quotas import needed
 from lightning_nrl.known import (
     check_limit,
     check_sources,
@@ -28,8 +29,6 @@ from lightning_nrl.known import (
     passed_rows,
 )
 from lightning_nrl.methods import Problem, Solution, Training, better, solve
-from lightning_nrl.quotas import needed
-from lightning_nrl.reference import Reference
 from lightning_nrl.report import RepairReport, Role
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
@@ -38,7 +37,8 @@ from lightning_nrl.strength import Calibration, Strength, find_strength
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task
 from lightning_nrl.thinning import thin
-from lightning_nrl.update import Update
+from lightning_nrl.updates.reference import Reference
+from lightning_nrl.updates.update import Update
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 

@@ -16,8 +16,8 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.flips import Flips
+from lightning_nrl.importance.quotas import below, raised
 from lightning_nrl.localization import Localization, Localizer
-from lightning_nrl.quotas import below, raised
 from lightning_nrl.search.result import SearchResult
 from lightning_nrl.sites import WeightSpace
 from lightning_nrl.state import State, holding

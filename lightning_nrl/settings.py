@@ -17,13 +17,13 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, e
 from lightning_nrl.fitness import Fitness
 from lightning_nrl.gate import Gate
 from lightning_nrl.importance import Importance
+from lightning_nrl.importance.quotas import Quota, checked_quotas
 from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, Strongest, parse_method
-from lightning_nrl.quotas import Quota, checked_quotas
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.sites import layer_names
 from lightning_nrl.targets import AllFailures, Target
-from lightning_nrl.update import KEEPS, Keep
+from lightning_nrl.updates.update import KEEPS, Keep
 
 __all__ = ["Settings"]
 

@@ -29,8 +29,8 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evidence import Evidence, collect
 from lightning_nrl.gate import judge, spared
 from lightning_nrl.importance import Focal, Importance
+from lightning_nrl.importance.quotas import below, needed, normalised, raised
 from lightning_nrl.problem import Proposal, better
-from lightning_nrl.quotas import below, needed, normalised, raised
 from lightning_nrl.scoring.scores import Scores
 from lightning_nrl.shell.continuing import Shuffled
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn, tensor
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import OldModel, Reference, parse_reference
 from lightning_nrl.tasks import Multiclass, Task
 from lightning_nrl.tensors import TensorSource
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import OldModel, Reference, parse_reference
 
 
 class Scores(nn.Module):

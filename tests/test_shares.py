@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, Multilabel, TensorSource, choose_share, interpolate
-from lightning_nrl.interpolation import ShareChoice, alignment
+from lightning_nrl.updates.interpolation import ShareChoice, alignment
 
 
 def linear(weight: Any) -> nn.Linear:

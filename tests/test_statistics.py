@@ -8,7 +8,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError, EvidenceError, TensorSource
-from lightning_nrl.statistics import batch_norms, estimate_statistics
+from lightning_nrl.updates.statistics import batch_norms, estimate_statistics
 
 LABEL = torch.zeros(2, dtype=torch.int64)
 

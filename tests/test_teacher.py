@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError, Multiclass, Predictions, Task
-from lightning_nrl.teacher import ModelTeacher, PredictedTeacher
+from lightning_nrl.updates.teacher import ModelTeacher, PredictedTeacher
 
 TASK = Multiclass()
 X = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
@@ -73,7 +73,7 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
 
 
 def test_what_there_is_no_room_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nrl.teacher.REMEMBERED", 3 * 4 * 10)  # ten rows of three floats
+    monkeypatch.setattr("lightning_nrl.updates.teacher.REMEMBERED", 3 * 4 * 10)  # ten rows of three floats
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     for _ in range(4):

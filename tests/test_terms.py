@@ -21,7 +21,7 @@ from lightning_nrl import (
     Sequence,
     Task,
 )
-from lightning_nrl.terms import OldAnswers, Term, parse_terms
+from lightning_nrl.updates.terms import OldAnswers, Term, parse_terms
 
 TASK = Multiclass()
 STUDENT = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()

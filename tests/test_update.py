@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Polish, RepairReport, Settings, Target, TensorSource, repair_module
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import OldModel
 from lightning_nrl.tracking.scalars import outcome
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import OldModel
 
 LINE = torch.tensor([[value, 1.0] for value in (-2.0, -1.0, 0.3, 1.0, 2.0)])
 CLASS = torch.tensor([0, 0, 1, 1, 1])

@@ -15,7 +15,7 @@ from lightning_nrl.errors import RepairError
 from lightning_nrl.gate.parsing import KINDS, parse_rules
 from lightning_nrl.gate.report import Identity, ReleaseReport, make_report
 from lightning_nrl.gate.tables import read_slices, seen_in_files
-from lightning_nrl.predictions import Predictions
+from lightning_nrl.updates.predictions import Predictions
 
 __all__ = ["main"]
 

@@ -18,7 +18,7 @@ from typing import Literal
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.flips import FlipCounts, Flips
-from lightning_nrl.quotas import below
+from lightning_nrl.importance.quotas import below
 
 __all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "allowance", "judge", "read_number", "spared"]
 

@@ -11,18 +11,18 @@ from torch import nn
 
 from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
-from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import Context
 from lightning_nrl.gate.parsing import parse_rules
 from lightning_nrl.gate.report import Identity, ReleaseReport, make_report
 from lightning_nrl.gate.rules import Rule
 from lightning_nrl.gate.seen import Seen, see
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import OldModel, Reference, parse_reference
+from lightning_nrl.importance.columns import find_column
+from lightning_nrl.importance.slicing import Slices
 from lightning_nrl.report.weights import hash_tensors
-from lightning_nrl.slicing import Slices
 from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import OldModel, Reference, parse_reference
 
 __all__ = ["check_reference", "compare_and_judge", "release"]
 

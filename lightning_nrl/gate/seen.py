@@ -16,10 +16,10 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Context, Evidence, collect
 from lightning_nrl.flips import Flips
-from lightning_nrl.reference import Reference
-from lightning_nrl.slicing import Slices, Told, renumbered
+from lightning_nrl.importance.slicing import Slices, Told, renumbered
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.reference import Reference
 
 __all__ = ["Seen", "check_splits", "see"]
 

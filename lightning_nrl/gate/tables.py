@@ -11,7 +11,7 @@ import torch
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
 from lightning_nrl.gate.seen import Seen
-from lightning_nrl.predictions import Predictions
+from lightning_nrl.updates.predictions import Predictions
 
 __all__ = ["read_slices", "seen_in_files"]
 

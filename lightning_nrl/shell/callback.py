@@ -26,7 +26,6 @@ from lightning_nrl.localization import Localizer, NeuRecoverLite
 from lightning_nrl.methods import Method, parse_method
 from lightning_nrl.paper import paper_arguments
 from lightning_nrl.pipeline import Outcome, repair_module
-from lightning_nrl.reference import Reference, parse_reference
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.settings import Settings
@@ -44,6 +43,7 @@ from lightning_nrl.state import State, changed
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import track
+from lightning_nrl.updates.reference import Reference, parse_reference
 
 __all__ = ["RegressionFreeRepair"]
 

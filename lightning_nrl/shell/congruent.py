@@ -17,8 +17,6 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import as_found, evaluating
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import OldModel, Reference, parse_reference
 from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.shell.borrowing import validating
 from lightning_nrl.shell.checks import check_namespace, check_strategy
@@ -28,8 +26,10 @@ from lightning_nrl.shell.stepping import ONE_LINE, Wrapped, added, forwarded
 from lightning_nrl.shell.watching import Outputs, Probe
 from lightning_nrl.state import State, write
 from lightning_nrl.tasks import Task, parse_task
-from lightning_nrl.teacher import ModelTeacher, PredictedTeacher, Teaches
-from lightning_nrl.terms import Term, parse_terms
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import OldModel, Reference, parse_reference
+from lightning_nrl.updates.teacher import ModelTeacher, PredictedTeacher, Teaches
+from lightning_nrl.updates.terms import Term, parse_terms
 
 __all__ = ["PositiveCongruentTraining", "regression_loss"]
 
@@ -47,7 +47,7 @@ class PositiveCongruentTraining(Callback):
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
-            (`lightning_nrl.terms.Term`), or a list of them, whose sum is added.
+            (`lightning_nrl.updates.terms.Term`), or a list of them, whose sum is added.
         index: which samples a batch has, a function of the batch that gives their data-set positions, or its address.
             With it the replaced model is asked about each sample once; so only without augmentation. Needed for
             predictions from a file. None: it is asked about each batch, with the very inputs of the new model.

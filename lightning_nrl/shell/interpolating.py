@@ -21,8 +21,6 @@ from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import collect
-from lightning_nrl.interpolation import TOLERANCE, ShareChoice, alignment, check_share, choose_share, interpolate
-from lightning_nrl.reference import OldModel, Reference, parse_reference
 from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.shell.borrowing import starting_weights, validating
 from lightning_nrl.shell.checks import check_namespace, check_order, check_strategy
@@ -30,9 +28,18 @@ from lightning_nrl.shell.files import show
 from lightning_nrl.shell.loaders import LoaderSource, find_loader, make_source
 from lightning_nrl.shell.splits import Found, check_data, find_data
 from lightning_nrl.state import State, write
-from lightning_nrl.statistics import batch_norms, estimate_statistics
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import track_numbers
+from lightning_nrl.updates.interpolation import (
+    TOLERANCE,
+    ShareChoice,
+    alignment,
+    check_share,
+    choose_share,
+    interpolate,
+)
+from lightning_nrl.updates.reference import OldModel, Reference, parse_reference
+from lightning_nrl.updates.statistics import batch_norms, estimate_statistics
 
 __all__ = ["WeightInterpolation"]
 

@@ -17,9 +17,8 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
-from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.reference import Reference, parse_reference
+from lightning_nrl.importance.columns import find_column
 from lightning_nrl.shell.checks import check_namespace, check_strategy
 from lightning_nrl.shell.counting import Count, values_of
 from lightning_nrl.shell.replaced import Replaced, ask, is_known
@@ -27,6 +26,7 @@ from lightning_nrl.shell.watching import Outputs
 from lightning_nrl.state import State
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.reference import Reference, parse_reference
 
 __all__ = ["RegressionMetrics"]
 

@@ -17,11 +17,11 @@ from lightning_nrl.collective import Collective
 from lightning_nrl.errors import EmptyLocalizationError, EvidenceError
 from lightning_nrl.evidence import Context, collect
 from lightning_nrl.known import check_task
-from lightning_nrl.reference import OldModel, Reference
 from lightning_nrl.scoring import record
 from lightning_nrl.settings import Settings
 from lightning_nrl.sites import find_scope
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.reference import OldModel, Reference
 
 __all__ = ["rehearse"]
 

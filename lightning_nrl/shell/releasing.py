@@ -18,12 +18,10 @@ from lightning_nrl.addresses import find_function
 from lightning_nrl.as_found import random_state
 from lightning_nrl.batches import Adapter, unpack
 from lightning_nrl.collective import Collective
-from lightning_nrl.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gate import ReleaseReport, Rule, Seen, parse_rules
 from lightning_nrl.gate.releasing import check_reference, compare_and_judge
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import Reference
+from lightning_nrl.importance.columns import find_column
 from lightning_nrl.shell.checks import check_namespace, check_strategy
 from lightning_nrl.shell.files import base_folder, file_names, output_folder, show, write_report
 from lightning_nrl.shell.loaders import LoaderSource, check_loader, make_source
@@ -31,6 +29,8 @@ from lightning_nrl.state import State
 from lightning_nrl.targets import Target
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import release_numbers, track_release
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import Reference
 
 __all__ = ["ReleaseGate"]
 

@@ -25,12 +25,12 @@ from lightning_nrl.batches import Adapter
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import collect
-from lightning_nrl.reference import Reference
+from lightning_nrl.importance.slicing import Slices, Told
 from lightning_nrl.shell.borrowing import validating
 from lightning_nrl.shell.loaders import check_loader, make_source, worker_settings
 from lightning_nrl.shell.watching import Probe
-from lightning_nrl.slicing import Slices, Told
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.reference import Reference
 
 __all__ = ["Replaced", "ask", "is_known", "validation_loader"]
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lightning_nrl.batches import Batch, Source
 from lightning_nrl.collective import Collective
-from lightning_nrl.columns import Column, find_column, numbers
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evidence import Evidence
-from lightning_nrl.quotas import checked_quotas, normalised
-from lightning_nrl.slicing import Told
+from lightning_nrl.importance.columns import Column, find_column, numbers
+from lightning_nrl.importance.quotas import checked_quotas, normalised
+from lightning_nrl.importance.slicing import Told
 from lightning_nrl.tasks import Task
 
 __all__ = ["DOUBTFUL", "Focal", "Importance"]

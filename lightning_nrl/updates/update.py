@@ -12,9 +12,9 @@ from torch import nn
 from lightning_nrl.batches import Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.evidence import Context, Evidence
-from lightning_nrl.reference import Reference
 from lightning_nrl.report import Role
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.reference import Reference
 
 __all__ = ["KEEPS", "Keep", "Update", "look_back"]
 

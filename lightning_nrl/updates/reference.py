@@ -15,10 +15,10 @@ from lightning_nrl.batches import Adapter, Batch, Source
 from lightning_nrl.collective import Collective
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evidence import Context, Evidence, collect
-from lightning_nrl.predictions import Predictions
 from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.state import State, device_of, holding
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates.predictions import Predictions
 
 __all__ = ["OldModel", "Reference", "parse_reference"]
 

@@ -22,8 +22,8 @@ from lightning_nrl.report.page import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.words import percent
 from lightning_nrl.saved import fitting, read_state
 from lightning_nrl.state import State, between, device_of, holding, snapshot, write
-from lightning_nrl.statistics import batch_norms, estimate_statistics
 from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.updates.statistics import batch_norms, estimate_statistics
 
 __all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
 
@@ -131,7 +131,7 @@ def interpolate(
         new: its update, on its device; left as found.
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
-        **estimating: arguments of `lightning_nrl.statistics.estimate_statistics`.
+        **estimating: arguments of `lightning_nrl.updates.statistics.estimate_statistics`.
 
     Returns:
         All parameters and persistent buffers, for `load_state_dict`.

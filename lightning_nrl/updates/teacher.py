@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lightning_nrl.batches import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gradients.descent import REMEMBERED
-from lightning_nrl.predictions import Predictions
-from lightning_nrl.reference import Classes, table_of
 from lightning_nrl.tasks import Multiclass, Task
-from lightning_nrl.terms import OldAnswers
+from lightning_nrl.updates.predictions import Predictions
+from lightning_nrl.updates.reference import Classes, table_of
+from lightning_nrl.updates.terms import OldAnswers
 
 __all__ = ["ModelTeacher", "PredictedTeacher", "Teaches"]
 

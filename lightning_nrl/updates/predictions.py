@@ -123,7 +123,7 @@ class Predictions:
         return found
 
     def answers(self, model: nn.Module, sources: Sequence[Source], like: Evidence, **means: Any) -> Evidence:
-        """What the model did on the samples of `like`; no model is run (see `lightning_nrl.reference.Reference`)."""
+        """What the model did on the samples of `like`; no model is run (see `Reference`)."""
         return self.evidence(like)
 
     def evidence(self, like: Evidence) -> Evidence:
