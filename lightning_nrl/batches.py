@@ -133,8 +133,11 @@ def apart(
 
 
 def _moved(x: Any, device: torch.device) -> Any:
-    if isinstance(x, Tensor):
+    if callable(getattr(x, "to", None)):
         return x.to(device)
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {name: _moved(value, device) for name, value in x.items()}
-    return type(x)(_moved(value, device) for value in x) if type(x) in (list, tuple) else x
+    if isinstance(x, (list, tuple)):
+        moved = [_moved(value, device) for value in x]
+        return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved) if isinstance(x, tuple) else moved
+    return x

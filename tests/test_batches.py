@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.batches import INPUT_KEYS, TARGET_KEYS, Batch, Source, unpack
+from lightning_nrl.batches import INPUT_KEYS, TARGET_KEYS, Batch, Source, apart, unpack
 
 X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
 Pair = namedtuple("Pair", "image digit")
@@ -61,3 +61,23 @@ def test_a_batch_is_as_long_as_it_has_positions() -> None:
 def test_a_source_is_known_by_what_it_has() -> None:
     assert isinstance(TensorSource(X, Y, split="train"), Source)
     assert not isinstance([(X, Y)], Source)
+
+
+class Encoding(UserDict):
+    """Moves itself, as those of tokenizers do."""
+
+    def to(self, device: torch.device) -> Encoding:
+        return Encoding({name: value.to(device) for name, value in self.items()})
+
+
+MAPPED = {"x": X, "y": Y}
+
+
+@pytest.mark.parametrize(
+    "raw", [(X, Y), [X, Y, "name"], Pair(X, Y), MAPPED, UserDict(MAPPED), Encoding(MAPPED), ({"x": X}, Y)]
+)
+def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
+    [(args, kwargs, target)] = apart([raw], unpack, torch.device("meta"))
+    inputs = kwargs or args[0]
+    assert (inputs["x"] if isinstance(inputs, dict) else inputs).is_meta
+    assert target.is_meta
