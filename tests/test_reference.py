@@ -50,6 +50,14 @@ def test_a_state_of_the_same_architecture_is_held_for_a_while() -> None:
     assert torch.equal(model.weight, torch.eye(3))
 
 
+def test_a_state_is_that_of_the_time_when_it_was_given() -> None:
+    model = Scores(turn=1)
+    references = [OldModel(model.state_dict()), OldModel({"state_dict": model.state_dict(), "epoch": 3})]
+    torch.nn.init.zeros_(model.weight)
+    for reference in references:
+        assert asked(reference).prediction.tolist() == [1, 2, 0]
+
+
 def test_a_checkpoint_and_a_file_with_a_state_dict_say_the_same(tmp_path: Path) -> None:
     state = Scores(turn=2).state_dict()
     torch.save(state, tmp_path / "a.pt")

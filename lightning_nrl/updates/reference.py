@@ -62,7 +62,8 @@ class OldModel:
 
     Attributes:
         model: a module of any architecture; or the new one's architecture with other weights: a state dict, the path of
-            a Lightning checkpoint or of a saved state dict.
+            a Lightning checkpoint or of a saved state dict. Of a state dict a copy is taken, since that of a module
+            changes when the module is trained on.
         adapter: takes a batch of the data loader apart for it, where it needs other inputs than the new model.
         classes: where its outputs are not those of the new model: `{old class: new class}`, or the names of both. A
             class that the new model does not have is never right.
@@ -89,6 +90,10 @@ class OldModel:
             raise ConfigurationError(
                 explain(f"`reference={str(self.model)!r}` is not there.", "give the path of a checkpoint.")
             )
+        if isinstance(self.model, Mapping):
+            state = read_state("reference", self.model).items()
+            copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
+            object.__setattr__(self, "model", copied)
         table_of(self.classes)
 
     def answers(

@@ -173,6 +173,14 @@ def test_the_replaced_model_in_any_form_with_weights(form: str, trained_path: Pa
     assert same(*ends)
 
 
+def test_a_state_dict_of_the_trained_model_itself_is_what_it_was_before(trained_path: Path, tmp_path: Path) -> None:
+    model = Classifier.load_from_checkpoint(trained_path)
+    interpolation = WeightInterpolation(model.state_dict(), share=1, calibration=None)
+    expected = state_of(model)
+    quiet_trainer(tmp_path, interpolation, max_epochs=1, limit_train_batches=2).fit(model, datamodule=Ordered())
+    assert same(state_of(model), expected)
+
+
 class Erases(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
