@@ -330,6 +330,9 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends_and_the_choice() -> None:
         ({"points": 2}, "`points=2`"),
         ({"classes": [0]}, r"`classes` has 1, `old` holds 0\.\.\.1"),
         ({"old": AFTER, "classes": [0]}, "it maps 1"),
+        ({"old": PREDICTED + 2}, r"`old` predicts classes 2\.\.\.3, `new` has logits of 2"),
+        ({"old": PREDICTED - 1}, r"`old` predicts classes -1\.\.\.0, `new` has logits of 2"),
+        ({"classes": [0, 5]}, r"`old` predicts classes 0\.\.\.5, `new` has logits of 2"),
     ],
 )
 def test_what_gives_no_threshold_is_refused(arguments: dict[str, Any], found: str) -> None:

@@ -179,6 +179,14 @@ def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tupl
     if old.ndim == 1 and not old.is_floating_point():
         check_logits("new", new)
         predicted = _renumbered(old.long(), rule.classes)
+        if not 0 <= int(predicted.min()) <= int(predicted.max()) < new.shape[1]:
+            raise ConfigurationError(
+                explain(
+                    f"`old` predicts classes {int(predicted.min())}...{int(predicted.max())}, `new` has logits of "
+                    f"{new.shape[1]}.",
+                    "give classes counted from 0, and `classes` where the new model numbers them differently.",
+                )
+            )
         return predicted == labels, predicted, labels
     rule.check(old, new)
     old = rule.renumbered(old, new.shape[1])
