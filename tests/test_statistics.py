@@ -128,6 +128,14 @@ def test_no_batch_of_a_source_is_left_with_a_single_sample() -> None:
     assert int(found["1.num_batches_tracked"]) == 2
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 9])
+def test_nor_where_batches_are_tiny(n: int, batch_size: int) -> None:
+    values = torch.arange(float(n))
+    found = estimate_statistics(norm(), source(values, batch_size))
+    assert found["1.running_var"] > 0
+
+
 def test_ranks_count_by_their_batches() -> None:
     shares = (BATCHES, [batch(8.0, 10.0)])
     first, second = on_ranks(2, lambda own: estimate_statistics(norm(), shares[own.rank], collective=own))

@@ -23,6 +23,8 @@ __all__ = ["batch_norms", "estimate_statistics"]
 
 BATCH_SIZE = 256
 """Samples at once from a source that does not say how many."""
+FEWEST = 4
+"""Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -102,7 +104,7 @@ def estimate_statistics(
 def _drawn(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
     """This rank's samples in random order, in batches of about one size, as many as on every other rank."""
     mine = source.positions
-    size = int(getattr(source, "batch_size", 0) or BATCH_SIZE)
+    size = max(int(getattr(source, "batch_size", 0) or BATCH_SIZE), FEWEST)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
     order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
     parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]
