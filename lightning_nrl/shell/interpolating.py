@@ -251,7 +251,7 @@ class WeightInterpolation(Callback):
             found = str(error).partition("\nHINT:")[0]
             hint = f"give one DataLoader over a data set with an index as `{argument}=`"
             if argument == "calibration":
-                do_without = "a number as `share=`, for which none are needed" if self.share == "auto" else "None"
+                do_without = "a number as `share=` with `calibration=None`" if self.share == "auto" else "None"
                 hint = f"{hint}, or {do_without}"
             raise ConfigurationError(explain(found, f"{hint}.")) from error
 
