@@ -50,8 +50,17 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
     return _state_in(found)
 
 
-def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+OTHERWISE = "the module itself where another architecture will do"
+
+
+def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
     """Tensors in the dtypes and on the device of a model's own.
+
+    Args:
+        argument: what they were given as.
+        new: the tensors by name.
+        model: has the names and shapes.
+        otherwise: what else might be given, for the hint.
 
     Raises:
         ConfigurationError: a tensor is missing, has another shape, or is not in the model.
@@ -70,7 +79,7 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str
         raise ConfigurationError(
             explain(
                 f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-                "give weights of the same architecture, or the module itself where another architecture will do.",
+                f"give weights of the same architecture, or {otherwise}.",
             )
         )
     return {name: given[name].detach().to(value.device, value.dtype) for name, value in own.items()}

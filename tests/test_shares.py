@@ -52,6 +52,22 @@ def test_the_largest_share_within_the_tolerance_is_chosen(tolerance: float | Non
     assert [point.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
 
 
+def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
+    # Both tell the sign of x, with their hidden units in another order; half way all weights cancel, and all is class 0.
+    def signs(order: list[int]) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+        first, last = torch.tensor([[1.0], [-1.0]]), torch.eye(2)
+        model.load_state_dict({"0.weight": first[order], "2.weight": last[:, order]})
+        return model
+
+    data = [(torch.tensor([[1.0]] * 9 + [[-1.0]]), torch.tensor([0] * 9 + [1]))]
+    old, new = signs([0, 1]), signs([1, 0])
+    choice = choose_share(old, new, data, tolerance=0.2, shares=[0.5])
+    assert [(point.share, point.counts.broken, point.right) for point in choice.curve] == [(0.0, 0, 10), (0.5, 1, 9)]
+    assert choice.share == 0
+    assert choose_share(old, new, data, tolerance=None, shares=[0.5]).share == 0.5
+
+
 def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told() -> None:
     new = at(0.0)
     choice = choose_share(at(3.0), new, DATA, tolerance=0.1)
@@ -115,6 +131,7 @@ def test_no_larger_share_of_the_curve_would_do(seed: int, tolerance: float) -> N
     choice = choose_share(old, new, [(x, y)], tolerance=tolerance, shares=[0.2, 0.5, 1.0])
     best = max(point.accuracy for point in choice.curve)
     assert choice.chosen.accuracy >= best - tolerance - 1e-6
+    # Linear models break no more in between than at share 0.
     assert all(point.accuracy < best - tolerance for point in choice.curve if point.share > choice.share)
     assert choice.curve[-1].counts.broken == choice.curve[-1].counts.repaired == 0
     right = [model(x).argmax(1) == y for model in (old, new)]

@@ -31,6 +31,7 @@ from lightning_nrl.state import State, write
 from lightning_nrl.tasks import Task, parse_task
 from lightning_nrl.tracking import track_numbers
 from lightning_nrl.updates.interpolation import (
+    OTHERWISE,
     TOLERANCE,
     ShareChoice,
     alignment,
@@ -149,13 +150,14 @@ class WeightInterpolation(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Read now and kept, since training may overwrite the very file.
         self._old = read_state("reference", self.reference.model)
-        fitting("reference", self._old, pl_module)
+        fitting("reference", self._old, pl_module, OTHERWISE)
         self.choice, self._changed = None, False
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with random_state(), validating(trainer):
-            counted, training = self._sources(trainer, pl_module, limit=1)
+            # Of as many batches each rank has some samples: batch norm needs more than one.
+            counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
             means = self._means(trainer, pl_module)
             if counted is not None:
                 with as_found(pl_module):
@@ -175,7 +177,7 @@ class WeightInterpolation(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         means = {"batches": self.batches, "seed": self.seed, **self._means(trainer, pl_module)}
-        limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+        limit = int(trainer.fast_dev_run) * trainer.world_size or None  # type: ignore[attr-defined]
         with starting_weights("last", trainer, pl_module) as start, random_state(), validating(trainer):
             counted, training = self._sources(trainer, pl_module, limit)
             if counted is None:

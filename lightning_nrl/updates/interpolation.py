@@ -31,6 +31,8 @@ SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
+OTHERWISE = "combine other models in their outputs: see `lightning_nrl.switch`"
+"""For a hint: what there is for two architectures."""
 
 Data = Source | Iterable[Any]
 """A source, or batches as a data loader gives them, which can be read again and again."""
@@ -69,7 +71,8 @@ class ShareChoice(Shown):
     """A share of the old weights, and what others would do. `rich.print(choice)` shows it as a table.
 
     Attributes:
-        chosen: the largest share whose accuracy is within the tolerance of the best of the curve.
+        chosen: the largest share whose accuracy is within the tolerance of the best of the curve, and that breaks no
+            more than share 0.
         curve: all that were tried, from 0, the new model as it is.
         tolerance: of the accuracy, in [0, 1]; None: the largest share was wanted, whatever it costs.
         state: the weights and buffers of the chosen share; empty for share 0, which changes nothing.
@@ -147,7 +150,7 @@ def interpolate(
         {'weight': tensor([[0.2500, 1.5000]])}
     """
     check_share(share)
-    mixed = between(fitting("old", read_state("old", old), new), snapshot(new), 1 - share)
+    mixed = between(fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new), 1 - share)
     return mixed | (_statistics(new, mixed, training, **estimating) if 0 < share < 1 else {})
 
 
@@ -169,8 +172,9 @@ def choose_share(
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs next to no accuracy on data set aside.
 
-    The larger the share, the fewer samples break. Each share costs a pass over `data`, and one over `training` where
-    the model has batch norm layers.
+    The larger the share, the fewer samples break, as a rule; one that breaks more than share 0 is taken only where
+    nothing that breaks as few is within the tolerance. Each share costs a pass over `data`, and one over `training`
+    where the model has batch norm layers.
 
     Args:
         old: the replaced model, its state dict, or the path of a checkpoint.
@@ -213,7 +217,7 @@ def choose_share(
     for share in shares:
         check_share(share, "shares")
     collective, task = collective or Collective(), parse_task(task)
-    before, after = fitting("old", read_state("old", old), new), snapshot(new)
+    before, after = fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new)
     means: dict[str, Any] = {"adapter": adapter, "context": context, "collective": collective}
 
     def see(state: State) -> tuple[Tensor, Tensor]:
@@ -241,9 +245,13 @@ def choose_share(
             raise ConfigurationError(explain("`data`: there is no sample.", "give data to choose the share on."))
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
     # In counts: the difference of two shares that are each rounded could be a hair too large.
-    most = max(point.right for point in curve)
-    lost = curve[0].counts.n if tolerance is None else tolerance * curve[0].counts.n + 1e-6
-    chosen = max((point for point in curve if most - point.right <= lost), key=lambda point: point.share)
+    most, alone = max(point.right for point in curve), curve[0].counts
+    lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
+    within = [point for point in curve if most - point.right <= lost]
+    if tolerance is not None:
+        # More share for no fewer regressions is bought for nothing, as between two trainings from scratch.
+        within = [point for point in within if point.counts.broken <= alone.broken] or within
+    chosen = max(within, key=lambda point: point.share)
     state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
     return ShareChoice(chosen, tuple(curve), tolerance, state)
 
