@@ -53,7 +53,7 @@ def test_the_largest_share_within_the_tolerance_is_chosen(tolerance: float | Non
 
 
 def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
-    # Both tell the sign of x, with their hidden units in another order; half way all weights cancel, and all is class 0.
+    # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and all is class 0.
     def signs(order: list[int]) -> nn.Sequential:
         model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
         first, last = torch.tensor([[1.0], [-1.0]]), torch.eye(2)
@@ -77,7 +77,8 @@ def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told()
     assert new.weight.tolist() == [[0.0, 0.0], [1.0, 0.0]]
     assert choice.write(new)
     torch.testing.assert_close(new.weight.detach(), torch.tensor([[0.0, 0.3], [1.0, 0.0]]))
-    assert "The largest with an accuracy within 10 points of the best: 0.10." in choice.render(100)
+    rule = "The largest that breaks no more than share 0, within 10 points of the best accuracy: 0.10."
+    assert rule in choice.render(100)
     assert "share 0.10, taken" in choice.render(100)
     assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
 

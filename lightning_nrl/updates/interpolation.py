@@ -110,7 +110,8 @@ class ShareChoice(Shown):
             rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
         rule = "As given"
         if self.tolerance is not None:
-            rule = f"The largest with an accuracy within {100 * self.tolerance:g} points of the best"
+            near = f"within {100 * self.tolerance:g} points of the best accuracy"
+            rule = f"The largest that breaks no more than share 0, {near}"
         heading = Heading("Share of the old weights", 1)
         return Page((heading, Text(f"{rule}: {self.share:.2f}."), Table(columns, tuple(rows))))
 
