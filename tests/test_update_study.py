@@ -49,9 +49,9 @@ def test_a_network_in_use_has_its_data_and_its_files(monkeypatch):
     found = [in_use.vehicles(3), in_use.vehicles(0, 2, experiment="A"), in_use.fashion(3), in_use.fashion(0, 2)]
     assert [(use.data, str(use.path), use.epochs) for use in found] == [
         (("Vehicles", "C", 3), "runs/vehicles_C_3.ckpt", 40),
-        (("Vehicles", "A", 0), "runs/vehicles_A_0.ckpt", 2),
+        (("Vehicles", "A", 0), "runs/vehicles_A_0_2_epochs.ckpt", 2),
         (("DriftingFashion", 3), "runs/fashion_3.ckpt", 20),
-        (("DriftingFashion", 0), "runs/fashion_0.ckpt", 2),
+        (("DriftingFashion", 0), "runs/fashion_0_2_epochs.ckpt", 2),
     ]
     assert [str(found[0].folder(update)) for update in updates.UPDATES] == [
         "runs/update_C_from_scratch/seed_3",
@@ -59,7 +59,9 @@ def test_a_network_in_use_has_its_data_and_its_files(monkeypatch):
         "runs/update_C_from_the_old_weights/seed_3",
         "runs/update_C_from_the_old_weights_congruent/seed_3",
     ]
+    assert str(found[1].folder("from scratch")) == "runs/update_A_2_epochs_from_scratch/seed_0"
     assert str(found[2].folder("from scratch")) == "runs/update_fashion_from_scratch/seed_3"
+    assert str(found[3].folder("from scratch")) == "runs/update_fashion_2_epochs_from_scratch/seed_0"
 
 
 def test_a_quarter_of_the_test_data_is_not_unseen():
@@ -154,10 +156,10 @@ def test_the_command_takes_seeds_and_data(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["updates.py", *line.split(), "--updates", "from scratch"])
         updates.main()
     assert asked == [
-        ("from scratch", "vehicles", (4, None), {}),
-        ("from scratch", "vehicles", (5, None), {}),
-        ("from scratch", "fashion", (0, 3), {}),
-        ("from scratch", "vehicles", (0, None), {"experiment": "A"}),
+        ("from scratch", "vehicles", (4,), {}),
+        ("from scratch", "vehicles", (5,), {}),
+        ("from scratch", "fashion", (0,), {"epochs": 3}),
+        ("from scratch", "vehicles", (0,), {"experiment": "A"}),
     ]
     assert "Updates, means of 2 seeds" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["updates.py", "--data", "fashion", "--experiment", "C"])

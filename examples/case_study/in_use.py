@@ -71,13 +71,20 @@ class InUse:
         return Subset(test, order[: len(order) // 4]), Subset(test, order[len(order) // 4 :])
 
 
-def vehicles(seed: int, epochs: int | None = None, experiment: str = "C") -> InUse:
-    path = RUNS / f"vehicles_{experiment}_{seed}.ckpt"
-    return InUse(experiment, Vehicles(experiment, seed), path, seed, epochs or EPOCHS)
+def vehicles(seed: int, epochs: int = EPOCHS, experiment: str = "C") -> InUse:
+    short = _short(epochs, EPOCHS)
+    path = RUNS / f"vehicles_{experiment}_{seed}{short}.ckpt"
+    return InUse(f"{experiment}{short}", Vehicles(experiment, seed), path, seed, epochs)
 
 
-def fashion(seed: int, epochs: int | None = None) -> InUse:
-    return InUse("fashion", DriftingFashion(seed), RUNS / f"fashion_{seed}.ckpt", seed, epochs or 20)
+def fashion(seed: int, epochs: int = 20) -> InUse:
+    short = _short(epochs, 20)
+    return InUse(f"fashion{short}", DriftingFashion(seed), RUNS / f"fashion_{seed}{short}.ckpt", seed, epochs)
+
+
+def _short(epochs: int, usual: int) -> str:
+    """What the names of files say of another number of epochs, so that they are not taken for the usual ones."""
+    return "" if epochs == usual else f"_{epochs}_epochs"
 
 
 DATA: dict[str, Callable[..., InUse]] = {"vehicles": vehicles, "fashion": fashion}

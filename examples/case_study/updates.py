@@ -199,12 +199,13 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.experiment and chosen.data != "vehicles":
         parser.error(f"`--experiment` is of the vehicles, and --data is {chosen.data}\nHINT: leave one of them out")
-    more = {"experiment": chosen.experiment} if chosen.experiment else {}
+    more = {"experiment": chosen.experiment, "epochs": chosen.epochs}
+    more = {name: value for name, value in more.items() if value}
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     rows = []
     for seed in range(chosen.first, chosen.first + chosen.seeds):
-        in_use = DATA[chosen.data](seed, chosen.epochs, **more)
+        in_use = DATA[chosen.data](seed, **more)
         rows.append({})
         for update in chosen.updates:
             rows[-1] |= updated(update, in_use)
