@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def test_defaults_need_no_settings() -> None:
     assert outcome.report.target == "all failures"
 
 
-def test_the_example_repairs_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_repairs_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
     threads = torch.get_num_threads()
     try:
         with torch.random.fork_rng():
