@@ -39,6 +39,11 @@ class FlipCounts:
         """Right before."""
         return self.kept + self.broken
 
+    @property
+    def right(self) -> int:
+        """Right after."""
+        return self.kept + self.repaired
+
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
         """Counts samples, `N` bool each: which were right before, and which are after."""

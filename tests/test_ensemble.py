@@ -105,7 +105,7 @@ def test_the_most_accurate_weight_is_chosen() -> None:
     assert counts[0.3] == (1, 1)
     assert counts[0.65] == (1, 0)
     assert counts[1.0] == (0, 0)
-    assert (choice.weight, choice.chosen.right, choice.limit) == (0.85, 3, "")
+    assert (choice.weight, choice.chosen.counts.right, choice.limit) == (0.85, 3, "")
     assert "The most accurate: 0.85." in choice.render(80)
 
 
@@ -123,7 +123,7 @@ def test_a_limit_is_kept() -> None:
 def test_a_model_that_returns_nan_is_left_out_at_the_end_where_the_other_answers() -> None:
     labels = torch.tensor([0])
     choice = choose_weight(logits([0.9, 0.1]), torch.tensor([[NAN, 0.0]]), labels)
-    assert (choice.weight, choice.chosen.right) == (1.0, 1)
+    assert (choice.weight, choice.chosen.counts.right) == (1.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -146,4 +146,4 @@ def test_counts_are_those_of_the_module_that_is_served(seed: int, n: int, n_clas
         now = ensemble(point.weight)(old, new).argmax(1) == labels
         assert point.counts.repaired == int((~was & now).sum())
         assert point.counts.broken == int((was & ~now).sum())
-    assert choice.chosen.right >= max(choice.curve[0].right, choice.curve[-1].right)
+    assert choice.chosen.counts.right >= max(choice.curve[0].counts.right, choice.curve[-1].counts.right)

@@ -49,7 +49,7 @@ def test_weights_lie_between() -> None:
 def test_the_largest_share_within_the_tolerance_is_chosen(tolerance: float | None, share: float) -> None:
     choice = chosen(tolerance=tolerance)
     assert choice.share == share
-    assert [point.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
+    assert [point.counts.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
 
 
 def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
@@ -63,7 +63,10 @@ def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
     data = [(torch.tensor([[1.0]] * 9 + [[-1.0]]), torch.tensor([0] * 9 + [1]))]
     old, new = signs([0, 1]), signs([1, 0])
     choice = choose_share(old, new, data, tolerance=0.2, shares=[0.5])
-    assert [(point.share, point.counts.broken, point.right) for point in choice.curve] == [(0.0, 0, 10), (0.5, 1, 9)]
+    assert [(point.share, point.counts.broken, point.counts.right) for point in choice.curve] == [
+        (0.0, 0, 10),
+        (0.5, 1, 9),
+    ]
     assert choice.share == 0
     assert choose_share(old, new, data, tolerance=None, shares=[0.5]).share == 0.5
 
@@ -107,7 +110,7 @@ def test_any_task_says_what_right_means() -> None:
     old, new = linear([[1.0], [-1.0]]), linear([[1.0], [1.0]])
     data = TensorSource(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 1], [1, 0]]), "val")
     choice = choose_share(old, new, data, task=Multilabel(), shares=[1.0], tolerance=None)
-    assert [(p.counts.broken, p.counts.repaired, p.right) for p in choice.curve] == [(1, 1, 1), (0, 0, 1)]
+    assert [(p.counts.broken, p.counts.repaired, p.counts.right) for p in choice.curve] == [(1, 1, 1), (0, 0, 1)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -168,7 +171,7 @@ def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
     assert all(torch.equal(x, expected[name]) for name, x in choice.state.items())
     model = normed().eval()
     model.load_state_dict(choice.state)
-    assert choice.chosen.right == int((model(data.inputs).argmax(1) == data.targets).sum())
+    assert choice.chosen.counts.right == int((model(data.inputs).argmax(1) == data.targets).sum())
 
 
 def test_ranks_choose_as_one() -> None:
@@ -220,4 +223,4 @@ def test_data_that_cannot_be_read_twice_are_refused() -> None:
 def test_a_sample_with_a_loss_that_is_not_finite_is_wrong() -> None:
     new: Tensor = torch.tensor([[float("inf"), 0.0], [0.0, 0.0]])
     choice = choose_share(at(0.0), linear(new), [(torch.tensor([[1.0, 1.0]]), torch.tensor([0]))], shares=[])
-    assert choice.curve[0].right == 0
+    assert choice.curve[0].counts.right == 0

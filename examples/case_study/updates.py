@@ -176,7 +176,7 @@ def _against(before: Tensor, served: Tensor, labels: Tensor) -> Row:
     """The row of logits that are served in place of others; nothing is repaired, so its last columns are empty."""
     counts = FlipCounts.of(before.argmax(1) == labels, served.argmax(1) == labels)
     n, nothing = counts.n, float("nan")
-    return ((counts.kept + counts.repaired) / n, counts.repaired, counts.broken, counts.broken / n, nothing, nothing)
+    return (counts.right / n, counts.repaired, counts.broken, counts.broken / n, nothing, nothing)
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ class ReleaseRow:
     @property
     def accuracy_after(self) -> float:
         """Share of samples that the new model gets right; NaN without samples."""
-        return (self.counts.kept + self.counts.repaired) / self.counts.n if self.counts.n else math.nan
+        return self.counts.right / self.counts.n if self.counts.n else math.nan
 
     @property
     def numbers(self) -> dict[str, float]:

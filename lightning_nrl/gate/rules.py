@@ -292,7 +292,7 @@ def _finding(rule: Rule, seen: Seen, bad: Tensor, failed: bool, words: Sequence[
 def _accuracies(counts: FlipCounts) -> str:
     if not counts.n:
         return "of no sample"
-    return f"{percent(counts.passed / counts.n)}, now {percent((counts.kept + counts.repaired) / counts.n)}"
+    return f"{percent(counts.passed / counts.n)}, now {percent(counts.right / counts.n)}"
 
 
 def _check_sliced(rule: Rule, sliced: bool) -> None:

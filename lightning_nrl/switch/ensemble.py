@@ -92,11 +92,6 @@ class WeightPoint:
     weight: float
     counts: FlipCounts
 
-    @property
-    def right(self) -> int:
-        """Samples that the ensemble gets right."""
-        return self.counts.kept + self.counts.repaired
-
 
 @dataclass(frozen=True)
 class WeightChoice(Shown):
@@ -123,7 +118,7 @@ class WeightChoice(Shown):
         rows = []
         for point in self.curve:
             c, taken = point.counts, point == self.chosen
-            cells = (percent(point.right / c.n), f"{c.repaired:,}", f"{c.broken:,}")
+            cells = (percent(point.counts.right / c.n), f"{c.repaired:,}", f"{c.broken:,}")
             rows.append(Row(f"weight {point.weight:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
         within = f" within {self.limit!r}" if self.limit else ""
         return Page(
@@ -172,7 +167,7 @@ def choose_weight(
         right = predicts(served, labels)
         curve.append(WeightPoint(round(float(weight), 4), FlipCounts.of(was_right, right)))
     within = [point for point in curve if gate is None or point.counts.broken <= gate.allowed(point.counts)]
-    chosen = max(within, key=lambda point: (point.right, point.weight))
+    chosen = max(within, key=lambda point: (point.counts.right, point.weight))
     return WeightChoice(chosen, tuple(curve), "" if gate is None else str(gate))
 
 

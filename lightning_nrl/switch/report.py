@@ -191,7 +191,7 @@ def _table(split: SwitchSplit) -> Table:
     def counted(label: str, name: str, **style: Any) -> Row:
         return row(label, "", [f"{getattr(counts, name):,}" for counts in after], **style)
 
-    right = [counts.kept + counts.repaired for counts in after]
+    right = [counts.right for counts in after]
     rows = [
         row("samples", f"{n:,}", [f"{n:,}"] * 2),
         row("right", f"{passed:,}", [f"{k:,}" for k in right]),

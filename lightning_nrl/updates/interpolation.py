@@ -51,14 +51,9 @@ class SharePoint:
     counts: FlipCounts
 
     @property
-    def right(self) -> int:
-        """Samples that these weights get right."""
-        return self.counts.kept + self.counts.repaired
-
-    @property
     def accuracy(self) -> float:
         """In [0, 1]."""
-        return self.right / self.counts.n
+        return self.counts.right / self.counts.n
 
     @property
     def negative_flip_rate(self) -> float:
@@ -246,9 +241,9 @@ def choose_share(
             raise ConfigurationError(explain("`data`: there is no sample.", "give data to choose the share on."))
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
     # In counts: the difference of two shares that are each rounded could be a hair too large.
-    most, alone = max(point.right for point in curve), curve[0].counts
+    most, alone = max(point.counts.right for point in curve), curve[0].counts
     lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
-    within = [point for point in curve if most - point.right <= lost]
+    within = [point for point in curve if most - point.counts.right <= lost]
     if tolerance is not None:
         # More share for no fewer regressions is bought for nothing, as between two trainings from scratch.
         within = [point for point in within if point.counts.broken <= alone.broken] or within
