@@ -179,20 +179,27 @@ def repair_module(
             return _given_up(account, str(error))
         solution = _thinned(problem, solution, settings.sparse)
         account = account.solved(solution, int(passed.sum()))
-        new = {} if solution.proposal is None else changed(model, solution.proposal.state)
-        if not new:
+        proposal = solution.proposal
+        new = {} if proposal is None else changed(model, proposal.state)
+        if proposal is None or not new:
             reason = solution.reason or "the search found nothing better than the original weights."
             return Outcome(account.closed("not repaired", reason))
-        return _concluded(account, problem, new, others, found.groups)
+        return _concluded(account, problem, new, proposal.after, others, found.groups)
 
 
 def _concluded(
-    account: Account, problem: Problem, new: State, others: Mapping[Role, Sequence[Source]], groups: Groups | None
+    account: Account,
+    problem: Problem,
+    new: State,
+    after: Evidence,
+    others: Mapping[Role, Sequence[Source]],
+    groups: Groups | None,
 ) -> Outcome:
     """How far to go, and whether the deployed model may have it."""
     model, settings = problem.model, account.settings
     see = partial(collect, task=problem.task, context=problem.context, collective=problem.collective)
-    strength = _find_strength(problem, new, settings, others.get("calibration", ()), account.aside.get("calibration"))
+    sources, aside = others.get("calibration", ()), account.aside.get("calibration")
+    strength = _find_strength(problem, new, after, settings, None if aside is None else Calibration(sources, aside))
     account = account.at(strength)
     if strength.chosen is None:
         return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
@@ -245,7 +252,7 @@ def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Soluti
 
 
 def _find_strength(
-    problem: Problem, new: State, settings: Settings, sources: Sequence[Source], before: Evidence | None
+    problem: Problem, new: State, after: Evidence, settings: Settings, calibration: Calibration | None
 ) -> Strength:
     assert not isinstance(settings.limit, str)
     with problem.clock.stage("strength"):
@@ -253,9 +260,10 @@ def _find_strength(
             problem,
             new,
             settings.gate,
-            calibration=None if before is None else Calibration(sources, before),
+            calibration=calibration,
             fixed=settings.strength,
             limit=settings.limit,
+            after=after,
         )
 
 

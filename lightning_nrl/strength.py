@@ -31,6 +31,10 @@ GRID = tuple(step / 20 for step in range(1, 27))
 STATES = len(GRID) + sum(t < 1 for t in GRID)
 """Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
 
+SHARE, LEAST = 0.1, 2.0
+"""Points that decide nothing, as none does without calibration data, may take this part of the time that the repair
+took before them, or so many seconds."""
+
 POLISHES = 3
 """Polishes at most in the search for the strongest: each may break calibration samples that were not broken before."""
 
@@ -90,6 +94,7 @@ def find_strength(
     calibration: Calibration | None = None,
     fixed: float | None = None,
     limit: Gate | None = None,
+    after: Evidence | None = None,
 ) -> Strength:
     """Counts a patch along its path and says how far to go: see `choose` for the default.
 
@@ -101,9 +106,11 @@ def find_strength(
         fixed: the strength to take, whatever is found.
         limit: how many calibration samples may break at most. The strongest of `GRID` that keeps within it and within
             the gate, once it is polished, is taken.
+        after: what the model does on known data under the patch, if that is known already.
     """
     points = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
-    path = strength_path(problem, state, points, calibration=calibration, gate=gate)
+    seconds = math.inf if calibration is not None else max(SHARE * problem.clock.elapsed, LEAST)
+    path = strength_path(problem, state, points, calibration=calibration, gate=gate, after=after, seconds=seconds)
     way = _Way(problem, state, gate, calibration, {point.strength: point for point in path})
     if limit is None and fixed is None and any(point.strength == 1 and math.isinf(point.cost_aside) for point in path):
         # Anything may break but what is protected.
@@ -124,6 +131,8 @@ def strength_path(
     *,
     calibration: Calibration | None = None,
     gate: Gate | None = None,
+    after: Evidence | None = None,
+    seconds: float = math.inf,
 ) -> tuple[StrengthPoint, ...]:
     """Counts a patch at several strengths, each by one forward pass over known and calibration data.
 
@@ -134,21 +143,24 @@ def strength_path(
             gate allows; the last ones are left out where time is short, but not the first.
         calibration: data that are counted too.
         gate: how many known samples may break; None: none beyond 1.
+        after: what the model does on known data at 1, if that is known already.
+        seconds: what is spent at most, as far as the pace of the points before tells; the first is counted anyway.
 
     Returns:
         The points that were counted, ascending; the same on every rank.
     """
     allows = gate or Gate.instance()
     found: list[StrengthPoint] = []
-    took, most = 0.0, float("inf")
+    took, most, start = 0.0, math.inf, time.perf_counter()
     for strength in points:
-        if found and _short_of_time(problem, took):
+        if found and (_short_of_time(problem, took) or _is_over(problem, time.perf_counter() + took - start, seconds)):
             break
         if strength > most:
             continue
         began = time.perf_counter()
-        point = _count(problem, between(problem.model.state_dict(), state, strength), strength, calibration)
-        took = time.perf_counter() - began
+        tried, seen = between(problem.model.state_dict(), state, strength), after if strength == 1 else None
+        point = _count(problem, tried, strength, calibration, seen)
+        took = max(time.perf_counter() - began, problem.clock.one_pass if seen is not None else 0.0)
         found.append(point)
         if strength > 1 and point.cost > allows.allowed(point.known):
             most = min(most, strength)
@@ -288,8 +300,10 @@ class _Way:
         return not bool(self.problem.before.margin.isnan().all())
 
 
-def _count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
-    flips = Flips.between(problem.before, problem.see(state))
+def _count(
+    problem: Problem, state: State, strength: float, calibration: Calibration | None, after: Evidence | None = None
+) -> StrengthPoint:
+    flips = Flips.between(problem.before, problem.see(state) if after is None else after)
     later = None if calibration is None else _aside(problem, state, calibration)
     aside, harm_aside, before = None, None, problem.before
     if calibration is not None and later is not None:
@@ -313,6 +327,11 @@ def _aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
             collective=problem.collective,
         )
     return Flips.between(calibration.before, after)
+
+
+def _is_over(problem: Problem, spent: float, seconds: float) -> bool:
+    """Whether more than so many seconds are spent on any rank."""
+    return math.isfinite(seconds) and problem.collective.any(spent > seconds)
 
 
 def _short_of_time(problem: Problem, took: float) -> bool:

@@ -50,7 +50,7 @@ def test_a_network_in_use_has_its_data_and_its_files(monkeypatch):
     assert [(use.data, str(use.path), use.epochs) for use in found] == [
         (("Vehicles", "C", 3), "runs/vehicles_C_3.ckpt", 40),
         (("Vehicles", "A", 0), "runs/vehicles_A_0_2_epochs.ckpt", 2),
-        (("DriftingFashion", 3), "runs/fashion_3.ckpt", 20),
+        (("DriftingFashion", 3), "runs/fashion_3.ckpt", 10),
         (("DriftingFashion", 0), "runs/fashion_0_2_epochs.ckpt", 2),
     ]
     assert [str(found[0].folder(update)) for update in updates.UPDATES] == [

@@ -77,8 +77,8 @@ def vehicles(seed: int, epochs: int = EPOCHS, experiment: str = "C") -> InUse:
     return InUse(f"{experiment}{short}", Vehicles(experiment, seed), path, seed, epochs)
 
 
-def fashion(seed: int, epochs: int = 20) -> InUse:
-    short = _short(epochs, 20)
+def fashion(seed: int, epochs: int = 10) -> InUse:
+    short = _short(epochs, 10)
     return InUse(f"fashion{short}", DriftingFashion(seed), RUNS / f"fashion_{seed}{short}.ckpt", seed, epochs)
 
 

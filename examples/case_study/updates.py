@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from in_use import DATA, InUse
@@ -33,7 +32,6 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl import (
     PositiveCongruentTraining,
-    RegressionFreeRepair,
     RepairReport,
     choose_share,
     interpolate,
@@ -61,7 +59,10 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
     folder = in_use.folder(update)
     old = in_use.load(in_use.checkpoint())
     if not (folder / "update.ckpt").exists():
-        _train(update, old, in_use)
+        trained = folder / "trained.ckpt"
+        if not trained.exists():
+            _train(update, old, in_use)
+        _repair(folder, in_use.load(trained), in_use)
     new = in_use.load(folder / "update.ckpt")
     rows = _rows(update, folder, old, new, in_use)
     if not update.startswith("from the old weights"):
@@ -74,36 +75,38 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
 
 
 def _train(update: str, old: LightningModule, in_use: InUse) -> None:
-    """Trains and repairs the update, and saves it with the report of the repair."""
-    folder, checkpoint = in_use.folder(update), in_use.checkpoint()
+    """Trains the update and saves it."""
     seed_everything(in_use.seed + 1000, verbose=False)
     new = deepcopy(old) if update.startswith("from the old weights") else in_use.data.network()
-    congruent = [PositiveCongruentTraining(checkpoint)] if update.endswith("congruent") else []
-    trainer = _trainer(in_use.epochs, *congruent, RegressionFreeRepair(**_repairing(folder, in_use)))
+    congruent = [PositiveCongruentTraining(in_use.checkpoint())] if update.endswith("congruent") else []
+    trainer = _trainer(in_use.epochs, *congruent)
     trainer.fit(new, in_use.everything())
-    trainer.save_checkpoint(folder / "update.ckpt")
+    trainer.save_checkpoint(in_use.folder(update) / "trained.ckpt")
 
 
 def _go_back(folder: Path, old: LightningModule, new: LightningModule, in_use: InUse) -> None:
     """Goes a share of the way back to the old weights, and repairs what is there."""
     between = deepcopy(new)
     choose_share(old, new, DataLoader(in_use.quarters()[0], 512), in_use.known()).write(between)
+    _repair(folder, between, in_use)
+
+
+def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
+    """Repairs what an update breaks, and saves it with the report."""
     trainer = _trainer(1)
-    repair(trainer, between, in_use.everything(), **_repairing(folder, in_use))
+    repair(
+        trainer,
+        model,
+        in_use.everything(),
+        reference=in_use.checkpoint(),
+        passed=DataLoader(in_use.data.data["train"], 128),
+        failed=DataLoader(in_use.data.data["repair"], 128),
+        unseen=DataLoader(in_use.quarters()[1], 128),
+        seed=in_use.seed,
+        dirpath=folder,
+        verbose=False,
+    )
     trainer.save_checkpoint(folder / "update.ckpt")
-
-
-def _repairing(folder: Path, in_use: InUse) -> dict[str, Any]:
-    """Arguments of the repair of what an update breaks."""
-    return {
-        "reference": in_use.checkpoint(),
-        "passed": DataLoader(in_use.data.data["train"], 512),
-        "failed": in_use.data.repair_dataloader(),
-        "unseen": DataLoader(in_use.quarters()[1], 512),
-        "seed": in_use.seed,
-        "dirpath": folder,
-        "verbose": False,
-    }
 
 
 def _trainer(epochs: int, *callbacks: Callback) -> Trainer:
@@ -195,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="how many, from seed --first")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--updates", nargs="+", choices=UPDATES, default=UPDATES)
-    parser.add_argument("--epochs", type=int, help="of each training; 40 for vehicles, 20 for fashion if not given")
+    parser.add_argument("--epochs", type=int, help="of each training; 40 for vehicles, 10 for fashion if not given")
     chosen = parser.parse_args()
     if chosen.experiment and chosen.data != "vehicles":
         parser.error(f"`--experiment` is of the vehicles, and --data is {chosen.data}\nHINT: leave one of them out")

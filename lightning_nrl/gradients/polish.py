@@ -46,15 +46,22 @@ FOLLOW = 64 * BATCH
 """Followed samples at most, so that a round stays short however much is known."""
 RATE = 5e-5
 """Of Adam. Each step moves what nobody looks at too, so small steps are better than few."""
+FASTER, FASTEST = 1 / 8, 20.0
+"""How much faster for each sample that is not right yet, while targets are insisted on, and at most: hundreds are out
+of reach of small steps, and few are not worth large ones."""
 STEPS = 8
 """In a round, at the least: few samples are gone through several times."""
 HOLD = 5
 PRESSURE = 1.4
 """What a broken sample's weight in the loss is multiplied with, round by round, until it is right."""
-ROUNDS = 20
-"""Rounds that either suffice or will not; then all weights go back to RETREAT of the way from the original ones, where
-fewer samples are broken, and rounds begin again, at most RETREATS times."""
+ROUNDS, INSISTING = 20, 40
+"""Rounds that either suffice or will not, without and with targets that are insisted on; then all weights go back to
+RETREAT of the way from the original ones, where fewer samples are broken, and rounds begin again, at most RETREATS
+times."""
 RETREAT, RETREATS = 0.9, 4
+MENDING = 10
+"""Rounds that are left, where time is limited, when targets that are still not right are let go: what broke on the way
+to them needs these."""
 SCALINGS = 6
 """Halvings to find how far a step back is needed where rounds do not reach zero, on what is broken; and how often the
 rest may turn out to be broken there."""
@@ -112,14 +119,14 @@ def polish(
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
         insist: whether the steps go on for failing targets too, however far from being right these are. Targets that
-            are not right after some rounds are let go, those that count less first; of all weights that broke nothing
-            those that repair most count.
+            are not right after some rounds are let go, those that count less first, and all of them in time to mend
+            what broke; of all weights that broke nothing those that repair most count.
 
     Raises:
         ConfigurationError: the task has no margins.
     """
     check_needs(NEEDS, problem.before, problem.task)
-    deadline, one_pass = time.perf_counter() + seconds, problem.clock.one_pass
+    deadline, one_pass, one_round = time.perf_counter() + seconds, problem.clock.one_pass, 0.0
     if after is None:
         after, one_pass = _timed(problem, state)
     old, done, best = snapshot(problem.model), 0, None
@@ -131,9 +138,12 @@ def polish(
         if border.hopeless.any():
             break
         descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
-        for _ in range(ROUNDS):
+        for _ in range(INSISTING if insisted.any() else ROUNDS):
+            began = time.perf_counter()
+            if done and _is_late(problem, deadline - RESERVE * one_pass - MENDING * one_round):
+                insisted &= ~border.open
             border.steps(descent)
-            done += 1
+            done, one_round = done + 1, time.perf_counter() - began
             if not (border.open & border.followed).any():
                 after, one_pass = _timed(problem, descent.state())
                 border.seen(after)
@@ -278,12 +288,14 @@ class _Border:
             kept = self.problem.task.divergence(output, self.teacher(batch, rows, output.shape), batch.target)
             return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
 
+        ahead = int(self.open.sum()) if self.insisted.any() else 0
+        rate = RATE * min(max(1.0, FASTER * ahead), FASTEST)
         rows = torch.cat([core, rest])
         batches = deal(rows, self.generator)
         while 0 < len(batches) < STEPS:
             batches += deal(rows, self.generator)
         for parts in draw(self.problem, batches):
-            descent.step(parts, loss)
+            descent.step(parts, loss, rate=rate)
         self.margin = measured(self.problem, self.margin, found + self._look(descent.state(), core))
 
     def _close(self) -> Tensor:

@@ -112,7 +112,9 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
         bad, none = torch.arange(N) < k, torch.zeros(N, dtype=torch.bool)
         return Flips(~bad, bad, none, none)
 
-    def count(problem: Problem, state: State, strength: float, calibration: Calibration | None) -> StrengthPoint:
+    def count(
+        problem: Problem, state: State, strength: float, calibration: Calibration | None, after: Evidence | None
+    ) -> StrengthPoint:
         repaired = round(100 * strength)
         return StrengthPoint(
             strength, repaired, FlipCounts(100, 0, repaired, 200), aside(problem, state, CALIBRATION).counts()
