@@ -290,6 +290,23 @@ def test_what_was_said_is_remembered_where_there_is_room(
     assert teacher(batch, rows).tolist() == [[2.0, 0.0], [10.0, 0.0]]
 
 
+def test_only_those_are_asked_that_were_not_asked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, runs = teacher_problem()
+    teacher = Teacher(problem, STATES, WHICH)
+    teacher.prepare(torch.arange(4))
+    assert runs == []  # how large their table is going to be, the first answer tells
+    for batch, rows in parts_of(problem, 2, 1):
+        teacher(batch, rows)
+    runs.clear()
+    teacher.prepare(torch.arange(4))
+    assert sorted(runs) == [1, 1]
+    runs.clear()
+    teacher.prepare(torch.arange(4))
+    said = [teacher(batch, rows) for batch, rows in parts_of(problem, 0, 1, 2, 3)]
+    assert torch.cat(said)[:, 0].tolist() == [10.0, 2.0, 30.0, 4.0]
+    assert runs == []
+
+
 def test_a_teacher_is_not_confused_by_weights_that_are_being_moved() -> None:
     problem, _ = teacher_problem()
     teacher, steps = Teacher(problem, STATES, WHICH), Descent(problem, {}, SGD)

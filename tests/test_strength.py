@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,30 @@ def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int)
     clock = Clock(max_time=left)
     clock.seconds["collect"] = 1.0
     assert len(strength_path(problem(WRONG, SAFE, clock=clock), PATCH)) == counted
+
+
+def test_points_that_decide_nothing_take_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lightning_nrl.strength.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Clock, "elapsed", property(lambda clock: now[0] - 1000))
+    own = problem(WRONG, SAFE)
+    own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
+    patched, count = own.see(PATCH), []
+    for elapsed in (0, 41, 1000):
+        now[0] = 1000.0 + elapsed
+        count.append(len(find_strength(own, PATCH, Gate.instance(), after=patched).path))
+    assert count == [3, 5, 7]  # 1 is known; two seconds are for two more, 4.1 for four, 100 for all
+    now[0] = 1000.0
+    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, line(0.7, 9, label=0)), after=patched)
+    assert len(found.path) == 7
+
+
+def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
+    own, runs = problem(WRONG, RIGHT), []
+    after = own.see(PATCH)
+    own.model.register_forward_hook(lambda *_: runs.append(1))
+    assert strength_path(own, PATCH, (1.0,), after=after) == strength_path(own, PATCH, (1.0,))
+    assert len(runs) == 2  # of the second of these, one a split
 
 
 @pytest.mark.parametrize(

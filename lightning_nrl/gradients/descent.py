@@ -141,6 +141,18 @@ class Teacher:
         self._table: Tensor | None = None
         self._device = torch.device("cpu")
 
+    def prepare(self, rows: Tensor) -> None:
+        """Asks now about those of some rows that nobody asked about yet: a batch with one of them is asked about whole.
+
+        Args:
+            rows: of the evidence, of any rank's share, `n` int64.
+        """
+        if self._table is None:
+            return
+        for parts in draw(self._problem, rows[~self._known[rows]].split(BATCH)):
+            for batch, places in parts:
+                self(batch, places)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
         """The logits, on the device of the model.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.evidence import Evidence
-from lightning_nrl.gradients.polish import SAFE, TYPICAL
+from lightning_nrl.gradients.border import SAFE, TYPICAL
 from lightning_nrl.gradients.whitening import Whitening, slopes, whitened
 from lightning_nrl.needs import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution, Step

@@ -19,7 +19,7 @@ from lightning_nrl import Fitness, Gate, Multiclass, NeuRecoverLite, TensorSourc
 from lightning_nrl.bounds import binomial_cdf, upper_limit
 from lightning_nrl.bounds.binomial import limit_at_level
 from lightning_nrl.calibrated import WALKED, limit_after
-from lightning_nrl.evidence import collect
+from lightning_nrl.evidence import Evidence, collect
 from lightning_nrl.flips import FlipCounts, Flips
 from lightning_nrl.methods import Problem
 from lightning_nrl.report import StrengthPoint

@@ -34,6 +34,7 @@ from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Multiclass, Target, TensorSource
 from lightning_nrl.flips import Flips
+from lightning_nrl.gradients import border
 from lightning_nrl.gradients import polish as module
 from lightning_nrl.gradients.polish import Polished, polish
 from lightning_nrl.methods import Problem
@@ -292,8 +293,8 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_broken_samples_than_are_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST", 2)
-    monkeypatch.setattr(module, "REST", 0)
+    monkeypatch.setattr(border, "FOLLOW", 2)
+    monkeypatch.setattr(border, "REST", 0)
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, 2, 0.6001, 0.6, 0.6002, 0.6004, 0.6003, 0.7)])
@@ -303,6 +304,45 @@ def test_more_broken_samples_than_are_followed_at_once(monkeypatch: pytest.Monke
     assert (given.repaired, given.broken) == (1, 5)
     found = checked(problem, polish(problem, given.state))
     assert (found.repaired, found.strength) == (1, 1.0)
+
+
+def crowded(wrong: int = 60) -> Problem:
+    """A network that has learned by heart, and some of it wrongly: of 400 points 60 are to be learned anew."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 16, generator=generator), torch.randint(0, 3, (400,), generator=generator)
+    learned = torch.cat([(y[:wrong] + 1) % 3, y[wrong:]])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 256), nn.ReLU(), nn.Linear(256, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), learned).backward()
+        optimizer.step()
+    return make_problem(model, [TensorSource(x, y, "all", passed=True, failed=True)])
+
+
+def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = crowded()
+    counts = int(problem.before.targeted.sum()), int(problem.before.passed.sum())
+    assert counts == (60, 340)
+    found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
+    assert found.repaired == 60
+    monkeypatch.setattr(border, "FASTEST", 1.0)
+    assert polish(problem, {}, after=problem.before, insist=True).repaired < 30
+
+
+def test_where_time_is_short_some_of_many_are_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, now, found = crowded(), [0.0], {}
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    problem.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1.0))
+    for seconds in (100, 500, 3_000):
+        now[0] = 0.0
+        found[seconds] = checked(
+            problem, polish(problem, {}, after=problem.before, insist=True, seconds=seconds)
+        ).repaired
+        assert now[0] < seconds + 60  # a round more at the most, and the way back
+    assert 0 < found[100] < found[500] < found[3_000] == 60
 
 
 def test_a_task_without_margins_is_refused() -> None:
