@@ -31,9 +31,12 @@ GRID = tuple(step / 20 for step in range(1, 27))
 STATES = len(GRID) + sum(t < 1 for t in GRID)
 """Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
 
-SHARE, LEAST = 0.1, 2.0
-"""Points that decide nothing, as none does without calibration data, may take this part of the time that the repair
-took before them, or so many seconds."""
+SHARE = 0.1
+"""Points that decide nothing, as none does without calibration data, are counted for this part of the time that the
+repair took before them."""
+
+FEW = 4096
+"""So few known samples are counted at all points, however long that takes: the report is the same each time."""
 
 POLISHES = 3
 """Polishes at most in the search for the strongest: each may break calibration samples that were not broken before."""
@@ -109,7 +112,11 @@ def find_strength(
         after: what the model does on known data under the patch, if that is known already.
     """
     points = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
-    seconds = math.inf if calibration is not None else max(SHARE * problem.clock.elapsed, LEAST)
+    seconds = math.inf
+    if calibration is None:
+        # Nothing is decided: what the patch does on the way to it comes first.
+        points = tuple(sorted(points, key=lambda strength: strength > 1))
+        seconds = SHARE * problem.clock.elapsed if len(problem.before) > FEW else math.inf
     path = strength_path(problem, state, points, calibration=calibration, gate=gate, after=after, seconds=seconds)
     way = _Way(problem, state, gate, calibration, {point.strength: point for point in path})
     if limit is None and fixed is None and any(point.strength == 1 and math.isinf(point.cost_aside) for point in path):
@@ -144,7 +151,7 @@ def strength_path(
         calibration: data that are counted too.
         gate: how many known samples may break; None: none beyond 1.
         after: what the model does on known data at 1, if that is known already.
-        seconds: what is spent at most, as far as the pace of the points before tells; the first is counted anyway.
+        seconds: after which no further point is begun; the first is counted anyway.
 
     Returns:
         The points that were counted, ascending; the same on every rank.
@@ -153,7 +160,7 @@ def strength_path(
     found: list[StrengthPoint] = []
     took, most, start = 0.0, math.inf, time.perf_counter()
     for strength in points:
-        if found and (_short_of_time(problem, took) or _is_over(problem, time.perf_counter() + took - start, seconds)):
+        if found and (_short_of_time(problem, took) or _is_over(problem, time.perf_counter() - start, seconds)):
             break
         if strength > most:
             continue
@@ -330,8 +337,8 @@ def _aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
 
 
 def _is_over(problem: Problem, spent: float, seconds: float) -> bool:
-    """Whether more than so many seconds are spent on any rank."""
-    return math.isfinite(seconds) and problem.collective.any(spent > seconds)
+    """Whether so many seconds are spent on any rank."""
+    return math.isfinite(seconds) and problem.collective.any(spent >= seconds)
 
 
 def _short_of_time(problem: Problem, took: float) -> bool:

@@ -73,13 +73,16 @@ def test_points_that_decide_nothing_take_a_tenth_of_the_time(monkeypatch: pytest
     own = problem(WRONG, SAFE)
     own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
     patched, count = own.see(PATCH), []
-    for elapsed in (0, 41, 1000):
+    monkeypatch.setattr("lightning_nrl.strength.FEW", 6)
+    for elapsed in (0, 21, 41, 1000):
         now[0] = 1000.0 + elapsed
         count.append(len(find_strength(own, PATCH, Gate.instance(), after=patched).path))
-    assert count == [3, 5, 7]  # 1 is known; two seconds are for two more, 4.1 for four, 100 for all
-    now[0] = 1000.0
+    assert count == [1, 4, 6, 7]  # 1 is known; 2.1 seconds are for three more, 4.1 for five, 100 for all
+    now[0] = 1000.0  # no time at all
     found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, line(0.7, 9, label=0)), after=patched)
     assert len(found.path) == 7
+    monkeypatch.setattr("lightning_nrl.strength.FEW", 7)
+    assert len(find_strength(own, PATCH, Gate.instance(), after=patched).path) == 7
 
 
 def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
