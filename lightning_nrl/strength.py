@@ -111,11 +111,11 @@ def find_strength(
             the gate, once it is polished, is taken.
         after: what the model does on known data under the patch, if that is known already.
     """
-    points = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
+    points: tuple[float, ...] = POINTS if fixed is None or fixed in POINTS else (fixed, *POINTS)
     seconds = math.inf
     if calibration is None:
         # Nothing is decided: what the patch does on the way to it comes first.
-        points = tuple(sorted(points, key=lambda strength: strength > 1))
+        points = tuple(sorted(points, key=lambda strength: (strength != fixed, strength > 1)))
         seconds = SHARE * problem.clock.elapsed if len(problem.before) > FEW else math.inf
     path = strength_path(problem, state, points, calibration=calibration, gate=gate, after=after, seconds=seconds)
     way = _Way(problem, state, gate, calibration, {point.strength: point for point in path})

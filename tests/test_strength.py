@@ -85,6 +85,16 @@ def test_points_that_decide_nothing_take_a_tenth_of_the_time(monkeypatch: pytest
     assert len(find_strength(own, PATCH, Gate.instance(), after=patched).path) == 7
 
 
+@pytest.mark.parametrize("fixed", [0.3, 1.15, 1.2])
+def test_a_strength_that_was_asked_for_is_counted_even_without_time(
+    fixed: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_nrl.strength.FEW", 0)
+    monkeypatch.setattr(Clock, "elapsed", 0.0)
+    found = find_strength(problem(WRONG, SAFE), PATCH, Gate.instance(), fixed=fixed)
+    assert (found.chosen, strengths(found.path)) == (fixed, [fixed])
+
+
 def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
     own, runs = problem(WRONG, RIGHT), []
     after = own.see(PATCH)

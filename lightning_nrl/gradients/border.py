@@ -40,8 +40,9 @@ FEW = 32
 STEPS = 8
 """In a round, at the least: few samples are gone through several times."""
 HOLD = 5
-PRESSURE = 1.4
-"""What a broken sample's weight in the loss is multiplied with, round by round, until it is right."""
+PRESSURE, MOST_PRESSURE = 1.4, 1e3
+"""What a broken sample's weight in the loss is multiplied with, round by round, until it is right, and what it becomes
+at most: half precisions end at some 60,000."""
 
 
 class Border:
@@ -99,6 +100,7 @@ class Border:
         """A round: steps on the samples near the border and as many others, then their margins again."""
         before = self.problem.before
         self.pressure[self.open] *= PRESSURE
+        self.pressure.clamp_(max=MOST_PRESSURE)
         wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > self.reach)
         wanted |= self.insisted & (self.margin < self.unit * NEAR)
         near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)

@@ -139,15 +139,16 @@ class Teacher:
         self._problem, self._which = problem, which
         self._known = torch.zeros(len(which), dtype=torch.bool)
         self._table: Tensor | None = None
+        self._varied = False
         self._device = torch.device("cpu")
 
     def prepare(self, rows: Tensor) -> None:
-        """Asks now about those of some rows that nobody asked about yet: a batch with one of them is asked about whole.
+        """Asks about those of some rows that nobody asked about yet; a batch with one of them is asked about whole.
 
         Args:
             rows: of the evidence, of any rank's share, `n` int64.
         """
-        if self._table is None:
+        if self._table is None or self._varied:
             return
         for parts in draw(self._problem, rows[~self._known[rows]].split(BATCH)):
             for batch, places in parts:
@@ -181,6 +182,8 @@ class Teacher:
         if self._table is not None and said.shape[1:] == self._table.shape[1:]:
             self._table[rows] = said.cpu()
             self._known[rows] = True
+        elif self._table is not None:
+            self._varied = True
         return said
 
 

@@ -105,11 +105,14 @@ def polish(
         after, one_pass = _timed(problem, state)
     old, done, best = snapshot(problem.model), 0, None
     wanted = _Wanted(problem, problem.before.targeted & insist & after.loss.isfinite())
-    wanted.insist(deadline - RESERVE * one_pass)
+    wanted.limit(deadline - RESERVE * one_pass)
     for retreats in range(RETREATS + 1):
         border = Border(problem, state, after, wanted.insisted)
         if not border.open.any():
-            return _most(best, _polished(problem, state, after, done, RETREAT**retreats))
+            best = _most(best, _polished(problem, state, after, done, RETREAT**retreats))
+            if math.isinf(deadline) or wanted.all_insisted or _is_late(problem, deadline - RESERVE * one_pass):
+                return best
+            wanted.insist(border, deadline - RESERVE * one_pass)
         if border.hopeless.any():
             break
         descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
@@ -129,7 +132,7 @@ def polish(
                     best = _most(best, found)
                     if not gained or math.isinf(deadline) or wanted.all_insisted:
                         return best
-                    wanted.insist(deadline - RESERVE * one_pass)
+                    wanted.insist(border, deadline - RESERVE * one_pass)
                     left, fewest = ROUNDS, math.inf
             if _is_late(problem, deadline - RESERVE * one_pass):
                 return _most(best, _scaled_back(problem, border, descent.state(), done, deadline))
@@ -159,17 +162,23 @@ class _Wanted:
     def __init__(self, problem: Problem, rows: Tensor) -> None:
         self.problem, self.weight = problem, problem.before.weight
         self.rows, self.insisted = rows, rows.clone()
-        self._rounds, self._most, self._until = 0, INSISTING / 2, math.inf
+        self._rounds, self._most, self._until = 0, INSISTING, math.inf
 
     @property
     def all_insisted(self) -> bool:
         return torch.equal(self.insisted, self.rows)
 
-    def insist(self, deadline: float) -> None:
-        """From now on on all of them; where time is limited for some rounds, twice as many each time."""
+    def limit(self, deadline: float) -> None:
+        """From now on they are insisted on for some rounds, if time is limited, or for a part of it."""
         now = time.perf_counter()
+        self._rounds, self._until = 0, now + PART * (deadline - now)
+
+    def insist(self, border: Border, deadline: float) -> None:
+        """Takes all of them up again, for twice as many rounds."""
         self.insisted |= self.rows
-        self._rounds, self._most, self._until = 0, 2 * self._most, now + PART * (deadline - now)
+        border.followed |= self.rows
+        self._most *= 2
+        self.limit(deadline)
 
     def round(self, border: Border) -> None:
         """Before each round: lets go of what is not right where it is time to."""
@@ -179,8 +188,13 @@ class _Wanted:
         self._rounds += 1
 
     def give_up(self, border: Border) -> None:
-        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same."""
+        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same.
+
+        If all are right and something is broken all the same, those that it took most to get right are in its way.
+        """
         late = self.insisted & border.open
+        if not late.any() and self.insisted.any():
+            late = self.insisted & (border.pressure >= border.pressure[self.insisted].max())
         if late.any():
             chosen = late & (self.weight <= self.weight[late].median())
             self.insisted &= ~chosen

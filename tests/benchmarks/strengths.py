@@ -113,7 +113,7 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
         return Flips(~bad, bad, none, none)
 
     def count(
-        problem: Problem, state: State, strength: float, calibration: Calibration | None, after: Evidence | None
+        problem: Problem, state: State, strength: float, calibration: Calibration | None, after: Evidence | None = None
     ) -> StrengthPoint:
         repaired = round(100 * strength)
         return StrengthPoint(
