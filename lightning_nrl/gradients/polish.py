@@ -27,10 +27,10 @@ from lightning_nrl.state import State, between, snapshot
 __all__ = ["Polished", "polish"]
 
 NEEDS: tuple[Need, ...] = ("margins",)
-ROUNDS = 20
+ROUNDS, ROUNDS_IN_ALL = 20, 100
 """Rounds that either suffice or will not, with targets that are insisted on since the last one that left fewer samples
-open than ever; then all weights go back to RETREAT of the way from the original ones, where fewer samples are broken,
-and rounds begin again, at most RETREATS times."""
+open than ever, as long as these are not more than so many in all; then all weights go back to RETREAT of the way from
+the original ones, where fewer samples are broken, and rounds begin again, at most RETREATS times."""
 RETREAT, RETREATS = 0.9, 4
 INSISTING, PART = 4, 0.4
 """Where time is limited, targets are insisted on for so many rounds, or for this part of it; then those that are not
@@ -121,8 +121,9 @@ def polish(
             wanted.round(border)
             border.steps(descent)
             done, now = done + 1, int(border.open.sum())
-            left = ROUNDS if wanted.insisted.any() and now < fewest else left - 1
-            fewest = min(fewest, now)
+            left -= 1
+            if wanted.insisted.any() and now < fewest:
+                left, fewest = min(ROUNDS, max(left, ROUNDS_IN_ALL - done)), now
             if not (border.open & border.followed).any():
                 after, one_pass = _timed(problem, descent.state())
                 border.seen(after)
