@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lightning_nrl import RepairReport, Target, repair
-from lightning_nrl.paper import paper_arguments
+from lightning_nrl.presets import paper_arguments
 
 ANY = {"gate": "tolerance:100%"}  # the paper has no gate: what its settings give is taken, whatever it breaks
 SETTINGS = {

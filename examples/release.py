@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_nrl import ReleaseGate, Target, repair
-from lightning_nrl.gate import ProtectedIntact
+from lightning_nrl.release import ProtectedIntact
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -1,4 +1,4 @@
-"""What the package raises. A message names the argument in backticks, says what was found, and ends with a hint."""
+"""What the package raises and warns of. A message names the argument, says what was found, and ends with a hint."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from collections.abc import Sequence
 
 __all__ = [
     "ConfigurationError",
+    "DataWarning",
     "EmptyLocalizationError",
-    "EvidenceError",
+    "EvaluationError",
+    "LoggingWarning",
+    "NotRepairedWarning",
+    "PerformanceWarning",
     "RepairError",
+    "RepairWarning",
     "ReplayError",
+    "TrainingWarning",
     "check_choice",
     "check_kind",
     "explain",
@@ -25,7 +31,7 @@ class ConfigurationError(RepairError, ValueError):
     """An argument cannot be used as given; found before training wherever it can be."""
 
 
-class EvidenceError(RepairError):
+class EvaluationError(RepairError):
     """The known data cannot serve as evidence, for instance because the original model gives NaN losses."""
 
 
@@ -35,6 +41,30 @@ class EmptyLocalizationError(RepairError):
 
 class ReplayError(RepairError):
     """The part of the network after a layer cannot be run on its own."""
+
+
+class RepairWarning(UserWarning):
+    """Base of every warning of this package, so that they can be filtered together."""
+
+
+class NotRepairedWarning(RepairWarning):
+    """The repair ended without new weights; the model is as training left it."""
+
+
+class DataWarning(RepairWarning):
+    """The data is not what a repair can rely on, such as samples that change from pass to pass."""
+
+
+class TrainingWarning(RepairWarning):
+    """Something around the training is not as asked for, such as a training that cannot go on."""
+
+
+class PerformanceWarning(RepairWarning):
+    """The result is the same, but takes longer than it has to."""
+
+
+class LoggingWarning(RepairWarning):
+    """A logger took no result; result and files are not affected."""
 
 
 def explain(problem: str, hint: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_nrl.collective import Collective
+from lightning_nrl._utils.distributed import Collective
 
 Result = TypeVar("Result")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
 
 from lightning_nrl import RegressionFreeRepair
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = [path for path in sorted((ROOT / "examples").rglob("*.py")) if "__main__" in path.read_text()]
 

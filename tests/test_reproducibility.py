@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import (
-    Everything,
+    AllWeights,
     Fitness,
     Gate,
     Outcome,
@@ -20,10 +20,10 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl.batches import Batch
-from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.known import passed_rows
-from lightning_nrl.search import Spread, search
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.pipeline.input_checks import passed_rows
+from lightning_nrl.search import WeightStats, search
 from lightning_nrl.tasks import Multiclass
 
 
@@ -117,15 +117,15 @@ def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
 
 
 def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[Spread] = []
+    given: list[WeightStats] = []
 
-    def listen(*args: Any, spread: Spread, **kwargs: Any) -> Any:
+    def listen(*args: Any, spread: WeightStats, **kwargs: Any) -> Any:
         given.append(spread)
         return search(*args, spread=spread, **kwargs)
 
-    monkeypatch.setattr("lightning_nrl.methods.swarm.search", listen)
+    monkeypatch.setattr("lightning_nrl.methods.local_search.search", listen)
     model = trained()
-    repair_module(model, known(), quick(layer=["0", "2"], localizer=Everything(include_bias=True)))
+    repair_module(model, known(), quick(layer=["0", "2"], localizer=AllWeights(include_bias=True)))
     parameters = [model[0].weight, model[0].bias, model[2].weight, model[2].bias]
     expected = torch.cat([p.detach().max().expand(p.numel()) for p in parameters])
     assert torch.equal(torch.as_tensor(given[0].highest), expected)
@@ -158,5 +158,5 @@ def test_the_gate_counts_known_samples_that_were_not_drawn() -> None:
     assert sum(split.broken for split in outcome.report.candidate) > 0
 
 
-def collected(model: nn.Module, sources: Any) -> Evidence:
+def collected(model: nn.Module, sources: Any) -> SampleResults:
     return collect(model.eval(), sources, task=Multiclass())

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, TensorSource
-from lightning_nrl.evidence import collect
-from lightning_nrl.methods import Problem
-from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State
-from lightning_nrl.strength import Calibration
-from lightning_nrl.targets import AllFailures
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.pipeline.line_search import Calibration
+from lightning_nrl.problem import Problem
 
 PATCH: State = {"weight": torch.tensor([[0.0], [1.0]])}
 

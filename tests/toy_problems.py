@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from toy_repairs import blobs
 
 from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
-from lightning_nrl.batches import Batch
-from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.methods import Problem
-from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State, between, holding, snapshot
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.state import State, between, holding, snapshot
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.problem import Problem
 from lightning_nrl.tasks import Task
 
 
@@ -183,7 +183,7 @@ def same(one: State, other: State) -> bool:
     )
 
 
-def same_evidence(one: Evidence, other: Evidence) -> bool:
+def same_evidence(one: SampleResults, other: SampleResults) -> bool:
     return torch.equal(one.passed, other.passed) and torch.allclose(one.margin, other.margin, atol=1e-5)
 
 

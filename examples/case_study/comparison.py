@@ -23,9 +23,9 @@ from rich import box, print
 from rich.table import Table
 
 from lightning_nrl import Comparison, ConfigurationError, compare
-from lightning_nrl.baselines import BASELINES
+from lightning_nrl.analysis.baselines import BASELINES
 
-REPAIR = "constrained"
+REPAIR = "finetune-polish"
 
 
 def compared(experiment: str, seed: int, folder: Path, **arguments: object) -> Comparison:

@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from questions import Tables, fewest_broken, interval, like
 
-from lightning_nrl.baselines import BASELINES
-from lightning_nrl.comparison import Comparison
-from lightning_nrl.comparison.picture import COLOURS, FAINT, INK, label_points
-from lightning_nrl.flips import FlipCounts
-from lightning_nrl.paper import TABLE_II
+from lightning_nrl.analysis.baselines import BASELINES
+from lightning_nrl.analysis.comparison import Comparison
+from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, INK, label_points
+from lightning_nrl.analysis.sweep import Run, SweepResult
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.presets import TABLE_II
 from lightning_nrl.report import RepairReport
-from lightning_nrl.sweeps import Run, SweepResult
 
 BLUE, VERMILLION, GREEN = COLOURS[:3]
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}

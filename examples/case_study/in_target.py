@@ -14,8 +14,8 @@ import torch
 from network import Scenes, VehicleNet
 from torch import Tensor
 
-from lightning_nrl.flips import FlipCounts
-from lightning_nrl.sweeps import SweepResult
+from lightning_nrl.analysis.sweep import SweepResult
+from lightning_nrl.evaluation.flips import FlipCounts
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from grid import LINES, Line
 from in_target import InTarget
 from scipy.stats import t
 
-from lightning_nrl.bounds import lower_limit, upper_limit
-from lightning_nrl.paper import PaperRow
-from lightning_nrl.sweeps import Run
+from lightning_nrl.analysis.sweep import Run
+from lightning_nrl.presets import PaperRow
+from lightning_nrl.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""

@@ -31,9 +31,9 @@ from rich.markdown import Markdown
 from vehicles import PAK
 
 from lightning_nrl import sweep
-from lightning_nrl.fitness import LOSS_TERMS
-from lightning_nrl.paper import TABLE_II, PaperRow
-from lightning_nrl.sweeps import SweepResult
+from lightning_nrl.analysis.sweep import SweepResult
+from lightning_nrl.presets import TABLE_II, PaperRow
+from lightning_nrl.search.fitness import LOSS_TERMS
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}
 IN_TARGET = "in_target.csv"

@@ -30,16 +30,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_nrl import (
-    PositiveCongruentTraining,
-    RepairReport,
-    choose_share,
-    interpolate,
-    repair,
-)
-from lightning_nrl.flips import FlipCounts
-from lightning_nrl.switch import WeightedEnsemble, choose_threshold, choose_weight
-from lightning_nrl.switch.rule import SwitchRule
+from lightning_nrl import PositiveCongruentTraining, RepairReport, choose_share, interpolate, repair
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.serving import WeightedEnsemble, choose_threshold, choose_weight
+from lightning_nrl.serving.margin_switch import SwitchRule
 
 UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
 LIMIT = 0.005

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evidence import Evidence
-from lightning_nrl.flips import FlipCounts, Flips
-from lightning_nrl.importance.quotas import below
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.quotas import below
 
 __all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "allowance", "judge", "read_number", "spared"]
 
@@ -192,7 +192,9 @@ class Verdict:
         return self.status == "repaired"
 
 
-def judge(before: Evidence, after: Evidence, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})) -> Verdict:
+def judge(
+    before: SampleResults, after: SampleResults, gate: Gate, needed: Mapping[str, int] = MappingProxyType({})
+) -> Verdict:
     """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
 
     A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
@@ -208,7 +210,7 @@ def judge(before: Evidence, after: Evidence, gate: Gate, needed: Mapping[str, in
         The verdict, the same on every rank if the tables are.
 
     Raises:
-        EvidenceError: the tables are not about the same samples in the same order.
+        EvaluationError: the tables are not about the same samples in the same order.
     """
     flips = Flips.between(before, after)
     counts, target = flips.counts(), flips.counts(before.targeted)
@@ -236,13 +238,13 @@ def judge(before: Evidence, after: Evidence, gate: Gate, needed: Mapping[str, in
     )
 
 
-def spared(verdict: Verdict, before: Evidence, after: Evidence) -> Verdict:
+def spared(verdict: Verdict, before: SampleResults, after: SampleResults) -> Verdict:
     """The verdict on a candidate that was accepted, refused if it breaks a protected calibration sample."""
     words = _counted(before, Flips.between(before, after), "calibration ", only_protected=True)
     return replace(verdict, status="refused", reason=f"{verdict.reason}{words}") if words else verdict
 
 
-def _counted(before: Evidence, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
+def _counted(before: SampleResults, flips: Flips, kind: str = "", *, only_protected: bool = False) -> str:
     """What broken samples count, where they do not count alike; empty if they do."""
     protected = before.ids(flips.broken & before.protected)
     split = ", ".join(f"{len(ids):,} in {name}" for name, ids in protected.items() if ids)
@@ -277,7 +279,7 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     return f"the gate allows {gate.rule}{here}"
 
 
-def _warning(after: Evidence) -> str:
+def _warning(after: SampleResults) -> str:
     n = int((~after.loss.isfinite()).sum())
     return f" The loss is not finite on {n:,} known sample{'s' if n != 1 else ''}; they count as wrong." if n else ""
 

@@ -1,6 +1,6 @@
 """Which weights are worth searching: the impact of each, and the sets they are chosen by."""
 
-from lightning_nrl.localization.everything import Everything
+from lightning_nrl.localization.all_weights import AllWeights
 from lightning_nrl.localization.impact import Aggregation, measure
 from lightning_nrl.localization.localization import Impact, Localization
 from lightning_nrl.localization.localizer import Localizer
@@ -8,7 +8,7 @@ from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n
 
 __all__ = [
     "Aggregation",
-    "Everything",
+    "AllWeights",
     "Impact",
     "Localization",
     "Localizer",

@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl.collective import Collective
-from lightning_nrl.errors import ConfigurationError, EvidenceError, ReplayError, explain
-from lightning_nrl.localization.layers import (
+from lightning_nrl._model.layers import LayerRef, ParameterSpace
+from lightning_nrl._model.weight_grad import (
     absolute_input,
     bias_gradient,
     bias_gradients,
@@ -23,9 +22,10 @@ from lightning_nrl.localization.layers import (
     weight_gradient,
     weight_gradients,
 )
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import at_least_float32, no_autocast, repeatable_gradients, widest
+from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError, explain
 from lightning_nrl.localization.localization import Impact
-from lightning_nrl.precision import at_least_float32, no_autocast, repeatable_gradients, widest
-from lightning_nrl.sites import Site, WeightSpace
 from lightning_nrl.tasks import Task
 
 __all__ = ["Aggregation", "Replay", "check_aggregation", "measure"]
@@ -44,7 +44,7 @@ class Replay(Protocol):
     """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
 
     @property
-    def space(self) -> WeightSpace:
+    def space(self) -> ParameterSpace:
         """The layers to be repaired."""
         ...
 
@@ -52,7 +52,7 @@ class Replay(Protocol):
         """This rank's samples that `keep` marks by row of the evidence, at most `size` at once: `rows` and `target`."""
         ...
 
-    def replay(self, chunk: Any, edit: Callable[[Site, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
+    def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
         """The logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
         ...
 
@@ -96,7 +96,7 @@ def measure(
 
     Raises:
         ConfigurationError: an unknown aggregation.
-        EvidenceError: no sample is marked on any rank, or an impact is not finite.
+        EvaluationError: no sample is marked on any rank, or an impact is not finite.
         ReplayError: a layer is never called or its output detached; for `per_sample`, samples that are not the first
             dimension of its input.
     """
@@ -123,12 +123,12 @@ class _Sums(NamedTuple):
     samples: Tensor  # 1
 
     @classmethod
-    def of(cls, space: WeightSpace, flat: Tensor) -> _Sums:
+    def of(cls, space: ParameterSpace, flat: Tensor) -> _Sums:
         sites = len(space.sites)
         return cls(flat, *flat.split([space.size, space.size, sites, sites, 1]))
 
     @classmethod
-    def zeros(cls, space: WeightSpace) -> _Sums:
+    def zeros(cls, space: ParameterSpace) -> _Sums:
         size = 2 * space.size + 2 * len(space.sites) + 1
         return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
 
@@ -167,7 +167,7 @@ def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list
     sites = recording.space.sites
     seen: list[tuple[int, Tensor, Tensor]] = []
 
-    def add_zero(site: Site, x: Tensor, output: Tensor) -> Tensor:
+    def add_zero(site: LayerRef, x: Tensor, output: Tensor) -> Tensor:
         zero = torch.zeros_like(output, requires_grad=True)
         # A copy, since the model may go on to change its own tensors in place.
         seen.append((sites.index(site), x.detach().clone(), zero))
@@ -208,7 +208,7 @@ def _gradients(losses: Tensor, each: Tensor, zeros: Sequence[Tensor]) -> Sequenc
         return torch.autograd.grad(losses, zeros, each, retain_graph=True, materialize_grads=True)
 
 
-def _absolute_gradients(site: Site, calls: Sequence[_Call], n: int) -> Tensor:
+def _absolute_gradients(site: LayerRef, calls: Sequence[_Call], n: int) -> Tensor:
     """Sum over samples of the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
@@ -224,15 +224,15 @@ def _absolute_gradients(site: Site, calls: Sequence[_Call], n: int) -> Tensor:
     return total
 
 
-def _flat(site: Site, weight: Tensor, bias: Tensor) -> Tensor:
+def _flat(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
     """A site's part of the flat vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
-def _mean(space: WeightSpace, sums: _Sums) -> Impact:
+def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
     """Impacts from the sums over all samples of all ranks."""
     if not sums.samples.item():
-        raise EvidenceError(
+        raise EvaluationError(
             explain("`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank.")
         )
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
@@ -249,7 +249,7 @@ def _mean(space: WeightSpace, sums: _Sums) -> Impact:
     backward = sums.gradient.abs() / sums.samples
     forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
     if not bool((backward + forward).isfinite().all()):
-        raise EvidenceError(
+        raise EvaluationError(
             explain(
                 "`layer`: impacts are not finite.",
                 "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
@@ -258,7 +258,7 @@ def _mean(space: WeightSpace, sums: _Sums) -> Impact:
     return Impact(backward, forward, int(sums.samples))
 
 
-def _not_by_sample(site: Site) -> ReplayError:
+def _not_by_sample(site: LayerRef) -> ReplayError:
     return ReplayError(
         explain(
             f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",

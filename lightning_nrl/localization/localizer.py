@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightning_nrl.collective import Collective
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.localization.impact import Replay
 from lightning_nrl.localization.localization import Localization
 from lightning_nrl.tasks import Task

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl.collective import Collective
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
 from lightning_nrl.localization.impact import Aggregation, Replay, check_aggregation, measure
 from lightning_nrl.localization.localization import Impact, Localization

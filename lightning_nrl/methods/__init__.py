@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
-from lightning_nrl.methods.constrained import Constrained
+from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.linearised import Linearised
-from lightning_nrl.methods.polishing import Polish
-from lightning_nrl.methods.strongest import Strongest
-from lightning_nrl.methods.swarm import by_swarm
-from lightning_nrl.problem import Method, Problem, Proposal, Solution, Step, Training, better
+from lightning_nrl.methods.finetune_polish import FineTunePolish
+from lightning_nrl.methods.linearized import Linearized
+from lightning_nrl.methods.local_search import by_swarm
+from lightning_nrl.methods.polish_weights import Polish
+from lightning_nrl.problem.problem import Method, Problem, Proposal, Solution, Training, better
+from lightning_nrl.report.stages import Step
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = [
     "METHODS",
-    "Constrained",
+    "Auto",
     "Convex",
-    "Linearised",
+    "FineTunePolish",
+    "Linearized",
     "Method",
     "Polish",
     "Problem",
     "Proposal",
     "Solution",
     "Step",
-    "Strongest",
     "Training",
     "better",
     "parse_method",
@@ -31,10 +32,10 @@ __all__ = [
 ]
 
 METHODS: dict[str, type] = {
-    "auto": Strongest,
-    "constrained": Constrained,
+    "auto": Auto,
+    "finetune-polish": FineTunePolish,
     "convex": Convex,
-    "linearised": Linearised,
+    "linearized": Linearized,
     "swarm": ParticleSwarm,
 }
 """The methods that can be named, with their default settings."""

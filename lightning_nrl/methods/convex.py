@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._convex.head import ConvexHead, follow
+from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl._scoring.activation_cache import Chunk
+from lightning_nrl._scoring.replay_plan import same_values
+from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evidence import Evidence
-from lightning_nrl.methods.swarm import half, rows
-from lightning_nrl.needs import Need, check_needs
-from lightning_nrl.precision import at_least_float32
-from lightning_nrl.problem import Problem, Proposal, Solution, Step
-from lightning_nrl.scoring import Recording, record
-from lightning_nrl.scoring.planning import same_values
-from lightning_nrl.scoring.recording import Chunk
-from lightning_nrl.search.head import Head, follow
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.methods.local_search import half, rows
+from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.report.stages import Step
 
 __all__ = ["Convex"]
 
@@ -95,7 +96,7 @@ def _check(problem: Problem) -> None:
         raise ConfigurationError(
             explain(
                 f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
-                "leave `layer` at 'auto', or use `method='linearised'`.",
+                "leave `layer` at 'auto', or use `method='linearized'`.",
             )
         )
     check_needs(Convex.needs, problem.before, problem.task)
@@ -121,7 +122,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         raise ConfigurationError(
             explain(
                 f"`method='convex'`: the output of `layer={site.name!r}` is not what the model returns as logits.",
-                "name the last Linear layer, or use `method='linearised'`.",
+                "name the last Linear layer, or use `method='linearized'`.",
             )
         )
     n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
@@ -136,7 +137,7 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     return features, logits
 
 
-def _direct(recording: Recording, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
+def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
     """A chunk's input and output of the layer; None unless the output is what the model returns."""
     if recording.replayable(chunk):
         x, y = recording.site(chunk)
@@ -172,7 +173,7 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
     before, device = problem.before, features.device
     known = (before.passed | before.targeted).to(device)
     weight = before.weight.to(features)[known] if before.weighted else None
-    head = Head(
+    head = ConvexHead(
         features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
     )
     fold = _folds(problem).to(device)[known]
@@ -220,7 +221,7 @@ def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, s
     gaps = (new.gather(1, before.label[:, None]) - new).scatter(1, before.label[:, None], torch.inf).amin(1)
     loss = F.cross_entropy(new, before.label, reduction="none")
     prediction = new.argmax(1)
-    after: Evidence = replace(
+    after: SampleResults = replace(
         before, prediction=prediction, passed=prediction == before.label, margin=gaps, loss=loss.to(before.loss)
     )
     return problem.counted(f"convex {strength:g}", _state(problem, change), after)

@@ -2,13 +2,13 @@
 
 from lightning_nrl.metrics import functional
 from lightning_nrl.metrics.compatibility import BackwardErrorCompatibility, BackwardTrustCompatibility
-from lightning_nrl.metrics.flips import (
+from lightning_nrl.metrics.flip_rates import (
     NegativeFlipImpact,
     NegativeFlipRate,
     PositiveFlipRate,
     RelativeNegativeFlipRate,
 )
-from lightning_nrl.metrics.repair import BreakRate, RepairRate
+from lightning_nrl.metrics.repair_rates import BreakRate, RepairRate
 
 __all__ = [
     "BackwardErrorCompatibility",

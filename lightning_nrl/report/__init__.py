@@ -1,14 +1,14 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table."""
 
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
-from lightning_nrl.report.page import Page
-from lightning_nrl.report.parts import Hashes, LocalizationReport, SearchReport
-from lightning_nrl.report.report import RepairReport, Status, installed_versions
-from lightning_nrl.report.slices import SetAside, SliceReport, set_aside, slice_reports
-from lightning_nrl.report.split import Role, SplitReport, pool, split_report
+from lightning_nrl.report.document import Page
+from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions
+from lightning_nrl.report.slice_reports import SetAside, SliceReport, set_aside, slice_reports
+from lightning_nrl.report.splits import Role, SplitReport, pool, split_report
+from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step
 from lightning_nrl.report.strength import StrengthPoint
-from lightning_nrl.report.update import UpdateSplit, pool_updates, update_split, update_words
-from lightning_nrl.report.weights import WeightChange, hash_tensors
+from lightning_nrl.report.updates import UpdateSplit, pool_updates, update_split, update_words
+from lightning_nrl.report.weight_change import WeightChange, hash_tensors
 
 __all__ = [
     "CalibrationBounds",
@@ -23,6 +23,7 @@ __all__ = [
     "SliceReport",
     "SplitReport",
     "Status",
+    "Step",
     "StrengthPoint",
     "UpdateSplit",
     "WeightChange",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_nrl.bounds.binomial import percent_up, show_confidence
-from lightning_nrl.report.page import Row, Table
+from lightning_nrl.report.document import Row, Table
+from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = ["CalibrationBounds", "SliceLimit", "calibration_words", "slices_table"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_nrl.flips import FlipCounts
-from lightning_nrl.report.page import Row, Table
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.report.document import Row, Table
 
 __all__ = ["StrengthPoint", "strength_table"]
 

@@ -14,10 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
-from lightning_nrl.precision import widest
-from lightning_nrl.search.spread import Spread, search_dtype
-from lightning_nrl.search.streams import Streams
+from lightning_nrl.search.init_stats import WeightStats, search_dtype
+from lightning_nrl.search.rng import RandomStreams
 
 __all__ = ["ParticleSwarm", "Swarm", "ask", "start", "tell"]
 
@@ -105,7 +105,7 @@ class Swarm(NamedTuple):
 
 
 def start(
-    original: Tensor, spread: Spread, settings: ParticleSwarm, streams: Streams, elites: Tensor | None = None
+    original: Tensor, spread: WeightStats, settings: ParticleSwarm, streams: RandomStreams, elites: Tensor | None = None
 ) -> Swarm:
     """Places the particles, at rest. The first of each swarm is at the original weights, whatever the kind of start.
 
@@ -159,7 +159,7 @@ def start(
     )
 
 
-def ask(swarm: Swarm, settings: ParticleSwarm, streams: Streams) -> Swarm:
+def ask(swarm: Swarm, settings: ParticleSwarm, streams: RandomStreams) -> Swarm:
     """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1); its `position` is to be scored.
 
     v = chi (v + phi_1 r_1 (own best - x) + phi_2 r_2 (leader - x)), x = x + v.

@@ -3,10 +3,10 @@
 from lightning_nrl.tasks.custom import Custom
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.multilabel import Multilabel
-from lightning_nrl.tasks.naming import parse_task
 from lightning_nrl.tasks.regression import Regression
 from lightning_nrl.tasks.segmentation import Segmentation
 from lightning_nrl.tasks.sequence import Sequence
 from lightning_nrl.tasks.task import Task
+from lightning_nrl.tasks.task_names import parse_task
 
 __all__ = ["Custom", "Multiclass", "Multilabel", "Regression", "Segmentation", "Sequence", "Task", "parse_task"]

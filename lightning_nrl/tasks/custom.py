@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl.addresses import find_function
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.precision import at_least_float32
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Custom", "Judge"]
@@ -51,7 +51,7 @@ class Custom(Task):
 
     def __init__(self, passed: str | Judge, loss: str | Judge, margin: str | Judge | None = None) -> None:
         self._functions = {
-            name: find_function(f"Custom.{name}", function)
+            name: import_function(f"Custom.{name}", function)
             for name, function in (("passed", passed), ("loss", loss), ("margin", margin))
             if function is not None
         }

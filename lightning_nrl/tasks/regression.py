@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.precision import at_least_float32
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Regression"]

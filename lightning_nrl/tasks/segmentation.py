@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.precision import widest
 from lightning_nrl.tasks.elements import Elements, ElementsTask
 
 __all__ = ["Segmentation"]

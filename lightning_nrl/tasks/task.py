@@ -1,4 +1,4 @@
-"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
+"""What "passed" and "loss" mean for one sample. AllWeights else in the package asks a `Task`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.precision import at_least_float32
 
 __all__ = ["Task"]
 

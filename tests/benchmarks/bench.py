@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.batches import Batch
-from lightning_nrl.scoring import Recording, record
-from lightning_nrl.sites import WeightSpace
+from lightning_nrl._model.layers import ParameterSpace
+from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl.data.batch import Batch
 from lightning_nrl.tasks import Multiclass
 
 RUNS = 7
@@ -58,7 +58,7 @@ class ResNet27(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def recorded(model: nn.Module, space: WeightSpace, x: Tensor, y: Tensor) -> Recording:
+def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> ActivationCache:
     """All samples recorded, in batches of 100."""
     rows = torch.arange(len(x)).split(100)
     batches = [(Batch((x[r],), y[r], r), r) for r in rows]

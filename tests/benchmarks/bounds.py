@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_nrl.bounds import SliceBounds, binomial_cdf, choose, upper_limit, weighted_bound
+from lightning_nrl.stats import SliceBounds, binomial_cdf, choose, upper_limit, weighted_bound
 
 DRAWS = 1000
 CONFIDENCE = 0.95

@@ -1,4 +1,4 @@
-"""Evidence of 10,000 samples against `trainer.validate` on the same data.
+"""SampleResults of 10,000 samples against `trainer.validate` on the same data.
 
 Run with `python tests/benchmarks/evidence.py`.
 """
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl.as_found import as_found
-from lightning_nrl.evidence import collect
-from lightning_nrl.shell.loaders import make_source
-from lightning_nrl.targets import Target
+from lightning_nrl._trainer.loaders import make_source
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl.data.targets import Target
+from lightning_nrl.evaluation.evaluator import collect
 from lightning_nrl.tasks import Multiclass
 
 
@@ -60,12 +60,12 @@ def main() -> None:
 
     def evidence() -> None:
         source = make_source(loader, "val", trainer=trainer, model=model, passed=True, failed=True)
-        with as_found(model):
+        with preserve(model):
             collect(model, [source], task=Multiclass(), target=Target.label(3))
 
     validated, collected = compare([lambda: trainer.validate(model, loader, verbose=False), evidence])
     row = [milliseconds(validated), milliseconds(collected), f"{ratio(collected, validated):.2f}"]
-    show("Evidence of 10,000 samples", ["trainer.validate", "evidence", "ratio"], [row])
+    show("SampleResults of 10,000 samples", ["trainer.validate", "evidence", "ratio"], [row])
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 from bench import compare, milliseconds, ratio, recorded, show
 from torch import Tensor, nn
 
-from lightning_nrl.scoring import make_scorer
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import make_scorer
 from lightning_nrl.tasks import Multiclass
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         y = model(x).argmax(1)
         failed = torch.arange(n) < 57
         y[failed] = (y[failed] + 1) % 10
-        space = find_sites(model, "")
+        space = find_layers(model, "")
         recording = recorded(model, space, x, y)
         where = torch.randperm(space.size)[:50]
         for name, scale in (("spread widely", 1.0), ("near the original", 0.02)):

@@ -16,9 +16,9 @@ from bench import ResNet27, milliseconds, ratio, recorded, show
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from lightning_nrl.scoring import Recording, make_scorer
-from lightning_nrl.scoring.tracing import remembering
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import ActivationCache, make_scorer
+from lightning_nrl._scoring.tracing import remembering
 from lightning_nrl.tasks import Multiclass
 
 P, K = 100, 300
@@ -30,7 +30,7 @@ LAYERS = {
 """Layers and numbers of samples; fewer where a run takes long, which changes no ratio: blocks stay the same."""
 
 
-def floor(recording: Recording, rows: int) -> Callable[[], float]:
+def floor(recording: ActivationCache, rows: int) -> Callable[[], float]:
     """Seconds for 100 particles on one sample, from one block of `rows`."""
     group = recording.groups[0]
     plan = group.plan
@@ -70,7 +70,7 @@ def main() -> None:
     for name, (layer, n) in LAYERS.items():
         x, y = torch.randn(n, 3, 32, 32), torch.randint(0, 7, (n,))
         failed = torch.arange(n) % 5 == 0
-        space = find_sites(model, layer)
+        space = find_layers(model, layer)
         recording = recorded(model, space, x, y)
         kernel = space.sites[0].weight_shape[1:].numel()
         best = min((50, 100, 200, 400, 800), key=lambda r: statistics.median(floor(recording, r)() for _ in range(5)))

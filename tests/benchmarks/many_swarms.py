@@ -13,10 +13,10 @@ import torch
 from bench import recorded, show
 from torch import nn
 
-from lightning_nrl.fitness import Fitness
-from lightning_nrl.scoring import make_scorer
-from lightning_nrl.search import ParticleSwarm, Spread, search_many
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import make_scorer
+from lightning_nrl.search import ParticleSwarm, WeightStats, search_many
+from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.tasks import Multiclass
 
 SETTINGS, SEEDS, PARTICLES, ITERATIONS = 66, 10, 200, 100
@@ -31,7 +31,7 @@ def study(settings: int, seeds: int, particles: int, iterations: int, sampled: i
     y = model(x).argmax(1)
     failed = torch.arange(len(x)) < FAILED
     y[failed] = (y[failed] + 1) % 7
-    space = find_sites(model, "")
+    space = find_layers(model, "")
     recording = recorded(model, space, x, y)
     swarms = settings * seeds
     sizes = [(16, 32, 53, 76)[s % 4] for s in range(swarms)]
@@ -47,7 +47,7 @@ def study(settings: int, seeds: int, particles: int, iterations: int, sampled: i
     search_many(
         scorer,
         space.flat()[where.clamp_min(0)],
-        Spread.of(space.flat()),
+        WeightStats.of(space.flat()),
         seeds=list(range(swarms)),
         fitness=kinds,
         settings=ParticleSwarm(particles=particles, iterations=iterations, patience=iterations or 1),

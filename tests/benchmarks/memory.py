@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from bench import ResNet27, recorded, show
 
-from lightning_nrl.scoring import make_scorer
-from lightning_nrl.scoring.memory import measured
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import make_scorer
+from lightning_nrl._scoring.memory import measured
 from lightning_nrl.tasks import Multiclass
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     failed = torch.arange(12) % 5 == 0
     rows = []
     for layer in ("head", "stages.2.3.conv2", "stages.2.0.conv1"):
-        space = find_sites(model, layer)
+        space = find_layers(model, layer)
         recording = recorded(model, space, x, y)
         where = torch.randperm(space.size)[:300]
         for budget in (8 << 20, 64 << 20):

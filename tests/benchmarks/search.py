@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.scoring import make_scorer
-from lightning_nrl.search import ParticleSwarm, SearchResult, Spread, search
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import make_scorer
+from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats, search
 from lightning_nrl.tasks import Multiclass
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     failed = ~right & (torch.arange(len(x)) >= 300)
     rows = []
     for layer in ("5", "2"):
-        space = find_sites(model, layer)
+        space = find_layers(model, layer)
         recording = recorded(model, space, x, y)
         where = torch.randperm(space.size)[:64].sort().values
         scorer = make_scorer(recording, where, failed, right, Multiclass(), fragility=loss)
@@ -65,7 +65,7 @@ def main() -> None:
             return search(
                 replace(scorer, gives_up=gives_up),
                 space.flat()[where],
-                Spread.around(space, where),
+                WeightStats.around(space, where),
                 settings=ParticleSwarm(iterations=100),
             )
 

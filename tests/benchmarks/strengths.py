@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from lightning_nrl import Fitness, Gate, Multiclass, NeuRecoverLite, TensorSource
-from lightning_nrl.bounds import binomial_cdf, upper_limit
-from lightning_nrl.bounds.binomial import limit_at_level
-from lightning_nrl.calibrated import WALKED, limit_after
-from lightning_nrl.evidence import Evidence, collect
-from lightning_nrl.flips import FlipCounts, Flips
-from lightning_nrl.methods import Problem
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.state import State
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.pipeline.calibration_bounds import WALKED, limit_after
+from lightning_nrl.pipeline.line_search import GRID, Calibration, Strength, find_strength
+from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
-from lightning_nrl.sites import find_scope
-from lightning_nrl.state import State
-from lightning_nrl.strength import GRID, Calibration, Strength, find_strength
+from lightning_nrl.stats import binomial_cdf, upper_limit
+from lightning_nrl.stats.binomial import limit_at_level
 
 DRAWS, CONFIDENCE = 1000, 0.95
 N, ALLOWED = 915, 9
@@ -113,14 +113,21 @@ def _counting(broken: dict[float, int]) -> Iterator[None]:
         return Flips(~bad, bad, none, none)
 
     def count(
-        problem: Problem, state: State, strength: float, calibration: Calibration | None, after: Evidence | None = None
+        problem: Problem,
+        state: State,
+        strength: float,
+        calibration: Calibration | None,
+        after: SampleResults | None = None,
     ) -> StrengthPoint:
         repaired = round(100 * strength)
         return StrengthPoint(
             strength, repaired, FlipCounts(100, 0, repaired, 200), aside(problem, state, CALIBRATION).counts()
         )
 
-    with patch("lightning_nrl.strength._count", count), patch("lightning_nrl.strength._aside", aside):
+    with (
+        patch("lightning_nrl.pipeline.line_search._count", count),
+        patch("lightning_nrl.pipeline.line_search._aside", aside),
+    ):
         yield
 
 

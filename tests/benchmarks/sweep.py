@@ -15,7 +15,7 @@ from bench import show
 from torch import nn
 
 from lightning_nrl import Grid, ParticleSwarm, Settings, TensorSource, sweep_module
-from lightning_nrl.sweeps import study
+from lightning_nrl.analysis.sweep import study
 
 SEEDS, ITERATIONS = 10, 100
 GRID = Grid(

@@ -20,14 +20,14 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from task_models import CASES
 from torch import Tensor
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Strongest, Target, repair
+from lightning_nrl import Auto, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target, repair
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {
     "multilabel": SWARM,
-    "regression": "linearised",
-    "segmentation": "constrained",
-    "sequence": Strongest(SWARM),
+    "regression": "linearized",
+    "segmentation": "finetune-polish",
+    "sequence": Auto(SWARM),
     "custom": SWARM,
 }
 """A method for each task."""

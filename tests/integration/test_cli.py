@@ -42,7 +42,7 @@ trainer:
 
 WORDS = """
 layer: network.3
-target: {class_path: lightning_nrl.targets.Label, init_args: {label: 3}}
+target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 3}}
 gate: tolerance:1%
 fitness: eq2
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
@@ -53,18 +53,18 @@ verbose: false
 OBJECTS = """
 layer: [network.1, network.3]
 target:
-  class_path: lightning_nrl.targets.And
+  class_path: lightning_nrl.data.targets.And
   init_args:
-    left: {class_path: lightning_nrl.targets.Where, init_args: {predicate: "test_cli:is_noisy"}}
+    left: {class_path: lightning_nrl.data.targets.Where, init_args: {predicate: "test_cli:is_noisy"}}
     right:
-      class_path: lightning_nrl.targets.Not
-      init_args: {target: {class_path: lightning_nrl.targets.Label, init_args: {label: 1}}}
+      class_path: lightning_nrl.data.targets.Not
+      init_args: {target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 1}}}
 gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
 fitness: {class_path: lightning_nrl.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half}}
 localizer: {class_path: lightning_nrl.NeuRecoverLite, init_args: {n_weights: 12}}
 task: {class_path: lightning_nrl.Multiclass}
-adapter: lightning_nrl.batches:unpack
+adapter: lightning_nrl.data.batch:unpack
 unseen: test
 start_from: best
 verbose: false
@@ -140,7 +140,7 @@ def test_a_command_line_alone_will_do(tmp_path: Path) -> None:
             "--trainer.logger=false",
             "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair",
             "--trainer.callbacks.layer=network.3",
-            "--trainer.callbacks.target=lightning_nrl.targets.Label",
+            "--trainer.callbacks.target=lightning_nrl.data.targets.Label",
             "--trainer.callbacks.target.label=3",
             "--trainer.callbacks.gate=accuracy",
         ],

@@ -10,7 +10,7 @@ import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 
 from lightning_nrl import ConfigurationError, Target, compare
-from lightning_nrl.baselines import FineTuning
+from lightning_nrl.analysis.baselines import FineTuning
 from lightning_nrl.report import hash_tensors
 
 QUICKLY: dict[str, Any] = {"localizer": QUICK["localizer"], "methods": {"swarm": QUICK["method"]}}

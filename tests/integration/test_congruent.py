@@ -20,6 +20,7 @@ from digit_models import Classifier, Digits, cnn, configured, quick_repair, quie
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import CombinedLoader
+from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,7 +39,7 @@ from lightning_nrl import (
     regression_loss,
 )
 
-HOW_TO = Path(__file__).parents[2] / "docs" / "training.md"
+HOW_TO = ROOT / "docs" / "training.md"
 
 
 def third(batch: Any) -> Any:
@@ -337,7 +338,7 @@ def test_it_goes_with_counting_sampling_and_the_repair_after_it(trained_path: Pa
 
 
 def test_a_repair_before_it_in_the_list_trains_its_own_copies(old: Classifier, tmp_path: Path) -> None:
-    repair = quick_repair(method="constrained", dirpath=tmp_path / "repair", max_time=20)
+    repair = quick_repair(method="finetune-polish", dirpath=tmp_path / "repair", max_time=20)
     model = Classifier()
     fit(tmp_path, model, repair, PositiveCongruentTraining(old), data=Digits())
     assert repair.report is not None

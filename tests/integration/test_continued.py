@@ -14,7 +14,7 @@ from distributed_fit import Continued
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import Gate, RegressionFreeRepair, repair
-from lightning_nrl.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 
 
 def continued(**arguments: Any) -> RegressionFreeRepair:

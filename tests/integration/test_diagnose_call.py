@@ -38,7 +38,7 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
     assert found.head == "network.3"
     assert [layer.layer for layer in found.layers] == ["network.1", "network.3"]
     # Three epochs: what the checkpoint was trained for.
-    (constrained,) = (cost for cost in found.costs if cost.method == "constrained")
+    (constrained,) = (cost for cost in found.costs if cost.method == "finetune-polish")
     assert constrained.how == "3 more epochs of training, then a polish"
 
 

@@ -15,10 +15,10 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-import lightning_nrl.clock
-import lightning_nrl.methods.swarm
-import lightning_nrl.pipeline
-import lightning_nrl.shell.callback
+import lightning_nrl._utils.timing
+import lightning_nrl.callback
+import lightning_nrl.methods.local_search
+import lightning_nrl.pipeline.repair_module
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -80,12 +80,12 @@ class Frozen(Classifier):
 
 
 STAGES = {
-    "collect": (lightning_nrl.pipeline, "collect"),
-    "record": (lightning_nrl.methods.swarm, "record"),
-    "judge": (lightning_nrl.pipeline, "judge"),
-    "report": (lightning_nrl.shell.callback, "write_report"),
-    "track": (lightning_nrl.shell.callback, "track"),
-    "show": (lightning_nrl.shell.callback, "headline"),
+    "collect": (lightning_nrl.pipeline.repair_module, "collect"),
+    "record": (lightning_nrl.methods.local_search, "record"),
+    "judge": (lightning_nrl.pipeline.repair_module, "judge"),
+    "report": (lightning_nrl.callback, "write_report"),
+    "track": (lightning_nrl.callback, "track"),
+    "show": (lightning_nrl.callback, "headline"),
 }
 
 
@@ -132,7 +132,7 @@ METHODS = [QUICK["method"], Continued()]
 def test_an_exception_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", Broken)
+    raise_in(monkeypatch, lightning_nrl._utils.timing.StageTimer, "tell", Broken)
     repair = witness(method=method)
     with pytest.raises(Broken):
         fit(tmp_path, repair)
@@ -143,7 +143,7 @@ def test_an_exception_on_the_way_leaves_everything_as_it_was(
 def test_an_interrupt_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
 ) -> None:
-    raise_in(monkeypatch, lightning_nrl.clock.Clock, "tell", KeyboardInterrupt)
+    raise_in(monkeypatch, lightning_nrl._utils.timing.StageTimer, "tell", KeyboardInterrupt)
     monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
     repair = witness(method=method)
     with pytest.raises(SystemExit):

@@ -9,12 +9,13 @@ import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
 from pytorch_lightning.loggers import TensorBoardLogger
+from repository import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import RegressionFreeRepair, Target, repair
 from lightning_nrl.errors import ConfigurationError
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def camera(batch: Any) -> list[str]:

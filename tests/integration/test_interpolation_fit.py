@@ -28,12 +28,13 @@ from digit_models import (
 )
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.loggers import CSVLogger
+from repository import ROOT
 from torch.utils.data import DataLoader
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, WeightInterpolation
-from lightning_nrl.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 
-HOW_TO = Path(__file__).parents[2] / "docs" / "training.md"
+HOW_TO = ROOT / "docs" / "training.md"
 
 
 class Ordered(Digits):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl import (
+    Auto,
     ConfigurationError,
     FocalDistillation,
     Multilabel,
@@ -26,20 +27,19 @@ from lightning_nrl import (
     RegressionFreeRepair,
     RepairReport,
     Sequence,
-    Strongest,
     Target,
     compare,
     diagnose,
     repair,
 )
-from lightning_nrl.shell.congruent import PositiveCongruentTraining
-from lightning_nrl.shell.monitoring import RegressionMetrics
+from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining
+from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {
-    "auto": Strongest(SWARM),
-    "constrained": "constrained",
-    "linearised": "linearised",
+    "auto": Auto(SWARM),
+    "finetune-polish": "finetune-polish",
+    "linearized": "linearized",
     "swarm": SWARM,
 }
 MARGINS = [name for name in CASES if name != "custom"]
@@ -90,13 +90,13 @@ def test_each_task_is_repaired_by_each_method_or_refused(
     old = by_split(case, model, data)
     given = arguments(case, method=METHODS[method])
     trainer = quiet_trainer(tmp_path)
-    if case is CASES["custom"] and method in ("constrained", "linearised"):
+    if case is CASES["custom"] and method in ("finetune-polish", "linearized"):
         with pytest.raises(ConfigurationError, match=r"Custom has no `margin`[\s\S]*HINT: [\s\S]*swarm"):
             repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
         return
     report = repair(trainer, model, datamodule=data, ckpt_path=str(trained), **given)
     check_counts(report, old, by_split(case, model, data))
-    if method == "constrained":
+    if method == "finetune-polish":
         assert report.status == "repaired", report.reason
     assert f"right means: {case.task}" in re.sub(r"[*`|]", "", report.to_markdown())
 
@@ -116,7 +116,7 @@ def test_convex_is_refused_before_training_begins(tmp_path: Path, case: Case) ->
 def test_methods_that_need_margins_are_refused_before_training_begins(tmp_path: Path) -> None:
     case = CASES["custom"]
     data, model = case.make()
-    callback = RegressionFreeRepair(**arguments(case, method="constrained"))
+    callback = RegressionFreeRepair(**arguments(case, method="finetune-polish"))
     trainer = quiet_trainer(tmp_path, callback)
     with pytest.raises(ConfigurationError, match="Custom has no `margin`"):
         trainer.fit(model, datamodule=data)
@@ -152,7 +152,7 @@ def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_
     seed_everything(0, verbose=False)
     case = CASES["sequence"]
     data, model = case.make()
-    callback = RegressionFreeRepair(**arguments(case, method="constrained", target=Target.all()))
+    callback = RegressionFreeRepair(**arguments(case, method="finetune-polish", target=Target.all()))
     logger = TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, callback, max_epochs=12, logger=logger).fit(model, datamodule=data)
     report = callback.report
@@ -177,7 +177,7 @@ def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path: Path, name:
     assert found.known["targeted"] > 0
     # Costs of a swarm are told for a last Linear, which that network does not have.
     swarm = set() if name == "segmentation" else {"swarm"}
-    assert {cost.method for cost in found.costs} == {"linearised", "constrained", "auto"} | swarm
+    assert {cost.method for cost in found.costs} == {"linearized", "finetune-polish", "auto"} | swarm
     page = found.to_markdown()
     assert str(case.task) in page
     assert "convex" not in page
@@ -192,12 +192,12 @@ def test_a_comparison_leaves_out_what_needs_classes_and_says_why(tmp_path: Path)
         model,
         datamodule=data,
         ckpt_path=str(path),
-        methods=["convex", "linearised", "distillation"],
+        methods=["convex", "linearized", "distillation"],
         **{key: value for key, value in arguments(case).items() if key != "verbose"},
     )
     notes = {entry.method: entry.note for entry in found.entries}
     assert "needs a class for each sample" in notes["convex"]
-    assert "needs a class" not in notes["linearised"] + notes["distillation"]
+    assert "needs a class" not in notes["linearized"] + notes["distillation"]
 
 
 @pytest.mark.parametrize("name", MARGINS)
@@ -255,7 +255,7 @@ class TestSequencesOfSeveralLengths:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.transpose(1, 2), target)
 
-    @pytest.mark.parametrize("method", ["auto", "constrained", "linearised", "swarm"])
+    @pytest.mark.parametrize("method", ["auto", "finetune-polish", "linearized", "swarm"])
     def test_they_are_repaired(self, tmp_path: Path, method: str) -> None:
         seed_everything(0, verbose=False)
         data = self.data()
@@ -268,7 +268,7 @@ class TestSequencesOfSeveralLengths:
         report = callback.report
         assert report is not None
         assert not any(split.broken for split in report.splits if split.role == "known")
-        if method == "constrained":
+        if method == "finetune-polish":
             assert report.status == "repaired", report.reason
         for split in report.splits:
             assert split.kept + split.repaired == int(counted.counted(model, getattr(data, split.split)).sum())

@@ -10,7 +10,7 @@ from digit_models import Classifier, Digits, quiet_trainer, right
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, RepairReport, repair
-from lightning_nrl.methods.polishing import Polish
+from lightning_nrl.methods.polish_weights import Polish
 
 
 class All(Digits):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl import Everything, Fitness, NeuRecoverLite, ParticleSwarm, Settings, TensorSource, repair_module
-from lightning_nrl.pipeline import Outcome
+from lightning_nrl import AllWeights, Fitness, NeuRecoverLite, ParticleSwarm, Settings, TensorSource, repair_module
+from lightning_nrl.pipeline.repair_module import Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:not repaired")
 
@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn) -> tuple[nn.Sequential, list[TensorSource], Settin
     chosen = Settings(
         layer=draw(st.sampled_from(["auto", layers, *layers])),
         fitness=draw(st.sampled_from(FITNESS)),
-        localizer=draw(st.sampled_from([Everything(), NeuRecoverLite(), NeuRecoverLite(n_weights=3)])),
+        localizer=draw(st.sampled_from([AllWeights(), NeuRecoverLite(), NeuRecoverLite(n_weights=3)])),
         method=ParticleSwarm(particles=8, iterations=8, start=draw(st.sampled_from(["half", "local", "paper"]))),
         n_passed=draw(st.none() | st.integers(1, 5)),
         seed=draw(st.integers(0, 2**16)),

@@ -21,6 +21,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import CombinedLoader
+from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_nrl import ConfigurationError, OldModel, Predictions, RegressionMetrics, Target
 
 KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
-HOW_TO = Path(__file__).parents[2] / "docs" / "monitoring.md"
+HOW_TO = ROOT / "docs" / "monitoring.md"
 
 
 class Noisy(Digits):

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from lightning_nrl import ConfigurationError, OldModel, Predictions, ReleaseGate
-from lightning_nrl.gate import ProtectedIntact, ReleaseReport
+from lightning_nrl.release import ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]
 

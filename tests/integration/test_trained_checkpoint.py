@@ -14,7 +14,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-import lightning_nrl.pipeline
+import lightning_nrl.pipeline.repair_module
 from lightning_nrl import ConfigurationError, RepairReport, Target, repair
 
 
@@ -169,7 +169,7 @@ def test_an_exception_leaves_neither_a_callback_nor_a_trace_in_the_model(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(lightning_nrl.pipeline, "judge", broken)
+    monkeypatch.setattr(lightning_nrl.pipeline.repair_module, "judge", broken)
     monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
     trainer, old = quiet_trainer(tmp_path), {name: value.clone() for name, value in trained.state_dict().items()}
     before = settings(trainer)

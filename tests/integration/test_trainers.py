@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, Target
-from lightning_nrl.shell.progress import RepairProgress
+from lightning_nrl._trainer.progress import RepairProgress
 
 
 class Remember(Callback):

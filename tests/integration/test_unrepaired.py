@@ -11,7 +11,7 @@ from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
-from lightning_nrl import EvidenceError, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl import EvaluationError, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
 from lightning_nrl.errors import EmptyLocalizationError
 
 
@@ -120,7 +120,7 @@ class BadPixels(Digits):
 def test_a_loss_that_is_nan_is_an_error_that_names_the_samples(tmp_path: Path) -> None:
     model, remember = Classifier(), Remember()
     trainer = quiet_trainer(tmp_path, remember, quick_repair(), max_epochs=1)
-    with pytest.raises(EvidenceError, match=r"NaN or infinite on 2 known samples \(repair: \[5, 17\]\)[\s\S]*HINT: "):
+    with pytest.raises(EvaluationError, match=r"NaN or infinite on 2 known samples \(repair: \[5, 17\]\)[\s\S]*HINT: "):
         trainer.fit(model, datamodule=BadPixels())
     remember.assert_unchanged(model)
 

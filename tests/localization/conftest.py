@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
 from lightning_nrl.tasks import Task
 
 
@@ -23,7 +23,7 @@ class WholeModel:
     """A recording that remembers nothing: every replay runs the whole model, with hooks at the sites."""
 
     def __init__(self, model: nn.Module, x: Tensor, target: Tensor, layer: Any, include_bias: bool, size: int) -> None:
-        self.model, self.space = model, find_sites(model, layer, include_bias=include_bias)
+        self.model, self.space = model, find_layers(model, layer, include_bias=include_bias)
         self.x, self.target, self.size = x, target, size
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Piece]:

@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from lightning_nrl.collective import Collective
-from lightning_nrl.errors import ConfigurationError, EvidenceError, ReplayError
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError
 from lightning_nrl.localization import impact as impact_module
 from lightning_nrl.localization import measure
 from lightning_nrl.tasks import Multiclass
@@ -283,12 +283,12 @@ def test_only_marked_samples_need_a_finite_loss(recorded):
     x[3] = torch.nan
     spoilt = measure(recorded(model, x, y, ["0", "2"], size=12), Multiclass(), mask)
     assert torch.equal(clean.backward, spoilt.backward)
-    with pytest.raises(EvidenceError, match="not finite"):
+    with pytest.raises(EvaluationError, match="not finite"):
         measure(recorded(model, x, y), Multiclass(), ~mask)
 
 
 def test_no_sample_is_refused(recorded):
-    with pytest.raises(EvidenceError, match="no sample"):
+    with pytest.raises(EvaluationError, match="no sample"):
         measure(recorded(*small_network()), Multiclass(), torch.zeros(12, dtype=torch.bool))
 
 

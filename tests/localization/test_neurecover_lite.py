@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.localization import (
-    Everything,
+    AllWeights,
     Impact,
     Localizer,
     NeuRecoverLite,
@@ -200,7 +200,7 @@ def test_localizer_measures_failed_and_passed(recorded, aggregation):
 
 def test_everything_takes_all_weights(recorded):
     recording, failed = toy_recording(recorded), torch.arange(40) < 9
-    localizer: Localizer = Everything(include_bias=True)
+    localizer: Localizer = AllWeights(include_bias=True)
     found = localizer(recording, Multiclass(), failed=failed, passed=~failed)
     assert found.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
     assert found.requested is None

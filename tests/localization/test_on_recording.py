@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_nrl.batches import Batch
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl.data.batch import Batch
 from lightning_nrl.localization import NeuRecoverLite, measure
-from lightning_nrl.scoring import Recording, record
-from lightning_nrl.sites import find_sites
 from lightning_nrl.tasks import Multiclass
 
 LAYERS = ["stem.0", "block.1", "head"]
@@ -49,10 +49,12 @@ def known(model: nn.Module) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return model.double().eval(), x, torch.randint(3, (150,), generator=generator)
 
 
-def recording_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor, layer: list[str], size: int = 40) -> Recording:
+def recording_of(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, layer: list[str], size: int = 40
+) -> ActivationCache:
     rows = torch.arange(len(x)).split(size)
     batches = [(Batch((x[r],), y[r], r), r) for r in rows]
-    space = find_sites(model, layer, include_bias=True)
+    space = find_layers(model, layer, include_bias=True)
     return record(model, batches, space, Multiclass(), torch.ones(len(x), dtype=torch.bool))
 
 

@@ -24,11 +24,12 @@ from toy_problems import (
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, Settings, repair_module
-from lightning_nrl.clock import Clock
-from lightning_nrl.gradients import fit as fit_module
-from lightning_nrl.methods import Constrained, Problem, Solution
-from lightning_nrl.methods import constrained as module
-from lightning_nrl.state import State, snapshot
+from lightning_nrl._optim import distill as fit_module
+from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.methods import FineTunePolish
+from lightning_nrl.methods import finetune_polish as module
+from lightning_nrl.problem import Problem, Solution
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ class Training:
         self.state = state
         self.calls: list[dict[str, Any]] = []
 
-    def __call__(self, *, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State | None:
+    def __call__(self, *, seconds: float, seed: int, clock: StageTimer, start: State | None = None) -> State | None:
         self.calls.append({"seconds": seconds, "seed": seed, "clock": clock, "start": start})
         return self.state
 
@@ -64,7 +65,7 @@ def test_training_goes_on_and_is_polished() -> None:
     training = Training(barely(make_problem(model, known()), retrained(model)))
     problem = make_problem(model, known(), training=training, seed=7)
     with left_alone(model):
-        solution = checked(problem, Constrained()(problem))
+        solution = checked(problem, FineTunePolish()(problem))
     assert training.calls == [{"seconds": math.inf, "seed": 7, "clock": problem.clock, "start": None}]
     (fitted,) = solution.others
     assert same(fitted.state, training.state)
@@ -85,7 +86,7 @@ def test_training_goes_on_and_is_polished() -> None:
 
 def test_a_part_of_what_was_fitted_is_polished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAY", 0.5)
-    solution = Constrained()(on_a_line(training=Training(threshold(0.55))))
+    solution = FineTunePolish()(on_a_line(training=Training(threshold(0.55))))
     assert solution.steps[0].broken == 0
     assert solution.proposal is not None
     torch.testing.assert_close(solution.proposal.state["weight"], threshold(0.65)["weight"])
@@ -94,10 +95,10 @@ def test_a_part_of_what_was_fitted_is_polished(monkeypatch: pytest.MonkeyPatch) 
 
 def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained().eval()
-    problem = make_problem(model, known(), training=Training(retrained(model)), clock=Clock(max_time=60))
+    problem = make_problem(model, known(), training=Training(retrained(model)), clock=StageTimer(max_time=60))
     polish = module.polish
     monkeypatch.setattr(module, "polish", lambda *args, **rest: polish(*args, **{**rest, "seconds": 0}))
-    solution = checked(problem, Constrained()(problem))
+    solution = checked(problem, FineTunePolish()(problem))
     assert solution.steps[1].note.startswith("1 round, then back to ")
     assert solution.steps[1].note.endswith("% of the way")
 
@@ -105,7 +106,7 @@ def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch
 def test_where_training_has_no_time_there_are_distilled_steps() -> None:
     training = Training(None)
     problem = make_problem(trained(), known(), training=training)
-    solution = checked(problem, Constrained()(problem))
+    solution = checked(problem, FineTunePolish()(problem))
     assert len(training.calls) == 1
     assert solution.steps[0].note == "distilled steps"
     assert set(solution.others[0].state) == set(problem.scope)
@@ -115,7 +116,7 @@ def test_a_layer_is_not_trained() -> None:
     training = Training({})
     problem = make_problem(trained(), known(), layer="2", training=training)
     assert not problem.whole
-    solution = checked(problem, Constrained()(problem))
+    solution = checked(problem, FineTunePolish()(problem))
     assert training.calls == []
     assert solution.steps[0].note == "distilled steps"
     assert set(solution.proposal.state) == {"2.weight", "2.bias"}
@@ -123,14 +124,14 @@ def test_a_layer_is_not_trained() -> None:
 
 def test_where_nobody_knows_how_it_was_trained_there_are_distilled_steps() -> None:
     problem = make_problem(trained(), known())
-    assert checked(problem, Constrained()(problem)).steps[0].note == "distilled steps"
+    assert checked(problem, FineTunePolish()(problem)).steps[0].note == "distilled steps"
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.0, 85.0), (0.5, 35.0)])
 def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = trained().eval(), {}
     training = Training(barely(make_problem(model, known()), retrained(model)))
-    problem = make_problem(model, known(), training=training, clock=Clock(max_time=100))
+    problem = make_problem(model, known(), training=training, clock=StageTimer(max_time=100))
     problem.clock.seconds["collect"] = 1.0
     polish = module.polish
 
@@ -139,7 +140,7 @@ def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypat
         return polish(*args, seconds=seconds, **rest)
 
     monkeypatch.setattr(module, "polish", listen)
-    checked(problem, Constrained(share)(problem))
+    checked(problem, FineTunePolish(share)(problem))
     # A polish takes 12 passes of a second, and 3 are left for judging.
     assert training.calls[0]["seconds"] == pytest.approx(expected, abs=2)
     assert given["polish"] == pytest.approx(100 - 3, abs=4)
@@ -148,9 +149,9 @@ def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypat
 @pytest.mark.parametrize(("share", "max_time"), [(1.0, 10.0), (0.1, 100.0), (0.5, 1e-9)])
 def test_without_time_the_reason_is_said(share: float, max_time: float) -> None:
     training = Training({})
-    problem = make_problem(trained(), known(), training=training, clock=Clock(max_time=max_time))
+    problem = make_problem(trained(), known(), training=training, clock=StageTimer(max_time=max_time))
     problem.clock.seconds["collect"] = 1.0
-    solution = Constrained(share)(problem)
+    solution = FineTunePolish(share)(problem)
     assert solution.proposal is None
     assert solution.reason.startswith("no time was left for a repair after ")
     assert solution.reason.endswith(" s; raise `max_time`.")
@@ -164,15 +165,15 @@ def test_where_training_took_all_the_time_in_vain_that_is_said() -> None:
             rest["clock"]._began -= 100
             return super().__call__(**rest)
 
-    problem = make_problem(trained(), known(), training=Slow(None), clock=Clock(max_time=50))
-    solution = Constrained()(problem)
+    problem = make_problem(trained(), known(), training=Slow(None), clock=StageTimer(max_time=50))
+    solution = FineTunePolish()(problem)
     assert solution.proposal is None
     assert solution.reason.startswith("no time was left for a repair after 10")
 
 
 def test_a_fit_that_repairs_nothing_is_no_proposal() -> None:
     problem = on_a_line(training=Training(threshold(0.9)))
-    solution = Constrained()(problem)
+    solution = FineTunePolish()(problem)
     assert solution.proposal is None
     assert solution.reason == "no target was repaired without breaking what is right."
     assert [(step.name, step.repaired, step.broken) for step in solution.steps] == [("fit", 0, 0), ("polish", 0, 0)]
@@ -182,7 +183,7 @@ def test_a_fit_that_repairs_nothing_is_no_proposal() -> None:
 def test_weights_that_are_no_numbers_are_no_proposal() -> None:
     model = trained().eval()
     nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(model).items()}
-    solution = Constrained()(make_problem(model, known(), training=Training(nan)))
+    solution = FineTunePolish()(make_problem(model, known(), training=Training(nan)))
     assert solution.proposal is None
     assert solution.reason == "no target was repaired without breaking what is right."
     assert [(step.name, step.repaired) for step in solution.steps] == [("fit", 0), ("polish", 0)]
@@ -191,25 +192,25 @@ def test_weights_that_are_no_numbers_are_no_proposal() -> None:
 def test_a_task_without_margins_is_refused_before_any_training() -> None:
     training = Training(None)
     with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
-        Constrained()(make_problem(trained(), known(), task=Marginless(), training=training))
+        FineTunePolish()(make_problem(trained(), known(), task=Marginless(), training=training))
     assert training.calls == []
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, math.nan, "half"])
 def test_a_share_that_is_none_is_refused(share: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"`Constrained.share=.*` is no share"):
-        Constrained(share)
+    with pytest.raises(ConfigurationError, match=r"`FineTunePolish.share=.*` is no share"):
+        FineTunePolish(share)
 
 
 def test_it_trains() -> None:
-    assert Constrained.trains is True
-    assert Constrained() == Constrained(share=1.0)
-    assert "trains" not in Settings(method=Constrained()).plain()["method"]
+    assert FineTunePolish.trains is True
+    assert FineTunePolish() == FineTunePolish(share=1.0)
+    assert "trains" not in Settings(method=FineTunePolish()).plain()["method"]
 
 
 def test_a_repair_by_name_writes_what_was_proposed() -> None:
     model = trained()
-    outcome = repair_module(model, known(), Settings(method="constrained", strength=1.0))
+    outcome = repair_module(model, known(), Settings(method="finetune-polish", strength=1.0))
     assert outcome.report.status == "repaired"
     assert [step.name for step in outcome.report.steps] == ["fit", "polish"]
     assert [split.broken for split in outcome.report.splits] == [0, 0]
@@ -220,12 +221,12 @@ def test_a_repair_by_name_writes_what_was_proposed() -> None:
 
 def test_two_ranks_repair_as_one() -> None:
     model = trained().eval()
-    alone = Constrained()(make_problem(model, known()))
+    alone = FineTunePolish()(make_problem(model, known()))
 
     def work(problem: Problem) -> Solution:
         # One rank's clock is ahead of the other's.
-        clock = Clock(max_time=1e4 - 10 * problem.collective.rank)
-        return Constrained()(Problem(**{**vars(problem), "clock": clock}))
+        clock = StageTimer(max_time=1e4 - 10 * problem.collective.rank)
+        return FineTunePolish()(Problem(**{**vars(problem), "clock": clock}))
 
     first, second = together(model, known(), work)
     assert same(first.proposal.state, second.proposal.state)

@@ -13,7 +13,8 @@ from toy_problems import broken, left_alone, make_problem, on_a_line, right, sam
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.methods import Convex, Problem, Solution
+from lightning_nrl.methods import Convex
+from lightning_nrl.problem import Problem, Solution
 
 
 def checked(own: Problem, solution: Solution) -> Solution:

@@ -16,12 +16,12 @@ from toy_problems import Marginless, cast, left_alone, make_problem, normed, sam
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl.clock import Clock
-from lightning_nrl.gradients import fit as module
-from lightning_nrl.gradients.descent import Descent
-from lightning_nrl.gradients.fit import fit
-from lightning_nrl.methods import Problem
-from lightning_nrl.state import State, snapshot
+from lightning_nrl._optim import distill as module
+from lightning_nrl._optim.descent import Descent
+from lightning_nrl._optim.distill import fit
+from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.problem import Problem
 
 
 @pytest.fixture(autouse=True)
@@ -121,14 +121,14 @@ def test_a_random_part_of_them_is_looked_at_again(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_margins_no_sample_is_easy() -> None:
-    told = Told()
-    problem = make_problem(trained(), known(), task=Marginless(), clock=Clock(told))
+    told = SliceRecorder()
+    problem = make_problem(trained(), known(), task=Marginless(), clock=StageTimer(told))
     state = fit(problem)
     assert not same(state, snapshot(problem.model))
     assert [done for done, *_ in told.said] == [180, 360, 540, 720, 900, 1080]
 
 
-class Told:
+class SliceRecorder:
     """Writes down what an observer is told."""
 
     def __init__(self) -> None:
@@ -142,8 +142,8 @@ class Told:
 
 
 def test_it_tells_how_far_it_is_and_what_it_repairs() -> None:
-    told = Told()
-    problem = make_problem(trained(), known(), clock=Clock(told))
+    told = SliceRecorder()
+    problem = make_problem(trained(), known(), clock=StageTimer(told))
     fit(problem)
     done, total, repaired, broken = zip(*told.said, strict=True)
     assert set(total) == {6 * 180}

@@ -33,12 +33,12 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Multiclass, Target, TensorSource
-from lightning_nrl.flips import Flips
-from lightning_nrl.gradients import border
-from lightning_nrl.gradients import polish as module
-from lightning_nrl.gradients.polish import Polished, polish
-from lightning_nrl.methods import Problem
-from lightning_nrl.state import snapshot
+from lightning_nrl._optim import active_set as border
+from lightning_nrl._optim import polish as module
+from lightning_nrl._optim.polish import Polished, polish
+from lightning_nrl._utils.state import snapshot
+from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.problem import Problem
 
 
 def checked(problem: Problem, found: Polished) -> Polished:

@@ -28,11 +28,12 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Settings, repair_module
-from lightning_nrl.clock import Clock
-from lightning_nrl.methods import Problem, Solution, parse_method
-from lightning_nrl.methods import polishing as module
-from lightning_nrl.methods.polishing import Polish
-from lightning_nrl.state import State, snapshot
+from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.methods import parse_method
+from lightning_nrl.methods import polish_weights as module
+from lightning_nrl.methods.polish_weights import Polish
+from lightning_nrl.problem import Problem, Solution
 
 
 def as_state(state: State, folder: Path) -> Any:
@@ -193,7 +194,7 @@ def test_a_task_without_margins_is_refused() -> None:
 
 
 def test_time_is_left_for_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, given, polish = on_a_line(clock=Clock(max_time=100)), [], module.polish
+    problem, given, polish = on_a_line(clock=StageTimer(max_time=100)), [], module.polish
     problem.clock.seconds["collect"] = 2.0
 
     def listen(*args: Any, seconds: float, **rest: Any) -> Any:
@@ -206,7 +207,7 @@ def test_time_is_left_for_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_repair_that_is_late_still_breaks_nothing() -> None:
-    problem = on_a_line(clock=Clock(max_time=1e-9))
+    problem = on_a_line(clock=StageTimer(max_time=1e-9))
     solution = Polish(threshold(-3.0))(problem)
     assert solution.steps[1].note == "1 round, then back to 3% of the way"
     assert (solution.steps[1].repaired, solution.steps[1].broken) == (1, 0)
@@ -243,7 +244,7 @@ def test_two_ranks_polish_as_one() -> None:
     alone = Polish(new)(make_problem(model, known()))
 
     def work(problem: Problem) -> Solution:
-        return Polish(new)(Problem(**{**vars(problem), "clock": Clock(max_time=1e4)}))
+        return Polish(new)(Problem(**{**vars(problem), "clock": StageTimer(max_time=1e4)}))
 
     first, second = together(model, known(), work)
     assert same(first.proposal.state, second.proposal.state)

@@ -10,12 +10,13 @@ import torch
 from toy_problems import Marginless, broken, left_alone, make_problem, on_a_line, retrained, right
 from toy_repairs import known, trained
 
-from lightning_nrl import ConfigurationError, NeuRecoverLite, ParticleSwarm, Settings, Strongest, repair_module
-from lightning_nrl.clock import Clock
-from lightning_nrl.methods import Linearised, Problem, Solution
-from lightning_nrl.state import State
+from lightning_nrl import Auto, ConfigurationError, NeuRecoverLite, ParticleSwarm, Settings, repair_module
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.methods import Linearized
+from lightning_nrl.problem import Problem, Solution
 
-AUTO = Strongest(ParticleSwarm(particles=12, iterations=12))
+AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 
 
 def problem(layer: str = "auto", **rest: Any) -> Problem:
@@ -24,7 +25,7 @@ def problem(layer: str = "auto", **rest: Any) -> Problem:
 
 
 def going_on(own: Problem) -> Any:
-    def training(*, seconds: float, seed: int, clock: Clock, start: State | None = None) -> State:
+    def training(*, seconds: float, seed: int, clock: StageTimer, start: State | None = None) -> State:
         return retrained(own.model)
 
     return training
@@ -68,7 +69,7 @@ def test_a_last_linear_layer_alone_is_solved() -> None:
     assert {name for name in solution.proposal.state if name != "2.bias"} == {"2.weight"}
 
 
-def test_a_layer_within_is_linearised() -> None:
+def test_a_layer_within_is_linearized() -> None:
     own = problem("0")
     solution = checked(own, AUTO(own))
     assert names(solution)[-1] == "swarm"
@@ -92,7 +93,7 @@ class TimeFirst(torch.nn.Module):
 def test_what_does_not_suit_the_model_is_passed_over() -> None:
     own = make_problem(TimeFirst(), known(), "inner")
     with pytest.raises(ConfigurationError, match="sample by sample"):
-        Linearised()(own)
+        Linearized()(own)
     solution = checked(own, AUTO(replace(own, localizer=NeuRecoverLite(n_weights=12))))
     assert names(solution) == ["swarm"]
 
@@ -105,8 +106,8 @@ def test_a_block_changes_inside_alone() -> None:
 
 
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`Strongest\.swarm=50` is no ParticleSwarm"):
-        Strongest(50)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no ParticleSwarm"):
+        Auto(50)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="`method`: function gave a NoneType, not a solution"):
         repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]
 
@@ -126,13 +127,13 @@ def test_where_nothing_can_be_kept_the_reason_is_given() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 1e-3])
 def test_without_time_nothing_is_broken(seconds: float) -> None:
-    own = problem(clock=Clock(max_time=seconds))
+    own = problem(clock=StageTimer(max_time=seconds))
     solution = AUTO(own)
     assert solution.proposal is None or broken(own, solution.proposal.state) == 0
 
 
 def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
-    assert isinstance(Settings().method, Strongest)
+    assert isinstance(Settings().method, Auto)
     one, other = (repair_module(trained(), known(), Settings(method=AUTO, seed=3)) for _ in range(2))
     assert one.parameters
     assert all(torch.equal(value, other.parameters[name]) for name, value in one.parameters.items())

@@ -13,10 +13,10 @@ from torch import multiprocessing
 from toy_problems import barely, broken, make_problem, normed, retrained, same, shares
 from toy_repairs import known, trained
 
-from lightning_nrl.collective import Collective
-from lightning_nrl.gradients.fit import fit
-from lightning_nrl.gradients.polish import polish
-from lightning_nrl.methods import Problem
+from lightning_nrl._optim.distill import fit
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.problem import Problem
 
 
 def results(problem: Problem) -> dict[str, Any]:

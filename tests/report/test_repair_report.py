@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_nrl.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.localization.localization import Localization
-from lightning_nrl.methods import Step
-from lightning_nrl.report import Hashes, LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.pipeline.report_builder import localization_report, search_report
+from lightning_nrl.report import Hashes, LocalizationReport, RepairReport, SearchReport, SplitReport, Step, WeightChange
 from lightning_nrl.report.strength import StrengthPoint
-from lightning_nrl.report.words import percent
-from lightning_nrl.search.result import SearchHistory, SearchResult
+from lightning_nrl.report.tables import percent
+from lightning_nrl.search.search_result import SearchHistory, SearchResult
 
 STATES = ("repaired", "refused", "nothing")
 TRAIN = SplitReport("train", "known", 1172, 0, 9, 17, 0, 0, (), (1, 5, 7, 8, 9, 33, 44, 55, 66), ())
@@ -171,10 +171,10 @@ def test_pooled_adds_up_the_splits_of_a_role(repaired: RepairReport, refused: Re
 
 def test_parts_are_taken_from_the_arrows() -> None:
     sizes = {"failed": 3, "passed": 2, "both": 1, "localized": 2, "total": 9}
-    localization = LocalizationReport.of(Localization(torch.tensor([1, 4]), 5, 2, sizes))
+    localization = localization_report(Localization(torch.tensor([1, 4]), 5, 2, sizes))
     assert localization == LocalizationReport(2, 5, sizes)
     history = SearchHistory(*(torch.tensor([float(i), 0.5]) for i in range(7)))
-    search = SearchReport.of(SearchResult(torch.zeros(2), 1.0, 0.5, 1, "done", history, 0.1), 4, 6)
+    search = search_report(SearchResult(torch.zeros(2), 1.0, 0.5, 1, "done", history, 0.1), 4, 6)
     assert (search.iterations, search.n_failed, search.n_passed) == (1, 4, 6)
     assert search.history["diversity"] == [6.0, 0.5]
 

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from lightning_nrl.errors import EvidenceError
-from lightning_nrl.evidence import Evidence
+from lightning_nrl.errors import EvaluationError
+from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.metrics import functional
 from lightning_nrl.report import SplitReport, pool, split_report
 
 
-def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> Evidence:
+def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> SampleResults:
     n = len(passed)
     ok = torch.tensor([sign == "+" for sign in passed])
-    return Evidence(
+    return SampleResults(
         splits=("train", "val"),
         sizes=(3, n - 3),
         index=torch.arange(n) * 10,
@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_is_wrong() -> None:
 
 
 def test_tables_of_other_samples_are_refused() -> None:
-    with pytest.raises(EvidenceError, match="not about the same samples"):
+    with pytest.raises(EvaluationError, match="not about the same samples"):
         split_report("val", "known", BEFORE, evidence("+++"))
 
 

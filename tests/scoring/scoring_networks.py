@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_nrl.batches import Batch
-from lightning_nrl.scoring import Recording, record
-from lightning_nrl.sites import WeightSpace, find_sites
+from lightning_nrl._model.layers import ParameterSpace, find_layers
+from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl.data.batch import Batch
 from lightning_nrl.tasks import Multiclass
 
 
@@ -295,7 +295,7 @@ class Problem:
     """A case made concrete: `n` samples in batches of several sizes, random labels."""
 
     model: nn.Module
-    space: WeightSpace
+    space: ParameterSpace
     data: dict[str, Tensor] | tuple[Tensor, ...]
     target: Tensor
 
@@ -311,7 +311,7 @@ class Problem:
             return (), {k: v[rows] for k, v in self.data.items()}
         return tuple(v[rows] for v in self.data), {}
 
-    def recording(self, *sizes: int, keep: Tensor | None = None, **options: Any) -> Recording:
+    def recording(self, *sizes: int, keep: Tensor | None = None, **options: Any) -> ActivationCache:
         keep = torch.ones(len(self.target), dtype=torch.bool) if keep is None else keep
         return record(self.model, self.batches(*sizes), self.space, Multiclass(), keep, **options)
 
@@ -349,7 +349,7 @@ def make_problem(
     data = _to(data, dtype)
     target = torch.randint(0, 5, (n,), generator=g)
     model = model.eval().to(dtype)
-    return Problem(model, find_sites(model, case.layer, include_bias=include_bias), data, target)
+    return Problem(model, find_layers(model, case.layer, include_bias=include_bias), data, target)
 
 
 def _to(data: Any, dtype: torch.dtype) -> Any:

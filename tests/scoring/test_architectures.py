@@ -9,7 +9,7 @@ from scoring_networks import Case, floats, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.scoring import make_scorer
+from lightning_nrl._scoring import make_scorer
 from lightning_nrl.tasks import Multiclass
 
 WIDTH = 4

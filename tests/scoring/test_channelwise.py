@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.scoring.channelwise import Varied
+from lightning_nrl._scoring.channelwise import Varied
 
 P, N, C = 3, 4, 6
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from scoring_networks import REPLAYED, WHOLE, Case, Problem, make_problem
 
-from lightning_nrl.scoring import Recording, make_scorer
+from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl.tasks import Multiclass
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def check(problem: Problem, recording: Recording, tolerance: float, p: int = 7, k: int = 9, seed: int = 0) -> None:
+def check(
+    problem: Problem, recording: ActivationCache, tolerance: float, p: int = 7, k: int = 9, seed: int = 0
+) -> None:
     """Same predictions on every candidate, same counts, losses within a tolerance."""
     where, values = problem.candidates(p, k, seed)
     n = len(problem.target)

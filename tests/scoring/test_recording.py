@@ -1,4 +1,4 @@
-"""Recording and replaying: what is kept, what is left alone, and what is refused."""
+"""ActivationCache and replaying: what is kept, what is left alone, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch
 from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl.batches import Batch
+from lightning_nrl._model.layers import LayerRef, find_layers
+from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ReplayError
-from lightning_nrl.scoring import Recording, record
-from lightning_nrl.sites import Site, find_sites
 from lightning_nrl.tasks import Multiclass
 
 
-def unedited(site: Site, x: Tensor, y: Tensor) -> Tensor:
+def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
-def replayed(recording: Recording, size: int | None = None) -> tuple[Tensor, Tensor]:
+def replayed(recording: ActivationCache, size: int | None = None) -> tuple[Tensor, Tensor]:
     """Rows and logits, in the order of the rows."""
     parts = [(chunk.rows, recording.replay(chunk, unedited)) for chunk in recording.chunks(size)]
     rows, logits = torch.cat([r for r, _ in parts]), torch.cat([x for _, x in parts])
@@ -80,7 +80,7 @@ def test_an_error_in_the_model_leaves_it_as_it_was() -> None:
     problem = make_problem(REPLAYED["middle linear"])
     recording = problem.recording(12)
 
-    def fails(site: Site, x: Tensor, y: Tensor) -> Tensor:
+    def fails(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         raise KeyError("from the edit")
 
     with pytest.raises(KeyError, match="from the edit"):
@@ -103,7 +103,7 @@ def test_gradients_flow_through_a_replay() -> None:
     recording = problem.recording(12)
     zeros: list[Tensor] = []
 
-    def nudged(site: Site, x: Tensor, y: Tensor) -> Tensor:
+    def nudged(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         zeros.append(torch.zeros_like(y, requires_grad=True))
         return y + zeros[0]
 
@@ -129,7 +129,7 @@ def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
     xs = [torch.randn(4, 2, 9), torch.randn(3, 2, 7), torch.randn(2, 2, 9)]
     rows = list(torch.arange(9).split([4, 3, 2]))
     batches = [(Batch((x,), torch.zeros(len(x), dtype=torch.int64), r), r) for x, r in zip(xs, rows, strict=True)]
-    recording = record(model, batches, find_sites(model, "0"), Multiclass(), torch.ones(9, dtype=torch.bool))
+    recording = record(model, batches, find_layers(model, "0"), Multiclass(), torch.ones(9, dtype=torch.bool))
     assert [group.rows[0].tolist() for group in recording.groups] == [[0, 1, 2, 3, 7, 8], [4, 5, 6]]
     with torch.no_grad():
         torch.testing.assert_close(replayed(recording)[1], torch.cat([model(x) for x in xs]))
@@ -146,7 +146,7 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
 
     model = Unused().eval()
     batch = Batch((torch.randn(3, 2, 4),), torch.zeros(3, dtype=torch.int64), torch.arange(3))
-    space = find_sites(model, "attention.out_proj")
+    space = find_layers(model, "attention.out_proj")
     with pytest.raises(ReplayError, match=r"never called .*\nHINT: name a layer that is called"):
         record(model, [(batch, torch.arange(3))], space, Multiclass(), torch.ones(3, dtype=torch.bool))
 
@@ -162,7 +162,7 @@ def test_a_module_shared_by_both_sides_of_the_layer_is_remembered_only_before_it
         torch.manual_seed(0)
         model = Shared().eval()
     data = floats(2, 5, 5)(12, torch.Generator().manual_seed(0))
-    problem = Problem(model, find_sites(model, "conv1"), data, torch.zeros(12, dtype=torch.int64))
+    problem = Problem(model, find_layers(model, "conv1"), data, torch.zeros(12, dtype=torch.int64))
     recording = problem.recording(12)
     assert recording.fallback_reason is None
     with torch.no_grad():

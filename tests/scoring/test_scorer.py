@@ -15,10 +15,11 @@ from scoring_networks import REPLAYED, WHOLE, Problem, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl.collective import Collective
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import Scores, make_scorer, record
+from lightning_nrl._scoring import chunks as pieces
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.scoring import Scores, make_scorer, pieces, record
-from lightning_nrl.sites import find_sites
 from lightning_nrl.tasks import Multiclass, Task
 
 N = 24
@@ -29,7 +30,7 @@ def linear(weight: Tensor, x: Tensor, target: list[int]) -> Problem:
     model = nn.Linear(weight.shape[1], len(weight), bias=False)
     with torch.no_grad():
         model.weight.copy_(weight)
-    return Problem(model.eval(), find_sites(model, ""), (x,), torch.tensor(target))
+    return Problem(model.eval(), find_layers(model, ""), (x,), torch.tensor(target))
 
 
 def test_by_hand() -> None:
@@ -288,7 +289,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl.scoring.scorer.FIRST", 4)
+    monkeypatch.setattr("lightning_nrl._scoring.scorer.FIRST", 4)
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))

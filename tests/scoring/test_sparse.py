@@ -8,22 +8,22 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl.scoring.channelwise import Varied
-from lightning_nrl.scoring.sparse import edits, make_changes
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring.channelwise import Varied
+from lightning_nrl._scoring.sparse_delta import edits, make_changes
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def changed(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
-    space = find_sites(layer, "", include_bias=include_bias)
+    space = find_layers(layer, "", include_bias=include_bias)
     with torch.no_grad():
         out = make_changes(space, where)[0].output(values, x, layer(x))
     return (out.dense() if isinstance(out, Varied) else out).unflatten(0, (len(values), -1))
 
 
 def oracle(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
-    space = find_sites(layer, "", include_bias=include_bias)
+    space = find_layers(layer, "", include_bias=include_bias)
     with torch.no_grad():
         return torch.stack([functional_call(layer, space.changed(where, v), (x,)) for v in values])
 
@@ -57,7 +57,7 @@ def test_bias_by_hand() -> None:
 @torch.no_grad()
 def test_only_changed_units_are_computed() -> None:
     layer, x = nn.Linear(4, 6), torch.randn(3, 4)
-    change = make_changes(find_sites(layer, ""), torch.tensor([5, 6]))[0]
+    change = make_changes(find_layers(layer, ""), torch.tensor([5, 6]))[0]
     assert change.units.tolist() == [1]
     assert change.unit_outputs(torch.zeros(2, 2), change.taps(x, layer(x))).shape == (2, 3, 1)
 
@@ -66,7 +66,7 @@ def test_unchanged_candidates_keep_the_recorded_output_to_the_bit() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer, x = nn.Linear(30, 6).to(dtype), torch.randn(5, 30).to(dtype)
         where = torch.arange(0, 180, 7)
-        same = find_sites(layer, "").flat()[where].unsqueeze(0)
+        same = find_layers(layer, "").flat()[where].unsqueeze(0)
         assert torch.equal(changed(layer, where, same, x)[0], layer(x))
 
 
@@ -93,7 +93,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 def test_convolutions_of_every_kind(problem: tuple[nn.Module, Tensor], k: int, seed: int) -> None:
     layer, x = problem
     g = torch.Generator().manual_seed(seed)
-    size = find_sites(layer, "", include_bias=True).size
+    size = find_layers(layer, "", include_bias=True).size
     where = torch.randperm(size, generator=g)[:k]
     values = torch.randn(3, len(where), generator=g, dtype=torch.float64)
     actual = changed(layer, where, values, x, include_bias=True)
@@ -126,7 +126,7 @@ def test_autocast_rounds_weights_and_inputs_first() -> None:
 @torch.no_grad()
 def test_several_sites_share_one_set_of_values() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    space = find_sites(model, ["0", "1"])
+    space = find_layers(model, ["0", "1"])
     first, second = make_changes(space, torch.tensor([0, 10]))
     assert (first.units.tolist(), second.units.tolist()) == ([0], [0])
     x, y = torch.ones(2, 3), model[0](torch.ones(2, 3))

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nrl.search.head import Head, follow
-from lightning_nrl.search.quadratic import solve_dual
+from lightning_nrl._convex.head import ConvexHead, follow
+from lightning_nrl._convex.qp import solve_dual
 
 
-def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> Head:
+def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> ConvexHead:
     """Random features; the last samples are wrong, and the last feature is theirs for the most part."""
     generator = torch.Generator().manual_seed(seed)
     targeted = torch.arange(n) >= n - 6
@@ -23,7 +23,7 @@ def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> Head:
     logits = features[:, :4] @ torch.randn(4, n_classes, generator=generator)
     label = logits.argmax(1)
     label[targeted] = logits[targeted].topk(2).indices[:, 1]
-    return Head(features, logits, label, targeted)
+    return ConvexHead(features, logits, label, targeted)
 
 
 class Products(TorchDispatchMode):

@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from lightning_nrl.search.spread import Spread
-from lightning_nrl.sites import find_sites
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl.search.init_stats import WeightStats
 
 
 def numbers(spread):
@@ -10,12 +10,12 @@ def numbers(spread):
 
 
 def test_spread_of_one_layer_by_hand():
-    spread = Spread.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.bfloat16))
+    spread = WeightStats.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.bfloat16))
     torch.testing.assert_close(numbers(spread), torch.tensor([4.0, 5.0**0.5, 1.0, 7.0]))
 
 
 def test_one_weight_has_no_spread_rather_than_nan():
-    assert numbers(Spread.of(torch.tensor([2.0]))).tolist() == [2.0, 0.0, 2.0, 2.0]
+    assert numbers(WeightStats.of(torch.tensor([2.0]))).tolist() == [2.0, 0.0, 2.0, 2.0]
 
 
 def test_each_weight_has_the_spread_of_its_own_layer():
@@ -23,6 +23,6 @@ def test_each_weight_has_the_spread_of_its_own_layer():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 3.0]]))
         model[1].weight.fill_(10.0)
-    spread = Spread.around(find_sites(model, ["0", "1"]), torch.tensor([1, 2]))
+    spread = WeightStats.around(find_layers(model, ["0", "1"]), torch.tensor([1, 2]))
     expected = torch.tensor([[2.0, 10.0], [1.0, 0.0], [1.0, 10.0], [3.0, 10.0]])
     torch.testing.assert_close(numbers(spread), expected)

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl.errors import ConfigurationError, EvidenceError
-from lightning_nrl.fitness import Fitness
-from lightning_nrl.scoring.scores import Scores
-from lightning_nrl.search import ParticleSwarm, Spread, search, search_many
-from lightning_nrl.search import swarm as module
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl.errors import ConfigurationError, EvaluationError
+from lightning_nrl.search import ParticleSwarm, WeightStats, search, search_many
+from lightning_nrl.search import loop as module
+from lightning_nrl.search.fitness import Fitness
 
-WIDE = Spread(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
+WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 N = 50
 
 
@@ -210,7 +210,7 @@ def test_an_original_without_a_finite_loss_is_refused(value):
         scores = sphere(values)
         return Scores(scores.patched, scores.intact, scores.loss_failed, scores.loss_passed * value, N, N)
 
-    with pytest.raises(EvidenceError, match="HINT"):
+    with pytest.raises(EvaluationError, match="HINT"):
         search(scorer, original()[0], WIDE)
 
 

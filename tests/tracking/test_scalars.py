@@ -2,11 +2,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lightning_nrl.flips import FlipCounts
+from lightning_nrl._tracking import outcome, search_curves, split_numbers, strength_curves
+from lightning_nrl._tracking.tensorboard import layout
+from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.strength import StrengthPoint
-from lightning_nrl.tracking import outcome, search_curves, split_numbers, strength_curves
-from lightning_nrl.tracking.tensorboard import layout
 
 
 def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> None:

@@ -1,0 +1,265 @@
+"""Where weights live: the layers to be repaired, seen as one flat vector of weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = [
+    "Convolution",
+    "Layer",
+    "LayerRef",
+    "ParameterSpace",
+    "find_layers",
+    "find_scope",
+    "last_linear",
+    "layer_names",
+    "layers_of",
+]
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | Convolution
+"""The kinds of layer that can be repaired."""
+
+
+@dataclass(frozen=True)
+class LayerRef:
+    """One layer to be repaired.
+
+    Attributes:
+        name: its dotted name in the model; empty if the model itself is the layer.
+        module: the live layer.
+        offset: where its weights start in the flat vector.
+        include_bias: whether its bias is part of the vector, behind its weight.
+    """
+
+    name: str
+    module: Layer
+    offset: int
+    include_bias: bool = False
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Its repairable parameters by dotted name, in the order of the flat vector."""
+        prefix = f"{self.name}." if self.name else ""
+        own = dict(self.module.named_parameters(recurse=False))
+        names = ("weight", "bias") if self.include_bias else ("weight",)
+        return {f"{prefix}{name}": own[name] for name in names if name in own}
+
+    @property
+    def size(self) -> int:
+        """How many weights it has."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """`out x in/groups x kernel...`, for a Linear `out x in`."""
+        return self.module.weight.shape
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included."""
+
+    sites: tuple[LayerRef, ...]
+
+    @property
+    def size(self) -> int:
+        """How many weights there are."""
+        return sum(site.size for site in self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.sites[0].module.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights as deployed."""
+        return self.sites[0].module.weight.dtype
+
+    def flat(self) -> Tensor:
+        """A detached copy of the live weights, `size`."""
+        return torch.cat([p.detach().flatten() for site in self.sites for p in site.parameters.values()])
+
+    def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
+
+        The live parameters are not touched. The result suits `lightning_nrl._utils.state.holding`.
+        """
+        flat = self.flat()
+        flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
+        out, at = {}, 0
+        for site in self.sites:
+            for name, parameter in site.parameters.items():
+                out[name] = flat[at : at + parameter.numel()].view_as(parameter)
+                at += parameter.numel()
+        return out
+
+
+def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
+    """Resolves layer names.
+
+    Args:
+        model: the model whose layers are meant.
+        layer: a dotted name, several of them, or `auto`: the last Linear in the order of registration that
+            is not frozen; where all are, the last; where there is none, likewise the last convolution.
+        include_bias: whether biases may be changed too.
+
+    Raises:
+        ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
+            a lazy, quantised or parametrised layer, weights shared with another module, several dtypes or devices.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    sites: list[LayerRef] = []
+    for name in _names(layer, modules):
+        offset = sites[-1].offset + sites[-1].size if sites else 0
+        sites.append(LayerRef(name, _repairable(name, modules), offset, include_bias))
+    if len({id(site.module) for site in sites}) < len(sites):
+        raise ConfigurationError(explain(f"`layer={layer!r}` names a layer twice.", "name each layer once."))
+    _check_shared(model, sites)
+    kinds = {f"{parameter.dtype} on {parameter.device}" for site in sites for parameter in site.parameters.values()}
+    if len(kinds) > 1:
+        raise ConfigurationError(
+            explain(f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one.")
+        )
+    return ParameterSpace(tuple(sites))
+
+
+def find_scope(
+    model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False
+) -> tuple[ParameterSpace, tuple[str, ...]]:
+    """What may change: the layers whose weights can be searched, and all parameters that training may move.
+
+    Args:
+        model: the model that is meant.
+        layer: as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
+            for all of its parameters. `auto` lets training move all parameters that are not frozen.
+        include_bias: whether biases may be searched too.
+
+    Returns:
+        The layers, and names of parameters in the order of the model.
+
+    Raises:
+        ConfigurationError: as for `find_layers`.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = [_last_inside(name, modules) for name in _names(layer, modules)]
+    space = find_layers(model, names, include_bias=include_bias)
+    parameters = dict(model.named_parameters())
+    if layer == "auto" and "auto" not in modules:
+        scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    else:
+        scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
+    searched = [name for site in space.sites for name in site.parameters]
+    return space, tuple(scope or searched)
+
+
+def layer_names(layer: str | Sequence[str]) -> list[str]:
+    """One name or several as a list.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
+    return names
+
+
+def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    names = layer_names(layer)
+    if names != ["auto"] or "auto" in modules:
+        return names
+    # A network without any Linear, as those for segmentation are, ends in a convolution.
+    for kind in (nn.Linear, Layer):
+        found = [name for name, module in modules.items() if isinstance(module, kind)]
+        if found:
+            # Whoever froze a layer wants it as it is, unless all are frozen.
+            free = [name for name in found if modules[name].weight.requires_grad]
+            return (free or found)[-1:]
+    hint = "only Linear and Conv1d/2d/3d can be repaired."
+    raise ConfigurationError(explain("`layer='auto'` found no Linear layer and no convolution.", hint))
+
+
+def _is_inside(parameter: str, block: str) -> bool:
+    return not block or parameter.startswith(f"{block}.")
+
+
+def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The last layer that can be repaired inside a block; a layer, or what has none inside, is given back."""
+    if name not in modules or isinstance(modules[name], Layer):
+        return name
+    inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
+    return inside[-1] if inside else name
+
+
+def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
+    if name not in modules:
+        raise ConfigurationError(
+            explain(f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}.")
+        )
+    module = modules[name]
+    if not isinstance(module, Layer):
+        inside = _suggest("", dict(module.named_modules(prefix=name)))
+        raise ConfigurationError(
+            explain(
+                f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
+                f"name a Linear or Conv1d/2d/3d{f', such as one of {inside}' if inside else ''}.",
+            )
+        )
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ConfigurationError(
+            explain(f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first.")
+        )
+    if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        raise ConfigurationError(
+            explain(
+                f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
+                "remove a parametrisation with `torch.nn.utils.parametrize`; repair before quantising.",
+            )
+        )
+    return module
+
+
+def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
+    """Refuses weights that another module uses too: what is repaired in one place would change the other."""
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for site in sites:
+        if any(owners[id(parameter)] > 1 for parameter in site.parameters.values()):
+            raise ConfigurationError(
+                explain(
+                    f"`layer={site.name!r}` shares its weights with another module (tied weights).",
+                    "name a layer whose weights are its own, or untie them before the repair.",
+                )
+            )
+
+
+def _suggest(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Names of layers that can be repaired: the nearest to a name, else the last ones."""
+    names = [other for other, module in modules.items() if isinstance(module, Layer)]
+    return difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[-5:]
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The Linear and convolution layers that have a floating-point weight of their own, by dotted name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Layer) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+    }
+
+
+def last_linear(model: nn.Module) -> tuple[str | None, nn.Linear | None]:
+    """The last Linear layer and its name; None where there is none."""
+    for name, layer in reversed(layers_of(model).items()):
+        if isinstance(layer, nn.Linear):
+            return name, layer
+    return None, None

@@ -1,0 +1,233 @@
+"""Changes of layers in units in which all of them move what the layers give by the same amount.
+
+A layer's output is a weighted sum of a window of its input. With the second moment C of these windows on passed data,
+a change D of the weights of one output moves it by D' C D in the mean square, so coordinates x with D = C^(-1/2) x
+measure a change by what it does to what is right. Gradients of margins come in the same coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._model.layers import LayerRef
+from lightning_nrl._model.margin_grad import Call, by_sample, trace
+from lightning_nrl._model.weight_grad import bias_gradients, weight_gradients, windows
+from lightning_nrl._optim.descent import BATCH, draw
+from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
+from lightning_nrl._utils.state import State, holding
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.problem.problem import Problem
+
+__all__ = ["Slopes", "Whitening", "slopes", "whitened"]
+
+RIDGE = 0.1
+"""Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
+they help the targets, and few samples beside them."""
+
+SAMPLES, POSITIONS = 1024, 128
+"""Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""
+
+WIDE = 2048
+"""Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
+
+PIECE = 2**24
+"""Most gradient entries (samples x weights) that are held before they are whitened."""
+
+
+class Slopes(NamedTuple):
+    """Gradients of margins, whitened."""
+
+    rows: Tensor  # m int64, of the evidence, ascending
+    values: Tensor  # m x K
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Coordinates of changes, one set a layer, behind each other: `K` in all.
+
+    Attributes:
+        sites: the layers.
+        outputs: of each layer the output channels whose weights may move, int64.
+        roots: of each layer C^(-1/2) by output channel group, `groups x d x d`, or `groups x d` where it is diagonal;
+            `d` is one more than the weights of an output where its bias may move.
+    """
+
+    sites: tuple[LayerRef, ...]
+    outputs: tuple[Tensor, ...]
+    roots: tuple[Tensor, ...]
+
+    @property
+    def size(self) -> int:
+        """How many coordinates there are."""
+        return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
+
+    def state(self, change: Tensor) -> State:
+        """Whole parameters with a change, `K`, added to the live ones."""
+        found, at = {}, 0
+        for site, outputs, root in zip(self.sites, self.outputs, self.roots, strict=True):
+            size = len(outputs) * root.shape[-1]
+            columns = _scaled(site, outputs, root, change[at : at + size].view(1, len(outputs), -1))[0]
+            at, first = at + size, 0
+            for name, parameter in site.parameters.items():
+                last = first + parameter.numel() // len(parameter)
+                added = columns.new_zeros(len(parameter), last - first)
+                added[outputs], first = columns[:, first:last], last
+                old = at_least_float32(parameter.detach())
+                found[name] = (old + added.view_as(old)).to(parameter.dtype)
+        return found
+
+
+@torch.no_grad()
+def whitened(problem: Problem, most: int) -> Whitening:
+    """Whitens the layers of a problem by passed data, with at most about `most` coordinates.
+
+    Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
+    with the greatest squared gradients of their margins.
+
+    Raises:
+        ConfigurationError: gradients do not reach a layer.
+    """
+    space, before = problem.space, problem.before
+    passed = before.passed.nonzero().flatten()
+    generator = torch.Generator().manual_seed(problem.seed)
+    drawn = passed[torch.randperm(len(passed), generator=generator)[:SAMPLES]]
+    moments = [_empty(site) for site in space.sites]
+    for _, calls in _traced(problem, drawn):
+        for site, moment in zip(space.sites, moments, strict=True):
+            for x, _ in calls[site.name]:
+                _add(site, moment, x)
+    roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
+    outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
+    whole = Whitening(space.sites, outputs, roots)
+    if whole.size <= most:
+        return whole
+    useful = [torch.zeros(len(o), device=space.device) for o in outputs]
+    for _, found in _gradients(problem, before.targeted.nonzero().flatten(), whole):
+        for total, part in zip(useful, found, strict=True):
+            total += part.square().sum((0, 2))
+    kept = [max(1, int(most / whole.size * len(o))) for o in outputs]
+    order = [problem.collective.agreed(problem.collective.sum(u).argsort(descending=True)) for u in useful]
+    return Whitening(space.sites, tuple(o[:n].sort().values for o, n in zip(order, kept, strict=True)), roots)
+
+
+@torch.no_grad()
+def slopes(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> Slopes:
+    """Gradients of the margins of chosen samples, the same on every rank.
+
+    Args:
+        problem: whose model is run, in batches of at most 128 samples.
+        chosen: rows of the evidence.
+        whitening: the coordinates.
+        state: the weights at which the gradients are taken.
+
+    Raises:
+        ConfigurationError: gradients do not reach a layer.
+    """
+    rows, parts = [], []
+    with holding(problem.model, state):
+        for at, found in _gradients(problem, chosen, whitening):
+            rows.append(at)
+            parts.append(torch.cat([part.flatten(1) for part in found], 1))
+    device = problem.space.device
+    own = torch.cat(parts) if parts else torch.zeros(0, whitening.size, device=device)
+    own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+    all_rows = torch.cat(problem.collective.gather(own_rows))
+    order = all_rows.argsort()
+    return Slopes(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
+
+
+def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[Call]]]]:
+    """Rows and calls of this rank's share of chosen samples; afterwards all ranks know whether gradients came.
+
+    Raises:
+        ConfigurationError: they did not, on any rank.
+    """
+    layers = {site.name: site.module for site in problem.space.sites}
+    missed = dict.fromkeys(layers, False)
+    for parts in draw(problem, chosen.split(BATCH) if len(chosen) else ()):
+        for batch, at in parts:
+            _, calls = trace(problem.model, layers, batch, problem.task, problem.context)
+            missed |= {name: missed[name] or not by_sample(found, len(at)) for name, found in calls.items()}
+            if not any(missed.values()):
+                yield at, calls
+    for name, missing in missed.items():
+        if problem.collective.any(missing):
+            raise ConfigurationError(
+                explain(
+                    f"`layer={name!r}`: the gradients of the margins do not reach it, sample by sample.",
+                    "name a layer that the model calls as a module outside `torch.no_grad`, with a batch first; or use "
+                    "`method='swarm'`, which needs no gradients.",
+                )
+            )
+
+
+def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Rows and whitened gradients of this rank's share, of each layer `n x outputs x d`."""
+    for at, calls in _traced(problem, chosen):
+        with no_autocast(problem.space.device):
+            yield (
+                at,
+                [
+                    _of_site(site, calls[site.name], len(at), outputs, root)
+                    for site, outputs, root in zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
+                ],
+            )
+
+
+def _of_site(site: LayerRef, calls: list[Call], n: int, outputs: Tensor, root: Tensor) -> Tensor:
+    layer, parts = site.module, []
+    for start in range(0, n, step := max(1, PIECE // site.size)):
+        pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
+        gradient = torch.stack([weight_gradients(layer, x, g).flatten(2)[:, outputs] for x, g in pieces]).sum(0)
+        if _has_bias(site):
+            bias = torch.stack([bias_gradients(g)[:, outputs] for _, g in pieces]).sum(0)
+            gradient = torch.cat([gradient, bias[..., None]], 2)
+        parts.append(_scaled(site, outputs, root, gradient))
+    return torch.cat(parts)
+
+
+def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
+    """`n x outputs x d` times C^(-1/2), which is symmetric: from coordinates to weights, and gradients back."""
+    root = root.to(x.dtype)
+    groups = len(root)
+    if root.ndim == 2 or groups == 1:
+        group = outputs // (len(site.module.weight) // groups)
+        return x * root[group] if root.ndim == 2 else x @ root[0]
+    group = outputs // (len(site.module.weight) // groups)
+    return torch.bmm(x.transpose(0, 1), root[group]).transpose(0, 1)
+
+
+def _has_bias(site: LayerRef) -> bool:
+    return len(site.parameters) > 1
+
+
+def _empty(site: LayerRef) -> Tensor:
+    """The sum of no moments: `groups x d x d`, or `groups x d` where that is too large."""
+    groups = getattr(site.module, "groups", 1)
+    d = site.module.weight[0].numel() + _has_bias(site)
+    shape = (groups, d) if d > WIDE else (groups, d, d)
+    return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
+
+
+def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
+    with no_autocast(x.device):
+        seen = windows(site.module, x, POSITIONS).to(moment.dtype)
+        if _has_bias(site):
+            seen = F.pad(seen, (0, 1), value=1.0)
+        moment += seen.square().sum(1) if moment.ndim == 2 else seen.mT @ seen
+
+
+def _root(moment: Tensor) -> Tensor:
+    """C^(-1/2) of each group, C scaled to a mean eigenvalue of 1."""
+    diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1).clamp_min(1e-30)
+    if moment.ndim == 2:
+        return (moment / mean[:, None] + RIDGE).rsqrt()
+    values, vectors = torch.linalg.eigh(moment / mean[:, None, None])
+    return (vectors * (values.clamp_min(0) + RIDGE).rsqrt()[:, None, :]) @ vectors.mT

@@ -1,0 +1,263 @@
+"""Scoring of candidates: how many samples pass, and how large their losses are, for all candidates in one call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._scoring.activation_cache import ActivationCache
+from lightning_nrl._scoring.chunks import Piece, make_pieces
+from lightning_nrl._scoring.memory import default_budget
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.tasks import Task
+
+__all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
+
+FIRST = 128
+"""How many of the most fragile samples of I_pos are scored before the others."""
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """What each candidate does on each of this rank's samples.
+
+    Attributes:
+        rows: rows of the samples in the evidence, `n` int64 on the CPU.
+        passed: `P x n` bool on the CPU.
+        loss: `P x n` on the CPU.
+    """
+
+    rows: Tensor
+    passed: Tensor
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Swarms that search the same weights on the same samples. Each is run on its own, so that it scores as if alone.
+
+    Attributes:
+        swarms: which swarms.
+        columns: which of the K values are theirs; a slice if all are.
+        failed: samples of I_neg, in pieces.
+        passed: samples of I_pos, in pieces.
+    """
+
+    swarms: tuple[int, ...]
+    columns: Tensor | slice
+    failed: list[Piece]
+    passed: list[Piece]
+
+
+@dataclass(frozen=True)
+class SwarmScorer:
+    """Scores candidates on a recording; see `make_scorer`.
+
+    Attributes:
+        recording: the known data of this rank.
+        problems: swarms with equal weights and samples together.
+        n_failed: |I_neg| over all ranks, a number or `S x 1`.
+        n_passed: |I_pos| over all ranks, a number or `S x 1`.
+        collective: the ranks that share the work.
+        passed_loss: whether losses on I_pos are asked for.
+        gives_up: whether candidates that break too many are scored no further when told how many that is. Not where the
+            host would have to wait for a device to learn who they are.
+        weighted: whether samples have weights.
+        least: the least weight of a sample of I_neg.
+    """
+
+    recording: ActivationCache
+    problems: tuple[_Problem, ...]
+    n_failed: int | Tensor
+    n_passed: int | Tensor
+    collective: Collective
+    passed_loss: bool
+    gives_up: bool = False
+    weighted: bool = False
+    least: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
+        """Scores candidates on all ranks' samples.
+
+        Args:
+            values: `S x P x K`.
+            most_broken: `S x P`, how many samples of I_pos a candidate may break; None for any number. One that breaks
+                more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which
+                all may break fewer than none is not scored.
+        """
+        device = self.recording.subject.space.device
+        values = values.to(device)
+        sums = torch.zeros(6 if self.weighted else 4, *values.shape[:2], device=device, dtype=widest(device))
+        for problem in self.problems:
+            for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
+                own = values[swarm][:, problem.columns]
+                limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
+                if limit is not None and bool((limit < 0).all()):
+                    sums[2:, swarm] = torch.nan
+                    continue
+                self._add(problem, own, limit, sums[:, swarm])
+        patched, intact, loss_failed, loss_passed, *weights = self.collective.sum(sums)
+        least = values.dtype if values.dtype == torch.float64 else torch.float32
+        return Scores(
+            patched.float(),
+            intact.float(),
+            (loss_failed / _at_least_one(self.n_failed)).to(least),
+            (loss_passed / _at_least_one(self.n_passed)).to(least),
+            self.n_failed,
+            self.n_passed,
+            weights[0] if weights else None,
+            weights[1] if weights else None,
+            self.least,
+        )
+
+    def _add(self, problem: _Problem, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
+        """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
+        alive = None if limit is None else torch.arange(len(values), device=values.device)
+        seen = 0
+        for role, pieces in ((1, problem.passed), (0, problem.failed)):
+            for piece in pieces:
+                chosen = values if alive is None else values[alive]
+                for part, passed, weight, loss in piece.tally(chosen, with_loss=role == 0 or self.passed_loss):
+                    which = part if alive is None else alive[part]
+                    sums[role, which] += passed
+                    if weight is not None:
+                        sums[4 + role, which] += piece.total - weight if role else weight
+                    if loss is not None:
+                        sums[2 + role, which] += loss
+                if role == 1 and alive is not None and limit is not None:
+                    seen += len(piece.chunk)
+                    broken = sums[5, alive] if self.weighted else seen - sums[1, alive]
+                    alive = alive[broken <= limit[alive]]
+        if alive is not None:
+            given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
+            given_up[alive] = False
+            sums[2:, given_up] = torch.nan
+
+    @torch.no_grad()
+    def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
+        """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
+        values = values.to(self.recording.subject.space.device)
+        problem = next(problem for problem in self.problems if swarm in problem.swarms)
+        pieces = [*problem.failed, *problem.passed]
+        passed = [torch.cat([p.cpu() for _, p, _ in piece.judge(values[:, problem.columns])]) for piece in pieces]
+        losses = [_losses(piece, values[:, problem.columns]) for piece in pieces]
+        none = torch.zeros(len(values), 0)
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.chunk.rows for piece in pieces)])
+        return SampleScores(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
+
+
+def make_scorer(
+    recording: ActivationCache,
+    where: Tensor,
+    failed: Tensor,
+    passed: Tensor,
+    task: Task,
+    *,
+    collective: Collective | None = None,
+    budget: int | None = None,
+    passed_loss: bool = True,
+    fragility: Tensor | None = None,
+    reserve: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> SwarmScorer:
+    """Prepares the scoring of candidates.
+
+    Args:
+        recording: the known data of this rank.
+        where: `K` int64, flat positions of the localised weights; or `S x K`, those of each swarm, -1 where a swarm has
+            fewer than K.
+        failed: `N` bool by row of the evidence, I_neg; or `S x N`, that of each swarm.
+        passed: `N` bool by row of the evidence, I_pos; or `S x N`, that of each swarm.
+        task: says what passed and loss mean.
+        collective: the ranks that share the work.
+        budget: bytes that scoring may take on the device beside the recording; by default a share of what is free.
+        passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
+            candidate of a call can break are not computed.
+        fragility: `N` float by row of the evidence, such as the original loss: the samples of I_pos with the
+            highest are scored first, so that candidates that break too many are given up early. None: in the order of
+            the recording.
+        reserve: `N` float by row of the evidence, the margin that each sample must keep to count as passing; it needs a
+            task with margins. None: any.
+        weight: `N` float64 by row of the evidence, finite, what each sample of I_neg and I_pos counts, those of I_neg 1
+            on average; None: all alike.
+
+    Returns:
+        A scorer of candidates, with `by_sample` for a look at single samples.
+
+    Raises:
+        ConfigurationError: numbers of swarms that do not agree.
+    """
+    collective = collective or Collective()
+    device = recording.subject.space.device
+    budget = default_budget(device) if budget is None else budget
+    where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
+    counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
+    if len(counted) > 1:
+        raise ConfigurationError(
+            explain(f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same.")
+        )
+    s = counted.pop() if counted else 1
+    several = any(x.ndim == 2 for x in (where, failed, passed))
+    tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
+    counts = torch.stack([mask[:, recording.rows].sum(1) for mask in tables[1:]])
+    n_failed, n_passed = collective.sum(counts).to(device)
+    problems = []
+    groups = _alike(tables)
+    room = budget // 4 // (2 * len(groups))
+    for swarms in groups:
+        own, mask_failed, mask_passed = (table[swarms[0]] for table in tables)
+        columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
+        first = _most_fragile(mask_passed, fragility)
+        failed_pieces, fragile_pieces, other_pieces = (
+            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share, reserve, weight)
+            for mask, share in ((mask_failed, room), (first, room // 4), (mask_passed & ~first, room - room // 4))
+        )
+        problems.append(_Problem(swarms, columns, failed_pieces, [*fragile_pieces, *other_pieces]))
+    return SwarmScorer(
+        recording,
+        tuple(problems),
+        n_failed.view(s, 1) if several else int(n_failed),
+        n_passed.view(s, 1) if several else int(n_passed),
+        collective,
+        passed_loss,
+        gives_up=device.type == "cpu",
+        weighted=weight is not None,
+        least=1.0 if weight is None or not bool(failed.any()) else min(1.0, float(weight[_any(failed)].min())),
+    )
+
+
+def _any(mask: Tensor) -> Tensor:
+    """`N` bool: rows that any swarm has."""
+    return mask if mask.ndim == 1 else mask.any(0)
+
+
+def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
+    """The samples of I_pos to begin with, `N` bool; none if nothing is known of them."""
+    first = torch.zeros_like(passed)
+    if fragility is not None:
+        rows = passed.nonzero().flatten()
+        order = fragility.cpu()[rows].argsort(descending=True, stable=True)
+        first[rows[order[:FIRST]]] = True
+    return first
+
+
+def _alike(tables: list[Tensor]) -> list[tuple[int, ...]]:
+    """Numbers of the swarms that have the same rows in all tables."""
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for swarm in range(len(tables[0])):
+        groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)
+    return [tuple(swarms) for swarms in groups.values()]
+
+
+def _losses(piece: Piece, values: Tensor) -> Tensor:
+    return torch.cat([loss.cpu().double() for _, _, loss in piece.judge(values) if loss is not None])
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)

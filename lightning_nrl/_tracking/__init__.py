@@ -1,0 +1,28 @@
+"""Writing a repair to loggers: numbers to any of them, and to TensorBoard what else helps to judge it."""
+
+from lightning_nrl._tracking.loggers import track, track_numbers, track_release
+from lightning_nrl._tracking.scalars import (
+    outcome,
+    release_numbers,
+    search_curves,
+    slice_numbers,
+    split_numbers,
+    strength_curves,
+)
+from lightning_nrl._tracking.sweep_hparams import sweep_rows, track_sweep
+from lightning_nrl._tracking.tensorboard import write_extras
+
+__all__ = [
+    "outcome",
+    "release_numbers",
+    "search_curves",
+    "slice_numbers",
+    "split_numbers",
+    "strength_curves",
+    "sweep_rows",
+    "track",
+    "track_numbers",
+    "track_release",
+    "track_sweep",
+    "write_extras",
+]

@@ -1,0 +1,116 @@
+"""One report to all loggers of a trainer. Logging comes last and must never cost the repair, or the decision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_nrl._tracking.scalars import (
+    Scalars,
+    outcome,
+    search_curves,
+    slice_numbers,
+    split_numbers,
+    strength_curves,
+)
+from lightning_nrl._tracking.tensorboard import write_extras
+from lightning_nrl.errors import LoggingWarning
+from lightning_nrl.release import ReleaseReport
+from lightning_nrl.report import RepairReport
+
+__all__ = ["track", "track_numbers", "track_release"]
+
+
+@rank_zero_only
+def track(
+    report: RepairReport,
+    loggers: Sequence[Logger],
+    *,
+    step: int,
+    change: Tensor | None = None,
+    name: str = "repair",
+) -> None:
+    """Writes a repair to every logger, on rank zero.
+
+    The search has its iterations for steps, the way to the patch its strength in percent; the outcome and the numbers
+    of the splits stand at the step of training at which the repair was made. TensorBoard gets more, see `write_extras`.
+    To be called before the loggers are finalised: a TensorBoard writer that is used later opens a second file.
+
+    Args:
+        report: the account of the repair.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        change: the change of every searched weight, for a histogram; None if there was no candidate.
+        name: the first part of every tag; a second repair in the same log needs another one.
+    """
+    write = partial(_write, report, step=step, change=change, name=name)
+    _to_each(loggers, write, "repair")
+
+
+@rank_zero_only
+def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
+    """Writes the page of a release decision to every TensorBoard logger, on rank zero. Its numbers go with the metrics.
+
+    Args:
+        report: the decision.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        name: the first part of the tag.
+    """
+
+    def write(logger: Logger) -> None:
+        writer = getattr(logger, "experiment", None)
+        if isinstance(writer, SummaryWriter):
+            writer.add_text(f"{name}/report", report.to_markdown(), step)
+            logger.save()
+
+    _to_each(loggers, write, "release report")
+
+
+@rank_zero_only
+def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
+    """Writes numbers to every logger, on rank zero.
+
+    Args:
+        numbers: by tag.
+        loggers: any number of any kind. One that raises is warned of and left, the others go on.
+        step: the global step of training.
+        what: they are of, for the warning.
+    """
+
+    def write(logger: Logger) -> None:
+        logger.log_metrics(numbers, step=step)
+        logger.save()
+
+    _to_each(loggers, write, what)
+
+
+def _to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
+    for logger in loggers:
+        try:
+            write(logger)
+        except Exception as error:
+            rank_zero_warn(
+                f"The {what} was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
+                f"The {what} itself and its files are not affected.",
+                category=LoggingWarning,
+            )
+
+
+def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | None, name: str) -> None:
+    for iteration, scalars in enumerate(search_curves(report, name)):
+        logger.log_metrics(scalars, step=iteration)
+    for strength, scalars in strength_curves(report, name).items():
+        logger.log_metrics(scalars, step=strength)
+    numbers = outcome(report, name) | split_numbers(report, name) | slice_numbers(report, name)
+    logger.log_metrics(numbers, step=step)
+    writer = getattr(logger, "experiment", None)
+    if isinstance(writer, SummaryWriter):
+        write_extras(report, writer, step=step, change=change, name=name)
+    # Now, as the process may end before loggers are finalised.
+    logger.save()

@@ -1,0 +1,89 @@
+"""A sweep in TensorBoard's HParams tab: a row for each setting, or for each run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Literal
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_nrl.analysis.sweep import Run, SweepResult
+from lightning_nrl.errors import LoggingWarning, check_choice
+
+__all__ = ["sweep_rows", "track_sweep"]
+
+ASKED = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
+MEASURED = ("repaired_in_target", "repaired", "broken", "accuracy_after")
+
+Row = tuple[dict[str, bool | int | float | str], dict[str, float]]
+"""What was asked for, and what came of it."""
+
+
+@rank_zero_only
+def track_sweep(
+    result: SweepResult,
+    loggers: Sequence[Logger],
+    *,
+    each: Literal["setting", "run"] = "setting",
+    name: str = "sweep",
+) -> None:
+    """Writes a sweep to the HParams tab of every TensorBoard logger, on rank zero; other loggers have no such thing.
+
+    Args:
+        result: the sweep.
+        loggers: such as `trainer.loggers`. One that raises is warned of and left, the others go on.
+        each: what becomes a row: a `setting`, by the means of its runs, or every `run`.
+        name: the first part of every tag, and of the names of the sub-runs.
+    """
+    rows = sweep_rows(result, each, name)
+    for logger in loggers:
+        try:
+            writer = getattr(logger, "experiment", None)
+            if isinstance(writer, SummaryWriter):
+                for label, (asked, found) in rows.items():
+                    writer.add_hparams(asked, found, run_name=f"{name}/{re.sub(r'[^A-Za-z0-9_.=-]+', '_', label)}")
+                writer.flush()
+        except Exception as error:
+            rank_zero_warn(
+                f"The sweep was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
+                "Its result is not affected.",
+                category=LoggingWarning,
+            )
+
+
+def sweep_rows(
+    result: SweepResult, each: Literal["setting", "run"] = "setting", name: str = "sweep"
+) -> Mapping[str, Row]:
+    """Rows of the tab by the names of their sub-runs.
+
+    Every row has the same columns, since the tab knows only those of the first one.
+
+    Raises:
+        ConfigurationError: rows are something else.
+    """
+    check_choice("each", each, ("setting", "run"))
+    if each == "run":
+        return {f"{run.setting} seed={run.seed}": _row((run,), name, seed=run.seed) for run in result.runs}
+    return {setting: _row(result.of(setting), name) for setting in dict.fromkeys(run.setting for run in result.runs)}
+
+
+def _row(runs: Sequence[Run], name: str, **further: int) -> Row:
+    first = runs[0]
+    asked = {"setting": first.setting, **{column: _word(getattr(first, column)) for column in ASKED}, **further}
+    found = {f"{name}/regression_free": mean(run.regression_free for run in runs)}
+    for role in ("known", "calibration", "unseen"):
+        if first.has(role):
+            found |= {
+                f"{name}/{role}_{what}": mean(getattr(run, f"{role}_{what}") for run in runs) for what in MEASURED
+            }
+    found[f"{name}/seconds"] = mean(run.seconds for run in runs)
+    return asked, {tag: float(value) for tag, value in found.items() if math.isfinite(value)}
+
+
+def _word(value: bool | int | float | str | None) -> bool | int | float | str:
+    return "auto" if value is None else value

@@ -1,0 +1,284 @@
+"""Going on with the training of a LightningModule, the known failures added to its data."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelPruning
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
+
+from lightning_nrl._trainer.budget import TrainingBudget, TrainingTrial
+from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
+from lightning_nrl._trainer.loaders import LoaderSource, find_loader, worker_settings
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, explain
+
+__all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]
+
+EPOCHS = 20
+"""Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
+FEWEST = 3
+"""A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
+
+
+@dataclass(frozen=True)
+class ContinuedTraining:
+    """Trains a copy of a module by a trainer of its own (see `lightning_nrl.problem.Training`).
+
+    The module's own `training_step`, optimizers, schedules and augmentation do it, with the precision, clipping and
+    accumulation of the outer trainer. The data are those of the passed and of the failed samples, each once an epoch,
+    in batches as large as in training. Callbacks of the outer trainer have no part in it.
+
+    Attributes:
+        trainer: in the middle of a fit.
+        model: its module, not yet in evaluation mode.
+        known: the known splits.
+        epochs: at most so many.
+        left_out: kinds of callbacks that the module may ask for and does not get.
+        modes: the training flag of each part of the model.
+        trained_on: the loader that the model was trained on, as the user gave it.
+    """
+
+    trainer: pl.Trainer
+    model: pl.LightningModule
+    known: Sequence[LoaderSource]
+    epochs: int = EPOCHS
+    left_out: tuple[type, ...] = ()
+    modes: tuple[bool, ...] = field(init=False, repr=False)
+    trained_on: Any = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = self.model.training
+        modes = tuple(module.training or not whole for module in self.model.modules())
+        object.__setattr__(self, "modes", modes)
+        # Asked once only: a data module may make its data anew every time.
+        object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
+
+    @property
+    def obstacle(self) -> str:
+        """Why training cannot go on, in words; empty if it can. Reads two samples and trains nothing."""
+        if any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return "pruned weights would not stay 0"
+        if isinstance(self.trained_on, (Mapping, list, tuple)):
+            return "it was trained on several data loaders at once"
+        with random_state():
+            return _cannot_collate(self._parts(), self._like().collate_fn)
+
+    def __call__(
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: StageTimer,
+        start: State | None = None,
+        weight: Tensor | None = None,
+    ) -> State | None:
+        """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
+
+        With a limit of time, a few steps are timed first, and as many epochs are trained as fit.
+
+        Args:
+            seconds: how long that may take; infinite: `epochs` epochs.
+            seed: of the order of the samples and of all else that is random. Without a limit of time the same seed
+                gives the same weights.
+            clock: is told how many batches of how many were trained on.
+            start: weights to begin with; None: the model's own.
+            weight: `N`, of each known sample, split by split, how often it is trained on in an epoch, on average;
+                None: each once.
+
+        Returns:
+            Every parameter and persistent buffer, on the model's device; None if the time is too short, the weights
+            are not finite, or training cannot go on, which is warned of.
+        """
+        end = time.perf_counter() + seconds
+        if self.warn():
+            return None
+        try:
+            with tempfile.TemporaryDirectory() as folder, quiet():
+                return self._trained(end, seed, clock, start or {}, weight, folder)
+        except (_StuckError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
+            self._warn(str(error).partition("\n")[0])
+            return None
+
+    def warn(self) -> bool:
+        """Warns if training cannot go on, and says whether it did."""
+        obstacle = self.obstacle
+        if obstacle:
+            self._warn(obstacle)
+        return bool(obstacle)
+
+    def _warn(self, obstacle: str) -> None:
+        rank_zero_warn(
+            explain(
+                f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle.rstrip('.')}.",
+                "the repair makes steps of its own instead.",
+            ),
+            category=TrainingWarning,
+        )
+
+    def _trained(
+        self, end: float, seed: int, clock: StageTimer, start: State, weight: Tensor | None, folder: str
+    ) -> State | None:
+        collective, epochs = Collective.current(self.model.device), self.epochs
+        if math.isfinite(end):
+            pace = TrainingTrial(end, collective)
+            self._fit(pace, epochs, seed, start, weight, folder)
+            epochs = min(epochs, pace.epochs(end))
+        epochs = int(collective.agreed(torch.tensor(epochs)))
+        if epochs < min(FEWEST, self.epochs):
+            return None
+        state = self._fit(TrainingBudget(end, collective, clock), epochs, seed, start, weight, folder)
+        state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
+        return state if all(bool(value.isfinite().all()) for value in state.values()) else None
+
+    def _fit(
+        self, course: TrainingBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
+    ) -> State:
+        """The state of a copy after training."""
+        outer = self.trainer
+        data: Any = outer.datamodule  # type: ignore[attr-defined]
+        live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+        shared = (outer, data, *outer.loggers, *(source.loader.dataset for source in self.known))
+        with random_state(), torch.enable_grad():
+            for seed_global in (torch.manual_seed, np.random.seed, random.seed):
+                # Ranks drop out and augment each in its own way.
+                seed_global((seed + outer.global_rank) % 2**32)
+            try:
+                model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
+                trainer = inner_trainer(outer, course, epochs=epochs, folder=folder)
+            except Exception as error:
+                raise _StuckError(f"it or its trainer cannot be copied ({type(error).__name__}: {error})") from error
+            loader = self._loader(seed, weight)
+            if data is None:
+                trainer.fit(model, loader)
+            else:
+                trainer.fit(model, datamodule=copied_data_module(data, loader))
+        state = snapshot(model)
+        del model, trainer, loader
+        gc.collect()  # they refer to each other, and may be large
+        return state
+
+    def _loader(self, seed: int, weight: Tensor | None = None) -> DataLoader[Any]:
+        """All training data, read as the outer trainer reads its own."""
+        like, parts = self._like(), self._parts()
+        data = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        size = like.batch_size or getattr(like.batch_sampler, "batch_size", None) or 1
+        share = self.trainer.global_rank, self.trainer.world_size
+        sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
+        return DataLoader(
+            data,
+            batch_size=size,
+            sampler=sampler,
+            # Batch norm cannot train on one sample.
+            drop_last=len(sampler) > size and (like.drop_last or len(sampler) % size == 1),
+            collate_fn=like.collate_fn,
+            pin_memory=like.pin_memory and torch.cuda.is_available(),
+            worker_init_fn=like.worker_init_fn,
+            generator=torch.Generator().manual_seed(seed + self.trainer.global_rank),
+            persistent_workers=like.num_workers > 0,
+            **worker_settings(like),
+        )
+
+    def _parts(self) -> list[Dataset[Any]]:
+        """What the known splits hold, and for passed data a view of them that augments, where there is one."""
+        like, parts = self._like(), []
+        for source in self.known:
+            data = source.loader.dataset
+            if source.passed and not source.failed and len(like.dataset) == len(data):  # type: ignore[arg-type]
+                data = like.dataset
+            whole = len(source.index) == len(data)  # type: ignore[arg-type]
+            parts.append(data if whole else Subset(data, source.index.tolist()))
+        return parts
+
+    def _like(self) -> DataLoader[Any]:
+        """The loader whose batches the module was trained on; where it is not known, that of the passed data."""
+        loader = self.trained_on
+        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(loader.dataset, "__len__"):
+            return loader
+        return self.known[0].loader
+
+
+def epochs_of(trainer: pl.Trainer) -> int:
+    """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
+    loop, loader = trainer.fit_loop, trainer.train_dataloader
+    epochs = loop.epoch_progress.current.ready
+    if isinstance(loader, DataLoader):
+        with suppress(TypeError):  # there are data without a length
+            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
+    return max(1, epochs)
+
+
+def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a checkpoint was trained for, at least 1; `EPOCHS` where it does not say."""
+    try:
+        return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
+    except KeyError:
+        return EPOCHS
+
+
+class Shuffled(Sampler[int]):
+    """Every sample once an epoch, in an order of its own; ranks share them in equal parts.
+
+    Args:
+        n: how many samples there are.
+        seed: of the orders.
+        rank: whose share this is.
+        world_size: how many ranks there are.
+        weight: `n`, how often each sample comes in an epoch, on average over epochs; None: once. An epoch has so many
+            samples as there are, weights or not.
+    """
+
+    def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
+        self._n, self._rank, self._world_size, self._weight = n, rank, world_size, weight
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self._n, generator=self._generator)
+        if self._weight is not None:
+            order = self._drawn(order)
+        yield from order[self._rank :: self._world_size][: len(self)].tolist()
+
+    def _drawn(self, order: Tensor) -> Tensor:
+        """Samples in random order, each as often as it weighs: the broken part of a weight by chance."""
+        assert self._weight is not None
+        weight = self._weight[order]
+        chance = torch.rand(len(order), generator=self._generator, dtype=torch.float64)
+        drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
+        drawn = drawn[torch.randperm(len(drawn), generator=self._generator)]
+        # What is too few is made up for by the first ones, once more.
+        return torch.cat([drawn, order])[: self._n] if len(drawn) < self._n else drawn[: self._n]
+
+    def __len__(self) -> int:
+        return self._n // self._world_size
+
+
+class _StuckError(Exception):
+    """The training cannot go on; the message says why."""
+
+
+def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:
+    """Why samples of several data sets do not make one batch, in words; empty if they do."""
+    samples = [part[0] for part in parts]
+    for batch in (samples, samples[::-1]):
+        try:
+            collate(batch)
+        except Exception as error:
+            text = str(error).partition("\n")[0]
+            return f"its samples and the failed ones do not make one batch ({type(error).__name__}: {text})"
+    return ""

@@ -1,0 +1,213 @@
+"""Which of the trainer's data are known, and which stay unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["DataRequest", "Found", "check_data", "find_data"]
+
+Found = tuple[DataLoader[Any], str]
+"""A data loader and the name that reports use for it."""
+
+
+@dataclass(frozen=True)
+class DataRequest:
+    """What the user said about data.
+
+    Attributes:
+        passed: `auto`, the name of a split, or a data loader.
+        failed: likewise.
+        unseen: the name of a split, a data loader, or None.
+        calibration: likewise.
+    """
+
+    passed: str | DataLoader[Any]
+    failed: str | DataLoader[Any]
+    unseen: str | DataLoader[Any] | None = None
+    calibration: str | DataLoader[Any] | None = None
+
+    def __post_init__(self) -> None:
+        for argument in ("passed", "failed", "unseen", "calibration"):
+            aside = argument in ("unseen", "calibration")
+            names = SPLITS if aside else ("auto", *SPLITS)
+            object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=aside))
+
+    def find(self, trainer: pl.Trainer, model: pl.LightningModule) -> tuple[Found, Found, Found | None]:
+        """The data loaders and names of the passed, the failed and the unseen data.
+
+        Raises:
+            ConfigurationError: there is no such data, it cannot be read by index, or the unseen data are known too.
+        """
+        passed = self._find("passed", ("train",), trainer, model)
+        failed = self._find("failed", ("repair", "val"), trainer, model)
+        return passed, failed, self._find_aside("unseen", {"known": (passed, failed)}, trainer, model)
+
+    def find_calibration(self, trainer: pl.Trainer, model: pl.LightningModule) -> Found | None:
+        """The data loader and name of the calibration data, if there are any.
+
+        Raises:
+            ConfigurationError: as in `find`, or they are the unseen data.
+        """
+        passed, failed, unseen = self.find(trainer, model)
+        others = {"known": (passed, failed), "unseen": () if unseen is None else (unseen,)}
+        return self._find_aside("calibration", others, trainer, model)
+
+    def _find_aside(
+        self, argument: str, others: Mapping[str, Sequence[Found]], trainer: pl.Trainer, model: pl.LightningModule
+    ) -> Found | None:
+        """Data of which no sample may be in others, by kind."""
+        value = getattr(self, argument)
+        if value is None:
+            return None
+        found = self._find(argument, (), trainer, model)
+        samples = sample_index(found[0])
+        for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
+            if found[1] == split:
+                raise ConfigurationError(
+                    explain(
+                        f"`{argument}={value!r}` is {kind} data too.",
+                        "name a split that is used for nothing else.",
+                    )
+                )
+            same = loader.dataset is found[0].dataset
+            common = int(torch.isin(samples, sample_index(loader)).sum()) if same else 0
+            if common:
+                some = f"{common} of its {len(samples)} samples"
+                raise ConfigurationError(
+                    explain(
+                        f"`{argument}`: {some} are in `{split}` too, which is {kind} data.",
+                        "give data that are used for nothing else.",
+                    )
+                )
+        return found
+
+    def sources(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        *,
+        adapter: Adapter,
+        seed: int,
+        limit: int | None,
+        whole: bool = False,
+    ) -> tuple[list[LoaderSource], list[LoaderSource]]:
+        """The known and the unseen splits, ready to be read.
+
+        Args:
+            trainer: in the middle of a fit.
+            model: its module.
+            adapter: takes a batch apart.
+            seed: for random transforms of the data sets.
+            limit: read only this many batches of each.
+            whole: whether each rank reads all of them.
+
+        Raises:
+            ConfigurationError: as in `find`.
+        """
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
+        passed, failed, unseen = self.find(trainer, model)
+        if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
+            known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]
+        else:
+            known = [make(*passed, passed=True), make(*failed, failed=True)]
+        return known, [] if unseen is None else [make(*unseen)]
+
+    def calibration_sources(
+        self,
+        trainer: pl.Trainer,
+        model: pl.LightningModule,
+        *,
+        adapter: Adapter,
+        seed: int,
+        limit: int | None,
+        whole: bool = False,
+    ) -> list[LoaderSource]:
+        """The calibration data, ready to be read; see `sources` for the arguments.
+
+        Raises:
+            ConfigurationError: as in `find_calibration`.
+        """
+        if self.calibration is None:
+            return []
+        found = self.find_calibration(trainer, model)
+        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
+        return [] if found is None else [make(*found)]
+
+    def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
+        value = getattr(self, argument)
+        optional = argument in ("unseen", "calibration")
+        return find_data(argument, value, trainer, model, automatic=automatic, optional=optional)
+
+
+def check_data(
+    argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
+) -> str | DataLoader[Any] | None:
+    """What the user said about data: the name of a split, the one data loader inside of what was given, or None.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        names: what a split may be called.
+        optional: whether None will do.
+
+    Raises:
+        ConfigurationError: it is none of these, or the data loader cannot be read by index.
+    """
+    if (isinstance(value, str) and value not in names) or (value is None and not optional):
+        raise ConfigurationError(
+            explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
+        )
+    return value if isinstance(value, str) or value is None else check_loader(value, argument)
+
+
+def find_data(
+    argument: str,
+    value: str | DataLoader[Any],
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    *,
+    automatic: Sequence[str] = (),
+    optional: bool = False,
+) -> Found:
+    """The data loader that is meant, and its name.
+
+    Args:
+        argument: its name.
+        value: a data loader, the name of a split, or `auto`.
+        trainer: in the middle of a fit.
+        model: its module.
+        automatic: the splits that `auto` stands for; the first that is there.
+        optional: whether None would do instead.
+
+    Raises:
+        ConfigurationError: it is not there, or cannot be read by index.
+    """
+    if isinstance(value, DataLoader):
+        return value, argument
+    splits = automatic if value == "auto" else (value,)
+    for split in splits:
+        loader = find_loader(split, trainer, model)
+        if loader is not None and loader != []:
+            return check_loader(loader, split), split
+    without = f", or do without: `{argument}=None`" if optional else ""
+    raise ConfigurationError(
+        explain(
+            f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
+            f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
+        )
+    )
+
+
+def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
+    return a.dataset is b.dataset and torch.equal(sample_index(a), sample_index(b))

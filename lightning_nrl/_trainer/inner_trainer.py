@@ -1,0 +1,231 @@
+"""A trainer inside a trainer: it trains a copy as the outer one trained the module, shows nothing and keeps nothing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from typing_extensions import override
+
+from lightning_nrl._utils.state import State, write
+
+__all__ = ["LEFT_OUT", "Silent", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
+
+LEFT_OUT: tuple[type, ...] = (
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+"""Callbacks of a module that tune, save, show or stop, which is not theirs to do here."""
+COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+"""What Lightning replaces on a compiled module, by functions that are bound to that very module."""
+
+
+def copied_module(
+    module: pl.LightningModule,
+    state: State,
+    modes: Sequence[bool],
+    *,
+    shared: Sequence[object] = (),
+    left_out: tuple[type, ...] = (),
+) -> pl.LightningModule:
+    """A copy to be trained in the module's stead.
+
+    All of its hooks run, except those that fetch data and those after training, which save, export or tell of results.
+    `setup` may make layers anew; `state` is put in after it.
+
+    Args:
+        module: stays as it is, its trainer included.
+        state: the weights that the copy starts from.
+        modes: the training flag of each of `module.modules()`.
+        shared: what the module may hold and the copy shares with it, such as data sets.
+        left_out: kinds of callbacks that the module may ask for and does not get, beside those of `LEFT_OUT`.
+
+    Raises:
+        Exception: whatever `copy.deepcopy` raises.
+    """
+    memo = {id(thing): thing for thing in shared}
+    for part in module.modules():
+        if isinstance(part, pl.LightningModule):
+            memo.update({id(thing): thing for thing in (part._trainer, part._compiler_ctx) if thing is not None})
+    new = copy.deepcopy(module, memo)
+    for part in new.modules():
+        if isinstance(part, pl.LightningModule):
+            part._trainer = part._current_fx_name = None
+            part._metric_attributes = None  # keyed by the identity of the old metrics
+            if part._compiler_ctx is not None:
+                part._compiler_ctx = None
+                for name in COMPILED:
+                    vars(part).pop(name, None)
+    for part, training in zip(new.modules(), modes, strict=True):
+        part.training = training
+    callbacks = new.configure_callbacks
+    hooks: dict[str, Callable[..., Any]] = {
+        "prepare_data": _nothing,
+        "configure_model": partial(write, new, state),
+        "configure_callbacks": lambda: _kept(callbacks(), left_out),
+        "on_train_end": _nothing,
+        "on_fit_end": _nothing,
+    }
+    for name, hook in hooks.items():
+        setattr(new, name, hook)
+    return new
+
+
+def copied_data_module(data: pl.LightningDataModule, loader: Any) -> pl.LightningDataModule:
+    """A data module with the same data and batch hooks, another trainer to ask, and another loader for training."""
+    new = copy.copy(data)
+    for name in ("prepare_data", "setup", "teardown"):
+        setattr(new, name, _nothing)
+    new.train_dataloader = lambda: loader  # type: ignore[method-assign]
+    return new
+
+
+def inner_trainer(outer: pl.Trainer, callback: Callback, *, epochs: int, folder: str) -> pl.Trainer:
+    """A trainer on the same device, with the precision, clipping and accumulation of the outer one.
+
+    Args:
+        outer: whose training goes on.
+        callback: the only one, beside those that the module asks for.
+        epochs: how many.
+        folder: where what the module writes by itself goes.
+    """
+    device = outer.strategy.root_device
+    return pl.Trainer(
+        accelerator=device.type,
+        strategy=SingleDeviceStrategy(device),
+        devices=1,
+        # Whatever cluster there is, the outer trainer deals with it.
+        plugins=[LightningEnvironment()],
+        precision=outer.precision,
+        max_epochs=epochs,
+        gradient_clip_val=outer.gradient_clip_val,
+        gradient_clip_algorithm=outer.gradient_clip_algorithm,
+        accumulate_grad_batches=outer.accumulate_grad_batches,
+        callbacks=[callback],
+        logger=[Silent(folder) for _ in outer.loggers],
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning says nothing about a trainer: all of it was said about the outer one."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class Nowhere:
+    """Takes whatever is done to it and does nothing, as an experiment that nobody reads."""
+
+    def __getattr__(self, name: str) -> Nowhere:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nowhere:
+        return self
+
+    def __getitem__(self, key: Any) -> Nowhere:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class Silent(Logger):
+    """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`.
+
+    Args:
+        folder: where files go that a module puts into its log folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = folder
+
+    @property
+    @override
+    def name(self) -> str:
+        return ""
+
+    @property
+    @override
+    def version(self) -> str:
+        return ""
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return self._folder
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        return self._folder
+
+    @property
+    def experiment(self) -> Nowhere:
+        """Takes whatever the module tells it."""
+        return Nowhere()
+
+    @override
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @override
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(Nowhere(), name)
+
+
+def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:
+    found = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    return [callback for callback in found if not isinstance(callback, (*LEFT_OUT, *left_out))]
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass

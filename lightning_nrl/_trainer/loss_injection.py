@@ -1,0 +1,113 @@
+"""A training step with something added to its loss; outside of a batch the module is as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+from torch import Tensor
+
+from lightning_nrl._trainer.output_capture import Call, is_same
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.tasks import Task
+
+__all__ = ["Forwarded", "Wrapped", "added", "forwarded"]
+
+ONE_LINE = "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` (from `lightning_nrl`)."
+"""What a user can do where the term cannot be added from outside."""
+
+
+class Wrapped:
+    """The `training_step` of a module, wrapped for the time of a batch.
+
+    Not longer, since copies of a module that are made between batches would keep calling the original.
+    """
+
+    def __init__(self) -> None:
+        self._module: pl.LightningModule | None = None
+        self._own: dict[str, Any] = {}
+
+    def put(self, module: pl.LightningModule, around: Callable[..., Any]) -> None:
+        """From now on `training_step(*args)` is `around(training_step, *args)`."""
+        self.take_off()
+        self._module, self._own = module, {k: v for k, v in vars(module).items() if k == "training_step"}
+        module.training_step = partial(around, module.training_step)  # type: ignore[method-assign]
+
+    def take_off(self) -> None:
+        """The module's own again, if it is not already."""
+        if self._module is not None:
+            vars(self._module).pop("training_step", None)
+            vars(self._module).update(self._own)
+        self._module, self._own = None, {}
+
+
+class Forwarded(NamedTuple):
+    """The forward pass of a training step: what went in, and the logits that came out."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    logits: Tensor
+
+
+def forwarded(
+    name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
+) -> Forwarded:
+    """The one call of a step that is about its batch.
+
+    Args:
+        name: of the part that was called; empty: the module.
+        calls: all of them in one step.
+        args: what the model is called with for this batch as it is.
+        kwargs: likewise.
+        n: samples in the batch.
+        task: finds the logits in an output.
+
+    Raises:
+        ConfigurationError: there is none, or more than one that could be it.
+    """
+    found = []
+    for given, named, output in calls:
+        with suppress(ConfigurationError):
+            logits = task.logits(output)
+            if logits.ndim and len(logits) == n:
+                found.append((Forwarded(tuple(given), named, logits), is_same(given, args) and is_same(named, kwargs)))
+    plain = [call for call, same in found if same]
+    if len(plain) == 1:
+        return plain[0]
+    # What goes into a part need not be what goes into the model.
+    if len(found) == 1 and not name:
+        return found[0][0]
+    if not found:
+        what = f"`training_step` does not call `self(x)` on the {n} samples of a batch"
+    elif len(found) == 1:
+        what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
+    else:
+        what = f"`training_step` calls the model {len(found)} times"
+    raise ConfigurationError(explain(f"{what}, so it is not known which output the term is for.", ONE_LINE))
+
+
+def added(result: Any, term: Tensor) -> Any:
+    """What a training step returned, with a term added to its loss.
+
+    Args:
+        result: a loss, or a mapping with a `loss`; None, where the step is left out, stays None.
+        term: a scalar.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    if result is None:
+        return None
+    if isinstance(result, Tensor):
+        return result + term.to(result.device)
+    if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
+        return {**result, "loss": result["loss"] + term.to(result["loss"].device)}
+    raise ConfigurationError(
+        explain(
+            f"`training_step` returned a {type(result).__name__} without a loss.",
+            "return the loss, or a dict with the key 'loss'.",
+        )
+    )

@@ -1,0 +1,144 @@
+"""Borrowing the trainer and its model: everything is as found when they are given back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ProgressBar,
+)
+from pytorch_lightning.trainer.states import RunningStage
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+
+from lightning_nrl._trainer.inner_trainer import LEFT_OUT, Silent
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl.errors import TrainingWarning, explain
+
+__all__ = ["StartingWeights", "borrowed", "starting_weights", "untracked", "validating"]
+
+TUNING = (BatchSizeFinder, LearningRateFinder)
+"""Callbacks that train before training."""
+METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
+"""What a trainer remembers of its last training, and forgets when the next one begins."""
+
+
+@dataclass
+class StartingWeights:
+    """Whether the weights that were loaded for a repair are to stay in the model."""
+
+    keep: bool = False
+
+
+@contextmanager
+def validating(trainer: pl.Trainer) -> Iterator[None]:
+    """The trainer says that it validates, so that augmentation which asks it is left to training."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+@contextmanager
+def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
+    """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
+
+    Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
+    random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
+    module asks for in the trainer.
+    """
+    loop, callbacks = trainer.fit_loop, trainer.callbacks  # type: ignore[attr-defined]
+    limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
+    metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
+    trainer.num_sanity_val_steps = 0
+    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, TUNING)), callback]  # type: ignore[attr-defined]
+    try:
+        with random_state():
+            yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = limits
+        trainer.should_stop = False
+        for name, known in metrics.items():
+            now = getattr(trainer, name)
+            now.update({key: value for key, value in known.items() if key not in now})
+
+
+@contextmanager
+def untracked(trainer: pl.Trainer) -> Iterator[None]:
+    """The trainer with loggers that write nothing, and without callbacks that tune, show or stop.
+
+    Its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as found
+    afterwards, such as their folder, which they would now take from a logger that writes nothing.
+    """
+    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
+    stay = [c for c in callbacks if isinstance(c, (Checkpoint, ProgressBar)) or not isinstance(c, LEFT_OUT)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.loggers, trainer.callbacks = [Silent(folder) for _ in loggers], stay  # type: ignore[attr-defined]
+            yield
+    finally:
+        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        for now, before in remembered:
+            now.clear()
+            now.update(before)
+
+
+@contextmanager
+def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[StartingWeights]:
+    """The model that a repair starts from, the same on every rank.
+
+    With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
+    synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
+    AllWeights comes back bit for bit afterwards, also after an exception, unless `keep` was set.
+    """
+    start = StartingWeights()
+    path = _best_path(trainer) if start_from == "best" else ""
+    if not path and trainer.world_size == 1:
+        yield start
+        return
+    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    try:
+        if path:
+            trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
+        _share(model, Collective.current(model.device))
+        yield start
+    finally:
+        if not start.keep:
+            with torch.no_grad():
+                for tensor, value in tensors:
+                    tensor.copy_(value)
+
+
+def _best_path(trainer: pl.Trainer) -> str:
+    checkpoint = trainer.checkpoint_callback
+    path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    if not path:
+        rank_zero_warn(
+            explain(
+                "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
+                "add a ModelCheckpoint with `monitor=`.",
+            ),
+            category=TrainingWarning,
+        )
+    return path
+
+
+@torch.no_grad()
+def _share(model: pl.LightningModule, collective: Collective) -> None:
+    """Gives every rank the first rank's buffers."""
+    for buffer in model.buffers():
+        buffer.copy_(collective.sum(buffer if collective.rank == 0 else torch.zeros_like(buffer)))

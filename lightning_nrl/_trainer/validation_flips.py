@@ -1,0 +1,205 @@
+"""What the replaced model does on validation data, sample by sample, in the order in which they are validated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from lightning_nrl._trainer.loaders import check_loader, make_source, worker_settings
+from lightning_nrl._trainer.output_capture import Probe
+from lightning_nrl._trainer.trainer_state import validating
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices
+from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.tasks import Task
+
+__all__ = ["Replaced", "ask", "is_known", "validation_loader"]
+
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@dataclass(frozen=True, eq=False)
+class Replaced:
+    """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU.
+
+    Attributes:
+        loader: the data loader that gives them.
+        order: their data-set positions, batch by batch.
+        starts: the place of each batch's first sample, and last of all `n`.
+        passed: `n` bool, whether the replaced model gets them right.
+        label: `n` int64, true classes; -1 where the task has none.
+        once: `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks.
+        group: `n` int64, the number of each sample's slice; -1: in none.
+        names: the slices, the same on every rank.
+        parts: the part of the new model whose output is the model's, by its dotted name, if there is one.
+    """
+
+    loader: DataLoader[Any]
+    order: list[list[int]]
+    starts: tuple[int, ...]
+    passed: Tensor
+    label: Tensor
+    once: Tensor
+    group: Tensor
+    names: tuple[str, ...]
+    parts: tuple[str, ...]
+
+
+def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+    """The data loader that a trainer validates on, and how many of its batches; None: all.
+
+    Args:
+        trainer: that trains or validates.
+        dataloader: which one of several.
+
+    Raises:
+        ConfigurationError: it is not there, cannot be read by index, or is read together with others.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    with validating(trainer):
+        loop.setup_data()
+    combined = loop._combined_loader
+    if combined is None:
+        raise ConfigurationError(
+            explain("`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`.")
+        )
+    loaders = combined.flattened
+    if not dataloader < len(loaders):
+        raise ConfigurationError(
+            explain(
+                f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
+            )
+        )
+    if len(loaders) > 1 and combined._mode != "sequential":
+        raise ConfigurationError(
+            explain(
+                f"`dataloader`: a CombinedLoader in the mode {combined._mode!r} mixes {len(loaders)} in one batch.",
+                "give the validation data loaders as a list, so that they are read one after the other.",
+            )
+        )
+    try:
+        loader = check_loader(loaders[dataloader], "val")
+    except ConfigurationError as error:
+        found = str(error).partition("\nHINT:")[0]
+        hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
+        raise ConfigurationError(explain(found, hint)) from error
+    most = loop.max_batches[dataloader]
+    return loader, None if most == float("inf") else int(most)
+
+
+def ask(
+    reference: Reference,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    *,
+    dataloader: int = 0,
+    slices: Slices | None = None,
+    task: Task,
+    adapter: Adapter,
+) -> Replaced:
+    """Asks the replaced model about the validation data, with one pass of each model. All are left as found.
+
+    Args:
+        reference: the replaced model.
+        trainer: that trains or validates.
+        model: the new model, on its device.
+        dataloader: which one of several validation data loaders.
+        slices: which slice each sample is in.
+        task: what passed means.
+        adapter: takes a batch apart.
+
+    Raises:
+        ConfigurationError: the data, the slices or the replaced model do not fit.
+        EvaluationError: a collate function drops or adds samples.
+    """
+    collective = Collective.current(model.device)
+    loader, most = validation_loader(trainer, dataloader)
+    with random_state(), validating(trainer):
+        batches = _order(loader, most)
+        mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
+        everyone = collective.gather(mine)
+        again: DataLoader[Any] = DataLoader(
+            loader.dataset,
+            batch_size=max(map(len, batches), default=1),
+            sampler=SubsetRandomSampler(torch.cat(everyone).tolist()),  # only says which; the source sorts them
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            **worker_settings(loader),
+        )
+        source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
+        told = SliceRecorder(source, slices, task)
+        means: dict[str, Any] = {"task": task, "context": trainer.precision_plugin.forward_context}
+        probe = Probe(model)
+        with preserve(model):
+            new = collect(probe, [told], collective=collective, **means)
+        answers = reference.answers(model, [source], new, collective=collective, **means)
+    names, group = told.whole(collective)
+    rows = torch.searchsorted(source.index, mine)
+    return Replaced(
+        loader,
+        batches,
+        (0, *accumulate(map(len, batches))),
+        answers.passed[rows],
+        new.label[rows],
+        _once(everyone)[collective.rank],
+        group[rows],
+        names,
+        probe.parts or (),
+    )
+
+
+def is_known(known: Replaced, trainer: pl.Trainer, dataloader: int) -> bool:
+    """Whether the data that are to be validated are still those that the replaced model was asked about."""
+    loader, most = validation_loader(trainer, dataloader)
+    if loader is known.loader:
+        return True
+    with random_state():
+        return loader.dataset is known.loader.dataset and _order(loader, most) == known.order
+
+
+def _order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
+    """Data-set positions of this rank's samples, batch by batch."""
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    inside = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # in Lightning's distributed wrapper
+    shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
+    if not shuffles:
+        found, again = ([list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2))
+        if found == again:
+            return found
+    raise ConfigurationError(
+        explain(
+            f"`val` data: {type(inside).__name__} gives the samples in another order each time.",
+            "validate without shuffling, so that each sample can be matched with what the replaced model does on it.",
+        )
+    )
+
+
+def _once(everyone: Sequence[Tensor]) -> list[Tensor]:
+    """Rank by rank, which samples are there for the first time: batch by batch as they are validated side by side."""
+    when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
+    order = when.argsort()
+    _, first = np.unique(torch.cat(list(everyone))[order].numpy(), return_index=True)
+    once = torch.zeros(len(when), dtype=torch.bool)
+    once[order[torch.from_numpy(first)]] = True
+    return list(once.split([len(mine) for mine in everyone]))

@@ -1,0 +1,90 @@
+"""Weights that were made elsewhere: read from a file or a module, and fitted to a model of the same architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.state import State
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["fitting", "read_state"]
+
+
+def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
+    """The state dict of a module, inside a checkpoint, or in a file.
+
+    Args:
+        argument: its name, for messages.
+        given: a module, a state dict, a Lightning checkpoint as a dict, or the path of one of the last two.
+
+    Raises:
+        ConfigurationError: the file cannot be read without running code of its own, or holds something else.
+    """
+    if isinstance(given, nn.Module):
+        return given.state_dict()
+    if isinstance(given, Mapping):
+        return _state_in(given)
+    try:
+        found = torch.load(given, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # What is no such file raises whatever comes of reading its bytes as instructions.
+        text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+        raise ConfigurationError(
+            explain(
+                f"`{argument}`: {str(given)!r} cannot be read ({type(error).__name__}: {text}).",
+                "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
+            )
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ConfigurationError(
+            explain(
+                f"`{argument}`: {str(given)!r} holds a {type(found).__name__}.",
+                "give a Lightning checkpoint or a file with a state dict.",
+            )
+        )
+    return _state_in(found)
+
+
+OTHERWISE = "the module itself where another architecture will do"
+
+
+def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
+    """Tensors in the dtypes and on the device of a model's own.
+
+    Args:
+        argument: what they were given as.
+        new: the tensors by name.
+        model: has the names and shapes.
+        otherwise: what else might be given, for the hint.
+
+    Raises:
+        ConfigurationError: a tensor is missing, has another shape, or is not in the model.
+    """
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
+    wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
+    more = [name for name in given if name not in own]
+    if wrong or more:
+        name = (wrong or more)[0]
+        if name in given and name in own:
+            found = f"`{argument}` has {name!r} in the shape {list(given[name].shape)}, not {list(own[name].shape)}"
+        else:
+            found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
+        others = len(wrong) + len(more) - 1
+        raise ConfigurationError(
+            explain(
+                f"{found}; {others} more tensors do not fit." if others else f"{found}.",
+                f"give weights of the same architecture, or {otherwise}.",
+            )
+        )
+    return {name: given[name].detach().to(value.device, value.dtype) for name, value in own.items()}
+
+
+def _state_in(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    inside = found.get("state_dict")
+    return inside if isinstance(inside, Mapping) else found

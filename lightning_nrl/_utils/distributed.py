@@ -1,0 +1,106 @@
+"""Sums and tables over ranks. One process needs none of it and pays nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_nrl.errors import EvaluationError, explain
+
+__all__ = ["Collective"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """The ranks that work on one repair. Its methods are called by all of them, in the same order.
+
+    Attributes:
+        rank: this process.
+        world_size: how many there are. With 1 nothing is exchanged.
+        device: where tensors have to lie to be exchanged; results come back to where their arguments were.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def current(cls, device: torch.device) -> Collective:
+        """The default process group if there is one, else a single process.
+
+        Args:
+            device: the model's. Tensors are exchanged there, except where the group cannot take them (gloo, MPI;
+                MPS, for which there is no backend): then on the CPU.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(device=device)
+        if device.type == "mps" or dist.get_backend() in ("gloo", "mpi"):
+            device = torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over ranks, the same on each, of tensors of one shape; bools are counted, as int64."""
+        if x.dtype == torch.bool:
+            x = x.long()
+        if self.world_size == 1:
+            return x
+        # Not every backend adds half precisions.
+        wide = torch.float32 if x.is_floating_point() and x.element_size() < 4 else x.dtype
+        total = x.to(self.device, wide, copy=True)
+        dist.all_reduce(total)
+        return total.to(x.device, x.dtype)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's tensor, in rank order; sizes and dtypes may differ, and a rank may have no rows at all."""
+        if self.world_size == 1:
+            return [x]
+        forms: list[tuple[torch.Size, torch.dtype]] = [(x.shape, x.dtype)] * self.world_size
+        dist.all_gather_object(forms, (x.shape, x.dtype))
+        lengths = [shape.numel() * dtype.itemsize for shape, dtype in forms]
+        # As bytes, since backends differ in the dtypes they know (gloo has no bool).
+        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        mine[: lengths[self.rank]] = x.to(self.device).flatten().view(torch.uint8)
+        rows = [torch.empty_like(mine) for _ in forms]
+        dist.all_gather(rows, mine)
+        return [
+            row[:length].view(dtype).view(shape).to(x.device)
+            for row, length, (shape, dtype) in zip(rows, lengths, forms, strict=True)
+        ]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum(torch.tensor([flag])).item())
+
+    def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
+        """What work gives on this rank. If one rank fails all do, so that none waits for ever.
+
+        Args:
+            work: exchanges nothing.
+            failed: what to say where another rank failed.
+
+        Raises:
+            EvaluationError: another rank failed.
+            Exception: whatever work raises on this rank.
+        """
+        error: Exception | None = None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        another = self.any(error is not None)
+        if error is not None:
+            raise error
+        if another:
+            raise EvaluationError(explain(failed, "look at that rank's own error."))
+        return result
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """The first rank's values on every rank, whatever rounding did elsewhere."""
+        return self.sum(values if self.rank == 0 else torch.zeros_like(values))

@@ -1,0 +1,46 @@
+"""Functions named by text, as a YAML file has to name them."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["import_function"]
+
+HINT = "write `package.module:function`, with a module that Python can import from here."
+
+
+def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The function that an argument stands for.
+
+    Args:
+        argument: its name.
+        value: a function, which is given back, or its address, `package.module:function` or with a dot for the colon;
+            what follows a colon may reach into a class.
+
+    Raises:
+        ConfigurationError: there is no such function.
+    """
+    found = _at(argument, value) if isinstance(value, str) else value
+    if not callable(found):
+        raise ConfigurationError(
+            explain(
+                f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
+                "give a function, or its address as text, `package.module:function`.",
+            )
+        )
+    return found
+
+
+def _at(argument: str, address: str) -> Any:
+    module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
+    if not module or not name:
+        raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", HINT))
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigurationError(explain(f"`{argument}={address!r}` was not found: {error}.", HINT)) from error

@@ -1,0 +1,229 @@
+"""Runs several methods on one problem and counts what each repairs and breaks. Knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import Observer, StageTimer
+from lightning_nrl.analysis.baselines import BASELINES, Interpolation
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry, Point
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import (
+    ConfigurationError,
+    EmptyLocalizationError,
+    EvaluationError,
+    ReplayError,
+    check_choice,
+    explain,
+)
+from lightning_nrl.evaluation import Importance
+from lightning_nrl.evaluation.evaluator import Context, SampleResults, collect
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.methods import METHODS, parse_method, solve
+from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default, passed_rows
+from lightning_nrl.pipeline.line_search import Calibration, strength_path
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.problem import Method, Problem, Solution, Training
+from lightning_nrl.report import StrengthPoint
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.tasks import Task
+
+__all__ = ["Methods", "compare_module", "parse_methods"]
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+FINENESS = 1 / 64  # of the strength at which weights are scaled back
+
+AnyMethod = Method | ParticleSwarm
+Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
+"""Names of methods and baselines, or objects, under names of their own if they are a mapping."""
+
+
+def compare_module(
+    model: nn.Module,
+    known: Sequence[Source],
+    settings: Settings | None = None,
+    *,
+    unseen: Sequence[Source] = (),
+    methods: Methods | None = None,
+    task: str | Task | None = None,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+    training: Training | None = None,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Runs methods one after the other on the same problem, each from the same weights and with the same seed.
+
+    No gate judges them. What each gives is counted at several strengths between the original and its own weights, and
+    at the largest strength that breaks no known sample. The model is left as found.
+
+    Args:
+        model: the trained model on its device; it runs in evaluation mode.
+        known: data that methods may look at.
+        settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
+            `gate`, `strength`, `limit`, `sparse`).
+        unseen: data that is only counted: nothing is chosen by it.
+        methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
+        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data; each ends with the same comparison.
+        training: goes on with the training of the model, or begins it anew; without it there is no retraining.
+        observer: is told how it goes.
+
+    Raises:
+        ConfigurationError: the layer, the data, the target, the task or a method cannot be used, or no failed sample is
+            in the target.
+        EvaluationError: the original model gives losses that are not finite.
+    """
+    settings, task = given_or_default(settings, task)
+    collective = collective or Collective()
+    chosen = parse_methods(methods)
+    check_sources(known, unseen, settings)
+    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    see = partial(collect, task=task, context=context, collective=collective)
+    with preserve(model):
+        collecting = StageTimer(observer)
+        with collecting.stage("collect"):
+            whole = partial(see, model, target=settings.target)
+            before, _ = Importance(importance=settings.importance).over(whole, known, task, collective)
+        check_losses(before)
+        _check_targets(before, settings)
+        problem = Problem(
+            model,
+            known,
+            before,
+            space,
+            scope,
+            task,
+            settings.localizer,
+            settings.fitness,
+            passed_rows(before, known, settings),
+            seed=settings.seed,
+            budget=settings.budget,
+            context=context,
+            collective=collective,
+            training=training,
+            whole=settings.layer == "auto",
+        )
+        later = Calibration(unseen, see(model, unseen)) if unseen else None
+        entries: list[Entry] = []
+        found: list[tuple[AnyMethod, Solution, float]] = []
+        for name, method in chosen.items():
+            with preserve(model):
+                torch.manual_seed(settings.seed)
+                clock = StageTimer(observer, settings.max_time)
+                clock.seconds.update(collecting.seconds)  # methods keep time for passes over the data by this
+                solution, seconds = _solved(method, replace(problem, clock=clock), found)
+                found.append((method, solution, seconds))
+                entries.append(_entry(problem, later, name, solution, seconds))
+    layer = settings.layer if isinstance(settings.layer, str) else ", ".join(settings.layer)
+    return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
+
+
+def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
+    """Methods by the names that a comparison gives them.
+
+    Raises:
+        ConfigurationError: a name is unknown or there twice, or something is no method.
+    """
+    if methods is None:
+        methods = (*METHODS, *BASELINES)
+    if isinstance(methods, str):
+        methods = (methods,)
+    if not isinstance(methods, (Mapping, Sequence)):
+        raise ConfigurationError(explain(f"`methods={methods!r}` is no list.", "give a list of names or of objects."))
+    named = isinstance(methods, Mapping)
+    names = [str(method) if named or isinstance(method, str) else type(method).__name__ for method in methods]
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(
+            explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
+        )
+    given = methods.values() if isinstance(methods, Mapping) else methods
+    return {name: _method(method) for name, method in zip(names, given, strict=True)}
+
+
+def _method(method: str | AnyMethod) -> AnyMethod:
+    if not isinstance(method, str):
+        return parse_method(method)
+    check_choice("methods", method, (*METHODS, *BASELINES))
+    made: AnyMethod = {**METHODS, **BASELINES}[method]()
+    return made
+
+
+def _check_targets(before: SampleResults, settings: Settings) -> None:
+    if not (before.targeted.any() and before.passed.any()):
+        what = "fails in the target" if before.passed.any() else "passes"
+        raise ConfigurationError(
+            explain(
+                f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to compare."
+            )
+        )
+
+
+def _solved(
+    method: AnyMethod, problem: Problem, found: Sequence[tuple[AnyMethod, Solution, float]]
+) -> tuple[Solution, float]:
+    """What a method gives and how long it takes; the far end of an interpolation is not trained a second time."""
+    began, earlier = time.perf_counter(), 0.0
+    try:
+        if isinstance(method, Interpolation):
+            for other, end, seconds in found:
+                if other == method.new:
+                    solution, earlier = method.towards(problem, end), seconds
+                    break
+            else:
+                solution = method(problem)
+        else:
+            solution = solve(method, problem)
+    except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
+        solution = Solution(None, str(error).partition("\n")[0])
+    return solution, earlier + time.perf_counter() - began
+
+
+def _entry(problem: Problem, unseen: Calibration | None, name: str, solution: Solution, seconds: float) -> Entry:
+    """Counts what a method gave, and what lies between it and the original weights."""
+    if solution.proposal is None:
+        return Entry(name, seconds, note=solution.reason)
+    new = solution.proposal.state
+    later = FlipCounts(0, 0, 0, 0) if unseen is None else Flips.between(unseen.before, unseen.before).counts()
+    start = Point(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
+    curve = (start, *map(_point, strength_path(problem, new, STRENGTHS, calibration=unseen)))
+    began = time.perf_counter()
+    scaled = _scaled(problem, unseen, new, curve)
+    note = solution.steps[-1].note if solution.steps else ""
+    return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
+
+
+def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Sequence[Point]) -> Point:
+    """The largest strength found to break no known sample, by bisection to within `FINENESS`.
+
+    Counts need not rise with the strength, so a larger one may be missed; this one was counted.
+    """
+    low = [point for point in curve if not point.known.broken][-1]
+    above = [point.strength for point in curve if point.strength > low.strength]
+    if not above:
+        return low
+    bottom, top = low.strength, above[0]
+    while top - bottom > FINENESS:
+        middle = (bottom + top) / 2
+        (tried,) = strength_path(problem, new, (middle,))
+        bottom, top = (bottom, middle) if tried.known.broken else (middle, top)
+    if bottom == low.strength:
+        return low
+    (found,) = strength_path(problem, new, (bottom,), calibration=unseen)
+    return _point(found)
+
+
+def _point(counted: StrengthPoint) -> Point:
+    unseen = FlipCounts(0, 0, 0, 0) if counted.calibration is None else counted.calibration
+    return Point(counted.strength, counted.repaired_in_target, counted.known, unseen)

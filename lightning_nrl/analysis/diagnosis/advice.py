@@ -1,0 +1,121 @@
+"""What to do about failures, in a sentence or two with the reason in figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
+from lightning_nrl.analysis.diagnosis.formatting import about, part
+
+__all__ = ["advise"]
+
+DOUBTED = 0.2
+"""Share of targets with doubtful labels from which on labels come first."""
+
+WORTH = 2.0
+"""Others repaired for each one broken from which on a repair of the last layer is worth its unseen breaks."""
+
+NEAR = 4.0
+"""Times the roomiest layer's change that the last layer may need: both are medians over few targets."""
+
+FAR = 0.5
+"""A change of a layer by half of its norm is no small one: the first-order figures do not hold there."""
+
+
+def advise(
+    known: Mapping[str, int],
+    targets: Sequence[TargetFinding],
+    check: Check | None,
+    mixing: Mixing | None,
+    doubts: Sequence[Doubt],
+    layers: Sequence[LayerRoom],
+    head: str | None,
+    costs: Sequence[Cost],
+) -> str:
+    """The advice. The rules are few and in order: labels, then the last layer, then the network, then data."""
+    if not known["targeted"]:
+        return "Nothing to repair: no failed sample is in the target."
+    if not known["passed"]:
+        return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
+    if all(math.isnan(target.margin) for target in targets):
+        return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
+    return _labels(known["targeted"], doubts) + _method(targets, check, mixing, layers, head, costs)
+
+
+def _labels(n: int, doubts: Sequence[Doubt]) -> str:
+    if len(doubts) < max(1, DOUBTED * n):
+        return ""
+    return (
+        f"Look at labels first: those of {len(doubts):,} of {n:,} targets may be wrong, since neighbours and model "
+        "agree on another class. Then: "
+    )
+
+
+def _method(
+    targets: Sequence[TargetFinding],
+    check: Check | None,
+    mixing: Mixing | None,
+    layers: Sequence[LayerRoom],
+    head: str | None,
+    costs: Sequence[Cost],
+) -> str:
+    times = {cost.method: about(cost.seconds) for cost in costs}
+    best = min(layers, key=lambda layer: layer.change, default=None)
+    own = next((layer for layer in layers if layer.layer == head), None)
+    alone = sum(target.fixable == "yes" for target in targets)
+    tried = sum(target.fixable != "not tried" for target in targets)
+    near = own is None or best is None or own.change <= NEAR * best.change
+    worth = check is not None and not check.rate < WORTH
+    last = " ".join((_last_layer(alone, tried, check), _change(own, best))).strip()
+    if 2 * alone > tried and near and worth:
+        return (
+            f"Use method='convex', {times.get('convex', 'seconds')}: the last layer ({head}) is likely to do. {last} "
+            f"The default, method='auto', {times['auto']}, changes the whole network and may repair more."
+        )
+    if best is None:
+        return f"Use the default, method='auto', {times['auto']}. {last}".strip()
+    if best.change < FAR:
+        why = f": {_against(head, 2 * alone > tried, worth, check)}" if tried else ""
+        return (
+            f"Use the default, method='auto', on the whole network, {times['auto']}{why}. {last} "
+            f"If one layer must do, take method='linearized' on {best.layer}, {times['linearized']}."
+        )
+    mixed = ""
+    if mixing is not None:
+        mixed = f" Of the nearest passed samples, {part(mixing.mean('targets'))} have a target's label."
+    return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
+
+
+def _against(head: str | None, enough: bool, worth: bool, check: Check | None) -> str:
+    """Why the last layer is not advised."""
+    if not enough:
+        return f"the last layer ({head}) is not enough"
+    if check is None:
+        return f"what the last layer ({head}) would break on other data is not known"
+    if not worth:
+        return f"the last layer ({head}) would break too much on other data"
+    return f"the last layer ({head}) would have to change much more than others"
+
+
+def _last_layer(alone: int, tried: int, check: Check | None) -> str:
+    if not tried:
+        return ""
+    text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions"
+    if check is not None:
+        text += (
+            f"; on samples held out, fixing one repairs {check.repaired:.1f} other targets and breaks "
+            f"{check.broken:.1f} passed samples"
+        )
+    return f"{text}."
+
+
+def _change(own: LayerRoom | None, best: LayerRoom | None) -> str:
+    if best is None or best.change == math.inf:
+        return ""
+    text = f"A typical target needs a change of {best.layer} by {part(best.change)} of its norm"
+    if own is None or own == best:
+        return f"{text}."
+    if own.change == math.inf:
+        return f"{text}; none of {own.layer} does it."
+    return f"{text}, of {own.layer} by {part(own.change)}."

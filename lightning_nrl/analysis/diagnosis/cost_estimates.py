@@ -1,0 +1,65 @@
+"""What each method would take, from the time that the model itself takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lightning_nrl._optim.distill import VISITS
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
+from lightning_nrl.methods.finetune_polish import POLISH
+from lightning_nrl.pipeline.line_search import POINTS
+from lightning_nrl.search import ParticleSwarm
+
+__all__ = ["Timings", "costs"]
+
+AROUND = 4 + len(POINTS)
+"""Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
+was found twice, and to count it at several strengths."""
+
+STEP = 2.5
+"""A step of training in passes over its samples: one forward and one or two as dear backward."""
+
+LINEAR = 40
+"""Passes that a linearized search makes."""
+
+SOLVES = 16.0
+"""A convex search takes as long as so many looks at every target alone: it solves for ten strengths and four folds."""
+
+SCORED = 0.15
+"""Share of all scores that a swarm really computes: fragile samples first, and most candidates are given up early."""
+
+
+class Timings(NamedTuple):
+    """Seconds that were measured."""
+
+    one_pass: float  # of the model over all known samples, by all ranks together
+    head: float | None  # of the last Linear over all known samples; None where there is none
+    alone: float | None  # a look at every target alone; None if that could not be done
+    margins: bool  # whether the task has any: without them nothing can be done but swarm
+
+
+def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
+    """A line for each method that can be used, the quickest first.
+
+    Args:
+        pace: what was measured.
+        epochs: for how many epochs training would go on; None: it cannot, and a fit takes steps of its own.
+    """
+    around, swarm = AROUND * pace.one_pass, ParticleSwarm()
+    candidates = swarm.particles * swarm.iterations
+    search = None if pace.head is None else SCORED * candidates * pace.head
+    found = []
+    if search is not None:
+        how = f"at most {candidates:,} candidates for the last Linear"
+        found.append(Cost("swarm", around + search, how))
+        if not pace.margins:
+            found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
+    if pace.margins:
+        if pace.alone is not None:
+            found.append(Cost("convex", around + SOLVES * pace.alone, "exact programmes for the last Linear"))
+        found.append(Cost("linearized", around + LINEAR * pace.one_pass, "some steps of one layer"))
+        fit = (epochs or VISITS) * STEP * pace.one_pass + POLISH * pace.one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS} epochs"
+        found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
+        found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))
+    return tuple(sorted(found, key=lambda cost: cost.seconds))

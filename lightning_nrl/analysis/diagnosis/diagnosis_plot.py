@@ -1,0 +1,186 @@
+"""A diagnosis as a picture: targets by margin, neighbourhoods, and the layers' room."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning_nrl.analysis.diagnosis.formatting import part
+from lightning_nrl.errors import ConfigurationError, explain
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Verdict
+
+__all__ = ["draw_diagnosis"]
+
+BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#999999"
+"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+INK, FAINT = "#333333", "#DDDDDD"
+VERDICTS: dict[Verdict, tuple[str, str, str]] = {
+    "yes": ("can be fixed", BLUE, ""),
+    "no": ("cannot be fixed", RED, "///"),
+    "undecided": ("undecided", ORANGE, "..."),
+    "not tried": ("not tried", GREY, ""),
+}
+BINS = 24
+MOST_LAYERS = 40
+LONGEST = 28  # characters of a layer's name
+ROOM = "Room: the layer that must change least"
+
+
+def draw_diagnosis(diagnosis: Diagnosis) -> Any:
+    """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs.
+
+    Returns:
+        A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
+        ) from error
+    layers = min(len(diagnosis.layers), MOST_LAYERS)
+    figure = Figure(figsize=(13, max(4.6, 1.6 + 0.2 * layers)), layout="constrained")
+    FigureCanvasAgg(figure)  # can measure text, whatever the screen
+    known = diagnosis.known
+    figure.suptitle(
+        f"Before a repair: {known['targeted']:,} failures to repair, {known['passed']:,} passed samples to keep",
+        color=INK,
+        fontsize=12,
+    )
+    margins, mixing, room = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    _margins(margins, diagnosis)
+    _mixing(mixing, diagnosis)
+    _room(room, diagnosis)
+    return figure
+
+
+def _margins(axes: Any, diagnosis: Diagnosis) -> None:
+    groups = {
+        verdict: [t.margin for t in diagnosis.targets if t.fixable == verdict and math.isfinite(t.margin)]
+        for verdict in VERDICTS
+    }
+    shown = {verdict: values for verdict, values in groups.items() if values}
+    if not shown:
+        _nothing(axes, "Targets", "no margin is known")
+        return
+    least = min(min(values) for values in shown.values())
+    names, colours, hatches = zip(*(VERDICTS[verdict] for verdict in shown), strict=True)
+    labels = [f"{name} ({len(values):,})" for name, values in zip(names, shown.values(), strict=True)]
+    _, _, stacks = axes.hist(
+        list(shown.values()),
+        bins=BINS,
+        range=(least, 0) if least < 0 else None,
+        stacked=True,
+        color=colours,
+        label=labels,
+        edgecolor="white",
+        linewidth=0.5,
+    )
+    for stack, hatch in zip(stacks if len(shown) > 1 else [stacks], hatches, strict=True):
+        for bar in stack:
+            bar.set_hatch(hatch)
+    axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    _dress(
+        axes,
+        "Targets: can the last layer fix each?",
+        "margin: label's logit above the largest other",
+        "targets",
+    )
+
+
+def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
+    mixing = diagnosis.mixing
+    if mixing is None:
+        _nothing(axes, "Neighbourhoods", "not looked at")
+        return
+    places = range(mixing.k + 1)
+    for counts, name, colour, shift in (
+        (mixing.targets, f"targets (mean {part(mixing.mean('targets'))})", ORANGE, -0.2),
+        (mixing.passed, f"passed samples (mean {part(mixing.mean('passed'))})", BLUE, 0.2),
+    ):
+        total = max(1, sum(counts))
+        axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
+    axes.set_xticks(list(places))
+    axes.set_ylim(0, 119)
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(frameon=False, fontsize=9, loc="upper center")
+    _dress(
+        axes,
+        "Neighbours, by the last layer's inputs",
+        f"of the {mixing.k} nearest passed samples, with its label",
+        "% of samples",
+    )
+
+
+def _room(axes: Any, diagnosis: Diagnosis) -> None:
+    """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
+    best = diagnosis.roomiest
+    layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
+    shown = set(sorted(layers, key=lambda layer: layer.change)[:MOST_LAYERS])
+    layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
+    if not layers or best is None:
+        _nothing(axes, ROOM, "no layer can" if diagnosis.layers else "not looked at")
+        return
+    places = range(len(layers))
+    left = 0.7 * best.change
+    for at, layer in zip(places, layers, strict=True):
+        marked = layer == best or layer.layer == diagnosis.head
+        colour = GREEN if layer == best else INK if marked else BLUE
+        axes.plot([left, layer.change], [at, at], color=FAINT, linewidth=1.2, zorder=1)
+        axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
+        if marked:
+            note = f"{part(layer.change)}, {'least' if layer == best else 'last layer'}"
+            axes.annotate(
+                note, (layer.change, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour
+            )
+    axes.set_yticks(list(places), [_short(layer.layer) for layer in layers], fontsize=8)
+    axes.set_ylim(len(layers) - 0.4, -0.6)
+    axes.set_xscale("log")
+    axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
+    _percent_ticks(axes)
+    _dress(axes, ROOM, "change that fixes a typical target, % of the layer's norm", "")
+
+
+def _percent_ticks(axes: Any) -> None:
+    """Few enough round percentages not to touch each other."""
+    from matplotlib.ticker import NullFormatter, NullLocator
+
+    low, high = axes.get_xlim()
+    wide = high / low > 30
+    steps = (1,) if high / low > 1000 else (1, 3) if wide else (1, 2, 5)
+    ticks = [step * 10.0**power for power in range(-8, 3) for step in steps]
+    ticks = [tick for tick in ticks if low <= tick <= high / 1.1]
+    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
+
+
+def _nothing(axes: Any, title: str, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    _dress(axes, title, "", "")
+
+
+def _dress(axes: Any, title: str, across: str, up: str) -> None:
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel(across, fontsize=9, color=INK)
+    axes.set_ylabel(up, fontsize=9, color=INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x" if not up else "y", color=FAINT, linewidth=0.6)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,173 @@
+"""A diagnosis as a page of tables and facts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, TargetFinding, Verdict
+from lightning_nrl.analysis.diagnosis.formatting import about, part
+from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
+
+__all__ = ["page"]
+
+REST: tuple[Verdict, ...] = ("undecided", "not tried")
+
+FEW = 8
+"""Samples, classes and layers that are shown; the JSON has all."""
+
+
+def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
+    """The advice, then what it rests on.
+
+    Args:
+        diagnosis: what was found.
+        everything: whether all samples, classes and layers are shown, not the first few.
+    """
+    few = 10**9 if everything else FEW
+    blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
+    if any(target.fixable != "not tried" for target in diagnosis.targets):
+        blocks += [
+            Heading("Each target alone"),
+            Text(
+                f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
+                "with no known regression. Change: of the logits, by their size on passed samples."
+            ),
+            _alone(diagnosis, few),
+            Heading("Passed samples that stand in the way"),
+            *_binding(diagnosis, few),
+        ]
+    if diagnosis.doubts:
+        text = (
+            "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
+            "does a new kind of input."
+        )
+        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, few)]
+    if diagnosis.layers:
+        text = (
+            "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
+            "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
+            "sample near the border may lose any. Both to first order."
+        )
+        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, few)]
+    if diagnosis.costs:
+        costs = tuple((cost.method, f"{about(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
+        text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
+        blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
+    if diagnosis.notes:
+        blocks += [Heading("What was not looked at"), *(Text(note) for note in diagnosis.notes)]
+    return Page(tuple(blocks))
+
+
+def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
+    known = diagnosis.known
+    facts = [
+        ("target", diagnosis.target),
+        (
+            "known samples",
+            f"{known['samples']:,}: {known['passed']:,} passed, {known['failed']:,} failed, "
+            f"{known['targeted']:,} of these to be repaired",
+        ),
+    ]
+    if diagnosis.task != "Multiclass":
+        facts.insert(1, ("right means", diagnosis.task))
+    mixing, check = diagnosis.mixing, diagnosis.check
+    if mixing is not None:
+        facts.append(
+            (
+                "neighbourhoods",
+                f"of the {mixing.k} passed samples nearest to a target, {part(mixing.mean('targets'))} have its label; "
+                f"of those nearest to a passed sample, {part(mixing.mean('passed'))}",
+            )
+        )
+    if check is not None:
+        facts.append(
+            (
+                "held out",
+                f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
+                f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
+                f"{part(check.harmless)} of such fixes break none",
+            )
+        )
+    return tuple(facts)
+
+
+def _alone(diagnosis: Diagnosis, few: int) -> Table:
+    """A column for all, and one for each class, or for those with most targets."""
+    counts = Counter(target.label for target in diagnosis.targets)
+    shown = sorted(label for label, _ in counts.most_common(few))
+    groups = [(str(label), "class", [t for t in diagnosis.targets if t.label == label]) for label in shown]
+    rest = [target for target in diagnosis.targets if target.label not in shown]
+    if rest:
+        groups.append((f"{len(counts) - len(shown):,} other", "classes", rest))
+    if len(counts) == 1:
+        groups = []
+    groups.insert(0, ("all", "", list(diagnosis.targets)))
+
+    def row(label: str, text: Callable[[Sequence[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
+        return Row(label, tuple(text(group) for *_, group in groups), tone)
+
+    def count(verdict: Verdict) -> Callable[[Sequence[TargetFinding]], str]:
+        return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
+
+    rows = [
+        row("targets", lambda group: f"{len(group):,}"),
+        row("can be fixed", count("yes"), "gain"),
+        row("cannot be fixed", count("no")),
+        *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
+        row("change needed, median", lambda group: part(_median([t.change for t in group]))),
+        row("neighbours with its label, mean", lambda group: part(_mean([t.agreement for t in group]))),
+    ]
+    return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
+
+
+def _binding(diagnosis: Diagnosis, few: int) -> tuple[Block, ...]:
+    if not diagnosis.binding:
+        return (Text("None: the smallest fix of each target breaks no known passed sample."),)
+    shown = diagnosis.binding[:few]
+    rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
+    rest = len(diagnosis.binding) - len(shown)
+    if rest:
+        rows.append(Row(f"and {rest:,} more", ("", "", f"<= {diagnosis.binding[few].targets:,}")))
+    text = (
+        "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
+    )
+    return Text(text), Table((("class", ""), ("margin", "logits"), ("limits", "targets")), tuple(rows))
+
+
+def _doubts(diagnosis: Diagnosis, few: int) -> Table:
+    shown = diagnosis.doubts[:few]
+    rows = [Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), part(d.agreed), f"{d.lead:.1f}")) for d in shown]
+    if len(diagnosis.doubts) > len(shown):
+        rows.append(Row(f"and {len(diagnosis.doubts) - len(shown):,} more", ("", "", "", "")))
+    return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
+
+
+def _layers(diagnosis: Diagnosis, few: int) -> Table:
+    layers = list(diagnosis.layers)
+    best = sorted(layers, key=lambda layer: layer.change)[:few]
+    head = [layer for layer in layers if layer.layer == diagnosis.head]
+    shown = [layer for layer in layers if layer in best or layer in head]
+    rows = [
+        Row(
+            layer.layer,
+            (layer.kind, f"{layer.weights:,}", part(layer.room), part(layer.change)),
+            "gain" if layer == diagnosis.roomiest else "",
+        )
+        for layer in shown
+    ]
+    if len(layers) > len(shown):
+        rows.append(Row(f"and {len(layers) - len(shown):,} that need more", ("", "", "", "")))
+    return Table((("kind", ""), ("weights", ""), ("room", ""), ("change", "needed")), tuple(rows))
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    known = sorted(value for value in values if not math.isnan(value))
+    return known[len(known) // 2] if known else math.nan

@@ -1,0 +1,153 @@
+"""Which layer has room for a repair: how free it is to help targets and harm no passed sample, to first order.
+
+The gradient of a target's margin in a layer's weights says how the layer could help it, those of near passed samples
+say what would harm them. Only inner products count (a Gram matrix a layer), so that the gradients of large layers are
+kept as random sketches whose inner products are right on average (count sketch, Charikar et al. 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._convex.batched_qp import ascend
+from lightning_nrl._model.layers import Layer, layers_of
+from lightning_nrl._model.margin_grad import Call, by_sample, trace
+from lightning_nrl._model.weight_grad import weight_gradients
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context, no_autocast
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.tasks import Task
+
+__all__ = ["Room", "Sketches", "room", "sketch"]
+
+SKETCH = 16_384
+"""Numbers that a sample's gradient is kept in, where the layer has more weights."""
+
+PIECE = 2**24
+"""Most gradient entries (samples x weights) that are held at once."""
+
+
+class Sketches(NamedTuple):
+    """Margin gradients of samples, layer by layer."""
+
+    rows: Tensor  # n int64, ascending
+    margin: Tensor  # n
+    layers: dict[str, Tensor]  # n x (weights or SKETCH), of the layers that tell samples apart
+
+
+class Room(NamedTuple):
+    """A layer's freedom to help each of the targets."""
+
+    share: Tensor  # T, from 0 to 1: of what a small change could gain for it, what is left if no passed one may lose
+    change: Tensor  # T, norm of the smallest change that would repair it, in parts of the layer's; infinite if none
+
+
+def sketch(
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, Tensor]],
+    *,
+    task: Task,
+    seed: int = 0,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> Sketches:
+    """Gradients of samples' margins in the weights of every layer.
+
+    Args:
+        model: in evaluation mode. Its weights need not ask for gradients.
+        batches: this rank's samples with their rows of the evidence, in batches as large as memory allows in training.
+        task: has margins.
+        seed: of the sketches.
+        context: entered around every forward pass.
+        collective: the ranks that share the samples; all get the same.
+
+    Raises:
+        ConfigurationError: the task has no margin.
+    """
+    collective, layers = collective or Collective(), layers_of(model)
+    rows, margins = [], []
+    parts: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for batch, at in batches:
+        margin, calls = trace(model, layers, batch, task, context)
+        rows.append(at)
+        margins.append(margin.detach().float().cpu())
+        for name in list(parts):
+            if by_sample(calls[name], len(at)):
+                parts[name].append(_sketched(name, layers[name], calls[name], len(at), seed))
+            else:
+                del parts[name]
+    usable = [not collective.any(bool(rows) and name not in parts) for name in layers]
+    found = {name: _joined(parts.get(name, []), collective) for name, use in zip(layers, usable, strict=True) if use}
+    all_rows, all_margins = (_joined(x, collective) for x in (rows, margins))
+    order = all_rows.argsort()
+    found = {name: x[order.to(x.device)] for name, x in found.items() if len(x)}
+    return Sketches(all_rows[order], all_margins[order], found)
+
+
+@torch.no_grad()
+def room(sketches: Sketches, targets: Tensor, norms: Mapping[str, float], keep: float) -> dict[str, Room]:
+    """What each layer can do for each target while no passed sample's margin falls below `keep`, to first order.
+
+    Args:
+        sketches: of targets and passed samples.
+        targets: `n` bool, which of them are targets.
+        norms: of the layers' weights, by name.
+        keep: the margin asked of targets, and of passed samples that have twice as much.
+    """
+    margin, t, p = sketches.margin.double(), targets.nonzero().flatten(), (~targets).nonzero().flatten()
+    if not sketches.layers or not len(t):
+        return {}
+    rows = torch.cat([t[:, None], p.expand(len(t), -1)], 1)
+    asked = torch.where(targets, keep, (0.5 * margin).clamp_max(keep)) - margin
+    grams, bounds = [], []
+    for name, sketched in sketches.layers.items():
+        # Small matrices from here on, which a CPU factors as fast. All rows have one length: one tolerance suits.
+        length = sketched.flatten(1).float().norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        unit = sketched.flatten(1).float() / length[:, None]
+        gram, length = (unit @ unit.T).cpu().double(), length.cpu().double() * norms[name]
+        grams.append(gram[rows[:, :, None], rows[:, None, :]])
+        bounds.append((asked / length)[rows])
+    gram, bound = torch.cat(grams), torch.cat(bounds)
+    among, against = gram[:, 1:, 1:].contiguous(), -gram[:, 1:, 0]
+    lost = ascend(among, against, torch.zeros_like(against)).value if len(p) else torch.zeros(len(gram))
+    needed = ascend(gram, bound, torch.zeros_like(bound), limit=0.5 * FAR**2).value
+    share, change = (1 - 2 * lost).clamp(0, 1).sqrt(), (2 * needed.clamp_min(0)).sqrt()
+    change = torch.where(change > FAR, torch.inf, change)
+    return {
+        name: Room(*(x.float() for x in pair))
+        for name, *pair in zip(sketches.layers, share.split(len(t)), change.split(len(t)), strict=True)
+    }
+
+
+FAR = 10.0
+"""A change that is so many times as large as the layer is none."""
+
+
+def _sketched(name: str, layer: Layer, calls: Sequence[Call], n: int, seed: int) -> Tensor:
+    """`n x (weights or SKETCH)`, the gradient of each sample's margin in a layer's weight."""
+    size = layer.weight.numel()
+    generator = torch.Generator().manual_seed(seed)
+    bucket = torch.randint(SKETCH, (size,), generator=generator).to(layer.weight.device)
+    sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(layer.weight.device, torch.float32)
+    parts = []
+    with torch.no_grad(), no_autocast(layer.weight.device):
+        for start in range(0, n, step := max(1, PIECE // size)):
+            pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
+            gradient = torch.stack([weight_gradients(layer, x, g).flatten(1) for x, g in pieces]).sum(0)
+            if size > SKETCH:
+                gradient = torch.zeros(len(gradient), SKETCH, device=gradient.device).index_add_(
+                    1, bucket, gradient.float() * sign
+                )
+            parts.append(gradient)
+    return torch.cat(parts)
+
+
+def _joined(parts: Sequence[Tensor], collective: Collective) -> Tensor:
+    mine = torch.cat(list(parts)) if parts else torch.zeros(0)
+    shares = [x for x in collective.gather(mine) if len(x)]
+    return torch.cat(shares) if shares else mine

@@ -1,0 +1,250 @@
+"""What a sweep tries: settings of the paper's search, by axis, one by one, or by the names of Table II."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import product
+from typing import Any
+
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.localization import Localizer
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.presets import paper_arguments
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search.fitness import Fitness
+
+__all__ = ["Grid", "Setting", "Sweepable", "parse_settings"]
+
+WHOLE = ("fitness", "method", "localizer", "n_passed")
+"""What a setting may give as a whole; every field of the first three may be given by itself."""
+
+
+class Grid:
+    """Every combination of some values of some arguments.
+
+    Args:
+        fitness: kinds such as `eq1`, or `Fitness` objects.
+        alpha: intact weights.
+        perfect_intact: whether one regression makes a candidate infeasible (pi).
+        n_weights: numbers of localised weights (#lw).
+        n_passed: numbers of sampled passed samples (#pos); None: all that are known.
+        particles: numbers of particles (#p).
+        **further: values of any other field of `Fitness`, `ParticleSwarm` and the localizer, such as
+            `patience=[10, 50]`.
+
+    A single value may stand for a list of one. An argument that is not given stays as it is.
+
+    Raises:
+        ConfigurationError: an axis has no value.
+
+    Example:
+        >>> grid = Grid(fitness=["eq1", "eq2"], alpha=[4, 5, 6], n_weights=[32, 76], n_passed=500)
+        >>> len(grid.settings())
+        12
+        >>> grid.settings()[0]
+        {'fitness': 'eq1', 'alpha': 4, 'n_weights': 32, 'n_passed': 500}
+    """
+
+    def __init__(
+        self,
+        *,
+        fitness: Any = (),
+        alpha: Any = (),
+        perfect_intact: Any = (),
+        n_weights: Any = (),
+        n_passed: Any = (),
+        particles: Any = (),
+        **further: Any,
+    ) -> None:
+        given = {
+            "fitness": fitness,
+            "alpha": alpha,
+            "perfect_intact": perfect_intact,
+            "n_weights": n_weights,
+            "n_passed": n_passed,
+            "particles": particles,
+        }
+        self.axes = {name: values for name, value in given.items() if (values := _values(value))}
+        for name, value in further.items():
+            if not (values := _values(value)):
+                raise ConfigurationError(explain(f"`{name}` has no value.", f"give a list, such as `{name}=[...]`."))
+            self.axes[name] = values
+        if not self.axes:
+            raise ConfigurationError(
+                explain("`settings`: a grid without an axis.", "give one, such as `Grid(alpha=[4, 5, 6])`.")
+            )
+
+    def settings(self) -> list[dict[str, Any]]:
+        """One mapping for each combination, the last axis running fastest."""
+        return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+
+    def __repr__(self) -> str:
+        return f"Grid({', '.join(f'{name}={list(values)}' for name, values in self.axes.items())})"
+
+
+Sweepable = Grid | str | Mapping[str, Any] | Sequence["str | Mapping[str, Any]"]
+"""A grid, the name of a row of Table II, a mapping of arguments, or several of the last two."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the paper's search, for any number of seeds.
+
+    Attributes:
+        name: its label.
+        fitness: how candidates are ranked.
+        method: the swarm.
+        localizer: how the weights to be searched are chosen.
+        n_passed: how many passed samples are scored (#pos); None: all that are known.
+    """
+
+    name: str
+    fitness: Fitness
+    method: ParticleSwarm
+    localizer: Localizer
+    n_passed: int | None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `repair`, and of `Settings`, that make the same search; what it finds is taken as it is."""
+        own = {name: getattr(self, name) for name in WHOLE}
+        return {**own, "strength": 1.0}
+
+    def plain(self) -> dict[str, Any]:
+        """What tells it from other settings, in dicts, lists, text and numbers; its name does not."""
+        said = Settings(**self.arguments()).plain()
+        return {name: said[name] for name in WHOLE}
+
+
+def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
+    """The settings that are meant, each once, in order.
+
+    Args:
+        settings: a grid, names of rows of Table II, or mappings of arguments. A mapping may begin with `row`, the name
+            of a row, and may give itself a `name`.
+        base: says what a setting leaves open.
+
+    Raises:
+        ConfigurationError: an argument that nothing has (the nearest is named), a value that cannot be used, no
+            setting, two of one name.
+    """
+    method = base.method
+    if not isinstance(method, ParticleSwarm):
+        raise ConfigurationError(
+            explain(
+                f"`method` is a {type(method).__name__}: a sweep runs the paper's search.",
+                "give `method=ParticleSwarm(...)`, or leave it out.",
+            )
+        )
+    start = Setting("", base.fitness, method, base.localizer, base.n_passed)
+    if isinstance(settings, Grid):
+        given: Iterable[Any] = settings.settings()
+    elif isinstance(settings, (str, Mapping)):
+        given = [settings]
+    else:
+        several = isinstance(settings, Sequence)
+        check_kind("settings", settings, several, "list of settings", "Grid(alpha=[4, 5]), or ['EXP-C1']")
+        given = settings
+    found: list[Setting] = []
+    for one in given:
+        made = _setting(one, start)
+        if not any(_same(made, other) for other in found):
+            found.append(made)
+    names = [one.name for one in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigurationError(
+            explain(f"`settings`: two different ones are {twice!r}.", "give each a `name` of its own.")
+        )
+    if not found:
+        raise ConfigurationError(explain("`settings` is empty.", "give a Grid, or a list such as ['EXP-C1']."))
+    return tuple(found)
+
+
+def _setting(given: Any, start: Setting) -> Setting:
+    if isinstance(given, str):
+        given = {"row": given}
+    check_kind("settings", given, isinstance(given, Mapping), "setting", "{'alpha': 5}, or 'EXP-C1'")
+    said, made, label = dict(given), start, ""
+    if "row" in said:
+        label = said.pop("row")
+        row = paper_arguments(label)
+        made = replace(made, **{name: row[name] for name in WHOLE})
+    name = said.pop("name", None)
+    for whole in WHOLE:
+        if whole in said:
+            made = replace(made, **{whole: _whole(whole, said.pop(whole), made)})
+    changes: dict[str, dict[str, Any]] = {}
+    for argument, value in said.items():
+        changes.setdefault(_owner(argument, made), {})[argument] = value
+    for one, other in (("n_weights", "n_g"), ("n_g", "n_weights")):
+        # Each decides the other.
+        if said.get(one) is not None and other not in said and hasattr(made.localizer, other):
+            changes["localizer"][other] = None
+    for part, values in changes.items():
+        made = replace(made, **{part: replace(getattr(made, part), **values)})
+    if isinstance(made.fitness, Fitness) and made.fitness.kind == "lexicographic":
+        # What does not matter to it is as by default: otherwise a grid would try the same several times.
+        plain = Fitness(delta=made.fitness.delta)
+        if made.fitness.perfect_intact and made.fitness.infeasible == "zero":
+            plain = replace(plain, perfect_intact=True, infeasible="zero")
+        made = replace(made, fitness=plain)
+    Settings(**made.arguments())  # Says what cannot be used.
+    further = "".join(f" {key}={value}" for key, value in given.items() if key not in ("row", "name"))
+    return replace(made, name=str(name) if name is not None else label + further if label else _label(made, start))
+
+
+def _whole(argument: str, value: Any, made: Setting) -> Any:
+    if argument == "fitness" and isinstance(value, str):
+        return replace(made.fitness, kind=value) if isinstance(made.fitness, Fitness) else Fitness(value)  # type: ignore[arg-type]
+    if argument == "method":
+        if value == "swarm":
+            return made.method
+        check_kind("method", value, isinstance(value, ParticleSwarm), "ParticleSwarm", "ParticleSwarm(particles=200)")
+    return value
+
+
+def _owner(argument: str, made: Setting) -> str:
+    """Which part of a setting has an argument."""
+    parts = {part: getattr(made, part) for part in ("fitness", "method", "localizer")}
+    known = {field.name: part for part, value in parts.items() if is_dataclass(value) for field in fields(value)}
+    if argument not in known:
+        choices = [name for name in (*WHOLE, "row", *known) if name != "kind"]
+        near = difflib.get_close_matches(str(argument), choices, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
+        raise ConfigurationError(explain(f"`settings`: `{argument}` is no argument of a search.", hint))
+    return known[argument]
+
+
+def _label(made: Setting, start: Setting) -> str:
+    """Short and unambiguous: what the paper's table has, then what else differs from where the sweep starts."""
+    words = [str(getattr(made.fitness, "kind", getattr(made.fitness, "__name__", type(made.fitness).__name__)))]
+    if words[0] != "lexicographic" and hasattr(made.fitness, "alpha"):
+        words.append(f"alpha={made.fitness.alpha:g}")
+    words += ["pi"] * bool(getattr(made.fitness, "perfect_intact", False))
+    n_weights = getattr(made.localizer, "n_weights", None)
+    words.append(f"lw={n_weights}" if n_weights else f"lw={'auto' if hasattr(made.localizer, 'n_weights') else 'all'}")
+    words += [f"pos={'all' if made.n_passed is None else made.n_passed}", f"p={made.method.particles}"]
+    shown = {"kind", "alpha", "perfect_intact", "n_weights", "particles"}
+    for part in ("fitness", "method", "localizer"):
+        own, first = getattr(made, part), getattr(start, part)
+        if type(own) is not type(first) and part == "localizer":
+            words.append(type(own).__name__)
+        elif is_dataclass(own) and type(own) is type(first):
+            words += [
+                f"{field.name}={getattr(own, field.name)}"
+                for field in fields(own)
+                if field.name not in shown and getattr(own, field.name) != getattr(first, field.name)
+            ]
+    return " ".join(words)
+
+
+def _same(a: Setting, b: Setting) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in WHOLE)
+
+
+def _values(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (list, tuple, range)):
+        return tuple(value)
+    return (value,)

@@ -1,0 +1,292 @@
+"""Many settings and seeds of the paper's search on one problem. Knows nothing of Lightning."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.analysis.sweep.batch_search import Bench, Found, Job, batches
+from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
+from lightning_nrl.analysis.sweep.recount import Recount
+from lightning_nrl.analysis.sweep.run import Run
+from lightning_nrl.analysis.sweep.store import Kept, Store, digest, evidence_digest, exchanged
+from lightning_nrl.analysis.sweep.sweep_progress import Progress, SweepObserver
+from lightning_nrl.analysis.sweep.sweep_result import SweepResult
+from lightning_nrl.analysis.sweep.trials import Trials, chosen
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.pipeline.baseline import look
+from lightning_nrl.pipeline.input_checks import check_sources
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.problem.problem import Problem
+from lightning_nrl.report import Role, hash_tensors
+from lightning_nrl.tasks import Task
+
+__all__ = ["Study", "study"]
+
+PATIENCE = 5
+"""Where data have to be read again to count runs, that is done once searching took so many times as long."""
+
+
+def study(
+    model: nn.Module,
+    known: Sequence[Source],
+    base: Settings,
+    *,
+    unseen: Sequence[Source],
+    calibration: Sequence[Source],
+    task: Task,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+    dirpath: str | Path | None = None,
+    observer: SweepObserver | None = None,
+) -> Study:
+    """Looks at model and data, for any number of runs on them; see `sweep_module` for the arguments.
+
+    The model has to stay in evaluation mode while runs are made (`preserve`).
+    """
+    collective, clock = collective or Collective(), StageTimer(observer)
+    check_sources(known, (*calibration, *unseen), base)
+    _check_counting(base)
+    _check_whole((*known, *calibration, *unseen))
+    space, scope = find_scope(model, base.layer, include_bias=base.localizer.include_bias)
+    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
+    others = {role: sources for role, sources in roles.items() if sources}
+    # Each rank looks at all data, as they share out the runs.
+    found = look(model, known, others, base, task=task, context=context, collective=Collective(), clock=clock)
+    before = found.before
+    if not (before.targeted.any() and before.passed.any()):
+        what = "fails in the target" if before.passed.any() else "passes"
+        raise ConfigurationError(
+            explain(f"`known`: no sample {what} ({base.target}).", "give data on which there is something to repair.")
+        )
+    problem = Problem(
+        model,
+        known,
+        before,
+        space,
+        scope,
+        task,
+        base.localizer,
+        base.fitness,
+        before.passed,
+        clock=clock,
+        budget=base.budget,
+        context=context,
+    )
+    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.aside.items()}}
+    store = Store(None if dirpath is None else Path(dirpath))
+    return Study(problem, base, data, collective, store, observer)
+
+
+@dataclass
+class Study:
+    """A model and its data, looked at once, for any number of runs.
+
+    Attributes:
+        problem: what is to be repaired.
+        base: the settings that it was made of.
+        data: for each role its data, and what the original model does on them.
+        collective: the ranks that share out the runs.
+        store: where runs are kept.
+        observer: is told how it goes.
+    """
+
+    problem: Problem
+    base: Settings
+    data: Mapping[Role, tuple[Sequence[Source], SampleResults]]
+    collective: Collective
+    store: Store
+    observer: SweepObserver | None = None
+    _benches: dict[bool, Bench] = field(default_factory=dict)
+    _recounts: dict[bool, dict[str, Recount]] = field(default_factory=dict)
+    _there: dict[str, Kept] = field(default_factory=dict)
+    _ground: str = ""
+
+    def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
+        """Makes the runs that are not there yet, shared out over ranks.
+
+        Returns:
+            All that were wanted, in their order, the same on each rank.
+        """
+        jobs = [Job(self._key(setting, seed), setting, seed) for setting, seed in wanted]
+        unknown = [job.key for job in jobs if job.key not in self._there]
+        there = self._there
+        there |= exchanged(self.store.read(unknown), self.collective)
+        missing = [job for job in jobs if job.key not in there]
+        error, made = None, {}
+        try:
+            made = self._made(missing[self.collective.rank :: self.collective.world_size], jobs, there)
+        except Exception as caught:
+            error = caught
+        if self.collective.any(error is not None):
+            raise error or RepairError("another rank could not make its runs of the sweep.")
+        there |= exchanged(made, self.collective)
+        result = self._result(jobs, there)
+        self._keep_table(result)
+        return result
+
+    def explore(self, grid: Grid, trials: Trials, seeds: Sequence[int]) -> SweepResult:
+        """Runs the combinations that a sampler chooses; the first rank has it.
+
+        Returns:
+            All runs of all trials, each setting once.
+        """
+        settings: list[Setting] = []
+
+        def evaluate(combinations: Sequence[tuple[int, ...]]) -> list[tuple[Run, ...]]:
+            agreed = self.collective.agreed(torch.tensor(combinations))
+            asked = [parse_settings(one, self.base)[0] for one in chosen(grid, agreed)]
+            new = {setting.name: setting for setting in asked}
+            result = self.run([(setting, seed) for setting in new.values() for seed in seeds])
+            settings.extend(setting for name, setting in new.items() if name not in {one.name for one in settings})
+            return [result.of(setting.name) for setting in asked]
+
+        trials.explore(grid, evaluate, chooses=self.collective.rank == 0)
+        return self.run([(setting, seed) for setting in settings for seed in seeds])
+
+    def _made(self, mine: Sequence[Job], jobs: Sequence[Job], there: Mapping[str, Kept]) -> dict[str, Kept]:
+        """This rank's runs."""
+        made: dict[str, Kept] = {}
+        progress = Progress(self.observer, len(jobs), len(jobs) - len(mine), sum(job.work for job in mine))
+        biased: dict[bool, list[Job]] = {}
+        for job in mine:
+            biased.setdefault(job.setting.localizer.include_bias, []).append(job)
+        with self.problem.clock.stage("sweep"):
+            for include_bias, own in biased.items():
+                bench, recounts = self._bench(include_bias), self._recounts[include_bias]
+                waiting: list[Found] = []
+                searching, counting = 0.0, 0.0
+                parts = list(batches(own, bench.problem))
+                for i, part in enumerate(parts):
+                    began = time.perf_counter()
+                    waiting += bench.find(part, partial(progress.within, part))
+                    searching += time.perf_counter() - began
+                    streams = any(recount.streams for recount in recounts.values())
+                    if streams and searching < PATIENCE * counting and i < len(parts) - 1:
+                        progress.finish(part)
+                        continue
+                    began = time.perf_counter()
+                    new = _counted(waiting, recounts, bench)
+                    counting, searching, waiting = time.perf_counter() - began, 0.0, []
+                    self.store.write(new)
+                    made |= new
+                    progress.finish(part)
+                    so_far = {**there, **made}
+                    self._keep_table(self._result([job for job in jobs if job.key in so_far], so_far))
+        return made
+
+    def _bench(self, include_bias: bool) -> Bench:
+        if include_bias not in self._benches:
+            problem = self.problem
+            if include_bias != self.base.localizer.include_bias:
+                space, scope = find_scope(problem.model, self.base.layer, include_bias=include_bias)
+                problem = replace(problem, space=space, scope=scope)
+            self._benches[include_bias] = Bench(problem, self.base)
+            self._recounts[include_bias] = {
+                role: Recount(problem, sources, before) for role, (sources, before) in self.data.items()
+            }
+        return self._benches[include_bias]
+
+    def _key(self, setting: Setting, seed: int) -> str:
+        if not self._ground:
+            evidence = {role: evidence_digest(before) for role, (_, before) in self.data.items()}
+            model = hash_tensors(self.problem.model.state_dict())
+            passed = [source.split for source in self.problem.known if source.passed]
+            said = self.base.plain()
+            self._ground = digest([model, evidence, passed, said["layer"], repr(self.problem.task)])
+        return digest([self._ground, setting.plain(), seed])
+
+    def _result(self, jobs: Sequence[Job], there: Mapping[str, Kept]) -> SweepResult:
+        # What was kept may have had another label.
+        kept = {(job.setting.name, job.seed): there[job.key] for job in jobs}
+        runs = tuple(replace(there[job.key].run, setting=job.setting.name) for job in jobs)
+        original = {
+            include_bias: {
+                name: parameter.detach().cpu().clone()
+                for site in self._bench(include_bias).problem.space.sites
+                for name, parameter in site.parameters.items()
+            }
+            for include_bias in {job.setting.localizer.include_bias for job in jobs}
+        }
+        layer = self.base.layer if isinstance(self.base.layer, str) else ", ".join(self.base.layer)
+        settings = {job.setting.name: job.setting for job in jobs}
+        return SweepResult(runs, str(self.base.target), layer, settings=settings, weights=kept, original=original)
+
+    def _keep_table(self, result: SweepResult) -> None:
+        if self.store.folder is not None and self.collective.rank == 0:
+            self.store.folder.mkdir(parents=True, exist_ok=True)
+            result.to_csv(self.store.folder / "sweep.csv")
+
+
+def _counted(found: Sequence[Found], recounts: Mapping[str, Recount], bench: Bench) -> dict[str, Kept]:
+    """Rows and weights of some runs by their keys."""
+    began = time.perf_counter()
+    counts = {role: recount(found) for role, recount in recounts.items()}
+    share = (time.perf_counter() - began) / len(found)
+    layer = ", ".join(site.name or type(site.module).__name__ for site in bench.problem.space.sites)
+    kept = {}
+    for i, one in enumerate(found):
+        columns = {key: value for role in counts for key, value in counts[role][i].columns(role).items()}
+        run = _row(one, layer, one.seconds + share, columns)
+        kept[one.job.key] = Kept(run, one.where, one.values)
+    return kept
+
+
+def _row(found: Found, layer: str, seconds: float, counts: Mapping[str, float]) -> Run:
+    setting, result = found.job.setting, found.result
+    fitness = setting.fitness
+    kind = getattr(fitness, "kind", None)
+    return Run(
+        setting=setting.name,
+        fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
+        alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
+        perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
+        n_weights=getattr(setting.localizer, "n_weights", None),
+        n_passed=setting.n_passed,
+        particles=setting.method.particles,
+        seed=found.job.seed,
+        layer=layer,
+        n_localized=len(found.where),
+        iterations=0 if result is None else result.iterations,
+        value=None if result is None else result.fitness,
+        patched=0 if result is None else int(result.history.patched[-1]),
+        intact=found.n_passed if result is None else int(result.history.intact[-1]),
+        changed=found.changed,
+        seconds=round(seconds, 4),
+        **counts,  # type: ignore[arg-type]
+    )
+
+
+def _check_counting(base: Settings) -> None:
+    for name in ("slices", "quotas", "protected"):
+        if getattr(base, name) is not None:
+            raise ConfigurationError(
+                explain(
+                    f"`{name}`: the table of a sweep has no column for it.",
+                    f"leave `{name}` out, and give it to `repair` with the run that you choose.",
+                )
+            )
+
+
+def _check_whole(sources: Iterable[Source]) -> None:
+    for source in sources:
+        if len(source.positions) < len(source.index):
+            raise ConfigurationError(
+                explain(
+                    f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
+                    "give each rank all of the data; a sweep shares out the runs.",
+                )
+            )

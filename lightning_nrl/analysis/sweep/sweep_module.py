@@ -1,0 +1,133 @@
+"""A sweep of settings and seeds over a module and its data, without Lightning's Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl.analysis.sweep.grid import Grid, Sweepable, parse_settings
+from lightning_nrl.analysis.sweep.study import study
+from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver
+from lightning_nrl.analysis.sweep.sweep_result import SweepResult
+from lightning_nrl.analysis.sweep.trials import Trials
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.methods import Auto
+from lightning_nrl.pipeline.input_checks import given_or_default
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.tasks import Task
+
+__all__ = ["Seeds", "check_trials", "parse_seeds", "swarming", "sweep_module"]
+
+Seeds = int | Sequence[int]
+"""How many seeds, from 0 on, or which."""
+
+
+def sweep_module(
+    model: nn.Module,
+    known: Sequence[Source],
+    settings: Sweepable,
+    *,
+    seeds: Seeds = 10,
+    base: Settings | None = None,
+    unseen: Sequence[Source] = (),
+    calibration: Sequence[Source] = (),
+    task: str | Task | None = None,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+    dirpath: str | Path | None = None,
+    trials: Trials | None = None,
+    observer: SweepObserver | None = None,
+) -> SweepResult:
+    """Runs every setting with every seed, each as a single repair by `ParticleSwarm` would, and counts all of them.
+
+    Known data are recorded once and swarms searched many at a time; each finds, bit for bit, what `repair` finds with
+    the same arguments at strength 1. No gate judges, and the model is left as found.
+
+    Args:
+        model: the trained model on its device; it runs in evaluation mode.
+        known: data that searches may look at. All of it on each rank: ranks share out the runs, not the data.
+        settings: what to try: a `Grid`, names of rows of Table II, or mappings of arguments.
+        seeds: how many seeds, from 0 on, or a list of them.
+        base: what all settings share, such as target, layer and what they leave open of the search; its method is a
+            `ParticleSwarm`, or the default, which stands for one. Its `gate`, `strength`, `limit`, `sparse`, `keep`,
+            `max_time` and `seed` do not matter.
+        unseen: data that is only counted.
+        calibration: data that no search looks at, to choose among runs by.
+        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share out the runs; each ends with the same result.
+        dirpath: a folder in which runs are kept; those that are there already are not made again.
+        trials: lets an Optuna sampler choose combinations of the grid, instead of running all.
+        observer: is told how it goes.
+
+    Raises:
+        ConfigurationError: a setting, the layer, the data, the target or the task cannot be used, no failed sample is
+            in the target or none passes.
+        EvaluationError: the original model gives losses that are not finite.
+    """
+    base, task = given_or_default(base, task)
+    base = swarming(base)
+    tried, numbers = parse_settings(settings, base), parse_seeds(seeds)
+    check_trials(trials, settings)
+    with preserve(model):
+        made = study(
+            model,
+            known,
+            base,
+            unseen=unseen,
+            calibration=calibration,
+            task=task,
+            context=context,
+            collective=collective,
+            dirpath=dirpath,
+            observer=observer,
+        )
+        if trials is not None and isinstance(settings, Grid):
+            return made.explore(settings, trials, numbers)
+        return made.run([(setting, seed) for setting in tried for seed in numbers])
+
+
+def check_trials(trials: Trials | None, settings: Sweepable) -> None:
+    """Refuses trials of another kind, and of what is no grid.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if trials is None:
+        return
+    check_kind("trials", trials, isinstance(trials, Trials), "Trials", "Trials(40)")
+    if not isinstance(settings, Grid):
+        raise ConfigurationError(
+            explain("`trials` go through a grid, and `settings` is none.", "write `settings=Grid(alpha=[4, 5, 6])`.")
+        )
+
+
+def swarming(base: Settings) -> Settings:
+    """The settings with a swarm where they name no method, and as they are where they do."""
+    return replace(base, method=ParticleSwarm()) if isinstance(base.method, Auto) else base
+
+
+def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
+    """The seeds that are meant.
+
+    Raises:
+        ConfigurationError: there is none, one is there twice or out of range.
+    """
+    whole = isinstance(seeds, int) and not isinstance(seeds, bool)
+    found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
+    if not found or len(set(found)) < len(found):
+        raise ConfigurationError(
+            explain(f"`seeds={seeds!r}` names no seed, or one twice.", "give how many, or a list such as [0, 1, 2].")
+        )
+    for seed in found:
+        Settings(seed=seed)
+    return found

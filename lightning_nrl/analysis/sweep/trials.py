@@ -1,0 +1,117 @@
+"""An Optuna sampler in place of the whole product: each trial is one combination of a grid, run with every seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from lightning_nrl.analysis.sweep.grid import Grid
+from lightning_nrl.analysis.sweep.run import Run
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+
+__all__ = ["Trials", "regression_free_repairs"]
+
+Combination = tuple[int, ...]
+"""Which value of each axis."""
+
+
+def regression_free_repairs(run: Run) -> float:
+    """Repaired targets of a run that breaks nothing known; of any other, minus what it breaks."""
+    return float(-run.known_broken if run.known_broken else run.known_repaired_in_target)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How a sampler goes through a grid.
+
+    Attributes:
+        n: trials in all, at least 1. A combination that comes again costs nothing.
+        sampler: an `optuna.samplers` object; None: Optuna's own choice, with a seed of 0.
+        score: what a run is worth, of its known and calibration counts: the larger, the better; a trial's score is the
+            mean over its seeds. Unseen data are not to be looked at.
+        together: trials that are asked for before any of them is scored, so that they are searched in one go.
+
+    Raises:
+        ConfigurationError: on construction, for numbers below 1.
+    """
+
+    n: int
+    sampler: Any = None
+    score: Callable[[Run], float] = regression_free_repairs
+    together: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("n", "together"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(
+                    explain(f"`Trials.{name}={value!r}` is out of range.", "give a whole number of at least 1.")
+                )
+        check_kind("Trials.score", self.score, callable(self.score), "function of a run", "score=lambda run: ...")
+
+    def explore(
+        self, grid: Grid, evaluate: Callable[[Sequence[Combination]], Sequence[Sequence[Run]]], chooses: bool
+    ) -> None:
+        """Asks for combinations, has them run, tells their scores.
+
+        Args:
+            grid: the axes.
+            evaluate: runs combinations; on ranks that do not choose, those that the first one has chosen.
+            chooses: whether this is the rank that has the sampler.
+
+        Raises:
+            ConfigurationError: Optuna is not installed.
+        """
+        study = self._study() if chooses else None
+        for start in range(0, self.n, self.together):
+            count = min(self.together, self.n - start)
+            if study is None:
+                evaluate([(0,) * len(grid.axes)] * count)
+                continue
+            asked = [study.ask() for _ in range(count)]
+            runs = evaluate([_suggested(trial, grid) for trial in asked])
+            for trial, own in zip(asked, runs, strict=True):
+                study.tell(trial, fmean(map(self.score, own)))
+
+    def _study(self) -> Any:
+        try:
+            import optuna
+        except ImportError as error:
+            raise ConfigurationError(
+                explain("`trials` needs Optuna.", 'pip install "lightning_nrl[optuna]", or run the whole grid.')
+            ) from error
+        before = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            sampler = optuna.samplers.TPESampler(seed=0) if self.sampler is None else self.sampler
+            return optuna.create_study(direction="maximize", sampler=sampler)
+        finally:
+            optuna.logging.set_verbosity(before)
+
+
+def _suggested(trial: Any, grid: Grid) -> Combination:
+    return tuple(
+        trial.suggest_categorical(name, list(range(len(values)))) if not _plain(values) else _index(trial, name, values)
+        for name, values in grid.axes.items()
+    )
+
+
+def _index(trial: Any, name: str, values: Sequence[Any]) -> int:
+    return list(values).index(trial.suggest_categorical(name, list(values)))
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether Optuna can keep the values as they are."""
+    return all(value is None or isinstance(value, (bool, int, float, str)) for value in values)
+
+
+def chosen(grid: Grid, combinations: torch.Tensor) -> list[dict[str, Any]]:
+    """Settings of combinations, `T x axes` int64."""
+    return [
+        {name: values[i] for (name, values), i in zip(grid.axes.items(), row, strict=True)}
+        for row in combinations.tolist()
+    ]

@@ -1,0 +1,289 @@
+"""Training with fewer regressions: a term that holds the new model to what the replaced one gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nrl._trainer.inner_trainer import copied_module
+from lightning_nrl._trainer.loaders import find_loader, length_of
+from lightning_nrl._trainer.loss_injection import ONE_LINE, Wrapped, added, forwarded
+from lightning_nrl._trainer.output_capture import Outputs, Probe
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_state import validating
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.preserve import evaluating, preserve
+from lightning_nrl._utils.state import State, write
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.reference.loss_terms import Term, parse_terms
+from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher, Teaches
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["PositiveCongruentTraining", "regression_loss"]
+
+
+class PositiveCongruentTraining(Callback):
+    """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
+
+    The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
+    Model Updates. Nothing in the module has to be changed: the term is about the output that `training_step` gets from
+    `self(x)`, and is added to the loss that it returns. Where that cannot be known, an error says so in the first
+    step, and one line of `training_step` does it (see `regression_loss`). The value of each term is logged as
+    `regression/<name>`. The replaced model is no part of the module, its checkpoints or its optimizer.
+
+    Args:
+        reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
+            predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
+        term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
+            (`lightning_nrl.reference.loss_terms.Term`), or a list of them, whose sum is added.
+        index: which samples a batch has, a function of the batch that gives their data-set positions, or its address.
+            With it the replaced model is asked about each sample once; so only without augmentation. Needed for
+            predictions from a file. None: it is asked about each batch, with the very inputs of the new model.
+        prefix: what tags begin with.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
+            or a mapping with the usual keys.
+
+    Raises:
+        ConfigurationError: an argument that cannot be used, or a training step to which nothing can be added; in the
+            first step at the latest.
+
+    Example::
+
+        congruent = PositiveCongruentTraining("old.ckpt")
+        repair = RegressionFreeRepair(reference="old.ckpt")
+        Trainer(callbacks=[congruent, repair]).fit(new_model, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module | str | Path | State | Reference,
+        term: str | Term | Sequence[str | Term] = "focal_distillation",
+        index: str | Callable[[Any], Any] | None = None,
+        prefix: str = "regression",
+        task: str | Task | None = None,
+        adapter: str | Adapter | None = None,
+    ) -> None:
+        super().__init__()
+        found = parse_reference(reference)
+        if not isinstance(found, (OldModel, Predictions)):
+            hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
+            what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
+            raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+        self.reference: OldModel | Predictions = found
+        self.terms = parse_terms(term)
+        self.index = None if index is None else import_function("index", index)
+        if isinstance(found, Predictions) and self.index is None:
+            hint = "give `index=f`, f(batch) -> data-set positions, or the model itself."
+            raise ConfigurationError(explain("`reference`: predictions are found by the index of a sample.", hint))
+        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+        check_kind("prefix", prefix, fits, "name", "prefix='regression'")
+        self.prefix = prefix.rstrip("/")
+        self.task = parse_task(task)
+        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
+        self._wrapped, self._outputs, self._held = Wrapped(), Outputs(), ExitStack()
+        self._teacher: Teaches | None = None
+        self._called = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_namespace(trainer)
+        self._forget()
+        if stage != "fit":
+            return
+        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
+        if sum(isinstance(c, PositiveCongruentTraining) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            hint = "keep one, and give it all terms as `term=[...]`."
+            raise ConfigurationError(explain("`callbacks`: there are several PositiveCongruentTraining.", hint))
+        if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
+            hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
+            raise ConfigurationError(explain("`reference` is the very model that is trained.", hint))
+        self._outputs.watch(pl_module)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._teacher is None:
+            try:
+                self._begin(trainer, pl_module, batch)
+            except BaseException:
+                self._forget()
+                raise
+
+        def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self._around(pl_module, batch, step, *args, **kwargs)
+
+        self._wrapped.put(pl_module, around)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._wrapped.take_off()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A batch that was skipped has no end.
+        self._wrapped.take_off()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._forget()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget()
+
+    def loss(self, pl_module: pl.LightningModule, batch: Any, output: Any) -> Tensor:
+        """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
+        args, kwargs, target = self.adapter(batch)
+        self._called = True
+        return self._loss(pl_module, args, kwargs, target, batch, self.task.logits(output))
+
+    def _around(
+        self, pl_module: pl.LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self._called = False
+        self._outputs.begin()
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            name, calls = self._outputs.calls()
+        if self._called or (result is None and pl_module.automatic_optimization):
+            return result
+        if not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                explain("`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE)
+            )
+        plain, named, target = self.adapter(batch)
+        call = forwarded(name, calls, plain, named, length_of(target), self.task)
+        return added(result, self._loss(pl_module, call.args, call.kwargs, target, batch, call.logits))
+
+    def _loss(
+        self,
+        pl_module: pl.LightningModule,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        target: Any,
+        raw: Any,
+        logits: Tensor,
+    ) -> Tensor:
+        assert self._teacher is not None
+        with validating(pl_module.trainer):
+            old = self._teacher(args, kwargs, target, raw, logits)
+        means = {term.name: term(self.task, logits, target, old).mean() for term in self.terms}
+        values = {f"{self.prefix}/{name}": mean.detach() for name, mean in means.items()}
+        pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=len(logits))
+        return torch.stack(list(means.values())).sum()
+
+    @torch.no_grad()
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Both models on the first batch: whatever does not fit is found before anything is trained."""
+        args, kwargs, target = self.adapter(batch)
+        probe = Probe(pl_module)
+        teacher = self._make(trainer, pl_module)
+        with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
+            try:
+                output = probe(*args, **kwargs)
+            except Exception as error:
+                what = f"`adapter`: the model raised {type(error).__name__} on the first batch ({error})."
+                hint = "give `adapter=f`, f(batch) -> (args, kwargs, target), that takes your batches apart."
+                raise ConfigurationError(explain(what, hint)) from error
+            logits = self.task.logits(output)
+            self.task.check(logits, target)
+            old = teacher(args, kwargs, target, batch, logits)
+            for term in self.terms:
+                value = term(self.task, logits, target, old)
+                if value.shape != (len(logits),):
+                    raise ConfigurationError(
+                        explain(
+                            f"`term`: {term.name} gave {list(value.shape)} for {len(logits)} samples.",
+                            "return one number a sample.",
+                        )
+                    )
+        self._outputs.watch(pl_module, probe.parts or ())
+        self._teacher = teacher
+
+    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Teaches:
+        if isinstance(self.reference, Predictions):
+            assert self.index is not None
+            return PredictedTeacher(self.reference, "train", self.task, self.index)
+        old, given = self.reference, self.reference.model
+        model = given if isinstance(given, nn.Module) else _copy(trainer, pl_module, given)
+        home = next((x.device for x in (*model.parameters(), *model.buffers())), pl_module.device)
+        self._held.callback(model.to, home)
+        self._held.enter_context(evaluating(model.to(pl_module.device)))
+        return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
+
+    def _forget(self) -> None:
+        self._wrapped.take_off()
+        self._outputs.leave()
+        self._held.close()
+        self._teacher, self._called = None, False
+
+
+def regression_loss(module: pl.LightningModule, batch: Any, output: Any) -> Tensor:
+    """What `PositiveCongruentTraining` adds to the loss, for a `training_step` that says itself where.
+
+    Needed where the step optimises by itself, calls the model several times, or mixes samples and labels; possible
+    everywhere. Where the trainer has no such callback, and outside of training, it is 0.
+
+    Args:
+        module: the module whose step it is.
+        batch: what `output` is for, as the data loader gives it: for augmented inputs `(augmented, labels)`.
+        output: what the model returned, with its gradients.
+
+    Returns:
+        A scalar on the device of the module.
+
+    Example::
+
+        def training_step(self, batch, batch_idx):
+            logits = self(batch[0])
+            loss = F.cross_entropy(logits, batch[1])
+            return loss + regression_loss(self, batch, logits)
+    """
+    trainer = module._trainer
+    if trainer is not None and trainer.training:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, PositiveCongruentTraining):
+                return callback.loss(module, batch, output)
+    return torch.zeros((), device=module.device)
+
+
+def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | Path) -> pl.LightningModule:
+    """A module of the same architecture with other weights."""
+    state = fitting("reference", read_state("reference", given), module)
+    data = find_loader("train", trainer, module)
+    shared = [trainer, trainer.datamodule, *trainer.loggers, data, getattr(data, "dataset", None)]  # type: ignore[attr-defined]
+    modes = [False for _ in module.modules()]
+    try:
+        new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
+    except Exception as error:
+        raise ConfigurationError(
+            explain(
+                f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
+                f"({type(error).__name__}: {error}).",
+                "load the old model yourself and give the module.",
+            )
+        ) from error
+    write(new, state)
+    new.trainer = trainer
+    return new

@@ -1,0 +1,192 @@
+"""While a new model trains, every validation counts it against the model that it is to replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nrl._trainer.flip_counter import Count, values_of
+from lightning_nrl._trainer.output_capture import Outputs
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.validation_flips import Replaced, ask, is_known
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.columns import find_column
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_kind, explain
+from lightning_nrl.reference.old_model import Reference, parse_reference
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["RegressionMetrics"]
+
+
+class RegressionMetrics(Callback):
+    """Logs in every validation what the new model breaks and repairs of what the replaced one does.
+
+    It logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
+    `reference_accuracy`, where `ModelCheckpoint` and `EarlyStopping` find them. The model's outputs are those that its
+    own `validation_step` makes: no second pass over the data. The replaced model is asked once, before training.
+
+    Args:
+        reference: the replaced model: a module, the path of its checkpoint, a CSV file of its predictions (split
+            `val`), or an `OldModel`.
+        slices: counts slices of the data too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its
+            key or place, or a function of it, with a name or number for each sample, or one bool (the slice has the
+            column's name); the function's address, `package.module:function`; or a `Target`, whose samples are it.
+        prefix: what the tags begin with.
+        dataloader: which validation data loader is counted, where there are several.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
+            or a mapping with the usual keys.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.
+
+    Example::
+
+        metrics = RegressionMetrics("old.ckpt")
+        best = ModelCheckpoint(monitor="regression/nfr")
+        Trainer(callbacks=[metrics, best]).fit(new_model, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module | str | Path | State | Reference,
+        slices: str | int | Callable[[Any], Any] | Target | None = None,
+        prefix: str = "regression",
+        dataloader: int = 0,
+        task: str | Task | None = None,
+        adapter: str | Adapter | None = None,
+    ) -> None:
+        super().__init__()
+        found = parse_reference(reference)
+        if found is None:
+            hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
+            raise ConfigurationError(explain("`reference=None`: there is nothing to compare with.", hint))
+        self.reference = found
+        self.slices: Any = None if slices is None else find_column("slices", slices)
+        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+        check_kind("prefix", prefix, fits, "name", "prefix='regression'")
+        self.prefix = prefix.rstrip("/")
+        whole = isinstance(dataloader, int) and not isinstance(dataloader, bool) and dataloader >= 0
+        check_kind("dataloader", dataloader, whole, "number from 0", "dataloader=0")
+        self.dataloader = dataloader
+        self.task = parse_task(task)
+        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
+        self._outputs = Outputs()
+        self._replaced: Replaced | None = None
+        self._count: Count | None = None
+        self._warned = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_namespace(trainer)
+        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
+        if stage in ("fit", "validate"):
+            self._forget()
+            self._outputs.watch(pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._forget()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._forget()
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.limit_val_batches != 0:
+            self._ask(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        known = self._replaced
+        # Data loaders may be made anew while training.
+        if known is None or not is_known(known, trainer, self.dataloader):
+            known = self._ask(trainer, pl_module)
+        self._count = Count(known, pl_module.device)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._count is not None and dataloader_idx == self.dataloader:
+            self._outputs.begin()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._count is None or dataloader_idx != self.dataloader:
+            return
+        args, kwargs, target = self.adapter(batch)
+        output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
+        logits = self._logits(output, self._count.size(batch_idx))
+        if logits is None:
+            self._warn()
+            with random_state(), trainer.precision_plugin.forward_context():
+                logits = self.task.logits(pl_module(*args, **kwargs))
+        right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
+        self._count.add(batch_idx, right, self.task.label(target))
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._count is None:
+            return
+        names, counts = self._count.counts(Collective.current(pl_module.device))
+        self._count = None
+        tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
+        rows = zip(tags, values_of(counts), strict=True)
+        found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
+        # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
+        pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+
+    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Replaced:
+        means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
+        known = self._replaced = ask(self.reference, trainer, pl_module, **means)
+        self._outputs.watch(pl_module, known.parts)
+        return known
+
+    def _logits(self, output: Any, n: int) -> Tensor | None:
+        """Those in what was heard, if they are of `n` samples."""
+        if output is not None:
+            with suppress(ConfigurationError):
+                logits = self.task.logits(output)
+                return logits if logits.ndim and len(logits) == n else None
+        return None
+
+    def _forget(self) -> None:
+        self._outputs.leave()
+        self._replaced = self._count = None
+        self._warned = False
+
+    def _warn(self) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                explain(
+                    "`validation_step` does not call the whole model on a whole batch, which costs one more pass each.",
+                    "call `self(x)` in `validation_step`.",
+                ),
+                category=PerformanceWarning,
+            )

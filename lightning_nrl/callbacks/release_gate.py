@@ -1,0 +1,210 @@
+"""The release gate in a trainer's test: may the tested model replace the old one?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import nn
+from typing_extensions import override
+
+from lightning_nrl._tracking import release_numbers, track_release
+from lightning_nrl._trainer.artifacts import base_folder, file_names, output_folder, show, write_report
+from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.columns import find_column
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.release import ModelPair, ReleaseReport, Rule, parse_rules
+from lightning_nrl.release.release import check_reference, compare_and_judge
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["ReleaseGate"]
+
+
+class ReleaseGate(Callback):
+    """Judges in `trainer.test` or `trainer.validate` whether the model may replace the one in use.
+
+    After the test itself, each model makes one pass over all of its data, each sample once, in the precision of the
+    trainer. The verdict is printed, logged and written to `<log_dir>/release/` as `report.json` and `report.md`, with
+    `predictions.csv` of the new model: the `reference` of the next release.
+
+    Args:
+        reference: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an
+            `OldModel`.
+        rules: what must hold, see `lightning_nrl.release.release`: texts such as `nfr:1%` or objects.
+        slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
+            that gives a name or a number for each sample, its address, or a `Target`.
+        splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
+            `test-1` and so on. A single one is called `test`, or `val` in `validate`.
+        task: what right means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
+            or a mapping with the usual keys.
+        seed: for random transforms of the data.
+        dirpath: folder for the files; None: `<log_dir>/release`.
+        verbose: whether the verdict is printed.
+
+    Attributes:
+        report: the verdict, once it is there; None before.
+
+    Raises:
+        ConfigurationError: an argument that cannot be used; before the test begins.
+
+    Example::
+
+        gate = ReleaseGate(reference="old.ckpt", rules=["accuracy", "nfr:1%"])
+        Trainer(callbacks=[gate]).test(model, ckpt_path="new.ckpt", datamodule=dm)
+        sys.exit(gate.report.exit_status)
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module | str | Path | State | Reference,
+        rules: str | Rule | list[str | Rule] = "instance",
+        slices: str | int | Callable[[Any], Any] | Target | None = None,
+        splits: list[str] | None = None,
+        task: str | Task | None = None,
+        adapter: str | Adapter | None = None,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.reference = check_reference("reference", reference)
+        self.rules = parse_rules(rules)
+        self.slices = None if slices is None else find_column("slices", slices)
+        named = splits is None or (isinstance(splits, (list, tuple)) and all(isinstance(name, str) for name in splits))
+        check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
+        self.splits = splits
+        self.task = parse_task(task)
+        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
+        check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")
+        self.seed = seed
+        self.dirpath = dirpath
+        self.verbose = verbose
+        self.report: ReleaseReport | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_namespace(trainer)
+        if stage in ("test", "validate"):
+            check_strategy(trainer, "which are needed whole", "test with a single device or with ddp.")
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._check(trainer, pl_module, "test")
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run(trainer, pl_module, "test")
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._check(trainer, pl_module, "val")
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not in the validation of a fit, where nothing is to be released.
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._run(trainer, pl_module, "val")
+
+    def _check(self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]) -> None:
+        """What can be known before anything runs."""
+        self.report = None
+        base_folder(self.dirpath, trainer, "release")
+        sources = self._sources(trainer, model, stage)
+        for rule in self.rules:
+            rule.check_data([source.split for source in sources], self.slices is not None)
+
+    def _run(self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]) -> None:
+        path = trainer.ckpt_path
+        with random_state():
+            seen, report = compare_and_judge(
+                model,
+                self.reference,
+                self._sources(trainer, model, stage),
+                self.rules,
+                slices=self.slices,
+                task=self.task,
+                context=trainer.precision_plugin.forward_context,
+                collective=Collective.current(model.device),
+                seeds={"data": self.seed, **_global_seed()},
+                name=type(model).__name__ + (f" from {path}" if path else ""),
+            )
+        folder = output_folder(self.dirpath, trainer, "release")
+        name = folder.name if folder is not None and self.dirpath is None else "release"
+        files = file_names(folder, checkpoint=False)
+        if folder is not None:
+            files["predictions"] = str(folder / "predictions.csv")
+        self.report = replace(report, files=files)
+        if trainer.is_global_zero:
+            self._write(seen, model)
+            track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
+            if self.verbose:
+                show(self.report)
+        # The numbers are the same on every rank; `sync_dist` keeps Lightning from doubting it.
+        numbers = release_numbers(self.report, name)
+        model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
+
+    def _write(self, seen: ModelPair, model: pl.LightningModule) -> None:
+        assert self.report is not None
+        write_report(self.report)
+        if "predictions" in self.report.files:
+            Predictions.of(seen.after, model.state_dict(), self.task).save(self.report.files["predictions"])
+
+    def _sources(
+        self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]
+    ) -> list[LoaderSource]:
+        loaders = _named(trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders, stage, self.splits)
+        limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "limit": limit}
+        return [make_source(loader, name, seed=self.seed, **how) for name, loader in loaders.items()]
+
+
+def _named(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
+    """The data loaders by the names of their splits.
+
+    Raises:
+        ConfigurationError: there are not as many as names, or one cannot be read by index.
+    """
+    if isinstance(given, Mapping):
+        own, loaders = list(map(str, given)), list(given.values())
+    else:
+        loaders = list(given) if isinstance(given, (list, tuple)) else [given]
+        own = [stage] if len(loaders) == 1 else [f"{stage}-{i}" for i in range(len(loaders))]
+    names = own if splits is None else list(splits)
+    if len(names) != len(loaders) or len(set(names)) < len(names):
+        raise ConfigurationError(
+            explain(
+                f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
+                "give each of them a name of its own, in order, or leave `splits` out.",
+            )
+        )
+    for name, loader in zip(names, loaders, strict=True):
+        try:
+            check_loader(loader, name)
+        except ConfigurationError as error:
+            found = str(error).partition("\nHINT:")[0]
+            hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
+            raise ConfigurationError(explain(found, hint)) from error
+    return dict(zip(names, loaders, strict=True))
+
+
+def _global_seed() -> dict[str, int]:
+    """What `seed_everything` was given, if it was called."""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return {"seed_everything": int(seed)} if seed.lstrip("-").isdigit() else {}

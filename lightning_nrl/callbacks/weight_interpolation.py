@@ -1,0 +1,298 @@
+"""After training, the weights go a share of the way back to those of the replaced model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nrl._tracking import track_numbers
+from lightning_nrl._trainer.artifacts import show
+from lightning_nrl._trainer.data_splits import Found, check_data, find_data
+from lightning_nrl._trainer.loaders import LoaderSource, find_loader, make_source
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
+from lightning_nrl._trainer.trainer_state import starting_weights, validating
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.state import State, write
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind, explain
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.reference.interpolation import (
+    OTHERWISE,
+    TOLERANCE,
+    ShareChoice,
+    alignment,
+    check_share,
+    choose_share,
+    interpolate,
+)
+from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["WeightInterpolation"]
+
+ALIKE = 0.5
+"""Weights with a smaller cosine did not begin at the old ones: those of two random beginnings have about 0."""
+
+
+class WeightInterpolation(Callback):
+    """After `fit`, moves the weights a share back to those of the replaced model: `(1 - share) new + share old`.
+
+    Fewer samples break, for little or no accuracy, and the model still costs one forward pass (Wortsman et al. 2022,
+    WiSE-FT; Schumann et al. 2024, BCWI). The new model has to be trained on from the old weights:
+    `new.load_state_dict(...)` before `fit`. The statistics of batch norm layers are estimated anew. Put it before
+    `RegressionFreeRepair`, which then repairs what is left; beside `PositiveCongruentTraining` it takes away some more.
+
+    It logs `interpolation/share`, and of the calibration data `accuracy`, `nfr`, the negative flip rate, and both as
+    they were `_before`. Checkpoints that were saved while training stay as they are: save the result with
+    `trainer.save_checkpoint`. Averages of weights and the states of optimizers are not touched.
+
+    Args:
+        reference: the replaced model, of the same architecture: a module, the path of its checkpoint, a state dict, or
+            an `OldModel` of one of these.
+        share: of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 with an accuracy on calibration
+            data within `tolerance` of the best of them.
+        tolerance: how much accuracy fewer regressions may cost, in [0, 1]: 0.005 is half a point.
+        calibration: data to choose the share on, and to count on: `val`, `test`, `repair` or a DataLoader; none that
+            was trained on. A share that is given is only counted on them, if there are any; None: it is not.
+        statistics: data to estimate the statistics of batch norm layers from: `train`, another split, or a DataLoader,
+            best one without augmentation. Models without such layers need none.
+        batches: how many batches of them, in random order; None: all, one pass for each share.
+        prefix: what tags begin with.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
+            or a mapping with the usual keys.
+        seed: of the order of batches for statistics, and of random transforms of the data.
+        verbose: whether the choice is printed.
+
+    Attributes:
+        choice: the share, and what others would do, once it is chosen. None before, and where there are no calibration
+            data for a share that was given.
+
+    Raises:
+        ConfigurationError: an argument that cannot be used, another architecture, or `share="auto"` without calibration
+            data; before training begins.
+
+    Example::
+
+        new_model.load_state_dict(torch.load("old.ckpt")["state_dict"])
+        interpolation = WeightInterpolation("old.ckpt")
+        repair = RegressionFreeRepair(reference="old.ckpt")
+        Trainer(callbacks=[interpolation, repair]).fit(new_model, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module | str | Path | State | Reference,
+        share: float | Literal["auto"] = "auto",
+        tolerance: float = TOLERANCE,
+        calibration: str | DataLoader | None = "val",
+        statistics: str | DataLoader = "train",
+        batches: int | None = None,
+        prefix: str = "interpolation",
+        task: str | Task | None = None,
+        adapter: str | Adapter | None = None,
+        seed: int = 0,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.reference = _with_weights(reference)
+        if share != "auto":
+            check_share(share)
+        self.share = share
+        check_share(tolerance, "tolerance")
+        self.tolerance = tolerance
+        self.calibration: Any = check_data("calibration", calibration, optional=True)
+        if calibration is None and share == "auto":
+            hint = "give `calibration` data that were not trained on, or a number as `share=`."
+            raise ConfigurationError(explain("`share='auto'` needs calibration data, and there are none.", hint))
+        self.statistics: Any = check_data("statistics", statistics)
+        whole = batches is None or (isinstance(batches, int) and not isinstance(batches, bool) and batches > 0)
+        check_kind("batches", batches, whole, "number from 1", "batches=100, or None for all of them")
+        self.batches = batches
+        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+        check_kind("prefix", prefix, fits, "name", "prefix='interpolation'")
+        self.prefix = prefix.rstrip("/")
+        self.task = parse_task(task)
+        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
+        check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")
+        self.seed = seed
+        self.verbose = verbose
+        self.choice: ShareChoice | None = None
+        self._old: Mapping[str, Any] = {}
+        self._changed = False
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_namespace(trainer)
+        if stage != "fit":
+            return
+        check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
+        check_order(self, trainer, what="the interpolation")
+        if self.reference.model is pl_module:
+            hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
+            raise ConfigurationError(explain("`reference` is the very model that is trained.", hint))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Read now and kept, since training may overwrite the very file.
+        self._old = read_state("reference", self.reference.model)
+        fitting("reference", self._old, pl_module, OTHERWISE)
+        self.choice, self._changed = None, False
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with random_state(), validating(trainer):
+            # Of as many batches each rank has some samples: batch norm needs more than one.
+            counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
+            means = self._means(trainer, pl_module)
+            if counted is not None:
+                with preserve(pl_module):
+                    collect(pl_module, [counted], task=self.task, **means)
+            if training is not None:
+                estimate_statistics(pl_module, training, **means)
+        cosine = alignment(fitting("reference", self._old, pl_module), pl_module)
+        if cosine < ALIKE:
+            rank_zero_warn(
+                explain(
+                    f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between "
+                    "two trainings from scratch is good for nothing.",
+                    "train on from the old weights: `model.load_state_dict(...)` before `fit`.",
+                ),
+                category=TrainingWarning,
+            )
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        means = {"batches": self.batches, "seed": self.seed, **self._means(trainer, pl_module)}
+        limit = int(trainer.fast_dev_run) * trainer.world_size or None  # type: ignore[attr-defined]
+        with starting_weights("last", trainer, pl_module) as start, random_state(), validating(trainer):
+            counted, training = self._sources(trainer, pl_module, limit)
+            if counted is None:
+                assert self.share != "auto"
+                share = float(self.share)
+                state: State = interpolate(self._old, pl_module, share, training, **means) if share else {}
+                numbers = {"share": share}
+            else:
+                if self.share == "auto":
+                    means["tolerance"] = self.tolerance
+                else:
+                    means |= {"tolerance": None, "shares": [self.share]}
+                self.choice = choose_share(self._old, pl_module, counted, training, task=self.task, **means)
+                state, numbers = self.choice.state, _numbers(self.choice)
+            self._tell(trainer, numbers)
+            write(pl_module, state)
+            self._old, self._changed = {}, bool(state)
+            start.keep = self._changed
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Where it was stopped before its first step, another work than training was done.
+        if self._old and not trainer.should_stop:
+            rank_zero_warn(
+                explain(
+                    "the weights were not interpolated, because no training step ran (it was complete or skipped).",
+                    "for a trained model, call `lightning_nrl.choose_share(old, new, val, train)`.",
+                ),
+                category=TrainingWarning,
+            )
+        self._old = {}
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._old = {}
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Puts the live weights into the file once they are changed: weight averaging would save its average."""
+        if self._changed:
+            checkpoint["state_dict"].update(pl_module.state_dict())
+
+    def _sources(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None
+    ) -> tuple[LoaderSource | None, LoaderSource | None]:
+        """Data to count on, if there are any, and data for statistics, if they are needed."""
+        make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
+        counted = training = None
+        if self.share == "auto" or self._counts(trainer, pl_module):
+            counted = make(*self._find("calibration", trainer, pl_module))
+        if self.share not in (0, 1) and batch_norms(pl_module):
+            training = make(*self._find("statistics", trainer, pl_module))
+        return counted, training
+
+    def _means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return {
+            "context": trainer.precision_plugin.forward_context,
+            "collective": Collective.current(pl_module.device),
+        }
+
+    def _counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether there are calibration data."""
+        given = self.calibration
+        return given is not None and (
+            not isinstance(given, str) or find_loader(given, trainer, pl_module) not in (None, [])
+        )
+
+    def _find(self, argument: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Found:
+        try:
+            return find_data(argument, getattr(self, argument), trainer, pl_module)
+        except ConfigurationError as error:
+            found = str(error).partition("\nHINT:")[0]
+            hint = f"give one DataLoader over a data set with an index as `{argument}=`"
+            if argument == "calibration":
+                do_without = "a number as `share=` with `calibration=None`" if self.share == "auto" else "None"
+                hint = f"{hint}, or {do_without}"
+            raise ConfigurationError(explain(found, f"{hint}.")) from error
+
+    def _tell(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
+        tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}
+        if trainer.is_global_zero:
+            track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")
+            if self.verbose and self.choice is not None:
+                show(self.choice)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tags.items()})
+
+
+def _with_weights(reference: Any) -> OldModel:
+    """The replaced model, if it has weights that go with those of the new one as they are."""
+    found = parse_reference(reference)
+    if not isinstance(found, OldModel):
+        what = "there is nothing to go back to" if found is None else "it has no weights"
+        hint = "give a checkpoint, a module, a state dict or an OldModel."
+        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+    for name in ("adapter", "classes"):
+        if getattr(found, name) is not None:
+            raise ConfigurationError(
+                explain(
+                    f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
+                    "only weights of one architecture with one meaning lie between each other; to combine such models, "
+                    "see `lightning_nrl.serving`.",
+                )
+            )
+    return found
+
+
+def _numbers(choice: ShareChoice) -> dict[str, float]:
+    before, after = choice.curve[0], choice.chosen
+    return {
+        "share": choice.share,
+        "accuracy_before": before.accuracy,
+        "accuracy": after.accuracy,
+        "nfr_before": before.negative_flip_rate,
+        "nfr": after.negative_flip_rate,
+    }

@@ -1,0 +1,28 @@
+"""Known and unseen data: batches, sources of them, and the samples that a target chooses.
+
+In: what the user's data loaders give. Out: `Batch` and `Source`, one form for all that follows, and `Target`, the
+condition that says which failures are to be repaired.
+"""
+
+from lightning_nrl.data.batch import Adapter, Batch, Source, unpack
+from lightning_nrl.data.columns import Column, Field
+from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where
+from lightning_nrl.data.tensor_source import TensorSource
+
+__all__ = [
+    "Adapter",
+    "AllFailures",
+    "And",
+    "Batch",
+    "Column",
+    "Confusion",
+    "Field",
+    "Label",
+    "Not",
+    "Or",
+    "Source",
+    "Target",
+    "TensorSource",
+    "Where",
+    "unpack",
+]

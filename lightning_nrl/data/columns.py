@@ -1,0 +1,104 @@
+"""What is known of the samples of a batch beside inputs and truth: a column of it, named in one form everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["Column", "Field", "find_column", "numbers"]
+
+Column = Callable[[Any], Any] | Target
+"""Takes a batch as the data loader gave it and gives one value a sample; or a target, which gives bools."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A column of a batch by its key, where batches are mappings, or by its place, where they are sequences.
+
+    Example:
+        >>> Field(2)(([0.1, 0.2], [3, 5], ["day", "night"]))
+        ['day', 'night']
+    """
+
+    name: str | int
+
+    @property
+    def __name__(self) -> str:
+        """What a slice is called that this column marks."""
+        return self.name if isinstance(self.name, str) else f"column {self.name}"
+
+    def __call__(self, raw: Any) -> Any:
+        if isinstance(raw, Mapping):
+            known = f"the keys {sorted(map(str, raw))}"
+            if self.name in raw:
+                return raw[self.name]
+        elif isinstance(raw, (list, tuple)):
+            known = f"{len(raw)} columns, which are counted from 0"
+            if isinstance(self.name, int) and -len(raw) <= self.name < len(raw):
+                return raw[self.name]
+        else:
+            known = "no columns"
+        raise LookupError(f"a batch has no column {self.name!r}; it is a {type(raw).__name__} with {known}")
+
+
+def find_column(argument: str, value: Any) -> Column:
+    """The column that an argument stands for.
+
+    Args:
+        argument: its name.
+        value: a key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
+            (`package.module:function`), or a target. Text with a colon or a dot is an address.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    if isinstance(value, Target):
+        return value
+    if isinstance(value, (str, int)) and not isinstance(value, bool):
+        is_address = isinstance(value, str) and (":" in value or "." in value)
+        return import_function(argument, value) if is_address else Field(value)  # type: ignore[arg-type]
+    if callable(value) and not isinstance(value, type):
+        return value
+    raise ConfigurationError(
+        explain(
+            f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",
+            "give a key or a place in the batch, a function of the batch, its address, or a Target.",
+        )
+    )
+
+
+def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
+    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0.
+
+    Raises:
+        ConfigurationError: the column cannot be had, or is not one number or bool a sample.
+    """
+    try:
+        found = column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
+    except Exception as error:
+        raise ConfigurationError(
+            explain(
+                f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+                "it is asked with a batch as the data loader gives it; what a model makes of a sample is not there.",
+            )
+        ) from error
+    values = found.detach().cpu() if isinstance(found, Tensor) else np.asarray(found)
+    kind = values.dtype.kind if isinstance(values, np.ndarray) else "c" if values.is_complex() else "f"
+    if tuple(values.shape) != (len(batch),) or kind not in "biuf":
+        raise ConfigurationError(
+            explain(
+                f"`{argument}` gave {type(found).__name__} {list(values.shape)} for a batch of {len(batch)} samples.",
+                "give one number or bool for each sample.",
+            )
+        )
+    return torch.as_tensor(values).double()

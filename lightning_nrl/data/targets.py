@@ -1,0 +1,327 @@
+"""Which failures are to be repaired: a small tree of conditions on samples.
+
+Build one with `Target.label(3)`, `Target.confusion(3, 5)`, `Target.where(predicate)` or `Target.all()`, and combine
+them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readable with `str`.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["AllFailures", "And", "Confusion", "Label", "Not", "Or", "Predicate", "Target", "Where"]
+
+Predicate = Callable[[Any], Any]
+"""Takes a batch as the data loader gave it, extras included; gives one bool a sample: a tensor, an array or a list."""
+
+
+class Target(ABC):
+    """Chooses samples; of those, the ones that the model gets wrong are to be repaired.
+
+    Example:
+        >>> print(Target.label(3) | Target.confusion(3, 5))
+        label 3 or confusion 3 -> 5
+        >>> print(Target.all() & ~(Target.label(3) | Target.label(5)))
+        all failures and not (label 3 or label 5)
+    """
+
+    @abstractmethod
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        """The chosen samples of a batch, right or wrong; the caller keeps those that failed.
+
+        Args:
+            batch: `n` samples.
+            label: `n` int64, true classes; None where the task has none.
+            prediction: `n` int64, predicted classes; None where the task has none.
+
+        Returns:
+            `n` bool on the CPU, where evidence lives.
+
+        Raises:
+            ConfigurationError: the target asks for classes and the task has none, or a predicate raised or did not
+                return one bool a sample.
+        """
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """What is chosen, in words, as reports print it."""
+
+    @staticmethod
+    def all() -> Target:
+        """Every failure."""
+        return AllFailures()
+
+    @staticmethod
+    def label(label: int) -> Target:
+        """Failures whose true class is `label`."""
+        return Label(label)
+
+    @staticmethod
+    def confusion(true: int, predicted: int) -> Target:
+        """Failures of class `true` that the model takes for class `predicted`."""
+        return Confusion(true, predicted)
+
+    @staticmethod
+    def where(predicate: Predicate | str, name: str | None = None) -> Target:
+        """Failures with an attribute that need not be a class, such as "partly occluded".
+
+        Args:
+            predicate: a function of the whole batch as the data loader gives it, extras included, that returns one bool
+                a sample; or its address as text, `package.module:function`.
+            name: what reports call it; by default the function's name.
+        """
+        return Where(predicate, name)
+
+    def __and__(self, other: Target) -> Target:
+        return And(self, other) if isinstance(other, Target) else NotImplemented
+
+    def __or__(self, other: Target) -> Target:
+        return Or(self, other) if isinstance(other, Target) else NotImplemented
+
+    def __invert__(self) -> Target:
+        return Not(self)
+
+    def __bool__(self) -> bool:
+        """Refused: `a and b` would silently give `b`, `a or b` would give `a`."""
+        raise TypeError(
+            explain(
+                "`target`: a Target is neither true nor false.",
+                "combine targets with `&`, `|` and `~`.",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class AllFailures(Target):
+    """Every sample."""
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return torch.ones(len(batch), dtype=torch.bool)
+
+    def __str__(self) -> str:
+        return "all failures"
+
+
+@dataclass(frozen=True)
+class Label(Target):
+    """Samples of one true class.
+
+    Attributes:
+        label: the class, from 0.
+    """
+
+    # An explicit field, since a dataclass would take the inherited constructor of the same name for its default.
+    label: int = field()  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", _class_number("label", self.label))
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return _classes(self, label).eq(self.label).cpu()
+
+    def __str__(self) -> str:
+        return f"label {self.label}"
+
+
+@dataclass(frozen=True)
+class Confusion(Target):
+    """Samples of one class that the model takes for another.
+
+    Attributes:
+        true: the true class, from 0.
+        predicted: the predicted class, from 0, another one.
+    """
+
+    true: int
+    predicted: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "true", _class_number("true", self.true))
+        object.__setattr__(self, "predicted", _class_number("predicted", self.predicted))
+        if self.true == self.predicted:
+            raise ConfigurationError(
+                explain(
+                    f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
+                    f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
+                )
+            )
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        chosen = _classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)
+        return chosen.cpu()
+
+    def __str__(self) -> str:
+        return f"confusion {self.true} -> {self.predicted}"
+
+
+@dataclass(frozen=True)
+class Where(Target):
+    """Samples for which a predicate on the batch is true.
+
+    Attributes:
+        predicate: a function of the raw batch that returns one bool a sample, or its address, `package.mod:function`.
+        name: what reports call it; None for the function's own name.
+
+    Raises:
+        ConfigurationError: on construction, if the predicate cannot be found or called.
+    """
+
+    predicate: str | Predicate
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        self._function()
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        function = self._function()
+        try:
+            found = function(batch.raw)
+        except Exception as error:
+            raise ConfigurationError(
+                explain(
+                    f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
+                    "it is called with the whole batch as the data loader gives it, extras included.",
+                )
+            ) from error
+        return _one_bool_a_sample(self, found, len(batch))
+
+    def __str__(self) -> str:
+        if self.name is not None:
+            return f"where {self.name}"
+        if isinstance(self.predicate, str):
+            return f"where {re.split('[:.]', self.predicate)[-1]}"
+        name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
+        code = getattr(self.predicate, "__code__", None)
+        if name == "<lambda>" and code is not None:
+            return f"where lambda of line {code.co_firstlineno}"
+        return f"where {name}"
+
+    def _function(self) -> Predicate:
+        return import_function("predicate", self.predicate)
+
+
+@dataclass(frozen=True)
+class And(Target):
+    """Samples that both targets choose."""
+
+    left: Target
+    right: Target
+
+    def __post_init__(self) -> None:
+        _check_targets("And", self.left, self.right)
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return self.left.select(batch, label, prediction) & self.right.select(batch, label, prediction)
+
+    def __str__(self) -> str:
+        return f"{_grouped(self.left, Or)} and {_grouped(self.right, Or)}"
+
+
+@dataclass(frozen=True)
+class Or(Target):
+    """Samples that at least one of two targets chooses."""
+
+    left: Target
+    right: Target
+
+    def __post_init__(self) -> None:
+        _check_targets("Or", self.left, self.right)
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return self.left.select(batch, label, prediction) | self.right.select(batch, label, prediction)
+
+    def __str__(self) -> str:
+        return f"{_grouped(self.left, And)} or {_grouped(self.right, And)}"
+
+
+@dataclass(frozen=True)
+class Not(Target):
+    """Samples that a target does not choose."""
+
+    target: Target
+
+    def __post_init__(self) -> None:
+        _check_targets("Not", self.target)
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return ~self.target.select(batch, label, prediction)
+
+    def __str__(self) -> str:
+        return f"not {_grouped(self.target, And, Or)}"
+
+
+def _grouped(target: Target, *kinds: type[Target]) -> str:
+    return f"({target})" if isinstance(target, kinds) else str(target)
+
+
+def _check_targets(kind: str, *targets: Any) -> None:
+    for target in targets:
+        if not isinstance(target, Target):
+            raise ConfigurationError(
+                explain(
+                    f"`target`: {kind} was given {target!r}, which is no Target.",
+                    "combine what `Target.label(k)`, `Target.where(predicate)` and the like give.",
+                )
+            )
+
+
+def _class_number(argument: str, value: Any) -> int:
+    try:
+        number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigurationError(
+            explain(f"`target`: `{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
+        )
+    return number
+
+
+def _classes(target: Target, classes: Tensor | None) -> Tensor:
+    if classes is None:
+        raise ConfigurationError(
+            explain(
+                f"`target`: '{target}' asks for classes, and the task has none.",
+                "choose samples with `Target.where(predicate)` or `Target.all()`.",
+            )
+        )
+    return classes
+
+
+def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
+    mask = _bools(found)
+    if mask is not None and mask.shape == (n,):
+        return mask.cpu()
+    if isinstance(found, (Tensor, np.ndarray)):
+        what = f"{found.dtype} {list(found.shape)}"
+    else:
+        what = f"{type(found).__name__}{f' of length {len(found)}' if hasattr(found, '__len__') else ''}"
+    raise ConfigurationError(
+        explain(
+            f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
+            f"return one bool a sample: here a bool tensor, array or list of length {n}.",
+        )
+    )
+
+
+def _bools(found: Any) -> Tensor | None:
+    """The answer of a predicate as a bool tensor; None if it is not made of bools."""
+    if isinstance(found, Tensor):
+        return found if found.dtype == torch.bool else None
+    if isinstance(found, np.ndarray):
+        return torch.from_numpy(found) if found.dtype == np.bool_ else None
+    if isinstance(found, (list, tuple)) and all(isinstance(x, (bool, np.bool_)) for x in found):
+        return torch.tensor(found, dtype=torch.bool)
+    return None

@@ -1,0 +1,148 @@
+"""Data for a repair without data loaders: a split whose samples are tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["TensorSource"]
+
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource:
+    """A split of `n` samples that are tensors (a `lightning_nrl.data.batch.Source`).
+
+    Attributes:
+        inputs: what the model is called with, first dimension `n`: a tensor, a tuple of them for several positional
+            arguments, or a mapping for keyword arguments.
+        targets: the truth, first dimension `n`; for `Multiclass` `n` whole numbers.
+        split: the name that reports use.
+        passed: whether `n_passed` passed samples are drawn from it. Passed samples of every known split are kept.
+        failed: whether its failed samples are candidates for repair.
+        extras: tensors of what else is known of the samples, first dimension `n`. A predicate of `Target.where` gets
+            `(inputs, targets, *extras)`, a batch of each.
+        batch_size: samples that the model runs on at once.
+        device: where batches are moved to, the model's; None leaves them where they are.
+
+    Raises:
+        ConfigurationError: on construction, if something is no tensor or the numbers of samples differ.
+
+    Example:
+        Class 1 begins at 0, so the model is wrong on one of the new samples. Nothing that it gets right may break.
+
+        >>> import torch
+        >>> from lightning_nrl import AllWeights, Settings, TensorSource, repair_module
+        >>> x = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
+        >>> new = torch.tensor([[0.5, 1.0], [3.0, 1.0]])
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> model.load_state_dict({"weight": torch.tensor([[0.0, 0.8], [1.0, 0.0]])})
+        <All keys matched successfully>
+        >>> outcome = repair_module(
+        ...     model,
+        ...     known=[
+        ...         TensorSource(x, torch.tensor([0, 0, 1, 1]), split="train", passed=True),
+        ...         TensorSource(new, torch.tensor([1, 1]), split="new", failed=True),
+        ...     ],
+        ...     settings=Settings(localizer=AllWeights()),
+        ... )
+        >>> for split in outcome.report.splits:
+        ...     print(f"{split.split}: {split.repaired} repaired, {split.broken} broken")
+        train: 0 repaired, 0 broken
+        new: 1 repaired, 0 broken
+        >>> outcome.write(model)
+        True
+        >>> model(new).argmax(1)
+        tensor([1, 1])
+    """
+
+    inputs: Inputs
+    targets: Tensor
+    split: str
+    passed: bool = False
+    failed: bool = False
+    extras: tuple[Tensor, ...] = ()
+    batch_size: int = 256
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inputs, Mapping):
+            named = {f"inputs[{name!r}]": x for name, x in self.inputs.items()}
+        elif isinstance(self.inputs, tuple):
+            named = {f"inputs[{i}]": x for i, x in enumerate(self.inputs)}
+        else:
+            named = {"inputs": self.inputs}
+        named |= {f"extras[{i}]": x for i, x in enumerate(self.extras)}
+        _check_samples({"targets": self.targets, **named})
+        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
+            raise ConfigurationError(
+                explain(f"`batch_size={self.batch_size!r}` is no number of samples.", "give a whole number from 1.")
+            )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def index(self) -> Tensor:
+        """`n` int64: a sample's position in the tensors is its id in reports."""
+        return torch.arange(len(self))
+
+    @property
+    def positions(self) -> Tensor:
+        """All places: tensors in memory are not shared out."""
+        return self.index
+
+    def __iter__(self) -> Iterator[Batch]:
+        for position in self.index.split(self.batch_size):
+            if len(position):
+                # A slice copies nothing.
+                yield self._batch(position, slice(int(position[0]), int(position[-1]) + 1))
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        """Chosen samples, one batch for each tensor of positions."""
+        for position in batches:
+            yield self._batch(position, position.to(self.targets.device))
+
+    def _batch(self, position: Tensor, where: slice | Tensor) -> Batch:
+        def take(x: Tensor) -> Tensor:
+            return x[where].to(self.device)
+
+        inputs: Any = _map(take, self.inputs)
+        target, extras = take(self.targets), [take(extra) for extra in self.extras]
+        args, kwargs = (
+            ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+        )
+        return Batch(args, target, position, kwargs, raw=(inputs, target, *extras))
+
+
+def _map(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    if isinstance(inputs, Mapping):
+        return {name: function(x) for name, x in inputs.items()}
+    return tuple(map(function, inputs)) if isinstance(inputs, tuple) else function(inputs)
+
+
+def _check_samples(named: Mapping[str, Any]) -> None:
+    for name, x in named.items():
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            found = "tensor without dimensions" if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigurationError(
+                explain(
+                    f"`{name}` is a {found}, not a tensor of samples.",
+                    "give tensors whose first dimension counts samples; `torch.as_tensor` converts arrays and lists.",
+                )
+            )
+        if len(x) != len(named["targets"]):
+            raise ConfigurationError(
+                explain(
+                    f"`{name}` has {len(x)} samples, `targets` has {len(named['targets'])}.",
+                    "the first dimension of each must count the same samples.",
+                )
+            )

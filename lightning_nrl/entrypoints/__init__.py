@@ -1,0 +1,11 @@
+"""Functions that take a Trainer and a trained model: repair, diagnose, compare, sweep. None of them trains.
+
+In: a Trainer, a LightningModule and its data. Out: a `RepairReport`, `Diagnosis`, `Comparison` or `SweepResult`.
+"""
+
+from lightning_nrl.entrypoints.compare import compare
+from lightning_nrl.entrypoints.diagnose import diagnose
+from lightning_nrl.entrypoints.repair import repair
+from lightning_nrl.entrypoints.sweep import sweep
+
+__all__ = ["compare", "diagnose", "repair", "sweep"]

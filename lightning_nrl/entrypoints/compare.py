@@ -1,0 +1,95 @@
+"""Methods beside each other on a LightningModule and its data, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
+from lightning_nrl.entrypoints.arguments import callback_with, check_model
+from lightning_nrl.entrypoints.dry_fit import Scene, look
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["compare"]
+
+WITHOUT_EFFECT = {
+    *("gate", "strength", "limit", "sparse", "calibration", "dirpath"),
+    *("slices", "quotas", "protected", "set_aside"),
+}
+
+
+def compare(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    methods: Methods | None = None,
+    unseen: str | DataLoader[Any] | None = "test",
+    **arguments: Any,
+) -> Comparison:
+    """Runs repairs and what people do instead of a repair on one trained model, and counts what each fixes and breaks.
+
+    Each method starts from the same weights with the same seed. The model keeps these weights; the trainer, its logs
+    and the random state stay as they are, and no file is written.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        methods: names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
+            mapping; None: every method and baseline that has a name.
+        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
+        **arguments: further arguments of `RegressionFreeRepair`, such as `target` and `layer`; `max_time` is what each
+            method may take, retraining excepted. Those that say how a repair ends (`gate`, `strength`, `limit`,
+            `sparse`, `calibration`, `dirpath`) have no part in it.
+
+    Returns:
+        The comparison: `rich.print` shows its table, `plot()` draws its curves.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, no failed sample is in the target, or the trainer holds a repair
+            or wants a minimum of training.
+
+    Example::
+
+        comparison = compare(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
+        comparison.plot("comparison.png")
+    """
+    chosen = parse_methods(methods)
+    if "method" in arguments:
+        method = arguments["method"]
+        raise ConfigurationError(
+            explain(f"`method={method!r}`: a comparison runs several.", f"name them: `methods=[{method!r}, ...]`.")
+        )
+    callback = callback_with(unseen=unseen, **arguments)
+    check_model(model, "compare_module")
+    for name in sorted(WITHOUT_EFFECT & set(arguments)):
+        raise ConfigurationError(
+            explain(
+                f"`{name}={arguments[name]!r}`: a comparison counts what methods give, and accepts and writes nothing.",
+                f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
+            )
+        )
+
+    def work(scene: Scene) -> Comparison:
+        return compare_module(
+            scene.model,
+            scene.known,
+            callback.settings,
+            unseen=scene.unseen,
+            methods=chosen,
+            training=scene.training,
+            **scene.means,
+        )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    return look("comparison", work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)

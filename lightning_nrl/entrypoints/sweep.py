@@ -1,0 +1,135 @@
+"""Many settings and seeds on a LightningModule and its data, without training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from lightning_nrl._tracking import track_sweep
+from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl.analysis.sweep import (
+    Seeds,
+    Sweepable,
+    SweepResult,
+    Trials,
+    check_trials,
+    parse_seeds,
+    parse_settings,
+    swarming,
+    sweep_module,
+)
+from lightning_nrl.entrypoints.arguments import callback_with, check_model
+from lightning_nrl.entrypoints.dry_fit import Scene, look
+from lightning_nrl.errors import ConfigurationError, check_choice, explain
+
+__all__ = ["sweep"]
+
+WITHOUT_EFFECT = {
+    "gate": "a sweep judges nothing",
+    "strength": "a run is taken as it is",
+    "limit": "a run is taken as it is",
+    "sparse": "a run is taken as it is",
+    "max_time": "a run that ends early is another run",
+    "reference": "a sweep knows no replaced model",
+    "keep": "a sweep knows no replaced model",
+    "seed": "a sweep has `seeds`",
+    "slices": "the table of a sweep has no column for it",
+    "quotas": "the table of a sweep has no column for it",
+    "protected": "the table of a sweep has no column for it",
+}
+LOGS = ("setting", "run", "none")
+
+
+def sweep(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    *,
+    settings: Sweepable,
+    seeds: Seeds = 10,
+    datamodule: pl.LightningDataModule | None = None,
+    ckpt_path: str | Path | None = None,
+    unseen: str | DataLoader[Any] | None = "test",
+    dirpath: str | Path | None = None,
+    trials: Trials | None = None,
+    log: Literal["setting", "run", "none"] = "none",
+    **arguments: Any,
+) -> SweepResult:
+    """Runs the paper's search with many settings and seeds on one trained model, and counts what each run does.
+
+    Each run finds, bit for bit, what `repair` finds with the same arguments, at a fraction of the time: data are read
+    once and many swarms searched at a time. The model keeps its weights, the trainer and the random state stay as they
+    are, and files are written to `dirpath` alone. Ranks share out the runs.
+
+    Args:
+        trainer: any trainer that could train the model; it is used for one `fit` that makes no step.
+        model: the module, trained, or to be filled from `ckpt_path`.
+        train_dataloaders: passed samples, unless a data module has them.
+        val_dataloaders: failed samples, unless a data module has them.
+        settings: what to try: a `Grid`, names of rows of the paper's Table II, or mappings of arguments.
+        seeds: how many seeds for each, from 0 on, or a list of them.
+        datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
+        ckpt_path: a checkpoint of the model; None: the model as it is.
+        unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
+        dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
+        trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
+        log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
+        **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
+            settings leave open of the search: `method=ParticleSwarm(...)`, `fitness`, `localizer`, `n_passed`.
+
+    Returns:
+        The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, no failed sample is in the target, or the trainer holds a repair
+            or wants a minimum of training.
+
+    Example::
+
+        result = sweep(
+            Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", settings=Grid(alpha=[4, 6, 8], n_weights=[16, 32])
+        )
+        run = result.best()
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
+    """
+    for name in sorted(set(WITHOUT_EFFECT) & set(arguments)):
+        raise ConfigurationError(
+            explain(
+                f"`{name}={arguments[name]!r}`: {WITHOUT_EFFECT[name]}.",
+                f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
+            )
+        )
+    check_choice("log", log, LOGS)
+    callback = callback_with(unseen=unseen, dirpath=dirpath, **arguments)
+    base = swarming(callback.settings)
+    parse_settings(settings, base)
+    numbers = parse_seeds(seeds)
+    check_trials(trials, settings)
+    check_model(model, "sweep_module")
+
+    def work(scene: Scene) -> SweepResult:
+        with starting_weights("last", trainer, scene.model):
+            return sweep_module(
+                scene.model,
+                scene.known,
+                settings,
+                seeds=numbers,
+                base=base,
+                unseen=scene.unseen,
+                calibration=scene.calibration,
+                dirpath=dirpath,
+                trials=trials,
+                **scene.means,
+            )
+
+    loaders = (train_dataloaders, val_dataloaders)
+    result = look(
+        "sweep", work, callback, trainer, model, *loaders, whole=True, datamodule=datamodule, ckpt_path=ckpt_path
+    )
+    if log != "none":
+        track_sweep(result, trainer.loggers, each=log)
+    return result

@@ -1,0 +1,97 @@
+"""What became of every sample: kept, broken, repaired or failing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import EvaluationError, explain
+from lightning_nrl.evaluation.evaluator import SampleResults
+
+__all__ = ["FlipCounts", "Flips"]
+
+
+@dataclass(frozen=True)
+class FlipCounts:
+    """How many samples went which way.
+
+    Attributes:
+        kept: right before and after.
+        broken: right before, wrong after: the regressions.
+        repaired: wrong before, right after.
+        failing: wrong before and after.
+    """
+
+    kept: int
+    broken: int
+    repaired: int
+    failing: int
+
+    @property
+    def n(self) -> int:
+        """All samples."""
+        return self.kept + self.broken + self.repaired + self.failing
+
+    @property
+    def passed(self) -> int:
+        """Right before."""
+        return self.kept + self.broken
+
+    @property
+    def right(self) -> int:
+        """Right after."""
+        return self.kept + self.repaired
+
+    @staticmethod
+    def of(before: Tensor, after: Tensor) -> FlipCounts:
+        """Counts samples, `N` bool each: which were right before, and which are after."""
+        masks = (before & after, before & ~after, ~before & after, ~before & ~after)
+        return FlipCounts(*(int(mask.sum()) for mask in masks))
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What became of each of `N` samples; every sample is in exactly one of the four masks.
+
+    Attributes:
+        kept: `N` bool, right before and after.
+        broken: `N` bool, right before, wrong after.
+        repaired: `N` bool, wrong before, right after.
+        failing: `N` bool, wrong before and after.
+    """
+
+    kept: Tensor
+    broken: Tensor
+    repaired: Tensor
+    failing: Tensor
+
+    @classmethod
+    def between(cls, before: SampleResults, after: SampleResults) -> Flips:
+        """Compares two tables of the same rows. A sample whose loss is NaN or infinite counts as wrong.
+
+        Raises:
+            EvaluationError: the tables are not about the same samples in the same order.
+        """
+        if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
+            raise EvaluationError(
+                explain(
+                    f"evidence before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                    "collect both from the same data, without shuffling.",
+                )
+            )
+        old, new = _right(before), _right(after)
+        return cls(kept=old & new, broken=old & ~new, repaired=~old & new, failing=~old & ~new)
+
+    def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
+        """How many of the chosen rows (a mask or a slice; all by default) went which way."""
+        return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
+
+
+def _right(evidence: SampleResults) -> Tensor:
+    return evidence.passed & evidence.loss.isfinite()
+
+
+def _shape(evidence: SampleResults) -> str:
+    return ", ".join(f"{split}: {size:,}" for split, size in zip(evidence.splits, evidence.sizes, strict=True))

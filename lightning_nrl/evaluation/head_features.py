@@ -1,0 +1,157 @@
+"""What a model does on known data, and what its last Linear layer sees there: one pass over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl.data.batch import Source
+from lightning_nrl.data.targets import Target
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.tasks import Task
+
+__all__ = ["Features", "HeadFeatures", "drawn", "see"]
+
+MOST = 20_000
+"""Samples whose features are looked at, at most: all failed, then the passed that are nearest to failing."""
+
+
+class Features(NamedTuple):
+    """Inputs and outputs of the last Linear, whose outputs are the logits. On the model's device."""
+
+    rows: Tensor  # n int64 on the CPU, rows of the evidence, ascending
+    inputs: Tensor  # n x D, at least float32
+    logits: Tensor  # n x C
+
+
+class HeadFeatures(NamedTuple):
+    """The evidence, the features, and how long the model took."""
+
+    evidence: SampleResults
+    features: Features | None  # None where no Linear gives the logits
+    seconds: float  # for one pass over this rank's share of the known data
+
+
+@torch.no_grad()
+def see(
+    model: nn.Module,
+    known: Sequence[Source],
+    head: nn.Linear | None,
+    *,
+    task: Task,
+    target: Target,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> HeadFeatures:
+    """Runs the model over known data; where these are many, once more over the samples that matter most.
+
+    Args:
+        model: in evaluation mode.
+        known: this rank's share of the splits.
+        head: the last Linear; None if there is none.
+        task: what passed and margin mean.
+        target: which failures are to be repaired.
+        context: entered around every forward pass.
+        collective: the ranks that share the data; all get the same features.
+    """
+    collective = collective or Collective()
+    few = sum(len(source.index) for source in known) <= MOST
+    start = time.perf_counter()
+    with _watching(head if few else None) as watch:
+        evidence = collect(
+            watch.judged(model, task), known, task=task, target=target, context=context, collective=collective
+        )
+    seconds = time.perf_counter() - start
+    if few:
+        mine = torch.cat([evidence.rows(source.split, source.positions) for source in known])
+        return HeadFeatures(evidence, _gathered(watch, mine, collective), seconds)
+    parts = []
+    with _watching(head) as watch:
+        for batch, rows in drawn(known, evidence, _matter(evidence)):
+            with context():
+                watch.judged(model, task)(*batch.args, **batch.kwargs)
+            parts.append(rows)
+    return HeadFeatures(
+        evidence, _gathered(watch, torch.cat(parts) if parts else torch.zeros(0).long(), collective), seconds
+    )
+
+
+def drawn(
+    known: Sequence[Source], evidence: SampleResults, rows: Tensor, size: int = 256
+) -> Iterator[tuple[Any, Tensor]]:
+    """This rank's share of chosen rows of the evidence, in batches, each with its rows."""
+    for source in known:
+        start = evidence.start(source.split)
+        mine = source.positions[torch.isin(source.positions + start, rows)]
+        for batch in source.draw(list(mine.split(size)) if len(mine) else []):
+            yield batch, batch.position + start
+
+
+class _Watch:
+    """Collects what a layer is given as long as it gives the logits, once a pass, one row a sample."""
+
+    def __init__(self, head: nn.Linear | None) -> None:
+        self.usable = head is not None
+        self.inputs: list[Tensor] = []
+        self.logits: list[Tensor] = []
+        self._calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # Copies, since the model may go on to change its own tensors in place.
+        self._calls.append((args[0].detach().clone(), output.detach().clone()))
+
+    def judged(self, model: nn.Module, task: Task) -> Any:
+        """The model; each call of it adds features or ends the watch."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._calls.clear()
+            output = model(*args, **kwargs)
+            if self.usable:
+                logits = task.logits(output)
+                self.usable = len(self._calls) == 1 and logits.ndim == 2 and torch.equal(self._calls[0][1], logits)
+            if self.usable:
+                x, logits = self._calls[0]
+                self.inputs.append(x.to(torch.promote_types(x.dtype, torch.float32)))
+                self.logits.append(logits.to(self.inputs[-1].dtype))
+            return output
+
+        return forward
+
+
+@contextmanager
+def _watching(head: nn.Linear | None) -> Iterator[_Watch]:
+    watch = _Watch(head)
+    if head is None:
+        yield watch
+        return
+    handle = head.register_forward_hook(watch.note)
+    try:
+        yield watch
+    finally:
+        handle.remove()
+
+
+def _gathered(watch: _Watch, mine: Tensor, collective: Collective) -> Features | None:
+    """Every rank's features in the order of the rows; None if any rank's layer does not give the logits."""
+    usable = watch.usable and bool(watch.inputs)
+    if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
+        return None
+    empty = torch.zeros(0, 0)
+    parts = [mine, *(torch.cat(x) if x else empty for x in (watch.inputs, watch.logits))]
+    rows, inputs, logits = (torch.cat([x for x in collective.gather(part) if x.numel()]) for part in parts)
+    order = rows.argsort()
+    return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))
+
+
+def _matter(evidence: SampleResults) -> Tensor:
+    """Rows of the targets, of the other failures, and of the passed by rising margin, `MOST` of them, ascending."""
+    rank = torch.where(evidence.passed, evidence.margin.nan_to_num(torch.inf), -1.0)
+    rank = torch.where(evidence.targeted, -2.0, rank)
+    return rank.argsort(stable=True)[:MOST].sort().values

@@ -1,0 +1,45 @@
+"""What a method needs of a task, found out before a method begins, and where it can be before training does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.tasks import Task
+
+__all__ = ["Need", "check_needs"]
+
+Need = Literal["margins", "classes"]
+
+
+def check_needs(
+    needs: Collection[Need],
+    evidence: SampleResults,
+    task: Task,
+    by: str = "`method='convex'`",
+    hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
+) -> None:
+    """Refuses a task that does not have what a method needs.
+
+    Args:
+        needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
+        evidence: of some samples at least.
+        task: that they were judged by.
+        by: what needs classes.
+        hint: what to do where there are none.
+
+    Raises:
+        ConfigurationError: it lacks one.
+    """
+    name = type(task).__name__
+    if "margins" in needs and len(evidence) and bool(evidence.margin.isnan().all()):
+        raise ConfigurationError(
+            explain(
+                f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
+                "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
+            )
+        )
+    if "classes" in needs and bool((evidence.label < 0).any()):
+        raise ConfigurationError(explain(f"{by} needs a class for each sample, the task {name} has none.", hint))

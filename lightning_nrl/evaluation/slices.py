@@ -1,0 +1,104 @@
+"""Which slice of the data each sample is in, noted while the data are read for something else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.tasks import Task
+
+__all__ = ["SliceRecorder", "Slices", "renumbered"]
+
+Slices = Callable[[Any], Any] | Target
+"""Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
+MOST = 200
+"""Slices, each with its own curves: more are most likely ids."""
+
+
+class SliceRecorder:
+    """A source that notes in passing which slice each sample is in.
+
+    Args:
+        source: whose batches are handed on.
+        slices: which slice each sample is in; None: in none.
+        task: knows the labels.
+        argument: what `slices` was given as, for an error.
+    """
+
+    def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
+        self.source, self.slices, self.task, self.argument = source, slices, task, argument
+        self.found: list[tuple[int, str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.source:
+            if self.slices is not None:
+                names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
+                pairs = zip(batch.position.tolist(), names, strict=True)
+                self.found += [(at, name) for at, name in pairs if name is not None]
+            yield batch
+
+    def whole(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
+        """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
+        mine = json.dumps(sorted({name for _, name in self.found})).encode()
+        lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
+        if len(names) > MOST:
+            raise ConfigurationError(
+                explain(
+                    f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
+                    f"return one of at most {MOST} names or numbers for each sample.",
+                )
+            )
+        number = {name: i for i, name in enumerate(names)}
+        rows = torch.tensor([[at, number[name]] for at, name in self.found], dtype=torch.int64).view(-1, 2)
+        rows = torch.cat(collective.gather(rows))
+        group = torch.full((len(self.source.index),), -1)
+        group[rows[:, 0]] = rows[:, 1]
+        return tuple(names), group
+
+
+def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
+    """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
+    return torch.tensor([*(names.index(name) for name in own), -1])[group]
+
+
+def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
+    try:
+        found = slices.select(batch, label, None) if isinstance(slices, Target) else slices(batch.raw)
+    except Exception as error:
+        hint = "it is called with a batch of the data loader; what a model makes of a sample is no slice."
+        raise ConfigurationError(
+            explain(f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint)
+        ) from error
+    values = found.tolist() if hasattr(found, "tolist") else found
+    fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
+    if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):
+        raise ConfigurationError(
+            explain(
+                f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
+                "return one name, whole number or bool for each sample.",
+            )
+        )
+    own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
+    return [_tag(own, value) for value in values]
+
+
+def _tag(own: str, value: Any) -> str | None:
+    """The slice of one sample, fit for the name of a curve; bools choose the samples of one slice."""
+    if value is None or (isinstance(value, (bool, np.bool_)) and not value):
+        return None
+    name = own if isinstance(value, (bool, np.bool_)) else str(value)
+    return re.sub(r"[^\w.-]+", "_", name).strip("_") or "chosen"

@@ -1,1 +1,0 @@
-"""Steps along gradients: fits, polishes, and what linearised methods need."""

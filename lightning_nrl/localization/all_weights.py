@@ -1,0 +1,35 @@
+"""No localisation: every weight of the layer is searched. What localisation has to be better than."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.localization.impact import Replay
+from lightning_nrl.localization.localization import Localization
+from lightning_nrl.tasks import Task
+
+__all__ = ["AllWeights"]
+
+
+@dataclass(frozen=True)
+class AllWeights:
+    """Takes every weight of the layer, whatever the data.
+
+    Attributes:
+        include_bias: whether biases are taken too.
+    """
+
+    include_bias: bool = False
+
+    def __call__(
+        self, recording: Replay, task: Task, *, failed: Tensor, passed: Tensor, collective: Collective | None = None
+    ) -> Localization:
+        """All weights, as the set operation would give them if they mattered for the failed data alone."""
+        total = recording.space.size
+        weights = torch.arange(total, device=recording.space.device)
+        sizes = {"failed": total, "passed": 0, "both": 0, "localized": total, "total": total}
+        return Localization(weights, total, None, sizes)

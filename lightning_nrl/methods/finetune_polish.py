@@ -1,0 +1,117 @@
+"""Fit, then polish: repair as many as possible first, then bring back all that broke on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._optim.descent import MOST
+from lightning_nrl._optim.distill import fit
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.state import State, between
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.problem.problem import Problem, Solution
+
+__all__ = ["FineTunePolish"]
+
+POLISH = 12.0
+"""Passes over known data that a polish takes; so much time is kept for it."""
+JUDGE = 3.0
+"""Passes that are left when it is over: what the fit did is counted, the result is judged, unseen data are counted."""
+
+WAY = 0.9
+"""How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
+
+
+@dataclass(frozen=True)
+class FineTunePolish:
+    """Repairs under the constraint that no known passed sample breaks.
+
+    Where the whole network may change and it is known how it was trained, the training goes on from the old weights
+    with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
+    Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
+    (`gradients.fit`). Nine tenths of the change are made. A polish (`gradients.polish`) then brings back every known
+    passed sample that broke.
+
+    Attributes:
+        share: of the time that is left, what fit and polish are planned to take; the rest is for what comes after them.
+
+    Raises:
+        ConfigurationError: on construction, for a share that is not above 0 and at most 1.
+    """
+
+    trains: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.share, Real) and 0 < self.share <= 1):
+            raise ConfigurationError(
+                explain(f"`FineTunePolish.share={self.share!r}` is no share.", "give a number above 0 and at most 1.")
+            )
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Fits and polishes.
+
+        Raises:
+            ConfigurationError: the task has no margins.
+        """
+        check_needs(self.needs, problem.before, problem.task)
+        clock, one_pass = problem.clock, problem.clock.one_pass
+        end = clock.elapsed + self.share * clock.left
+        began = time.perf_counter()
+        with clock.stage("fit"):
+            found = _fitted(problem, end - (POLISH + JUDGE) * one_pass)
+            if found is None:
+                reason = f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`."
+                return Solution(None, reason)
+            state, how = between(problem.model.state_dict(), found[0], WAY), found[1]
+            fitted = problem.propose("fit", state)
+        steps = [fitted.step(time.perf_counter() - began, how)]
+        began = time.perf_counter()
+        with clock.stage("polish"):
+            # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
+            seconds = _left(problem, clock.elapsed + clock.left - JUDGE * one_pass)
+            polished = polish(problem.steered(fitted.after), state, seconds=seconds, after=fitted.after)
+        proposal = problem.counted("polish", polished.state, polished.after)
+        steps.append(proposal.step(time.perf_counter() - began, polished.note))
+        if not proposal.repaired:
+            reason = "no target was repaired without breaking what is right."
+            return Solution(None, reason, steps=tuple(steps), others=(fitted,))
+        return Solution(proposal, steps=tuple(steps), others=(fitted,))
+
+
+def _fitted(problem: Problem, end: float) -> tuple[State, str] | None:
+    """Weights that repair, and in words how they came about; None if the clock is at the end before they did."""
+    seconds = _left(problem, end)
+    if seconds > 0 and problem.whole and problem.training is not None:
+        weight = _repeats(problem)
+        train = problem.training if weight is None else partial(problem.training, weight=weight)
+        state = train(seconds=seconds, seed=problem.seed, clock=problem.clock)
+        if state is not None:
+            return state, "continued training"
+        seconds = _left(problem, end)
+    return (fit(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
+
+
+def _repeats(problem: Problem) -> Tensor | None:
+    """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
+    before = problem.before
+    weight = torch.where(before.targeted, before.weight.clamp(max=MOST), 1.0)
+    return weight if bool((weight != 1).any()) else None
+
+
+def _left(problem: Problem, end: float) -> float:
+    """Seconds until the clock is there; the first rank's."""
+    seconds = end - problem.clock.elapsed
+    if math.isinf(seconds) or problem.collective.world_size == 1:
+        return seconds
+    return float(problem.collective.agreed(torch.tensor(seconds, dtype=torch.float64)))

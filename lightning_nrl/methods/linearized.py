@@ -1,0 +1,228 @@
+"""Repairing any layers by linearized margins: solve, count exactly, step, linearize again. No pass of training.
+
+To first order a sample's margin is linear in the weights of any layer, as it is exactly in those of the last. So the
+programme of the last layer serves deeper ones too, round by round, as long as each step is counted on all known data
+with the deployed model: what breaks nothing and repairs more is kept; what came near the border is in the next
+programme.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._convex.head import SHARE
+from lightning_nrl._convex.linearized_step import Radius, Tangent
+from lightning_nrl._optim.active_set import SAFE, TYPICAL
+from lightning_nrl._optim.whitening import Whitening, slopes, whitened
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.report.stages import Step
+
+__all__ = ["Linearized"]
+
+ENOUGH, GIVEN = 0.2, 0.2
+"""A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
+More than for a last layer, since gradients err."""
+
+ROUNDS = 10
+"""Linearisations at most; 3 to 6 were enough where all could be repaired."""
+
+STALLED = 2
+"""Rounds in a row without a further repair, after which it ends."""
+
+ROWS = 1000
+"""Samples of one programme: at most half of them targets, the rest the passed samples that are or came nearest to the
+border. Its time grows with their square."""
+
+ENTRIES = 2**27
+"""Gradient entries (samples x weights) of one programme: half a GiB in float32. Larger layers move in part."""
+
+CORRECTIONS = 2
+"""Solutions with the same gradients, corrected by what the one before broke."""
+
+SHARES = (0.5, 0.25)
+"""Shares of a step that are tried where the whole of it breaks something."""
+
+BROKEN = 3
+"""Repairs that a regression outweighs when the walk goes on from weights that break something for the moment."""
+
+JUDGE = 3.0
+"""Passes over known data that are left for judging when it is over."""
+
+PASSES = 5.0
+"""Passes that the first round is expected to take."""
+
+
+@dataclass(frozen=True)
+class Linearized:
+    """Repairs any Linear or convolution layers so that no known passed sample breaks, in a few dozen forward passes.
+
+    A step is the one that moves what the layers give on passed data least, in the mean square, while passed samples
+    keep half of their margin, or a small one that suffices, and targets get one, all to first order. It is found from
+    the gradients of targets and of passed samples near the border, and taken as far as an exact count allows.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Walks from the original weights.
+
+        Raises:
+            ConfigurationError: the task has no margins, or their gradients do not reach a layer.
+        """
+        check_needs(self.needs, problem.before, problem.task)
+        clock = problem.clock
+        if _is_late(problem, PASSES * problem.clock.one_pass):
+            return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
+        entries = ENTRIES if problem.budget is None else min(ENTRIES, problem.budget // 8)
+        with clock.stage("linearize"):
+            whitening = whitened(problem, max(1, entries // min(ROWS, len(problem.before))))
+        walk = _Walk(problem, whitening)
+        targets, took = int(problem.before.targeted.sum()), PASSES * problem.clock.one_pass
+        while len(walk.steps) < ROUNDS and walk.stalled < STALLED and walk.repaired < targets:
+            if _is_late(problem, took):
+                break
+            began = time.perf_counter()
+            if not walk.round():
+                return Solution(None, "no margin of a target depends on the layer's weights.")
+            took = time.perf_counter() - began
+        steps = tuple(walk.steps)
+        if not walk.found:
+            return Solution(None, "no step along the gradients repairs a target without a regression.", steps)
+        *others, proposal = walk.found
+        return Solution(proposal, steps=steps, others=tuple(others))
+
+
+class _Walk:
+    """From the original weights, round by round.
+
+    Attributes:
+        found: proposals that break nothing, each better than the one before.
+        steps: one a round.
+        stalled: rounds since the last of `found`.
+    """
+
+    def __init__(self, problem: Problem, whitening: Whitening) -> None:
+        before = problem.before
+        self.problem, self.whitening = problem, whitening
+        unit = float(before.margin[before.passed].median())
+        keep = (SHARE * before.margin).clamp(max=ENOUGH * unit)
+        self.asked = torch.where(before.targeted, GIVEN * unit, keep)
+        # Below what is asked, so that steps which fulfil it to rounding are not turned down.
+        self.least = (keep / 2).clamp(max=SAFE * max(1.0, unit / TYPICAL))
+        self.after, self.closest = before, before.margin
+        self.change: Tensor | None = None
+        self.radius, self.price = Radius(), 0.0
+        self.found: list[Proposal] = []
+        self.steps: list[Step] = []
+        self.stalled = 0
+
+    @property
+    def repaired(self) -> int:
+        """Targets that the best proposal repairs."""
+        return self.found[-1].repaired if self.found else 0
+
+    @property
+    def gain(self) -> float:
+        """What these are worth."""
+        return self.found[-1].gain if self.found else 0.0
+
+    def round(self) -> bool:
+        """Linearises, solves and steps; False where no target's margin depends on the weights."""
+        began = time.perf_counter()
+        with self.problem.clock.stage("linearize"):
+            self.problem.clock.tell(len(self.steps), ROUNDS, self.repaired, 0)
+            tangent, rows, here = self._linearized()
+        self.price = self.price or tangent.price()
+        if not self.price:
+            return False
+        tries, note = self._tried(tangent, rows, here)
+        clean = [one for one in tries if self._is_clean(one[0].after)]
+        step = tries[-1][1] - here
+        if not clean:
+            self.radius.missed(step)
+        elif len(tries) == 1:
+            self.radius.kept(step)
+        elif len(tries) > 1 + CORRECTIONS:
+            self.radius.shortened(step)
+        best = max(clean or tries, key=lambda one: self._worth(one[0]))
+        if clean or self._worth(best[0]) >= self.gain:
+            self.after, self.change = best[0].after, best[1]
+        self.stalled += 1
+        if clean and (not self.found or best[0].rank > self.found[-1].rank) and best[0].repaired:
+            self.found.append(best[0])
+            self.stalled = 0
+        self.steps.append(best[0].step(time.perf_counter() - began, f"{len(rows):,} gradients, {note}"))
+        return True
+
+    def _linearized(self) -> tuple[Tangent, Tensor, Tensor]:
+        """The programme at the present weights, its rows in the evidence, and where it is."""
+        change = torch.zeros(self.whitening.size) if self.change is None else self.change
+        state = self.whitening.state(change.to(self.problem.space.device))
+        found = slopes(self.problem, self._near(), self.whitening, state)
+        device, rows = found.values.device, found.rows
+        margin, asked = (x[rows].to(found.values) for x in (_margins(self.after), self.asked))
+        targeted = self.problem.before.targeted[rows].to(device)
+        before = self.problem.before
+        weight = before.weight[rows].to(found.values) if before.weighted else None
+        return Tangent(found.values, margin, asked, targeted, weight), rows, change.to(found.values)
+
+    def _near(self) -> Tensor:
+        """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
+        before, margin = self.problem.before, _margins(self.after)
+        targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
+        distance = margin[targets].abs() / before.weight[targets].to(margin)
+        targets = targets[distance.argsort(stable=True)[: ROWS // 2]]
+        closest = torch.minimum(self.closest, margin)[passed]
+        passed = passed[closest.argsort(stable=True)[: ROWS - len(targets)]]
+        return torch.cat([targets, passed]).sort().values
+
+    def _tried(self, tangent: Tangent, rows: Tensor, here: Tensor) -> tuple[list[tuple[Proposal, Tensor]], str]:
+        """Proposals and where they are, until one breaks nothing, and in words how far that was."""
+        tries: list[tuple[Proposal, Tensor]] = []
+        error = start = None
+        for number in range(1 + CORRECTIONS):
+            with self.problem.clock.stage("solve"):
+                step, start = tangent.step(self.price, error, start)
+                step = self.problem.collective.agreed(self.radius.within(step))
+            tries.append(self._proposed(here + step))
+            if self._is_clean(tries[-1][0].after):
+                return tries, "the whole step" + (f", corrected {number} times" if number else "")
+            real = _margins(tries[-1][0].after)[rows].to(tangent.margin)
+            error = real - tangent.promised(step)
+        for share in SHARES:
+            tries.append(self._proposed(here + share * step))
+            if self._is_clean(tries[-1][0].after):
+                return tries, f"{share:.0%} of the step"
+        return tries, "still breaking some"
+
+    def _proposed(self, change: Tensor) -> tuple[Proposal, Tensor]:
+        with self.problem.clock.stage("judge"):
+            proposal = self.problem.propose("linearized", self.whitening.state(change))
+        self.closest = torch.minimum(self.closest, _margins(proposal.after))
+        return proposal, change
+
+    def _is_clean(self, after: SampleResults) -> bool:
+        """Whether every known passed sample passes, by a margin that another batch size does not flip."""
+        right = after.passed & (_margins(after) >= self.least)
+        return not bool((self.problem.before.passed & ~right).any())
+
+    def _worth(self, proposal: Proposal) -> float:
+        return proposal.gain - BROKEN * proposal.harm
+
+
+def _margins(evidence: SampleResults) -> Tensor:
+    """Margins, far below 0 where the model gave something that is not finite."""
+    finite = evidence.margin.isfinite() & evidence.loss.isfinite()
+    return torch.where(finite, evidence.margin, -1e6)
+
+
+def _is_late(problem: Problem, seconds: float) -> bool:
+    """Whether on any rank no time is left for work of so many seconds and for judging."""
+    return problem.collective.any(problem.clock.left < seconds + JUDGE * problem.clock.one_pass)

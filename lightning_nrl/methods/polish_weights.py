@@ -1,0 +1,101 @@
+"""A model's own weights, or weights that were made elsewhere, polished until nothing known is broken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import nn
+
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.state import State, changed
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.report.stages import Step
+
+__all__ = ["Polish"]
+
+JUDGE = 3.0
+"""Passes over known data that are left when it is over: the result is judged, unseen data are counted."""
+
+
+@dataclass(frozen=True, eq=False)
+class Polish:
+    """Polishes the model under repair itself, or one of the same architecture that was fine-tuned or retrained.
+
+    The model itself: small steps go on until its targets are right, and nothing that is right breaks. Another one: the
+    model under repair is the one that it replaces, and known samples that the old one gets right are kept.
+
+    Attributes:
+        new: the new model, its state dict, or the path of a Lightning checkpoint or of a saved state dict; None: the
+            model under repair itself.
+        share: of the time that is left, what it may take; the rest is for what comes after it.
+
+    Raises:
+        ConfigurationError: on construction, if `new` is none of these.
+
+    Example::
+
+        report = repair(Trainer(), model, datamodule=dm, ckpt_path="old.ckpt", method=Polish("new.ckpt"))
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("margins",)
+    new: nn.Module | State | str | Path | None = None
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
+        check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Polishes.
+
+        Raises:
+            ConfigurationError: the new weights cannot be read, are those of another architecture, or differ beyond the
+                layer that may change; or the task has no margins.
+        """
+        check_needs(self.needs, problem.before, problem.task)
+        clock, one_pass = problem.clock, problem.clock.one_pass
+        end = clock.elapsed + self.share * clock.left
+        steps: tuple[Step, ...] = ()
+        others: tuple[Proposal, ...] = ()
+        state: State = {}
+        if self.new is not None:
+            state = fitting("Polish.new", read_state("Polish.new", self.new), problem.model)
+            _check_scope(problem, state)
+            with clock.stage("judge"):
+                began = time.perf_counter()
+                given = problem.propose("given", state)
+                steps, others = (given.step(time.perf_counter() - began, "as they came"),), (given,)
+        with clock.stage("polish"):
+            began = time.perf_counter()
+            seconds, insist = end - clock.elapsed - JUDGE * one_pass, self.new is None
+            after = others[0].after if others else problem.before
+            polished = polish(problem, state, seconds=seconds, after=after, insist=insist)
+        proposal = problem.counted("polish", polished.state, polished.after)
+        steps = (*steps, proposal.step(time.perf_counter() - began, polished.note))
+        if not proposal.repaired:
+            whose = "small steps repair" if self.new is None else "the new weights repair"
+            reason = f"{whose} no target without breaking what is right."
+            return Solution(None, reason, steps=steps, others=others)
+        return Solution(proposal, steps=steps, others=others)
+
+
+def _check_scope(problem: Problem, state: State) -> None:
+    """Refuses weights that differ outside of what the user lets change."""
+    if problem.whole:
+        return
+    parameters = {name for name, _ in problem.model.named_parameters()}
+    beyond = [name for name in changed(problem.model, state) if name in parameters - set(problem.scope)]
+    if beyond:
+        raise ConfigurationError(
+            explain(
+                f"`layer` lets {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
+                "leave `layer` at 'auto', or give weights that differ in that layer alone.",
+            )
+        )

@@ -1,0 +1,10 @@
+"""A repair from end to end, without Lightning: baseline, method, line search, sparse patch, verdict, report.
+
+In: a model, its known data and `Settings`. Out: an `Outcome`, the report and the repaired weights. The live model is
+left as it is found.
+"""
+
+from lightning_nrl.pipeline.repair_module import Outcome, repair_module
+from lightning_nrl.pipeline.settings import Settings
+
+__all__ = ["Outcome", "Settings", "repair_module"]

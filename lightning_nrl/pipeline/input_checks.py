@@ -1,0 +1,175 @@
+"""What is checked of known data before any method looks at them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, RepairError, check_kind, explain
+from lightning_nrl.evaluation import DOUBTFUL
+from lightning_nrl.evaluation.evaluator import SampleResults, non_finite
+from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = [
+    "check_limit",
+    "check_losses",
+    "check_sources",
+    "check_task",
+    "given_or_default",
+    "passed_rows",
+    "see_aside",
+]
+
+CLASSES: tuple[Need, ...] = ("classes",)
+
+
+def given_or_default(settings: Settings | None, task: str | Task | None) -> tuple[Settings, Task]:
+    """The settings and the task that were given, or those of a repair that says nothing.
+
+    Raises:
+        ConfigurationError: one is of another kind.
+    """
+    settings, task = Settings() if settings is None else settings, parse_task(task)
+    check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
+    return settings, task
+
+
+def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
+    """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    for argument, sources in (("known", known), ("unseen", unseen)):
+        if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
+            raise ConfigurationError(
+                explain(
+                    f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
+                    f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
+                )
+            )
+    names = [source.split for source in (*known, *unseen)]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(explain(f"the data have the splits {names}.", "give each split a name of its own."))
+    if not any(source.failed for source in known):
+        raise ConfigurationError(
+            explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
+        )
+    if settings.n_passed is not None and not any(source.passed for source in known):
+        raise ConfigurationError(
+            explain(
+                f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
+                "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
+            )
+        )
+
+
+def _kinds(sources: object) -> str:
+    if not isinstance(sources, Sequence):
+        return f"a {type(sources).__name__}"
+    return f"a {type(sources).__name__} of {', '.join(sorted({type(source).__name__ for source in sources}))}"
+
+
+def check_limit(settings: Settings, calibrated: bool) -> None:
+    """Refuses a limit and a mix where there are no calibration data that they are about.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    for name, value in (("limit", settings.limit), ("mix", settings.mix)):
+        if value is not None and not calibrated:
+            shown = repr(str(value)) if name == "limit" else "..."
+            raise ConfigurationError(
+                explain(
+                    f"`{name}={shown}` needs calibration data, and there are none.",
+                    f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
+                )
+            )
+
+
+def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
+    """Refuses settings that need margins or classes where the task has none.
+
+    Args:
+        settings: what was asked for.
+        before: of some samples at least.
+        task: that they were judged by.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    check_needs(getattr(settings.method, "needs", ()), before, task)
+    if settings.set_aside == DOUBTFUL:
+        hint = "set failures aside by a function of the batch, or leave `set_aside` out."
+        check_needs(CLASSES, before, task, f"`set_aside={DOUBTFUL!r}`", hint)
+
+
+def check_losses(before: SampleResults) -> None:
+    """Refuses a model whose losses are not finite.
+
+    Raises:
+        EvaluationError: the samples are named.
+    """
+    wrong = non_finite(before)
+    if wrong:
+        samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
+        raise EvaluationError(
+            explain(
+                f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
+                "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
+            )
+        )
+
+
+def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
+    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
+    if settings.n_passed is None:
+        return before.passed
+    pool = torch.zeros_like(before.passed)
+    for source in known:
+        if source.passed:
+            pool[before.of(source.split)] = before.passed[before.of(source.split)]
+    rows = pool.nonzero().flatten()
+    generator = torch.Generator().manual_seed(settings.seed)
+    drawn = torch.zeros_like(pool)
+    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
+    return drawn
+
+
+def see_aside(
+    see: Callable[..., SampleResults],
+    model: nn.Module,
+    unseen: Sequence[Source],
+    settings: Settings,
+    task: Task,
+    collective: Collective,
+) -> SampleResults:
+    """The evidence on data that no search looks at; the target there is for the report alone, so it may fail.
+
+    Args:
+        see: collects evidence.
+        model: the original model.
+        unseen: the data.
+        settings: say which failures are marked, where that can be told, and what samples count.
+        task: knows the labels.
+        collective: the ranks that share the data.
+    """
+    over = partial(settings.counting.over, sources=unseen, task=task, collective=collective, known=False)
+    try:
+        return over(partial(see, model, target=settings.target, everywhere=True))[0]
+    except Exception as error:
+        # If one rank fails all do; they try again only if all can.
+        if collective.any(not isinstance(error, RepairError)):
+            raise
+        warnings.warn(
+            f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
+        )
+        return over(partial(see, model))[0]

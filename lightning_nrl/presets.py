@@ -1,0 +1,86 @@
+"""Table II of the paper: the settings of its twelve experiments."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.gate import Gate
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search.fitness import Fitness
+
+__all__ = ["TABLE_II", "PaperRow", "paper_arguments", "paper_row"]
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of Table II.
+
+    Attributes:
+        equation: the fitness, equation (1) or (2).
+        alpha: the intact weight.
+        perfect_intact: whether one regression makes the fitness 0 (pi).
+        n_weights: number of localised weights (#lw).
+        n_passed: number of sampled passed samples (#pos).
+        particles: number of particles (#p).
+    """
+
+    equation: Literal["eq1", "eq2"]
+    alpha: float
+    perfect_intact: bool
+    n_weights: int
+    n_passed: int
+    particles: int
+
+
+TABLE_II: dict[str, PaperRow] = {
+    "EXP-A1": PaperRow("eq1", 6, False, 309, 500, 100),
+    "EXP-B1": PaperRow("eq1", 6, False, 282, 500, 200),
+    "EXP-C1": PaperRow("eq2", 8, True, 32, 500, 200),
+    "EXP-A2": PaperRow("eq1", 6, False, 309, 500, 200),
+    "EXP-A3": PaperRow("eq1", 5, False, 309, 500, 200),
+    "EXP-A4": PaperRow("eq1", 4, False, 309, 500, 200),
+    "EXP-B2": PaperRow("eq1", 5, False, 282, 500, 200),
+    "EXP-B3": PaperRow("eq1", 4, False, 282, 500, 200),
+    "EXP-B4": PaperRow("eq1", 6, False, 282, 1000, 200),
+    "EXP-C2": PaperRow("eq2", 8, True, 76, 500, 200),
+    "EXP-C3": PaperRow("eq2", 8, True, 53, 500, 200),
+    "EXP-C4": PaperRow("eq2", 8, True, 16, 500, 200),
+}
+"""By the paper's ID."""
+
+
+def paper_row(row: str) -> PaperRow:
+    """The row with this ID.
+
+    Raises:
+        ConfigurationError: Table II has no such row; the nearest names are given.
+    """
+    if row not in TABLE_II:
+        near = difflib.get_close_matches(str(row).upper(), TABLE_II, n=3, cutoff=0.3) or list(TABLE_II)
+        raise ConfigurationError(explain(f"`row={row!r}` is not in Table II.", f"the nearest rows are {near}."))
+    return TABLE_II[row]
+
+
+def paper_arguments(row: str) -> dict[str, Any]:
+    """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
+
+    The swarm starts and stops as in the paper (half of it exactly the original weights; 100 iterations, at most 10
+    without a better fitness), and under pi a regression makes the fitness 0. What it finds is taken as it is. The gate
+    is `accuracy`, the paper's weaker level.
+
+    Raises:
+        ConfigurationError: Table II has no such row.
+    """
+    found = paper_row(row)
+    return {
+        "fitness": Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero"),
+        "method": ParticleSwarm(particles=found.particles, iterations=100, patience=10, start="paper"),
+        "localizer": NeuRecoverLite(n_weights=found.n_weights),
+        "n_passed": found.n_passed,
+        "gate": Gate.accuracy(),
+        "strength": 1.0,
+    }

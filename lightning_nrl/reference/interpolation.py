@@ -1,0 +1,332 @@
+"""Weights between a new model and the one that it replaces: fewer regressions for one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
+from lightning_nrl.data.batch import Adapter, Source, apart, unpack
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.tables import percent
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
+
+SHARES = tuple(step / 20 for step in range(11))
+"""Shares of the old weights that are tried."""
+TOLERANCE = 0.005
+"""The accuracy that fewer regressions may cost: half a point."""
+OTHERWISE = "combine other models in their outputs: see `lightning_nrl.serving`"
+"""For a hint: what there is for two architectures."""
+
+Data = Source | Iterable[Any]
+"""A source, or batches as a data loader gives them, which can be read again and again."""
+
+
+@dataclass(frozen=True)
+class SharePoint:
+    """What weights between those of two models do.
+
+    Attributes:
+        share: of the old weights, in [0, 1].
+        counts: what becomes of the samples, from the old model to these weights.
+    """
+
+    share: float
+    counts: FlipCounts
+
+    @property
+    def accuracy(self) -> float:
+        """In [0, 1]."""
+        return self.counts.right / self.counts.n
+
+    @property
+    def negative_flip_rate(self) -> float:
+        """Broken samples among all, in [0, 1]."""
+        return self.counts.broken / self.counts.n
+
+
+@dataclass(frozen=True)
+class ShareChoice(Shown):
+    """A share of the old weights, and what others would do. `rich.print(choice)` shows it as a table.
+
+    Attributes:
+        chosen: the largest share whose accuracy is within the tolerance of the best of the curve, and that breaks no
+            more than share 0.
+        curve: all that were tried, from 0, the new model as it is.
+        tolerance: of the accuracy, in [0, 1]; None: the largest share was wanted, whatever it costs.
+        state: the weights and buffers of the chosen share; empty for share 0, which changes nothing.
+    """
+
+    chosen: SharePoint
+    curve: tuple[SharePoint, ...]
+    tolerance: float | None
+    state: State = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def share(self) -> float:
+        """Of the old weights."""
+        return self.chosen.share
+
+    def write(self, model: nn.Module) -> bool:
+        """Copies the chosen weights into a model of the same architecture.
+
+        Returns:
+            Whether the model was changed.
+
+        Raises:
+            ConfigurationError: a tensor is not in the model, or has another shape; nothing was written.
+        """
+        write(model, self.state)
+        return bool(self.state)
+
+    def to_table(self) -> Page:
+        """The curve as a page, for rich's `print`."""
+        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate"))
+        rows = []
+        for point in self.curve:
+            c, taken = point.counts, point == self.chosen
+            cells = (percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate))
+            rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
+        rule = "As given"
+        if self.tolerance is not None:
+            near = f"within {100 * self.tolerance:g} points of the best accuracy"
+            rule = f"The largest that breaks no more than share 0, {near}"
+        heading = Heading("Share of the old weights", 1)
+        return Page((heading, Text(f"{rule}: {self.share:.2f}."), Table(columns, tuple(rows))))
+
+
+@torch.no_grad()
+def interpolate(
+    old: nn.Module | State | str | Path,
+    new: nn.Module,
+    share: float,
+    training: Data | None = None,
+    **estimating: Any,
+) -> dict[str, Tensor]:
+    """The weights `(1 - share) new + share old`, with batch norm statistics that fit them.
+
+    Wortsman et al. 2022, Robust fine-tuning of zero-shot models (WiSE-FT); against regressions Schumann et al. 2024,
+    Backward compatibility during data updates by weight interpolation (BCWI). It works where the new model was trained
+    on from the old weights: two trainings from scratch end in places with nothing good between them.
+
+    Args:
+        old: the replaced model, its state dict, or the path of a checkpoint.
+        new: its update, on its device; left as found.
+        share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
+        training: data for the statistics of batch norm layers, read once; not needed without such layers.
+        **estimating: arguments of `lightning_nrl.reference.batch_norm.estimate_statistics`.
+
+    Returns:
+        All parameters and persistent buffers, for `load_state_dict`.
+
+    Raises:
+        ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.
+
+    Example:
+        >>> old, new = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+        >>> _ = old.load_state_dict({"weight": torch.tensor([[1.0, 0.0]])})
+        >>> _ = new.load_state_dict({"weight": torch.tensor([[0.0, 2.0]])})
+        >>> interpolate(old, new, 0.25)
+        {'weight': tensor([[0.2500, 1.5000]])}
+    """
+    check_share(share)
+    mixed = between(fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new), 1 - share)
+    return mixed | (_statistics(new, mixed, training, **estimating) if 0 < share < 1 else {})
+
+
+@torch.no_grad()
+def choose_share(
+    old: nn.Module | State | str | Path,
+    new: nn.Module,
+    data: Data,
+    training: Data | None = None,
+    *,
+    tolerance: float | None = TOLERANCE,
+    shares: Sequence[float] = SHARES,
+    task: str | Task | None = None,
+    batches: int | None = None,
+    seed: int = 0,
+    adapter: Adapter = unpack,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> ShareChoice:
+    """Finds the largest share of the old weights that costs next to no accuracy on data set aside.
+
+    The larger the share, the fewer samples break, as a rule; one that breaks more than share 0 is taken only where
+    nothing that breaks as few is within the tolerance. Each share costs a pass over `data`, and one over `training`
+    where the model has batch norm layers.
+
+    Args:
+        old: the replaced model, its state dict, or the path of a checkpoint.
+        new: its update, on its device; left as found.
+        data: to count on, such as validation data: none that the new model was trained on, since there the new model as
+            it is is the most accurate.
+        training: data for the statistics of batch norm layers; not needed without such layers.
+        tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
+            largest share, whatever it costs.
+        shares: that are tried, in [0, 1], beside 0.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
+        batches: how many of `training` the statistics are estimated from; None: all.
+        seed: of their order.
+        adapter: takes raw batches apart.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data; each ends with the same choice.
+
+    Returns:
+        The choice; its `write(new)` changes the model.
+
+    Raises:
+        ConfigurationError: an argument cannot be used, the architectures differ, or there is no sample.
+        EvaluationError: the data could not be read on another rank.
+
+    Example:
+        Classes are told apart by a threshold. The old one, 3, is right on all but 2.5; the new one, 0, on all but 1.
+        Half way, at 1.5, both are right.
+
+        >>> def threshold(at):
+        ...     model = nn.Linear(2, 2, bias=False)
+        ...     _ = model.load_state_dict({"weight": torch.tensor([[0.0, at], [1.0, 0.0]])})
+        ...     return model
+        >>> data = [(torch.tensor([[-1.0, 1.0], [1.0, 1.0], [2.5, 1.0], [4.0, 1.0]]), torch.tensor([0, 0, 1, 1]))]
+        >>> choice = choose_share(threshold(3.0), threshold(0.0), data)
+        >>> choice.share, choice.chosen.accuracy, choice.curve[0].accuracy
+        (0.5, 1.0, 0.75)
+    """
+    if tolerance is not None:
+        check_share(tolerance, "tolerance")
+    for share in shares:
+        check_share(share, "shares")
+    collective, task = collective or Collective(), parse_task(task)
+    before, after = fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new)
+    means: dict[str, Any] = {"adapter": adapter, "context": context, "collective": collective}
+
+    def see(state: State) -> tuple[Tensor, Tensor]:
+        return _seen(new, state, data=data, task=task, **means)
+
+    was_right, label = see(before)
+    curve, statistics = [], {}
+    for share in sorted({0.0, *map(float, shares)}):
+        mixed = between(before, after, 1 - share)
+        if 0 < share < 1:
+            # Kept, being small, so that the choice costs no further pass.
+            statistics[share] = _statistics(new, mixed, training, batches=batches, seed=seed, **means)
+            mixed |= statistics[share]
+        right, again = see(mixed)
+        if collective.any(not torch.equal(label, again)):
+            raise ConfigurationError(
+                explain(
+                    "`data`: a second pass gave other samples than the first.",
+                    "give a source, a list of batches or a DataLoader that does not shuffle.",
+                )
+            )
+        counts = FlipCounts.of(was_right, right)
+        total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
+        if not int(total.sum()):
+            raise ConfigurationError(explain("`data`: there is no sample.", "give data to choose the share on."))
+        curve.append(SharePoint(share, FlipCounts(*total.tolist())))
+    # In counts: the difference of two shares that are each rounded could be a hair too large.
+    most, alone = max(point.counts.right for point in curve), curve[0].counts
+    lost = alone.n if tolerance is None else tolerance * alone.n + 1e-6
+    within = [point for point in curve if most - point.counts.right <= lost]
+    if tolerance is not None:
+        # More share for no fewer regressions is bought for nothing, as between two trainings from scratch.
+        within = [point for point in within if point.counts.broken <= alone.broken] or within
+    chosen = max(within, key=lambda point: point.share)
+    state = between(before, after, 1 - chosen.share) | statistics.get(chosen.share, {}) if chosen.share else {}
+    return ShareChoice(chosen, tuple(curve), tolerance, state)
+
+
+def check_share(share: object, argument: str = "share") -> None:
+    """Refuses what is no number from 0 to 1.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    fits = isinstance(share, Real) and not isinstance(share, bool) and 0 <= share <= 1  # type: ignore[operator]
+    check_kind(argument, share, fits, "share", "a number from 0 to 1")
+
+
+def alignment(old: State, new: nn.Module) -> float:
+    """The cosine of the angle between the weights of two models, in [-1, 1].
+
+    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models. It is
+    1 for a copy, and about 0 for two models that began at different random weights.
+
+    Args:
+        old: the state of one; has the names of the other.
+        new: the other.
+    """
+    sums = []
+    for name, weight in new.named_parameters():
+        if weight.ndim > 1 and weight.is_floating_point():
+            a, b = old[name].detach().float(), weight.detach().float()
+            sums.append(torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()]))
+    if not sums:
+        return 1.0
+    product, first, second = torch.stack(sums).sum(0).tolist()
+    size = (first * second) ** 0.5
+    return product / size if size else 1.0
+
+
+def _statistics(new: nn.Module, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
+    """Batch norm statistics that fit weights between two models; none where there are no such layers."""
+    layers = batch_norms(new)
+    if layers and training is None:
+        raise ConfigurationError(
+            explain(
+                f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
+                "give the data that the new model was trained on, best without augmentation.",
+            )
+        )
+    if not layers or training is None:
+        return {}
+    with holding(new, state):
+        return estimate_statistics(new, training, **estimating)
+
+
+def _seen(
+    model: nn.Module,
+    state: State,
+    *,
+    data: Data,
+    task: Task,
+    adapter: Adapter,
+    context: Context,
+    collective: Collective,
+) -> tuple[Tensor, Tensor]:
+    """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
+        for args, kwargs, target in apart(data, adapter, device_of(model)):
+            with context():
+                output = task.logits(model(*args, **kwargs))
+            task.check(output, target)
+            right, label = task.passed(output, target) & task.loss(output, target).isfinite(), task.label(target)
+            rights.append(right)
+            labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
+        return _joined(rights), _joined(labels)
+
+    with preserve(model), holding(model, state):
+        return collective.all_or_none(run, "`data` could not be read on another rank.")
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor on the CPU, waiting for the device once."""
+    return torch.cat(list(parts[1:])).cpu() if len(parts) > 1 else parts[0]

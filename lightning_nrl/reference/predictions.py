@@ -1,0 +1,168 @@
+"""What a model predicted, sample by sample, as a file: all that is needed of a model that may no longer exist."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.report.weight_change import hash_tensors
+from lightning_nrl.tasks import Task
+
+__all__ = ["Predictions"]
+
+Rows = Mapping[int, tuple[int, bool | None]]
+"""By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
+COLUMNS = ["split", "id", "prediction", "passed"]
+WEIGHTS = "# weights "
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions by split and data-set position, the ids that reports give.
+
+    As a file: CSV with the columns `split`, `id` and `prediction`, the number of the class as the new model counts;
+    or `passed` (1 or 0) for tasks without classes.
+
+    Attributes:
+        splits: by the names of the splits.
+        weights: which weights they are of, as a hash; None where that is not known.
+
+    Example::
+
+        RegressionFreeRepair(reference="old_predictions.csv")
+    """
+
+    splits: Mapping[str, Rows]
+    weights: str | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Predictions:
+        """Reads a file.
+
+        Raises:
+            ConfigurationError: there is no such file, or a line cannot be read; it is named.
+        """
+        name = f"`reference={str(path)!r}`"
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                explain(f"{name} cannot be read ({error}).", "give a CSV file with the columns split,id,prediction.")
+            ) from error
+        weights = lines[0].removeprefix(WEIGHTS).strip() if lines and lines[0].startswith(WEIGHTS) else None
+        first = 0 if weights is None else 1
+        rows = csv.DictReader(lines[first:])
+        splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
+        for at, row in enumerate(rows, first + 2):
+            try:
+                said, passed = row.get("prediction") or "-1", row.get("passed")
+                if not row.get("prediction") and not passed:
+                    raise ValueError("neither a prediction nor passed")
+                splits.setdefault(row["split"], {})[int(row["id"])] = (int(said), bool(int(passed)) if passed else None)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigurationError(
+                    explain(
+                        f"{name}, line {at}: {error!r}.",
+                        "write one line a sample with the columns split,id,prediction, whole numbers both.",
+                    )
+                ) from error
+        return cls(splits, weights)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a file that `read` reads; it is there as a whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            if self.weights is not None:
+                file.write(f"{WEIGHTS}{self.weights}\n")
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for split, rows in self.splits.items():
+                for at, (said, passed) in rows.items():
+                    writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+        part.replace(path)
+
+    @classmethod
+    def of(cls, evidence: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
+        """Those of a model whose evidence is known, by a task."""
+        columns = zip(evidence.index.tolist(), evidence.prediction.tolist(), evidence.passed.tolist(), strict=True)
+        rows = list(columns)
+        splits = {
+            split: {at: (said, passed) for at, said, passed in rows[evidence.of(split)]} for split in evidence.splits
+        }
+        return cls(splits, None if weights is None else _key(weights, evidence, task))
+
+    @classmethod
+    def cached(
+        cls, path: str | Path, weights: State, like: SampleResults, task: Task | None = None
+    ) -> Predictions | None:
+        """Those in a file, if they are of these weights and of all these samples, with these labels.
+
+        Where the task has no classes what passed hangs on the task, so that it must be the same one.
+        """
+        if not Path(path).is_file():
+            return None
+        found = cls.read(path)
+        if found.weights != _key(weights, like, task):
+            return None
+        for split in like.splits:
+            rows = found.splits.get(split, {})
+            for at, label in zip(like.index[like.of(split)].tolist(), like.label[like.of(split)].tolist(), strict=True):
+                said, passed = rows.get(at, (-1, None))
+                if at not in rows or (label >= 0 and passed is not None and passed != (said == label)):
+                    return None
+        return found
+
+    def answers(self, model: nn.Module, sources: Sequence[Source], like: SampleResults, **means: Any) -> SampleResults:
+        """What the model did on the samples of `like`; no model is run (see `Reference`)."""
+        return self.evidence(like)
+
+    def evidence(self, like: SampleResults) -> SampleResults:
+        """As a table of the same samples as another one; losses are 0 where right and 1 where wrong.
+
+        Raises:
+            ConfigurationError: samples have no prediction, or the task has no classes and the file no `passed`.
+        """
+        said, passed = torch.full_like(like.prediction, -1), torch.zeros_like(like.passed)
+        for split in like.splits:
+            rows, start = self.splits.get(split, {}), like.start(split)
+            ids = like.index[like.of(split)].tolist()
+            missing = [at for at in ids if at not in rows]
+            if missing:
+                there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
+                raise ConfigurationError(
+                    explain(
+                        f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
+                        f"({missing[:5]}); there are those of {there}.",
+                        "give one for each known and unseen sample; ids are positions in the data set.",
+                    )
+                )
+            for i, at in enumerate(ids, start):
+                prediction, right = rows[at]
+                if right is None and int(like.label[i]) < 0:
+                    raise ConfigurationError(
+                        explain("`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0.")
+                    )
+                said[i] = prediction
+                passed[i] = right if right is not None and int(like.label[i]) < 0 else prediction == int(like.label[i])
+        nothing = torch.full_like(like.margin, torch.nan)
+        targeted = torch.zeros_like(like.targeted)
+        loss = (~passed).to(like.loss)
+        return replace(like, prediction=said, passed=passed, loss=loss, margin=nothing, targeted=targeted)
+
+
+def _key(weights: State, evidence: SampleResults, task: Task | None) -> str:
+    """Which weights, and where there are no classes which task."""
+    told = "" if task is None or bool((evidence.label >= 0).all()) else f" {task!r}"
+    return hash_tensors(weights) + told

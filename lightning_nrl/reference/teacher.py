@@ -1,0 +1,258 @@
+"""What the replaced model says of a training batch: asked each time, or remembered sample by sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._optim.descent import REMEMBERED
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.errors import ConfigurationError, DataWarning, explain
+from lightning_nrl.reference.loss_terms import OldAnswers
+from lightning_nrl.reference.old_model import Classes, table_of
+from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.tasks import Multiclass, Task
+
+__all__ = ["ModelTeacher", "PredictedTeacher", "Teaches"]
+
+SAME = 0.02
+"""Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
+Index = Callable[[Any], Any]
+"""The data-set positions of the samples of a raw batch, `n` whole numbers."""
+
+
+class Teaches:
+    """Says what the replaced model makes of a batch."""
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+    ) -> OldAnswers:
+        """The answers for `n` samples.
+
+        Args:
+            args: what the new model was called with.
+            kwargs: likewise.
+            target: the truth.
+            raw: the batch as the data loader gave it.
+            like: the new model's logits, first dimension `n`.
+
+        Raises:
+            ConfigurationError: the replaced model or the index does not fit the batch.
+        """
+        raise NotImplementedError
+
+
+class ModelTeacher(Teaches):
+    """Runs the replaced model, in evaluation mode and without gradients.
+
+    Args:
+        model: on the device of the new one.
+        task: what passed means.
+        adapter: takes a raw batch apart for it; None: it gets the inputs that the new model got.
+        classes: which of its classes are which of the new model (see `lightning_nrl.OldModel`).
+        index: where samples are always the same, which ones a raw batch has: each is asked about once, as long as there
+            is room (256 MiB). None: every batch is asked about.
+
+    Raises:
+        ConfigurationError: classes are mapped for a task that has none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        adapter: Adapter | None = None,
+        classes: Classes | None = None,
+        index: Index | None = None,
+    ) -> None:
+        self.model, self.task, self.adapter = model, task, adapter
+        self.classes = table_of(classes)
+        if self.classes is not None and not isinstance(task, Multiclass):
+            raise ConfigurationError(
+                explain(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
+            )
+        self.index, self.memory, self._is_checked = index, _Memory(), False
+        held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
+        self._dtype = None if held is None else held.dtype
+
+    @torch.no_grad()
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+    ) -> OldAnswers:
+        rows = None if self.index is None else rows_of(self.index, raw, len(like)).to(like.device)
+        output = None if rows is None else self.memory.recall(rows, like)
+        if output is None or not self._is_checked:
+            known, output = output, self._run(args, kwargs, raw, len(like))
+            self._check(known, output)
+            if rows is not None and self.index is not None:
+                self.memory.note(rows, output)
+        if self.classes is None:
+            loss = self.task.loss(output, target)
+            return OldAnswers(
+                self.task.passed(output, target) & loss.isfinite(), output, self.task.margin(output, target)
+            )
+        wide, new, old = _relaid(output, self.classes, like.shape[1])
+        passed = self.task.passed(wide, target) & output.isfinite().all(1)
+        return OldAnswers(passed, output[:, old], self.task.margin(wide, target), new)
+
+    def _check(self, known: Tensor | None, output: Tensor) -> None:
+        """The first samples that come back are asked about twice, to see whether they are still the same."""
+        if known is None:
+            return
+        self._is_checked = True
+        apart, size = (known.float() - output.float()).abs().nan_to_num().max(), output.float().abs().nan_to_num().max()
+        if bool(apart > SAME * size):
+            self.index = None
+            warnings.warn(
+                explain(
+                    "`index`: samples come back changed, so what the old model said of them is not remembered.",
+                    "leave `index` out where samples are augmented.",
+                ),
+                category=DataWarning,
+                stacklevel=2,
+            )
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], raw: Any, n: int) -> Tensor:
+        if self.adapter is not None:
+            args, kwargs, _ = self.adapter(raw)
+        cast = self._dtype
+        args, kwargs = tuple(_cast(x, cast) for x in args), {name: _cast(x, cast) for name, x in kwargs.items()}
+        try:
+            output = self.task.logits(self.model(*args, **kwargs))
+        except Exception as error:
+            raise ConfigurationError(
+                explain(
+                    f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
+                    "give it inputs of its own with `OldModel(old, adapter=...)`.",
+                )
+            ) from error
+        if not output.ndim or len(output) != n:
+            raise ConfigurationError(
+                explain(
+                    f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
+                    "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
+                )
+            )
+        return output
+
+
+class PredictedTeacher(Teaches):
+    """Knows from a file which samples the replaced model gets right, and nothing else.
+
+    Args:
+        predictions: those of one split are used.
+        split: its name.
+        task: what passed means.
+        index: which samples a raw batch has.
+
+    Raises:
+        ConfigurationError: there are none of that split.
+    """
+
+    def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
+        rows = predictions.splits.get(split, {})
+        if not rows:
+            there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
+            raise ConfigurationError(
+                explain(f"`reference`: no predictions of `{split}`; there are those of {there}.", "give them too.")
+            )
+        self.task, self.index, self.split = task, index, split
+        ids, said = torch.tensor(list(rows)), [prediction for prediction, _ in rows.values()]
+        right = [-1 if passed is None else int(passed) for _, passed in rows.values()]
+        self.table = torch.full((int(ids.max()) + 1, 3), -1)
+        self.table[ids] = torch.tensor([said, right, [1] * len(said)]).T
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
+    ) -> OldAnswers:
+        rows = rows_of(self.index, raw, len(like)).to(self.table.device)
+        inside = rows < len(self.table)
+        said, right, there = self.table[rows.clamp(max=len(self.table) - 1)].unbind(1)
+        missing = rows[~inside | (there < 0)].tolist()
+        label = self.task.label(target)
+        if missing or (label is None and bool((right < 0).any())):
+            found = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
+            raise ConfigurationError(
+                explain(f"`reference`: {found} `{self.split}`.", "give one for each; ids are data-set positions.")
+            )
+        passed = right.bool() if label is None else said == label.to(said.device)
+        return OldAnswers(passed.to(like.device))
+
+
+class _Memory:
+    """Outputs by data-set position, on their device, as long as there is room."""
+
+    def __init__(self) -> None:
+        self.outputs: Tensor | None = None
+        self.known = torch.zeros(0, dtype=torch.bool)
+
+    def recall(self, rows: Tensor, like: Tensor) -> Tensor | None:
+        """The outputs of these samples, if all of them are known, as long as those of the new model."""
+        if self.outputs is None or (like.ndim > 2 and like.shape[1:] != self.outputs.shape[1:]):
+            return None
+        if int(rows.max()) >= len(self.known) or not bool(self.known[rows].all()):
+            return None
+        return self.outputs[rows]
+
+    def note(self, rows: Tensor, output: Tensor) -> None:
+        """Remembers outputs, if there is room up to the largest of these positions, and if they are of one shape."""
+        if self.outputs is not None and output.shape[1:] != self.outputs.shape[1:]:
+            return
+        most = max(int(rows.max()) + 1, len(self.known))
+        size = max(most, 2 * len(self.known)) if most > len(self.known) else most
+        if size * output[0].numel() * output.element_size() > REMEMBERED:
+            return
+        if self.outputs is None:
+            self.outputs, self.known = output.new_empty(0, *output.shape[1:]), self.known.to(output.device)
+        if size > len(self.known):
+            more = size - len(self.known)
+            self.outputs = torch.cat([self.outputs, output.new_empty(more, *output.shape[1:])])
+            self.known = torch.cat([self.known, self.known.new_zeros(more)])
+        self.outputs[rows], self.known[rows] = output, True
+
+
+def rows_of(index: Index, raw: Any, n: int) -> Tensor:
+    """The positions that a function gives for a raw batch, `n` int64.
+
+    Raises:
+        ConfigurationError: it raises, or gives something else.
+    """
+    try:
+        found = torch.as_tensor(index(raw))
+    except Exception as error:
+        raise ConfigurationError(
+            explain(
+                f"`index` raised {type(error).__name__}: {error}.",
+                "it is called with a batch as the data loader gives it, and returns data-set positions.",
+            )
+        ) from error
+    if found.shape != (n,) or found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
+        raise ConfigurationError(
+            explain(
+                f"`index` returned {found.dtype} {list(found.shape)} for {n} samples.",
+                "return the data-set position of each sample, whole numbers from 0.",
+            )
+        )
+    return found.long()
+
+
+def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Old logits in the new order of classes, those that only the old model has behind them; and the pairs of classes.
+
+    Classes that only the new model has are impossible for the old one.
+    """
+    pairs = [(new, old) for old, new in table.items() if old < output.shape[1] and new < classes]
+    new, old = torch.tensor(pairs, device=output.device).view(-1, 2).unbind(1)
+    alone = [i for i in range(output.shape[1]) if i not in {o for _, o in pairs}]
+    wide = output.new_full((len(output), classes + len(alone)), -torch.inf)
+    wide[:, new] = output[:, old]
+    wide[:, classes:] = output[:, alone]
+    return wide, new, old
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x

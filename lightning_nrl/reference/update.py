@@ -1,0 +1,96 @@
+"""An update: a new model, and what is known of the one that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl.data.batch import Source
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.report import Role
+from lightning_nrl.tasks import Task
+
+__all__ = ["KEEPS", "Keep", "Update", "look_back"]
+
+Keep = Literal["both", "reference"]
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+"""What may not break: what either model gets right, or only what the replaced one does."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the replaced model does on the data.
+
+    Attributes:
+        answers: by role of the data, row by row as the new model's evidence.
+    """
+
+    answers: Mapping[Role, SampleResults]
+
+    def regressions(self, role: Role, new: SampleResults) -> SampleResults:
+        """The new model's evidence, with those of its targeted failures marked that the replaced model gets right."""
+        return replace(new, targeted=new.targeted & self.answers[role].passed)
+
+    def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
+        """The new model's known evidence, with those samples marked as passed that may not break."""
+        return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
+
+
+def look_back(
+    reference: Reference,
+    model: nn.Module,
+    sources: Mapping[Role, Sequence[Source]],
+    evidence: Mapping[Role, SampleResults],
+    *,
+    task: Task,
+    context: Context,
+    collective: Collective,
+) -> Update:
+    """Asks the replaced model, once.
+
+    Args:
+        reference: the replaced model.
+        model: the new one, on its device.
+        sources: the data by role, this rank's share.
+        evidence: what the new model does on them.
+        task: what passed means.
+        context: entered around every forward pass.
+        collective: the ranks that share the data.
+
+    Raises:
+        ConfigurationError: the replaced model or its predictions do not fit the data.
+    """
+    # At once, since a cache is one file; roles may not share the name of a split.
+    roles = list(sources)
+    together = [source for role in roles for source in sources[role]]
+    like = _joined([evidence[role] for role in roles])
+    found = reference.answers(model, together, like, task=task, context=context, collective=collective)
+    answers, at, split = {}, 0, 0
+    for role in roles:
+        one = evidence[role]
+        rows, splits = slice(at, at + len(one)), slice(split, split + len(one.splits))
+        answers[role] = _part(found, rows, splits)
+        at, split = rows.stop, splits.stop
+    return Update(answers)
+
+
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
+
+
+def _joined(tables: Sequence[SampleResults]) -> SampleResults:
+    splits = tuple(split for table in tables for split in table.splits)
+    sizes = tuple(size for table in tables for size in table.sizes)
+    columns: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in tables]) for name in COLUMNS}
+    return SampleResults(splits, sizes, **columns)
+
+
+def _part(table: SampleResults, rows: slice, splits: slice) -> SampleResults:
+    columns: dict[str, Any] = {name: getattr(table, name)[rows] for name in COLUMNS}
+    return SampleResults(table.splits[splits], table.sizes[splits], **columns)

@@ -1,0 +1,129 @@
+"""What two models do on the same data, sample by sample: what the rules of a release look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl.data.batch import Source
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
+from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["ModelPair", "check_splits", "see"]
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """Both models on `N` samples, row by row.
+
+    Attributes:
+        before: what the old model does.
+        after: what the new one does on the same samples.
+        slices: names of the slices, `S` of them.
+        group: `N` int64, the number of each sample's slice; -1: in none.
+        marked: `N` bool for each target that a rule asks about: which samples it chooses, right or wrong.
+        flips: what became of each sample.
+    """
+
+    before: SampleResults
+    after: SampleResults
+    slices: tuple[str, ...]
+    group: Tensor
+    marked: Mapping[Target, Tensor] = field(default_factory=dict)
+    flips: Flips = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "flips", Flips.between(self.before, self.after))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return self.after.splits
+
+    def rows(self, split: str) -> Tensor:
+        """`N` bool, the samples of a split."""
+        mask = torch.zeros(len(self.after), dtype=torch.bool)
+        mask[self.after.of(split)] = True
+        return mask
+
+    def slices_of(self, split: str) -> dict[str, Tensor]:
+        """`N` bool for each slice that has samples in a split: these samples."""
+        own = self.rows(split)
+        masks = {name: own & (self.group == number) for number, name in enumerate(self.slices)}
+        return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def see(
+    new: nn.Module,
+    old: Reference,
+    data: Sequence[Source],
+    *,
+    slices: Slices | None = None,
+    targets: Sequence[Target] = (),
+    task: str | Task | None = None,
+    context: Context = nullcontext,
+    collective: Collective | None = None,
+) -> ModelPair:
+    """One pass of each model over the data, batch by batch. Models and random states are left as found.
+
+    Args:
+        new: the new model, on its device.
+        old: the one in use.
+        data: the splits, this rank's share of each.
+        slices: which slice each sample is in.
+        targets: what else is to be noted of the samples.
+        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
+        context: entered around every forward pass, such as autocast.
+        collective: the ranks that share the data; each gets the same tables.
+
+    Raises:
+        ConfigurationError: the data, the slices, a target or the old model do not fit.
+        EvaluationError: a split's samples are not there exactly once.
+    """
+    ranks = collective or Collective()
+    means: dict[str, Any] = {"task": parse_task(task), "context": context, "collective": ranks}
+    slicing = [SliceRecorder(source, slices, means["task"]) for source in data]
+    told: Sequence[Any] = slicing
+    marking: dict[Target, list[SliceRecorder]] = {}
+    for target in targets:
+        # One around the other, so that a single pass tells all.
+        told = marking[target] = [SliceRecorder(source, target, means["task"], "where") for source in told]
+    with preserve(new):
+        after = collect(new, told, **means)
+        before = old.answers(new, data, after, **means)
+    names, group = _joined([source.whole(ranks) for source in slicing])
+    marked = {target: torch.cat([mark.whole(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
+    return ModelPair(before, after, names, group, marked)
+
+
+def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    """The splits that are asked for; all if none is named.
+
+    Raises:
+        ConfigurationError: one is not there.
+    """
+    unknown = [name for name in asked if name not in there]
+    if unknown:
+        raise ConfigurationError(
+            explain(f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these.")
+        )
+    return tuple(asked) or tuple(there)
+
+
+def _joined(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+    """The slices of all splits under common numbers."""
+    names = tuple(sorted({name for own, _ in parts for name in own}))
+    return names, torch.cat([renumbered(own, group, names) for own, group in parts])

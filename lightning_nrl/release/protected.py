@@ -1,0 +1,144 @@
+"""Samples that must not break, whatever else an update does."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.data.targets import Predicate, Target
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.release.model_pair import ModelPair
+from lightning_nrl.release.rules import Finding, Rule
+
+__all__ = ["ProtectedIntact", "read_ids"]
+
+Ids = Mapping[str, Sequence[int]]
+"""Data-set positions, by split."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedIntact(Rule):
+    """Every protected sample that was right is right still.
+
+    Attributes:
+        ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
+            positions alone where there is one split.
+        where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
+            its address.
+
+    Raises:
+        ConfigurationError: on construction, if neither is given or the file cannot be read.
+
+    Example:
+        >>> print(ProtectedIntact({"test": [3, 17]}))
+        protected:2 samples
+    """
+
+    ids: Ids | Sequence[int] | str | Path | None = None
+    where: Target | Predicate | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.where is None:
+            raise ConfigurationError(
+                explain(
+                    "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
+                )
+            )
+        target = self.where if self.where is None or isinstance(self.where, Target) else Target.where(self.where)
+        object.__setattr__(self, "where", target)
+        object.__setattr__(self, "_file", str(self.ids) if isinstance(self.ids, (str, Path)) else "")
+        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids
+        object.__setattr__(self, "ids", {"": ids} if isinstance(ids, Sequence) else ids)
+        lists = (ids,) if isinstance(ids, Sequence) else (ids or {}).values()
+        whole = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in lists)
+        check_kind("ids", ids, whole, "list of samples", "ids={'test': [3, 17]}")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (self.where,) if isinstance(self.where, Target) else ()
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        for split in self._ids(splits):
+            if split not in splits:
+                raise ConfigurationError(
+                    explain(f"`ids` names the split {split!r}, the data have {list(splits)}.", "name one of these.")
+                )
+
+    def check(self, seen: ModelPair) -> Finding:
+        chosen = self._chosen(seen)
+        counts, bad = seen.flips.counts(chosen), chosen & seen.flips.broken
+        text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
+        wrong = counts.failing + counts.repaired
+        rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
+        ids = {split: rows for split, rows in seen.after.ids(bad).items() if rows}
+        return Finding(str(self), not counts.broken, f"{text}{rest}.", ids)
+
+    def _ids(self, splits: Sequence[str]) -> Ids:
+        found: Ids = self.ids or {}  # type: ignore[assignment]
+        if "" not in found:
+            return found
+        if len(splits) != 1:
+            raise ConfigurationError(
+                explain(
+                    f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
+                )
+            )
+        return {splits[0]: found[""]}
+
+    def _chosen(self, seen: ModelPair) -> Tensor:
+        chosen = torch.zeros(len(seen.after), dtype=torch.bool)
+        for split, ids in self._ids(seen.splits).items():
+            wanted, rows = torch.as_tensor(list(ids), dtype=torch.int64), seen.after.of(split)
+            there = seen.after.index[rows]
+            missing = wanted[~torch.isin(wanted, there)].tolist()
+            if missing:
+                raise ConfigurationError(
+                    explain(
+                        f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
+                        "give positions in the data set; what is not there cannot be checked.",
+                    )
+                )
+            chosen[rows] |= torch.isin(there, wanted)
+        for target in self.targets:
+            if not seen.marked[target].any():
+                raise ConfigurationError(
+                    explain(
+                        f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
+                        "give data that have such samples, or leave the rule out.",
+                    )
+                )
+            chosen |= seen.marked[target]
+        return chosen
+
+    def __str__(self) -> str:
+        listed_ids: Ids = self.ids or {}  # type: ignore[assignment]
+        n = sum(len(rows) for rows in listed_ids.values())
+        listed = self._file or (f"{n:,} sample{'s' if n != 1 else ''}" if n else "")  # type: ignore[attr-defined]
+        return "protected:" + " and ".join(filter(None, (listed, *map(str, self.targets))))
+
+
+def read_ids(path: str | Path) -> dict[str, list[int]]:
+    """Samples in a CSV file with the columns `split` and `id`.
+
+    Raises:
+        ConfigurationError: there is no such file, it holds no sample, or a line cannot be read; it is named.
+    """
+    hint = "give a CSV file with the columns split,id."
+    try:
+        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(explain(f"`ids={str(path)!r}` cannot be read ({error}).", hint)) from error
+    found: dict[str, list[int]] = {}
+    for line, row in enumerate(rows, 2):
+        try:
+            found.setdefault(row["split"], []).append(int(row["id"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(explain(f"`ids={str(path)!r}`, line {line}: {error!r}.", hint)) from error
+    if not found:
+        raise ConfigurationError(explain(f"`ids={str(path)!r}` holds no sample.", hint))
+    return found

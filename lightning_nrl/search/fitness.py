@@ -1,0 +1,268 @@
+"""How good a candidate is: the paper's equations (1) and (2), perfect intact, and a ranking with regressions first.
+
+Pure functions of scores, `S x P -> S x P`; larger is better. `Fitness` is both the user's argument and the function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.errors import ConfigurationError, check_choice, explain
+
+__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "per_swarm"]
+
+FitnessFunction = Callable[[Scores, Scores], Tensor]
+"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
+
+Number = float | Tensor
+
+KINDS = ("lexicographic", "eq1", "eq2")
+LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
+INFEASIBLE = ("ranked", "zero")
+
+FLOOR = -(2.0**20)
+"""Under perfect intact, feasible candidates are never ranked below this and infeasible ones never above it."""
+
+
+@dataclass(frozen=True)
+class Fitness:
+    r"""What a search maximises.
+
+    With :math:`N_{patched}` repaired samples of :math:`I_{neg}`, :math:`N_{intact}` kept samples of :math:`I_{pos}` and
+    loss terms :math:`l` (see `loss_term`), the kinds are
+
+    - `lexicographic`: fewer broken first, then more repaired, then lower mean loss over I_neg and I_pos together: with
+      that of I_neg alone, a search that can repair no more would go on to push passed samples to the brink. As a
+      number: N_patched + loss part while nothing of I_pos is broken, which is positive; negative otherwise. The loss
+      part is the bounded loss term, squashed into 0 to 1/2 (1/4 for an unchanged loss): it decides between equal
+      counts only.
+    - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
+      (1).
+    - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
+
+    Where samples have weights (`Scores.gain`, `Scores.harm`), N_patched is the weight of the repaired samples, the
+    weights of I_neg being 1 on average; a broken sample counts as many times as its weight says; the mean loss on I_neg
+    is weighted; and the loss part above is multiplied with the least weight of I_neg, so that no loss outweighs a
+    repair.
+
+    A candidate whose loss is NaN or infinite is worth minus infinity.
+
+    Attributes:
+        kind: one of the above.
+        alpha: the intact weight of `eq1` and `eq2`, at least 0. See `exchange_rate` for what it buys.
+        beta: the weight of the loss term in `eq2`, at least 0.
+        delta: the small constant in the loss terms, above 0.
+        loss_term: how `eq1` and `eq2` read the paper's loss ratio, with loss L before and L' after the repair:
+            `bounded` is 1 - (L'+d)/(L+d), at most 1; `inverse_ratio` is (L+d)/(L'+d), unbounded, so that driving one
+            loss to 0 outweighs every count; `as_printed` is (L'+d)/(L+d), which grows with the loss.
+        perfect_intact: the paper's pi: any broken sample of I_pos makes a candidate infeasible.
+        infeasible: what pi does then: `ranked` puts infeasible candidates below all feasible ones, in the order of the
+            lexicographic kind, so that a search finds its way back; `zero` gives all of them the paper's 0.
+
+    Raises:
+        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_nrl._scoring.scores import Scores
+        >>> loss = torch.ones(1, 2)
+        >>> none, every = torch.tensor([[0.0]]), torch.tensor([[10.0]])
+        >>> before = Scores(none, every, loss[:, :1], loss[:, :1], n_failed=4, n_passed=10)
+        >>> patched, intact = torch.tensor([[1.0, 4.0]]), torch.tensor([[10.0, 9.0]])
+        >>> after = Scores(patched, intact, loss, loss, n_failed=4, n_passed=10)
+        >>> Fitness()(after, before)
+        tensor([[ 1.2500, -0.7500]], dtype=torch.float64)
+        >>> Fitness("eq2", alpha=8)(after, before)
+        tensor([[8.2500, 8.2000]], dtype=torch.float64)
+    """
+
+    kind: Literal["lexicographic", "eq1", "eq2"] = "lexicographic"
+    alpha: float = 6.0
+    beta: float = 0.25
+    delta: float = 1e-3
+    loss_term: Literal["bounded", "inverse_ratio", "as_printed"] = "bounded"
+    perfect_intact: bool = False
+    infeasible: Literal["ranked", "zero"] = "ranked"
+
+    def __post_init__(self) -> None:
+        check_choice("fitness.kind", self.kind, KINDS)
+        check_choice("fitness.loss_term", self.loss_term, LOSS_TERMS)
+        check_choice("fitness.infeasible", self.infeasible, INFEASIBLE)
+        for name in ("alpha", "beta", "delta"):
+            value = getattr(self, name)
+            finite = isinstance(value, Real) and math.isfinite(value)
+            if not finite or value < 0 or (name == "delta" and value == 0):
+                raise ConfigurationError(
+                    explain(
+                        f"`fitness.{name}={value!r}` is out of range.",
+                        f"give a finite number {'above' if name == 'delta' else 'of at least'} 0.",
+                    )
+                )
+
+    @property
+    def uses_passed_loss(self) -> bool:
+        """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
+        return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
+
+    def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
+        """The most samples of I_pos that a candidate may break and still be worth more than some value.
+
+        Args:
+            value: of this fitness, `S x P`.
+            n_failed: |I_neg|, as in `Scores`.
+
+        Returns:
+            `S x P`, whole numbers or infinity; None where breaking more can be made up for.
+        """
+        any_number = torch.full_like(value, math.inf)
+        if self.perfect_intact and self.infeasible == "zero":
+            return torch.where(value >= 0, 0.0, any_number)
+        ranked = (-value / (n_failed + 1)).ceil().clamp(min=0)
+        if self.kind == "lexicographic":
+            return ranked
+        if not self.perfect_intact:
+            return None
+        return torch.where(value >= FLOOR, 0.0, ((FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0))
+
+    def __call__(self, scores: Scores, original: Scores) -> Tensor:
+        """The fitness of each candidate.
+
+        Args:
+            scores: the candidates', `S x P`.
+            original: the unchanged weights', `S x 1`.
+
+        Returns:
+            `S x P` float64; the lexicographic order of the counts is exact up to a million samples of each kind. MPS
+            has float32 only: there it is exact while broken * (|I_neg| + 1) stays below 2^22.
+        """
+        return _evaluate(self, scores, original, self.alpha, self.beta, self.delta)
+
+
+def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
+    """How many regressions `eq1` and `eq2` accept for one repair, losses apart: |I_pos| / (alpha * |I_neg|).
+
+    One repair earns 1/|I_neg|, one regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
+    regressions: only perfect intact and the lexicographic kind do.
+
+    Args:
+        n_failed: |I_neg|.
+        n_passed: |I_pos|.
+        alpha: the intact weight.
+
+    Example:
+        >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
+        5.0
+    """
+    return math.inf if alpha * n_failed == 0 else n_passed / (alpha * n_failed)
+
+
+def per_swarm(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
+    """One function for S swarms that each have a fitness of their own.
+
+    Swarms that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
+
+    Args:
+        fitness: one a swarm.
+        device: where the scores will lie.
+    """
+    if all(one == fitness[0] for one in fitness):
+        return fitness[0]
+    kinds: dict[tuple[str, str, bool, str], list[int]] = {}
+    for row, one in enumerate(fitness):
+        kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible), []).append(row)
+    groups = [_Group.of(fitness, rows, device) for rows in kinds.values()]
+
+    def together(scores: Scores, original: Scores) -> Tensor:
+        if len(groups) == 1:
+            return _evaluate(groups[0].how, scores, original, *groups[0].numbers)
+        value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
+        for how, rows, numbers in groups:
+            value[rows] = _evaluate(how, _rows(scores, rows), _rows(original, rows), *numbers)
+        return value
+
+    return together
+
+
+class _Group(NamedTuple):
+    """Swarms whose fitness differs in numbers alone."""
+
+    how: Fitness
+    rows: Tensor  # n int64, which swarms
+    numbers: tuple[Tensor, Tensor, Tensor]  # alpha, beta, delta, n x 1 each
+
+    @classmethod
+    def of(cls, fitness: Sequence[Fitness], rows: list[int], device: torch.device) -> _Group:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=widest(device), device=device)[:, None]
+
+        mine = [fitness[row] for row in rows]
+        numbers = column([f.alpha for f in mine]), column([f.beta for f in mine]), column([f.delta for f in mine])
+        return cls(mine[0], torch.tensor(rows, device=device), numbers)
+
+
+def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number) -> Tensor:
+    dtype = widest(scores.patched.device)
+    intact = scores.intact.to(dtype)
+    gain = scores.patched.to(dtype) if scores.gain is None else scores.gain.to(dtype)
+    loss_failed, loss_passed = scores.loss_failed.to(dtype), scores.loss_passed.to(dtype)
+    before_failed, before_passed = original.loss_failed.to(dtype), original.loss_passed.to(dtype)
+    broken = scores.n_passed - intact
+    if scores.harm is not None:
+        broken = scores.harm.to(dtype)
+        intact = scores.n_passed - broken
+
+    def lexicographic() -> Tensor:
+        n = scores.n_failed + scores.n_passed
+        loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
+        before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
+        fall = (before - loss) / (before.abs() + delta)
+        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - broken * (scores.n_failed + 1)
+
+    if how.kind == "lexicographic":
+        value = lexicographic()
+    else:
+        value = gain / scores.n_failed + alpha * (intact / scores.n_passed)
+        if how.kind == "eq1":
+            value = value + _loss_term(how.loss_term, loss_failed, before_failed, delta)
+            value = value + _loss_term(how.loss_term, loss_passed, before_passed, delta)
+        else:
+            value = value + beta * _loss_term(how.loss_term, loss_failed, before_failed, delta)
+    if how.perfect_intact and how.infeasible == "zero":
+        value = value.masked_fill(broken > 0, 0.0)
+    elif how.perfect_intact and how.kind != "lexicographic":
+        value = torch.where(broken > 0, FLOOR + lexicographic(), value.clamp(min=FLOOR))
+    return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
+
+
+def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tensor:
+    if kind == "inverse_ratio":
+        return (before + delta) / (after + delta)
+    ratio = (after + delta) / (before + delta)
+    return ratio if kind == "as_printed" else 1 - ratio
+
+
+def _rows(scores: Scores, rows: Tensor) -> Scores:
+    def pick(x: int | Tensor) -> int | Tensor:
+        return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x
+
+    return Scores(
+        scores.patched[rows],
+        scores.intact[rows],
+        scores.loss_failed[rows],
+        scores.loss_passed[rows],
+        pick(scores.n_failed),
+        pick(scores.n_passed),
+        None if scores.gain is None else scores.gain[rows],
+        None if scores.harm is None else scores.harm[rows],
+        scores.least,
+    )

@@ -1,0 +1,45 @@
+"""A problem in the plane whose answers can be worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.problem import Problem
+
+
+def threshold(at: float) -> nn.Linear:
+    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[0.0, at], [1.0, 0.0]])
+    return model.eval()
+
+
+def points(x: Sequence[float], labels: Sequence[int], split: str, **marks: Any) -> TensorSource:
+    return TensorSource(torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks)
+
+
+def known() -> list[TensorSource]:
+    """With the threshold at 0.75, all of `train` pass; of `new` 0.6 passes, and 0.7 and 0.5 are to be repaired."""
+    return [
+        points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True),
+        points([0.6, 0.7, 0.5], [0, 1, 1], "new", failed=True),
+    ]
+
+
+def make_problem(model: nn.Module, sources: Sequence[Any] | None = None, layer: Any = "auto", **rest: Any) -> Problem:
+    """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
+    sources, task = known() if sources is None else sources, Multiclass()
+    space, scope = find_scope(model.eval(), layer)
+    before = collect(model, sources, task=task, target=Target.all())
+    given: dict[str, Any] = {"context": nullcontext, "whole": layer == "auto", **rest}
+    return Problem(
+        model, sources, before, space, scope, task, NeuRecoverLite(), Fitness("lexicographic"), before.passed, **given
+    )

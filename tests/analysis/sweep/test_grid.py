@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_nrl import AllWeights, ConfigurationError, Fitness, Grid, NeuRecoverLite, ParticleSwarm, Settings
+from lightning_nrl.analysis.sweep import parse_seeds, parse_settings
+from lightning_nrl.presets import TABLE_II, paper_arguments
+
+BASE = Settings(method=ParticleSwarm(iterations=20))
+
+
+def names(settings: Any, base: Settings = BASE) -> list[str]:
+    return [setting.name for setting in parse_settings(settings, base)]
+
+
+def test_a_grid_is_the_product_of_its_axes_and_the_last_runs_fastest() -> None:
+    grid = Grid(alpha=[4, 5], fitness="eq1", n_weights=[16, 32], patience=[10, 50])
+    assert names(grid) == [
+        f"eq1 alpha={alpha} lw={n} pos=all p=100{patience}"
+        for alpha in (4, 5)
+        for n in (16, 32)
+        for patience in (" patience=10", "")
+    ]
+    setting = parse_settings(grid, BASE)[0]
+    assert setting.fitness == Fitness("eq1", alpha=4)
+    assert setting.method == ParticleSwarm(iterations=20, patience=10)
+    assert setting.localizer == NeuRecoverLite(n_weights=16)
+    assert repr(grid) == "Grid(fitness=['eq1'], alpha=[4, 5], n_weights=[16, 32], patience=[10, 50])"
+
+
+def test_rows_of_the_paper_are_what_from_paper_gives() -> None:
+    settings = parse_settings(list(TABLE_II), BASE)
+    assert [setting.name for setting in settings] == list(TABLE_II)
+    for setting in settings:
+        row = paper_arguments(setting.name)
+        del row["gate"]
+        assert setting.arguments() == row
+
+
+def test_a_row_with_something_else_says_so_in_its_name() -> None:
+    (setting,) = parse_settings({"row": "EXP-C1", "particles": 20, "n_passed": None}, BASE)
+    assert setting.name == "EXP-C1 particles=20 n_passed=None"
+    assert setting.method == ParticleSwarm(particles=20, iterations=100, patience=10, start="paper")
+    assert setting.n_passed is None
+    (named,) = parse_settings([{"row": "EXP-C1", "particles": 20, "name": "few"}], BASE)
+    assert named.name == "few"
+
+
+def test_what_makes_no_difference_is_tried_once() -> None:
+    grid = Grid(fitness=["lexicographic", "eq1"], alpha=[4, 6], perfect_intact=[False, True])
+    assert names(grid) == [
+        "lexicographic lw=auto pos=all p=100",
+        *(f"eq1 alpha={alpha}{pi} lw=auto pos=all p=100" for alpha in (4, 6) for pi in ("", " pi")),
+    ]
+    assert names(["EXP-C1", "EXP-C1"]) == ["EXP-C1"]
+    # As the paper's 0 it does make one.
+    zero = Grid(fitness="lexicographic", infeasible="zero", perfect_intact=[False, True])
+    assert len(names(zero)) == 2
+
+
+def test_whole_objects_are_taken_as_they_are() -> None:
+    given = {"fitness": Fitness("eq2", alpha=8), "localizer": AllWeights(), "method": ParticleSwarm(7), "n_passed": 9}
+    (setting,) = parse_settings(given, BASE)
+    assert {name: getattr(setting, name) for name in given} == given
+    assert setting.name == "eq2 alpha=8 lw=all pos=9 p=7 iterations=300 AllWeights"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"alfa": 4}, "`alfa` is no argument of a search.\nHINT: did you mean `alpha`"),
+        ({"alpha": -1}, "`fitness.alpha=-1` is out of range"),
+        ({"n_passed": 0}, "`n_passed=0` is out of range"),
+        ({"fitness": "eq3"}, "`fitness.kind='eq3'` is unknown"),
+        ({"localizer": AllWeights(), "n_weights": 5}, "`n_weights` is no argument"),
+        ({"method": "convex"}, "`method='convex'` is no ParticleSwarm"),
+        (["EXP-C9"], "`row='EXP-C9'` is not in Table II"),
+        ([], "`settings` is empty"),
+        (3, "`settings=3` is no list of settings"),
+        ([3], "`settings=3` is no setting"),
+        ([{"alpha": 4, "name": "a"}, {"fitness": "eq1", "name": "a"}], "two different ones are 'a'"),
+    ],
+)
+def test_what_cannot_be_tried_is_refused(settings: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        parse_settings(settings, BASE)
+
+
+def test_a_grid_without_values_and_another_method_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="a grid without an axis"):
+        Grid()
+    with pytest.raises(ConfigurationError, match="`patience` has no value"):
+        Grid(alpha=[4], patience=[])
+    with pytest.raises(ConfigurationError, match=r"`method` is a Convex: a sweep runs the paper's search"):
+        parse_settings("EXP-C1", Settings(method="convex"))  # type: ignore[arg-type]
+
+
+def test_seeds_are_a_number_or_a_list() -> None:
+    assert parse_seeds(3) == (0, 1, 2)
+    assert parse_seeds([7, 5]) == (7, 5)
+    for wrong in (0, [], [1, 1], "ab", True, [-1], [2**32]):
+        with pytest.raises(ConfigurationError, match=r"`seeds=|`seed="):
+            parse_seeds(wrong)  # type: ignore[arg-type]

@@ -1,0 +1,367 @@
+"""Many runs at once: each is what a single repair is, and its counts are those of the deployed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+from toy_repairs import blobs, known, quick, right, trained, unseen
+
+from lightning_nrl import (
+    AllWeights,
+    ConfigurationError,
+    Gate,
+    Grid,
+    NeuRecoverLite,
+    Settings,
+    SweepResult,
+    Target,
+    TensorSource,
+    repair_module,
+    sweep_module,
+)
+from lightning_nrl._utils.state import holding
+from lightning_nrl.analysis.sweep import Run, recount, study
+from lightning_nrl.presets import paper_arguments
+from lightning_nrl.report import hash_tensors
+
+GRID = Grid(
+    fitness=["lexicographic", "eq1", "eq2"],
+    alpha=8,
+    perfect_intact=[False, True],
+    n_weights=[6, 12],
+    n_passed=[30, None],
+    patience=1,
+)
+
+
+def calibration() -> list[TensorSource]:
+    return [TensorSource(*blobs(50, 1.0, 7), split="val", batch_size=16)]
+
+
+def run(model: nn.Module, settings: Any = GRID, **arguments: Any) -> SweepResult:
+    """A sweep of the blobs; unseen data are read in batches of another size than known."""
+    given: dict[str, Any] = {"base": quick(), "seeds": 2, "unseen": unseen(), "calibration": calibration()}
+    return sweep_module(model, known(batch_size=48), settings, **{**given, **arguments})
+
+
+def alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) -> Any:
+    """The same by itself, whatever it breaks."""
+    how = {**result.arguments(chosen), **arguments, "gate": Gate.tolerance(10**6)}
+    others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
+    return repair_module(model, known(batch_size=48), Settings(**how), **others)
+
+
+def counts_of(report: Any, role: str) -> tuple[int, ...]:
+    splits = [split for split in report.splits if split.role == role]
+    names = ("n", "targeted", "repaired_in_target", "repaired", "broken")
+    return tuple(sum(getattr(split, name) for split in splits) for name in names)
+
+
+def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) -> None:
+    """A run is, bit for bit and count by count, the repair with the same arguments."""
+    outcome = alone(model, result, chosen, **arguments)
+    report, state = outcome.report, result.state(chosen)
+    if not chosen.known_repaired_in_target:
+        assert report.status == "not repaired"
+        return
+    assert report.search is not None
+    assert (chosen.value, chosen.iterations) == (report.search.fitness, report.search.iterations)
+    assert chosen.patched == report.search.history["patched"][-1]
+    assert chosen.intact == report.search.history["intact"][-1]
+    assert outcome.parameters is not None
+    for name, value in outcome.parameters.items():
+        assert torch.equal(state[name], value)
+    for role in ("known", "calibration", "unseen"):
+        names = ("n", "targeted", "repaired_in_target", "repaired", "broken")
+        assert counts_of(report, role) == tuple(getattr(chosen, f"{role}_{name}") for name in names)
+
+
+def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
+    model = trained()
+    result = run(model)
+    assert len(result.runs) == 2 * (4 + 2 * 2 * 4)
+    assert sum(chosen.known_repaired_in_target > 0 for chosen in result.runs) > 20
+    assert len({chosen.iterations for chosen in result.runs}) > 2
+    for chosen in result.runs[::4]:
+        check_alone(model, result, chosen)
+
+
+def test_rows_of_the_paper_are_what_from_paper_finds() -> None:
+    model = trained()
+    rows = [{"row": row, "iterations": 8, "particles": 10, "n_passed": 40} for row in ("EXP-A1", "EXP-C4")]
+    result = run(model, [*rows, "EXP-C1"])
+    for chosen in result.runs[:4]:
+        check_alone(model, result, chosen)
+    last = result.runs[-1]
+    settings = Settings(**{**paper_arguments("EXP-C1"), "seed": last.seed, "gate": Gate.tolerance(10**6)})
+    outcome = repair_module(model, known(batch_size=48), settings)
+    assert outcome.parameters is not None
+    assert torch.equal(outcome.parameters["2.weight"], result.state(last)["2.weight"])
+    assert (last.setting, last.seed, last.n_weights, last.particles) == ("EXP-C1", 1, 32, 200)
+
+
+def deep() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("layer", "localizer"),
+    [("3", NeuRecoverLite(n_weights=9, include_bias=True)), (["0", "5"], AllWeights()), ("0", NeuRecoverLite())],
+)
+def test_any_layers_are_swept(layer: Any, localizer: Any) -> None:
+    model = trained(deep)
+    base = quick(layer=layer, localizer=localizer, target=Target.label(0))
+    result = run(model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=base)
+    assert any(chosen.known_repaired_in_target for chosen in result.runs)
+    for chosen in result.runs[::3]:
+        check_alone(model, result, chosen, layer=layer, target=Target.label(0))
+
+
+class Twice(nn.Module):
+    """Calls its layer twice, so that nothing can be replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.relu(self.layer(x))))
+
+
+@pytest.mark.filterwarnings("ignore:`layer`. layer 'layer' is called 2 times")
+def test_what_cannot_be_replayed_is_run_as_a_whole() -> None:
+    model = trained(Twice)
+    result = run(model, Grid(fitness=["eq1", "lexicographic"]), base=quick(layer="layer"))
+    assert any(chosen.known_repaired_in_target for chosen in result.runs)
+    for chosen in result.runs:
+        check_alone(model, result, chosen, layer="layer")
+
+
+def test_biases_may_be_searched_in_some_settings() -> None:
+    model = trained()
+    result = run(model, Grid(include_bias=[False, True], n_weights=12))
+    with_bias = result.of("lexicographic lw=12 pos=all p=12 include_bias=True")
+    assert [set(result.state(chosen)) for chosen in with_bias] == [{"2.weight", "2.bias"}] * 2
+    for chosen in result.runs:
+        check_alone(model, result, chosen)
+
+
+@pytest.mark.parametrize(
+    "said", [{"importance": "focal"}, {"set_aside": {"new": [3, 7, 30]}}, {"set_aside": "doubtful"}]
+)
+def test_failures_may_count_differently(said: dict[str, Any]) -> None:
+    model = trained()
+    result = run(model, Grid(fitness=["eq1", "lexicographic"]), base=quick(**said))
+    for chosen in result.runs:
+        check_alone(model, result, chosen, **said)
+
+
+def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> None:
+    model = trained()
+    sources = {"known": known(), "calibration": calibration(), "unseen": unseen()}
+    result = run(model, Grid(fitness=["eq1", "eq2"], alpha=[1, 8], n_weights=12), seeds=4)
+    before = {role: torch.cat([right(model, source) for source in data]) for role, data in sources.items()}
+    for chosen in result.runs:
+        with holding(model, result.state(chosen)):
+            for role, data in sources.items():
+                now = torch.cat([right(model, source) for source in data])
+                found = int((now & ~before[role]).sum()), int((~now & before[role]).sum())
+                assert (getattr(chosen, f"{role}_repaired"), getattr(chosen, f"{role}_broken")) == found
+                assert getattr(chosen, f"{role}_accuracy_after") == pytest.approx(now.double().mean().item())
+    best = result.best("accuracy")
+    assert best is not None
+    result.write(model, best)
+    assert int(right(model, sources["known"][1]).sum()) > int(before["known"][120:].sum())
+
+
+def test_the_model_and_the_random_state_are_left_as_found() -> None:
+    model = trained(deep)
+    before, random = hash_tensors(model.state_dict()), torch.get_rng_state()
+    run(model, Grid(alpha=[4, 5], fitness="eq1"))
+    assert hash_tensors(model.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+
+
+def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
+    (one, *_) = run(trained(), {"n_g": 36}).runs
+    assert (one.n_localized, one.iterations, one.value, one.changed, one.patched, one.intact) == (
+        0,
+        0,
+        None,
+        False,
+        0,
+        164,
+    )
+    assert (one.known_repaired, one.known_broken, one.known_accuracy_after) == (0, 0, one.known_accuracy_before)
+
+
+def timeless(result: SweepResult) -> SweepResult:
+    return replace(result, runs=tuple(replace(one, seconds=0.0) for one in result.runs))
+
+
+def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, grid = trained(), Grid(fitness="eq1", alpha=[4, 5, 6, 7, 8, 9, 10, 11])
+    expected = timeless(run(model, grid))
+    passes: list[int] = []
+
+    def reading(*arguments: Any, **named: Any) -> Any:
+        passes.append(1)
+        return exact(*arguments, **named)
+
+    exact = recount.exact_batches
+    monkeypatch.setattr(recount, "exact_batches", reading)
+    monkeypatch.setattr(recount, "SMALL", 0)
+    run(model, grid)
+    assert len(passes) == 3  # Each role once.
+    passes.clear()
+    monkeypatch.setattr(recount, "default_budget", lambda device: 2000)
+    monkeypatch.setattr(study, "PATIENCE", 10**6)
+    assert timeless(run(model, grid)) == expected
+    # Counting waits until searching has taken a good deal longer: here once at the beginning, once at the end.
+    assert len(passes) == 6
+
+
+def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = trained(), tmp_path / "sweep"
+    made: list[int] = []
+    find = study.Bench.find
+
+    def counting(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+        made.extend(job.seed for job in jobs)
+        if len(made) > interrupt:
+            raise KeyboardInterrupt
+        return find(self, jobs, on_progress)
+
+    monkeypatch.setattr(study.Bench, "find", counting)
+    grid, interrupt = Grid(fitness="eq1", alpha=[4, 5, 6]), 4
+    with pytest.raises(KeyboardInterrupt):
+        run(model, grid, dirpath=folder)
+    assert len(SweepResult.from_csv(folder / "sweep.csv").runs) == 4
+    # A file that was cut short is made again.
+    (folder / "runs-0.pt").write_bytes(b"half a file")
+    interrupt = 10**6
+    made.clear()
+    result = run(model, grid, dirpath=folder)
+    assert made == [0, 1]
+    assert timeless(result) == timeless(run(model, grid))
+    made.clear()
+    again = run(model, {"alpha": 6, "fitness": "eq1", "name": "renamed"}, seeds=3, dirpath=folder)
+    assert made == [2]
+    assert [one.setting for one in again.runs] == ["renamed"] * 3
+    for old, new in zip(result.runs[4:], again.runs, strict=False):
+        assert torch.equal(result.state(old)["2.weight"], again.state(new)["2.weight"])
+    # Another model, other data and another target are other runs.
+    for others in ({"model": trained(seed=1)}, {"unseen": []}, {"base": quick(target=Target.label(0))}):
+        made.clear()
+        run(**{"model": model, "settings": {"alpha": 6, "fitness": "eq1"}, "dirpath": folder, **others})
+        assert made == [0, 1]
+
+
+class Watcher:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.told: list[tuple[int, int, str]] = []
+
+    def stage(self, name: str) -> Any:
+        self.stages.append(name)
+        return nullcontext()
+
+    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
+        raise AssertionError("a sweep has no best candidate to tell of")
+
+    def show(self, done: int, total: int, note: str) -> None:
+        self.told.append((done, total, note))
+
+
+def test_an_observer_is_told_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(study.time, "perf_counter", lambda: now[0])
+    find = study.Bench.find
+
+    def slow(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+        now[0] += 60 * len(jobs)
+        return find(self, jobs, on_progress)
+
+    monkeypatch.setattr(study.Bench, "find", slow)
+    watcher = Watcher()
+    run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=watcher)
+    assert watcher.stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
+    whole = [told for told in watcher.told if told[2] != watcher.told[0][2]]
+    assert [told for told in watcher.told if told[0]][-1] == (6, 6, "about 0 s left")
+    # Two of six took two minutes, so four take four.
+    assert (2, 6, "about 4 min left") in whole
+
+
+def test_ranks_share_out_the_runs_and_end_alike() -> None:
+    grid = Grid(fitness=["eq1", "lexicographic"])
+    expected = timeless(run(trained(), grid, seeds=3))
+
+    def work(collective: Any) -> SweepResult:
+        return run(trained(), grid, seeds=3, collective=collective)
+
+    for result in on_ranks(2, work):
+        assert timeless(result) == expected
+        for one, other in zip(result.runs, expected.runs, strict=True):
+            assert torch.equal(result.state(one)["2.weight"], expected.state(other)["2.weight"])
+
+
+def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[..., Any] = study.Bench.find
+
+    def failing(self: Any, jobs: Any, on_progress: Any = None) -> Any:
+        if any(job.seed == 1 for job in jobs):
+            raise RuntimeError("broken")
+        return find(self, jobs, on_progress)
+
+    monkeypatch.setattr(study.Bench, "find", failing)
+
+    def work(collective: Any) -> str:
+        with pytest.raises((RuntimeError, study.RepairError)) as caught:
+            run(trained(), {"alpha": 4}, collective=collective)
+        return str(caught.value)
+
+    assert sorted(on_ranks(2, work)) == ["another rank could not make its runs of the sweep.", "broken"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": quick(target=Target.label(0) & ~Target.label(0))}, "no sample fails in the target"),
+        ({"base": 3}, "`settings=3` is no Settings"),
+        ({"base": Settings(layer="3")}, "`layer='3'` is not in the model"),
+        ({"base": quick(protected={"train": [1]})}, "`protected`: the table of a sweep has no column for it"),
+        ({"seeds": 0}, "`seeds=0` names no seed"),
+        ({"unseen": known()}, "give each split a name of its own"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        run(trained(), **arguments)
+
+
+def test_data_that_are_shared_out_over_ranks_are_refused(tmp_path: Path) -> None:
+    class Half(TensorSource):
+        @property
+        def positions(self) -> Tensor:
+            return self.index[::2]
+
+    train, new = known()
+    half = Half(train.inputs, train.targets, "train", passed=True)
+    with pytest.raises(ConfigurationError, match="`train` data are shared out: 60 of 120 are here"):
+        sweep_module(trained(), [half, new], "EXP-C1")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="is a file"):
+        run(trained(), dirpath=tmp_path / "file")

@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from repository import ROOT
+from torch import Tensor, nn
+from toy_repairs import QUICK, known, quick, right, trained, unseen
+
+from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, compare_module, diagnose_module
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
+from lightning_nrl.analysis.baselines import fine_tuning as tuning
+from lightning_nrl.analysis.comparison import Comparison, Entry, Point, parse_methods
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.methods import METHODS
+from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.report import hash_tensors
+
+HOW_TO = ROOT / "docs" / "compare.md"
+
+
+def threshold(at: float) -> nn.Linear:
+    """Class 1 for points (x, 1) with x above a threshold, else class 0."""
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.data = torch.tensor([[0.0, at], [1.0, 0.0]])
+    return model
+
+
+def points(x: list[float], labels: list[int], split: str, **marks: Any) -> TensorSource:
+    return TensorSource(torch.tensor([[value, 1.0] for value in x]), torch.tensor(labels), split, **marks)
+
+
+TRAIN = points([-2, -1, 1, 2], [0, 0, 1, 1], "train", passed=True)
+NEW = points([0.6, 0.7, 0.5, 0.3], [0, 1, 1, 1], "new", failed=True)
+LATER = points([0.65, 0.3], [1, 0], "later")
+
+
+@dataclass
+class Moved:
+    """The threshold put elsewhere; counts how often that is done."""
+
+    at: float
+    calls: int = 0
+
+    def __call__(self, problem: Problem) -> Solution:
+        self.calls += 1
+        proposal = problem.propose("moved", {"weight": threshold(self.at).weight.detach()})
+        return Solution(proposal, steps=(proposal.step(0.0, "by hand"),))
+
+
+def nothing(problem: Problem) -> Solution:
+    return Solution(None, "nothing was found.")
+
+
+def unsuitable(problem: Problem) -> Solution:
+    raise ConfigurationError("`layer='0'` is a Conv2d.\nHINT: name a Linear.")
+
+
+def timeless(comparison: Comparison) -> Comparison:
+    return replace(comparison, entries=tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in comparison.entries))
+
+
+def counts(point: Point) -> tuple[Any, ...]:
+    """Strength, targets that pass, known repaired and broken, unseen repaired and broken."""
+    known, later = point.known, point.unseen
+    return point.strength, point.targeted, known.repaired, known.broken, later.repaired, later.broken
+
+
+def test_every_strength_is_counted_and_the_largest_that_breaks_none_is_found() -> None:
+    # At strength t the threshold is 0.75 (1 - t). The one sample that breaks, 0.6, does so beyond t = 0.2.
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], unseen=[LATER], methods={"move": Moved(0.0)})
+    (entry,) = comparison.entries
+    assert comparison.targets == 3
+    assert [counts(point) for point in entry.curve] == [
+        (0.0, 0, 0, 0, 0, 0),
+        (0.25, 1, 1, 1, 1, 0),
+        (0.5, 2, 2, 1, 1, 0),
+        (0.75, 3, 3, 1, 1, 1),
+        (1.0, 3, 3, 1, 1, 1),
+    ]
+    assert [point.gain for point in entry.curve] == [0, 50, 50, 0, 0]
+    assert counts(entry.scaled) == (0.1875, 1, 1, 0, 1, 0)
+    assert (entry.method, entry.given, entry.note) == ("move", entry.curve[-1], "by hand")
+
+
+def test_what_breaks_nothing_need_not_be_scaled_and_what_always_does_is_scaled_to_none() -> None:
+    safe, harmful = Moved(0.65), Moved(2.0)
+    model, sources = threshold(0.75), [TRAIN, replace(NEW, failed=True), points([0.751], [1], "edge")]
+    comparison = compare_module(model, sources, methods={"safe": safe, "harmful": harmful})
+    assert comparison["safe"].scaled == comparison["safe"].given
+    # 0.751 breaks as soon as the threshold rises above it, at t = 0.0008.
+    assert counts(comparison["harmful"].scaled) == (0.0, 0, 0, 0, 0, 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.floats(-3, 3), st.lists(st.sampled_from([0.55, 0.6, 0.7, 0.74, 0.76, 0.8, 1.5]), min_size=1, unique=True))
+def test_weights_that_are_scaled_back_break_nothing_and_no_counted_strength_above_does_not(
+    at: float, edges: list[float]
+) -> None:
+    edge = points(edges, [int(x > 0.75) for x in edges], "edge")
+    (entry,) = compare_module(threshold(0.75), [TRAIN, NEW, edge], methods={"move": Moved(at)}).entries
+    assert entry.scaled.known.broken == 0
+    assert all(point.known.broken for point in entry.curve if point.strength > entry.scaled.strength)
+
+
+def test_what_cannot_be_done_is_left_out_and_says_why() -> None:
+    methods = {"nothing": nothing, "retraining": "retraining", "wrong layer": unsuitable, "move": Moved(0.65)}
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods=methods)
+    assert [(entry.method, entry.note) for entry in comparison.entries if entry.given is None] == [
+        ("nothing", "nothing was found."),
+        ("retraining", "it is not known how the model was trained."),
+        ("wrong layer", "`layer='0'` is a Conv2d."),
+    ]
+    page = comparison.render()
+    assert re.search(r"^retraining +it is not known how the model was trained\.$", page, re.MULTILINE)
+
+
+def test_the_far_end_of_an_interpolation_is_made_once() -> None:
+    end = Moved(0.0)
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods={"end": end, "between": Interpolation(end)})
+    assert end.calls == 1
+    assert counts(comparison["between"].given)[1:4] == counts(comparison["end"].curve[2])[1:4] == (2, 2, 1)
+
+
+def test_counts_are_those_of_the_model_and_the_model_is_left_as_found() -> None:
+    model, sources, later = trained(), known(), unseen()
+    before, random = hash_tensors(model.state_dict()), torch.get_rng_state()
+    found: list[Any] = []
+
+    def spied(problem: Problem) -> Solution:
+        found.append(FineTuning()(problem))
+        return found[0]
+
+    comparison = compare_module(model, sources, unseen=later, methods={"spied": spied, "swarm": QUICK["method"]})
+    assert hash_tensors(model.state_dict()) == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    old = [right(model, source) for source in (*sources, *later)]
+    model.load_state_dict({**model.state_dict(), **found[0].proposal.state})
+    new = [right(model, source) for source in (*sources, *later)]
+    flips = [(int((~a & b).sum()), int((a & ~b).sum())) for a, b in zip(old, new, strict=True)]
+    given = comparison["spied"].given
+    assert (given.known.repaired, given.known.broken) == tuple(map(sum, zip(*flips[:2], strict=True)))
+    assert (given.unseen.repaired, given.unseen.broken) == flips[2]
+    assert comparison["swarm"].given.targeted > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Share(TensorSource):
+    """Every second sample, beginning with that of the rank."""
+
+    rank: int = 0
+
+    @property
+    def positions(self) -> Tensor:
+        return self.index[self.rank :: 2]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.draw(self.positions.split(self.batch_size))
+
+
+def test_ranks_that_share_the_data_compare_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "STEPS", 100)
+
+    def run(collective: Collective | None) -> Comparison:
+        sources = [*known(), *unseen()]
+        if collective is not None:
+            sources = [Share(**vars(source), rank=collective.rank) for source in sources]
+        methods = ("fine-tuning", "distillation")
+        arguments: dict[str, Any] = {"methods": methods, "collective": collective}
+        return timeless(compare_module(trained(), sources[:2], unseen=sources[2:], **arguments))
+
+    first, second = on_ranks(2, run)
+    assert first == second == run(None)
+    assert first["fine-tuning"].given.targeted > 0
+
+
+def test_methods_are_named_or_given() -> None:
+    assert list(parse_methods(None)) == [*METHODS, *BASELINES]
+    assert parse_methods("fine-tuning") == {"fine-tuning": FineTuning()}
+    assert list(parse_methods(["distillation", FineTuning()])) == ["distillation", "FineTuning"]
+    for wrong, message in (
+        ("fine tuning", "did you mean 'fine-tuning'"),
+        (["swarm", "swarm"], "name each once"),
+        ([], "name each once"),
+        ({"mine": 3}, "`method` is a int"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            parse_methods(wrong)  # type: ignore[arg-type]
+
+
+def test_there_has_to_be_something_to_repair() -> None:
+    with pytest.raises(ConfigurationError, match=r"`known`: no sample fails in the target \(label 0\)"):
+        compare_module(threshold(0.75), [TRAIN, NEW], settings=Settings(target=Target.label(0)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"known": [(TRAIN, NEW)]}, "`known`: found a list of tuple, not a list of sources"),
+        ({"known": NEW}, "`known`: found a TensorSource, not a list"),
+        ({"settings": {"layer": "0"}}, "is no Settings"),
+        ({"settings": Target.label(0)}, "is no Settings"),
+        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
+        ({"task": 3}, "`task=3` is no Task"),
+        ({"methods": {}}, r"`methods` are \[\]"),
+        ({"methods": 3}, "`methods=3` is no list"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        compare_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+    if "methods" not in arguments:
+        with pytest.raises(ConfigurationError, match=message):
+            diagnose_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+
+
+def test_an_entry_that_is_not_there_is_refused_by_name() -> None:
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
+    with pytest.raises(ConfigurationError, match=r"`method='moved'` is unknown\.\nHINT: did you mean 'move'"):
+        comparison["moved"]
+
+
+def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_takes() -> None:
+    clocks: list[Any] = []
+
+    def timed(problem: Problem) -> Solution:
+        clocks.append(problem.clock)
+        return nothing(problem)
+
+    compare_module(
+        threshold(0.75), [TRAIN, NEW], settings=Settings(max_time=60), methods={"first": timed, "second": timed}
+    )
+    first, second = clocks
+    assert first is not second
+    assert first.seconds["collect"] == second.seconds["collect"] > 0
+    assert 50 < second.left < first.left + 60
+
+
+def made(method: str, *counted: tuple[float, int, int, int, int], scaled: int = -1) -> Entry:
+    """An entry whose points are strength, known repaired and broken, unseen repaired and broken."""
+    curve = tuple(
+        Point(t, repaired, FlipCounts(5000 - broken, broken, repaired, 400 - repaired), FlipCounts(700, lost, won, 50))
+        for t, repaired, broken, won, lost in ((0.0, 0, 0, 0, 0), *counted)
+    )
+    return Entry(method, 12.0, curve, curve[scaled], 3.0)
+
+
+COMPARISON = Comparison(
+    (
+        made("finetune-polish", (0.5, 150, 0, 120, 20), (1.0, 340, 0, 380, 58)),
+        made("fine-tuning", (0.5, 120, 4, 95, 40), (1.0, 211, 21, 152, 75), scaled=1),
+        made("interpolation", (0.5, 60, 2, 50, 30), (1.0, 120, 4, 95, 40), scaled=0),
+        made("retraining", (0.5, 20, 4000, 10, 600), (1.0, 339, 11, 392, 86), scaled=0),
+        Entry("convex", 0.0, note="`layer='0'` is a Conv2d."),
+    ),
+    targets=350,
+    target="front or back",
+    layer="auto",
+    seed=0,
+)
+
+
+def test_the_table_has_a_second_line_where_weights_are_scaled_back() -> None:
+    page = COMPARISON.render()
+    assert max(map(len, page.splitlines())) <= 80
+    lines = [line.split() for line in page.splitlines()]
+    assert ["finetune-polish", "340", "340", "0", "380", "58", "+27.1", "12.0"] in lines
+    at = lines.index(["fine-tuning", "211", "211", "21", "152", "75", "+7.9", "12.0"])
+    assert lines[at + 1] == ["scaled", "to", "0.50", "120", "120", "4", "95", "40", "+6.2", "15.0"]
+    assert "350 failures to repair, 5,000 of 5,400 known samples right before" in page
+    assert "| fine-tuning | 211 |" in COMPARISON.to_markdown()
+
+
+def test_repairs_are_set_beside_baselines_that_repair_as_many() -> None:
+    # The curve of the repair leads from 0 by (20 broken, 120 repaired) to (58, 380).
+    broken = {
+        (duel.rival, duel.point.strength): (duel.broken, duel.fewer) for duel in COMPARISON.duels("finetune-polish")
+    }
+    assert broken == {
+        ("fine-tuning", 0.5): (pytest.approx(20 * 95 / 120), True),
+        ("fine-tuning", 1.0): (pytest.approx(20 + 38 * 32 / 260), True),
+        ("interpolation", 0.5): (pytest.approx(20 * 50 / 120), True),
+        ("interpolation", 1.0): (pytest.approx(20 * 95 / 120), True),
+        ("retraining", 0.5): (pytest.approx(20 * 10 / 120), True),
+        ("retraining", 1.0): (pytest.approx(math.nan, nan_ok=True), False),
+    }
+    # The other way round, the repair is at its worst: fine-tuning breaks more, or never repairs as many.
+    assert [duel.fewer for duel in COMPARISON.duels("fine-tuning") if duel.rival == "finetune-polish"] == [False, False]
+
+
+def test_of_several_crossings_the_one_that_breaks_fewest_counts() -> None:
+    # Repaired rises to 40, falls to 20 and rises again, and more and more is broken.
+    bent = made("bent", (0.25, 0, 0, 40, 8), (0.5, 0, 0, 20, 16), (1.0, 0, 0, 60, 24))
+    assert [bent.broken_at(repaired) for repaired in (0, 30, 40, 50, 60)] == [0, 6, 8, 22, 24]
+    assert math.isnan(bent.broken_at(61))
+
+
+def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path: Path) -> None:
+    assert Comparison.from_json(COMPARISON.to_json()) == COMPARISON
+    rows = list(csv.DictReader(io.StringIO(COMPARISON.to_csv())))
+    assert len(rows) == 4 * 4
+    (given,) = (row for row in rows if (row["method"], row["weights"]) == ("fine-tuning", "given"))
+    assert (given["strength"], given["targeted"], given["known_broken"], given["unseen_repaired"]) == (
+        *("1", "211"),
+        *("21", "152"),
+    )
+    COMPARISON.save(tmp_path / "new")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        f"comparison.{kind}" for kind in ("csv", "json", "md")
+    ]
+
+
+def test_the_picture_names_every_curve_and_no_name_lies_over_another(tmp_path: Path) -> None:
+    figure = COMPARISON.plot(tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    panels = figure.axes
+    assert [panel.get_title(loc="left") for panel in panels] == ["known samples", "unseen samples"]
+    for panel in panels:
+        names = [text for text in panel.texts if text.get_text()]
+        assert {text.get_text() for text in names} == {"finetune-polish", "fine-tuning", "interpolation", "retraining"}
+        boxes = [text.get_window_extent() for text in names]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    # A curve each but for retraining, whose way leads off the picture.
+    styles = [line.get_linestyle() for line in panels[0].lines[1:] if len(line.get_xdata()) > 1]
+    assert styles == ["-", "--", "--"]
+    assert list(panels[1].lines[1].get_xdata()) == [0, 20, 58]
+
+
+def test_without_unseen_data_there_is_neither_a_column_nor_a_panel() -> None:
+    comparison = compare_module(threshold(0.75), [TRAIN, NEW], methods={"move": Moved(0.0)})
+    assert "unseen" not in comparison.render()
+    assert len(comparison.plot().axes) == 1
+
+
+def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigurationError, match=r"pip install lightning_nrl\[plots\]"):
+        COMPARISON.plot()
+
+
+def test_the_how_to_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {"quick": quick}
+    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
+    with torch.random.fork_rng():
+        for block in blocks:
+            if "Trainer" not in block:
+                exec(block, found)
+    assert (tmp_path / "comparison.png").exists()
+    assert isinstance(found["comparison"], Comparison)

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import Tensor, nn
+
+from lightning_nrl import ConfigurationError, EvaluationError, Multiclass, Target, Task, TensorSource
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.evaluator import SampleResults, collect, non_finite
+
+LOGITS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+LABELS = torch.tensor([0, 0, 1, 1, 0])  # right, wrong, wrong, right, right
+
+
+def source(split: str = "train", rows: slice = slice(None), **marks: Any) -> TensorSource:
+    return TensorSource(LOGITS[rows], LABELS[rows], split=split, **marks)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of a split, dealt out one by one, in batches of any size and in any order."""
+
+    split: str
+    x: Tensor
+    y: Tensor
+    index: Tensor
+    position: Tensor
+    batch_size: int
+    passed: bool = False
+    failed: bool = True
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in self.position.split(self.batch_size):
+            if len(part):
+                yield Batch((self.x[part],), self.y[part], part)
+
+
+def test_each_sample_has_a_row_with_what_the_model_did() -> None:
+    evidence = collect(nn.Identity(), [source()], task=Multiclass())
+    assert evidence.prediction.tolist() == [0, 1, 0, 1, 0]
+    assert evidence.label.tolist() == [0, 0, 1, 1, 0]
+    assert evidence.passed.tolist() == [True, False, False, True, True]
+    torch.testing.assert_close(evidence.loss, torch.tensor([0.12693, 2.12693, 3.04859, 0.31326, 0.31326]))
+    assert not evidence.targeted.any()
+    assert len(evidence) == 5
+
+
+def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_failed() -> None:
+    sources = [source("train"), source("new", failed=True)]
+    evidence = collect(nn.Identity(), sources, task=Multiclass(), target=Target.label(1))
+    assert evidence.ids(evidence.targeted) == {"train": [], "new": [2]}
+    everywhere = collect(nn.Identity(), sources, task=Multiclass(), target=Target.label(1), everywhere=True)
+    assert everywhere.ids(everywhere.targeted) == {"train": [2], "new": [2]}
+
+
+def test_rows_of_a_split_are_found_by_position() -> None:
+    evidence = collect(nn.Identity(), [source("a", slice(3)), source("b")], task=Multiclass())
+    assert evidence.sizes == (3, 5)
+    assert evidence.of("b") == slice(3, 8)
+    assert evidence.rows("b", torch.tensor([0, 4])).tolist() == [3, 7]
+    assert evidence.ids(~evidence.passed) == {"a": [1, 2], "b": [1, 2]}
+
+
+def test_ids_are_positions_in_the_data_set_not_in_the_split() -> None:
+    share = Share("subset", LOGITS, LABELS, torch.tensor([10, 20, 30, 40, 50]), torch.arange(5), 2)
+    evidence = collect(nn.Identity(), [share], task=Multiclass())
+    assert evidence.ids(~evidence.passed) == {"subset": [20, 30]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 23), min_size=1, max_size=3),
+    batch_size=st.integers(1, 9),
+    world_size=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_every_sample_is_there_exactly_once_in_order(
+    sizes: list[int], batch_size: int, world_size: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    data = [(torch.randn(n, 3, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+    ids = [torch.randperm(100, generator=generator)[:n].sort().values for n in sizes]
+
+    def run(collective: Any) -> SampleResults:
+        shuffled = torch.Generator().manual_seed(seed + collective.rank)
+        shares = []
+        for k, (x, y) in enumerate(data):
+            mine = torch.arange(len(x))[collective.rank :: world_size]
+            mine = mine[torch.randperm(len(mine), generator=shuffled)]
+            shares.append(Share(f"split{k}", x, y, ids[k], mine, batch_size))
+        return collect(nn.Identity(), shares, task=Multiclass(), target=Target.label(1), collective=collective)
+
+    x, y = (torch.cat(column) for column in zip(*data, strict=True))
+    expected_loss = nn.functional.cross_entropy(x, y, reduction="none")
+    for evidence in on_ranks(world_size, run):
+        assert evidence.sizes == tuple(sizes)
+        assert torch.equal(evidence.index, torch.cat(ids))
+        assert torch.equal(evidence.label, y)
+        assert torch.equal(evidence.prediction, x.argmax(1))
+        assert torch.equal(evidence.passed, x.argmax(1) == y)
+        assert torch.equal(evidence.targeted, (x.argmax(1) != y) & (y == 1))
+        torch.testing.assert_close(evidence.loss, expected_loss)
+
+
+@pytest.mark.parametrize("position", [[0, 1, 2, 3], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4, 4], [1, 2, 3, 4, 5]])
+def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> None:
+    six = [0, 1, 2, 3, 4, 4]
+    share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
+    with pytest.raises(EvaluationError, match=f"`train` data: {len(position)} samples came for 5"):
+        collect(nn.Identity(), [share], task=Multiclass())
+
+
+def test_one_rank_that_fails_stops_all() -> None:
+    def run(collective: Any) -> str:
+        def forward(x: Tensor) -> Tensor:
+            if collective.rank == 1:
+                raise OSError("no such image")
+            return x
+
+        share = Share("train", LOGITS, LABELS, torch.arange(5), torch.arange(5)[collective.rank :: 2], 2)
+        with pytest.raises((OSError, EvaluationError)) as error:
+            collect(forward, [share], task=Multiclass(), collective=collective)
+        return str(error.value)
+
+    other, own = on_ranks(2, run)
+    assert "`train` data could not be read on another rank" in other
+    assert own == "no such image"
+
+
+def test_losses_that_are_not_finite_are_found_by_split() -> None:
+    x = LOGITS.clone()
+    x[1, 0], x[4, 0] = float("nan"), float("inf")
+    sources = [TensorSource(x, LABELS, split="train"), source("new")]
+    assert non_finite(collect(nn.Identity(), sources, task=Multiclass())) == {"train": [1, 4]}
+
+
+def test_half_precision_is_judged_in_float32() -> None:
+    half = TensorSource(LOGITS.bfloat16(), LABELS, split="train")
+    evidence = collect(nn.Identity(), [half], task=Multiclass())
+    assert evidence.loss.dtype == torch.float32
+    assert torch.equal(evidence.loss, collect(nn.Identity(), [source()], task=Multiclass()).loss)
+
+
+def test_sources_need_names_of_their_own() -> None:
+    with pytest.raises(ConfigurationError, match=r"`sources` has the splits \['a', 'a'\]"):
+        collect(nn.Identity(), [source("a"), source("a")], task=Multiclass())
+    with pytest.raises(ConfigurationError, match=r"`sources` has the splits \[\]"):
+        collect(nn.Identity(), [], task=Multiclass())
+
+
+class Column(Task):
+    """A task whose passed or loss is `n x 1`, which torch would spread out to `n x n`."""
+
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
+
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        right = output.argmax(1, keepdim=self.wrong == "passed") == target
+        return right.float() if self.wrong == "dtype" else right
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        return output.sum(1, keepdim=self.wrong == "loss")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [("passed", r"`passed` of Column gave \[5, 5\]"), ("loss", r"`loss` .* \[5, 1\]"), ("dtype", "float32")],
+)
+def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, found: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"`task`: .*{found}"):
+        collect(nn.Identity(), [source()], task=Column(wrong))
+
+
+def test_a_task_without_classes_leaves_them_unknown() -> None:
+    evidence = collect(nn.Identity(), [source(failed=True)], task=Column(""), target=Target.all())
+    assert evidence.label.tolist() == evidence.prediction.tolist() == [-1] * 5
+    assert torch.equal(evidence.targeted, ~evidence.passed)
+
+
+@pytest.mark.parametrize("no_class", [-100, -1])
+def test_samples_without_a_class_are_named(no_class: int) -> None:
+    labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
+    with pytest.raises(EvaluationError, match=r"`train` data: 2 samples have labels below 0 \(\[1, 4\]\)"):
+        collect(nn.Identity(), [labels], task=Multiclass())
+
+
+def test_a_label_without_a_logit_is_refused() -> None:
+    labels = TensorSource(LOGITS, torch.tensor([0, 1, LOGITS.shape[1], 1, 0]), split="train")
+    message = rf"there is a label {LOGITS.shape[1]}, and the model returned {LOGITS.shape[1]} logits a sample"
+    with pytest.raises(ConfigurationError, match=message):
+        collect(nn.Identity(), [labels], task=Multiclass())

@@ -1,0 +1,376 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_problems import left_alone, on_a_line, threshold, together
+from toy_repairs import blobs, known, mlp, quick, trained, unseen
+
+from lightning_nrl import (
+    AllWeights,
+    Fitness,
+    Gate,
+    Multiclass,
+    NeuRecoverLite,
+    ParticleSwarm,
+    Polish,
+    RepairReport,
+    Settings,
+    Target,
+    TensorSource,
+    compare_module,
+    repair_module,
+)
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._trainer.continue_training import Shuffled
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation import Focal, Importance
+from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
+from lightning_nrl.gate import judge, spared
+from lightning_nrl.problem.problem import Proposal, better
+
+
+def evidence(passed: list[bool], **columns: Any) -> SampleResults:
+    n, ok = len(passed), torch.tensor(passed)
+    given: dict[str, Any] = {
+        "splits": ("train", "new"),
+        "sizes": (n // 2, n - n // 2),
+        "index": torch.cat([torch.arange(n // 2), torch.arange(n - n // 2)]),
+        "label": torch.zeros(n, dtype=torch.int64),
+        "prediction": (~ok).long(),
+        "loss": torch.ones(n),
+        "passed": ok,
+        "targeted": ~ok,
+        "margin": torch.zeros(n),
+    }
+    return SampleResults(**{**given, **columns})
+
+
+def see(sources: Any) -> SampleResults:
+    return collect(mlp().eval().requires_grad_(False), sources, task=Multiclass(), target=Target.all())
+
+
+def counted(
+    importance: Importance, extras: tuple[Tensor, ...] = (), n: int = 6, **how: Any
+) -> tuple[SampleResults, Tensor]:
+    """Of a network that says class 1 to everything, samples 0, 2 and 4 of class 0 fail."""
+    model = torch.nn.Linear(1, 2)
+    model.load_state_dict({"weight": torch.zeros(2, 1), "bias": torch.tensor([0.0, 1.0])})
+    labels = torch.arange(n) % 2
+    source = TensorSource(torch.zeros(n, 1), labels, "new", passed=True, failed=True, extras=extras, batch_size=4)
+
+    def look(sources: Any) -> SampleResults:
+        return collect(model, sources, task=Multiclass(), target=Target.all())
+
+    return importance.over(look, [source], Multiclass(), Collective(), **how)
+
+
+WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
+
+
+@pytest.mark.parametrize(
+    "importance",
+    [2, lambda batch: batch[2], lambda batch: batch[2].tolist(), {0: 1, 2: 2.0, 4: 3}, {"new": {2: 2, 4: 3}}],
+)
+def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any) -> None:
+    found, aside = counted(Importance(importance=importance), (WEIGHTS,))
+    assert found.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]  # 1 on average over the failures; passed ones as ever
+    assert found.gain(torch.tensor([True, True, False, False, True, False])) == 2.0
+    assert not aside.any()
+
+
+def test_without_a_word_all_count_alike_and_nothing_is_read() -> None:
+    found, _ = counted(Importance())
+    assert found.weight.dtype == torch.float64
+    assert not found.weighted
+    assert found.names == ()
+    assert found.group.tolist() == [-1] * 6
+
+
+def test_hard_failures_count_more_by_the_factor_of_the_focal_loss() -> None:
+    # The model gives the truth the probabilities 1/2 and 1/10.
+    loss = -torch.tensor([0.5, 0.1, 0.5, 0.1]).log()
+    weight = Focal(2.0).weigh(evidence([False] * 4, loss=loss))
+    torch.testing.assert_close(weight, torch.tensor([0.25, 0.81, 0.25, 0.81]).double())
+    assert Focal(0.0).weigh(evidence([False] * 4, loss=loss)).tolist() == [1.0] * 4
+    found, _ = counted(Importance(importance="focal"))
+    assert found.weight.tolist() == [1.0] * 6  # all are equally hard
+
+
+def test_protected_samples_and_those_that_count_for_several() -> None:
+    marks = torch.tensor([True, True, False, False, False, False])
+    assert counted(Importance(protected=2), (marks,))[0].weight.tolist() == [1, torch.inf, 1, 1, 1, 1]
+    assert counted(Importance(protected=Target.label(1)))[0].protected.sum() == 3
+    assert counted(Importance(protected=[3]))[0].weight.tolist() == [1, 1, 1, torch.inf, 1, 1]
+    assert counted(Importance(protected={"new": {3: 5}}))[0].weight.tolist() == [1, 1, 1, 5, 1, 1]
+    several, _ = counted(Importance(protected=2), (torch.tensor([7, 3, 7, 1, 7, 1]),))
+    assert several.weight.tolist() == [1, 3, 1, 1, 1, 1]
+    both = replace(several, weight=torch.tensor([1, torch.inf, 1, 3, 1, 1], dtype=torch.float64))
+    assert both.finite_weight.tolist() == [1, 5, 1, 3, 1, 1]  # more than the 3 and the 1 together
+
+
+@pytest.mark.parametrize("aside", [2, Target.where(lambda batch: batch[2]), [2, 3], {"new": [2]}])
+def test_failures_that_are_set_aside_are_no_targets(aside: Any) -> None:
+    found, left_out = counted(Importance(set_aside=aside), (torch.tensor([0, 1, 1, 0, 0, 0]).bool(),))
+    assert found.targeted.nonzero().flatten().tolist() == [0, 4]
+    assert left_out.nonzero().flatten().tolist() == [2]
+
+
+def test_slices_by_a_column_a_function_or_a_target() -> None:
+    codes = torch.tensor([0, 0, 1, 1, 2, 2])
+    for slices in (2, lambda batch: batch[2].tolist()):
+        found, _ = counted(Importance(slices=slices), (codes,))
+        assert found.names == ("0", "1", "2")
+        assert found.group.tolist() == codes.tolist()
+    one, _ = counted(Importance(slices=Target.label(0)))
+    assert one.names == ("label_0",)
+    assert one.group.tolist() == [0, -1] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"importance": 1.5}, "`importance`: a value of type float is no column"),
+        ({"importance": "no.such:function"}, "`importance='no.such:function'`"),
+        ({"importance": True}, "type bool is no column"),
+        ({"quotas": {"night": 3}}, "needs slices, and there are none"),
+        ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
+        ({"slices": 2, "quotas": {"night": "half"}}, "'half' for 'night' is no quota"),
+        ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),
+    ],
+)
+def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Settings(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (Importance(importance=5), "has no column 5; it is a tuple with 3 columns, which are counted from 0"),
+        (Importance(importance="weight"), "has no column 'weight'"),
+        (
+            Importance(importance=lambda batch: batch[2] - 3),
+            r"`importance` is -2.0 for 3 failed samples \(new: \[0, 2, 4\]",
+        ),
+        (Importance(importance=lambda batch: batch[2][:1]), r"gave Tensor \[1\] for a batch of 4 samples"),
+        (Importance(importance={99: 1.0}), "'new' data have no sample 99"),
+        (Importance(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
+        (Importance(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_with_a_name(importance: Importance, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        counted(importance, (WEIGHTS,))
+
+
+def test_quotas_in_numbers_and_what_is_missing() -> None:
+    sliced = evidence([True, False, False, False], names=("day", "night"), group=torch.tensor([0, 0, 1, 1]))
+    assert needed(sliced, {"night": 1, "day": "50%"}) == ({"night": 1, "day": 1}, "")
+    assert needed(sliced, {"dusk": 1})[1] == "`quotas` names the slice 'dusk'; there are day, night."
+    assert "which has 2 targets" in needed(sliced, {"night": 3})[1]
+    repaired = torch.tensor([False, True, False, True])
+    assert below(sliced, repaired, {"night": 2, "day": 1}) == {"night": (1, 2)}
+    assert raised(sliced, ["night"], 4.0).weight.tolist() == pytest.approx([1, 1 / 3, 4 / 3, 4 / 3])
+
+
+def test_weights_of_equal_targets_stay_one_to_the_bit() -> None:
+    before = evidence([True] * 4 + [False] * 7, weight=torch.full((11,), 0.3).double())
+    assert normalised(before).weight[4:].tolist() == pytest.approx([1.0] * 7)
+    assert torch.equal(normalised(evidence([True, False, False])).weight, torch.ones(3).double())
+
+
+def flipped(before: SampleResults, *rows: int) -> SampleResults:
+    passed = before.passed.clone()
+    passed[list(rows)] ^= True
+    return replace(before, passed=passed)
+
+
+def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
+    weight = torch.tensor([1, 4, torch.inf, 1, 1, 1], dtype=torch.float64)
+    before = evidence([True, True, True, False, False, False], weight=weight)
+    assert judge(before, flipped(before, 0, 3), Gate.tolerance(3)).accepted
+    several = judge(before, flipped(before, 1, 3), Gate.tolerance(3))
+    assert several.status == "refused"
+    assert several.reason.endswith("Those that break count for 4.")
+    protected = judge(before, flipped(before, 2, 3), Gate.tolerance(1.0))
+    assert protected.status == "refused"
+    assert protected.reason.endswith("Protected samples may not break, and would: 1 in train.")
+    good = judge(before, flipped(before, 3), Gate.instance())
+    assert spared(good, before, flipped(before, 1)) == good
+    assert spared(good, before, flipped(before, 2)).status == "refused"
+
+
+def test_a_quota_that_is_not_met_is_a_reason() -> None:
+    before = evidence(
+        [True, True, True, False, False, False], names=("night",), group=torch.tensor([-1, 0, 0, 0, 0, -1])
+    )
+    assert judge(before, flipped(before, 3, 4), Gate.instance(), {"night": 2}).accepted
+    verdict = judge(before, flipped(before, 3, 5), Gate.instance(), {"night": 2})
+    assert verdict.status == "refused"
+    assert "Of the slice 'night' 1 is repaired; its quota is 2." in verdict.reason
+
+
+def test_the_better_proposal_by_weight() -> None:
+    problem = on_a_line()
+    weight = torch.ones(7, dtype=torch.float64)
+    weight[5], weight[6] = 0.2, 1.8  # 0.7 matters less than 0.5
+    own = replace(problem, before=replace(problem.before, weight=weight))
+    easy = own.counted("easy", {}, flipped(own.before, 5))
+    hard = own.counted("hard", {}, flipped(own.before, 6))
+    assert better([easy, hard]) is hard
+    assert (
+        better(
+            [problem.counted("easy", {}, flipped(own.before, 5)), problem.counted("hard", {}, flipped(own.before, 6))]
+        ).name
+        == "easy"
+    )
+    harmful = own.counted("harmful", {}, flipped(own.before, 5, 6, 4))
+    assert better([harmful, easy]) is easy
+    plain = Proposal("", {}, own.before, 3, 1)
+    assert (plain.gain, plain.harm) == (3.0, 1.0)
+
+
+def test_a_swarm_ranks_by_weight() -> None:
+    loss = torch.ones(1, 2)
+    before = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 1.0, 1.0)), n_failed=4, n_passed=10)
+    after = Scores(
+        torch.tensor([[2.0, 1.0]]),
+        torch.tensor([[10.0, 10.0]]),
+        loss,
+        loss,
+        4,
+        10,
+        gain=torch.tensor([[1.0, 2.5]]),
+        harm=torch.tensor([[0.0, 0.0]]),
+        least=0.5,
+    )
+    assert Fitness()(after, before).tolist() == [[1.125, 2.625]]
+    worse = replace(after, harm=torch.tensor([[3.0, 0.0]]), intact=torch.tensor([[9.0, 10.0]]))
+    assert Fitness()(worse, before).tolist() == [[1.125 - 15, 2.625]]
+    assert Fitness("eq2", alpha=1, beta=0)(worse, before).tolist() == [[pytest.approx(0.95), pytest.approx(1.625)]]
+
+
+def either_or(copies: int = 1) -> list[TensorSource]:
+    """With the threshold at 0.75, 0.7 of class 1 and 0.8 of class 0 fail; no threshold is right about both."""
+    x = torch.tensor([[value, 1.0] for value in (-2, -1, 1, 2, 0.7, 0.8)])
+    return [TensorSource(x.repeat(copies, 1), torch.tensor([0, 0, 1, 1, 1, 0]).repeat(copies), "all", True, True)]
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "swarm": {"method": ParticleSwarm(particles=40, iterations=40), "localizer": AllWeights()},
+    "convex": {"method": "convex"},
+    "linearized": {"method": "linearized"},
+    "polish": {"method": Polish()},
+    "auto": {"localizer": AllWeights()},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("worthy", [4, 5])
+def test_of_two_failures_every_method_repairs_the_one_that_counts_more(method: str, worthy: int) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.75))
+    with left_alone(model):
+        outcome = repair_module(model, either_or(), Settings(importance={worthy: 9, 9 - worthy: 1}, **METHODS[method]))
+    assert outcome.report.splits[0].repaired_ids == (worthy,)
+    assert outcome.report.splits[0].broken == 0
+
+
+def test_a_comparison_heeds_it_too() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.75))
+    alike = compare_module(model, either_or(), methods=["linearized"])
+    other = compare_module(model, either_or(), Settings(importance={4: 1, 5: 9}), methods=["linearized"])
+    assert [alike.entries[0].given, other.entries[0].given.targeted] == [None, 1]
+
+
+@pytest.mark.parametrize("name", ["low", "high"])
+def test_of_two_slices_the_one_with_a_quota_is_repaired(name: str) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.load_state_dict(threshold(0.75))
+    source = replace(either_or()[0], extras=(torch.arange(6),))
+    slices = lambda batch: [{4: "low", 5: "high"}.get(i) for i in batch[2].tolist()]  # noqa: E731
+    outcome = repair_module(model, [source], Settings(method="convex", slices=slices, quotas={name: 1}))
+    assert outcome.report.splits[0].repaired_ids == ({"low": 4, "high": 5}[name],)
+    assert {one.name: (one.repaired_in_target, one.quota) for one in outcome.report.slices}[name] == (1, 1)
+
+
+@pytest.mark.parametrize("method", ["swarm", "convex", "linearized"])
+def test_equal_weights_change_nothing_to_the_bit(method: str) -> None:
+    arguments = METHODS[method] | ({"localizer": NeuRecoverLite(n_weights=12)} if method == "swarm" else {})
+    alike = repair_module(trained(), known(), Settings(**arguments))
+    constant = repair_module(trained(), known(), Settings(**arguments, importance=lambda batch: [3.0] * len(batch[1])))
+    assert torch.equal(alike.change, constant.change)
+    assert alike.report.splits == constant.report.splits
+
+
+def test_the_report_has_a_row_for_each_slice_and_survives_json() -> None:
+    slices = [replace(s, extras=(s.targets % 2,)) for s in (*known(), *unseen())]
+    later = [replace(s, extras=(s.targets % 2,), split="cal") for s in (TensorSource(*blobs(60, 1.5, 9), split="cal"),)]
+    outcome = repair_module(
+        trained(),
+        slices[:2],
+        quick(method="convex", slices=2, quotas={"0": 2}, protected=Target.label(2), set_aside=[0, 1, 2, 3]),
+        unseen=slices[2:],
+        calibration=later,
+    )
+    report = outcome.report
+    rows = {(one.name, one.role): one for one in report.slices}
+    assert set(rows) == {(name, role) for name in ("0", "1") for role in ("known", "calibration", "unseen")}
+    for role in ("known", "calibration", "unseen"):
+        pooled = report.pooled(role)
+        for count in ("n", "targeted", "repaired_in_target", "repaired", "broken"):
+            assert sum(getattr(rows[name, role], count) for name in ("0", "1")) == getattr(pooled, count)
+    assert rows["0", "known"].quota == 2
+    assert rows["0", "known"].repaired_in_target >= 2
+    assert RepairReport.from_json(report.to_json()).slices == report.slices
+    assert RepairReport.from_json(report.to_json()).set_aside == report.set_aside
+    assert "By slice" in report.to_markdown()
+    assert "By slice" in report.render()
+
+
+def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
+    slices = [replace(s, extras=(s.targets,)) for s in known()]
+    with pytest.warns(UserWarning, match="names the slice 'night'"):
+        outcome = repair_module(trained(), slices, quick(slices=2, quotas={"night": 1}))
+    assert outcome.parameters is None
+    assert outcome.report.status == "not repaired"
+
+
+def test_samples_of_two_processes_have_the_same_weights() -> None:
+    def gather(problem: Any) -> list[float]:
+        spec = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
+        look = lambda parts: collect(  # noqa: E731
+            problem.model, parts, task=Multiclass(), target=Target.all(), collective=problem.collective
+        )
+        found, _ = spec.over(look, problem.known, Multiclass(), problem.collective)
+        return [*found.weight.tolist(), *found.group.tolist()]
+
+    one, two = together(trained(), known(n=30), gather)
+    assert one == two
+    alone = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
+    model = trained().eval()
+    found, _ = alone.over(
+        lambda parts: collect(model, parts, task=Multiclass(), target=Target.all()),
+        known(n=30),
+        Multiclass(),
+        Collective(),
+    )
+    assert one == [*found.weight.tolist(), *found.group.tolist()]
+
+
+def test_training_goes_over_heavy_samples_more_often() -> None:
+    weight = torch.tensor([3.0, 0.0, 0.5, 0.5])
+    sampler = Shuffled(4, 0, weight=weight)
+    epochs = [list(sampler) for _ in range(200)]
+    assert all(len(epoch) == 4 for epoch in epochs)
+    often = torch.tensor([sum(epoch.count(i) for epoch in epochs) for i in range(4)]) / 200
+    assert 2.4 < often[0] <= 3.0
+    assert often[1] < 0.4
+    assert list(Shuffled(4, 0)) == list(Shuffled(4, 0, weight=None))

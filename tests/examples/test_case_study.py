@@ -1,0 +1,289 @@
+"""The paper's case study: its settings, its data, its answers from hand-made tables, its figures."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from repository import ROOT
+
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.presets import TABLE_II, PaperRow
+
+STUDY = ROOT / "examples" / "case_study"
+sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+
+import study  # noqa: E402
+from digits_in_place import draw  # noqa: E402
+from figures import Other, along, draw_all, tables_of  # noqa: E402
+from grid import LINES, studied  # noqa: E402
+from in_target import InTarget, read  # noqa: E402
+from questions import Interval, answers, effect, fewest_broken, interval, like, page, share  # noqa: E402
+
+ROW = PaperRow("eq1", 6, False, 282, 500, 200)
+
+
+def run(row: PaperRow = ROW, seed: int = 0, *, broken: int = 0, repaired: int = 0, known: int | None = None, **more):
+    """A line of the table: 100 samples in each role, 80 of them right before."""
+    known_broken = broken if known is None else known
+    found = {
+        "setting": f"{row.equation} alpha={row.alpha} lw={row.n_weights} pos={row.n_passed} p={row.particles}",
+        "fitness": row.equation,
+        "alpha": row.alpha,
+        "perfect_intact": row.perfect_intact,
+        "n_weights": row.n_weights,
+        "n_passed": row.n_passed,
+        "particles": row.particles,
+        "seed": seed,
+        "regression_free": known_broken == 0 and repaired > 0,
+        "intact": row.n_passed - broken,
+        "n_localized": min(row.n_weights, 63),
+        "known_targeted": 10,
+        "known_repaired_in_target": repaired,
+    }
+    for role, gone in (("known", known_broken), ("unseen", broken)):
+        accuracies = {"accuracy_before": 0.8, "accuracy_after": 0.8 + (repaired - gone) / 100}
+        counts = {"n": 100, "broken": gone, "repaired": repaired} | accuracies
+        found |= {f"{role}_{name}": value for name, value in counts.items()}
+    return SimpleNamespace(**found | more)
+
+
+def test_there_are_66_settings_and_table_ii_is_among_them():
+    rows = studied()
+    assert len(rows) == len(set(rows)) == 66
+    assert rows[:12] == tuple(TABLE_II.values())
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.axis)
+def test_all_settings_of_a_line_are_studied_and_differ_in_one_number(line):
+    for experiment in "ABC":
+        rows = line.settings(experiment)
+        assert set(rows) <= set(studied())
+        assert [getattr(row, line.axis) for row in rows] == list(line.values)
+        assert {replace(row, **{line.axis: 0}) for row in rows} == {replace(rows[0], **{line.axis: 0})}
+    rows = {row: name for name, row in TABLE_II.items()}
+    assert any(row in rows for row in line.settings(line.shown[0]))
+
+
+def test_an_effect_is_the_mean_of_differences_within_seeds():
+    low, high = replace(ROW, alpha=4), replace(ROW, alpha=6)
+    other = replace(low, n_weights=16)
+    runs = [run(low, 0, broken=9), run(high, 0, broken=5), run(low, 1, broken=4), run(high, 1, broken=4)]
+    runs += [run(other, 0, broken=100)]  # of no pair
+    found = effect(runs, "alpha", 4, 6, "unseen_broken")
+    assert found.mean == -2  # of -4 and 0: a deviation of 2.8284, 2 of the mean, and 12.706 for one degree of freedom
+    assert (found.low, found.high) == pytest.approx((-27.412, 23.412), abs=1e-3)
+    assert found.sign == 0
+    assert effect(runs, "alpha", 4, 5, "unseen_broken") is None
+
+
+def test_pairs_of_one_seed_count_as_one():
+    runs = []
+    for n_weights, extra in ((16, 1), (32, 3)):
+        for n_passed, more in ((500, 0), (1000, extra)):
+            runs += [run(replace(ROW, n_weights=n_weights, n_passed=n_passed), s, broken=5 + more) for s in range(3)]
+    assert effect(runs, "n_passed", 500, 1000, "unseen_broken") == Interval(2, 2, 2)
+
+
+def test_an_interval_is_students():
+    assert interval([3, 3, 3]) == Interval(3, 3, 3)
+    found = interval([1, 2, 3])
+    assert (found.mean, found.low, found.high) == pytest.approx((2, -0.4841, 4.4841), abs=1e-4)  # 4.3027 / sqrt(3)
+    assert interval([1]).sign == 0
+    assert f"{Interval(-2, -4, 0.26)}, {Interval(-2, -4, 0.26):.2f}" == "-2.0 [-4.0, +0.3], -2.00 [-4.00, +0.26]"
+
+
+def test_a_share_has_its_binomial_limits():
+    runs = [run(seed=s, broken=int(s > 0), repaired=1) for s in range(10)]
+    # Clopper and Pearson, 1 of 10: 0.0025 to 0.4450
+    assert share(runs, lambda r: r.unseen_broken == 0) == "1 of 10 runs (0 to 45 %)"
+
+
+def test_the_fewest_broken_are_sought_on_known_data_among_those_that_repair():
+    idle, good, better = (replace(ROW, n_weights=n) for n in (16, 32, 53))
+    runs = [run(idle, s) for s in range(2)]
+    runs += [run(good, s, known=1, broken=0, repaired=2) for s in range(2)]
+    runs += [run(better, s, known=1, broken=9, repaired=3) for s in range(2)]
+    assert fewest_broken(runs) == like(runs, better)
+    assert [r.seed for r in like(runs, better)] == [0, 1]
+
+
+def runs_of(broken: dict[tuple, int], seeds: int = 4) -> list:
+    """Every setting of the lines; what breaks unseen is looked up by (axis, value), else 10."""
+    rows = {row: (line.axis, v) for line in LINES for row, v in zip(line.settings("B"), line.values, strict=True)}
+    return [
+        run(row, s, broken=broken.get(key, 10), repaired=broken.get(key, 10))
+        for row, key in rows.items()
+        for s in range(seeds)
+    ]
+
+
+def verdicts(tables: dict) -> dict[str, bool | None]:
+    return {
+        answer.paper.partition(":")[2].strip(): answer.agrees
+        for answer in answers(tables, {name: targets_of(runs) for name, runs in tables.items()})
+        if answer.question == "RQ3"
+    }
+
+
+ALPHA, PASSED = "a larger alpha breaks fewer and repairs fewer", "more passed samples, more broken"
+WEIGHTS = "some weights are needed (16 break more than 32), more do not help"
+
+
+def test_the_papers_own_findings_agree():
+    runs = runs_of(
+        {("alpha", 4): 20, ("alpha", 5): 15, ("n_passed", 1000): 14, ("n_weights", 16): 12, ("n_weights", 76): 11}
+    )
+    assert verdicts({"B": runs}) == {ALPHA: True, PASSED: True, WEIGHTS: True}
+
+
+def test_their_opposites_do_not():
+    runs = runs_of({("alpha", 4): 5, ("n_passed", 1000): 6, ("n_weights", 16): 8, ("n_weights", 76): 11})
+    assert verdicts({"B": runs}) == {ALPHA: False, PASSED: False, WEIGHTS: False}
+
+
+def test_no_difference_settles_nothing():
+    assert verdicts({"B": runs_of({})}) == {ALPHA: None, PASSED: None, WEIGHTS: None}
+
+
+def targets_of(runs: list, broken: int = 0) -> list[InTarget]:
+    return [InTarget(r.setting, r.seed, 40, broken, r.unseen_repaired) for r in runs]
+
+
+def test_levels_and_drift_are_answered():
+    a = [run(seed=s, broken=1, repaired=5) for s in range(10)]
+    b = [run(seed=s, repaired=2) for s in range(10)]
+    c = [run(seed=s, repaired=1) for s in range(10)]
+    targets = {"A": targets_of(a, broken=1), "B": targets_of(b), "C": targets_of(c)}
+    found = {answer.paper: answer for answer in answers({"A": a, "B": b, "C": c}, targets)}
+    assert {answer.agrees for answer in found.values()} == {True}
+    assert found["fewer repairs in C than in B"].found == (
+        "eq1 alpha=6 lw=282 pos=500 p=200: of the known targets are repaired in "
+        "B: 20.0 % [20.0, 20.0]; C: 10.0 % [10.0, 10.0]"
+    )
+    name = "eq1 alpha=6 lw=282 pos=500 p=200"
+    assert found["A: suppressed at the level of accuracy"].found == (
+        f"{name}: +4.00 [+4.00, +4.00] points of accuracy, not below in 10 of 10 runs (69 to 100 %); "
+        "of all that repair something in 10 of 10 runs (69 to 100 %)"
+    )
+    assert found["A: not suppressed at the level of instances"].found == (
+        "of the unseen target nothing is broken and something repaired in 0 of 10 runs (0 to 31 %), and in all runs of "
+        f"0 of 1 settings; the fewest by {name}: 1.0 broken, 5.0 repaired. Of all known samples nothing is broken and "
+        "something repaired in 0 of 10 runs (0 to 31 %)"
+    )
+    assert "and in all runs of 1 of 1 settings" in found["B: suppressed at the level of instances"].found
+    lines = page(tuple(found.values())).splitlines()
+    assert len(lines) == 2 + len(found)
+    assert {line.count("|") for line in lines} == {5}
+
+
+@pytest.mark.parametrize(("broken", "agrees"), [((4, 4), True), ((6, 6), False), ((4, 6), None)])
+def test_the_level_of_accuracy_is_reached_if_the_interval_says_so(broken, agrees):
+    runs = [run(seed=s, broken=broken[s % 2], repaired=5) for s in range(10)]
+    (answer,) = (a for a in answers({"B": runs}, {"B": targets_of(runs)}) if "accuracy" in a.paper)
+    assert answer.agrees is agrees
+
+
+def test_the_level_of_instances_takes_every_run_of_a_setting():
+    runs = [run(seed=s, repaired=1) for s in range(10)]
+    targets = targets_of(runs[:9]) + targets_of(runs[9:], broken=1)
+    (answer,) = (a for a in answers({"B": runs}, {"B": targets}) if "instances" in a.paper)
+    assert answer.agrees is False
+    assert "in 9 of 10 runs (55 to 100 %), and in all runs of 0 of 1 settings" in answer.found
+
+
+def test_figures_2_to_6_and_the_trade_are_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    tables = {
+        name: [
+            run(row, s, broken=int(rng.poisson(30)), repaired=int(rng.poisson(40)))
+            for row in studied()
+            for s in range(2)
+        ]
+        for name in "A"
+    }
+    method = FlipCounts(kept=80, broken=0, repaired=9, failing=11)
+    files = draw_all(tables, tmp_path, {"A": [Other("default method", method, method, repair=True)]})
+    assert {path.name for path in files} == {
+        f"{name}.png" for name in (*(f"figure_{i}" for i in range(2, 7)), "trade_A")
+    }
+    assert all(1_000 < path.stat().st_size < 200_000 for path in files)
+    assert along({"A": []}, LINES[0]) is None
+
+
+def test_digits_have_the_attributes_of_the_vehicles():
+    a, c = draw("A"), draw("C")
+    assert {name: len(c[f"{name}_y"]) for name in ("train", "val", "repair", "test")} == {
+        "train": 718,
+        "val": 179,
+        "repair": 359,
+        "test": 539,
+    }
+    assert c["train_x"].shape == (718, 16, 16, 3)
+    assert c["train_x"].dtype == np.uint8
+    assert (a["train_view"] == 2).all()
+    assert not c["train_occluded"].any()
+    assert 0.10 < a["train_occluded"].mean() < 0.20
+    assert 0.22 < a["test_occluded"].mean() < 0.38
+    assert (c["train_view"] != 2).mean() < 0.09
+    assert 0.42 < (c["repair_view"] != 2).mean() < 0.58
+    assert np.array_equal(c["test_x"], draw("C")["test_x"])
+    assert not np.array_equal(c["test_x"], draw("C", seed=1)["test_x"])
+
+
+def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, settings = tmp_path / "study", [study.setting_of(row) for row in studied()[2:4]]
+    tiny = {"seed": 0, "seeds": 1, "epochs": 1, "total": 600}
+    study.study("digits", "C", settings[:1], folder, **tiny)
+    table = tables_of(folder)["C"]
+    assert [run.setting for run in table] == ["eq2 alpha=8 pi lw=32 pos=500 p=200"]
+    assert table[0].known_n == 360  # of training and repair data
+    assert table[0].known_targeted > 0
+    assert table[0].unseen_n == 180
+    (target,) = read(folder / "C" / "in_target.csv")
+    assert target.setting == table[0].setting
+    assert 0 < target.passed < 120
+    assert target.broken <= table[0].unseen_broken
+    assert target.repaired == table[0].unseen_repaired_in_target
+    study.study("digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3")
+    (run,) = tables_of(tmp_path / "convolution")["C"]
+    assert (run.layer, run.n_localized) == ("features.15.body.3", 32)
+    study.study("digits", "C", settings, folder, **tiny)
+    again = tables_of(folder)["C"]
+    assert again[0] == table[0]  # its seconds, too: it was not run again
+    assert again[1].setting == "eq1 alpha=6 lw=309 pos=500 p=200"
+    assert (folder / "answers.md").read_text().startswith("| | the paper | here | agrees |")
+    assert (folder / "trade_C.png").exists()
+
+
+def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monkeypatch, capsys):
+    asked, folders = [], []
+
+    def noted(name, experiments, settings, folder, **more):
+        asked.append((name, experiments, len(settings), more["seeds"]))
+        folders.append(folder)
+
+    monkeypatch.setattr(study, "PAK", tmp_path / "none")
+    monkeypatch.setattr(study, "study", noted)
+    monkeypatch.setattr(sys, "argv", ["study.py", "--quick"])
+    study.main()
+    assert "apt install simutrans-pak64" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--experiments", "AC"])
+    study.main()
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--table-ii", "--loss-term", "as_printed"])
+    study.main()
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", "vehicles", "--layer", "features.15.body.3"])
+    study.main()
+    assert [seen[0] for seen in asked] == ["digits", "vehicles", "vehicles", "vehicles"]
+    assert [seen[1:] for seen in asked] == [("ABC", 12, 3), ("AC", 66, 10), ("ABC", 12, 10), ("ABC", 66, 10)]
+    assert [folder.name for folder in folders] == [
+        "study_digits_0_quick",
+        "study_vehicles_0",
+        "study_vehicles_0_as_printed",
+        "study_vehicles_0_features.15.body.3",
+    ]
+    assert not capsys.readouterr().out

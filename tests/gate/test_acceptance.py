@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
+
+from lightning_nrl.errors import ConfigurationError, EvaluationError
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance, judge
+
+# train: kept, kept, kept, failing; repair: kept, failing (targeted), failing (targeted), kept.
+PASSED = [True, True, True, False, True, False, False, True]
+TARGETED = [False, False, False, False, False, True, True, False]
+
+
+def evidence(passed: list[bool], targeted: list[bool] | None = None, loss: list[float] | None = None) -> SampleResults:
+    n = len(passed)
+    ok = torch.tensor(passed, dtype=torch.bool)
+    return SampleResults(
+        splits=("train", "repair"),
+        sizes=(n // 2, n - n // 2),
+        index=torch.arange(n) + 100,
+        label=torch.zeros(n, dtype=torch.int64),
+        prediction=(~ok).long(),
+        loss=torch.zeros(n) if loss is None else torch.tensor(loss),
+        passed=ok,
+        targeted=torch.tensor(targeted or [False] * n, dtype=torch.bool),
+        margin=torch.zeros(n),
+    )
+
+
+def after(*flipped: int, nan: tuple[int, ...] = ()) -> SampleResults:
+    passed = [right != (i in flipped) for i, right in enumerate(PASSED)]
+    return evidence(passed, loss=[float("nan") if i in nan else 0.5 for i in range(len(PASSED))])
+
+
+BEFORE = evidence(PASSED, TARGETED)
+
+
+@pytest.mark.parametrize(
+    ("text", "gate"),
+    [
+        ("instance", Gate.instance()),
+        (" Accuracy ", Gate.accuracy()),
+        ("tolerance:3", Gate.tolerance(3)),
+        ("tolerance: 3", Tolerance(3)),
+        ("tolerance:0", Tolerance(0)),
+        ("tolerance:0.01", Gate.tolerance(0.01)),
+        ("tolerance:1e-3", Tolerance(0.001)),
+        ("tolerance:1%", Tolerance(0.01)),
+        ("tolerance:0.5 %", Tolerance(0.005)),
+        (Instance(), Instance()),
+    ],
+)
+def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
+    assert Gate.parse(text) == gate
+    assert Gate.parse(str(gate)) == gate
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("instanze", "`gate='instanze'` is no gate, did you mean 'instance'"),
+        ("instance:3", "`gate='instance:3'` is no gate.\nHINT: write one of"),
+        ("tolerance", "`gate='tolerance'` is no gate"),
+        ("", "`gate=''` is no gate"),
+        ("tolerance:few", "'few' is no number"),
+        ("tolerance:x%", "'x%' is no number"),
+        ("tolerance:-1", "`limit=-1` is no tolerance"),
+        ("tolerance:150%", "`limit=1.5` is no tolerance"),
+        ("tolerance:nan", "`limit=nan` is no tolerance"),
+    ],
+)
+def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Gate.parse(text)
+
+
+@pytest.mark.parametrize("limit", [-1, -0.1, 1.5, 3.0, float("nan"), True, "3", None])
+def test_a_tolerance_is_a_count_or_a_share(limit: object) -> None:
+    with pytest.raises(ConfigurationError, match="HINT: give a whole number of samples from 0, or a fraction"):
+        Gate.tolerance(limit)  # type: ignore[arg-type]
+
+
+def test_a_numpy_whole_number_is_a_count() -> None:
+    assert repr(Tolerance(torch.arange(4).numpy()[3])) == "Tolerance(limit=3)"
+
+
+@pytest.mark.parametrize(
+    ("gate", "allowed"),
+    [
+        (Instance(), 0),
+        (Accuracy(), 7),
+        (Tolerance(3), 3),
+        (Tolerance(0.29), 29),  # 0.29 * 100 is 28.999999999999996
+        (Tolerance(0.009), 0),
+        (Tolerance(1.0), 100),
+    ],
+)
+def test_how_many_may_break(gate: Gate, allowed: int) -> None:
+    assert gate.allowed(FlipCounts(kept=90, broken=10, repaired=7, failing=5)) == allowed
+
+
+@pytest.mark.parametrize(
+    ("value", "gate"),
+    [
+        ("instance", "instance"),
+        ('{"class_path": "lightning_nrl.gate.Accuracy"}', Accuracy()),
+        ('{"class_path": "lightning_nrl.gate.Tolerance", "init_args": {"limit": 3}}', Tolerance(3)),
+        ('{"class_path": "lightning_nrl.gate.Tolerance", "init_args": {"limit": 0.01}}', Tolerance(0.01)),
+    ],
+)
+def test_a_command_line_can_say_it(value: str, gate: str | Gate) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--gate", type=str | Gate)
+    assert parser.instantiate(parser.parse_args([f"--gate={value}"])).gate == gate
+
+
+def test_accepted_without_a_regression() -> None:
+    verdict = judge(BEFORE, after(3, 5), Instance())
+    assert verdict.accepted
+    assert verdict.counts == FlipCounts(kept=5, broken=0, repaired=2, failing=1)
+    assert verdict.target == FlipCounts(kept=0, broken=0, repaired=1, failing=1)
+    assert verdict.repaired == {"train": [103], "repair": [105]}
+    assert verdict.broken == {"train": [], "repair": []}
+    assert verdict.reason == (
+        "1 of 2 targeted failures pass now. Of 5 known samples that passed before, none broke; the gate allows none."
+    )
+
+
+def test_refused_for_one_regression_of_any_known_split() -> None:
+    for broken, split in ((0, "train"), (7, "repair")):
+        verdict = judge(BEFORE, after(5, 6, broken), Gate.instance())
+        assert verdict.status == "refused"
+        assert not verdict.accepted
+        assert verdict.broken == {"train": [], "repair": []} | {split: [100 + broken]}
+        assert verdict.reason == (
+            f"Of 5 known samples that passed before, 1 would break (1 in {split}); the gate allows none. "
+            "2 of 2 targeted failures would pass."
+        )
+
+
+@pytest.mark.parametrize(
+    ("gate", "accepted"),
+    [
+        ("accuracy", True),
+        ("tolerance:1", False),
+        ("tolerance:2", True),
+        ("tolerance:39%", False),
+        ("tolerance:40%", True),
+    ],
+)
+def test_two_broken_two_repaired_of_five_passed(gate: str, accepted: bool) -> None:
+    assert judge(BEFORE, after(0, 1, 3, 5), Gate.parse(gate)).accepted is accepted
+
+
+def test_more_broken_than_repaired_is_refused_at_accuracy_level() -> None:
+    verdict = judge(BEFORE, after(0, 1, 5), Gate.accuracy())
+    assert verdict.reason == (
+        "Of 5 known samples that passed before, 2 would break (2 in train); the gate allows as many as are repaired, "
+        "here 1. 1 of 2 targeted failures would pass."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gate", "rule"),
+    [
+        ("instance", "none."),
+        ("tolerance:0", "at most 0."),
+        ("tolerance:1", "at most 1."),
+        ("tolerance:20%", "at most 20 % of those that passed, here 1."),
+        ("accuracy", "as many as are repaired, here 2."),
+    ],
+)
+def test_the_reason_tells_how_many_were_allowed(gate: str, rule: str) -> None:
+    assert judge(BEFORE, after(5, 6), Gate.parse(gate)).reason.endswith(f"none broke; the gate allows {rule}")
+
+
+@pytest.mark.parametrize("gate", ["instance", "accuracy", "tolerance:100%"])
+def test_nothing_targeted_repaired_is_never_accepted(gate: str) -> None:
+    verdict = judge(BEFORE, after(3), Gate.parse(gate))
+    assert (verdict.status, verdict.counts.repaired) == ("not repaired", 1)
+    assert verdict.reason == (
+        "None of 2 targeted failures would pass. Of 5 known samples that passed before, none would break."
+    )
+
+
+def test_nothing_targeted_at_all() -> None:
+    verdict = judge(evidence(PASSED), after(3, 5), Gate.instance())
+    assert (verdict.status, verdict.target.n) == ("not repaired", 0)
+    assert verdict.reason == "No failed sample was targeted, so no change of weights is called for."
+
+
+def test_a_loss_that_is_not_finite_is_a_failure() -> None:
+    verdict = judge(BEFORE, after(5, 6, nan=(0, 6)), Gate.instance())
+    assert verdict.counts == FlipCounts(kept=4, broken=1, repaired=1, failing=2)
+    assert verdict.broken["train"] == [100]
+    assert verdict.reason.endswith(" The loss is not finite on 2 known samples; they count as wrong.")
+
+
+def test_tables_of_other_samples_are_not_compared() -> None:
+    shuffled = replace(after(5), index=BEFORE.index.flip(0))
+    with pytest.raises(EvaluationError, match=r"before \(train: 4, repair: 4\).*not about the same samples"):
+        judge(BEFORE, shuffled, Gate.instance())
+    with pytest.raises(EvaluationError, match=r"after \(train: 5, repair: 3\)"):
+        judge(BEFORE, replace(after(5), sizes=(5, 3)), Gate.instance())
+
+
+def test_a_gate_of_ones_own() -> None:
+    @dataclass(frozen=True)
+    class HalfOfTheRepaired(Gate):
+        def allowed(self, counts: FlipCounts) -> int:
+            return counts.repaired // 2
+
+        @property
+        def rule(self) -> str:
+            return "half as many as are repaired"
+
+        def __str__(self) -> str:
+            return "half"
+
+    assert judge(BEFORE, after(0, 5, 6), HalfOfTheRepaired()).accepted
+    assert judge(BEFORE, after(0, 5), HalfOfTheRepaired()).reason.startswith("Of 5 known samples")
+
+
+tables = st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), min_size=2, max_size=30)
+
+
+@settings(max_examples=80, deadline=None)
+@given(tables)
+def test_every_sample_goes_exactly_one_way(rows: list[tuple[bool, bool, bool]]) -> None:
+    old, new = evidence([row[0] for row in rows]), evidence([row[1] for row in rows])
+    flips = Flips.between(old, new)
+    ways = torch.stack([flips.kept, flips.broken, flips.repaired, flips.failing])
+    assert ways.sum(0).eq(1).all()
+    assert torch.equal(ways[0] | ways[1], old.passed)
+    assert torch.equal(ways[0] | ways[2], new.passed)
+    assert flips.counts().n == len(rows)
+    assert flips.counts().passed == int(old.passed.sum())
+
+
+@settings(max_examples=80, deadline=None)
+@given(tables, st.sampled_from(["instance", "accuracy", "tolerance:2", "tolerance:10%"]))
+def test_accepted_means_what_it_says(rows: list[tuple[bool, bool, bool]], text: str) -> None:
+    old = [row[0] for row in rows]
+    new = [row[1] for row in rows]
+    targeted = [row[2] and not row[0] for row in rows]
+    gate = Gate.parse(text)
+    verdict = judge(evidence(old, targeted), evidence(new), gate)
+    broken = sum(o and not n for o, n in zip(old, new, strict=True))
+    repaired = sum(t and n for t, n in zip(targeted, new, strict=True))
+    assert verdict.accepted is (repaired > 0 and broken <= gate.allowed(verdict.counts))
+    assert sum(map(len, verdict.broken.values())) == broken
+
+
+def test_a_looser_gate_accepts_all_that_a_stricter_one_does() -> None:
+    for flipped in ((5,), (5, 6), (0, 5), (0, 1, 5, 6), (0, 1, 2, 5)):
+        accepted = [judge(BEFORE, after(*flipped), Tolerance(k)).accepted for k in range(4)]
+        assert accepted == sorted(accepted)
+        assert judge(BEFORE, after(*flipped), Instance()).accepted == accepted[0]

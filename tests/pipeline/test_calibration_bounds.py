@@ -1,0 +1,261 @@
+"""What is said of an accepted repair after calibration data have chosen its strength."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.strengths import CONFIDENCE, trials
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_lines import PATCH, Line, aside, line, problem
+from toy_repairs import blobs, known, quick, trained
+
+from lightning_nrl import ConfigurationError, Gate, Multiclass, Outcome, Target, TensorSource, repair_module
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.pipeline.calibration_bounds import limit_after
+from lightning_nrl.pipeline.line_search import GRID, STATES, Selection, find_strength
+from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.report import RepairReport
+from lightning_nrl.stats import binomial_cdf, choose, upper_limit
+from lightning_nrl.stats.binomial import limit_at_level
+
+WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")
+SAFE = line(1.2, 9, split="right", label=0)
+
+
+def test_the_limit_by_hand() -> None:
+    assert STATES == 26 + 19
+    assert limit_after(4, 908, Selection(), 0.95) == pytest.approx(upper_limit(4, 908), abs=1e-12)
+    assert limit_after(4, 908, Selection(3), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 3), abs=1e-12)
+    assert limit_after(4, 908, Selection(45, True, 9), 0.95) == pytest.approx(limit_at_level(9, 908, 0.04), abs=1e-12)
+    assert limit_after(4, 908, Selection(45, True), 0.95) == pytest.approx(limit_at_level(4, 908, 0.01 / 45), abs=1e-12)
+    assert limit_after(4, 908, Selection(45), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 45), abs=1e-12)
+    assert limit_after(0, 0, Selection(45, True, 3), 0.95) == 1.0
+
+
+@given(st.integers(50, 400), st.integers(0, 5), st.lists(st.integers(0, 9), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allowed: int, counts: list[int]) -> None:
+    limit = limit_after(0, n, Selection(STATES, True, allowed), 0.95)
+    end = next((i for i, k in enumerate(counts) if k > allowed), len(counts))
+    assert choose(counts, n, limit, confidence=0.96).accepted == tuple(range(end))
+
+
+@pytest.mark.parametrize(
+    ("how", "chosen", "selection"),
+    [
+        ({"fixed": 0.6}, 0.6, Selection()),
+        # 1.1 is repaired from 1.15 on, and at 1.3 something known breaks: the data had a say in one step.
+        ({}, 1.15, Selection(2)),
+        ({"limit": Gate.parse("tolerance:1")}, 0.7, Selection(STATES, True, 1)),
+        ({"limit": Gate.parse("tolerance:50%")}, 0.7, Selection(STATES, True, 1)),
+        # What it allows depends on what is repaired.
+        ({"limit": Gate.accuracy()}, 0.55, Selection(STATES)),
+    ],
+)
+def test_what_say_calibration_data_had(how: Any, chosen: float, selection: Selection) -> None:
+    own = problem(WRONG, SAFE if not how else line(0.9, 1.2, 1.25, 9, split="right", label=0))
+    crossings = (0.7, 9) if not how else (0.57, 0.72, 9)
+    data = aside(own, *([line(*crossings, label=0)]), *([line(9.0, split="wrong too")] if how else []))
+    found = find_strength(own, PATCH, Gate.instance(), calibration=data, **how)
+    assert (found.chosen, found.selection) == (chosen, selection)
+
+
+def test_without_calibration_data_they_had_no_say() -> None:
+    assert find_strength(problem(WRONG, SAFE), PATCH, Gate.instance()).selection == Selection()
+
+
+def test_a_polished_strength_is_none_that_a_walk_accepts() -> None:
+    own = problem(WRONG, line(0.9, 1.2, 1.25, 9, split="right", label=0))
+    data = aside(own, line(0.57, 0.72, 9, 9.5, label=0))
+    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.tolerance(3))
+    assert [point.polished for point in found.path if point.strength == found.chosen] == [True]
+    assert found.selection == Selection(STATES, True)
+
+
+class Window(Line):
+    """Samples whose first input is below 0 break near a strength, and are right again beyond it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.weight[1]
+        near = torch.where(x[:, :1] > 0, t + x[:, 1:], 0.07 - (t + x[:, 1:]).abs())
+        return torch.cat([torch.zeros(len(x), 1), near], 1)
+
+
+def windowed(**changes: Any) -> Problem:
+    model, sources = Window().eval(), (WRONG, SAFE)
+    before = collect(model, sources, task=Multiclass(), target=AllFailures())
+    return replace(problem(WRONG, SAFE, **changes), model=model, before=before, passed=before.passed)
+
+
+def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_accepts() -> None:
+    near = TensorSource(torch.tensor([[-1.0, -0.3], [1.0, -9.0]]), torch.tensor([0, 0]), split="near")
+    limit = {"limit": Gate.instance()}
+    own = windowed()
+    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, near), **limit)
+    # At 0.3, between two strengths of the path, a sample breaks that is right at both.
+    assert (found.chosen, found.selection) == (1.2, Selection(STATES, True))
+    far = TensorSource(torch.tensor([[-1.0, -9.0], [1.0, -9.0]]), torch.tensor([0, 0]), split="far")
+    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, far), **limit)
+    assert (found.chosen, found.selection) == (1.2, Selection(STATES, True, 0))
+
+
+def test_without_time_for_a_walk_nothing_is_said_of_one() -> None:
+    own = problem(WRONG, SAFE, clock=StageTimer(max_time=0))
+    found = find_strength(
+        own, PATCH, Gate.instance(), calibration=aside(own, line(2.0, label=0)), limit=Gate.instance()
+    )
+    assert (found.chosen, found.selection) == (1.0, Selection(STATES, True))
+
+
+def test_the_limits_fail_no_more_often_than_they_say() -> None:
+    draws = 150
+    most = next(k for k in range(draws) if binomial_cdf(k, draws, 1 - CONFIDENCE) >= 0.999)
+    found = trials(draws)
+    assert len(found) == 6
+    assert all(trial.missed <= most for trial in found)
+    assert sum(trial.taken for trial in found) > 4 * draws
+
+
+@dataclass(frozen=True)
+class Given:
+    """A method that knows the answer."""
+
+    state: State
+
+    def __call__(self, problem: Problem) -> Solution:
+        return Solution(problem.propose("given", self.state))
+
+
+def calibration(n: int = 300, shift: float = 0.0) -> TensorSource:
+    return TensorSource(*blobs(n, shift, seed=9), split="calibration")
+
+
+def repaired(data: Sequence[TensorSource], **given: Any) -> Outcome:
+    model = trained()
+    patch = {"2.bias": model[2].bias.detach() + torch.tensor([1.0, 0.0, 0.0])}
+    how = quick(**{"method": Given(patch), "gate": Gate.accuracy(), **given})
+    return repair_module(model, known(), how, calibration=data)
+
+
+def right_of_x(batch: Any) -> Any:
+    return ["left" if x < 1 else "right" for x in batch[0][:, 0].tolist()]
+
+
+def test_a_report_says_what_the_calibration_data_say() -> None:
+    data = calibration()
+    report = repaired([data], strength=1.0, slices=right_of_x, mix={"left": 0.8, "right": 0.2}).report
+    split, bounds = report.splits[-1], report.bounds
+    assert bounds is not None
+    assert (bounds.broken, bounds.n, bounds.states) == (split.broken, split.passed, 1)
+    assert bounds.upper == pytest.approx(upper_limit(split.broken, split.passed), abs=1e-12)
+    left = data.inputs[:, 0] < 1
+    broken = torch.zeros(len(data), dtype=torch.bool)
+    broken[list(split.broken_ids)] = True
+    assert [(part.name, part.broken) for part in bounds.slices] == [
+        ("left", int((broken & left).sum())),
+        ("right", int((broken & ~left).sum())),
+    ]
+    assert sum(part.n for part in bounds.slices) == split.passed
+    part = bounds.slices[0]
+    assert part.upper == pytest.approx(upper_limit(part.broken, part.n, 0.975), abs=1e-9)
+    assert bounds.weighted is not None
+    assert 0 < bounds.weighted <= 1
+    again = RepairReport.from_json(report.to_json())
+    assert again == report
+    page = report.to_markdown()
+    assert f"broken {bounds.broken} of {bounds.n}" in page
+    assert "with 95 % confidence at most" in page
+    assert "in the mix left 80 %, right 20 %" in page
+    assert "Calibration data, slice by slice" in page
+    assert "Calibration data, slice by slice" in report.render()
+
+
+def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
+    report = repaired([calibration()], limit="tolerance:5%", confidence=0.9).report
+    bounds = report.bounds
+    assert bounds is not None
+    assert bounds.allowed == int(0.05 * bounds.n)
+    assert bounds.upper == pytest.approx(limit_at_level(bounds.allowed, bounds.n, 0.08), abs=1e-12)
+    assert f"the limit of {bounds.allowed} broken, up to which each strength was accepted" in report.to_markdown()
+
+
+def test_a_mix_that_differs_from_that_of_the_repair_data_is_warned_of() -> None:
+    same = repaired([calibration(60)], strength=1.0).report
+    assert same.bounds is not None
+    assert same.bounds.warning == ""
+    assert same.bounds.slices == ()
+    x, y = blobs(600, seed=9)
+    ones = TensorSource(x[y > 0], y[y > 0], split="calibration")  # the repair data have zeros too
+    report = repaired([ones], strength=1.0).report
+    assert report.bounds is not None
+    assert "slice '0' is 0 % of the calibration data" in report.bounds.warning
+    assert "beside the repair data, the overall bound holds only for data like" in report.to_markdown()
+
+
+@pytest.mark.parametrize("slices", [right_of_x, Target.label(1)])
+def test_slices_are_told_of_the_repair_data_too(slices: Any) -> None:
+    report = repaired([calibration()], strength=1.0, slices=slices).report
+    assert report.bounds is not None
+    assert report.bounds.slices
+    # In the repair data class 0 has moved to the left.
+    assert bool(report.bounds.warning) == (slices is right_of_x)
+
+
+def test_without_an_accepted_repair_or_calibration_data_nothing_is_said() -> None:
+    assert repaired([], strength=1.0).report.bounds is None
+    much = {"2.bias": trained()[2].bias.detach() + torch.tensor([9.0, 0.0, 0.0])}
+    refused = repaired([calibration()], strength=1.0, gate=Gate.instance(), method=Given(much)).report
+    assert refused.status == "refused"
+    assert refused.bounds is None
+
+
+@dataclass(frozen=True)
+class Never:
+    """A method that must not be reached."""
+
+    def __call__(self, problem: Problem) -> Solution:
+        raise AssertionError("the search has begun")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"slices": right_of_x, "mix": {"left": 1.0}}, r"`mix` has the slices \['left'\], the calibration data have"),
+        ({"mix": {0: 0.5, 1: 0.5}}, r"`mix` has the slices \['0', '1'\], the calibration data have \['0', '1', '2'\]"),
+        ({"slices": lambda batch: batch[0]}, "`slices` returned Tensor"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused_before_the_search(given: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        repaired([calibration()], method=Never(), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"confidence": 95}, "`confidence=95` is no share"),
+        ({"mix": {"a": 0.5}}, r"`mix=\{'a': 0.5\}` are no shares: their sum is 0.5"),
+        ({"mix": {"a": "all"}}, r"`mix=\{'a': 'all'\}` are no shares"),
+        ({"mix": 3}, "`mix=3` are no shares"),
+    ],
+)
+def test_settings_are_checked_at_once(given: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        quick(**given)
+
+
+def test_a_mix_needs_calibration_data() -> None:
+    with pytest.raises(ConfigurationError, match=r"`mix=\.\.\.` needs calibration data"):
+        repaired([], mix={0: 1.0})
+
+
+def test_strengths_of_a_walk_are_those_of_the_path_where_both_have_them() -> None:
+    assert {1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3} <= set(GRID)

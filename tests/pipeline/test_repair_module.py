@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import Tensor, nn
+from toy_repairs import blobs, known, mlp, quick, right, trained, unseen
+
+from lightning_nrl import (
+    AllWeights,
+    ConfigurationError,
+    EvaluationError,
+    Fitness,
+    Gate,
+    Multiclass,
+    Outcome,
+    Target,
+    TensorSource,
+    repair_module,
+)
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.pipeline.input_checks import see_aside
+from lightning_nrl.report import hash_tensors
+
+
+def mute(scores: Any, original: Any) -> Tensor:
+    """A fitness by which no candidate is better than another."""
+    return torch.zeros_like(scores.patched)
+
+
+@dataclass(frozen=True)
+class Never(Gate):
+    """Accepts nothing."""
+
+    rule = "less than none"
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return -1
+
+    def __str__(self) -> str:
+        return "never"
+
+
+@dataclass(frozen=True)
+class Nowhere:
+    """A localizer that finds no weight."""
+
+    include_bias: bool = False
+
+    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+        raise EmptyLocalizationError("`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer.")
+
+
+@pytest.mark.parametrize("layer", ["auto", "0", ["0", "2"]])
+@pytest.mark.parametrize("include_bias", [False, True])
+def test_the_counts_of_an_accepted_repair_are_those_of_the_written_model(layer: Any, include_bias: bool) -> None:
+    model, sources, later = trained(), known(), unseen()
+    before = [right(model, source) for source in (*sources, *later)]
+    outcome = repair_module(
+        model, sources, quick(layer=layer, localizer=AllWeights(include_bias=include_bias)), unseen=later
+    )
+    assert outcome.report.status == "repaired"
+    assert outcome.write(model)
+    for source, old, split in zip((*sources, *later), before, outcome.report.splits, strict=True):
+        new = right(model, source)
+        assert split.role == ("unseen" if source in later else "known")
+        assert (split.split, split.n, split.passed) == (source.split, len(source), int(old.sum()))
+        assert split.repaired_ids == tuple((~old & new).nonzero().flatten().tolist())
+        assert split.broken_ids == tuple((old & ~new).nonzero().flatten().tolist())
+        assert (split.kept, split.failing) == (int((old & new).sum()), int((~old & ~new).sum()))
+        assert split.broken == 0 or split.role == "unseen"
+    names = {"0": ["0"], "auto": ["2"]}.get(str(layer), ["0", "2"])
+    kinds = ["weight", "bias"] if include_bias else ["weight"]
+    assert list(outcome.parameters or ()) == [f"{name}.{kind}" for name in names for kind in kinds]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 9999),
+    layer=st.sampled_from(["0", "auto"]),
+    kind=st.sampled_from(["lexicographic", "eq1", "eq2"]),
+)
+def test_an_accepted_repair_has_broken_nothing_that_is_known(seed: int, layer: str, kind: Any) -> None:
+    model, sources = trained(seed=seed % 7), known(seed)
+    before = [right(model, source) for source in sources]
+    outcome = repair_module(model, sources, quick(layer=layer, seed=seed, fitness=Fitness(kind)))
+    changed = outcome.write(model)
+    assert changed is (outcome.report.status == "repaired")
+    after = [right(model, source) for source in sources]
+    assert not any((old & ~new).any() for old, new in zip(before, after, strict=True))
+    assert changed is bool((~before[1] & after[1]).any())
+
+
+def test_unseen_failures_of_the_target_are_counted_and_never_searched() -> None:
+    model, later = trained(), unseen()
+    wrong = ~right(model, later[0]) & (later[0].targets == 0)
+    outcome = repair_module(model, known(), quick(target=Target.label(0)), unseen=later)
+    without = repair_module(model, known(), quick(target=Target.label(0)))
+    split = outcome.report.splits[2]
+    assert split.targeted_ids == tuple(wrong.nonzero().flatten().tolist())
+    assert torch.equal(outcome.change, without.change)
+    marked = [replace(source, passed=True, failed=True) for source in later]
+    assert repair_module(model, known(), quick(target=Target.label(0)), unseen=marked).report.splits == (
+        outcome.report.splits
+    )
+
+
+def test_a_predicate_that_fails_on_unseen_data_does_not_stop_the_repair() -> None:
+    def is_odd(batch: Any) -> Tensor:
+        return batch[2]
+
+    sources = known()
+    sources[1] = replace(sources[1], extras=(torch.ones(60, dtype=torch.bool),))
+    with pytest.warns(UserWarning, match="not counted on unseen data: `target`: the predicate"):
+        outcome = repair_module(trained(), sources, quick(target=Target.where(is_odd)), unseen=unseen())
+    assert outcome.report.status == "repaired"
+    assert outcome.report.splits[2].targeted == 0
+    assert outcome.report.splits[2].n == 80
+
+
+@dataclass(frozen=True)
+class Torn(TensorSource):
+    """Cannot be read."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        raise OSError("a file is torn")
+
+
+def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
+    def run(collective: Collective) -> str:
+        later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
+        see = partial(collect, task=Multiclass(), collective=collective)
+        with pytest.raises((OSError, EvaluationError)) as error:
+            see_aside(see, mlp(), later, quick(), Multiclass(), collective)
+        return str(error.value)
+
+    first, second = on_ranks(2, run)
+    assert first.startswith("`later` data could not be read on another rank")
+    assert second == "a file is torn"
+
+
+def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:
+    model, sources = trained(), known()
+    outcome = repair_module(model, sources, quick(gate=Never()), unseen=unseen())
+    report = outcome.report
+    assert report.status == "refused"
+    assert outcome.parameters is None
+    assert not outcome.write(model)
+    assert [(split.repaired, split.broken) for split in report.splits] == [(0, 0)] * 3
+    assert [split.split for split in report.candidate] == ["train", "new"]
+    assert report.candidate[1].repaired_in_target > 0
+    assert report.hashes is not None
+    assert report.hashes.layers_before == report.hashes.layers_after == hash_tensors({"2.weight": model[2].weight})
+    assert report.hashes.model_before == report.hashes.model_after == hash_tensors(model.state_dict())
+    assert report.change is not None
+    assert report.change.changed == int((outcome.change != 0).sum())
+
+
+def test_the_change_is_what_is_written() -> None:
+    model = trained()
+    old = model[2].weight.detach().clone()
+    outcome = repair_module(model, known(), quick())
+    outcome.write(model)
+    change = (model[2].weight.detach() - old).flatten()
+    torch.testing.assert_close(change[change != 0], outcome.change[outcome.change != 0], rtol=0, atol=1e-6)
+    assert outcome.report.change.largest == pytest.approx(float(change.abs().max()), rel=1e-5)
+
+
+def test_without_failures_there_is_nothing_to_repair() -> None:
+    outcome = repair_module(trained(), known(), quick(target=Target.label(7)))
+    assert outcome == Outcome(outcome.report)
+    assert outcome.report.status == "nothing to repair"
+    assert "no failed sample of new is in the target (label 7); failures in all:" in outcome.report.reason
+    assert list(outcome.report.seconds) == ["collect"]
+    assert outcome.report.localization is outcome.report.search is None
+
+
+def test_without_passed_samples_a_warning_says_why() -> None:
+    always_wrong = [replace(source, targets=torch.full_like(source.targets, 2)) for source in known()]
+    model = nn.Sequential(nn.Linear(4, 3))
+    nn.init.zeros_(model[0].weight)
+    model[0].bias.data = torch.tensor([1.0, 0, 0])
+    with pytest.warns(UserWarning, match="not repaired: no known sample passes"):
+        outcome = repair_module(model, always_wrong, quick())
+    assert outcome.report.status == "not repaired"
+
+
+def test_with_nothing_to_draw_from_a_warning_says_why() -> None:
+    sources = known()
+    sources[0] = replace(sources[0], targets=(sources[0].targets + 1) % 3)
+    model = trained()
+    wrong = ~right(model, sources[0])
+    sources[0] = TensorSource(sources[0].inputs[wrong], sources[0].targets[wrong], split="train", passed=True)
+    with pytest.warns(UserWarning, match="no sample of train passes, so `n_passed` has nothing to draw from"):
+        assert repair_module(model, sources, quick(n_passed=5)).report.status == "not repaired"
+
+
+def test_an_empty_localisation_is_a_report_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="not repaired: `localizer` leaves no weight") as caught:
+        outcome = repair_module(trained(), known(), quick(localizer=Nowhere()), unseen=unseen())
+    assert caught[0].filename == __file__
+    assert outcome.report.status == "not repaired"
+    assert outcome.report.localization is None
+    assert list(outcome.report.seconds) == ["collect", "unseen", "localize"]
+    assert [split.role for split in outcome.report.splits] == ["known", "known", "unseen"]
+
+
+def test_a_search_that_finds_nothing_better_says_so() -> None:
+    outcome = repair_module(trained(), known(), quick(fitness=mute))
+    assert outcome.report.status == "not repaired"
+    assert "nothing better than the original weights" in outcome.report.reason
+    assert list(outcome.report.seconds) == ["collect", "localize", "search"]
+    assert outcome.report.search is not None
+    assert outcome.change is outcome.parameters is None
+
+
+def test_a_loss_that_is_not_finite_names_the_samples() -> None:
+    sources = known()
+    sources[1].inputs[3:5] = float("nan")
+    with pytest.raises(EvaluationError, match=r"NaN or infinite on 2 known samples \(new: \[3, 4\]\)"):
+        repair_module(trained(), sources, quick())
+
+
+@pytest.mark.parametrize(
+    ("sources", "arguments", "found"),
+    [
+        ([], {}, "`known`: no source is marked `failed`"),
+        (known()[:1], {}, "`known`: no source is marked `failed`"),
+        (known()[1:], {"n_passed": 3}, "`n_passed=3`: no known source is marked `passed`"),
+        ([*known(), known()[0]], {}, r"the splits \['train', 'new', 'train'\]"),
+        (known(), {"layer": "4"}, "`layer='4'` is not in the model"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_runs(sources: Any, arguments: Any, found: str) -> None:
+    model = trained()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ConfigurationError, match=found):
+        repair_module(model, sources, quick(**arguments))
+
+
+def test_known_data_is_not_unseen() -> None:
+    with pytest.raises(ConfigurationError, match=r"the data have the splits \['train', 'new', 'new'\]"):
+        repair_module(trained(), known(), quick(), unseen=known()[1:])
+
+
+def test_stages_and_progress_are_told_in_order() -> None:
+    told: list[Any] = []
+
+    class Listener:
+        @contextmanager
+        def stage(self, name: str) -> Iterator[None]:
+            told.append(name)
+            yield
+            told.append(f"{name} done")
+
+        def search(self, done: int, total: int, repaired: int, broken: int) -> None:
+            told.append((done, total))
+
+    outcome = repair_module(trained(), known(), quick(), observer=Listener())
+    stages = ["collect", "localize", "search", "judge", "strength", "judge"]
+    assert [word for word in told if isinstance(word, str)] == [w for s in stages for w in (s, f"{s} done")]
+    assert [word for word in told if isinstance(word, tuple)] == [(10, 12), (12, 12)]
+    assert told.index("search") < told.index((10, 12)) < told.index("search done")
+    assert list(outcome.report.seconds) == stages[:-1]
+
+
+def test_the_report_of_everything_is_strict_json() -> None:
+    for settings_ in (
+        quick(),
+        quick(gate=Never()),
+        quick(fitness=mute),
+        quick(localizer=AllWeights(), layer=["0", "2"]),
+    ):
+        text = repair_module(trained(), known(), settings_).report.to_json()
+        data = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+        assert data["settings"] == json.loads(json.dumps(settings_.plain()))
+
+
+def test_a_fitness_without_the_loss_of_passed_samples_gets_none_and_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = quick(fitness=Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero"))
+    spared = repair_module(trained(), known(), settings)
+    monkeypatch.setattr(Fitness, "uses_passed_loss", True)
+    whole = repair_module(trained(), known(), settings)
+    assert spared.report.search is not None
+    assert whole.report.search is not None
+    losses = torch.tensor(spared.report.search.history["loss_passed"])
+    assert losses.isnan().all()
+    assert torch.tensor(whole.report.search.history["loss_passed"]).isfinite().all()
+    assert spared.report.hashes == whole.report.hashes
+    assert spared.report.search.history["best"] == whole.report.search.history["best"]

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_nrl import AllWeights, ConfigurationError, Fitness, Gate, NeuRecoverLite, ParticleSwarm, Settings, Target
+
+
+class ByHand:
+    """A localizer that is no dataclass."""
+
+    include_bias = False
+
+    def __init__(self) -> None:
+        self.weights = [1, 2]
+        self.strength = 0.5
+        self._model = torch.nn.Linear(1, 1)
+
+    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A localizer with fields of all kinds."""
+
+    include_bias: bool = True
+    names: frozenset[str] = frozenset({"b", "a"})
+    rule: Callable[..., Any] = max
+    scale: Any = field(default_factory=lambda: torch.tensor([0.5]))
+    inner: ParticleSwarm = field(default_factory=ParticleSwarm)
+    limit: float = math.inf
+
+    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+        raise NotImplementedError
+
+
+def my_fitness(scores: Any, original: Any) -> Any:
+    return scores.patched
+
+
+def test_the_defaults_are_the_strongest() -> None:
+    settings = Settings()
+    assert str(settings.gate) == "instance"
+    assert str(settings.target) == "all failures"
+    assert settings.fitness == Fitness("lexicographic")
+    assert settings.n_passed is None
+
+
+def test_settings_are_told_as_plain_values() -> None:
+    settings = Settings(
+        target=Target.label(3) | Target.confusion(1, 2),
+        layer=["a", "b"],
+        gate=Gate.tolerance(0.01),
+        fitness=Fitness("eq2", alpha=8),
+        localizer=NeuRecoverLite(n_weights=32),
+        seed=7,
+    )
+    plain = settings.plain()
+    assert list(plain) == [
+        "target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time",
+            "strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside",
+            "confidence", "mix",
+    ]  # fmt: skip
+    assert plain["target"] == "label 3 or confusion 1 -> 2"
+    assert plain["layer"] == ["a", "b"]
+    assert plain["gate"] == "tolerance:0.01"
+    assert plain["fitness"]["class"] == "Fitness"
+    assert plain["fitness"]["kind"] == "eq2"
+    assert plain["fitness"]["alpha"] == 8
+    assert plain["localizer"]["n_weights"] == 32
+    assert plain["method"]["class"] == "Auto"
+    assert plain["method"]["swarm"]["particles"] == 100
+    assert plain["seed"] == 7
+
+
+@pytest.mark.parametrize("localizer", [NeuRecoverLite(), AllWeights(), ByHand(), Learned()])
+@pytest.mark.parametrize("fitness", [Fitness("eq1"), my_fitness, partial(my_fitness, original=None)])
+def test_plain_values_are_json_and_the_same_for_equal_settings(localizer: Any, fitness: Any) -> None:
+    plain = Settings(localizer=localizer, fitness=fitness).plain()
+    again = Settings(localizer=type(localizer)(), fitness=fitness).plain()
+    assert json.loads(json.dumps(plain)) == json.loads(json.dumps(again))
+    assert " at 0x" not in json.dumps(plain)
+
+
+def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
+    plain = Settings(localizer=ByHand(), fitness=my_fitness).plain()
+    assert plain["localizer"] == {"class": "ByHand", "strength": 0.5}
+    assert plain["fitness"] == f"{__name__}.my_fitness"
+    learned = Settings(localizer=Learned()).plain()["localizer"]
+    assert learned["names"] == ["a", "b"]
+    assert learned["inner"]["class"] == "ParticleSwarm"
+    assert learned["scale"] == "tensor([0.5000])"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"target": 3}, "`target=3` is no Target"),
+        ({"gate": "instance"}, "`gate='instance'` is no Gate"),
+        ({"method": "swam"}, "`method='swam'` is unknown"),
+        ({"method": ParticleSwarm}, "`method` is the class ParticleSwarm"),
+        ({"fitness": "eq1"}, "`fitness='eq1'` is no Fitness"),
+        ({"fitness": Fitness}, "is no Fitness"),
+        ({"localizer": "all"}, "`localizer='all'` is no Localizer"),
+        ({"localizer": my_fitness}, "is no Localizer"),
+        ({"layer": []}, r"`layer=\[\]` names no layer"),
+        ({"layer": 3}, "`layer=3` names no layer"),
+        ({"n_passed": 0}, "`n_passed=0` is out of range"),
+        ({"n_passed": 2.5}, "`n_passed=2.5` is out of range"),
+        ({"seed": -1}, "`seed=-1` is out of range"),
+        ({"seed": 2**32}, "`seed=4294967296` is out of range"),
+        ({"seed": None}, "`seed=None` is out of range"),
+        ({"seed": True}, "`seed=True` is out of range"),
+        ({"budget": 0}, "`budget=0` is out of range"),
+        ({"max_time": 0}, "`max_time=0` is no time"),
+        ({"max_time": math.inf}, "`max_time=inf` is no time"),
+        ({"max_time": math.nan}, "`max_time=nan` is no time"),
+        ({"max_time": True}, "`max_time=True` is no time"),
+        ({"max_time": "60"}, "`max_time='60'` is no time"),
+        ({"strength": 0}, "`strength=0` is no strength"),
+        ({"strength": 2.1}, "`strength=2.1` is no strength"),
+        ({"sparse": 1}, "`sparse=1` is no share"),
+        ({"sparse": -0.1}, "`sparse=-0.1` is no share"),
+        ({"strength": 0.5, "limit": "instance"}, "`strength=0.5` and `limit='instance'` both"),
+        ({"limit": "tollerance:1%"}, "did you mean 'tolerance'"),
+    ],
+)
+def test_a_value_without_a_meaning_is_refused_at_once(arguments: dict[str, Any], found: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{found}[\s\S]*HINT: "):
+        Settings(**arguments)

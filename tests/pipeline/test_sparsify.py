@@ -1,0 +1,164 @@
+"""A sparse patch by hand: ten weights of which two do the repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, TensorSource, repair_module
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.pipeline.sparsify import Thinned, thin
+from lightning_nrl.problem import Problem, Solution
+
+FIRST = torch.zeros(2, 10)
+FIRST[0, 9] = 1.0
+
+
+class Sums(nn.Module):
+    """Logits x9 and w . x, with a count that is no weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(10, 2, bias=False)
+        self.head.weight = nn.Parameter(FIRST.clone())
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def problem(passed_by: Tensor | None = None, **changes: Any) -> Problem:
+    """Four samples of class 1 that fail: two need weight 3, two weight 7; one of class 0 that passes."""
+    x = torch.zeros(5, 10)
+    x[[0, 1], 3] = x[[2, 3], 7] = 1.0
+    if passed_by is not None:
+        x[4] = passed_by
+    source = TensorSource(x, torch.tensor([1, 1, 1, 1, 0]), split="all", passed=True, failed=True)
+    model = Sums().eval()
+    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    space, scope = find_scope(model)
+    return Problem(
+        model, [source], before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed, **changes
+    )
+
+
+def patch(**weights: float) -> State:
+    """The second class's weights, those named such as `w3`, the rest 0.1."""
+    row = torch.full((10,), 0.1)
+    for name, value in weights.items():
+        row[int(name[1:])] = value
+    return {"head.weight": torch.stack([FIRST[0], row]), "count": torch.ones(1)}
+
+
+def differing(found: Thinned) -> list[int]:
+    rows, columns = (found.proposal.state["head.weight"] != FIRST).nonzero().unbind(1)
+    assert rows.all()
+    return columns.tolist()
+
+
+@pytest.mark.parametrize(("loss", "kept"), [(0.0, [3, 7]), (0.4, [3, 7]), (0.5, [3]), (0.99, [3])])
+def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) -> None:
+    own = problem()
+    whole = own.propose("whole", patch(w3=2.0, w7=1.0))
+    found = thin(own, whole, loss)
+    assert differing(found) == kept
+    assert found.proposal.state["count"] == 1
+    assert (found.proposal.repaired, found.proposal.broken) == (2 * len(kept), 0)
+    assert found.step.note == f"{len(kept)} of 20 weights differ, 10 before"
+
+
+def test_a_share_is_counted_as_a_decimal_number() -> None:
+    # In binary, 1 - 0.7 of 10 repairs is a little more than 3.
+    x = torch.eye(10)
+    model = Sums().eval()
+    model.head.weight.data.zero_()
+    source = TensorSource(x, torch.ones(10, dtype=torch.long), split="all", passed=True, failed=True)
+    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    space, scope = find_scope(model)
+    own = Problem(model, [source], before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed)
+    row = torch.arange(10, 0, -1.0)
+    found = thin(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
+    assert found.proposal.repaired == 3
+
+
+def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> None:
+    x = torch.zeros(10)
+    x[7], x[0], x[9] = 0.5001, -1.0, 1.0
+    own = problem(passed_by=x)
+    whole = own.propose("whole", patch(w3=1.0, w7=2.0, w9=0.0))
+    assert (whole.repaired, whole.broken) == (4, 0)
+    assert (
+        own.propose("w7 alone", {"head.weight": FIRST + torch.eye(10)[[7]] * torch.tensor([[0.0], [2.0]])}).broken == 1
+    )
+    found = thin(own, whole, 0.5)
+    assert (found.proposal.repaired, found.proposal.broken) == (2, 0)
+    assert differing(found) == [7]
+    assert 1.99 < found.proposal.state["head.weight"][1, 7] < 2.0
+
+
+def test_where_fewer_do_not_do_the_patch_stays() -> None:
+    own = problem()
+    both = FIRST.clone()
+    both[1, [3, 7]] = 1.0
+    whole = own.propose("whole", {"head.weight": both})
+    found = thin(own, whole, 0.0)
+    assert found.proposal is whole
+    assert found.step.note == "2 of 20 weights differ; fewer do not do"
+
+
+def test_without_time_the_patch_stays() -> None:
+    clock = StageTimer(max_time=0)
+    own = problem(clock=clock)
+    whole = own.propose("whole", patch(w3=2.0, w7=1.0))
+    assert thin(own, whole, 0.5).proposal is whole
+
+
+@dataclass(frozen=True)
+class WeightStats:
+    """A method that moves every weight a little."""
+
+    seed: int
+
+    def __call__(self, problem: Problem) -> Solution:
+        generator = torch.Generator().manual_seed(self.seed)
+        state = {
+            name: value.detach() + 0.3 * torch.randn(value.shape, generator=generator)
+            for name, value in problem.model.named_parameters()
+        }
+        return Solution(problem.propose("spread", state))
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 99), loss=st.sampled_from([0.0, 0.3, 0.6]))
+def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None:
+    model, sources = trained(), known()
+    before = collect(model.eval(), sources, task=Multiclass(), target=AllFailures())
+    space, scope = find_scope(model)
+    own = Problem(
+        model, sources, before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed, seed=seed
+    )
+    whole = WeightStats(seed)(own).proposal
+    assert whole is not None
+    found = thin(own, whole, loss).proposal
+    recounted = own.propose("again", found.state)
+    assert (recounted.repaired, recounted.broken) == (found.repaired, found.broken)
+    assert found.repaired >= (1 - loss) * whole.repaired
+    assert found.broken <= whole.broken
+
+
+def test_a_sparse_repair_says_how_many_weights_differ() -> None:
+    outcome = repair_module(trained(), known(), quick(sparse=0.5))
+    assert [step.name for step in outcome.report.steps] == ["swarm", "sparse"]
+    full = repair_module(trained(), known(), quick())
+    assert outcome.report.change.changed <= full.report.change.changed

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from toy_problems import normed, threshold
+
+from lightning_nrl import ConfigurationError, Multilabel, TensorSource, choose_share, interpolate
+from lightning_nrl.reference.interpolation import ShareChoice, alignment
+
+
+def linear(weight: Any) -> nn.Linear:
+    weight = torch.as_tensor(weight)
+    model = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    model.load_state_dict({"weight": weight})
+    return model
+
+
+def at(border: float) -> nn.Linear:
+    """Class 1 for points (x, 1) with x above a border."""
+    return linear(threshold(border)["weight"])
+
+
+# A share s puts the border at 3 s. Class 1 begins at 0, so that the new model is right on all ten, and loses the small
+# ones one after the other; the old one gets the five of class 0 right.
+X = torch.tensor([[x, 1.0] for x in (0.1, 0.4, 0.7, 1.0, 1.3, -1.0, -1.0, -1.0, -1.0, -1.0)])
+Y = torch.tensor([1] * 5 + [0] * 5)
+DATA = TensorSource(X, Y, "val", batch_size=4)
+
+
+def chosen(data: Any = DATA, **arguments: Any) -> ShareChoice:
+    return choose_share(at(3.0), at(0.0), data, **arguments)
+
+
+def test_weights_lie_between() -> None:
+    old, new = linear([[1.0, 0.0]]), linear([[0.0, 2.0]])
+    assert interpolate(old, new, 0.25)["weight"].tolist() == [[0.25, 1.5]]
+    assert interpolate(old.state_dict(), new, 1)["weight"].tolist() == [[1.0, 0.0]]
+    assert new.weight.tolist() == [[0.0, 2.0]]
+
+
+@pytest.mark.parametrize(("tolerance", "share"), [(0.0, 0.0), (0.1, 0.1), (0.15, 0.1), (0.2, 0.2), (None, 0.5)])
+def test_the_largest_share_within_the_tolerance_is_chosen(tolerance: float | None, share: float) -> None:
+    choice = chosen(tolerance=tolerance)
+    assert choice.share == share
+    assert [point.counts.right for point in choice.curve] == [10, 9, 9, 8, 8, 7, 7, 6, 6, 5, 5]
+
+
+def test_a_share_that_breaks_more_than_none_is_not_chosen() -> None:
+    # Both tell the sign of x, with hidden units in another order; half way all weights cancel, and all is class 0.
+    def signs(order: list[int]) -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+        first, last = torch.tensor([[1.0], [-1.0]]), torch.eye(2)
+        model.load_state_dict({"0.weight": first[order], "2.weight": last[:, order]})
+        return model
+
+    data = [(torch.tensor([[1.0]] * 9 + [[-1.0]]), torch.tensor([0] * 9 + [1]))]
+    old, new = signs([0, 1]), signs([1, 0])
+    choice = choose_share(old, new, data, tolerance=0.2, shares=[0.5])
+    assert [(point.share, point.counts.broken, point.counts.right) for point in choice.curve] == [
+        (0.0, 0, 10),
+        (0.5, 1, 9),
+    ]
+    assert choice.share == 0
+    assert choose_share(old, new, data, tolerance=None, shares=[0.5]).share == 0.5
+
+
+def test_a_choice_says_what_becomes_of_samples_and_changes_the_model_when_told() -> None:
+    new = at(0.0)
+    choice = choose_share(at(3.0), new, DATA, tolerance=0.1)
+    counts = choice.chosen.counts
+    assert (counts.kept, counts.broken, counts.repaired, counts.failing) == (5, 0, 4, 1)
+    assert (choice.chosen.accuracy, choice.chosen.negative_flip_rate) == (0.9, 0.0)
+    assert new.weight.tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    assert choice.write(new)
+    torch.testing.assert_close(new.weight.detach(), torch.tensor([[0.0, 0.3], [1.0, 0.0]]))
+    rule = "The largest that breaks no more than share 0, within 10 points of the best accuracy: 0.10."
+    assert rule in choice.render(100)
+    assert "share 0.10, taken" in choice.render(100)
+    assert "As given: 0.20." in chosen(tolerance=None, shares=[0.2]).render(100)
+
+
+def test_share_0_changes_nothing() -> None:
+    choice = chosen(tolerance=0)
+    assert (choice.share, choice.state) == (0.0, {})
+    assert not choice.write(at(0.0))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(X[:3], Y[:3]), (X[3:], Y[3:])],
+        DataLoader(TensorDataset(X, Y), 3),
+        DataLoader(TensorDataset(X, Y), 3, shuffle=True),
+        [{"x": X, "y": Y}],
+    ],
+)
+def test_any_batches_that_can_be_read_again_will_do(data: Any) -> None:
+    assert chosen(data) == chosen()
+
+
+def test_any_task_says_what_right_means() -> None:
+    # Both labels have to be right: -1 and 1 are, under weights of at least 0.
+    old, new = linear([[1.0], [-1.0]]), linear([[1.0], [1.0]])
+    data = TensorSource(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 1], [1, 0]]), "val")
+    choice = choose_share(old, new, data, task=Multilabel(), shares=[1.0], tolerance=None)
+    assert [(p.counts.broken, p.counts.repaired, p.counts.right) for p in choice.curve] == [(1, 1, 1), (0, 0, 1)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_share_is_further_from_the_new_and_nearer_to_the_old_model(seed: int, a: float, b: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(2, 2, 3, generator=generator)
+    old, new = linear(weights[0]), linear(weights[1])
+    ends = [interpolate(old, new, share)["weight"] for share in (1, 0)]
+    assert torch.equal(torch.stack(ends), weights)
+    near, far = (interpolate(old, new, share)["weight"] for share in sorted((a, b)))
+    assert bool(((near - weights[1]).abs() <= (far - weights[1]).abs() + 1e-5).all())
+    assert bool(((near - weights[0]).abs() + 1e-5 >= (far - weights[0]).abs()).all())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_no_larger_share_of_the_curve_would_do(seed: int, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    old, new = (linear(torch.randn(3, 2, generator=generator)) for _ in range(2))
+    x, y = torch.randn(9, 2, generator=generator), torch.randint(3, (9,), generator=generator)
+    choice = choose_share(old, new, [(x, y)], tolerance=tolerance, shares=[0.2, 0.5, 1.0])
+    best = max(point.accuracy for point in choice.curve)
+    assert choice.chosen.accuracy >= best - tolerance - 1e-6
+    # Linear models break no more in between than at share 0.
+    assert all(point.accuracy < best - tolerance for point in choice.curve if point.share > choice.share)
+    assert choice.curve[-1].counts.broken == choice.curve[-1].counts.repaired == 0
+    right = [model(x).argmax(1) == y for model in (old, new)]
+    assert choice.curve[0].counts.broken == int((right[0] & ~right[1]).sum())
+
+
+def pair() -> tuple[nn.Sequential, nn.Sequential, TensorSource]:
+    """Two networks with batch norm and dropout, and data."""
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 4), torch.randint(3, (60,))
+    return normed(), normed(), TensorSource(x, y, "train", batch_size=20)
+
+
+def test_batch_norm_statistics_fit_the_weights_and_are_those_of_the_models_at_the_ends() -> None:
+    old, new, data = pair()
+    for model in (old, new):
+        model.train()(data.inputs)
+    state = interpolate(old, new, 0.5, data)
+    model = normed()
+    model.load_state_dict(state)
+    hidden = model[0](data.inputs)
+    torch.testing.assert_close(state["1.running_mean"], hidden.mean(0), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(state["1.running_mean"], (old[1].running_mean + new[1].running_mean) / 2, atol=1e-3)
+    for share, end in ((0, new), (1, old)):
+        assert all(torch.equal(x, end.state_dict()[name]) for name, x in interpolate(old, new, share, data).items())
+
+
+def test_the_choice_has_the_statistics_that_it_was_counted_with() -> None:
+    old, new, data = pair()
+    choice = choose_share(old, new, data, data, shares=[0.4], tolerance=None)
+    expected = interpolate(old, new, 0.4, data)
+    assert choice.state.keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in choice.state.items())
+    model = normed().eval()
+    model.load_state_dict(choice.state)
+    assert choice.chosen.counts.right == int((model(data.inputs).argmax(1) == data.targets).sum())
+
+
+def test_ranks_choose_as_one() -> None:
+    shares = ((X[::2], Y[::2]), (X[1::2], Y[1::2]))
+    found = on_ranks(2, lambda own: chosen([shares[own.rank]], tolerance=0.1, collective=own))
+    assert found[0] == found[1] == chosen(tolerance=0.1)
+
+
+def test_weights_of_a_common_origin_are_aligned() -> None:
+    a, b = linear([[3.0, 4.0]]), linear([[4.0, 3.0]])
+    assert alignment(a.state_dict(), b) == pytest.approx(24 / 25)
+    assert alignment(a.state_dict(), linear([[-4.0, 3.0]])) == 0.0
+    # Scales of norms are alike in all models, so they say nothing.
+    assert alignment(nn.BatchNorm1d(2).state_dict(), nn.BatchNorm1d(2)) == 1.0
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), True, "half"])
+def test_what_is_no_share_is_refused(share: Any) -> None:
+    for call in (lambda: interpolate(at(1.0), at(0.0), share), lambda: chosen(shares=[share])):
+        with pytest.raises(ConfigurationError, match=r"`shares?=.*` is no share\.\nHINT: write a number from 0 to 1"):
+            call()
+    with pytest.raises(ConfigurationError, match=r"`tolerance=.*` is no share"):
+        chosen(tolerance=share)
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"`old` has 'weight' in the shape \[2, 3\], not \[2, 2\]"):
+        choose_share(nn.Linear(3, 2, bias=False), at(0.0), DATA)
+
+
+def test_batch_norm_needs_training_data() -> None:
+    old, new, data = pair()
+    with pytest.raises(ConfigurationError, match="`training`: there are none, and the batch norm layer '1' needs new"):
+        choose_share(old, new, data)
+    assert choose_share(old, new, data, shares=[]).share == 0
+
+
+def once() -> Any:
+    yield X, Y
+
+
+def test_data_that_cannot_be_read_twice_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="`data`: a second pass gave other samples than the first"):
+        chosen(once())
+    with pytest.raises(ConfigurationError, match="`data`: there is no sample"):
+        chosen([])
+
+
+def test_a_sample_with_a_loss_that_is_not_finite_is_wrong() -> None:
+    new: Tensor = torch.tensor([[float("inf"), 0.0], [0.0, 0.0]])
+    choice = choose_share(at(0.0), linear(new), [(torch.tensor([[1.0, 1.0]]), torch.tensor([0]))], shares=[])
+    assert choice.curve[0].counts.right == 0

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_nrl import (
+    ConfigurationError,
+    FocalDistillation,
+    MarginHinge,
+    Multiclass,
+    Multilabel,
+    Regression,
+    Segmentation,
+    Sequence,
+    Task,
+)
+from lightning_nrl.reference.loss_terms import OldAnswers, Term, parse_terms
+
+TASK = Multiclass()
+STUDENT = torch.tensor([[0.75, 0.25], [0.75, 0.25]]).log()
+RIGHT = torch.tensor([True, False])
+LABELS = torch.tensor([0, 1])
+
+
+def old_of(output: Tensor, target: Tensor) -> OldAnswers:
+    return OldAnswers(TASK.passed(output, target), output, TASK.margin(output, target))
+
+
+def test_distillation_is_stronger_where_the_old_model_is_right() -> None:
+    old = OldAnswers(RIGHT, torch.zeros(2, 2))
+    # The divergence is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) = 0.143841.
+    torch.testing.assert_close(FocalDistillation()(TASK, STUDENT, LABELS, old), torch.tensor([0.143841, 0.0]))
+    both = FocalDistillation(weight=2.0, base=1.0, focus=5.0)(TASK, STUDENT, LABELS, old)
+    torch.testing.assert_close(both, torch.tensor([1.726092, 0.287682]))
+    # Divided by the temperature the logits are those above, and 4 times as much comes of it.
+    soft = FocalDistillation(base=1.0, focus=0.0, temperature=2.0)(TASK, 2 * STUDENT, LABELS, old)
+    torch.testing.assert_close(soft, torch.tensor([0.575364, 0.575364]))
+
+
+def test_old_outputs_that_are_not_finite_teach_nothing() -> None:
+    output = STUDENT.clone().requires_grad_()
+    old = OldAnswers(RIGHT, torch.tensor([[math.nan, 0.0], [0.0, 0.0]]))
+    found = FocalDistillation(base=1.0)(TASK, output, LABELS, old)
+    torch.testing.assert_close(found, torch.tensor([0.0, 0.143841]))
+    found.sum().backward()
+    assert output.grad[0].tolist() == [0.0, 0.0]
+    assert output.grad[1].isfinite().all()
+
+
+WIDE = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).log()
+"""Two elements, of which the divergence from equal probabilities is 0.143841 each, as above."""
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "target"),
+    [
+        (Sequence(), WIDE[None], torch.tensor([[0, 1]])),
+        (Sequence(class_dim=1), WIDE.T[None], torch.tensor([[0, 1]])),
+        (Segmentation(), WIDE.T[None, :, None], torch.tensor([[[0, 1]]])),
+        (Multilabel(), torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([[1, 0]])),
+    ],
+)
+def test_elements_without_a_label_are_not_distilled(task: Task, output: Tensor, target: Tensor) -> None:
+    # The first element is 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4) away from its teacher; the second is far away.
+    student = output.clone().requires_grad_()
+    teacher = torch.zeros_like(output)
+    second = (0, 1) if isinstance(task, Sequence) and task.class_dim == -1 else (..., 1)
+    teacher[second] = -9.0 * output[second]
+    old = OldAnswers(torch.tensor([True]), teacher)
+    ignored = target.clone()
+    ignored[..., 1] = -100
+    assert float(FocalDistillation()(task, output, target, old)) > 0.7
+    found = FocalDistillation()(task, student, ignored, old)
+    torch.testing.assert_close(found, torch.tensor([0.143841]))
+    found.sum().backward()
+    assert not student.grad[second].any()
+    # At a temperature of 2, logits twice as large are as far away, and count four times.
+    soft = FocalDistillation(temperature=2.0)(task, 2 * student, ignored, replace(old, output=2 * teacher))
+    torch.testing.assert_close(soft, torch.tensor([0.575364]))
+
+
+def test_distillation_of_numbers_is_in_tolerances() -> None:
+    output, target = torch.tensor([[1.0], [1.0]]), torch.tensor([[0.0], [6.0]])
+    old = OldAnswers(RIGHT, torch.tensor([[3.0], [3.0]]))
+    # 2 / 0.5 and 2 / (0.5 + 0.25 * 6), squared; the second only has `base`.
+    term = FocalDistillation(base=1.0)
+    assert term(Regression(tolerance=0.5, relative=0.25), output, target, old).tolist() == [32.0, 1.0]
+
+
+def test_distillation_of_classes_that_both_models_have() -> None:
+    output = torch.tensor([[9.0, math.log(0.75), math.log(0.25)]])
+    old = OldAnswers(torch.tensor([True]), torch.zeros(1, 2), columns=torch.tensor([1, 2]))
+    torch.testing.assert_close(FocalDistillation(focus=6.0)(TASK, output, LABELS[:1], old), torch.tensor([0.863046]))
+
+
+def test_the_hinge_asks_for_a_part_of_the_old_margin() -> None:
+    output = torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0], [0.0, 4.0, 1.0]], requires_grad=True)
+    target = torch.tensor([0, 2, 2])  # margins 1, -3 and -3
+    old = OldAnswers(torch.tensor([True, True, False]), None, torch.tensor([6.0, 4.0, 4.0]))
+    found = MarginHinge()(TASK, output, target, old)
+    assert found.tolist() == [2.0, 5.0, 0.0]
+    found.sum().backward()
+    assert output.grad.tolist() == [[-1.0, 0.0, 1.0], [0.0, 1.0, -1.0], [0.0, 0.0, 0.0]]
+    assert MarginHinge(weight=2.0, share=1.0, most=4.5)(TASK, output, target, old).tolist() == [7.0, 14.0, 0.0]
+    unknown = OldAnswers(old.passed)
+    assert MarginHinge(most=1.5)(TASK, output, target, unknown).tolist() == [0.5, 4.5, 0.0]
+
+
+def test_a_margin_without_bounds_asks_for_nothing_or_for_the_most() -> None:
+    output, target = torch.zeros(1, 2), torch.tensor([0])
+    old = OldAnswers(torch.tensor([True]), None, torch.tensor([math.inf]))
+    assert MarginHinge()(TASK, output, target, old).tolist() == [0.0]
+    assert MarginHinge(most=1.0)(TASK, output, target, old).tolist() == [1.0]
+
+
+logits = st.lists(st.lists(st.floats(-20, 20, width=32), min_size=3, max_size=3), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits, logits, st.integers(0, 2), st.floats(0.1, 10), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_terms_are_never_below_zero_and_zero_for_the_old_model_itself(
+    new: Any, old: Any, label: int, temperature: float, dtype: torch.dtype
+) -> None:
+    n = min(len(new), len(old))
+    output, teacher = (torch.tensor(x[:n]).to(dtype) for x in (new, old))
+    target = torch.full((n,), label)
+    answers = old_of(teacher, target)
+    for term in (FocalDistillation(base=1.0, temperature=temperature), MarginHinge(), MarginHinge(share=1.0)):
+        found = term(TASK, output, target, answers)
+        assert found.shape == (n,)
+        assert found.dtype == torch.float32
+        assert (found >= -1e-4).all()
+        assert term(TASK, teacher, target, answers).abs().max() < 1e-4
+    # What the old model gets wrong, the hinge leaves alone; above the goal it asks for nothing.
+    hinge = MarginHinge()(TASK, output, target, answers)
+    assert (hinge[~answers.passed] == 0).all()
+    assert answers.margin is not None
+    reached = TASK.margin(output, target) >= 0.5 * answers.margin
+    assert (hinge[reached] == 0).all()
+    assert (hinge[answers.passed & ~reached] > 0).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(logits, st.integers(0, 2), st.floats(0.1, 5), st.floats(0, 5), st.floats(0, 5))
+def test_distillation_is_linear_in_its_weights(old: Any, label: int, weight: float, base: float, focus: float) -> None:
+    teacher = torch.tensor(old)
+    target, output = torch.full((len(teacher),), label), teacher.roll(1, 1)
+    answers = old_of(teacher, target)
+    if base + focus == 0:
+        return
+    plain = TASK.divergence(output, teacher)
+    expected = weight * (base + focus * answers.passed.float()) * plain
+    found = FocalDistillation(weight=weight, base=base, focus=focus)(TASK, output, target, answers)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class NoMargin(Task):
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return (output - target).abs().amax(1) < 1
+
+    def loss(self, output: Tensor, target: Any) -> Tensor:
+        return (output - target).square().mean(1)
+
+
+def test_a_task_without_classes_is_distilled_by_squares_and_has_no_hinge() -> None:
+    output, target = torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2)
+    old = OldAnswers(torch.tensor([True]), torch.zeros(1, 2))
+    # (1 + 9) / 2 whatever the temperature is
+    for temperature in (1.0, 4.0):
+        term = FocalDistillation(base=1.0, focus=1.0, temperature=temperature)
+        assert term(NoMargin(), output, target, old).tolist() == [10.0]
+    with pytest.raises(ConfigurationError, match="NoMargin has no margins"):
+        MarginHinge()(NoMargin(), output, target, old)
+
+
+def test_what_a_term_needs_is_asked_for() -> None:
+    known = OldAnswers(RIGHT)
+    with pytest.raises(ConfigurationError, match="predictions alone cannot be distilled"):
+        FocalDistillation()(TASK, STUDENT, LABELS, known)
+    with pytest.raises(ConfigurationError, match="do not say what margin"):
+        MarginHinge()(TASK, STUDENT, LABELS, known)
+    with pytest.raises(ConfigurationError, match=r"old model returned \[2, 3\], the new one \[2, 2\]"):
+        FocalDistillation()(TASK, STUDENT, LABELS, OldAnswers(RIGHT, torch.zeros(2, 3)))
+
+
+@dataclass(frozen=True)
+class Mine(Term):
+    name: str = "mine"
+
+    def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
+        return output.sum(1)
+
+
+def test_terms_come_by_name_as_objects_or_several() -> None:
+    assert parse_terms("margin_hinge") == (MarginHinge(),)
+    assert parse_terms(["focal_distillation", MarginHinge(most=1), Mine()]) == (
+        FocalDistillation(),
+        MarginHinge(most=1),
+        Mine(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: parse_terms("focal distillation"), "did you mean 'focal_distillation'"),
+        (lambda: parse_terms([]), "`term`: 0 terms"),
+        (lambda: parse_terms(["margin_hinge", MarginHinge()]), "each with a `name` of its own"),
+        (lambda: parse_terms(FocalDistillation), "`term=.* is no term"),  # type: ignore[arg-type]
+        (lambda: parse_terms(3), "`term=3` is no term"),  # type: ignore[arg-type]
+        (lambda: FocalDistillation(temperature=0), "`temperature=0` is no number above 0"),
+        (lambda: FocalDistillation(base=-1), "`base=-1` is no number from 0"),
+        (lambda: FocalDistillation(base=0, focus=0), "the term is always 0"),
+        (lambda: FocalDistillation(weight=math.nan), "`weight=nan`"),
+        (lambda: MarginHinge(share=True), "`share=True` is no number above 0"),
+        (lambda: MarginHinge(most=0), "`most=0` is no number above 0"),
+    ],
+)
+def test_bad_terms_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()

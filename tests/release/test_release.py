@@ -1,0 +1,275 @@
+"""The release gate on modules and tensors, and on files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from repository import ROOT
+from toy_repairs import blobs, mlp, right, trained
+
+from lightning_nrl import ConfigurationError, OldModel, Predictions, Target, TensorSource
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
+from lightning_nrl.release.__main__ import main
+from lightning_nrl.report import hash_tensors
+
+HOW_TO = ROOT / "docs" / "release.md"
+RULES = ["accuracy", "nfr:20%", "slices", "slices:count"]
+
+
+def data(split: str = "test", batch_size: int = 32) -> TensorSource:
+    return TensorSource(*blobs(200, 0.5, seed=7), split=split, batch_size=batch_size)
+
+
+def label(batch: Any) -> Any:
+    return batch[1]
+
+
+def test_it_counts_what_plain_passes_count() -> None:
+    old, new, source = trained(seed=1), trained(seed=2), data()
+    was, now = right(old, source), right(new, source)
+    report = release(new, old, source, "instance", slices=label)
+    whole, *slices = report.rows
+    assert whole.counts.broken == int((was & ~now).sum()) > 0
+    assert whole.counts.repaired == int((~was & now).sum()) > 0
+    assert whole.counts.kept == int((was & now).sum())
+    assert report.broken_ids == {"test": (was & ~now).nonzero().flatten().tolist()}
+    assert report.findings[0].ids == report.broken_ids
+    assert [row.slice for row in slices] == ["0", "1", "2"]
+    for row in slices:
+        mine = source.targets == int(row.slice)
+        assert (row.counts.n, row.counts.broken) == (int(mine.sum()), int((was & ~now & mine).sum()))
+    assert report.status == "refused"
+    assert report.reasons[0].startswith(f"instance: test: {whole.counts.broken} of {int(was.sum())} that were right")
+
+
+def test_a_model_may_replace_itself() -> None:
+    model = trained()
+    report = release(model, model, data(), RULES, slices=label)
+    assert (report.accepted, report.exit_status) == (True, 0)
+    assert report.new == report.old
+
+
+def test_models_and_random_state_are_left_as_found() -> None:
+    old, new = trained(seed=1), trained(seed=2)
+    new[0].eval()
+    states = [{name: value.clone() for name, value in model.state_dict().items()} for model in (old, new)]
+    random = torch.get_rng_state()
+    release(new, old, data(), RULES, slices=label)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in new.modules()] == [True, False, True, True]
+    assert all(module.training for module in old.modules())
+    for model, state in zip((old, new), states, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_every_form_of_the_old_model_gives_the_same_report(tmp_path: Path) -> None:
+    old, new = trained(seed=1), trained(seed=2)
+    torch.save(old.state_dict(), tmp_path / "old.pt")
+    first = release(new, old, data(), RULES, slices=label)
+    assert first.old.sha256 == hash_tensors(old.state_dict())
+    for form in (tmp_path / "old.pt", OldModel(old, cache=tmp_path / "old.csv"), tmp_path / "old.csv"):
+        report = release(new, form, data(), RULES, slices=label)
+        assert replace(report, old=first.old) == first
+        assert report.old.sha256 == first.old.sha256
+
+
+def test_samples_are_hashed_with_their_labels() -> None:
+    model, source = trained(), data()
+    first = release(model, model, source)
+    other = release(model, model, replace(source, targets=source.targets.roll(1)))
+    assert first.samples != other.samples
+    assert release(model, model, data(batch_size=7)).samples == first.samples
+
+
+def test_protected_samples_are_chosen_while_the_data_are_read() -> None:
+    old, new, source = trained(seed=1), trained(seed=2), data()
+    broken = right(old, source) & ~right(new, source)
+    for rule, mine in (
+        (ProtectedIntact(where=lambda batch: batch[0][:, 0] > 0), source.inputs[:, 0] > 0),
+        (ProtectedIntact(where=Target.label(1)), source.targets == 1),
+    ):
+        finding = release(new, old, [source], [rule, "accuracy"], slices=label).findings[0]
+        assert finding.ids.get("test", []) == (broken & mine).nonzero().flatten().tolist()
+
+
+def test_the_page_and_the_json_say_all() -> None:
+    report = release(trained(seed=1), trained(seed=2), data(), [*RULES, "instance"], slices=label, seeds={"fit": 1})
+    again = ReleaseReport.from_json(report.to_json())
+    assert again.to_json() == report.to_json()
+    assert again.to_markdown() == report.to_markdown()
+    assert json.loads(report.to_json())["rows"][0]["backward_trust_compatibility"] == pytest.approx(
+        report.rows[0].counts.kept / report.rows[0].counts.passed
+    )
+    page = report.to_markdown()
+    for said in (
+        "# Refused",
+        "NOT satisfied",
+        report.new.sha256,
+        report.old.sha256,
+        "test, slice 2",
+        "seed: fit",
+        "BEC",
+    ):
+        assert said in page
+    for at in report.broken_ids["test"][:3]:
+        assert str(at) in page
+    assert report.render(100).startswith("REFUSED\n\nThe new model may not replace the old one: ")
+    accepted = release(trained(), trained(), data(), "accuracy").render()
+    assert accepted.startswith("ACCEPTED\n\nThe new model may replace the old one: the rule is satisfied.")
+
+
+def test_autocast_is_what_is_judged_and_noted() -> None:
+    def bfloat16() -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    report = release(trained(seed=1), trained(seed=2), data(), "accuracy", context=bfloat16)
+    assert report.precision == "float32 on cpu, autocast to bfloat16"
+    assert release(trained(), trained(), data()).precision == "float32 on cpu"
+
+
+def test_ranks_come_to_the_same_report() -> None:
+    class Share(TensorSource):
+        rank, size = 0, 1
+
+        @property
+        def positions(self) -> torch.Tensor:
+            return self.index[self.rank :: self.size]
+
+        def __iter__(self) -> Any:
+            yield from self.draw([p for p in self.positions.split(self.batch_size) if len(p)])
+
+    def work(collective: Collective) -> ReleaseReport:
+        source = Share(*blobs(203, 0.5, seed=7), split="test")
+        object.__setattr__(source, "rank", collective.rank)
+        object.__setattr__(source, "size", collective.world_size)
+        models = trained(seed=1), trained(seed=2)
+        rules = [*RULES, ProtectedIntact(where=Target.label(2))]
+        return release(*models, source, rules, slices=label, collective=collective)
+
+    torch.manual_seed(0)
+    alone = work(Collective())
+    first, second = on_ranks(2, work)
+    assert alone == first == second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"new": "new.ckpt"}, "`new='new.ckpt'` is no model"),
+        ({"old": None}, "`old=None`: there is nothing to compare with"),
+        ({"old": "nowhere.ckpt"}, "is not there"),
+        ({"data": torch.zeros(3)}, "`data`: found a Tensor, not a list of sources"),
+        ({"data": []}, "`data`: found a list, not a list of sources"),
+        ({"rules": "all"}, "'all' is no rule"),
+        ({"rules": "slices"}, "the rule `slices` needs slices"),
+        ({"rules": "instance in suite"}, "names the split 'suite', the data have \\['test'\\]"),
+        ({"slices": 3.5}, "`slices`"),
+        ({"rules": ProtectedIntact(where=lambda batch: batch["kind"])}, "`where` raised"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        release(**{"new": mlp(), "old": mlp(), "data": data(), **arguments})
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReleaseReport]:
+    """Predictions of two models as files, slices, and what the models themselves are judged to be."""
+    folder = tmp_path_factory.mktemp("files")
+    old, new, source = trained(seed=1), trained(seed=2), data()
+    for name, model in (("old", old), ("new", new)):
+        said = model(source.inputs).argmax(1)
+        rows = {i: (int(said[i]), bool(said[i] == source.targets[i])) for i in range(len(said))}
+        Predictions({"test": rows}, hash_tensors(model.state_dict())).save(folder / f"{name}.csv")
+    lines = [f"test,{i},{int(y)}" for i, y in enumerate(source.targets)]
+    (folder / "slices.csv").write_text("\n".join(["split,id,slice", *lines]))
+    return folder, release(new, old, source, [*RULES, "instance"], slices=label)
+
+
+def test_files_are_judged_as_the_models_are(
+    files: tuple[Path, ReleaseReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = files
+    rules = [part for rule in (*RULES, "instance") for part in ("--rule", rule)]
+    given = [str(folder / "old.csv"), str(folder / "new.csv"), *rules, "--slices", str(folder / "slices.csv")]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 1
+    found = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
+    assert (found.findings, found.rows, found.broken_ids) == (expected.findings, expected.rows, expected.broken_ids)
+    assert (found.new.sha256, found.old.sha256) == (expected.new.sha256, expected.old.sha256)
+    assert capsys.readouterr().out.startswith("REFUSED")
+    assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
+    assert main([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rule", "slices"], "the rule `slices` needs slices"),
+        (["--rule", "no"], "'no' is no rule"),
+        (["--slices", "nowhere.csv"], "`slices='nowhere.csv'` cannot be read"),
+    ],
+)
+def test_misuse_has_an_exit_status_of_its_own(
+    more: list[str], message: str, files: tuple[Path, ReleaseReport], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(files[0] / "old.csv"), str(files[0] / "new.csv"), *more])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")])
+    assert re.search(r"`new`: of 1 samples.*HINT: give the column `passed`", capsys.readouterr().err, re.DOTALL)
+
+
+def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
+    command = [sys.executable, "-m", "lightning_nrl.gate", files[0] / "old.csv", files[0] / "new.csv"]
+    done = subprocess.run([*command, "--rule", "nfr:90%"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_decides(tmp_path: Path) -> None:
+    root = ROOT
+    command = [sys.executable, root / "examples" / "release.py", "--epochs", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    (found,) = tmp_path.rglob("release/report.json")
+    report = ReleaseReport.from_json(found.read_text())
+    assert done.returncode == report.exit_status, done.stderr
+    assert done.stdout.lstrip().startswith(report.status.upper())
+    assert {row.split for row in report.rows} == {"known", "later"}
+
+
+def test_the_documented_rule_of_ones_own_can_be_given() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(blocks[-1], found)
+    report = release(trained(seed=1), trained(seed=2), data(), found["NoConfidentRegression"](0.0))
+    assert report.findings[0].ids == report.broken_ids
+
+
+def test_every_rule_in_the_how_to_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ids.csv").write_text("split,id\ntest,1\n")
+    table = re.search(r"\| as text .*?\n\n", HOW_TO.read_text(), re.DOTALL)
+    assert table is not None
+    rows = [line.split("|")[1] for line in table[0].strip().splitlines()[2:]]
+    texts = [text for row in rows for text in re.findall("`(.*?)`", row)]
+    assert len(texts) == 11
+    rules = [parse_rules(text)[0] for text in texts]
+    assert [str(parse_rules(str(rule))[0]) for rule in rules] == [str(rule) for rule in rules]

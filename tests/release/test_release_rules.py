@@ -1,0 +1,285 @@
+"""Rules by hand, on tables where what became of each sample is written down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.release import (
+    AtMostBroken,
+    Finding,
+    MaxNegativeFlipRate,
+    ModelPair,
+    NoSliceWorse,
+    ProtectedIntact,
+    Rule,
+)
+from lightning_nrl.release.release_report import Identity, make_report
+from lightning_nrl.release.rule_parsing import KINDS, parse_rule, parse_rules
+from lightning_nrl.release.rules import sign_test
+from lightning_nrl.stats import upper_limit
+
+BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
+
+
+def seen(slices: str | None = None, marked: Any = None, **splits: str) -> ModelPair:
+    """Splits as words: k for kept, b for broken, r for repaired, f for failing; ids begin at 100."""
+    letters = "".join(splits.values())
+    names = tuple(sorted(set(slices or "")))
+    group = torch.tensor([names.index(name) for name in slices] if slices else [-1] * len(letters))
+    return ModelPair(*(table(letters, splits, i) for i in (0, 1)), names, group, marked or {})
+
+
+def table(letters: str, splits: dict[str, str], which: int) -> SampleResults:
+    passed = torch.tensor([BEFORE_AFTER[letter][which] for letter in letters], dtype=torch.bool)
+    nothing = torch.zeros(len(letters))
+    return SampleResults(
+        splits=tuple(splits),
+        sizes=tuple(map(len, splits.values())),
+        index=torch.cat([100 + torch.arange(len(word)) for word in splits.values()]),
+        label=torch.zeros(len(letters), dtype=torch.int64),
+        prediction=(~passed).long(),
+        loss=nothing,
+        passed=passed,
+        targeted=torch.zeros_like(passed),
+        margin=nothing,
+    )
+
+
+def test_nothing_may_break_in_any_split() -> None:
+    assert AtMostBroken().check(seen(suite="kkr", test="kf")) == Finding(
+        "instance",
+        True,
+        "suite: 0 of 2 that were right broke; the gate allows none (accuracy 66.67 %, now 100.00 %). "
+        "test: 0 of 1 that were right broke; the gate allows none (accuracy 50.00 %, now 50.00 %).",
+    )
+    found = AtMostBroken().check(seen(suite="kkr", test="kbbr"))
+    assert (found.passed, found.ids) == (False, {"test": [101, 102]})
+
+
+def test_a_rule_for_one_split_leaves_the_others_alone() -> None:
+    data = seen(suite="kkr", test="kbbr")
+    assert AtMostBroken("instance", splits=("suite",)).check(data).passed
+    assert not AtMostBroken("instance", splits="test").check(data).passed
+
+
+@pytest.mark.parametrize(("word", "passed"), [("kkbr", True), ("kkbbr", False), ("kk", True), ("krr", True)])
+def test_accuracy_may_not_fall(word: str, passed: bool) -> None:
+    assert AtMostBroken("accuracy").check(seen(test=word)).passed is passed
+
+
+def test_the_negative_flip_rate_is_held_below_the_limit_by_its_upper_limit() -> None:
+    word = "k" * 97 + "bbr"
+    upper = upper_limit(2, 100)  # 2 of all 100, not of the 99 that were right
+    assert MaxNegativeFlipRate(upper + 1e-6).check(seen(test=word)).passed
+    found = MaxNegativeFlipRate(upper - 1e-6).check(seen(test=word))
+    assert (found.passed, found.ids) == (False, {"test": [197, 198]})
+    assert "negative flip rate 2.00 % (2 of 100), with 95 % confidence at most 6.17 %" in found.reason
+    assert not MaxNegativeFlipRate(upper + 1e-6, confidence=0.99).check(seen(test=word)).passed
+
+
+def test_it_says_how_many_samples_a_limit_takes_at_least() -> None:
+    found = MaxNegativeFlipRate(0.01).check(seen(test="k" * 298))
+    assert not found.passed
+    assert found.reason.endswith("not within 1%; that takes 299 samples even where none breaks.")
+    assert MaxNegativeFlipRate(0.01).check(seen(test="k" * 299)).passed
+
+
+def test_each_split_and_each_slice_is_held_to_the_limit() -> None:
+    data = seen("x" * 60 + "y" * 40 + "x" * 60, suite="k" * 60 + "b" * 2 + "k" * 38, test="k" * 60)
+    assert MaxNegativeFlipRate(0.07).check(data).passed
+    found = MaxNegativeFlipRate(0.07, each_slice=True).check(data)
+    assert found.ids == {"suite": [160, 161]}
+    assert found.reason.startswith("suite, slice 'y': negative flip rate 5.00 % (2 of 40)")
+    assert MaxNegativeFlipRate(0.16, each_slice=True).check(data).passed
+
+
+def test_a_split_without_samples_passes_no_bound() -> None:
+    assert not MaxNegativeFlipRate(0.5).check(seen(test="")).passed
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_the_sign_test_is_that_of_scipy(broken: int, repaired: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    if broken + repaired:
+        expected = stats.binomtest(broken, broken + repaired, 0.5, alternative="greater").pvalue
+        assert sign_test(broken, repaired) == pytest.approx(expected, abs=1e-9)
+    else:
+        assert sign_test(0, 0) == 1.0
+
+
+def test_a_slice_is_worse_by_count_if_fewer_are_right() -> None:
+    data = seen("xxxyyyy", test="kbr" + "kbbr")
+    found = NoSliceWorse("count").check(data)
+    assert found.ids == {"test": [104, 105]}
+    assert found.reason == "test, slice 'y' is worse: 2 broke, 1 repaired (accuracy 75.00 %, now 50.00 %)."
+    assert NoSliceWorse("count").check(seen("xxx", test="kbr")).reason == "none of 1 slices is worse by count."
+
+
+def test_a_slice_is_worse_by_test_if_chance_hardly_explains_it() -> None:
+    # Of two slices each has half the level: 6 broken and none repaired have p = 1/64 < 0.025, and 5 have 1/32.
+    five, six = (seen("x" * 50 + "y" * 50, test="k" * 50 + "b" * n + "k" * (50 - n)) for n in (5, 6))
+    assert NoSliceWorse().check(five).passed
+    found = NoSliceWorse().check(six)
+    assert found.ids == {"test": list(range(150, 156))}
+    assert "test, slice 'y' is worse: 6 broke, 0 repaired" in found.reason
+    assert "p = 0.016, below 0.025" in found.reason
+    assert NoSliceWorse(level=0.01).check(six).passed
+
+
+def test_slices_of_which_the_test_can_say_nothing_are_named() -> None:
+    found = NoSliceWorse().check(seen("x" * 9 + "yyyy", test="k" * 9 + "bbbb"))
+    assert found.passed
+    assert found.reason.endswith("of 1 with too few samples the test can say nothing (test, slice 'y').")
+    assert not NoSliceWorse("count").check(seen("x" * 9 + "yyyy", test="k" * 9 + "bbbb")).passed
+
+
+def test_samples_in_no_slice_are_in_no_rule_on_slices() -> None:
+    data = seen("x" * 4 + "y" * 4, test="kkkkbbbb")
+    outside = ModelPair(data.before, data.after, ("x",), torch.tensor([0] * 4 + [-1] * 4))
+    assert NoSliceWorse("count").check(outside).passed
+
+
+def test_protected_samples_must_stay_right() -> None:
+    data = seen(suite="kbr", test="kbf")
+    assert ProtectedIntact({"suite": [100, 102], "test": [102]}).check(data) == Finding(
+        "protected:3 samples",
+        True,
+        "0 of 1 protected samples that were right broke; 2 more were wrong before, 1 of these are right now.",
+    )
+    assert ProtectedIntact({"suite": [101], "test": [101]}).check(data).ids == {"suite": [101], "test": [101]}
+
+
+def test_protected_samples_by_what_they_are() -> None:
+    target = Target.label(3)
+    data = seen(test="kbkb", marked={target: torch.tensor([True, True, False, False])})
+    rule = ProtectedIntact(ids=[103], where=target)
+    assert rule.targets == (target,)
+    assert rule.check(data).ids == {"test": [101, 103]}
+    assert str(rule) == "protected:1 sample and label 3"
+
+
+def test_protected_samples_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "golden.csv").write_text("split,id\ntest,101\ntest,100\n")
+    rule = parse_rule(f"protected:{tmp_path / 'golden.csv'}")
+    assert rule.check(seen(test="kb")).ids == {"test": [101]}
+    assert str(rule) == f"protected:{tmp_path / 'golden.csv'}"
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("instance", AtMostBroken()),
+        ("tolerance:1% in suite", AtMostBroken("tolerance:1%", ("suite",))),
+        ("accuracy in a, b", AtMostBroken("accuracy", ("a", "b"))),
+        ("nfr:1%", MaxNegativeFlipRate(0.01)),
+        ("nfr:0.5%:99% in test", MaxNegativeFlipRate(0.005, 0.99, splits=("test",))),
+        ("slice-nfr:5%", MaxNegativeFlipRate(0.05, each_slice=True)),
+        ("slices", NoSliceWorse()),
+        ("slices:1%", NoSliceWorse(level=0.01)),
+        ("slices:count in suite", NoSliceWorse("count", splits=("suite",))),
+    ],
+)
+def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> None:
+    assert parse_rule(text) == rule
+    assert parse_rule(str(rule)) == rule
+    assert parse_rules([text, rule]) == (rule, rule)
+
+
+def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ids.csv").write_text("split,id\ntest,1\n")
+    assert all(isinstance(parse_rule(kind), Rule) for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: parse_rules([]), r"`rules=\[\]` are no rules"),
+        (lambda: parse_rules(None), "`rules=None` are no rules"),
+        (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
+        (lambda: parse_rule("nfr"), "'nfr' is no rule"),
+        (lambda: parse_rule("nfr:few"), "'few' in 'nfr:few' is no number"),
+        (lambda: parse_rule("slices:count:2"), "is no rule"),
+        (lambda: parse_rule("tolerance:x"), "'x' is no number"),
+        (lambda: MaxNegativeFlipRate(1.0), "`limit=1.0` is no share"),
+        (lambda: MaxNegativeFlipRate(0.01, 95), "`confidence=95` is no share"),
+        (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
+        (lambda: NoSliceWorse(level=0), "`level=0` is no share"),
+        (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
+        (lambda: ProtectedIntact(), "protects nothing"),
+        (lambda: ProtectedIntact("nowhere.csv"), "`ids='nowhere.csv'` cannot be read"),
+        (lambda: ProtectedIntact({"test": ["a"]}), "is no list of samples"),
+    ],
+)
+def test_what_is_no_rule_is_refused_at_once(make: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (AtMostBroken("instance", splits=("suit",)), r"`instance in suit` names the split 'suit', the data have"),
+        (NoSliceWorse(), "the rule `slices` needs slices"),
+        (MaxNegativeFlipRate(0.1, each_slice=True), "the rule `slice-nfr:10%` needs slices"),
+        (ProtectedIntact({"tst": [1]}), "`ids` names the split 'tst'"),
+        (ProtectedIntact([1]), "`ids` names no split"),
+    ],
+)
+def test_data_that_a_rule_cannot_judge_are_refused_before_anything_runs(rule: Rule, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        rule.check_data(("suite", "test"), sliced=False)
+
+
+def test_what_protects_no_sample_that_is_there_does_not_pass() -> None:
+    with pytest.raises(ConfigurationError, match=r"1 protected samples are not in `test` \[?\(\[7\]\)"):
+        ProtectedIntact({"test": [100, 7]}).check(seen(test="kk"))
+    target = Target.label(3)
+    with pytest.raises(ConfigurationError, match="'label 3' chooses none of 2 samples"):
+        ProtectedIntact(where=target).check(seen(test="kk", marked={target: torch.tensor([False, False])}))
+
+
+@pytest.mark.parametrize("text", ["split\ntest\n", "split,id\ntest,x\n", "split,id\n"])
+def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ids.csv").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"ids\.csv'.*\nHINT: give a CSV file with the columns split,id"):
+        ProtectedIntact(tmp_path / "ids.csv")
+
+
+@dataclass(frozen=True)
+class FewRepaired(Rule):
+    """A rule of one's own."""
+
+    def check(self, seen: ModelPair) -> Finding:
+        return Finding(str(self), int(seen.flips.repaired.sum()) < 2, "few were repaired.")
+
+    def __str__(self) -> str:
+        return "few"
+
+
+def test_one_rule_that_is_not_satisfied_refuses() -> None:
+    who = {"new": Identity("new"), "old": Identity("old"), "task": "", "precision": "", "seeds": {}}
+    data = seen("xxyyy", test="krfkk")
+    accepted = make_report(data, [FewRepaired(), AtMostBroken()], **who)
+    assert (accepted.accepted, accepted.exit_status, accepted.reasons) == (True, 0, ())
+    refused = make_report(data, [FewRepaired(), MaxNegativeFlipRate(0.01, 0.9)], **who)
+    assert (refused.accepted, refused.exit_status, len(refused.reasons)) == (False, 1, 1)
+    assert refused.confidence == 0.9
+    assert [(row.split, row.slice, row.counts.n) for row in refused.rows] == [
+        ("test", "", 5),
+        ("test", "x", 2),
+        ("test", "y", 3),
+    ]
+    assert refused.rows[0].upper == upper_limit(0, 5, 0.9)
+    assert refused.rows[1].upper == pytest.approx(upper_limit(0, 2, 0.95))  # of two that hold together with 90 %

@@ -1,0 +1,232 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.search.fitness import FLOOR, Fitness, exchange_rate, per_swarm
+
+BEFORE = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 2.0, 0.5)), n_failed=4, n_passed=10)
+
+
+def scores(patched, intact, loss_failed, loss_passed, n_failed=4, n_passed=10):
+    columns = (torch.tensor([column], dtype=torch.float64) for column in (patched, intact, loss_failed, loss_passed))
+    return Scores(*columns, n_failed=n_failed, n_passed=n_passed)
+
+
+AFTER = scores([1, 4], [10, 9], [1.0, 0.0], [0.75, 1.0])
+"""Two candidates: 1 of 4 repaired, none of 10 broken, losses 2 -> 1 and 1/2 -> 3/4; and 4, 1, 2 -> 0, 1/2 -> 1."""
+
+
+@pytest.mark.parametrize(
+    ("loss_term", "failed", "passed"),
+    [
+        ("bounded", [1 - 1.5 / 2.5, 1 - 0.5 / 2.5], [1 - 1.25 / 1.0, 1 - 1.5 / 1.0]),
+        ("inverse_ratio", [2.5 / 1.5, 2.5 / 0.5], [1.0 / 1.25, 1.0 / 1.5]),
+        ("as_printed", [1.5 / 2.5, 0.5 / 2.5], [1.25 / 1.0, 1.5 / 1.0]),
+    ],
+)
+def test_equations_by_hand(loss_term, failed, passed):
+    eq1 = Fitness("eq1", alpha=6, delta=0.5, loss_term=loss_term)(AFTER, BEFORE)
+    eq2 = Fitness("eq2", alpha=6, delta=0.5, beta=0.25, loss_term=loss_term)(AFTER, BEFORE)
+    counts = [1 / 4 + 6 * 10 / 10, 4 / 4 + 6 * 9 / 10]
+    torch.testing.assert_close(
+        eq1, torch.tensor([[c + f + p for c, f, p in zip(counts, failed, passed, strict=True)]]).double()
+    )
+    torch.testing.assert_close(
+        eq2, torch.tensor([[c + 0.25 * f for c, f in zip(counts, failed, strict=True)]]).double()
+    )
+
+
+def test_bounded_is_at_most_one_where_the_inverse_outweighs_every_count():
+    solved = scores([0], [5], [2.0], [0.0])
+    untouched = scores([4], [10], [2.0], [0.5])
+    assert Fitness("eq1", loss_term="inverse_ratio")(solved, BEFORE) > Fitness("eq1", loss_term="inverse_ratio")(
+        untouched, BEFORE
+    )
+    assert Fitness("eq1")(solved, BEFORE) < Fitness("eq1")(untouched, BEFORE)
+
+
+def test_lexicographic_by_hand():
+    value = Fitness(delta=0.5)(AFTER, BEFORE)
+    # Losses of all 14 samples: 4 * 2 + 10 * 1/2 = 13 before, 4 * 1 + 10 * 3/4 = 11.5 and 4 * 0 + 10 * 1 = 10 after.
+    gain = [(13 - 11.5) / (13 + 14 * 0.5), (13 - 10) / (13 + 14 * 0.5)]
+    loss = [0.25 * (1 + g / (1 + g)) for g in gain]
+    torch.testing.assert_close(value, torch.tensor([[1 + loss[0], 4 + loss[1] - 1 * 5]]).double())
+
+
+def test_between_equal_counts_lexicographic_weighs_the_loss_of_passed_samples_too():
+    reckless, careful = Fitness()(scores([2, 2], [10, 10], [1.0, 1.5], [1.0, 0.5]), BEFORE)[0]
+    assert careful > reckless
+
+
+def test_perfect_intact_zero_is_the_papers():
+    value = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")(AFTER, BEFORE)
+    assert value[0, 0] == Fitness("eq2", alpha=8)(AFTER, BEFORE)[0, 0]
+    assert value[0, 1] == 0
+    assert Fitness(perfect_intact=True, infeasible="zero")(AFTER, BEFORE)[0, 1] == 0
+
+
+def test_perfect_intact_ranked_orders_the_infeasible_below_the_feasible():
+    candidates = scores(
+        # none broken with a terrible loss; 1 broken; 1 broken and fewer repaired; the same and a higher loss; 2 broken
+        patched=[0, 2, 1, 1, 4],
+        intact=[10, 9, 9, 9, 8],
+        loss_failed=[1e12, 1.0, 1.0, 3.0, 0.0],
+        loss_passed=[1e12, 0.5, 0.5, 0.5, 0.0],
+    )
+    for kind in ("eq1", "eq2", "lexicographic"):
+        value = Fitness(kind, perfect_intact=True)(candidates, BEFORE)[0]
+        assert (value.diff() < 0).all(), kind
+    assert Fitness("eq1", perfect_intact=True)(candidates, BEFORE)[0, 0] == FLOOR
+
+
+def test_a_loss_that_is_not_finite_is_worst_of_all():
+    candidates = scores([4, 4, 0], [10, 10, 0], [math.nan, 1.0, 9.0], [0.1, math.inf, 9.0])
+    for kind in ("eq1", "eq2", "lexicographic"):
+        for loss_term in ("bounded", "as_printed", "inverse_ratio"):
+            for infeasible in ("ranked", "zero"):
+                how = Fitness(kind, loss_term=loss_term, perfect_intact=True, infeasible=infeasible)
+                value = how(candidates, BEFORE)[0]
+                assert value[:2].tolist() == [-math.inf, -math.inf]
+                assert value[2].isfinite()
+
+
+N = 10**6
+candidate = st.tuples(st.integers(0, N), st.integers(0, N), st.floats(0, 1e4))
+
+
+@given(st.lists(candidate, min_size=2, max_size=8), st.floats(0, 100))
+@settings(max_examples=200, deadline=None)
+def test_lexicographic_numbers_compare_as_the_tuples_do(candidates, loss_before):
+    broken, repaired, loss = zip(*candidates, strict=True)
+    after = scores(repaired, [N - b for b in broken], loss, loss, n_failed=N, n_passed=N)
+    before = Scores(*(torch.tensor([[x]]).double() for x in (0.0, float(N), loss_before, 1.0)), n_failed=N, n_passed=N)
+    value = Fitness()(after, before)[0].tolist()
+    for (b1, r1, l1), v1 in zip(candidates, value, strict=True):
+        assert (v1 > 0) == (b1 == 0)
+        for (b2, r2, l2), v2 in zip(candidates, value, strict=True):
+            if (b1, -r1) != (b2, -r2):
+                assert ((b1, -r1) < (b2, -r2)) == (v1 > v2)
+            elif l1 < l2:
+                assert v1 >= v2
+
+
+def test_lexicographic_tells_losses_apart_with_a_million_repaired():
+    after = scores([N, N], [N, N], [1.0, 1.0 + 1e-8], [0.0, 0.0], n_failed=N, n_passed=N)
+    better, worse = Fitness()(after, replace(BEFORE, n_failed=N, n_passed=N))[0]
+    assert better > worse
+
+
+def test_each_swarm_by_its_own_fitness():
+    mixed = [
+        Fitness(),
+        Fitness("eq1", alpha=4),
+        Fitness("eq2", alpha=8, perfect_intact=True),
+        Fitness("eq1", alpha=6, delta=0.1),
+        Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero"),
+        Fitness(),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    columns = [torch.randint(0, 5, (6, 7), generator=generator).double() for _ in range(4)]
+    n_passed = torch.arange(4, 10)[:, None]
+    after = Scores(*columns, n_failed=4, n_passed=n_passed)
+    before = Scores(*(column[:, :1] for column in columns), n_failed=4, n_passed=n_passed)
+    value = per_swarm(mixed, torch.device("cpu"))(after, before)
+    for s, how in enumerate(mixed):
+        alone = [
+            Scores(*(c[s : s + 1] for c in x), n_failed=4, n_passed=int(n_passed[s]))
+            for x in (columns, [c[:, :1] for c in columns])
+        ]
+        assert torch.equal(value[s : s + 1], how(*alone))
+
+
+def test_swarms_that_differ_in_numbers_alone():
+    mixed = [Fitness("eq2", alpha=alpha, beta=alpha / 8) for alpha in (4.0, 6.0)]
+    after = Scores(
+        *(torch.cat([x, x]) for x in (AFTER.patched, AFTER.intact, AFTER.loss_failed, AFTER.loss_passed)), 4, 10
+    )
+    value = per_swarm(mixed, torch.device("cpu"))(after, BEFORE)
+    assert torch.equal(value, torch.cat([how(AFTER, BEFORE) for how in mixed]))
+
+
+def test_equal_fitness_is_shared():
+    assert per_swarm([Fitness("eq1")] * 3, torch.device("cpu")) == Fitness("eq1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
+def test_value_is_float64_whatever_the_scores_are(dtype):
+    after = Scores(AFTER.patched.to(dtype), AFTER.intact.to(dtype), AFTER.loss_failed, AFTER.loss_passed, 4, 10)
+    assert torch.equal(Fitness("eq1")(after, BEFORE), Fitness("eq1")(AFTER, BEFORE))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found", "hint"),
+    [
+        ({"kind": "lexicografic"}, "`fitness.kind='lexicografic'`", "did you mean 'lexicographic'"),
+        ({"kind": "eq3"}, "`fitness.kind='eq3'`", "did you mean 'eq"),
+        ({"kind": "zzz"}, "`fitness.kind='zzz'`", "'lexicographic', 'eq1', 'eq2'"),
+        ({"loss_term": "bound"}, "`fitness.loss_term='bound'`", "'bounded'"),
+        ({"infeasible": None}, "`fitness.infeasible=None`", "'ranked', 'zero'"),
+        ({"alpha": "6"}, "`fitness.alpha='6'`", "at least 0"),
+        ({"alpha": -1.0}, "`fitness.alpha=-1.0`", "at least 0"),
+        ({"beta": math.nan}, "`fitness.beta=nan`", "at least 0"),
+        ({"delta": 0.0}, "`fitness.delta=0.0`", "above 0"),
+    ],
+)
+def test_bad_arguments_are_told(arguments, found, hint):
+    with pytest.raises(ConfigurationError) as error:
+        Fitness(**arguments)
+    problem, _, advice = str(error.value).partition("\nHINT: ")
+    assert found in problem
+    assert hint in advice
+
+
+def test_exchange_rate_is_where_the_paper_is_indifferent():
+    rate = exchange_rate(n_failed=4, n_passed=10, alpha=0.5)
+    assert rate == 5
+    how = Fitness("eq2", alpha=0.5)
+    one_for_five = scores([0, 1], [10, 5], [2.0, 2.0], [0.5, 0.5])
+    untouched, traded = how(one_for_five, BEFORE)[0]
+    assert untouched == traded
+    assert exchange_rate(n_failed=4, n_passed=10, alpha=0) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["lexicographic", "eq1", "eq2"])
+@pytest.mark.parametrize("perfect_intact", [False, True])
+@pytest.mark.parametrize("infeasible", ["ranked", "zero"])
+def test_says_when_the_loss_of_passed_samples_does_not_matter(kind, perfect_intact, infeasible):
+    fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible)
+    other = replace(AFTER, loss_passed=AFTER.loss_passed + 1)
+    assert torch.equal(fitness(AFTER, BEFORE), fitness(other, BEFORE)) != fitness.uses_passed_loss
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["lexicographic", "eq1", "eq2"]),
+    st.booleans(),
+    st.sampled_from(["ranked", "zero"]),
+    st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
+    st.tuples(st.integers(0, 4), st.integers(0, 10), st.floats(0, 50), st.floats(0, 50)),
+)
+def test_who_breaks_more_than_the_most_is_worth_no_more(kind, perfect_intact, infeasible, best, other):
+    fitness = Fitness(kind, perfect_intact=perfect_intact, infeasible=infeasible)
+    (value, challenger) = (fitness(scores(*([x] for x in row)), BEFORE) for row in (best, other))
+    limit = fitness.most_broken(value, 4)
+    if limit is not None and 10 - other[1] > limit.item():
+        assert challenger.item() <= value.item()
+
+
+def test_the_most_broken_by_hand():
+    value = Fitness()(AFTER, BEFORE)
+    assert Fitness().most_broken(value, 4).tolist() == [[0.0, 1.0]]
+    assert Fitness().most_broken(torch.tensor([[-math.inf]]), 4).tolist() == [[math.inf]]
+    assert Fitness("eq1").most_broken(value, 4) is None
+    strict = Fitness("eq1", perfect_intact=True)
+    assert strict.most_broken(strict(AFTER, BEFORE), 4).tolist() == [[0.0, 1.0]]
+    zero = Fitness("eq2", perfect_intact=True, infeasible="zero")
+    assert zero.most_broken(zero(AFTER, BEFORE), 4).tolist() == [[0.0, 0.0]]

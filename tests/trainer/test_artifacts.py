@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import ConfigurationError, RepairReport, repair_module
+from lightning_nrl._trainer.artifacts import base_folder, file_names, headline, output_folder, write_report
+
+
+def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:
+    """As much of a trainer as the choice of a folder needs."""
+    return SimpleNamespace(
+        log_dir=log_dir,
+        default_root_dir=folder,
+        fast_dev_run=fast,
+        is_global_zero=first,
+        strategy=SimpleNamespace(broadcast=lambda x: x),
+    )
+
+
+def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
+    assert output_folder(None, trainer_in(tmp_path)) == tmp_path / "repair"
+    assert output_folder(None, trainer_in(tmp_path, tmp_path / "version_0")) == tmp_path / "version_0" / "repair"
+
+
+def test_a_folder_with_a_report_is_left_alone(tmp_path: Path) -> None:
+    for name in ("repair", "repair-1", "repair-2"):
+        folder = output_folder(None, trainer_in(tmp_path))
+        assert folder == tmp_path / name
+        (folder / "report.json").touch()
+
+
+def test_a_folder_that_the_user_named_is_taken_as_it_is(tmp_path: Path) -> None:
+    for _ in range(2):
+        folder = output_folder(tmp_path / "mine", trainer_in(tmp_path))
+        assert folder == tmp_path / "mine"
+        (folder / "report.json").touch()
+
+
+def test_a_fast_run_has_no_folder(tmp_path: Path) -> None:
+    assert output_folder(tmp_path / "mine", trainer_in(tmp_path, fast=1)) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_rank_alone_makes_the_folder(tmp_path: Path) -> None:
+    output_folder(None, trainer_in(tmp_path, first=False))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("dirpath", "root"), [("s3://bucket/a", "."), (None, "gs://bucket/a")])
+def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"`dirpath`: [\s\S]*://bucket/a', which is no local folder"):
+        base_folder(dirpath, trainer_in(root))
+
+
+def test_files_are_named_by_kind(tmp_path: Path) -> None:
+    assert list(file_names(tmp_path, checkpoint=True)) == ["checkpoint", "json", "markdown"]
+    assert file_names(tmp_path, checkpoint=False) == {
+        "json": str(tmp_path / "report.json"),
+        "markdown": str(tmp_path / "report.md"),
+    }
+    assert file_names(None, checkpoint=True) == {}
+
+
+@pytest.fixture(scope="module")
+def report() -> RepairReport:
+    return repair_module(trained(), known(), quick()).report
+
+
+def test_a_report_is_written_where_it_says(tmp_path: Path, report: RepairReport) -> None:
+    report = replace(report, files=file_names(tmp_path, checkpoint=False))
+    write_report(report)
+    assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.md").read_text() == report.to_markdown()
+
+
+def test_the_headline_is_named_as_the_logs_are(report: RepairReport) -> None:
+    numbers = headline(report, "repair-1")
+    assert numbers["repair-1/accepted"] == float(report.status == "repaired")
+    assert numbers["repair-1/known_repaired"] == sum(split.repaired for split in report.splits)
+    assert all(number.shape == () for number in numbers.values())

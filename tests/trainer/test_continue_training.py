@@ -1,0 +1,608 @@
+"""Training that goes on, by real trainers: on which data, in which way, and without a trace."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+from toy_repairs import blobs
+
+from lightning_nrl._trainer import budget as course_module
+from lightning_nrl._trainer import continue_training as continuing_module
+from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
+from lightning_nrl._trainer.loaders import make_source
+from lightning_nrl._trainer.trainer_state import validating
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.timing import StageTimer
+
+TRAIN, FAILED = 50, 21
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
+
+
+class Points(Dataset):
+    """`(point, class, number)`; failed samples have numbers from 100 on."""
+
+    def __init__(self, n: int, first: int = 0, shift: float = 0.0) -> None:
+        self.points, self.labels = blobs(n, shift, seed=first)
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
+        return self.points[i], self.labels[i], self.first + i
+
+
+class Net(LightningModule):
+    """Writes down what it is trained on; the notes are the class's, so that those of a copy are there too."""
+
+    notes: ClassVar[list[Any]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 12, bias=False), nn.BatchNorm1d(12), nn.ReLU(), nn.Dropout(0.2))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+    def note(self, *what: Any) -> None:
+        self.notes.append(what)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.note("batch", self.current_epoch, *batch[2].tolist())
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9)
+
+
+class Continue(Callback):
+    """Goes on with the training where a repair would."""
+
+    def __init__(self, failed: Any = None, passed: Any = None, seconds: float = math.inf, **given: Any) -> None:
+        self.failed = failed if failed is not None else DataLoader(Points(FAILED, 100, 1.5), 64)
+        self.passed, self.seconds, self.given = passed, seconds, given
+        self.states: list[Any] = []
+        self.told: list[Any] = []
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Net.notes.clear()
+        with validating(trainer):
+            passed = self.passed if self.passed is not None else trainer.train_dataloader
+            known = [
+                make_source(passed, "train", trainer=trainer, model=pl_module, passed=True),
+                make_source(self.failed, "repair", trainer=trainer, model=pl_module, failed=True),
+            ]
+            start, seeds = self.given.get("start"), self.given.get("seeds", (0,))
+            training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), left_out=(Continue,))
+            before = picture(trainer, pl_module)
+            with preserve(pl_module):
+                for seed in seeds:
+                    state = training(seconds=self.seconds, seed=seed, clock=StageTimer(self), start=start)
+                    self.states.append(state)
+            assert_same(before, picture(trainer, pl_module))
+
+    def stage(self, name: str) -> Any:
+        raise AssertionError("no stage is entered here")
+
+    def search(self, *progress: int) -> None:
+        self.told.append(progress)
+
+
+def picture(trainer: Trainer, model: LightningModule) -> Any:
+    """All that must be as it was, whatever is trained."""
+    return [
+        {name: value.clone() for name, value in model.state_dict().items()},
+        [parameter.grad if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
+        [(module.training, sorted(vars(module))) for module in model.modules()],
+        [optimizer.state_dict() for optimizer in trainer.optimizers],
+        dict(trainer.callback_metrics),
+        [trainer.state.stage.value, trainer.global_step, trainer.current_epoch, trainer.should_stop],
+        [model.trainer is trainer, torch.is_grad_enabled(), torch.get_default_dtype()],
+        [torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark],
+        [torch.get_rng_state(), np.random.get_state()[1], random.getstate()],
+    ]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, (Tensor, np.ndarray)):
+        np.testing.assert_array_equal(a, b)
+    else:
+        assert a == b
+
+
+def train_loader(data: Any = None, **arguments: Any) -> DataLoader:
+    return DataLoader(data if data is not None else Points(TRAIN), **{"batch_size": 16, "shuffle": True, **arguments})
+
+
+def fit(model: Any, callback: Continue, data: Any = None, **arguments: Any) -> Any:
+    """Trains for an epoch, then goes on; the state after that."""
+    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False}
+    shown = {"enable_progress_bar": False, "enable_model_summary": False}
+    torch.manual_seed(0)
+    callbacks = [*arguments.pop("callbacks", ()), callback]
+    trainer = Trainer(**{**defaults, **shown, **arguments}, callbacks=callbacks)
+    data = data if data is not None else train_loader()
+    trainer.fit(model, datamodule=data) if isinstance(data, LightningDataModule) else trainer.fit(model, data)
+    return callback.states[0]
+
+
+def moved(state: Any, model: LightningModule) -> set[str]:
+    return {name for name, value in model.state_dict().items() if not torch.equal(state[name], value)}
+
+
+def noted(kind: str) -> list[Any]:
+    return [what[1:] for what in Net.notes if what[0] == kind]
+
+
+def test_every_known_sample_is_trained_on_once_an_epoch_in_a_new_order() -> None:
+    callback = Continue(epochs=2)
+    model = Net()
+    state = fit(model, callback)
+    epochs = [[i for batch in noted("batch") if batch[0] == epoch for i in batch[1:]] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == [*range(TRAIN), *range(100, 100 + FAILED)]
+    assert epochs[0] != epochs[1]
+    assert [len(batch) - 1 for batch in noted("batch")] == [16, 16, 16, 16, 7] * 2
+    assert callback.told == [(done, 10, 0, 0) for done in range(1, 11)]
+    assert state.keys() == model.state_dict().keys()
+    assert moved(state, model) == set(state)
+    assert int(state["body.1.num_batches_tracked"] - model.body[1].num_batches_tracked) == 10
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half": {"precision": "bf16-mixed"},
+    "double": {"precision": "64-true"},
+    "clipped": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_seed_gives_the_same_weights_to_the_bit(way: str) -> None:
+    callback = Continue(seeds=(3, 3, 4))
+    fit(Net(), callback, **WAYS[way])
+    first, again, other = callback.states
+    assert_same(first, again)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_the_way_of_training_is_that_of_the_outer_trainer() -> None:
+    states = {way: fit(Net(), Continue(epochs=1), **arguments) for way, arguments in WAYS.items()}
+    assert states["double"]["head.weight"].dtype == torch.float64
+    weights = [states[way]["head.weight"] for way in ("plain", "half", "clipped", "accumulated")]
+    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+class Scheduled(Net):
+    """A schedule that fits exactly as many steps as there are, and fails beyond."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        steps = int(self.trainer.estimated_stepping_batches)
+        self.note("steps", steps)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.note("rate", self.optimizers().param_groups[0]["lr"])
+
+
+def test_a_schedule_knows_how_long_training_goes_on() -> None:
+    assert fit(Scheduled(), Continue(epochs=4)) is not None
+    assert noted("steps") == [(20,)]
+    rates = [rate for (rate,) in noted("rate")]
+    assert max(rates) == pytest.approx(0.1, rel=0.1)
+    assert rates[-1] < 2e-3
+
+
+class Waiting(Net):
+    """Waits for a validation loss, which there is none of here."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.note("validation")
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+def test_nothing_is_validated_and_a_schedule_that_waits_for_it_waits() -> None:
+    class Both(LightningDataModule):
+        train_dataloader = staticmethod(train_loader)
+        val_dataloader = staticmethod(train_loader)
+
+    assert fit(Waiting(), Continue(), Both()) is not None
+    assert noted("validation") == []
+
+
+class Doubled(Dataset):
+    """A view of the training data that augments."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        Net.notes.append(("seen", i))
+        point, label, number = self.data[i]
+        return 2 * point, label, number
+
+
+@pytest.mark.parametrize("clean", [None, DataLoader(Points(TRAIN), 64)])
+def test_training_data_are_augmented_by_their_data_set(clean: Any) -> None:
+    """Also where a view of them without augmentation serves as passed data."""
+    assert fit(Net(), Continue(passed=clean, epochs=2), train_loader(Doubled(Points(TRAIN)))) is not None
+    seen = [i for (i,) in noted("seen")][-2 * TRAIN :]
+    assert sorted(seen) == sorted([*range(TRAIN)] * 2)
+
+
+def augment(self: Any, batch: Any, dataloader_idx: int) -> Any:
+    if self.trainer.training:
+        Net.notes.append(("augmented", type(self).__name__))
+        return 2 * batch[0], *batch[1:]
+    return batch
+
+
+class AugmentingNet(Net):
+    on_after_batch_transfer = augment
+
+
+class AugmentingData(LightningDataModule):
+    on_after_batch_transfer = augment
+
+    def setup(self, stage: str) -> None:
+        Net.notes.append(("set up",))
+
+    def train_dataloader(self) -> DataLoader:
+        return train_loader()
+
+
+@pytest.mark.parametrize(("model", "data"), [(AugmentingNet, None), (Net, AugmentingData)])
+def test_batches_are_augmented_by_the_hooks_of_model_or_data_module(model: Any, data: Any) -> None:
+    assert fit(model(), Continue(epochs=1), data and data()) is not None
+    assert noted("augmented") == [((data or model).__name__,)] * 5
+    assert noted("set up") == []
+
+
+class Talkative(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True, prog_bar=True)
+        self.log_dict({"loss": loss}, on_epoch=True)
+        self.logger.log_metrics({"by hand": 1.0}, step=self.global_step)
+        self.note("log", self.trainer.log_dir)
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        if len(self.trainer.callbacks) < 5:  # not the outer trainer's logger, which knows no such thing
+            self.logger.experiment.config["a"].update(b=1)
+        (Path(self.trainer.log_dir) / "notes.txt").write_text("here")
+
+    def on_train_end(self) -> None:
+        self.note("end")
+
+
+def test_what_is_logged_on_the_way_goes_nowhere(tmp_path: Path, capsys: Any, recwarn: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    state = fit(Quieted(), Continue(), logger=logger, log_every_n_steps=1, enable_progress_bar=False)
+    assert state is not None
+    (folder,) = {str(path) for (path,) in noted("log")}
+    assert str(tmp_path) not in folder
+    assert not Path(folder).exists()
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 + 4 + 1  # a head, four steps logged in two ways, and an epoch
+    assert "fit" not in capsys.readouterr().out
+    assert noted("end") == [()]  # of the outer training alone
+
+
+class Quieted(Talkative):
+    def on_train_epoch_end(self) -> None:
+        if not isinstance(self.logger, CSVLogger):
+            super().on_train_epoch_end()
+
+
+class ByHand(Net):
+    """Two optimizers that are stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    def on_train_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+        self.note("rate", self.optimizers()[0].param_groups[0]["lr"])
+
+    def configure_optimizers(self) -> Any:
+        first, second = torch.optim.SGD(self.body.parameters(), 0.1), torch.optim.Adam(self.head.parameters(), 0.01)
+        return [first, second], [torch.optim.lr_scheduler.ExponentialLR(first, 0.5)]
+
+
+def test_optimizers_may_be_stepped_by_hand() -> None:
+    model = ByHand()
+    state = fit(model, Continue(epochs=2))
+    assert moved(state, model) == set(state)
+    assert noted("rate") == [(0.05,), (0.025,)]
+
+
+class PartlyFrozen(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.requires_grad_(False).eval()
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    model = PartlyFrozen()
+    state = fit(model, Continue())
+    assert moved(state, model) == {"head.weight", "head.bias"}
+
+
+class MadeAnew(Net):
+    """Makes its layers in `setup` and `configure_model`, without asking whether they are there."""
+
+    def setup(self, stage: str) -> None:
+        self.body = nn.Linear(4, 12)
+        self.note("steps", self.trainer.max_epochs)
+
+    def configure_model(self) -> None:
+        self.head = nn.Linear(12, 3)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_layers_that_are_made_in_setup_keep_their_weights() -> None:
+    model = MadeAnew()
+    state = fit(model, Continue(epochs=2))
+    assert moved(state, model) == set()
+    assert noted("steps") == [(2,)]
+
+
+def test_training_may_begin_with_other_weights() -> None:
+    class Still(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    start = {"head.weight": torch.full((3, 12), 0.5)}
+    state = fit(Still(), Continue(start=start))
+    assert torch.equal(state["head.weight"], start["head.weight"])
+
+
+class Compiled(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.compile(self.body, backend="eager")
+
+
+@pytest.mark.parametrize("make", [lambda: torch.compile(Net(), backend="eager"), Compiled])
+def test_a_compiled_model_is_trained_as_a_copy_of_its_own(make: Any) -> None:
+    torch._dynamo.reset()
+    model = make()
+    expected = fit(Net(), Continue())
+    state = fit(model, Continue())
+    values = zip(state.values(), expected.values(), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in values)
+
+
+class Asking(Net):
+    """Asks for callbacks of its own."""
+
+    def configure_callbacks(self) -> Any:
+        class Counting(Callback):
+            def on_train_batch_end(self, *args: Any) -> None:
+                Net.notes.append(("counted",))
+
+        return [Counting(), ModelCheckpoint("/nonexistent"), EarlyStopping("nothing")]
+
+
+def test_callbacks_that_the_model_asks_for_take_part_unless_they_save_or_stop() -> None:
+    callback = Continue(epochs=1)
+
+    class Recursive(Asking):
+        def configure_callbacks(self) -> Any:
+            return [super().configure_callbacks()[0], callback]
+
+    assert fit(Recursive(), callback) is not None
+    assert noted("counted") == [()] * 5
+
+    class Outer(Asking):
+        def configure_callbacks(self) -> Any:
+            return super().configure_callbacks() if type(self.trainer.callbacks[0]) is not Continue else []
+
+    assert fit(Outer(), Continue()) is not None
+
+
+class Caching(Net):
+    """Keeps a tensor of the graph, which cannot be copied."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.loss = super().training_step(batch, batch_idx)
+        return self.loss
+
+
+def test_a_model_that_cannot_be_copied_is_warned_of() -> None:
+    with pytest.warns(
+        UserWarning,
+        match=r"training of Caching cannot go on for a repair: it or its trainer cannot be copied.*\n.*HINT",
+    ):
+        assert fit(Caching(), Continue()) is None
+
+
+BARE = TensorDataset(*blobs(9))
+
+
+@pytest.mark.parametrize(
+    "failed", [BARE, [{"x": 1}], [(torch.zeros(5), torch.tensor(0), 1)], [(torch.zeros(4), 0, 1, 2)]]
+)
+def test_samples_of_another_form_are_warned_of(failed: Any) -> None:
+    with pytest.warns(UserWarning, match="its samples and the failed ones do not make one batch"):
+        assert fit(Net(), Continue(failed=DataLoader(failed, 4))) is None
+
+
+def test_pruned_weights_and_several_loaders_are_warned_of() -> None:
+    pruning = ModelPruning("l1_unstructured", amount=0.5, parameter_names=["weight"])
+    with pytest.warns(UserWarning, match="pruned weights would not stay 0"):
+        assert fit(Net(), Continue(), callbacks=[pruning]) is None
+
+    class Two(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["a"], batch_idx)
+
+    class Loaders(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return {"a": train_loader(), "b": train_loader()}
+
+    with pytest.warns(UserWarning, match="it was trained on several data loaders at once"):
+        assert fit(Two(), Continue(passed=train_loader()), Loaders()) is None
+
+
+def test_weights_that_are_not_finite_are_none() -> None:
+    class Diverging(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (math.nan if self.trainer.max_epochs == 3 else 1)
+
+    assert fit(Diverging(), Continue()) is None
+
+
+def test_a_subset_is_kept_to_and_a_last_batch_of_one_is_left_out() -> None:
+    loader = train_loader(shuffle=False, sampler=SubsetRandomSampler(range(0, TRAIN, 2)), batch_size=9)
+    assert fit(Net(), Continue(epochs=1), loader) is not None  # 25 + 21 samples are 5 batches of 9 and a single one
+    numbers = [i for batch in noted("batch") for i in batch[1:]]
+    assert len(numbers) == 45 == len(set(numbers))
+    assert {i for i in numbers if i < 100} <= set(range(0, TRAIN, 2))
+
+
+def test_workers_read_the_same() -> None:
+    states = [fit(Net(), Continue(epochs=2), train_loader(num_workers=n)) for n in (0, 2)]
+    assert_same(*states)
+
+
+@dataclass
+class FakeTime:
+    """A clock that goes on only when it is told to, so that a busy machine changes nothing."""
+
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake = FakeTime()
+    monkeypatch.setattr(course_module, "time", fake)
+    monkeypatch.setattr(continuing_module, "time", fake)
+    monkeypatch.setattr(Slow, "clock", fake)
+    return fake
+
+
+class Timed(Continue):
+    """Notes when it begins."""
+
+    began = 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = Slow.clock.now
+        super().on_train_end(trainer, pl_module)
+
+
+class Slow(Net):
+    clock = FakeTime()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.clock.now += 0.01
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(1e-6, 0), (0.1, 0), (1.5, 30), (30.0, 5)])
+def test_as_many_epochs_are_trained_as_there_is_time_for(seconds: float, most: int, clock: FakeTime) -> None:
+    """An epoch takes 50 ms; no more are trained than the model had."""
+    callback = Timed(seconds=seconds, epochs=5 if seconds == 30 else 100)
+    state = fit(Slow(), callback)
+    assert (state is None) == (most == 0)
+    if most:
+        epochs = 1 + max(epoch for epoch, *_ in noted("batch"))
+        assert 3 <= epochs <= most
+        assert clock.now - callback.began <= min(seconds, 3)
+
+
+def test_a_pace_that_slows_down_is_cut_off(clock: FakeTime) -> None:
+    class Slower(Slow):
+        def on_train_epoch_start(self) -> None:
+            self.clock.now += 0.3 * (self.current_epoch > 3)
+
+    callback = Timed(seconds=1.0, epochs=50)
+    assert fit(Slower(), callback) is not None
+    assert clock.now - callback.began <= 1.0 + 0.3 + 0.01  # what was begun is ended
+
+
+@pytest.mark.parametrize(
+    ("limits", "epochs"),
+    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
+)
+def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
+    """An epoch has 4 batches."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
+    trainer.fit(Net(), train_loader())
+    assert epochs_of(trainer) == epochs
+
+
+def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(Net(), train_loader())
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
+    assert epochs_saved(saved) == 2
+    assert epochs_saved({"state_dict": saved["state_dict"]}) == EPOCHS
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 3))
+@settings(deadline=None, max_examples=30)
+def test_ranks_share_all_samples_in_equal_parts(n: int, world_size: int, seed: int) -> None:
+    ranks = [Shuffled(n, seed, rank, world_size) for rank in range(world_size)]
+    for _ in range(2):
+        shares = [list(rank) for rank in ranks]
+        assert {len(share) for share in shares} == {n // world_size}
+        together = [i for share in shares for i in share]
+        assert len(together) == len(set(together)) <= n

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from toy_repairs import known, quick, trained
+
+from lightning_nrl import AllWeights, ConfigurationError, Multiclass, NeuRecoverLite, Target
+from lightning_nrl._trainer.sanity_check import rehearse
+from lightning_nrl.errors import ReplayError
+
+
+def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
+    model = nn.Sequential(*trained(), Counting())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rehearse(model, known(), quick(layer=["0", "2"]), task=Multiclass())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not self.training
+        self.calls += 1
+        return x
+
+
+class Detour(nn.Module):
+    """Uses the weight of a layer without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.unused.weight.T
+
+
+def test_a_layer_that_is_never_called_is_found() -> None:
+    with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
+        rehearse(Detour(), known(), quick(), task=Multiclass())
+
+
+class Detached(nn.Module):
+    """Gives logits without a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.layer(x)
+
+
+def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
+    with pytest.raises(ReplayError, match="the loss has no gradient with respect to the outputs of"):
+        rehearse(Detached(), known(), quick(), task=Multiclass())
+    rehearse(Detached(), known(), quick(localizer=AllWeights()), task=Multiclass())
+
+
+def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    rehearse(trained(), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)), task=Multiclass())
+    assert not recwarn
+
+
+def test_a_target_that_does_not_fit_is_found() -> None:
+    wrong = Target.where(lambda batch: batch[0], name="inputs")
+    with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
+        rehearse(trained(), known(), quick(target=wrong), task=Multiclass())
+
+
+def test_logits_that_do_not_fit_are_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
+    with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
+        rehearse(model, known(), quick(), task=Multiclass())

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.trainer.states import RunningStage
+from torch import nn
+
+from lightning_nrl._trainer.trainer_state import starting_weights, validating
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_the_stage_is_as_found(error: type[BaseException] | None) -> None:
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING))
+    with nullcontext() if error is None else pytest.raises(error), validating(trainer):
+        assert trainer.state.stage is RunningStage.VALIDATING
+        if error is not None:
+            raise error
+    assert trainer.state.stage is RunningStage.TRAINING
+
+
+class Slim(LightningModule):
+    """Leaves its frozen part out of checkpoints, and has a state that is no tensor."""
+
+    strict_loading = False
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.head, self.frozen = nn.Linear(2, 2), nn.BatchNorm1d(2)
+        nn.init.constant_(self.head.weight, value)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: x for name, x in super().state_dict(*args, **kwargs).items() if not name.startswith("frozen")}
+
+
+class Best:
+    """As much of a trainer as going back to the best checkpoint needs."""
+
+    world_size = 1
+
+    def __init__(self, model: LightningModule) -> None:
+        self.checkpoint_callback = ModelCheckpoint()
+        self.checkpoint_callback.best_model_path = "best.ckpt"
+        self.strategy = SimpleNamespace(
+            load_checkpoint=lambda path: Slim(2.0).state_dict(),
+            load_model_state_dict=lambda state, strict: model.load_state_dict(state, strict=strict),
+        )
+
+
+@pytest.mark.parametrize(("keep", "value"), [(False, 1.0), (True, 2.0)])
+def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep: bool, value: float) -> None:
+    model = Slim(1.0)
+    trainer: Any = Best(model)
+    weight, statistics = model.head.weight, model.frozen.running_mean
+    with starting_weights("best", trainer, model) as start:
+        assert torch.equal(model.head.weight, torch.full((2, 2), 2.0))
+        start.keep = keep
+    assert model.head.weight is weight
+    assert model.frozen.running_mean is statistics
+    assert torch.equal(weight, torch.full((2, 2), value))

@@ -1,0 +1,191 @@
+"""A repair leaves the model as it found it, whatever happens."""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_repairs import known, quick, trained, unseen
+
+from lightning_nrl import AllWeights, Target, repair_module
+from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.state import holding
+
+
+class Counting(nn.Module):
+    """Counts its calls in one buffer in place, replaces another, and draws a random number, in evaluation mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x.detach().sum()[None]
+        torch.rand(2)
+        return x
+
+
+def network() -> nn.Sequential:
+    """AllWeights that a careless look would change: norms, dropout, own counters, frozen parts, modes and gradients."""
+    model = nn.Sequential(trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2])
+    model.train()
+    model[1].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(3)
+    return model
+
+
+def picture(model: nn.Module) -> list[Any]:
+    """All that a user may notice, by identity and by value."""
+    own = [*model.named_parameters(), *model.named_buffers()]
+    return [
+        [(name, id(x), x.detach().clone()) for name, x in own],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+        [module.training for module in model.modules()],
+        [(sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        torch.get_rng_state(),
+        torch.is_grad_enabled(),
+    ]
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("layer", ["auto", "0", ["0", "5"]])
+def test_a_repair_leaves_no_trace(layer: Any) -> None:
+    model = network()
+    before = picture(model)
+    outcome = repair_module(model, known(), quick(layer=layer, localizer=AllWeights()), unseen=unseen())
+    assert outcome.report.search is not None
+    assert same(picture(model), before)
+
+
+@pytest.mark.parametrize("stage", ["methods.swarm.record", "methods.swarm.search", "pipeline.judge"])
+def test_a_repair_that_raises_leaves_no_trace(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    model = network()
+    before = picture(model)
+    monkeypatch.setattr(f"lightning_nrl.{stage}", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        repair_module(model, known(), quick())
+    assert same(picture(model), before)
+
+
+def test_a_predicate_that_raises_leaves_no_trace() -> None:
+    model = network()
+    before = picture(model)
+    with pytest.raises(ValueError, match="predicate of"):
+        repair_module(model, known(), quick(target=Target.where(lambda batch: batch[7])))
+    assert same(picture(model), before)
+
+
+def test_the_model_runs_in_evaluation_mode() -> None:
+    model = network()
+    seen: list[bool] = []
+    model[4].register_forward_pre_hook(lambda module, args: seen.append(module.training))
+    repair_module(model, known(), quick())
+    assert seen
+    assert not any(seen)
+
+
+def test_frozen_weights_are_repaired_like_others() -> None:
+    frozen = trained().requires_grad_(False)
+    expected = repair_module(trained(), known(), quick())
+    outcome = repair_module(frozen, known(), quick())
+    assert torch.equal(outcome.change, expected.change)
+    assert outcome.write(frozen)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_repair(mode: Any) -> None:
+    model, sources = trained(), known()
+    expected = repair_module(model, sources, quick())
+    with mode():
+        outcome = repair_module(model, sources, quick())
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() is (mode is torch.inference_mode)
+    assert torch.equal(outcome.change, expected.change)
+
+
+def test_buffers_that_were_not_there_are_left_alone() -> None:
+    model = Counting()
+    with preserve(model):
+        model(torch.ones(2))
+        model.register_buffer("new", torch.ones(1))
+        assert model.calls == 1
+        assert not model.training
+    assert model.training
+    assert model.calls == 0
+    assert model.last == 0
+    assert model.nothing is None
+    assert model.new == 1
+
+
+def test_buffers_of_any_layout_are_given_back() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    with preserve(model):
+        model.graph.mul_(2)
+    assert torch.equal(model.graph.to_dense(), torch.eye(2))
+
+
+class TwoNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(trained()[0], nn.ReLU())
+        self.head = trained()[2]
+        self.exit = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.exit(self.body(x))
+
+
+@pytest.mark.parametrize("layer", ["head", "exit"])
+def test_a_layer_under_two_names_keeps_its_own_weight(layer: str) -> None:
+    model = TwoNames()
+    parameter, value = model.head.weight, model.head.weight.detach().clone()
+    assert repair_module(model, known(), quick(layer=layer)).report.status == "repaired"
+    assert model.head.weight is model.exit.weight is parameter
+    assert torch.equal(parameter, value)
+
+
+def test_other_weights_are_held_for_a_while_only() -> None:
+    model = TwoNames()
+    weight, bias = model.head.weight, model.head.bias
+    with holding(model, {"exit.weight": torch.ones(3, 12)}):
+        assert torch.equal(model.head.weight, torch.ones(3, 12))
+        assert model.exit.bias is bias
+    assert model.head.weight is model.exit.weight is weight
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(1).item(), float(np.random.rand()), random.random()
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    expected = draw()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(11)
+    with nullcontext() if error is None else pytest.raises(error), random_state():
+        draw()
+        torch.manual_seed(0)
+        if error is not None:
+            raise error
+    assert draw() == expected
