@@ -119,9 +119,9 @@ def test_all_ranks_go_on_with_the_values_of_the_first() -> None:
 def test_each_weight_is_searched_in_the_range_of_its_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[WeightStats] = []
 
-    def listen(*args: Any, spread: WeightStats, **kwargs: Any) -> Any:
-        given.append(spread)
-        return search(*args, spread=spread, **kwargs)
+    def listen(*args: Any, stats: WeightStats, **kwargs: Any) -> Any:
+        given.append(stats)
+        return search(*args, stats=stats, **kwargs)
 
     monkeypatch.setattr("lightning_nrl.methods.local_search.search", listen)
     model = trained()

@@ -207,9 +207,9 @@ def _search(
     result = search(
         scorer,
         space.flat()[where],
-        spread=WeightStats.around(space, where),
+        stats=WeightStats.around(space, where),
         fitness=task.fitness,
-        settings=settings,
+        searcher=settings,
         seed=problem.seed,
         elites=elites,
         is_over=task.is_over,

@@ -1,27 +1,31 @@
 """Searching values for the localised weights: a fitness, a searcher, and the loop that drives it.
 
-In: a localisation and a scorer. Out: a `SearchResult`, the best candidate and the course of the search.
+In: the localised weights (`original`), a scorer and how the layer's weights are distributed. Out: a `SearchResult`, the
+best candidate and the course of the search. A new algorithm is one file with a `Searcher` in it, registered in
+`SEARCHERS`.
 """
 
 from lightning_nrl.search.fitness import Fitness, exchange_rate
 from lightning_nrl.search.init_stats import WeightStats
 from lightning_nrl.search.loop import search, search_many
-from lightning_nrl.search.pso import ParticleSwarm, Swarm, ask, start, tell
+from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
+from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.search_result import SearchHistory, SearchResult
 
 __all__ = [
+    "SEARCHERS",
     "Fitness",
     "ParticleSwarm",
     "RandomStreams",
     "SearchHistory",
+    "SearchOrigin",
     "SearchResult",
+    "SearchState",
+    "Searcher",
     "Swarm",
     "WeightStats",
-    "ask",
     "exchange_rate",
     "search",
     "search_many",
-    "start",
-    "tell",
 ]

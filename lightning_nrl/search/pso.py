@@ -1,4 +1,4 @@
-"""Particle swarm optimisation as a pure step: a state, `start`, `ask` and `tell` (paper, section II.2).
+"""Particle swarm optimisation: a state, and `init`, `ask` and `tell` as pure steps (paper, section II.2).
 
 S independent swarms of P particles over K weights move in one batch. Each has a generator of its own, so that a swarm
 among many does, bit for bit, what it would do alone.
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
-from lightning_nrl.search.init_stats import WeightStats, search_dtype
+from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
 from lightning_nrl.search.rng import RandomStreams
 
-__all__ = ["ParticleSwarm", "Swarm", "ask", "start", "tell"]
+__all__ = ["ParticleSwarm", "Swarm"]
 
-STARTS = ("half", "local", "paper")
-CONSTANTS = ("clerc", "arachne")
+START_KINDS = ("half", "local", "paper")
+CONSTANT_SETS = ("clerc", "arachne")
 
 CHI = 0.7298
 """2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
@@ -33,13 +33,37 @@ TOP_SPEED = 0.2
 ARACHNE_SPEED = (0.2, 5.0)
 """The speed limits of `arachne`, in ranges of the layer's weights."""
 
-STEPS = (1.15, 0.8, 0.5, 1.3)
+ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
 """Where particles start on the way from the original weights (0) through each elite (1) and beyond it."""
 
 
+class Swarm(NamedTuple):
+    """A particle swarm in mid-flight: S independent swarms of P particles over K weights."""
+
+    position: Tensor  # S x P x K
+    velocity: Tensor  # S x P x K
+    best_position: Tensor  # S x P x K, each particle's own best
+    best_fitness: Tensor  # S x P
+    leader: Tensor  # S x K, the best of the whole swarm; the original weights until something is better
+    leader_fitness: Tensor  # S
+    free: Tensor  # bool, broadcasts to S x P x K: False where nothing ever moves (the elite, padding)
+    range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
+
+    @property
+    def candidates(self) -> Tensor:
+        """`S x P x K`."""
+        return self.position
+
+    @property
+    def threshold(self) -> Tensor:
+        """`S x P`: what is not a particle's own best changes nothing."""
+        return self.best_fitness
+
+
+@SEARCHERS.register("swarm")
 @dataclass(frozen=True)
 class ParticleSwarm:
-    """Settings of the search by particle swarm. The defaults need no tuning.
+    """The search by particle swarm and its settings. The defaults need no tuning.
 
     Attributes:
         particles: how many, at least 2.
@@ -70,8 +94,8 @@ class ParticleSwarm:
     scale_max: float = 0.3
 
     def __post_init__(self) -> None:
-        check_choice("ParticleSwarm.start", self.start, STARTS)
-        check_choice("ParticleSwarm.constants", self.constants, CONSTANTS)
+        check_choice("ParticleSwarm.start", self.start, START_KINDS)
+        check_choice("ParticleSwarm.constants", self.constants, CONSTANT_SETS)
         for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -90,125 +114,97 @@ class ParticleSwarm:
                 )
             )
 
+    @property
+    def n_candidates(self) -> int:
+        """As many as particles."""
+        return self.particles
 
-class Swarm(NamedTuple):
-    """A particle swarm in mid-flight: S independent swarms of P particles over K weights."""
+    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
+        """Places the particles, at rest. The first of each swarm is at the original weights for any kind of start.
 
-    position: Tensor  # S x P x K
-    velocity: Tensor  # S x P x K
-    best_position: Tensor  # S x P x K, each particle's own best
-    best_fitness: Tensor  # S x P
-    leader: Tensor  # S x K, the best of the whole swarm; the original weights until something is better
-    leader_fitness: Tensor  # S
-    free: Tensor  # bool, broadcasts to S x P x K: False where nothing ever moves (the elite, padding)
-    range: Tensor  # broadcasts to S x P x K, max - min of the layer's weights
+        The next M particles are placed at the elites, as many as there is room for on the lines from the original
+        through them, and those of the others that start around the original weights do so around these and the elites
+        in turn.
+        """
+        original, n = origin.original[:, None], self.particles
+        dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
+        mean, std, lowest, highest = (
+            _per_particle(torch.as_tensor(x, dtype=dtype, device=device))
+            for x in (origin.stats.mean, origin.stats.std, origin.stats.lowest, origin.stats.highest)
+        )
+        half = n if self.start == "local" else (n + 1) // 2
+        still = half if self.start == "paper" else 1
+        scale = torch.ones(n, 1, dtype=dtype, device=device)
+        scale[still:half, 0] = torch.logspace(
+            math.log10(self.scale_min), math.log10(self.scale_max), half - still, dtype=dtype, device=device
+        )
+        particle = torch.arange(n, device=device)[:, None]
+        free = particle >= (0 if self.start == "paper" else 1)
+        placed = particle >= still
+        if origin.searched is not None:
+            free, placed = free & origin.searched, placed & origin.searched
+        offset = scale * std * streams.normal(original, n, n_weights)
+        position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
+        if origin.elites is not None and origin.elites.shape[1]:
+            position = _with_elites(position, original, origin.elites, offset.where(placed, 0.0), half)
+            if origin.searched is not None:
+                position = torch.where(origin.searched, position, original)
+        worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
+        return Swarm(
+            position=position,
+            velocity=torch.zeros_like(position),
+            best_position=position,
+            best_fitness=worst,
+            leader=original[:, 0],
+            leader_fitness=worst[:, 0],
+            free=free,
+            range=highest - lowest,
+        )
 
+    def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
+        """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-def start(
-    original: Tensor, spread: WeightStats, settings: ParticleSwarm, streams: RandomStreams, elites: Tensor | None = None
-) -> Swarm:
-    """Places the particles, at rest. The first of each swarm is at the original weights, whatever the kind of start.
+        v = chi (v + phi_1 r_1 (own best - x) + phi_2 r_2 (leader - x)), x = x + v.
+        """
+        x = state.position
+        _, n, n_weights = x.shape
+        if self.constants == "clerc":
+            phi = CHI * 2.05
+            own, social = phi * streams.uniform(x, 2, n, n_weights)
+        else:
+            phi = CHI * 4.1
+            own, social = phi * streams.uniform(x, 2, n, 1)
+        velocity = CHI * state.velocity + own * (state.best_position - x) + social * (state.leader[:, None] - x)
+        if self.constants == "clerc":
+            limit = TOP_SPEED * state.range
+            velocity = velocity.clamp(-limit, limit)
+        else:
+            slow, fast = (bound * state.range for bound in ARACHNE_SPEED)
+            velocity = velocity.abs().clamp(slow, fast).copysign(velocity)
+        velocity = velocity.masked_fill(~state.free, 0.0)
+        return state._replace(position=x + velocity, velocity=velocity)
 
-    Args:
-        original: `S x K`, the weights before the repair. Half precisions are searched in float32.
-        spread: the distribution of the layer's weights.
-        settings: how many particles, and where.
-        streams: the source of randomness.
-        elites: `S x M x K`, known good weights, `M` below the number of particles. The next M particles are placed
-            there, as many as there is room for on the lines from the original through them, and those of the
-            others that start around the original weights do so around these and the elites in turn.
-
-    Returns:
-        A swarm that was not told any fitness yet: score its `position` and `tell`.
-    """
-    dtype, device, n = search_dtype(original.dtype), original.device, settings.particles
-    original = original.to(dtype)[:, None]
-    n_weights = original.shape[-1]
-    mean, std, lowest, highest = (
-        _per_particle(torch.as_tensor(x, dtype=dtype, device=device))
-        for x in (spread.mean, spread.std, spread.lowest, spread.highest)
-    )
-    half = n if settings.start == "local" else (n + 1) // 2
-    still = half if settings.start == "paper" else 1
-    scale = torch.ones(n, 1, dtype=dtype, device=device)
-    scale[still:half, 0] = torch.logspace(
-        math.log10(settings.scale_min), math.log10(settings.scale_max), half - still, dtype=dtype, device=device
-    )
-    particle = torch.arange(n, device=device)[:, None]
-    free = particle >= (0 if settings.start == "paper" else 1)
-    placed = particle >= still
-    if streams.sizes is not None:
-        real = torch.arange(n_weights, device=device) < torch.tensor(streams.sizes, device=device)[:, None, None]
-        free, placed = free & real, placed & real
-    offset = scale * std * streams.normal(original, n, n_weights)
-    position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
-    if elites is not None and elites.shape[1]:
-        position = _with_elites(position, original, elites.to(dtype), offset.where(placed, 0.0), half)
-        if streams.sizes is not None:
-            position = torch.where(real, position, original)
-    worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
-    return Swarm(
-        position=position,
-        velocity=torch.zeros_like(position),
-        best_position=position,
-        best_fitness=worst,
-        leader=original[:, 0],
-        leader_fitness=worst[:, 0],
-        free=free,
-        range=highest - lowest,
-    )
-
-
-def ask(swarm: Swarm, settings: ParticleSwarm, streams: RandomStreams) -> Swarm:
-    """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1); its `position` is to be scored.
-
-    v = chi (v + phi_1 r_1 (own best - x) + phi_2 r_2 (leader - x)), x = x + v.
-    """
-    x = swarm.position
-    _, n, n_weights = x.shape
-    if settings.constants == "clerc":
-        phi = CHI * 2.05
-        own, social = phi * streams.uniform(x, 2, n, n_weights)
-    else:
-        phi = CHI * 4.1
-        own, social = phi * streams.uniform(x, 2, n, 1)
-    velocity = CHI * swarm.velocity + own * (swarm.best_position - x) + social * (swarm.leader[:, None] - x)
-    if settings.constants == "clerc":
-        limit = TOP_SPEED * swarm.range
-        velocity = velocity.clamp(-limit, limit)
-    else:
-        slow, fast = (bound * swarm.range for bound in ARACHNE_SPEED)
-        velocity = velocity.abs().clamp(slow, fast).copysign(velocity)
-    velocity = velocity.masked_fill(~swarm.free, 0.0)
-    return swarm._replace(position=x + velocity, velocity=velocity)
-
-
-def tell(swarm: Swarm, fitness: Tensor) -> Swarm:
-    """Remembers what was best. NaN counts as worst; among equals the earlier stays.
-
-    Args:
-        swarm: as it came from `start` or `ask`.
-        fitness: `S x P`, of its positions.
-    """
-    fitness = fitness.to(swarm.best_fitness.dtype)
-    fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
-    better = fitness > swarm.best_fitness
-    top, which = fitness.max(1)
-    leads = top > swarm.leader_fitness
-    candidate = swarm.position.take_along_dim(which[:, None, None], 1)[:, 0]
-    return swarm._replace(
-        best_position=torch.where(better[..., None], swarm.position, swarm.best_position),
-        best_fitness=torch.where(better, fitness, swarm.best_fitness),
-        leader=torch.where(leads[:, None], candidate, swarm.leader),
-        leader_fitness=torch.where(leads, top, swarm.leader_fitness),
-    )
+    def tell(self, state: Swarm, fitness: Tensor) -> Swarm:
+        """Remembers what was best, `fitness` being `S x P`. NaN counts as worst; among equals the earlier stays."""
+        fitness = fitness.to(state.best_fitness.dtype)
+        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+        better = fitness > state.best_fitness
+        top, which = fitness.max(1)
+        leads = top > state.leader_fitness
+        candidate = state.position.take_along_dim(which[:, None, None], 1)[:, 0]
+        return state._replace(
+            best_position=torch.where(better[..., None], state.position, state.best_position),
+            best_fitness=torch.where(better, fitness, state.best_fitness),
+            leader=torch.where(leads[:, None], candidate, state.leader),
+            leader_fitness=torch.where(leads, top, state.leader_fitness),
+        )
 
 
 def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
     """Places particles at the elites, `S x M x K`, on the lines to them, and around them."""
     m = elites.shape[1]
     change = elites - original
-    lines = torch.cat([original + step * change for step in STEPS], 1)[:, : max(0, half - 1 - m) // 2]
+    lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[:, : max(0, half - 1 - m) // 2]
     begin = 1 + m + lines.shape[1]
     centres = torch.cat([original, elites], 1)
     turns = torch.arange(max(0, half - begin), device=position.device) % (m + 1)

@@ -50,7 +50,7 @@ def study(settings: int, seeds: int, particles: int, iterations: int, sampled: i
         WeightStats.of(space.flat()),
         seeds=list(range(swarms)),
         fitness=kinds,
-        settings=ParticleSwarm(particles=particles, iterations=iterations, patience=iterations or 1),
+        searcher=ParticleSwarm(particles=particles, iterations=iterations, patience=iterations or 1),
         sizes=sizes,
     )
     return time.perf_counter() - began

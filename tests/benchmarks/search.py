@@ -66,7 +66,7 @@ def main() -> None:
                 replace(scorer, gives_up=gives_up),
                 space.flat()[where],
                 WeightStats.around(space, where),
-                settings=ParticleSwarm(iterations=100),
+                searcher=ParticleSwarm(iterations=100),
             )
 
         quitting, finishing = run(True), run(False)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search.init_stats import WeightStats
-from lightning_nrl.search.pso import ParticleSwarm, Swarm, ask, start, tell
+from lightning_nrl.search.init_stats import WeightStats, search_dtype
+from lightning_nrl.search.protocol import SearchOrigin
+from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.rng import RandomStreams
 
 CPU = torch.device("cpu")
@@ -21,6 +22,15 @@ class Fixed:
     def uniform(self, like, *shape):
         self.shape = shape
         return torch.tensor([0.5, 0.25]).view(2, 1, 1, 1).expand(shape[0], 1, *shape[1:])
+
+
+def start(original, stats, how, streams, elites=None):
+    """The first swarm, padding as the streams have it."""
+    searched = None
+    if streams.sizes is not None:
+        searched = torch.arange(original.shape[1]) < torch.tensor(streams.sizes)[:, None, None]
+    dtype = search_dtype(original.dtype)
+    return how.init(SearchOrigin(original.to(dtype), stats, elites, searched), streams)
 
 
 def swarm(velocity, width=20.0, **changes):
@@ -47,7 +57,7 @@ def begin(kind="local", particles=9, seeds=(0,), original=None, sizes=None, **ch
 
 def test_clerc_step_by_hand():
     streams = Fixed()
-    moved = ask(swarm([0.5, 0.0]), ParticleSwarm(), streams)
+    moved = ParticleSwarm().ask(swarm([0.5, 0.0]), streams)
     # 0.7298 * (v + 2.05 * 0.5 * (2 - 1) + 2.05 * 0.25 * (4 - 1)), v = 0.5 and 0
     torch.testing.assert_close(moved.velocity, torch.tensor([[[2.2350125, 1.8701125]]]))
     torch.testing.assert_close(moved.position, torch.tensor([[[3.2350125, 2.8701125]]]))
@@ -55,15 +65,15 @@ def test_clerc_step_by_hand():
 
 
 def test_clerc_has_an_upper_speed_limit_and_no_lower():
-    fast = ask(swarm([0.5, -90.0], width=5.0), ParticleSwarm(), Fixed())
+    fast = ParticleSwarm().ask(swarm([0.5, -90.0], width=5.0), Fixed())
     torch.testing.assert_close(fast.position, torch.tensor([[[2.0, 0.0]]]))
-    still = ask(swarm([0.0, 0.0], best_position=torch.ones(1, 1, 2), leader=torch.ones(1, 2)), ParticleSwarm(), Fixed())
+    still = ParticleSwarm().ask(swarm([0.0, 0.0], best_position=torch.ones(1, 1, 2), leader=torch.ones(1, 2)), Fixed())
     assert torch.equal(still.position, torch.ones(1, 1, 2))
 
 
 def test_arachne_step_by_hand():
     streams = Fixed()
-    moved = ask(swarm([0.5, 0.0], width=3.0), ParticleSwarm(constants="arachne"), streams)
+    moved = ParticleSwarm(constants="arachne").ask(swarm([0.5, 0.0], width=3.0), streams)
     # 0.7298 * (v + 4.1 * 0.5 * (2 - 1) + 4.1 * 0.25 * (4 - 1)), v = 0.5 and 0
     torch.testing.assert_close(moved.velocity, torch.tensor([[[4.105125, 3.740225]]]))
     assert streams.shape == (2, 1, 1)
@@ -71,16 +81,16 @@ def test_arachne_step_by_hand():
 
 def test_arachne_has_both_speed_limits():
     here = {"best_position": torch.ones(1, 1, 2), "leader": torch.ones(1, 2)}
-    slow = ask(swarm([-0.1, 0.0], width=3.0, **here), ParticleSwarm(constants="arachne"), Fixed())
+    slow = ParticleSwarm(constants="arachne").ask(swarm([-0.1, 0.0], width=3.0, **here), Fixed())
     torch.testing.assert_close(slow.velocity, torch.tensor([[[-0.6, 0.6]]]))
-    fast = ask(swarm([-90.0, 90.0], width=3.0, **here), ParticleSwarm(constants="arachne"), Fixed())
+    fast = ParticleSwarm(constants="arachne").ask(swarm([-90.0, 90.0], width=3.0, **here), Fixed())
     torch.testing.assert_close(fast.velocity, torch.tensor([[[-15.0, 15.0]]]))
 
 
 @pytest.mark.parametrize("constants", ["clerc", "arachne"])
 def test_what_is_not_free_never_moves(constants):
     free = torch.tensor([[[True, False]]])
-    moved = ask(swarm([0.5, 0.5], free=free), ParticleSwarm(constants=constants), Fixed())
+    moved = ParticleSwarm(constants=constants).ask(swarm([0.5, 0.5], free=free), Fixed())
     assert moved.position[0, 0, 1] == 1
     assert moved.velocity[0, 0, 1] == 0
     assert moved.position[0, 0, 0] != 1
@@ -97,10 +107,10 @@ def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals():
         free=torch.tensor(True),
         range=torch.tensor(1.0),
     )
-    same = tell(state, torch.tensor([[5.0, 4.0, math.nan, -math.inf]]))
+    same = ParticleSwarm().tell(state, torch.tensor([[5.0, 4.0, math.nan, -math.inf]]))
     assert torch.equal(same.best_position, state.best_position)
     assert torch.equal(same.leader, state.leader)
-    told = tell(state, torch.tensor([[math.nan, 6.0, 7.0, 7.0]]))
+    told = ParticleSwarm().tell(state, torch.tensor([[math.nan, 6.0, 7.0, 7.0]]))
     assert told.best_position.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
     assert told.best_fitness.tolist() == [[5.0, 6.0, 7.0, 7.0]]
     assert told.leader.tolist() == [[3.0]]
@@ -108,7 +118,7 @@ def test_tell_remembers_the_better_and_keeps_the_earlier_among_equals():
 
 
 def test_tell_takes_nan_for_worst_from_the_start_on():
-    told = tell(begin(particles=2), torch.tensor([[math.nan, -3.0]]))
+    told = ParticleSwarm().tell(begin(particles=2), torch.tensor([[math.nan, -3.0]]))
     assert told.best_fitness.tolist() == [[-math.inf, -3.0]]
     assert told.leader_fitness.tolist() == [-3.0]
 
@@ -144,7 +154,7 @@ def test_spread_may_differ_from_weight_to_weight_and_from_swarm_to_swarm():
     state = start(torch.ones(2, 3), spread, ParticleSwarm(particles=4), RandomStreams.seeded((0, 0), CPU))
     moved = (state.position[:, 1:] != 1).all(1)
     assert moved.tolist() == [[False, True, True], [True, False, False]]
-    assert ask(state, ParticleSwarm(particles=4), RandomStreams.seeded((0, 0), CPU)).position.shape == (2, 4, 3)
+    assert ParticleSwarm(particles=4).ask(state, RandomStreams.seeded((0, 0), CPU)).position.shape == (2, 4, 3)
 
 
 def test_half_precision_is_searched_in_float32_and_double_in_double():
@@ -171,7 +181,7 @@ def test_elite_and_padding_never_move_and_a_swarm_does_what_it_does_alone(kind, 
         streams = RandomStreams.seeded([seeds[s] for s in rows], CPU, sizes)
         state = start(original[list(rows), : max(sizes)], SPREAD, how, streams)
         for _ in range(4):
-            state = ask(tell(state, -state.position[..., 0].square()), how, streams)
+            state = how.ask(how.tell(state, -state.position[..., 0].square()), streams)
         return state
 
     together = run(range(len(sizes)), sizes)
@@ -192,7 +202,7 @@ def test_padding_changes_no_number_of_a_swarm():
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     state = begin()
-    ask(state, ParticleSwarm(particles=9), RandomStreams.seeded((1,), CPU))
+    ParticleSwarm(particles=9).ask(state, RandomStreams.seeded((1,), CPU))
     assert torch.equal(before, torch.get_rng_state())
 
 

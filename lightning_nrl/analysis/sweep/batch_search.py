@@ -179,7 +179,7 @@ class Bench:
             WeightStats.around(space, there),
             seeds=[job.seed for job in jobs],
             fitness=fitness[0] if alike else fitness,
-            settings=jobs[0].setting.method,
+            searcher=jobs[0].setting.method,
             sizes=sizes,
             on_progress=partial(_tell, on_progress, jobs[0].setting.method.iterations),
         )

@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ from hypothesis import strategies as st
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search import ParticleSwarm, WeightStats, search, search_many
-from lightning_nrl.search import loop as module
 from lightning_nrl.search.fitness import Fitness
 
 WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
@@ -45,21 +45,21 @@ def same(a, b):
 
 
 def test_solves_a_sphere():
-    result = search(sphere, original()[0], WIDE, settings=ParticleSwarm(patience=100))
+    result = search(sphere, original()[0], WIDE, searcher=ParticleSwarm(patience=100))
     assert result.values.abs().max() < 1e-3
     assert result.history.loss_failed[-1] < 1e-6
 
 
 @pytest.mark.parametrize("start", ["local", "half", "paper"])
 def test_finds_its_way_back_to_feasibility(start):
-    result = search(wall, original()[0], WIDE, settings=ParticleSwarm(start=start))
+    result = search(wall, original()[0], WIDE, searcher=ParticleSwarm(start=start))
     assert (result.values >= 0).all()
     assert result.history.patched[-1] == 4
     assert result.history.intact[-1] == N
 
 
 def test_history_is_what_was_found():
-    result = search(wall, original()[0], WIDE, settings=ParticleSwarm(iterations=7))
+    result = search(wall, original()[0], WIDE, searcher=ParticleSwarm(iterations=7))
     history, found = result.history, wall(result.values[None, None])
     assert len(history) == 8 == result.iterations + 1
     assert result.stopped == "all 7 iterations were made"
@@ -79,7 +79,7 @@ def test_history_of_the_starting_swarm_by_hand():
         return sphere(values)
 
     how = ParticleSwarm(particles=3, iterations=0)
-    history = search(scorer, original()[0], WIDE, settings=how, fitness=Fitness("eq2", alpha=0)).history
+    history = search(scorer, original()[0], WIDE, searcher=how, fitness=Fitness("eq2", alpha=0)).history
     (values,) = rows
     loss = values[0].double().square().mean(-1)
     value = 0.25 * (1 - (loss + 1e-3) / (loss[0] + 1e-3))
@@ -99,7 +99,7 @@ def test_history_of_the_starting_swarm_by_hand():
 @settings(max_examples=25, deadline=None)
 def test_best_never_falls_and_never_lies_below_the_original(seed, kind, start, constants):
     how = ParticleSwarm(particles=6, iterations=15, start=start, constants=constants)
-    result = search(wall, original(seed=seed)[0], WIDE, settings=how, fitness=Fitness(kind), seed=seed)
+    result = search(wall, original(seed=seed)[0], WIDE, searcher=how, fitness=Fitness(kind), seed=seed)
     assert (result.history.best.diff() >= 0).all()
     assert result.history.best[0] >= result.original_fitness
     if kind == "lexicographic":
@@ -114,9 +114,9 @@ def test_a_swarm_among_many_finds_what_it_finds_alone(seed, sizes):
     fitness = [kinds[s % 4] for s in range(len(sizes))]
     how = ParticleSwarm(particles=6, iterations=12, patience=3)
     seeds = [seed + s // 2 for s in range(len(sizes))]
-    together = search_many(first_weight, begin, WIDE, seeds=seeds, fitness=fitness, settings=how, sizes=sizes)
+    together = search_many(first_weight, begin, WIDE, seeds=seeds, fitness=fitness, searcher=how, sizes=sizes)
     for s, size in enumerate(sizes):
-        alone = search(first_weight, begin[s, :size], WIDE, fitness=fitness[s], settings=how, seed=seeds[s])
+        alone = search(first_weight, begin[s, :size], WIDE, fitness=fitness[s], searcher=how, seed=seeds[s])
         assert same(together[s], alone)
         for name in ("mean", "diversity"):
             curves = (getattr(result.history, name) for result in (together[s], alone))
@@ -130,19 +130,18 @@ def first_weight(values):
 
 def test_same_seed_same_result_and_another_seed_another():
     short = ParticleSwarm(iterations=30)
-    a, b, c = (search(wall, original()[0], WIDE, seed=seed, settings=short).values for seed in (3, 3, 4))
+    a, b, c = (search(wall, original()[0], WIDE, seed=seed, searcher=short).values for seed in (3, 3, 4))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
 @pytest.mark.parametrize("interval", [2, 7, 10, 100])
 @pytest.mark.parametrize("patience", [1, 3, 10])
-def test_the_stop_rule_is_exact_however_seldom_the_host_looks(monkeypatch, interval, patience):
+def test_the_stop_rule_is_exact_however_seldom_the_host_looks(interval, patience):
     how = ParticleSwarm(particles=5, iterations=40, patience=patience)
-    arguments = {"seeds": range(4), "settings": how}
+    arguments = {"seeds": range(4), "searcher": how}
     each = search_many(wall, original(4), WIDE, **arguments)
-    monkeypatch.setattr(module, "_interval", lambda device: interval)
-    seldom = search_many(wall, original(4), WIDE, **arguments)
+    seldom = search_many(wall, original(4), WIDE, **arguments, check_every=interval)
     assert all(same(a, b) for a, b in zip(each, seldom, strict=True))
     assert len({result.iterations for result in each}) > 1
 
@@ -156,7 +155,7 @@ def test_stops_after_patience_iterations_without_a_better_fitness():
         loss = torch.full(values.shape[:2], 10.0 - step)
         return Scores(torch.zeros_like(loss), torch.full_like(loss, N), loss, loss, N, N)
 
-    result = search(better_until_the_fifth, original()[0], WIDE, settings=ParticleSwarm(patience=4))
+    result = search(better_until_the_fifth, original()[0], WIDE, searcher=ParticleSwarm(patience=4))
     assert result.iterations == 9
     assert len(calls) == 10
     assert result.stopped == "no better fitness in 4 iterations"
@@ -170,7 +169,7 @@ def test_nothing_better_gives_the_original_bit_for_bit():
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         begin = (original()[0] / 3).to(dtype)
-        result = search(flat, begin, WIDE, settings=ParticleSwarm(start="paper", patience=20))
+        result = search(flat, begin, WIDE, searcher=ParticleSwarm(start="paper", patience=20))
         assert result.values.dtype == dtype
         assert torch.equal(result.values, begin)
         assert (result.iterations, result.fitness) == (20, result.original_fitness)
@@ -182,7 +181,7 @@ def test_candidates_come_in_the_dtype_of_the_weights():
         assert values.shape == (1, 100, 4)
         return sphere(values)
 
-    result = search(scorer, original()[0].bfloat16(), WIDE, settings=ParticleSwarm(iterations=3))
+    result = search(scorer, original()[0].bfloat16(), WIDE, searcher=ParticleSwarm(iterations=3))
     assert sphere(result.values[None, None]).loss_failed == result.history.loss_failed[-1]
 
 
@@ -234,10 +233,10 @@ def test_what_the_scorer_raises_passes_through():
     ],
 )
 @pytest.mark.parametrize("interval", [1, 10])
-def test_progress_is_told_every_tenth_iteration_and_at_the_end(monkeypatch, how, told, interval):
-    monkeypatch.setattr(module, "_interval", lambda device: interval)
+def test_progress_is_told_every_tenth_iteration_and_at_the_end(how, told, interval):
     heard = []
-    result = search(sphere, original()[0], WIDE, settings=how, on_progress=lambda *x: heard.append(x))
+    arguments = {"searcher": how, "check_every": interval}
+    result = search(sphere, original()[0], WIDE, **arguments, on_progress=lambda *x: heard.append(x))
     assert [done for done, _ in heard] == told
     assert [len(history) for _, history in heard] == [done + 1 for done in told]
     assert torch.equal(heard[-1][1].best, result.history.best)
@@ -246,7 +245,7 @@ def test_progress_is_told_every_tenth_iteration_and_at_the_end(monkeypatch, how,
 def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
     weight = original()[0].requires_grad_()
     before = torch.get_rng_state()
-    result = search(sphere, weight, WIDE, settings=ParticleSwarm(iterations=3))
+    result = search(sphere, weight, WIDE, searcher=ParticleSwarm(iterations=3))
     assert not result.values.requires_grad
     assert torch.equal(before, torch.get_rng_state())
 
@@ -254,9 +253,9 @@ def test_no_gradient_is_recorded_and_the_global_random_state_is_left_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"seeds": [0]}, "`seeds` has 1 entries for 2 swarms"),
-        ({"fitness": [Fitness()] * 3}, "`fitness` has 3 entries for 2 swarms"),
-        ({"sizes": [1]}, "`sizes` has 1 entries for 2 swarms"),
+        ({"seeds": [0]}, "`seeds` has 1 entries for 2 searches"),
+        ({"fitness": [Fitness()] * 3}, "`fitness` has 3 entries for 2 searches"),
+        ({"sizes": [1]}, "`sizes` has 1 entries for 2 searches"),
         ({"sizes": [0, 4]}, r"`sizes` is \[0, 4\] of 4"),
         ({"sizes": [1, 5]}, r"`sizes` is \[1, 5\] of 4"),
     ],
@@ -273,36 +272,30 @@ def test_no_weights_at_all_are_told():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_host_does_not_wait_between_two_looks():
+def test_the_host_waits_for_the_device_once_in_ten_iterations():
     looks = []
 
-    class Watched(module._Books):
-        def read(self):
-            torch.cuda.set_sync_debug_mode("default")
-            looks.append(self.done)
-            rows = super().read()
-            if self.done < 25:
-                torch.cuda.set_sync_debug_mode("error")
-            return rows
+    def watch():
+        looks.append(len(found))
+        torch.cuda.set_sync_debug_mode("warn")
+        return False
 
-    mixed = [Fitness(), Fitness("eq2", perfect_intact=True)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_Books", Watched)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         try:
-            how = ParticleSwarm(iterations=25, patience=100)
             results = search_many(
                 sphere,
                 original(2).cuda(),
                 WIDE,
                 seeds=[0, 1],
-                fitness=mixed,
+                fitness=[Fitness(), Fitness("eq2", perfect_intact=True)],
                 sizes=[4, 3],
-                settings=how,
-                on_progress=print,
+                searcher=ParticleSwarm(iterations=25, patience=100),
+                is_over=watch,
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert looks == [0, 10, 20, 25]
+    assert looks == [0, 1, 2, 3]
     assert all(result.values.is_cuda for result in results)
 
 
@@ -338,7 +331,7 @@ class Quitting:
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_giving_up_finds_what_finishing_finds(fitness, seed):
-    arguments = {"fitness": fitness, "settings": ParticleSwarm(particles=12, iterations=40, start="half"), "seed": seed}
+    arguments = {"fitness": fitness, "searcher": ParticleSwarm(particles=12, iterations=40, start="half"), "seed": seed}
     quitting = Quitting()
     assert same(search(quitting, original()[0], WIDE, **arguments), search(wall, original()[0], WIDE, **arguments))
     assert (quitting.given_up > 0) == (fitness.most_broken(torch.zeros(1, 1), 4) is not None)
@@ -355,7 +348,7 @@ def test_nothing_is_worth_less_than_an_elite(seed, n, kind):
     worth = fitness(scores, before).max()
     for iterations in (0, 5):
         how = ParticleSwarm(particles=6, iterations=iterations)
-        result = search(wall, begin, WIDE, settings=how, fitness=fitness, seed=seed, elites=elites)
+        result = search(wall, begin, WIDE, searcher=how, fitness=fitness, seed=seed, elites=elites)
         assert result.fitness >= worth
         found = fitness(wall(result.values[None, None]), before)
         assert found.item() == pytest.approx(result.fitness)
@@ -368,7 +361,7 @@ def test_an_elite_that_nothing_beats_comes_back_bit_for_bit():
         hit = (values == elites[0]).all(-1).double()
         return Scores(hit, torch.full_like(hit, N), 1 - hit, 1 - hit, N, N)
 
-    result = search(only_the_first, original()[0], WIDE, settings=ParticleSwarm(patience=5), elites=elites)
+    result = search(only_the_first, original()[0], WIDE, searcher=ParticleSwarm(patience=5), elites=elites)
     assert torch.equal(result.values, elites[0])
     assert (result.history.patched == 1).all()
 
@@ -376,14 +369,14 @@ def test_an_elite_that_nothing_beats_comes_back_bit_for_bit():
 @pytest.mark.parametrize(
     ("elites", "message"),
     [
-        (torch.zeros(2, 3), r"`elites` has the shape \[1, 2, 3\] for \[1, 4\] weights and 6 particles"),
+        (torch.zeros(2, 3), r"`elites` has the shape \[1, 2, 3\] for \[1, 4\] weights and 6 candidates"),
         (torch.zeros(6, 4), r"`elites` has the shape \[1, 6, 4\]"),
         (torch.full((1, 4), math.nan), "`elites` is not finite"),
     ],
 )
 def test_elites_that_do_not_fit_are_told(elites, message):
     with pytest.raises(ConfigurationError, match=message):
-        search(wall, original()[0], WIDE, settings=ParticleSwarm(particles=6), elites=elites)
+        search(wall, original()[0], WIDE, searcher=ParticleSwarm(particles=6), elites=elites)
 
 
 @pytest.mark.parametrize("asked", [0, 3])
@@ -396,7 +389,7 @@ def test_a_search_ends_when_its_time_is_over(asked):
 @pytest.mark.parametrize("fitness", [Fitness(), Fitness("eq1"), [Fitness(), Fitness("eq1"), Fitness("eq2"), Fitness()]])
 def test_a_swarm_that_is_over_is_scored_no_more(fitness):
     how, scorer = ParticleSwarm(particles=5, iterations=40, patience=2), Quitting()
-    arguments = {"seeds": range(4), "settings": how, "fitness": fitness}
+    arguments = {"seeds": range(4), "searcher": how, "fitness": fitness}
     given_up = search_many(scorer, original(4), WIDE, **arguments)
     in_full = search_many(wall, original(4), WIDE, **arguments)
     assert all(same(a, b) for a, b in zip(given_up, in_full, strict=True))

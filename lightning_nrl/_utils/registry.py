@@ -1,0 +1,116 @@
+"""Objects by name: what a word in an argument, a YAML file or a command line stands for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """Names, and the class or function that makes the object of each.
+
+    Args:
+        kind: what the objects are, for messages, such as `Task`.
+        example: what to write where a value is neither a name nor such an object.
+        fits: whether a value is such an object.
+        include: registries whose names count too, after its own.
+
+    Example:
+        >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
+        >>> @boxes.register("square", "square:3")
+        ... def square(side="1"):
+        ...     return (int(side), int(side))
+        >>> boxes.parse("box", "square"), boxes.parse("box", (2, 3)), list(boxes), boxes.forms
+        ((1, 1), (2, 3), ['square'], ('square:3',))
+    """
+
+    def __init__(
+        self, kind: str, example: str, fits: Callable[[Any], bool], include: tuple[Registry[Any], ...] = ()
+    ) -> None:
+        self.kind = kind
+        self.example = example
+        self._fits = fits
+        self._include = include
+        self._factories: dict[str, Callable[..., T]] = {}
+        self._forms: list[str] = []
+
+    def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
+        """A decorator that gives a class or a function a name; as a call, `register(name)(factory)`.
+
+        Args:
+            name: not taken yet.
+            forms: how it is written where text says more than the name, such as `tolerance:1%`.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+
+        def add(factory: Factory) -> Factory:
+            if name in self:
+                raise ValueError(f"There is a {self.kind} named {name!r} already.")
+            self._factories[name] = factory
+            self._forms.extend(forms or (name,))
+            return factory
+
+        return add
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._factories
+        for other in self._include:
+            yield from other
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self)
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """An example of each way to write an object as text."""
+        return (*self._forms, *(form for other in self._include for form in other.forms))
+
+    def factory(self, argument: str, name: str) -> Callable[..., T]:
+        """What makes the object of a name.
+
+        Raises:
+            ConfigurationError: the name is unknown; the nearest is given.
+        """
+        check_choice(argument, name, tuple(self))
+        if name in self._factories:
+            return self._factories[name]
+        return next(other for other in self._include if name in other).factory(argument, name)
+
+    def parse(self, argument: str, value: Any) -> T:
+        """The object of a name, with its default settings; an object is given back as it is.
+
+        Args:
+            argument: what the value was given as, for messages.
+            value: a name or an object.
+
+        Raises:
+            ConfigurationError: the name is unknown (the nearest is given), or the value is no such object.
+        """
+        if isinstance(value, str):
+            return self.factory(argument, value)()
+        check_kind(argument, value, self._fits(value), self.kind, self.example)
+        made: T = value
+        return made
+
+    def unreadable(self, found: str, name: str) -> ConfigurationError:
+        """The error for text that says more than a name and cannot be read.
+
+        Args:
+            found: the argument and its value, for the message.
+            name: the part of the text that should be a name.
+        """
+        near = difflib.get_close_matches(name, tuple(self), n=1)
+        meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
+        return ConfigurationError(
+            explain(f"{found} is no {self.kind}{meant}", f"write one of {list(self.forms)}, or {self.example}.")
+        )

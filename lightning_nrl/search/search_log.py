@@ -1,0 +1,102 @@
+"""What is kept of S searches while they go on: the best candidate of each, and a row of numbers an iteration.
+
+Everything stays on the device until `read`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.search.search_result import SearchHistory
+
+__all__ = ["SearchLog", "histories"]
+
+N_COLUMNS = len(fields(SearchHistory)) + 1
+"""Numbers kept of each iteration: those of `SearchHistory`, and how many iterations ago the fitness grew."""
+
+
+class SearchLog:
+    """The best candidates so far and the history, of up to `iterations + 1` iterations.
+
+    Args:
+        original: `S x K`, the weights before the repair, in the dtype of the search.
+        iterations: how many there may be.
+        patience: iterations without a better fitness after which a search is over.
+        sizes: how many of the K weights each search has; None: all.
+
+    Attributes:
+        done: iterations made, -1 before the first candidates are scored.
+        best: `S x K`, the best candidates; the original weights until something was scored.
+        best_fitness: `S`, their fitness.
+        stale: `S`, iterations since the last better fitness.
+    """
+
+    def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
+        n_searches, n_weights = original.shape
+        device, dtype = original.device, widest(original.device)
+        self.done = -1
+        self.patience = patience
+        self.best = original
+        self.best_fitness = torch.full((n_searches,), -math.inf, dtype=dtype, device=device)
+        self.stale = torch.zeros_like(self.best_fitness)
+        self.sizes = torch.tensor([n_weights] * n_searches if sizes is None else list(sizes), device=device)
+        self._best_scores = torch.zeros(4, n_searches, dtype=dtype, device=device)
+        self._rows = torch.zeros(iterations + 1, N_COLUMNS, n_searches, dtype=dtype, device=device)
+
+    @property
+    def frozen(self) -> Tensor:
+        """Which searches are over, `S` bool: no fitness counts any more."""
+        return self.stale >= self.patience
+
+    def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
+        """Takes one iteration down.
+
+        Args:
+            candidates: `S x P x K`.
+            scores: theirs.
+            fitness: theirs, `S x P`.
+
+        Returns:
+            The fitness as it counts, `S x P`: minus infinity for NaN and for searches that are over.
+        """
+        fitness = fitness.to(self.best_fitness.dtype)
+        fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)
+        top, which = fitness.max(1)
+        better = top > self.best_fitness
+        leader = candidates.take_along_dim(which[:, None, None], 1)[:, 0]
+        columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
+        leading = torch.stack([x.gather(1, which[:, None])[:, 0].to(fitness.dtype) for x in columns])
+        self.best = torch.where(better[:, None], leader, self.best)
+        self.best_fitness = torch.where(better, top, self.best_fitness)
+        self._best_scores = torch.where(better, leading, self._best_scores)
+        self.stale = torch.where(better, 0.0, self.stale + 1)
+        self.done += 1
+        finite = fitness.isfinite()
+        mean = fitness.masked_fill(~finite, 0.0).sum(1) / finite.sum(1)
+        std = (candidates - candidates.mean(1, keepdim=True)).square().mean(1).sqrt()
+        diversity = (std.sum(1) / self.sizes).to(fitness.dtype)
+        self._rows[self.done] = torch.stack([self.best_fitness, mean, *self._best_scores, diversity, self.stale])
+        return fitness
+
+    def read(self) -> Tensor:
+        """The iterations so far, `T x N_COLUMNS x S`, on the CPU. Only here the host waits for the device."""
+        return self._rows[: self.done + 1].cpu()
+
+
+def histories(rows: Tensor, patience: int) -> list[SearchHistory]:
+    """One a search, as long as it went on, from what `SearchLog.read` gave."""
+    stale = rows[:, -1]
+    length = torch.arange(1, len(rows) + 1, device=rows.device)[:, None]
+    ends = torch.where(stale < patience, len(rows), length).amin(0).tolist()
+    columns = rows[:, :-1].double().unbind(2)
+    return [
+        SearchHistory(*(column[:end].clone() for column in search.unbind(1)))
+        for search, end in zip(columns, ends, strict=True)
+    ]
