@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "preserve", "random_state"]
+__all__ = ["evaluating", "preserve", "random_state", "set_modes"]
+
+SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers by their bytes: as these, values are compared bit by bit, NaN and -0 included."""
+PRESERVED: set[int] = set()
+"""Identities of the parameters of which a copy is held now."""
 
 
 @contextmanager
 def preserve(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards its training flags and buffers and the random states are as before.
+    """The model in evaluation mode; afterwards it is to the bit as before, and so are the random states.
 
-    Some models draw random numbers even in evaluation mode.
+    Some models draw random numbers even in evaluation mode. See `evaluating` for the rest.
     """
     # Inference mode would forbid the gradients that localisation needs.
     with random_state(), torch.inference_mode(False), evaluating(model):
@@ -27,25 +32,50 @@ def preserve(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards its training flags and buffers are as before.
+    """The model in evaluation mode; afterwards its parameters, buffers and flags are as before.
 
-    Some models count or cache in a buffer whenever they run. Weights need no such care: nothing writes to them on the
-    way.
+    Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that are merged in
+    `eval()`. So the way back is the modules' own `train()`; then every tensor is compared, bit by bit, with a copy,
+    and flags that say what is in the tensors, such as `merged`, are set back with them. Parameters stay the objects
+    that they are, in the memory where they are, since optimizers hold them; only what differs is written. One copy of
+    the parameters is held meanwhile, however often this is nested. A count of writes would not do instead: torch's
+    `_version` does not see `weight.data.clamp_()`.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
-    values = [None if buffer is None else buffer.detach().clone() for _, _, buffer in buffers]
+    modules = list(model.modules())
+    flags = [module.training for module in modules]
+    parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
+    snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
+    held = {identity for snapshot in parameters for identity in snapshot.identities()}
+    own = [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
+    PRESERVED.update(held)
     try:
-        model.eval()
+        if any(flags):
+            model.eval()
         yield
     finally:
-        for module, training in flags:
-            module.training = training
-        with torch.no_grad():
-            for (module, name, buffer), value in zip(buffers, values, strict=True):
-                module._buffers[name] = buffer
-                if buffer is not None and value is not None and not _same(buffer, value):
-                    buffer.copy_(value)
+        PRESERVED.difference_update(held)
+        try:
+            set_modes(modules, flags)
+        finally:
+            for snapshot in snapshots:
+                snapshot.restore()
+            for module, values in zip(modules, own, strict=True):
+                vars(module).update(values)
+
+
+def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
+    """Brings modules into training or evaluation mode, each by its own `train()`, where it is in the other one.
+
+    Args:
+        modules: outer ones before inner ones, as `nn.Module.modules` gives them.
+        flags: what `training` is to be.
+    """
+    for module, training in zip(modules, flags, strict=True):
+        if module.training != training:
+            module.train(training)
+    # A module with two parents is overruled by the second.
+    for module, training in zip(modules, flags, strict=True):
+        module.training = training
 
 
 @contextmanager
@@ -59,8 +89,12 @@ def random_state() -> Iterator[None]:
         (np.random.set_state, np.random.get_state()),
         (random.setstate, random.getstate()),
     ]
-    if torch.cuda.is_available():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    cuda: Any = torch.cuda
+    if cuda.is_initialized():
+        states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
+    else:
+        # To ask for its state would start CUDA. When it starts, it takes the last seed that torch was given.
+        states.append((cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
         states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     try:
@@ -70,6 +104,75 @@ def random_state() -> Iterator[None]:
             restore(state)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    # Sparse tensors cannot be compared; copying does no harm.
-    return a.layout == torch.strided and torch.equal(a, b)
+class _TensorSnapshot:
+    """The parameters or the buffers of one module, without those of its children, and a copy of their values.
+
+    Args:
+        tensors: by name, as the module holds them.
+        is_copied: which ones may be written to.
+    """
+
+    def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
+        self._tensors = tensors
+        self._values: dict[str, Tensor | None] = dict(tensors.items())
+        self._copied = [
+            (value, value.data, _copy(value.data))
+            for value in self._values.values()
+            if value is not None and is_copied(value)
+        ]
+
+    def identities(self) -> set[int]:
+        """Of the tensors of which a copy is held."""
+        return {id(value) for value, _, _ in self._copied}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        tensors, values = self._tensors, self._values
+        if [name for name in tensors if name in values] != list(values):
+            # Optimizers count parameters in their order.
+            later = {name: value for name, value in tensors.items() if name not in values}
+            for name in list(tensors):
+                del tensors[name]
+            tensors.update({**values, **later})
+        for name, value in values.items():
+            if tensors[name] is not value:
+                tensors[name] = value
+        for value, memory, copy in self._copied:
+            if not _is_at(value, memory):
+                value.data = memory
+            if not _is_same(memory, copy):
+                value.copy_(copy)
+
+
+def _has_values(value: Tensor) -> bool:
+    return not value.is_meta and not nn.parameter.is_lazy(value)
+
+
+def _is_copied_once(value: Tensor) -> bool:
+    """Of a parameter whether it has values and is not copied yet; false for what stands in for one."""
+    return isinstance(value, nn.Parameter) and id(value) not in PRESERVED and _has_values(value)
+
+
+def _copy(value: Tensor) -> Tensor:
+    """Beside the tensor itself if there is room, else in main memory."""
+    try:
+        return value.clone()
+    except torch.OutOfMemoryError:
+        return value.cpu()
+
+
+def _is_at(value: Tensor, memory: Tensor) -> bool:
+    """Whether a tensor is the same piece of memory as before, on the same device and read in the same way."""
+    if (value.device, value.dtype, value.layout) != (memory.device, memory.dtype, memory.layout):
+        return False
+    if value.layout != torch.strided:
+        return True
+    return (value.shape, value.stride(), value.data_ptr()) == (memory.shape, memory.stride(), memory.data_ptr())
+
+
+def _is_same(value: Tensor, copy: Tensor) -> bool:
+    """Whether two tensors are the same, bit by bit. Sparse ones cannot be compared; copying does no harm."""
+    size = SAME_SIZE.get(value.element_size())
+    if value.layout != torch.strided or size is None or value.is_quantized:
+        return False
+    return torch.equal(value.view(size), copy.to(value.device).view(size))

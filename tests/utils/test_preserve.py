@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
-from lightning_nrl import AllWeights, Target, repair_module
-from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl import AllWeights, Fitness, Target, repair_module
+from lightning_nrl._utils.preserve import evaluating, preserve, random_state
 from lightning_nrl._utils.state import holding
+from lightning_nrl.gate.acceptance import Instance
 
 
 class Counting(nn.Module):
@@ -71,16 +72,34 @@ def test_a_repair_leaves_no_trace(layer: Any) -> None:
     assert same(picture(model), before)
 
 
-@pytest.mark.parametrize("stage", ["methods.swarm.record", "methods.swarm.search", "pipeline.judge"])
-def test_a_repair_that_raises_leaves_no_trace(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("out of memory")
+class OutOfMemory(Exception):
+    pass
 
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise OutOfMemory
+
+
+class FailingLocalizer(AllWeights):
+    __call__ = fail
+
+
+class FailingFitness(Fitness):
+    __call__ = fail
+
+
+class FailingGate(Instance):
+    allowed = fail
+
+
+@pytest.mark.parametrize(
+    "part", [{"localizer": FailingLocalizer()}, {"fitness": FailingFitness()}, {"gate": FailingGate()}]
+)
+def test_a_repair_that_raises_leaves_no_trace(part: dict[str, Any]) -> None:
     model = network()
     before = picture(model)
-    monkeypatch.setattr(f"lightning_nrl.{stage}", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        repair_module(model, known(), quick())
+    with pytest.raises(OutOfMemory):
+        repair_module(model, known(), quick(**part))
     assert same(picture(model), before)
 
 
@@ -189,3 +208,78 @@ def test_the_random_state_is_as_found(error: type[BaseException] | None) -> None
         if error is not None:
             raise error
     assert draw() == expected
+
+
+class Rewritten(nn.Module):
+    """Does to its weights all that a module can do in evaluation mode, and undoes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.swapped, self.lost, self.zero = (nn.Parameter(torch.zeros(2)) for _ in range(4))
+        self.zero.data.copy_(torch.tensor([-0.0, torch.nan]))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> Rewritten:
+        if not mode:
+            with torch.no_grad():
+                self.written.add_(1)
+            self.swapped.data = torch.ones(3, dtype=torch.float64)
+            lost, self.merged = self._parameters.pop("lost"), True
+            self.register_parameter("other", nn.Parameter(torch.ones(1)))
+            self.register_parameter("lost", nn.Parameter(lost.detach() + 1))
+            self.zero.data.abs_()
+        return super().train(mode)
+
+
+def test_parameters_are_given_back_to_the_bit_as_the_same_objects_in_the_same_memory() -> None:
+    model = Rewritten()
+    parameters = dict(model.named_parameters())
+    memory = {name: value.data_ptr() for name, value in parameters.items()}
+    with preserve(model):
+        assert model.merged
+        assert torch.equal(model.written, torch.ones(2))
+        assert model.swapped.shape == (3,)
+    assert [name for name, _ in model.named_parameters()] == ["written", "swapped", "lost", "zero", "other"]
+    for name, value in parameters.items():
+        assert getattr(model, name) is value
+        assert value.data_ptr() == memory[name]
+        assert value.requires_grad
+    assert torch.equal(torch.stack([model.written, model.swapped, model.lost]), torch.zeros(3, 2))
+    assert model.zero.signbit()[0]
+    assert model.zero.isnan()[1]
+    assert not model.merged
+
+
+def test_weights_that_nobody_writes_to_are_not_written_back() -> None:
+    model = nn.Linear(2, 2)
+    version = model.weight._version
+    with preserve(model):
+        model(torch.ones(1, 2))
+    assert model.weight._version == version
+
+
+def test_what_an_inner_use_writes_is_undone_by_the_outer_one() -> None:
+    model = nn.Embedding(3, 2, max_norm=0.1)
+    before = model.weight.detach().clone()
+    with evaluating(model), evaluating(model):
+        model(torch.arange(3))
+        assert not torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before)
+
+
+def test_modules_without_values_are_left_alone() -> None:
+    lazy, meta = nn.LazyLinear(2), nn.Linear(2, 2, device="meta")
+    with preserve(lazy), preserve(meta):
+        assert not lazy.training
+    assert lazy.training
+    assert meta.training
+
+
+def test_the_seed_of_a_device_that_was_not_started_is_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(5)
+    with random_state():
+        torch.manual_seed(7)
+    assert seeds == [5, 7, 5]
+    assert not torch.cuda.is_initialized()
