@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_nrl._utils.state import State
+from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.evaluator import SampleResults
@@ -46,37 +47,24 @@ class Predictions:
     weights: str | None = None
 
     @classmethod
-    def read(cls, path: str | Path) -> Predictions:
+    def read(cls, path: str | Path, argument: str = "reference") -> Predictions:
         """Reads a file.
 
         Raises:
-            ConfigurationError: there is no such file, or a line cannot be read; it is named.
+            ConfigurationError: there is no such file, a line cannot be read, or a sample is there twice; it is named.
         """
-        name = f"`reference={str(path)!r}`"
-        try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(
-                explain(f"{name} cannot be read ({error}).", "give a CSV file with the columns split,id,prediction.")
-            ) from error
-        weights = lines[0].removeprefix(WEIGHTS).strip() if lines and lines[0].startswith(WEIGHTS) else None
-        first = 0 if weights is None else 1
-        rows = csv.DictReader(lines[first:])
         splits: dict[str, dict[int, tuple[int, bool | None]]] = {}
-        for at, row in enumerate(rows, first + 2):
-            try:
-                said, passed = row.get("prediction") or "-1", row.get("passed")
-                if not row.get("prediction") and not passed:
-                    raise ValueError("neither a prediction nor passed")
-                splits.setdefault(row["split"], {})[int(row["id"])] = (int(said), bool(int(passed)) if passed else None)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ConfigurationError(
-                    explain(
-                        f"{name}, line {at}: {error!r}.",
-                        "write one line a sample with the columns split,id,prediction, whole numbers both.",
-                    )
-                ) from error
-        return cls(splits, weights)
+        for line in read_csv(argument, path, ("split", "id"), optional=("prediction", "passed"), comment=WEIGHTS):
+            named, judged = line.values["prediction"].strip(), line.values["passed"].strip()
+            if not named and not judged:
+                raise line.refused("there is neither a prediction nor `passed`")
+            rows, at = splits.setdefault(line.values["split"], {}), line.whole_number("id")
+            if at in rows:
+                raise line.refused(f"sample {at} of {line.values['split']!r} is there twice")
+            rows[at] = line.whole_number("prediction") if named else -1, line.flag("passed") if judged else None
+        with Path(path).open(encoding="utf-8-sig") as file:
+            first = file.readline()
+        return cls(splits, first.removeprefix(WEIGHTS).strip() if first.startswith(WEIGHTS) else None)
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `read` reads; it is there as a whole or not at all."""

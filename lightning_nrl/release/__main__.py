@@ -7,59 +7,80 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lightning_nrl.errors import RepairError
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release.prediction_files import read_slices, seen_in_files
+from lightning_nrl.release.prediction_files import check_missing, pair_from_files, read_slices
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.release.rule_parsing import KINDS, parse_rules
+from lightning_nrl.release.rule_parsing import RULE_EXAMPLES, parse_rules
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judges, prints and writes; gives the exit status."""
+    """Judges, prints and writes; gives the exit status, which is 1 for a refusal and for nothing else.
+
+    Args:
+        arguments: of the command line; None: those of the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m lightning_nrl.release", description=(__doc__ or "").splitlines()[0]
     )
+    rules = ", ".join(RULE_EXAMPLES).replace("%", "%%")
     parser.add_argument("old", help="predictions of the model in use, a CSV file with split,id,prediction,passed")
     parser.add_argument("new", help="predictions of the new model, likewise; such as predictions.csv of a ReleaseGate")
-    parser.add_argument("--rule", action="append", help=f"what must hold, also several: {', '.join(KINDS)}")
+    parser.add_argument("--rule", action="append", help=f"what must hold, also several: {rules}")
     parser.add_argument("--slices", help="a CSV file with split,id,slice")
+    parser.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="SPLIT",
+        help="a split of which samples may lack new predictions; how many do is in the report",
+    )
     parser.add_argument("--out", help="folder for report.json and report.md")
     given = parser.parse_args(arguments)
     try:
-        report = _judged(given.old, given.new, given.rule or ["instance"], given.slices)
-    except RepairError as error:
+        report = _judged(given.old, given.new, given.rule or ["instance"], given.slices, given.allow_missing)
+        if given.out:
+            report = _written(report, Path(given.out))
+    except (RepairError, OSError) as error:
         parser.error(str(error))
-    if given.out:
-        folder = Path(given.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {"json": str(folder / "report.json"), "markdown": str(folder / "report.md")}
-        report = replace(report, files=files)
-        for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
-            Path(files[kind]).write_text(text, encoding="utf-8")
+    except Exception:
+        traceback.print_exc()
+        parser.error("this should not have happened; nothing was decided.")
     print(report.render(120), end="")
     return report.exit_status
 
 
-def _judged(old: str, new: str, rules: list[str], slices: str | None) -> ReleaseReport:
-    asked, told = parse_rules(rules), None if slices is None else read_slices(slices)
-    before, after = Predictions.read(old), Predictions.read(new)
+def _judged(old: str, new: str, rules: list[str], slices: str | None, allow_missing: list[str]) -> ReleaseReport:
+    asked, sliced = parse_rules(rules), None if slices is None else read_slices(slices)
+    before, after = Predictions.read(old, "old"), Predictions.read(new, "new")
     for rule in asked:
-        rule.check_data(tuple(after.splits), told is not None)
+        rule.check_data(tuple(after.splits), sliced is not None)
+    missing = check_missing(before, after, allow_missing)
     return make_report(
-        seen_in_files(before, after, told),
+        pair_from_files(before, after, sliced),
         asked,
         new=Identity(new, after.weights or ""),
         old=Identity(old, before.weights or ""),
         task="what the files say",
         precision="that in which the predictions were made",
         seeds={},
+        missing=missing,
     )
+
+
+def _written(report: ReleaseReport, folder: Path) -> ReleaseReport:
+    folder.mkdir(parents=True, exist_ok=True)
+    report = replace(report, files={"json": str(folder / "report.json"), "markdown": str(folder / "report.md")})
+    for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
+        Path(report.files[kind]).write_text(text, encoding="utf-8")
+    return report
 
 
 if __name__ == "__main__":

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 
+from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release.model_pair import ModelPair
+from lightning_nrl.release.model_pair import ModelPair, check_splits
 
-__all__ = ["read_slices", "seen_in_files"]
+__all__ = ["check_missing", "pair_from_files", "read_slices"]
 
 Slices = Mapping[tuple[str, int], str]
 """Names of slices by split and data-set position."""
 
 
-def seen_in_files(old: Predictions, new: Predictions, slices: Slices | None = None) -> ModelPair:
+def pair_from_files(old: Predictions, new: Predictions, slices: Slices | None = None) -> ModelPair:
     """What two models did on the samples that the new one has predictions for.
 
     Args:
@@ -44,18 +44,38 @@ def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
     Raises:
         ConfigurationError: there is no such file, or a line cannot be read; it is named.
     """
-    hint = "give a CSV file with the columns split,id,slice."
-    try:
-        lines = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(explain(f"`slices={str(path)!r}` cannot be read ({error}).", hint)) from error
     found: dict[tuple[str, int], str] = {}
-    for at, line in enumerate(lines, 2):
-        try:
-            found[line["split"], int(line["id"])] = line["slice"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(explain(f"`slices={str(path)!r}`, line {at}: {error!r}.", hint)) from error
+    for line in read_csv("slices", path, ("split", "id", "slice")):
+        sample = line.values["split"], line.whole_number("id")
+        if sample in found:
+            raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
+        found[sample] = line.values["slice"]
     return found
+
+
+def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
+    """How many samples have old predictions and no new ones, by split; what is left out could be what broke.
+
+    Args:
+        old: of the model in use.
+        new: of the new model.
+        allowed: splits of which samples may be missing.
+
+    Raises:
+        ConfigurationError: samples are missing of a split that is not named, or a split is named that does not exist.
+    """
+    missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
+    check_splits("allow_missing", tuple(allowed), tuple(old.splits))
+    for split, ids in missing.items():
+        if ids and split not in allowed:
+            raise ConfigurationError(
+                explain(
+                    f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
+                    f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                    f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
+                )
+            )
+    return {split: len(ids) for split, ids in missing.items() if ids}
 
 
 def _table(predictions: Predictions) -> SampleResults:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.targets import Predicate, Target
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, Rule
 
 __all__ = ["ProtectedIntact", "read_ids"]
+
+HINT = "give a CSV file with the columns split,id."
 
 Ids = Mapping[str, Sequence[int]]
 """Data-set positions, by split."""
@@ -128,17 +130,9 @@ def read_ids(path: str | Path) -> dict[str, list[int]]:
     Raises:
         ConfigurationError: there is no such file, it holds no sample, or a line cannot be read; it is named.
     """
-    hint = "give a CSV file with the columns split,id."
-    try:
-        rows = list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(explain(f"`ids={str(path)!r}` cannot be read ({error}).", hint)) from error
     found: dict[str, list[int]] = {}
-    for line, row in enumerate(rows, 2):
-        try:
-            found.setdefault(row["split"], []).append(int(row["id"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigurationError(explain(f"`ids={str(path)!r}`, line {line}: {error!r}.", hint)) from error
+    for line in read_csv("ids", path, ("split", "id")):
+        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
     if not found:
-        raise ConfigurationError(explain(f"`ids={str(path)!r}` holds no sample.", hint))
+        raise ConfigurationError(explain(f"`ids={str(path)!r}` holds no sample.", HINT))
     return found

@@ -101,6 +101,8 @@ class ReleaseReport(Shown):
         samples: SHA-256 of each split's sample ids and labels.
         task: what right means, in words.
         precision: in which both were run.
+        missing: how many samples the old model has predictions for and the new one none, by split. None may be missing
+            unless the user allows it; with models, which see the same data, none ever is.
         seeds: what the run depends on, by name.
         versions: versions of the software by name.
         files: paths of what was written, by kind.
@@ -117,6 +119,7 @@ class ReleaseReport(Shown):
     samples: Mapping[str, str]
     task: str
     precision: str
+    missing: Mapping[str, int] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     files: Mapping[str, str] = field(default_factory=dict)
@@ -198,16 +201,19 @@ class ReleaseReport(Shown):
     def _sentence(self) -> str:
         failed = sum(not finding.passed for finding in self.findings)
         n = len(self.findings)
+        left_out = f" {sum(self.missing.values()):,} samples were NOT compared." if self.missing else ""
         if failed:
-            return f"The new model may not replace the old one: {failed} of {n} rules {_is(failed)} not satisfied."
+            rules = f"{failed} of {n} rules {_is(failed)} not satisfied"
+            return f"The new model may not replace the old one: {rules}.{left_out}"
         which = f"all {n} rules are" if n > 1 else "the rule is"
-        return f"The new model may replace the old one: {which} satisfied."
+        return f"The new model may replace the old one: {which} satisfied.{left_out}"
 
     def _facts(self, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
         facts = [("new model", self.new.name), ("sha256 of its weights", self.new.sha256 or "not known")]
         facts += [("old model", self.old.name), ("sha256 of its weights", self.old.sha256 or "not known")]
         facts += [(f"sha256 of ids and labels: {split}", found) for split, found in self.samples.items()]
         facts += [("right means", self.task), ("precision", self.precision)]
+        facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in self.missing.items()]
         facts += [(f"seed: {name}", str(seed)) for name, seed in self.seeds.items()]
         facts += list(self.versions.items())
         return (*facts, *((f"file: {kind}", shown(path)) for kind, path in self.files.items()))
@@ -222,6 +228,7 @@ def make_report(
     task: str,
     precision: str,
     seeds: Mapping[str, int],
+    missing: Mapping[str, int] | None = None,
 ) -> ReleaseReport:
     """Asks every rule, and writes down what was found.
 
@@ -244,6 +251,7 @@ def make_report(
         samples={split: hash_samples(seen.after, split) for split in seen.splits},
         task=task,
         precision=precision,
+        missing=dict(missing or {}),
         seeds=dict(seeds),
     )
 

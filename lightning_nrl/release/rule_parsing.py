@@ -11,9 +11,9 @@ from lightning_nrl.gate.acceptance import read_number
 from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, Rule
 
-__all__ = ["KINDS", "parse_rule", "parse_rules"]
+__all__ = ["RULE_EXAMPLES", "parse_rule", "parse_rules"]
 
-KINDS = (
+RULE_EXAMPLES = (
     "instance",
     "accuracy",
     "tolerance:1%",
@@ -44,7 +44,7 @@ def parse_rule(rule: Any) -> Rule:
     """A rule from text; a rule is given back as it is.
 
     Args:
-        rule: one of `KINDS` with numbers of your own; all but `protected` may end with ` in SPLIT, SPLIT`.
+        rule: one of `RULE_EXAMPLES` with numbers of your own; all but `protected` may end with ` in SPLIT, SPLIT`.
 
     Raises:
         ConfigurationError: it is none of these.
@@ -70,11 +70,11 @@ def parse_rule(rule: Any) -> Rule:
         return NoSliceWorse("count", splits=splits)
     if kind == "slices" and len(numbers) == len(given) <= 1:
         return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits)
-    names = [name.partition(":")[0] for name in KINDS]
+    names = [name.partition(":")[0] for name in RULE_EXAMPLES]
     near = difflib.get_close_matches(kind, names, n=1)
     meant = f", did you mean {near[0]!r}?" if near and near[0] != kind else "."
     raise ConfigurationError(
-        explain(f"`rules`: {rule!r} is no rule{meant}", f"write one of {list(KINDS)}, or a `Rule`.")
+        explain(f"`rules`: {rule!r} is no rule{meant}", f"write one of {list(RULE_EXAMPLES)}, or a `Rule`.")
     )
 
 
@@ -83,5 +83,5 @@ def _number(text: str, rule: Any) -> float:
         return float(read_number(text))
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(KINDS)}.")
+            explain(f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULE_EXAMPLES)}.")
         ) from error

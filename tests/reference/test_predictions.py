@@ -72,12 +72,12 @@ def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
     [
         ("split,id,prediction\ntrain,ten,1\n", "line 2"),
         ("split,id,prediction\ntrain,10,1\ntrain,12\n", "line 3"),
-        ("split,position,prediction\ntrain,10,1\n", "line 2"),
+        ("split,position,prediction\ntrain,10,1\n", "line 1"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "old.csv").write_text(text)
-    with pytest.raises(ConfigurationError, match=rf"`reference=.*{message}.*\nHINT: write one line a sample"):
+    with pytest.raises(ConfigurationError, match=rf"`reference=.*{message}.*\nHINT: give a CSV file with the columns"):
         Predictions.read(tmp_path / "old.csv")
 
 

@@ -237,9 +237,85 @@ def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys:
 
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
-    command = [sys.executable, "-m", "lightning_nrl.gate", files[0] / "old.csv", files[0] / "new.csv"]
+    command = [sys.executable, "-m", "lightning_nrl.release", files[0] / "old.csv", files[0] / "new.csv"]
     done = subprocess.run([*command, "--rule", "nfr:90%"], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
+
+
+def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,passed") -> str:
+    path.write_text("\n".join([header, *(f"test,{at},{row}" for at, row in rows.items())]))
+    return str(path)
+
+
+def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
+    new = write(tmp_path / "new.csv", dict.fromkeys(range(30, 100), "1,1"))  # 0 to 29 are what broke
+    with pytest.raises(SystemExit) as stopped:
+        main([old, new])
+    assert stopped.value.code == 2
+    assert "30 of 100 samples of `test`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([old, new, "--allow-missing", "train"])
+    assert "names the split 'train'" in capsys.readouterr().err
+    assert main([old, new, "--allow-missing", "test", "--out", str(tmp_path / "out")]) == 0
+    report = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
+    assert report.missing == {"test": 30}
+    assert "30 samples were NOT compared" in capsys.readouterr().out
+    whole = tmp_path / "other.csv"
+    whole.write_text("split,id,prediction,passed\nval,1,1,1\n")
+    with pytest.raises(SystemExit) as stopped:
+        main([old, str(whole)])  # no sample in common
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("new", "test,0,1,1\ntest,0,1,0", "line 3: sample 0 of 'test' is there twice"),
+        ("new", "test,0,1,2", "`passed` is '2', neither 0 nor 1"),
+        ("new", "test,0,1,-1", "`passed` is '-1', neither 0 nor 1"),
+        ("new", 'test,0,1,1\n"test,1,1,0\ntest,2,1,0\ntest",3,1,0', "line 3 cannot be read"),
+        ("new", "test," + "9" * 30 + ",1,1", "`id` is '999"),
+        ("new", "test,-3,1,1", "`id` is '-3'"),
+        ("new", "test,1_0,1,1", "`id` is '1_0'"),
+        ("new", f"test,0,1,1,{'x' * 200_000}", "line 2 cannot be read (field larger"),
+        ("new", "test,0,1", "3 values for 4 columns"),
+        ("new", "test,0,,", "neither a prediction nor `passed`"),
+        ("new", "", "4 of 4 samples of `test`"),
+        ("ids", 'test,0\n"test,1\ntest,2', "line 3 cannot be read"),
+        ("slices", "test,0,a\ntest,0,b", "sample 0 of 'test' is there twice"),
+    ],
+)
+def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
+    name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headers = {"new": "split,id,prediction,passed", "ids": "split,id", "slices": "split,id,slice"}
+    good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
+    bad = tmp_path / f"{name}.csv"
+    bad.write_text(f"{headers[name]}\n{text}\n")
+    given = {
+        "new": [good, str(bad)],
+        "ids": [good, good, "--rule", f"protected:{bad}"],
+        "slices": [good, good, "--rule", "slices", "--slices", str(bad)],
+    }
+    with pytest.raises(SystemExit) as stopped:
+        main(given[name])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_fault_ends_with_the_status_of_a_refusal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit) as stopped:
+        main([good, good, "--out", str(tmp_path / "file" / "out")])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "nfr:1%" in capsys.readouterr().out
 
 
 @pytest.mark.slow
