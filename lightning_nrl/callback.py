@@ -23,8 +23,7 @@ from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.sanity_check import rehearse
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
-from lightning_nrl._trainer.trainer_state import starting_weights, validating
-from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights, validating
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, changed
@@ -235,8 +234,8 @@ class RegressionFreeRepair(Callback):
         base_folder(self.dirpath, trainer)
         with random_state(), validating(trainer):
             known, *others = self._sources(trainer, pl_module, limit=1)
-            means = self._means(trainer, pl_module)
-            rehearse(pl_module, [*known, *chain(*others)], self.settings, reference=self.reference, **means)
+            evaluator = make_evaluator(trainer, pl_module, self.task)
+            rehearse(evaluator, [*known, *chain(*others)], self.settings, reference=self.reference)
             if (
                 self.reference is None
                 and self.settings.layer == "auto"
@@ -303,12 +302,18 @@ class RegressionFreeRepair(Callback):
             batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
             known, unseen, calibration = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
-            means = self._means(trainer, pl_module)
             left_out = (RegressionFreeRepair, WeightInterpolation)
             training = ContinuedTraining(trainer, pl_module, known, epochs, left_out=left_out)
-            means |= {"unseen": unseen, "calibration": calibration, "training": training, "observer": progress}
-            means["reference"] = self.reference
-            return repair_module(pl_module, known, self.settings, **means)
+            return repair_module(
+                make_evaluator(trainer, pl_module, self.task),
+                known,
+                self.settings,
+                unseen=unseen,
+                calibration=calibration,
+                training=training,
+                reference=self.reference,
+                observer=progress,
+            )
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
@@ -340,13 +345,6 @@ class RegressionFreeRepair(Callback):
         how: dict[str, Any] = {"adapter": self.adapter, "seed": self.settings.seed, "limit": limit}
         known, unseen = self.data.sources(trainer, pl_module, **how)
         return known, unseen, self.data.calibration_sources(trainer, pl_module, **how)
-
-    def _means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {
-            "task": self.task,
-            "context": trainer.precision_plugin.forward_context,
-            "collective": Collective.current(pl_module.device),
-        }
 
     def _is_live(self, pl_module: pl.LightningModule) -> bool:
         return not changed(pl_module, self._parameters or {})

@@ -21,10 +21,10 @@ from lightning_nrl import (
     repair_module,
 )
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.search import WeightStats, search
-from lightning_nrl.tasks import Multiclass
 
 
 def timeless(report: RepairReport) -> str:
@@ -97,7 +97,7 @@ def test_all_ranks_end_with_the_outcome_of_one_process() -> None:
 
     def run(collective: Any) -> Outcome:
         sources = [Share(source, collective.rank, 2) for source in known()]
-        return repair_module(models[collective.rank], sources, quick(n_passed=50), collective=collective)
+        return repair_module(Evaluator(models[collective.rank], collective=collective), sources, quick(n_passed=50))
 
     deterministic = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     with warnings.catch_warnings():
@@ -159,4 +159,4 @@ def test_the_gate_counts_known_samples_that_were_not_drawn() -> None:
 
 
 def collected(model: nn.Module, sources: Any) -> SampleResults:
-    return collect(model.eval(), sources, task=Multiclass())
+    return Evaluator(model.eval()).run(sources)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, TensorSource
+from lightning_nrl import Fitness, NeuRecoverLite, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline.line_search import Calibration
 from lightning_nrl.problem import Problem
 
@@ -36,13 +36,13 @@ class Line(nn.Module):
 
 
 def problem(*sources: TensorSource, **changes: Any) -> Problem:
-    model = Line().eval()
-    before = collect(model, sources, task=Multiclass(), target=AllFailures())
+    evaluator = Evaluator(Line().eval())
+    before = evaluator.run(sources, AllFailures())
     space, _ = find_scope(nn.Linear(1, 2))
     return Problem(
-        model, sources, before, space, ("weight",), Multiclass(), NeuRecoverLite(), Fitness(), before.passed, **changes
+        evaluator, sources, before, space, ("weight",), NeuRecoverLite(), Fitness(), before.passed, **changes
     )
 
 
 def aside(own: Problem, *sources: TensorSource) -> Calibration:
-    return Calibration(sources, collect(own.model, sources, task=Multiclass()))
+    return Calibration(sources, own.evaluator.run(sources))

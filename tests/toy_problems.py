@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,12 @@ from toy_repairs import blobs
 
 from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
 from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State, between, holding, snapshot
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 from lightning_nrl.tasks import Task
 
@@ -51,20 +54,20 @@ def make_problem(
     *,
     target: Target | None = None,
     task: Task | None = None,
+    context: Context = nullcontext,
+    collective: Any = None,
     **rest: Any,
 ) -> Problem:
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
-    task, target = task or Multiclass(), Target.all() if target is None else target
     space, scope = find_scope(model.eval(), layer)
-    shared = {name: rest[name] for name in ("context", "collective") if name in rest}
-    before = collect(model, sources, task=task, target=target, **shared)
+    evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
+    before = evaluator.run(sources, target or Target.all())
     given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
     return Problem(
-        model,
+        evaluator,
         sources,
         before,
         space,
-        task=task,
         localizer=NeuRecoverLite(),
         fitness=Fitness(),
         passed=before.passed,

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from lightning_nrl._optim.descent import BATCH, MOST, Descent, Teacher, deal, draw, measured, outputs
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.evaluator import SampleResults
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.problem import Problem
 
 __all__ = ["RATE", "SAFE", "TYPICAL", "ActiveSet"]
 

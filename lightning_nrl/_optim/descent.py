@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl._utils.precision import repeatable_gradients
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 
 __all__ = ["BATCH", "MOST", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_nrl._optim.descent import MOST, Descent, Teacher, deal, draw, measured
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 
 __all__ = ["fit"]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from lightning_nrl._optim.active_set import RATE, ActiveSet
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._utils.state import State, between, snapshot
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.problem import Problem
 
 __all__ = ["Polished", "polish"]
 
@@ -138,7 +138,7 @@ def polish(
             if _is_late(problem, deadline - RESERVE * one_pass):
                 return _most(best, _scaled_back(problem, border, descent.state(), done, deadline))
         if wanted.insisted.any() and not (border.broken & border.followed).any():
-            after = problem.see(descent.state())
+            after = problem.evaluate(descent.state())
             border.seen(after)
             if not border.broken.any():
                 best = _most(best, _polished(problem, descent.state(), after, done, RETREAT**retreats))
@@ -231,7 +231,7 @@ def _scaled_back(problem: Problem, border: ActiveSet, state: State, rounds: int,
         if not strength or (checks and _is_late(problem, deadline)):
             break
         tried = between(old, state, strength)
-        after = problem.see(tried)
+        after = problem.evaluate(tried)
         border.seen(after)
         if not border.broken.any():
             return _polished(problem, tried, after, rounds, strength)
@@ -242,7 +242,7 @@ def _scaled_back(problem: Problem, border: ActiveSet, state: State, rounds: int,
 def _timed(problem: Problem, state: State) -> tuple[SampleResults, float]:
     """What the model does on known data under a state, and how many seconds that took."""
     began = time.perf_counter()
-    return problem.see(state), time.perf_counter() - began
+    return problem.evaluate(state), time.perf_counter() - began
 
 
 def _polished(problem: Problem, state: State, after: SampleResults, rounds: int, strength: float = 1.0) -> Polished:

@@ -22,7 +22,7 @@ from lightning_nrl._optim.descent import BATCH, draw
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 
 __all__ = ["Slopes", "Whitening", "slopes", "whitened"]
 

@@ -4,49 +4,38 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 
 import torch
-from torch import nn
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference
-from lightning_nrl.tasks import Task
 
 __all__ = ["rehearse"]
 
 
 @torch.no_grad()
 def rehearse(
-    model: nn.Module,
+    evaluator: Evaluator,
     sources: Sequence[Source],
     settings: Settings,
     *,
-    task: Task,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     reference: Reference | None = None,
 ) -> None:
     """Collects evidence from a few samples and localises on some of them. The model is left as found.
 
     Args:
-        model: trained or not; it runs in evaluation mode.
+        evaluator: the model, trained or not, and what judges it; it runs in evaluation mode.
         sources: a little of each split, a known one first.
         settings: what to repair and how.
-        task: what passed and loss mean.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data.
         reference: the model that is to be replaced.
 
     Raises:
@@ -54,15 +43,14 @@ def rehearse(
         EvaluationError: a collate function drops or adds samples.
         ReplayError: a layer is never called, or the localizer cannot use what the model gives.
     """
+    model, task = evaluator.model, evaluator.task
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        see = partial(collect, model, task=task, target=settings.target, context=context, collective=collective)
-        few, _ = settings.counting.columns().over(see, sources, task, collective or Collective())
+        few, _ = settings.counting.columns().over(evaluator, sources, settings.target)
         if reference is not None:
             # Without its cache, which is for all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
-            ranks = collective or Collective()
-            asked.answers(model, sources, few, task=task, context=context, collective=ranks)
+            asked.answers(evaluator, sources, few)
         check_task(settings, few, task)
         first = sources[0]
         known = torch.arange(len(few)) < len(first.index)
@@ -71,5 +59,5 @@ def rehearse(
         # What these few samples say of the weights does not matter yet, nor what is worth a warning.
         with warnings.catch_warnings(), suppress(EmptyLocalizationError, EvaluationError):
             warnings.simplefilter("ignore")
-            recording = record(model, batches, space, task, known, context=context, budget=settings.budget)
-            settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=collective)
+            recording = record(model, batches, space, task, known, context=evaluator.context, budget=settings.budget)
+            settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=evaluator.collective)

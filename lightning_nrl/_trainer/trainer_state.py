@@ -24,8 +24,10 @@ from lightning_nrl._trainer.inner_trainer import LEFT_OUT, Silent
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.errors import TrainingWarning, explain
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.tasks import Task
 
-__all__ = ["StartingWeights", "borrowed", "starting_weights", "untracked", "validating"]
+__all__ = ["StartingWeights", "borrowed", "make_evaluator", "starting_weights", "untracked", "validating"]
 
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""
@@ -142,3 +144,8 @@ def _share(model: pl.LightningModule, collective: Collective) -> None:
     """Gives every rank the first rank's buffers."""
     for buffer in model.buffers():
         buffer.copy_(collective.sum(buffer if collective.rank == 0 else torch.zeros_like(buffer)))
+
+
+def make_evaluator(trainer: pl.Trainer, model: pl.LightningModule, task: Task) -> Evaluator:
+    """A module as its trainer runs it: on its device, in its precision, its ranks sharing the data."""
+    return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))

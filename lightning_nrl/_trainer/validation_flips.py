@@ -22,12 +22,11 @@ from torch.utils.data import (
 
 from lightning_nrl._trainer.loaders import check_loader, make_source, worker_settings
 from lightning_nrl._trainer.output_capture import Probe
-from lightning_nrl._trainer.trainer_state import validating
+from lightning_nrl._trainer.trainer_state import make_evaluator, validating
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import collect
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
@@ -149,11 +148,11 @@ def ask(
         )
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
         told = SliceRecorder(source, slices, task)
-        means: dict[str, Any] = {"task": task, "context": trainer.precision_plugin.forward_context}
+        evaluator = make_evaluator(trainer, model, task)
         probe = Probe(model)
         with preserve(model):
-            new = collect(probe, [told], collective=collective, **means)
-        answers = reference.answers(model, [source], new, collective=collective, **means)
+            new = evaluator.run([told], forward=probe)
+        answers = reference.answers(evaluator, [source], new)
     names, group = told.whole(collective)
     rows = torch.searchsorted(source.index, mine)
     return Replaced(

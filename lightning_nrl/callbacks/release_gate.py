@@ -18,7 +18,7 @@ from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import base_folder, file_names, output_folder, show, write_report
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
@@ -134,14 +134,11 @@ class ReleaseGate(Callback):
         path = trainer.ckpt_path
         with random_state():
             seen, report = compare_and_judge(
-                model,
+                make_evaluator(trainer, model, self.task),
                 self.reference,
                 self._sources(trainer, model, stage),
                 self.rules,
                 slices=self.slices,
-                task=self.task,
-                context=trainer.precision_plugin.forward_context,
-                collective=Collective.current(model.device),
                 seeds={"data": self.seed, **_global_seed()},
                 name=type(model).__name__ + (f" from {path}" if path else ""),
             )

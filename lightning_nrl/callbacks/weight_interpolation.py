@@ -20,15 +20,13 @@ from lightning_nrl._trainer.artifacts import show
 from lightning_nrl._trainer.data_splits import Found, check_data, find_data
 from lightning_nrl._trainer.loaders import LoaderSource, find_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
-from lightning_nrl._trainer.trainer_state import starting_weights, validating
+from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights, validating
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter, unpack
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind, explain
-from lightning_nrl.evaluation.evaluator import collect
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     OTHERWISE,
@@ -158,12 +156,12 @@ class WeightInterpolation(Callback):
         with random_state(), validating(trainer):
             # Of as many batches each rank has some samples: batch norm needs more than one.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
-            means = self._means(trainer, pl_module)
+            evaluator = make_evaluator(trainer, pl_module, self.task)
             if counted is not None:
                 with preserve(pl_module):
-                    collect(pl_module, [counted], task=self.task, **means)
+                    evaluator.run([counted])
             if training is not None:
-                estimate_statistics(pl_module, training, **means)
+                estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._old, pl_module), pl_module)
         if cosine < ALIKE:
             rank_zero_warn(
@@ -177,21 +175,22 @@ class WeightInterpolation(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        means = {"batches": self.batches, "seed": self.seed, **self._means(trainer, pl_module)}
+        evaluator = make_evaluator(trainer, pl_module, self.task)
+        how: dict[str, Any] = {"batches": self.batches, "seed": self.seed}
         limit = int(trainer.fast_dev_run) * trainer.world_size or None  # type: ignore[attr-defined]
         with starting_weights("last", trainer, pl_module) as start, random_state(), validating(trainer):
             counted, training = self._sources(trainer, pl_module, limit)
             if counted is None:
                 assert self.share != "auto"
                 share = float(self.share)
-                state: State = interpolate(self._old, pl_module, share, training, **means) if share else {}
+                state: State = interpolate(self._old, evaluator, share, training, **how) if share else {}
                 numbers = {"share": share}
             else:
                 if self.share == "auto":
-                    means["tolerance"] = self.tolerance
+                    how["tolerance"] = self.tolerance
                 else:
-                    means |= {"tolerance": None, "shares": [self.share]}
-                self.choice = choose_share(self._old, pl_module, counted, training, task=self.task, **means)
+                    how |= {"tolerance": None, "shares": [self.share]}
+                self.choice = choose_share(self._old, evaluator, counted, training, **how)
                 state, numbers = self.choice.state, _numbers(self.choice)
             self._tell(trainer, numbers)
             write(pl_module, state)
@@ -234,12 +233,6 @@ class WeightInterpolation(Callback):
         if self.share not in (0, 1) and batch_norms(pl_module):
             training = make(*self._find("statistics", trainer, pl_module))
         return counted, training
-
-    def _means(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        return {
-            "context": trainer.precision_plugin.forward_context,
-            "collective": Collective.current(pl_module.device),
-        }
 
     def _counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Whether there are calibration data."""

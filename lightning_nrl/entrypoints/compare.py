@@ -82,13 +82,13 @@ def compare(
 
     def work(scene: Scene) -> Comparison:
         return compare_module(
-            scene.model,
+            scene.evaluator,
             scene.known,
             callback.settings,
             unseen=scene.unseen,
             methods=chosen,
             training=scene.training,
-            **scene.means,
+            observer=scene.observer,
         )
 
     loaders = (train_dataloaders, val_dataloaders)

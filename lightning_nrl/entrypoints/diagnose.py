@@ -57,7 +57,7 @@ def diagnose(
     def work(scene: Scene) -> Diagnosis:
         training = scene.training
         epochs = None if training.obstacle else training.epochs
-        return diagnose_module(scene.model, scene.known, callback.settings, epochs=epochs, **scene.means)
+        return diagnose_module(scene.evaluator, scene.known, callback.settings, epochs=epochs, observer=scene.observer)
 
     loaders = (train_dataloaders, val_dataloaders)
     return look("diagnosis", work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)

@@ -12,12 +12,12 @@ from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.trainer_checks import check_namespace
-from lightning_nrl._trainer.trainer_state import untracked, validating
-from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._trainer.trainer_state import make_evaluator, untracked, validating
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.entrypoints.repair import without_training
 from lightning_nrl.errors import RepairError, explain
+from lightning_nrl.evaluation import Evaluator
 
 __all__ = ["Scene", "look"]
 
@@ -34,7 +34,8 @@ class Scene:
         unseen: the data that are only counted.
         calibration: the data that no method looks at, to choose by.
         training: would go on with the training.
-        means: the arguments `task`, `context`, `collective` and `observer` of functions that know nothing of Lightning.
+        evaluator: the model as it is deployed, and what judges it.
+        observer: is told how it goes.
     """
 
     model: pl.LightningModule
@@ -42,7 +43,8 @@ class Scene:
     unseen: list[LoaderSource]
     calibration: list[LoaderSource]
     training: ContinuedTraining
-    means: dict[str, Any]
+    evaluator: Evaluator
+    observer: RepairProgress
 
 
 def look(
@@ -102,11 +104,5 @@ def _scene(
     known, unseen = callback.data.sources(trainer, model, **how)
     calibration = callback.data.calibration_sources(trainer, model, **how)
     warn_if_random(known)
-    means = {
-        "task": callback.task,
-        "context": trainer.precision_plugin.forward_context,
-        "collective": Collective.current(model.device),
-        "observer": progress,
-    }
     training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair, WeightInterpolation))
-    return Scene(model, known, unseen, calibration, training, means)
+    return Scene(model, known, unseen, calibration, training, make_evaluator(trainer, model, callback.task), progress)

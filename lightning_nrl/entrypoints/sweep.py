@@ -114,7 +114,7 @@ def sweep(
     def work(scene: Scene) -> SweepResult:
         with starting_weights("last", trainer, scene.model):
             return sweep_module(
-                scene.model,
+                scene.evaluator,
                 scene.known,
                 settings,
                 seeds=numbers,
@@ -123,7 +123,7 @@ def sweep(
                 calibration=scene.calibration,
                 dirpath=dirpath,
                 trials=trials,
-                **scene.means,
+                observer=scene.observer,
             )
 
     loaders = (train_dataloaders, val_dataloaders)

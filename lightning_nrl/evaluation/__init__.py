@@ -1,11 +1,13 @@
 """What a model does on data, sample by sample, and what became of each sample.
 
-In: a model, sources, a task. Out: `SampleResults`, one row a sample, the same table on every rank; between two of
-them `Flips`: kept, broken, repaired, failing. Weights of samples and quotas of slices are columns of that table.
+In: sources, and an `Evaluator`: the model, the task that judges it, its precision and the ranks. Out: `SampleResults`,
+one row a sample, the same table on every rank; between two of them `Flips`: kept, broken, repaired, failing. Weights
+of samples and quotas of slices are columns of that table.
 """
 
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.sample_weights import DOUBTFUL, Focal, Importance
 
-__all__ = ["DOUBTFUL", "FlipCounts", "Flips", "Focal", "Importance", "SampleResults", "collect"]
+__all__ = ["DOUBTFUL", "Evaluator", "FlipCounts", "Flips", "Focal", "Importance", "SampleResults"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import EvaluationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["FlipCounts", "Flips"]
 

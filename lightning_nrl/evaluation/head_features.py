@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.evaluator import Evaluator, Forward
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["Features", "HeadFeatures", "drawn", "see"]
 
@@ -40,34 +39,20 @@ class HeadFeatures(NamedTuple):
 
 
 @torch.no_grad()
-def see(
-    model: nn.Module,
-    known: Sequence[Source],
-    head: nn.Linear | None,
-    *,
-    task: Task,
-    target: Target,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
-) -> HeadFeatures:
+def see(evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target) -> HeadFeatures:
     """Runs the model over known data; where these are many, once more over the samples that matter most.
 
     Args:
-        model: in evaluation mode.
+        evaluator: the model and what passed and margin mean. All ranks get the same features.
         known: this rank's share of the splits.
         head: the last Linear; None if there is none.
-        task: what passed and margin mean.
         target: which failures are to be repaired.
-        context: entered around every forward pass.
-        collective: the ranks that share the data; all get the same features.
     """
-    collective = collective or Collective()
+    collective = evaluator.collective
     few = sum(len(source.index) for source in known) <= MOST
     start = time.perf_counter()
     with _watching(head if few else None) as watch:
-        evidence = collect(
-            watch.judged(model, task), known, task=task, target=target, context=context, collective=collective
-        )
+        evidence = evaluator.run(known, target, forward=watch.judged(evaluator))
     seconds = time.perf_counter() - start
     if few:
         mine = torch.cat([evidence.rows(source.split, source.positions) for source in known])
@@ -75,8 +60,7 @@ def see(
     parts = []
     with _watching(head) as watch:
         for batch, rows in drawn(known, evidence, _matter(evidence)):
-            with context():
-                watch.judged(model, task)(*batch.args, **batch.kwargs)
+            evaluator.output(batch, watch.judged(evaluator))
             parts.append(rows)
     return HeadFeatures(
         evidence, _gathered(watch, torch.cat(parts) if parts else torch.zeros(0).long(), collective), seconds
@@ -107,14 +91,14 @@ class _Watch:
         # Copies, since the model may go on to change its own tensors in place.
         self._calls.append((args[0].detach().clone(), output.detach().clone()))
 
-    def judged(self, model: nn.Module, task: Task) -> Any:
+    def judged(self, evaluator: Evaluator) -> Forward:
         """The model; each call of it adds features or ends the watch."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
-            output = model(*args, **kwargs)
+            output = evaluator.model(*args, **kwargs)
             if self.usable:
-                logits = task.logits(output)
+                logits = evaluator.task.logits(output)
                 self.usable = len(self._calls) == 1 and logits.ndim == 2 and torch.equal(self._calls[0][1], logits)
             if self.usable:
                 x, logits = self._calls[0]

@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._model.layers import last_linear
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.head_features import see
 from lightning_nrl.evaluation.neighbors import doubtful, neighbours
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["find_label_issues"]
 
 
-def find_label_issues(
-    model: nn.Module,
-    known: Sequence[Source],
-    evidence: SampleResults,
-    *,
-    task: Task,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
-) -> Tensor:
+def find_label_issues(evaluator: Evaluator, known: Sequence[Source], evidence: SampleResults) -> Tensor:
     """Targets whose label the model and the nearest passed samples agree to be another, `N` bool.
 
     One pass over the known data, or over those that matter most of very many. None is found where no Linear layer gives
     the logits.
 
     Args:
-        model: in evaluation mode.
+        evaluator: the model and what passed means.
         known: this rank's share of the splits.
         evidence: what the model does on them.
-        task: what passed means.
-        context: entered around every forward pass.
-        collective: the ranks that share the data.
     """
     found = torch.zeros_like(evidence.passed)
-    means = {"task": task, "context": context, "collective": collective}
-    features = see(model, known, last_linear(model)[1], target=AllFailures(), **means).features  # type: ignore[arg-type]
+    features = see(evaluator, known, last_linear(evaluator.model)[1], AllFailures()).features
     if features is None:
         return found
     label, passed, targeted = (x[features.rows] for x in (evidence.label, evidence.passed, evidence.targeted))

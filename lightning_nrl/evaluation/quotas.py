@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["Quota", "below", "checked_quotas", "needed", "normalised", "raised"]
 

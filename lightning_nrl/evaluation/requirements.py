@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
 __all__ = ["Need", "check_needs"]

@@ -7,7 +7,7 @@ noted in passing, while the model runs over the data anyway.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.columns import Column, find_column, numbers
+from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import checked_quotas, normalised
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder
 from lightning_nrl.tasks import Task
 
@@ -99,20 +101,20 @@ class Importance:
 
     def over(
         self,
-        see: Callable[[Sequence[Source]], SampleResults],
+        evaluator: Evaluator,
         sources: Sequence[Source],
-        task: Task,
-        collective: Collective,
+        target: Target | None = None,
         *,
+        everywhere: bool = False,
         known: bool = True,
     ) -> tuple[SampleResults, Tensor]:
         """SampleResults with slices and weights, and without the targets that are set aside.
 
         Args:
-            see: gives the evidence of sources.
+            evaluator: the model and what judges it.
             sources: this rank's share of the splits.
-            task: knows the labels.
-            collective: the ranks that share the data.
+            target: which failed samples are marked as targeted; None marks none.
+            everywhere: whether those of all sources are marked, not only of those whose failures may be repaired.
             known: whether these are known data. Of others slices and protected samples alone matter.
 
         Returns:
@@ -125,12 +127,12 @@ class Importance:
         asked |= {"importance": self.importance, "set_aside": self.set_aside} if known else {}
         columns = {name: find_column(name, value) for name, value in asked.items() if self._is_column(name, value)}
         slices = None if self.slices is None else find_column("slices", self.slices)
-        read = [_Read(source, columns, task) for source in sources]
-        told = [SliceRecorder(source, slices, task) for source in read]
-        evidence = see(told if columns or slices is not None else sources)
+        read = [_Read(source, columns, evaluator.task) for source in sources]
+        told = [SliceRecorder(source, slices, evaluator.task) for source in read]
+        evidence = evaluator.run(told if columns or slices is not None else sources, target, everywhere=everywhere)
         if slices is not None:
-            evidence = _sliced(evidence, [one.whole(collective) for one in told])
-        whole = {name: torch.cat([one.whole(name, collective) for one in read]) for name in columns}
+            evidence = _sliced(evidence, [one.whole(evaluator.collective) for one in told])
+        whole = {name: torch.cat([one.whole(name, evaluator.collective) for one in read]) for name in columns}
         for name, value in asked.items():
             if value is not None and name not in columns and not isinstance(value, (str, Focal)):
                 possible = [source.split for source in sources if source.failed or name == "protected"]

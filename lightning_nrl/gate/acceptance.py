@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.quotas import below
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "allowance", "judge", "read_number", "spared"]
 

@@ -9,7 +9,7 @@ from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import by_swarm
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.problem.problem import Method, Problem, Proposal, Solution, Training, better
+from lightning_nrl.problem import Method, Problem, Proposal, Solution, Training, better
 from lightning_nrl.report.stages import Step
 from lightning_nrl.search import ParticleSwarm
 

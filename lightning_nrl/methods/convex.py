@@ -17,10 +17,10 @@ from lightning_nrl._scoring.activation_cache import Chunk
 from lightning_nrl._scoring.replay_plan import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.local_search import half, rows
-from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.stages import Step
 
 __all__ = ["Convex"]

@@ -18,7 +18,7 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem.problem import Problem, Solution
+from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["FineTunePolish"]
 

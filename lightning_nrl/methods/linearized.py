@@ -19,9 +19,9 @@ from lightning_nrl._convex.head import SHARE
 from lightning_nrl._convex.linearized_step import Radius, Tangent
 from lightning_nrl._optim.active_set import SAFE, TYPICAL
 from lightning_nrl._optim.whitening import Whitening, slopes, whitened
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.stages import Step
 
 __all__ = ["Linearized"]

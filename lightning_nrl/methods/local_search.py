@@ -21,7 +21,7 @@ from lightning_nrl._scoring import ActivationCache, make_scorer, record
 from lightning_nrl._utils.state import State, between, holding
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.localization import Localization
-from lightning_nrl.problem.problem import Problem, Proposal, Solution, better
+from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import ParticleSwarm, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import Fitness
 

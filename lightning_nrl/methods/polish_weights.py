@@ -15,7 +15,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.problem.problem import Problem, Proposal, Solution
+from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.stages import Step
 
 __all__ = ["Polish"]

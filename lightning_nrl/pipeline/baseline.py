@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation.evaluator import Context, SampleResults, collect
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.label_issues import find_label_issues
 from lightning_nrl.evaluation.quotas import normalised
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.calibration_bounds import Groups, groups_of
 from lightning_nrl.pipeline.input_checks import check_losses, check_task, see_aside
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.update import Update, look_back
 from lightning_nrl.report import Role
-from lightning_nrl.tasks import Task
 
 __all__ = ["Baseline", "look"]
 
@@ -49,27 +46,21 @@ class Baseline:
 
 
 def look(
-    model: nn.Module,
+    evaluator: Evaluator,
     known: Sequence[Source],
     others: Mapping[Role, Sequence[Source]],
     settings: Settings,
     *,
-    task: Task,
-    context: Context,
-    collective: Collective,
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
     """Makes a pass over all data.
 
     Args:
-        model: the original model, in evaluation mode on its device.
+        evaluator: the original model, in evaluation mode, and what judges it.
         known: data that the repair may look at.
         others: data that no search looks at, by role; none of them empty.
         settings: what is targeted, how much samples count, and what is set aside.
-        task: what passed and loss mean.
-        context: entered around every forward pass.
-        collective: the ranks that share the data.
         clock: keeps the time of each pass.
         reference: the model that this one replaces.
 
@@ -77,35 +68,25 @@ def look(
         ConfigurationError: the data, the target, the task or the reference cannot be used.
         EvaluationError: losses are not finite; the samples are named.
     """
-    see = partial(collect, task=task, context=context, collective=collective)
     with clock.stage("collect"):
-        whole = partial(see, model, target=settings.target, everywhere=reference is not None)
-        before, left_out = settings.counting.over(whole, known, task, collective)
+        before, left_out = settings.counting.over(evaluator, known, settings.target, everywhere=reference is not None)
     aside: dict[Role, SampleResults] = {}
     for role, sources in others.items():
         with clock.stage("unseen"):
-            aside[role] = see_aside(see, model, sources, settings, task, collective)
+            aside[role] = see_aside(evaluator, sources, settings)
     groups = groups_of(known, before, aside["calibration"], settings) if "calibration" in aside else None
     check_losses(before)
-    check_task(settings, before, task)
+    check_task(settings, before, evaluator.task)
     update, own = None, before
     if reference is not None:
         with clock.stage("reference"):
-            update = look_back(
-                reference,
-                model,
-                {"known": known, **others},
-                {"known": before, **aside},
-                task=task,
-                context=context,
-                collective=collective,
-            )
+            update = look_back(reference, evaluator, {"known": known, **others}, {"known": before, **aside})
         own = update.regressions("known", before)
         aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
         before = update.kept(own, settings.keep)
     if settings.set_aside == DOUBTFUL:
         with clock.stage("labels"):
-            left_out = find_label_issues(model, known, before, task=task, context=context, collective=collective)
+            left_out = find_label_issues(evaluator, known, before)
     same, before = own is before, _weighed(before, left_out)
     return Baseline(before if same else _weighed(own, left_out), before, aside, left_out, update, groups)
 

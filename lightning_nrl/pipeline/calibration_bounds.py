@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import renumbered
 from lightning_nrl.pipeline.line_search import Selection
 from lightning_nrl.pipeline.settings import Settings

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, RepairError, check_kind, explain
-from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation.evaluator import SampleResults, non_finite
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
 
 __all__ = [
     "check_limit",
@@ -31,15 +30,15 @@ __all__ = [
 CLASSES: tuple[Need, ...] = ("classes",)
 
 
-def given_or_default(settings: Settings | None, task: str | Task | None) -> tuple[Settings, Task]:
-    """The settings and the task that were given, or those of a repair that says nothing.
+def given_or_default(settings: Settings | None) -> Settings:
+    """The settings that were given, or those of a repair that says nothing.
 
     Raises:
-        ConfigurationError: one is of another kind.
+        ConfigurationError: they are of another kind.
     """
-    settings, task = Settings() if settings is None else settings, parse_task(task)
+    settings = Settings() if settings is None else settings
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
-    return settings, task
+    return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
@@ -118,7 +117,7 @@ def check_losses(before: SampleResults) -> None:
     Raises:
         EvaluationError: the samples are named.
     """
-    wrong = non_finite(before)
+    wrong = before.non_finite()
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
         raise EvaluationError(
@@ -144,32 +143,22 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     return drawn
 
 
-def see_aside(
-    see: Callable[..., SampleResults],
-    model: nn.Module,
-    unseen: Sequence[Source],
-    settings: Settings,
-    task: Task,
-    collective: Collective,
-) -> SampleResults:
+def see_aside(evaluator: Evaluator, unseen: Sequence[Source], settings: Settings) -> SampleResults:
     """The evidence on data that no search looks at; the target there is for the report alone, so it may fail.
 
     Args:
-        see: collects evidence.
-        model: the original model.
+        evaluator: the original model and what judges it.
         unseen: the data.
         settings: say which failures are marked, where that can be told, and what samples count.
-        task: knows the labels.
-        collective: the ranks that share the data.
     """
-    over = partial(settings.counting.over, sources=unseen, task=task, collective=collective, known=False)
+    over = partial(settings.counting.over, evaluator, unseen, known=False)
     try:
-        return over(partial(see, model, target=settings.target, everywhere=True))[0]
+        return over(settings.target, everywhere=True)[0]
     except Exception as error:
         # If one rank fails all do; they try again only if all can.
-        if collective.any(not isinstance(error, RepairError)):
+        if evaluator.collective.any(not isinstance(error, RepairError)):
             raise
         warnings.warn(
             f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
         )
-        return over(partial(see, model))[0]
+        return over()[0]

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lightning_nrl._optim.polish import polish
-from lightning_nrl._utils.state import State, between, holding
+from lightning_nrl._utils.state import State, between
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Gate
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 
 __all__ = ["POINTS", "Calibration", "Selection", "Strength", "choose", "find_strength", "strength_path"]
@@ -310,7 +310,7 @@ class _Way:
 def _count(
     problem: Problem, state: State, strength: float, calibration: Calibration | None, after: SampleResults | None = None
 ) -> StrengthPoint:
-    flips = Flips.between(problem.before, problem.see(state) if after is None else after)
+    flips = Flips.between(problem.before, problem.evaluate(state) if after is None else after)
     later = None if calibration is None else _aside(problem, state, calibration)
     aside, harm_aside, before = None, None, problem.before
     if calibration is not None and later is not None:
@@ -325,15 +325,7 @@ def _count(
 
 def _aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
     """What becomes of calibration samples."""
-    with holding(problem.model, state):
-        after = collect(
-            problem.model,
-            calibration.sources,
-            task=problem.task,
-            context=problem.context,
-            collective=problem.collective,
-        )
-    return Flips.between(calibration.before, after)
+    return Flips.between(calibration.before, problem.evaluator.run_with(state, calibration.sources))
 
 
 def _is_over(problem: Problem, spent: float, seconds: float) -> bool:

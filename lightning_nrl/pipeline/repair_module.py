@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, changed, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Gate, judge, spared
 from lightning_nrl.methods import solve
 from lightning_nrl.pipeline.baseline import look
 from lightning_nrl.pipeline.calibration_bounds import Groups, bounds_after
-from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default, passed_rows
+from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.line_search import Calibration, Strength, find_strength
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import thin
@@ -35,7 +33,6 @@ from lightning_nrl.problem import Problem, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.update import Update
 from lightning_nrl.report import RepairReport, Role
-from lightning_nrl.tasks import Task
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -75,15 +72,12 @@ class Outcome:
 
 
 def repair_module(
-    model: nn.Module,
+    model: nn.Module | Evaluator,
     known: Sequence[Source],
     settings: Settings | None = None,
     *,
     unseen: Sequence[Source] = (),
     calibration: Sequence[Source] = (),
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     training: Training | None = None,
     reference: Reference | None = None,
     observer: Observer | None = None,
@@ -91,14 +85,12 @@ def repair_module(
     """Collects evidence, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode.
+        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` says what else there is to
+            say of it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
         known: data that the repair may look at; all of it is what the gate judges by.
         settings: what to repair and how.
         unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
         calibration: data that no search looks at, to choose the strength by; its marks do not matter.
-        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; each ends with the same outcome.
         training: goes on with the training, for methods that do; None: they make steps of their own.
         reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
             what is to be repaired, as far as it is in the target.
@@ -111,31 +103,21 @@ def repair_module(
         ConfigurationError: the layer, the data, the target or the task cannot be used.
         EvaluationError: the original model gives losses that are not finite; the samples are named.
     """
-    settings, task = given_or_default(settings, task)
-    collective, clock = collective or Collective(), StageTimer(observer, settings.max_time)
+    settings, evaluator = given_or_default(settings), Evaluator.of(model)
+    model, clock = evaluator.model, StageTimer(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
     others: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     others = {role: sources for role, sources in others.items() if sources}
-    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        found = look(
-            model,
-            known,
-            others,
-            settings,
-            task=task,
-            context=context,
-            collective=collective,
-            clock=clock,
-            reference=reference,
-        )
+        found = look(evaluator, known, others, settings, clock=clock, reference=reference)
         before, update = found.before, found.update
         account = ReportBuilder(
             model,
-            space,
+            layers[0],
             settings,
-            task,
+            evaluator.task,
             found.known,
             found.aside,
             clock.seconds,
@@ -147,35 +129,25 @@ def repair_module(
         quotas, impossible = needed(before, settings.quotas or {})
         if impossible:
             return _given_up(account, impossible)
-        passed = passed_rows(before, known, settings)
-        if not passed.any():
-            return _given_up(account, _nothing_passes(before, known))
-        problem = Problem(
-            model,
+        problem = build_problem(
+            evaluator,
             known,
             before,
-            space,
-            scope,
-            task,
-            settings.localizer,
-            settings.fitness,
-            passed,
+            layers,
+            settings,
             clock=clock,
-            seed=settings.seed,
-            budget=settings.budget,
-            context=context,
-            collective=collective,
             training=training,
-            whole=settings.layer == "auto",
             update=update is not None,
             needed=quotas,
         )
+        if not problem.passed.any():
+            return _given_up(account, _nothing_passes(before, known))
         try:
             solution = _solved(problem, settings)
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
         solution = _thinned(problem, solution, settings.sparse)
-        account = account.solved(solution, int(passed.sum()))
+        account = account.solved(solution, int(problem.passed.sum()))
         proposal = solution.proposal
         new = {} if proposal is None else changed(model, proposal.state)
         if proposal is None or not new:
@@ -194,7 +166,6 @@ def _concluded(
 ) -> Outcome:
     """How far to go, and whether the deployed model may have it."""
     model, settings = problem.model, account.settings
-    see = partial(collect, task=problem.task, context=problem.context, collective=problem.collective)
     sources, aside = others.get("calibration", ()), account.aside.get("calibration")
     strength = _find_strength(problem, new, after, settings, None if aside is None else Calibration(sources, aside))
     account = account.at(strength)
@@ -206,13 +177,13 @@ def _concluded(
         reason = f"at strength {strength.chosen:g} nothing is left of the change."
         return Outcome(account.closed("not repaired", reason))
     with problem.clock.stage("judge"), holding(model, new):
-        after = see(model, problem.known)
+        after = problem.evaluator.run(problem.known)
         verdict = judge(problem.before, after, settings.gate, problem.needed)
         if verdict.accepted and account.known is not problem.before:
             # What only the new model gets right may break, but not for fewer regressions repaired.
             rest = judge(account.known, after, Gate.accuracy())
             verdict = verdict if rest.accepted else rest
-        later = {role: see(model, sources) for role, sources in others.items() if verdict.accepted}
+        later = {role: problem.evaluator.run(sources) for role, sources in others.items() if verdict.accepted}
         if "calibration" in later:
             verdict = spared(verdict, account.aside["calibration"], later["calibration"])
     old = {name: value for name, value in model.state_dict().items() if name in new}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
 from lightning_nrl.localization.localization import Localization
 from lightning_nrl.pipeline.line_search import Strength

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, changed
-from lightning_nrl.problem.problem import Problem, Proposal
+from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.report.stages import Step
 
 __all__ = ["Thinned", "thin"]

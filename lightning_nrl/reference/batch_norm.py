@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context, at_least_float32
+from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, Source, apart, unpack
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.evaluation import Evaluator
 
 __all__ = ["batch_norms", "estimate_statistics"]
 
@@ -44,14 +45,12 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @torch.no_grad()
 def estimate_statistics(
-    model: nn.Module,
+    model: nn.Module | Evaluator,
     data: Source | Iterable[Any],
     *,
     batches: int | None = None,
     seed: int = 0,
     adapter: Adapter = unpack,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
 ) -> dict[str, Tensor]:
     """Means and variances of the inputs of all batch norm layers, averaged over batches, in one pass over data.
 
@@ -60,14 +59,13 @@ def estimate_statistics(
     `lightning_nrl._utils.state.write` puts the result into it.
 
     Args:
-        model: with the weights that the statistics are to fit, on its device.
+        model: with the weights that the statistics are to fit, on its device. An `Evaluator` says in which precision it
+            runs, and which ranks share the data: their averages are averaged, each with the weight of its batches.
         data: a source, which is read in random order, since data sorted by class would give batches that are unlike
             each other; or batches as a data loader gives them, read as they come, the last few not too small.
         batches: how many of them; None: all.
         seed: of the random order.
         adapter: takes raw batches apart.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data. Their averages are averaged, each with the weight of its batches.
 
     Returns:
         `running_mean`, `running_var` and `num_batches_tracked` of each layer of `batch_norms` that was called, by the
@@ -77,21 +75,21 @@ def estimate_statistics(
         ConfigurationError: there was no batch.
         EvaluationError: the data could not be read on another rank.
     """
-    layers = batch_norms(model)
+    evaluator = Evaluator.of(model)
+    layers, collective = batch_norms(evaluator.model), evaluator.collective
     if not layers:
         return {}
-    collective = collective or Collective()
     chosen = _drawn(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
 
     def run() -> int:
         n = 0
-        for args, kwargs, _ in apart(chosen, adapter, device_of(model)):
-            with context():
-                model(*args, **kwargs)
+        for args, kwargs, _ in apart(chosen, adapter, device_of(evaluator.model)):
+            with evaluator.context():
+                evaluator.model(*args, **kwargs)
             n += 1
         return n
 
-    with preserve(model), _averaging(layers):
+    with preserve(evaluator.model), _averaging(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
             raise ConfigurationError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -13,17 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
 from lightning_nrl.data.batch import Adapter, Source, apart, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.tables import percent
-from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
 
@@ -114,7 +111,7 @@ class ShareChoice(Shown):
 @torch.no_grad()
 def interpolate(
     old: nn.Module | State | str | Path,
-    new: nn.Module,
+    new: nn.Module | Evaluator,
     share: float,
     training: Data | None = None,
     **estimating: Any,
@@ -127,7 +124,7 @@ def interpolate(
 
     Args:
         old: the replaced model, its state dict, or the path of a checkpoint.
-        new: its update, on its device; left as found.
+        new: its update, on its device; left as found. An `Evaluator` says in which precision it runs.
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
         **estimating: arguments of `lightning_nrl.reference.batch_norm.estimate_statistics`.
@@ -146,25 +143,24 @@ def interpolate(
         {'weight': tensor([[0.2500, 1.5000]])}
     """
     check_share(share)
-    mixed = between(fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new), 1 - share)
-    return mixed | (_statistics(new, mixed, training, **estimating) if 0 < share < 1 else {})
+    evaluator = Evaluator.of(new)
+    before = fitting("old", read_state("old", old), evaluator.model, OTHERWISE)
+    mixed = between(before, snapshot(evaluator.model), 1 - share)
+    return mixed | (_statistics(evaluator, mixed, training, **estimating) if 0 < share < 1 else {})
 
 
 @torch.no_grad()
 def choose_share(
     old: nn.Module | State | str | Path,
-    new: nn.Module,
+    new: nn.Module | Evaluator,
     data: Data,
     training: Data | None = None,
     *,
     tolerance: float | None = TOLERANCE,
     shares: Sequence[float] = SHARES,
-    task: str | Task | None = None,
     batches: int | None = None,
     seed: int = 0,
     adapter: Adapter = unpack,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
 ) -> ShareChoice:
     """Finds the largest share of the old weights that costs next to no accuracy on data set aside.
 
@@ -174,19 +170,17 @@ def choose_share(
 
     Args:
         old: the replaced model, its state dict, or the path of a checkpoint.
-        new: its update, on its device; left as found.
+        new: its update, on its device; left as found. An `Evaluator` says what else there is to say of it: the task,
+            mixed precision, the ranks that share the data. Each rank ends with the same choice.
         data: to count on, such as validation data: none that the new model was trained on, since there the new model as
             it is is the most accurate.
         training: data for the statistics of batch norm layers; not needed without such layers.
         tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
             largest share, whatever it costs.
         shares: that are tried, in [0, 1], beside 0.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
         batches: how many of `training` the statistics are estimated from; None: all.
         seed: of their order.
         adapter: takes raw batches apart.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; each ends with the same choice.
 
     Returns:
         The choice; its `write(new)` changes the model.
@@ -212,22 +206,18 @@ def choose_share(
         check_share(tolerance, "tolerance")
     for share in shares:
         check_share(share, "shares")
-    collective, task = collective or Collective(), parse_task(task)
-    before, after = fitting("old", read_state("old", old), new, OTHERWISE), snapshot(new)
-    means: dict[str, Any] = {"adapter": adapter, "context": context, "collective": collective}
-
-    def see(state: State) -> tuple[Tensor, Tensor]:
-        return _seen(new, state, data=data, task=task, **means)
-
-    was_right, label = see(before)
+    evaluator = Evaluator.of(new)
+    collective = evaluator.collective
+    before, after = fitting("old", read_state("old", old), evaluator.model, OTHERWISE), snapshot(evaluator.model)
+    was_right, label = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
         mixed = between(before, after, 1 - share)
         if 0 < share < 1:
             # Kept, being small, so that the choice costs no further pass.
-            statistics[share] = _statistics(new, mixed, training, batches=batches, seed=seed, **means)
+            statistics[share] = _statistics(evaluator, mixed, training, batches=batches, seed=seed, adapter=adapter)
             mixed |= statistics[share]
-        right, again = see(mixed)
+        right, again = _judged(evaluator, mixed, data, adapter)
         if collective.any(not torch.equal(label, again)):
             raise ConfigurationError(
                 explain(
@@ -284,9 +274,9 @@ def alignment(old: State, new: nn.Module) -> float:
     return product / size if size else 1.0
 
 
-def _statistics(new: nn.Module, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
+def _statistics(evaluator: Evaluator, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
     """Batch norm statistics that fit weights between two models; none where there are no such layers."""
-    layers = batch_norms(new)
+    layers = batch_norms(evaluator.model)
     if layers and training is None:
         raise ConfigurationError(
             explain(
@@ -296,26 +286,18 @@ def _statistics(new: nn.Module, state: State, training: Data | None, **estimatin
         )
     if not layers or training is None:
         return {}
-    with holding(new, state):
-        return estimate_statistics(new, training, **estimating)
+    with holding(evaluator.model, state):
+        return estimate_statistics(evaluator, training, **estimating)
 
 
-def _seen(
-    model: nn.Module,
-    state: State,
-    *,
-    data: Data,
-    task: Task,
-    adapter: Adapter,
-    context: Context,
-    collective: Collective,
-) -> tuple[Tensor, Tensor]:
+def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
+    model, task = evaluator.model, evaluator.task
 
     def run() -> tuple[Tensor, Tensor]:
         rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
         for args, kwargs, target in apart(data, adapter, device_of(model)):
-            with context():
+            with evaluator.context():
                 output = task.logits(model(*args, **kwargs))
             task.check(output, target)
             right, label = task.passed(output, target) & task.loss(output, target).isfinite(), task.label(target)
@@ -324,7 +306,7 @@ def _seen(
         return _joined(rights), _joined(labels)
 
     with preserve(model), holding(model, state):
-        return collective.all_or_none(run, "`data` could not be read on another rank.")
+        return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, device_of, holding
+from lightning_nrl._utils.state import State, device_of
 from lightning_nrl.data.batch import Adapter, Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -31,25 +30,13 @@ Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
 class Reference(Protocol):
     """Knows which samples the replaced model gets right."""
 
-    def answers(
-        self,
-        model: nn.Module,
-        sources: Sequence[Source],
-        like: SampleResults,
-        *,
-        task: Task,
-        context: Context,
-        collective: Collective,
-    ) -> SampleResults:
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """What the replaced model does on data; only `prediction` and `passed` are meaningful.
 
         Args:
-            model: the new model, on its device.
+            evaluator: the new model, on its device, and what judges both.
             sources: the data, this rank's share.
             like: what the new model does on the same data.
-            task: what passed means.
-            context: entered around every forward pass.
-            collective: the ranks that share the data.
 
         Raises:
             ConfigurationError: the replaced model or its predictions do not fit the data.
@@ -97,24 +84,15 @@ class OldModel:
             object.__setattr__(self, "model", copied)
         table_of(self.classes)
 
-    def answers(
-        self,
-        model: nn.Module,
-        sources: Sequence[Source],
-        like: SampleResults,
-        *,
-        task: Task,
-        context: Context,
-        collective: Collective,
-    ) -> SampleResults:
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """Runs it over the data, unless its predictions are in the cache."""
-        weights = self.weights(model)
+        weights, task, collective = self.weights(evaluator.model), evaluator.task, evaluator.collective
         state = None if isinstance(self.model, nn.Module) else weights
         known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
         if not collective.any(known is None):
             assert known is not None
             return known.evidence(like)
-        found = self._run(model, state, sources, task=_mapped(task, self.classes), context=context, ranks=collective)
+        found = self._run(replace(evaluator, task=_mapped(task, self.classes)), state, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
         if self.cache is not None and collective.rank == 0:
             Predictions.of(answer, weights, task).save(self.cache)
@@ -130,26 +108,17 @@ class OldModel:
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
 
-    def _run(
-        self,
-        model: nn.Module,
-        state: State | None,
-        sources: Sequence[Source],
-        *,
-        task: Task,
-        context: Context,
-        ranks: Collective,
-    ) -> SampleResults:
+    def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
         seen = [source if self.adapter is None else _Adapted(source, self.adapter) for source in sources]
         if state is not None:
-            with preserve(model), holding(model, state):
-                return collect(model, seen, task=task, context=context, collective=ranks)
+            with preserve(evaluator.model):
+                return evaluator.run_with(state, seen)
         assert isinstance(self.model, nn.Module)
-        here = device_of(model)
+        here = device_of(evaluator.model)
         home = device_of(self.model)
         try:
             with preserve(self.model):
-                return collect(self.model.to(here), seen, task=task, context=context, collective=ranks)
+                return replace(evaluator, model=self.model.to(here)).run(seen)
         finally:
             self.model.to(home)
 

@@ -6,16 +6,15 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.report.weight_change import hash_tensors
 from lightning_nrl.tasks import Task
 
@@ -112,7 +111,7 @@ class Predictions:
                     return None
         return found
 
-    def answers(self, model: nn.Module, sources: Sequence[Source], like: SampleResults, **means: Any) -> SampleResults:
+    def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """What the model did on the samples of `like`; no model is run (see `Reference`)."""
         return self.evidence(like)
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import Role
-from lightning_nrl.tasks import Task
 
 __all__ = ["KEEPS", "Keep", "Update", "look_back"]
 
@@ -45,24 +42,17 @@ class Update:
 
 def look_back(
     reference: Reference,
-    model: nn.Module,
+    evaluator: Evaluator,
     sources: Mapping[Role, Sequence[Source]],
     evidence: Mapping[Role, SampleResults],
-    *,
-    task: Task,
-    context: Context,
-    collective: Collective,
 ) -> Update:
     """Asks the replaced model, once.
 
     Args:
         reference: the replaced model.
-        model: the new one, on its device.
+        evaluator: the new one, on its device, and what judges both.
         sources: the data by role, this rank's share.
         evidence: what the new model does on them.
-        task: what passed means.
-        context: entered around every forward pass.
-        collective: the ranks that share the data.
 
     Raises:
         ConfigurationError: the replaced model or its predictions do not fit the data.
@@ -71,7 +61,7 @@ def look_back(
     roles = list(sources)
     together = [source for role in roles for source in sources[role]]
     like = _joined([evidence[role] for role in roles])
-    found = reference.answers(model, together, like, task=task, context=context, collective=collective)
+    found = reference.answers(evaluator, together, like)
     answers, at, split = {}, 0, 0
     for role in roles:
         one = evidence[role]

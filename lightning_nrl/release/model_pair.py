@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["ModelPair", "check_splits", "see"]
 
@@ -67,43 +64,36 @@ class ModelPair:
 
 
 def see(
-    new: nn.Module,
+    new: Evaluator,
     old: Reference,
     data: Sequence[Source],
     *,
     slices: Slices | None = None,
     targets: Sequence[Target] = (),
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
 ) -> ModelPair:
     """One pass of each model over the data, batch by batch. Models and random states are left as found.
 
     Args:
-        new: the new model, on its device.
+        new: the new model, on its device, and what judges both. Each rank gets the same tables.
         old: the one in use.
         data: the splits, this rank's share of each.
         slices: which slice each sample is in.
         targets: what else is to be noted of the samples.
-        task: what passed means, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; each gets the same tables.
 
     Raises:
         ConfigurationError: the data, the slices, a target or the old model do not fit.
         EvaluationError: a split's samples are not there exactly once.
     """
-    ranks = collective or Collective()
-    means: dict[str, Any] = {"task": parse_task(task), "context": context, "collective": ranks}
-    slicing = [SliceRecorder(source, slices, means["task"]) for source in data]
+    ranks = new.collective
+    slicing = [SliceRecorder(source, slices, new.task) for source in data]
     told: Sequence[Any] = slicing
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
         # One around the other, so that a single pass tells all.
-        told = marking[target] = [SliceRecorder(source, target, means["task"], "where") for source in told]
-    with preserve(new):
-        after = collect(new, told, **means)
-        before = old.answers(new, data, after, **means)
+        told = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in told]
+    with preserve(new.model):
+        after = new.run(told)
+        before = old.answers(new, data, after)
     names, group = _joined([source.whole(ranks) for source in slicing])
     marked = {target: torch.cat([mark.whole(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
     return ModelPair(before, after, names, group, marked)

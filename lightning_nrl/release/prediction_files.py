@@ -9,7 +9,7 @@ import torch
 
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release.model_pair import ModelPair, check_splits
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
@@ -22,21 +21,17 @@ from lightning_nrl.release.release_report import Identity, ReleaseReport, make_r
 from lightning_nrl.release.rule_parsing import parse_rules
 from lightning_nrl.release.rules import Rule
 from lightning_nrl.report.weight_change import hash_tensors
-from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["check_reference", "compare_and_judge", "release"]
 
 
 def release(
-    new: nn.Module,
+    new: nn.Module | Evaluator,
     old: Any,
     data: Source | Sequence[Source],
     rules: str | Rule | Sequence[str | Rule] = "instance",
     *,
     slices: str | int | Slices | None = None,
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     seeds: Mapping[str, int] | None = None,
 ) -> ReleaseReport:
     """Judges whether a new model may replace the old one, by one pass of each over the data.
@@ -45,7 +40,8 @@ def release(
     and the random states are left as found.
 
     Args:
-        new: the new model, on its device.
+        new: the new model, on its device. An `Evaluator` says what else there is to say of it: the task, mixed
+            precision, the ranks that share the data. Each rank gets the same report.
         old: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an `OldModel`.
         data: the splits, such as a `TensorSource`. Where a rule promises something of data to come, nothing may have
             looked at them before.
@@ -54,9 +50,6 @@ def release(
             of `lightning_nrl.gate`.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
-        task: what right means, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as the autocast that the model is deployed under.
-        collective: the ranks that share the data; each gets the same report.
         seeds: what the data and the models depend on, to be noted in the report.
 
     Returns:
@@ -78,7 +71,7 @@ def release(
         >>> report.exit_status, report.broken_ids
         (1, {'test': [1]})
     """
-    check_kind("new", new, isinstance(new, nn.Module), "model", "new=model")
+    check_kind("new", new, isinstance(new, (nn.Module, Evaluator)), "model", "new=model")
     sources = [data] if isinstance(data, Source) else data
     if not isinstance(sources, Sequence) or not sources or not all(isinstance(source, Source) for source in sources):
         raise ConfigurationError(
@@ -88,29 +81,23 @@ def release(
             )
         )
     _, report = compare_and_judge(
-        new,
+        Evaluator.of(new),
         check_reference("old", old),
         sources,
         parse_rules(rules),
         slices=None if slices is None else find_column("slices", slices),
-        task=task,
-        context=context,
-        collective=collective,
         seeds=seeds or {},
     )
     return report
 
 
 def compare_and_judge(
-    new: nn.Module,
+    new: Evaluator,
     old: Reference,
     data: Sequence[Source],
     rules: Sequence[Rule],
     *,
     slices: Slices | None,
-    task: str | Task | None,
-    context: Context,
-    collective: Collective | None,
     seeds: Mapping[str, int],
     name: str = "",
 ) -> tuple[ModelPair, ReleaseReport]:
@@ -119,15 +106,15 @@ def compare_and_judge(
     for rule in rules:
         rule.check_data(splits, slices is not None)
     targets = [target for rule in rules for target in rule.targets]
-    means: dict[str, Any] = {"task": task, "context": context, "collective": collective}
-    seen = see(new, old, data, slices=slices, targets=targets, **means)
+    model = new.model
+    seen = see(new, old, data, slices=slices, targets=targets)
     report = make_report(
         seen,
         rules,
-        new=Identity(name or type(new).__name__, hash_tensors(new.state_dict())),
-        old=_identity(old, new),
-        task=str(parse_task(task)),
-        precision=_precision(new, context),
+        new=Identity(name or type(model).__name__, hash_tensors(model.state_dict())),
+        old=_identity(old, model),
+        task=str(new.task),
+        precision=_precision(model, new.context),
         seeds=seeds,
     )
     return seen, report

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from lightning_nrl._utils.serialize import dumps, plain
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics.functional import flip_rates
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, MaxNegativeFlipRate, Rule, sign_test

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.report.document import Row, Table
 from lightning_nrl.report.splits import Role
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics.functional import flip_rates
 
 __all__ = ["Role", "SplitReport", "pool", "split_report"]

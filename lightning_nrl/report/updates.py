@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.report.document import Row, Table
 from lightning_nrl.report.splits import Role, SplitReport, pool, split_report
 from lightning_nrl.report.tables import percent

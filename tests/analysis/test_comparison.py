@@ -26,6 +26,7 @@ from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolatio
 from lightning_nrl.analysis.baselines import fine_tuning as tuning
 from lightning_nrl.analysis.comparison import Comparison, Entry, Point, parse_methods
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.methods import METHODS
 from lightning_nrl.problem import Problem, Solution
@@ -182,8 +183,8 @@ def test_ranks_that_share_the_data_compare_as_one_does(monkeypatch: pytest.Monke
         if collective is not None:
             sources = [Share(**vars(source), rank=collective.rank) for source in sources]
         methods = ("fine-tuning", "distillation")
-        arguments: dict[str, Any] = {"methods": methods, "collective": collective}
-        return timeless(compare_module(trained(), sources[:2], unseen=sources[2:], **arguments))
+        evaluator = Evaluator(trained(), collective=collective or Collective())
+        return timeless(compare_module(evaluator, sources[:2], unseen=sources[2:], methods=methods))
 
     first, second = on_ranks(2, run)
     assert first == second == run(None)
@@ -216,18 +217,17 @@ def test_there_has_to_be_something_to_repair() -> None:
         ({"known": NEW}, "`known`: found a TensorSource, not a list"),
         ({"settings": {"layer": "0"}}, "is no Settings"),
         ({"settings": Target.label(0)}, "is no Settings"),
-        ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
-        ({"task": 3}, "`task=3` is no Task"),
+        ({"model": torch.relu}, "`model=.*` is no torch module"),
         ({"methods": {}}, r"`methods` are \[\]"),
         ({"methods": 3}, "`methods=3` is no list"),
     ],
 )
 def test_what_is_of_another_kind_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        compare_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+        compare_module(**{"model": threshold(0.75), "known": [TRAIN, NEW], **arguments})
     if "methods" not in arguments:
         with pytest.raises(ConfigurationError, match=message):
-            diagnose_module(threshold(0.75), **{"known": [TRAIN, NEW], **arguments})
+            diagnose_module(**{"model": threshold(0.75), "known": [TRAIN, NEW], **arguments})
 
 
 def test_an_entry_that_is_not_there_is_refused_by_name() -> None:

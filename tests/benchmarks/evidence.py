@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.targets import Target
-from lightning_nrl.evaluation.evaluator import collect
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 
 class Classifier(pl.LightningModule):
@@ -61,7 +60,7 @@ def main() -> None:
     def evidence() -> None:
         source = make_source(loader, "val", trainer=trainer, model=model, passed=True, failed=True)
         with preserve(model):
-            collect(model, [source], task=Multiclass(), target=Target.label(3))
+            Evaluator(model).run([source], Target.label(3))
 
     validated, collected = compare([lambda: trainer.validate(model, loader, verbose=False), evidence])
     row = [milliseconds(validated), milliseconds(collected), f"{ratio(collected, validated):.2f}"]

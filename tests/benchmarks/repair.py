@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_nrl import Convex, Polish, Settings, Target, TensorSource, repair_module
 from lightning_nrl._scoring.memory import measured
-from lightning_nrl.problem.problem import Method
+from lightning_nrl.problem import Method
 
 TRAIN, NEW, BATCH = 4600, 2000, 128
 WEAK = 3

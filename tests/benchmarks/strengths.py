@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_nrl import Fitness, Gate, Multiclass, NeuRecoverLite, TensorSource
+from lightning_nrl import Fitness, Gate, NeuRecoverLite, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.calibration_bounds import WALKED, limit_after
 from lightning_nrl.pipeline.line_search import GRID, Calibration, Strength, find_strength
 from lightning_nrl.problem import Problem
@@ -143,13 +144,13 @@ class Scale(nn.Module):
 
 
 def _problem() -> tuple[Problem, Calibration]:
-    model, means = Scale(), {"task": Multiclass()}
+    evaluator = Evaluator(Scale())
     known = [TensorSource(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]), split="known", passed=True, failed=True)]
     aside = [TensorSource(torch.ones(N, 1), torch.zeros(N, dtype=torch.int64), split="calibration")]
-    before = collect(model, known, **means)
+    before = evaluator.run(known)
     space, _ = find_scope(nn.Linear(1, 2))
-    parts = (space, ("weight",), Multiclass(), NeuRecoverLite(), Fitness(), before.passed)
-    return Problem(model, known, before, *parts), Calibration(aside, collect(model, aside, **means))
+    parts = (space, ("weight",), NeuRecoverLite(), Fitness(), before.passed)
+    return Problem(evaluator, known, before, *parts), Calibration(aside, evaluator.run(aside))
 
 
 PATCH: State = {"weight": torch.ones(1)}

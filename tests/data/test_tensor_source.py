@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl.data.targets import Target
-from lightning_nrl.evaluation.evaluator import collect
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 X = torch.arange(10.0).view(5, 2)
 Y = torch.tensor([0, 1, 0, 1, 0])
@@ -39,7 +39,7 @@ def test_a_predicate_sees_inputs_targets_and_extras() -> None:
     assert torch.equal(targets, Y)
     assert torch.equal(dark, DARK)
     source = TensorSource(X, Y, split="new", failed=True, extras=(DARK,), batch_size=2)
-    evidence = collect(lambda x: -x, [source], task=Multiclass(), target=Target.where(lambda batch: batch[2]))
+    evidence = Evaluator(nn.Identity()).run([source], Target.where(lambda batch: batch[2]), forward=lambda x: -x)
     assert evidence.ids(evidence.targeted) == {"new": [1]}
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from lightning_nrl import ConfigurationError, EvaluationError, Multiclass, Target, Task, TensorSource
+from lightning_nrl import ConfigurationError, EvaluationError, Target, Task, TensorSource
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation.evaluator import SampleResults, collect, non_finite
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 LABELS = torch.tensor([0, 0, 1, 1, 0])  # right, wrong, wrong, right, right
@@ -43,7 +44,7 @@ class Share:
 
 
 def test_each_sample_has_a_row_with_what_the_model_did() -> None:
-    evidence = collect(nn.Identity(), [source()], task=Multiclass())
+    evidence = Evaluator(nn.Identity()).run([source()])
     assert evidence.prediction.tolist() == [0, 1, 0, 1, 0]
     assert evidence.label.tolist() == [0, 0, 1, 1, 0]
     assert evidence.passed.tolist() == [True, False, False, True, True]
@@ -54,14 +55,14 @@ def test_each_sample_has_a_row_with_what_the_model_did() -> None:
 
 def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_failed() -> None:
     sources = [source("train"), source("new", failed=True)]
-    evidence = collect(nn.Identity(), sources, task=Multiclass(), target=Target.label(1))
+    evidence = Evaluator(nn.Identity()).run(sources, Target.label(1))
     assert evidence.ids(evidence.targeted) == {"train": [], "new": [2]}
-    everywhere = collect(nn.Identity(), sources, task=Multiclass(), target=Target.label(1), everywhere=True)
+    everywhere = Evaluator(nn.Identity()).run(sources, Target.label(1), everywhere=True)
     assert everywhere.ids(everywhere.targeted) == {"train": [2], "new": [2]}
 
 
 def test_rows_of_a_split_are_found_by_position() -> None:
-    evidence = collect(nn.Identity(), [source("a", slice(3)), source("b")], task=Multiclass())
+    evidence = Evaluator(nn.Identity()).run([source("a", slice(3)), source("b")])
     assert evidence.sizes == (3, 5)
     assert evidence.of("b") == slice(3, 8)
     assert evidence.rows("b", torch.tensor([0, 4])).tolist() == [3, 7]
@@ -70,7 +71,7 @@ def test_rows_of_a_split_are_found_by_position() -> None:
 
 def test_ids_are_positions_in_the_data_set_not_in_the_split() -> None:
     share = Share("subset", LOGITS, LABELS, torch.tensor([10, 20, 30, 40, 50]), torch.arange(5), 2)
-    evidence = collect(nn.Identity(), [share], task=Multiclass())
+    evidence = Evaluator(nn.Identity()).run([share])
     assert evidence.ids(~evidence.passed) == {"subset": [20, 30]}
 
 
@@ -95,7 +96,7 @@ def test_every_sample_is_there_exactly_once_in_order(
             mine = torch.arange(len(x))[collective.rank :: world_size]
             mine = mine[torch.randperm(len(mine), generator=shuffled)]
             shares.append(Share(f"split{k}", x, y, ids[k], mine, batch_size))
-        return collect(nn.Identity(), shares, task=Multiclass(), target=Target.label(1), collective=collective)
+        return Evaluator(nn.Identity(), collective=collective).run(shares, Target.label(1))
 
     x, y = (torch.cat(column) for column in zip(*data, strict=True))
     expected_loss = nn.functional.cross_entropy(x, y, reduction="none")
@@ -114,7 +115,20 @@ def test_a_sample_that_is_missing_or_twice_is_an_error(position: list[int]) -> N
     six = [0, 1, 2, 3, 4, 4]
     share = Share("train", LOGITS[six], LABELS[six], torch.arange(5), torch.tensor(position), 2)
     with pytest.raises(EvaluationError, match=f"`train` data: {len(position)} samples came for 5"):
-        collect(nn.Identity(), [share], task=Multiclass())
+        Evaluator(nn.Identity()).run([share])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": torch.relu}, "`model=.*` is no torch module"),
+        ({"model": nn.Identity}, "`model=.*` is no torch module"),
+        ({"task": "multiclass"}, "`task='multiclass'` is no Task"),
+    ],
+)
+def test_what_is_no_module_and_no_task_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Evaluator(**{"model": nn.Identity(), **arguments})
 
 
 def test_one_rank_that_fails_stops_all() -> None:
@@ -126,7 +140,7 @@ def test_one_rank_that_fails_stops_all() -> None:
 
         share = Share("train", LOGITS, LABELS, torch.arange(5), torch.arange(5)[collective.rank :: 2], 2)
         with pytest.raises((OSError, EvaluationError)) as error:
-            collect(forward, [share], task=Multiclass(), collective=collective)
+            Evaluator(nn.Identity(), collective=collective).run([share], forward=forward)
         return str(error.value)
 
     other, own = on_ranks(2, run)
@@ -138,21 +152,21 @@ def test_losses_that_are_not_finite_are_found_by_split() -> None:
     x = LOGITS.clone()
     x[1, 0], x[4, 0] = float("nan"), float("inf")
     sources = [TensorSource(x, LABELS, split="train"), source("new")]
-    assert non_finite(collect(nn.Identity(), sources, task=Multiclass())) == {"train": [1, 4]}
+    assert Evaluator(nn.Identity()).run(sources).non_finite() == {"train": [1, 4]}
 
 
 def test_half_precision_is_judged_in_float32() -> None:
     half = TensorSource(LOGITS.bfloat16(), LABELS, split="train")
-    evidence = collect(nn.Identity(), [half], task=Multiclass())
+    evidence = Evaluator(nn.Identity()).run([half])
     assert evidence.loss.dtype == torch.float32
-    assert torch.equal(evidence.loss, collect(nn.Identity(), [source()], task=Multiclass()).loss)
+    assert torch.equal(evidence.loss, Evaluator(nn.Identity()).run([source()]).loss)
 
 
 def test_sources_need_names_of_their_own() -> None:
     with pytest.raises(ConfigurationError, match=r"`sources` has the splits \['a', 'a'\]"):
-        collect(nn.Identity(), [source("a"), source("a")], task=Multiclass())
+        Evaluator(nn.Identity()).run([source("a"), source("a")])
     with pytest.raises(ConfigurationError, match=r"`sources` has the splits \[\]"):
-        collect(nn.Identity(), [], task=Multiclass())
+        Evaluator(nn.Identity()).run([])
 
 
 class Column(Task):
@@ -175,11 +189,11 @@ class Column(Task):
 )
 def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, found: str) -> None:
     with pytest.raises(ConfigurationError, match=f"`task`: .*{found}"):
-        collect(nn.Identity(), [source()], task=Column(wrong))
+        Evaluator(nn.Identity(), Column(wrong)).run([source()])
 
 
 def test_a_task_without_classes_leaves_them_unknown() -> None:
-    evidence = collect(nn.Identity(), [source(failed=True)], task=Column(""), target=Target.all())
+    evidence = Evaluator(nn.Identity(), Column("")).run([source(failed=True)], Target.all())
     assert evidence.label.tolist() == evidence.prediction.tolist() == [-1] * 5
     assert torch.equal(evidence.targeted, ~evidence.passed)
 
@@ -188,11 +202,11 @@ def test_a_task_without_classes_leaves_them_unknown() -> None:
 def test_samples_without_a_class_are_named(no_class: int) -> None:
     labels = TensorSource(LOGITS, torch.tensor([0, no_class, 1, 1, no_class]), split="train")
     with pytest.raises(EvaluationError, match=r"`train` data: 2 samples have labels below 0 \(\[1, 4\]\)"):
-        collect(nn.Identity(), [labels], task=Multiclass())
+        Evaluator(nn.Identity()).run([labels])
 
 
 def test_a_label_without_a_logit_is_refused() -> None:
     labels = TensorSource(LOGITS, torch.tensor([0, 1, LOGITS.shape[1], 1, 0]), split="train")
     message = rf"there is a label {LOGITS.shape[1]}, and the model returned {LOGITS.shape[1]} logits a sample"
     with pytest.raises(ConfigurationError, match=message):
-        collect(nn.Identity(), [labels], task=Multiclass())
+        Evaluator(nn.Identity()).run([labels])

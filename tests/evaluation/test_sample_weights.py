@@ -13,7 +13,6 @@ from lightning_nrl import (
     AllWeights,
     Fitness,
     Gate,
-    Multiclass,
     NeuRecoverLite,
     ParticleSwarm,
     Polish,
@@ -26,13 +25,13 @@ from lightning_nrl import (
 )
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._trainer.continue_training import Shuffled
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal, Importance
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import judge, spared
-from lightning_nrl.problem.problem import Proposal, better
+from lightning_nrl.problem import Proposal, better
 
 
 def evidence(passed: list[bool], **columns: Any) -> SampleResults:
@@ -52,7 +51,7 @@ def evidence(passed: list[bool], **columns: Any) -> SampleResults:
 
 
 def see(sources: Any) -> SampleResults:
-    return collect(mlp().eval().requires_grad_(False), sources, task=Multiclass(), target=Target.all())
+    return Evaluator(mlp().eval().requires_grad_(False)).run(sources, Target.all())
 
 
 def counted(
@@ -64,10 +63,7 @@ def counted(
     labels = torch.arange(n) % 2
     source = TensorSource(torch.zeros(n, 1), labels, "new", passed=True, failed=True, extras=extras, batch_size=4)
 
-    def look(sources: Any) -> SampleResults:
-        return collect(model, sources, task=Multiclass(), target=Target.all())
-
-    return importance.over(look, [source], Multiclass(), Collective(), **how)
+    return importance.over(Evaluator(model), [source], Target.all(), **how)
 
 
 WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
@@ -346,22 +342,14 @@ def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
 def test_samples_of_two_processes_have_the_same_weights() -> None:
     def gather(problem: Any) -> list[float]:
         spec = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
-        look = lambda parts: collect(  # noqa: E731
-            problem.model, parts, task=Multiclass(), target=Target.all(), collective=problem.collective
-        )
-        found, _ = spec.over(look, problem.known, Multiclass(), problem.collective)
+        found, _ = spec.over(problem.evaluator, problem.known, Target.all())
         return [*found.weight.tolist(), *found.group.tolist()]
 
     one, two = together(trained(), known(n=30), gather)
     assert one == two
     alone = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
     model = trained().eval()
-    found, _ = alone.over(
-        lambda parts: collect(model, parts, task=Multiclass(), target=Target.all()),
-        known(n=30),
-        Multiclass(),
-        Collective(),
-    )
+    found, _ = alone.over(Evaluator(model), known(n=30), Target.all())
     assert one == [*found.weight.tolist(), *found.group.tolist()]
 
 

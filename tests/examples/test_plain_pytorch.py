@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained
 
 from lightning_nrl import AllWeights, ConfigurationError, Settings, Target, Task, TensorSource, repair_module
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.report import hash_tensors
 
 EXAMPLE = ROOT / "examples" / "plain_pytorch.py"
@@ -71,14 +72,14 @@ def test_a_task_of_the_user_s_own_without_classes() -> None:
     x = torch.eye(4).repeat(5, 1) * torch.linspace(0.8, 1.2, 20)[:, None]
     y = x.sum(1)  # the last input counts too, and the model leaves it out
     sources = [TensorSource(x, y, split="data", failed=True)]
-    arguments: dict[str, Any] = {"task": Within()}
-    outcome = repair_module(model, sources, quick(localizer=AllWeights()), **arguments)
+    evaluator = Evaluator(model, Within())
+    outcome = repair_module(evaluator, sources, quick(localizer=AllWeights()))
     assert outcome.report.status == "repaired"
     assert outcome.report.task == "Within"
     assert outcome.report.splits[0].targeted_ids == tuple(range(3, 20, 4))
     assert outcome.report.splits[0].broken == 0
     with pytest.raises(ConfigurationError, match="asks for classes, and the task has none"):
-        repair_module(model, sources, quick(target=Target.label(0)), **arguments)
+        repair_module(evaluator, sources, quick(target=Target.label(0)))
 
 
 def test_double_and_half_precision_are_repaired_as_they_are() -> None:
@@ -101,7 +102,7 @@ def test_the_gate_judges_in_the_precision_that_is_deployed() -> None:
     model, sources = trained(), known()
     with deployed():
         before = [right(model, source) for source in sources]
-    outcome = repair_module(model, sources, quick(), context=deployed)
+    outcome = repair_module(Evaluator(model, context=deployed), sources, quick())
     assert outcome.write(model)
     for source, old, split in zip(sources, before, outcome.report.splits, strict=True):
         with deployed():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
 from lightning_nrl.errors import ConfigurationError, EvaluationError
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance, judge
 
 # train: kept, kept, kept, failing; repair: kept, failing (targeted), failing (targeted), kept.

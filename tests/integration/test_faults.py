@@ -80,7 +80,7 @@ class Frozen(Classifier):
 
 
 STAGES = {
-    "collect": (lightning_nrl.pipeline.repair_module, "collect"),
+    "collect": (lightning_nrl.pipeline.baseline.Evaluator, "run"),
     "record": (lightning_nrl.methods.local_search, "record"),
     "judge": (lightning_nrl.pipeline.repair_module, "judge"),
     "report": (lightning_nrl.callback, "write_report"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -226,7 +227,7 @@ def test_two_ranks_repair_as_one() -> None:
     def work(problem: Problem) -> Solution:
         # One rank's clock is ahead of the other's.
         clock = StageTimer(max_time=1e4 - 10 * problem.collective.rank)
-        return FineTunePolish()(Problem(**{**vars(problem), "clock": clock}))
+        return FineTunePolish()(replace(problem, clock=clock))
 
     first, second = together(model, known(), work)
     assert same(first.proposal.state, second.proposal.state)

@@ -22,11 +22,12 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._model.weight_grad import windows
 from lightning_nrl._optim.whitening import slopes, whitened
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.methods import METHODS, Linearized
 from lightning_nrl.problem import Problem, Solution
 
@@ -39,14 +40,15 @@ def make(
     bias: bool = False,
     task: Task | None = None,
     target: Target | None = None,
+    context: Context = nullcontext,
+    collective: Any = None,
     **rest: Any,
 ) -> Problem:
-    task, collective = task or Multiclass(), rest.get("collective", Collective())
     space, scope = find_scope(model.eval(), layer, include_bias=bias)
-    context = rest.setdefault("context", nullcontext)
-    before = collect(model, sources, task=task, target=target or Target.all(), context=context, collective=collective)
+    evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
+    before = evaluator.run(sources, target or Target.all())
     fixed: dict[str, Any] = {"localizer": NeuRecoverLite(), "fitness": Fitness(), "passed": before.passed}
-    return Problem(model, sources, before, space, scope, task, **fixed, **rest)
+    return Problem(evaluator, sources, before, space, scope, **fixed, **rest)
 
 
 def plane() -> nn.Sequential:

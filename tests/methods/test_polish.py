@@ -47,7 +47,7 @@ def checked(problem: Problem, found: Polished) -> Polished:
     now, before = right(problem, found.state), problem.before
     assert found.repaired == int((before.targeted & now).sum())
     assert torch.equal(found.after.passed & found.after.loss.isfinite(), now)
-    assert same_evidence(problem.see(found.state), found.after)
+    assert same_evidence(problem.evaluate(found.state), found.after)
     own = problem.model.state_dict()
     assert all(value.dtype == own[name].dtype for name, value in found.state.items())
     assert 0 <= found.strength <= 1
@@ -87,7 +87,7 @@ def test_what_breaks_nothing_is_given_back_as_it_is() -> None:
 
 def test_what_was_seen_before_is_not_seen_again(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, state = on_a_line(), threshold(0.65)
-    after = problem.see(state)
+    after = problem.evaluate(state)
     monkeypatch.setattr(Problem, "see", lambda *args: pytest.fail("a forward pass"))
     assert polish(problem, state, after=after).after is after
 
@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_counts_as_broken() -> None:
     problem = make_problem(Spiked(), [source])
     new = {"body.weight": threshold(0.65)["weight"], "switch": torch.tensor([0.0, 1e38])}
     # The infinite logit is that of the true class, so the prediction is right.
-    after = problem.see(new)
+    after = problem.evaluate(new)
     assert after.passed.tolist() == [True, True, True, True]
     assert after.loss.isfinite().tolist() == [True, True, True, False]
     found = checked(problem, polish(problem, new))
@@ -410,6 +410,6 @@ def test_numbers_follow_the_scale_of_margins() -> None:
     problem = make_problem(trained(), known(), task=Doubting())
     given = problem.propose("given", retrained(problem.model))
     found = polish(problem, given.state)
-    flips = Flips.between(problem.before, problem.see(found.state))
+    flips = Flips.between(problem.before, problem.evaluate(found.state))
     assert (found.broken, int(flips.broken.sum())) == (0, 0)
     assert found.repaired > 0.5 * given.repaired

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +245,7 @@ def test_two_ranks_polish_as_one() -> None:
     alone = Polish(new)(make_problem(model, known()))
 
     def work(problem: Problem) -> Solution:
-        return Polish(new)(Problem(**{**vars(problem), "clock": StageTimer(max_time=1e4)}))
+        return Polish(new)(replace(problem, clock=StageTimer(max_time=1e4)))
 
     first, second = together(model, known(), work)
     assert same(first.proposal.state, second.proposal.state)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from toy_repairs import known, trained
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, ParticleSwarm, Target
+from lightning_nrl import Fitness, NeuRecoverLite, ParticleSwarm, Target
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import snapshot
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.methods.local_search import by_swarm
 from lightning_nrl.problem import Problem, Proposal, Solution
 
@@ -23,10 +23,10 @@ ALL = Target.all()
 def problem(layer: str = "2", seed: int = 0, target: Target = ALL, **changes: Any) -> Problem:
     model, sources = trained(seed=seed).eval(), known(seed)
     space, scope = find_scope(model, layer)
-    before = collect(model, sources, task=Multiclass(), target=target)
+    before = Evaluator(model).run(sources, target)
     arguments: dict[str, Any] = {"localizer": NeuRecoverLite(n_weights=12), "fitness": Fitness(), "seed": seed}
     arguments |= {"passed": before.passed, **changes}
-    return Problem(model, sources, before, space, scope, Multiclass(), **arguments)
+    return Problem(Evaluator(model), sources, before, space, scope, **arguments)
 
 
 def other_layer(own: Problem) -> Proposal:

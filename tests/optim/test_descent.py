@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -258,7 +259,7 @@ def test_gradients_are_repeatable_and_those_of_recurrent_layers_are_taken_withou
     assert problem.model.asked[-1] == (False, True)
     trace(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.context)
     assert problem.model.asked[-1] == (False, True)
-    problem.see({})
+    problem.evaluate({})
     assert problem.model.asked[-1] == (True, False)
 
 
@@ -371,7 +372,7 @@ def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(
     problem = make_problem(two_weights(), whole)
     got: list[list[int]] = [[] for _ in batches]
     for rank in range(world_size):
-        own = Problem(**{**vars(problem), "known": shares(whole, rank, world_size, batch_size)})
+        own = replace(problem, known=shares(whole, rank, world_size, batch_size))
         for at, parts in enumerate(draw(own, batches)):
             for batch, rows in parts:
                 assert len(rows) <= batch_size
@@ -395,7 +396,7 @@ def test_measured_is_the_same_on_every_rank() -> None:
     problem = make_problem(two_weights(), [numbers(1)])
 
     def run(collective: Any) -> Tensor:
-        own = Problem(**{**vars(problem), "collective": collective})
+        own = replace(problem, evaluator=replace(problem.evaluator, collective=collective))
         mine = [(torch.tensor([collective.rank]), torch.tensor([10.0 + collective.rank]))]
         return measured(own, torch.tensor([0.0, 1.0, 2.0]), mine if collective.rank < 2 else [])
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import blobs, known, quick, trained
 
-from lightning_nrl import ConfigurationError, Gate, Multiclass, Outcome, Target, TensorSource, repair_module
+from lightning_nrl import ConfigurationError, Gate, Outcome, Target, TensorSource, repair_module
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline.calibration_bounds import limit_after
 from lightning_nrl.pipeline.line_search import GRID, STATES, Selection, find_strength
 from lightning_nrl.problem import Problem, Solution
@@ -91,8 +91,9 @@ class Window(Line):
 
 def windowed(**changes: Any) -> Problem:
     model, sources = Window().eval(), (WRONG, SAFE)
-    before = collect(model, sources, task=Multiclass(), target=AllFailures())
-    return replace(problem(WRONG, SAFE, **changes), model=model, before=before, passed=before.passed)
+    evaluator = Evaluator(model)
+    before = evaluator.run(sources, AllFailures())
+    return replace(problem(WRONG, SAFE, **changes), evaluator=evaluator, before=before, passed=before.passed)
 
 
 def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_accepts() -> None:

@@ -16,7 +16,6 @@ from toy_repairs import known, quick, trained
 from lightning_nrl import (
     ConfigurationError,
     Gate,
-    Multiclass,
     Outcome,
     TensorSource,
     repair_module,
@@ -24,7 +23,7 @@ from lightning_nrl import (
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.pipeline.line_search import choose, find_strength, strength_path
 from lightning_nrl.problem import Problem, Solution
@@ -72,7 +71,7 @@ def test_points_that_decide_nothing_take_a_tenth_of_the_time(monkeypatch: pytest
     monkeypatch.setattr(StageTimer, "elapsed", property(lambda clock: now[0] - 1000))
     own = problem(WRONG, SAFE)
     own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
-    patched, count = own.see(PATCH), []
+    patched, count = own.evaluate(PATCH), []
     monkeypatch.setattr("lightning_nrl.pipeline.line_search.FEW", 6)
     for elapsed in (0, 21, 41, 1000):
         now[0] = 1000.0 + elapsed
@@ -97,7 +96,7 @@ def test_a_strength_that_was_asked_for_is_counted_even_without_time(
 
 def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
     own, runs = problem(WRONG, RIGHT), []
-    after = own.see(PATCH)
+    after = own.evaluate(PATCH)
     own.model.register_forward_hook(lambda *_: runs.append(1))
     assert strength_path(own, PATCH, (1.0,), after=after) == strength_path(own, PATCH, (1.0,))
     assert len(runs) == 2  # of the second of these, one a split
@@ -147,15 +146,15 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
     inputs = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     source = TensorSource(inputs, torch.tensor([1, 0]), split="bent", passed=True, failed=True)
     own = problem(source)
-    model = Bent().eval()
-    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    evaluator = Evaluator(Bent().eval())
+    before = evaluator.run([source], AllFailures())
     assert before.passed.tolist() == [False, True]
-    own = replace(own, model=model, before=before, passed=before.passed)
+    own = replace(own, evaluator=evaluator, before=before, passed=before.passed)
     found = find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.instance(), fixed=0.6)
     (point,) = (point for point in found.path if point.strength == 0.6)
     assert point.polished
     assert point.known.broken == 0
-    after = own.see(found.state)
+    after = own.evaluate(found.state)
     assert int(after.passed.sum()) == point.known.repaired + point.known.kept
     assert strengths(found.path) == sorted({0.6, *strengths(found.path)})
     assert find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from lightning_nrl import (
     EvaluationError,
     Fitness,
     Gate,
-    Multiclass,
     Outcome,
     Target,
     TensorSource,
@@ -30,7 +28,7 @@ from lightning_nrl import (
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EmptyLocalizationError
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.pipeline.input_checks import see_aside
 from lightning_nrl.report import hash_tensors
@@ -142,9 +140,8 @@ class Torn(TensorSource):
 def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
     def run(collective: Collective) -> str:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
-        see = partial(collect, task=Multiclass(), collective=collective)
         with pytest.raises((OSError, EvaluationError)) as error:
-            see_aside(see, mlp(), later, quick(), Multiclass(), collective)
+            see_aside(Evaluator(mlp(), collective=collective), later, quick())
         return str(error.value)
 
     first, second = on_ranks(2, run)

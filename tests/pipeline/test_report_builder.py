@@ -9,7 +9,8 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import AllWeights, repair_module
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict, judge
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.report import Hashes, hash_tensors
@@ -30,7 +31,7 @@ class Aliased(nn.Module):
 
 
 def account(model: nn.Module, layer: str, **settings: Any) -> ReportBuilder:
-    evidence = collect(model, known(), task=Multiclass())
+    evidence = Evaluator(model).run(known())
     space = find_layers(model, layer)
     return ReportBuilder(model, space, quick(layer=layer, **settings), Multiclass(), evidence, {}, {"collect": 0.5})
 
@@ -41,7 +42,7 @@ def judged(model: nn.Module, new: dict[str, Tensor], gate: Any = None) -> tuple[
     def changed(x: Tensor) -> Tensor:
         return torch.func.functional_call(model, new, (x,))
 
-    after = collect(changed, known(), task=Multiclass())
+    after = Evaluator(model).run(known(), forward=changed)
     return own, judge(own.known, after, own.settings.gate), after
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, TensorSource, repair_module
+from lightning_nrl import Fitness, NeuRecoverLite, TensorSource, repair_module
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline.sparsify import Thinned, thin
 from lightning_nrl.problem import Problem, Solution
 
@@ -46,10 +46,10 @@ def problem(passed_by: Tensor | None = None, **changes: Any) -> Problem:
         x[4] = passed_by
     source = TensorSource(x, torch.tensor([1, 1, 1, 1, 0]), split="all", passed=True, failed=True)
     model = Sums().eval()
-    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    before = Evaluator(model).run([source], AllFailures())
     space, scope = find_scope(model)
     return Problem(
-        model, [source], before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed, **changes
+        Evaluator(model), [source], before, space, scope, NeuRecoverLite(), Fitness(), before.passed, **changes
     )
 
 
@@ -84,9 +84,9 @@ def test_a_share_is_counted_as_a_decimal_number() -> None:
     model = Sums().eval()
     model.head.weight.data.zero_()
     source = TensorSource(x, torch.ones(10, dtype=torch.long), split="all", passed=True, failed=True)
-    before = collect(model, [source], task=Multiclass(), target=AllFailures())
+    before = Evaluator(model).run([source], AllFailures())
     space, scope = find_scope(model)
-    own = Problem(model, [source], before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed)
+    own = Problem(Evaluator(model), [source], before, space, scope, NeuRecoverLite(), Fitness(), before.passed)
     row = torch.arange(10, 0, -1.0)
     found = thin(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
     assert found.proposal.repaired == 3
@@ -143,10 +143,10 @@ class WeightStats:
 @given(seed=st.integers(0, 99), loss=st.sampled_from([0.0, 0.3, 0.6]))
 def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None:
     model, sources = trained(), known()
-    before = collect(model.eval(), sources, task=Multiclass(), target=AllFailures())
+    before = Evaluator(model.eval()).run(sources, AllFailures())
     space, scope = find_scope(model)
     own = Problem(
-        model, sources, before, space, scope, Multiclass(), NeuRecoverLite(), Fitness(), before.passed, seed=seed
+        Evaluator(model), sources, before, space, scope, NeuRecoverLite(), Fitness(), before.passed, seed=seed
     )
     whole = WeightStats(seed)(own).proposal
     assert whole is not None

@@ -8,6 +8,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError, EvaluationError, TensorSource
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 
 LABEL = torch.zeros(2, dtype=torch.int64)
@@ -138,7 +139,7 @@ def test_nor_where_batches_are_tiny(n: int, batch_size: int) -> None:
 
 def test_ranks_count_by_their_batches() -> None:
     shares = (BATCHES, [batch(8.0, 10.0)])
-    first, second = on_ranks(2, lambda own: estimate_statistics(norm(), shares[own.rank], collective=own))
+    first, second = on_ranks(2, lambda own: estimate_statistics(Evaluator(norm(), collective=own), shares[own.rank]))
     assert (
         first
         == second
@@ -155,7 +156,7 @@ def test_no_rank_waits_for_one_that_failed() -> None:
 
     def run(own: Any) -> None:
         try:
-            estimate_statistics(norm(), BATCHES if own.rank else ["no batch"], collective=own)
+            estimate_statistics(Evaluator(norm(), collective=own), BATCHES if own.rank else ["no batch"])
         except (ConfigurationError, EvaluationError) as error:
             said.append((own.rank, str(error).partition("\n")[0]))
 

@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy_problems import normed, threshold
 
 from lightning_nrl import ConfigurationError, Multilabel, TensorSource, choose_share, interpolate
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.reference.interpolation import ShareChoice, alignment
 
 
@@ -34,8 +36,8 @@ Y = torch.tensor([1] * 5 + [0] * 5)
 DATA = TensorSource(X, Y, "val", batch_size=4)
 
 
-def chosen(data: Any = DATA, **arguments: Any) -> ShareChoice:
-    return choose_share(at(3.0), at(0.0), data, **arguments)
+def chosen(data: Any = DATA, collective: Any = None, **arguments: Any) -> ShareChoice:
+    return choose_share(at(3.0), Evaluator(at(0.0), collective=collective or Collective()), data, **arguments)
 
 
 def test_weights_lie_between() -> None:
@@ -109,7 +111,7 @@ def test_any_task_says_what_right_means() -> None:
     # Both labels have to be right: -1 and 1 are, under weights of at least 0.
     old, new = linear([[1.0], [-1.0]]), linear([[1.0], [1.0]])
     data = TensorSource(torch.tensor([[1.0], [2.0]]), torch.tensor([[1, 1], [1, 0]]), "val")
-    choice = choose_share(old, new, data, task=Multilabel(), shares=[1.0], tolerance=None)
+    choice = choose_share(old, Evaluator(new, Multilabel()), data, shares=[1.0], tolerance=None)
     assert [(p.counts.broken, p.counts.repaired, p.counts.right) for p in choice.curve] == [(1, 1, 1), (0, 0, 1)]
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn, tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.tensor_source import TensorSource
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import SampleResults, collect
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Multiclass, Task
@@ -37,9 +36,8 @@ def source() -> TensorSource:
 
 
 def asked(reference: Reference, model: nn.Module | None = None, task: Task | None = None) -> SampleResults:
-    model, task = model or Scores().eval(), task or Multiclass()
-    like = collect(model, [source()], task=task)
-    return reference.answers(model, [source()], like, task=task, context=nullcontext, collective=Collective())
+    evaluator = Evaluator(model or Scores().eval(), task or Multiclass())
+    return reference.answers(evaluator, [source()], evaluator.run([source()]))
 
 
 def test_a_state_of_the_same_architecture_is_held_for_a_while() -> None:

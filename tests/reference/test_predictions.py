@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
 
 

@@ -19,6 +19,7 @@ from toy_repairs import blobs, mlp, right, trained
 
 from lightning_nrl import ConfigurationError, OldModel, Predictions, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
 from lightning_nrl.release.__main__ import main
 from lightning_nrl.report import hash_tensors
@@ -133,7 +134,7 @@ def test_autocast_is_what_is_judged_and_noted() -> None:
     def bfloat16() -> Any:
         return torch.autocast("cpu", torch.bfloat16)
 
-    report = release(trained(seed=1), trained(seed=2), data(), "accuracy", context=bfloat16)
+    report = release(Evaluator(trained(seed=1), context=bfloat16), trained(seed=2), data(), "accuracy")
     assert report.precision == "float32 on cpu, autocast to bfloat16"
     assert release(trained(), trained(), data()).precision == "float32 on cpu"
 
@@ -153,9 +154,9 @@ def test_ranks_come_to_the_same_report() -> None:
         source = Share(*blobs(203, 0.5, seed=7), split="test")
         object.__setattr__(source, "rank", collective.rank)
         object.__setattr__(source, "size", collective.world_size)
-        models = trained(seed=1), trained(seed=2)
+        new = Evaluator(trained(seed=1), collective=collective)
         rules = [*RULES, ProtectedIntact(where=Target.label(2))]
-        return release(*models, source, rules, slices=label, collective=collective)
+        return release(new, trained(seed=2), source, rules, slices=label)
 
     torch.manual_seed(0)
     alone = work(Collective())

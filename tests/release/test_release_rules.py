@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.release import (
     AtMostBroken,
     Finding,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_nrl.errors import EvaluationError
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics import functional
 from lightning_nrl.report import SplitReport, pool, split_report
 

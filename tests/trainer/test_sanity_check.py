@@ -5,15 +5,16 @@ import torch
 from torch import nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import AllWeights, ConfigurationError, Multiclass, NeuRecoverLite, Target
+from lightning_nrl import AllWeights, ConfigurationError, NeuRecoverLite, Target
 from lightning_nrl._trainer.sanity_check import rehearse
 from lightning_nrl.errors import ReplayError
+from lightning_nrl.evaluation import Evaluator
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
     model = nn.Sequential(*trained(), Counting())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rehearse(model, known(), quick(layer=["0", "2"]), task=Multiclass())
+    rehearse(Evaluator(model), known(), quick(layer=["0", "2"]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training and not module._forward_hooks for module in model.modules())
 
@@ -44,7 +45,7 @@ class Detour(nn.Module):
 
 def test_a_layer_that_is_never_called_is_found() -> None:
     with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
-        rehearse(Detour(), known(), quick(), task=Multiclass())
+        rehearse(Evaluator(Detour()), known(), quick())
 
 
 class Detached(nn.Module):
@@ -61,22 +62,22 @@ class Detached(nn.Module):
 
 def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
     with pytest.raises(ReplayError, match="the loss has no gradient with respect to the outputs of"):
-        rehearse(Detached(), known(), quick(), task=Multiclass())
-    rehearse(Detached(), known(), quick(localizer=AllWeights()), task=Multiclass())
+        rehearse(Evaluator(Detached()), known(), quick())
+    rehearse(Evaluator(Detached()), known(), quick(localizer=AllWeights()))
 
 
 def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
-    rehearse(trained(), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)), task=Multiclass())
+    rehearse(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
     assert not recwarn
 
 
 def test_a_target_that_does_not_fit_is_found() -> None:
     wrong = Target.where(lambda batch: batch[0], name="inputs")
     with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
-        rehearse(trained(), known(), quick(target=wrong), task=Multiclass())
+        rehearse(Evaluator(trained()), known(), quick(target=wrong))
 
 
 def test_logits_that_do_not_fit_are_found() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
     with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
-        rehearse(model, known(), quick(), task=Multiclass())
+        rehearse(Evaluator(model), known(), quick())

@@ -8,7 +8,7 @@ from numbers import Real
 from lightning_nrl._utils.state import between, snapshot
 from lightning_nrl.analysis.baselines.fine_tuning import FineTuning
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
-from lightning_nrl.problem.problem import Method, Problem, Solution
+from lightning_nrl.problem import Method, Problem, Solution
 
 __all__ = ["Interpolation"]
 

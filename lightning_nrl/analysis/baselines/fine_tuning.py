@@ -15,7 +15,7 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.problem.problem import Problem, Solution
+from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["DistilledFineTuning", "FineTuning", "LayerFineTuning"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, holding, snapshot
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.problem.problem import Problem, Solution
+from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["FurtherTraining", "Retraining", "fresh_weights"]
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Observer, StageTimer
@@ -27,17 +24,17 @@ from lightning_nrl.errors import (
     check_choice,
     explain,
 )
-from lightning_nrl.evaluation import Importance
-from lightning_nrl.evaluation.evaluator import Context, SampleResults, collect
+from lightning_nrl.evaluation import Evaluator, Importance
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import METHODS, parse_method, solve
-from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default, passed_rows
+from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.line_search import Calibration, strength_path
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Method, Problem, Solution, Training
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.tasks import Task
 
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
@@ -50,15 +47,12 @@ Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
 
 
 def compare_module(
-    model: nn.Module,
+    model: nn.Module | Evaluator,
     known: Sequence[Source],
     settings: Settings | None = None,
     *,
     unseen: Sequence[Source] = (),
     methods: Methods | None = None,
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     training: Training | None = None,
     observer: Observer | None = None,
 ) -> Comparison:
@@ -68,15 +62,12 @@ def compare_module(
     at the largest strength that breaks no known sample. The model is left as found.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode.
+        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
         known: data that methods may look at.
         settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
             `gate`, `strength`, `limit`, `sparse`).
         unseen: data that is only counted: nothing is chosen by it.
         methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
-        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; each ends with the same comparison.
         training: goes on with the training of the model, or begins it anew; without it there is no retraining.
         observer: is told how it goes.
 
@@ -85,37 +76,19 @@ def compare_module(
             in the target.
         EvaluationError: the original model gives losses that are not finite.
     """
-    settings, task = given_or_default(settings, task)
-    collective = collective or Collective()
+    settings, evaluator = given_or_default(settings), Evaluator.of(model)
+    model = evaluator.model
     chosen = parse_methods(methods)
     check_sources(known, unseen, settings)
-    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
-    see = partial(collect, task=task, context=context, collective=collective)
+    layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
         collecting = StageTimer(observer)
         with collecting.stage("collect"):
-            whole = partial(see, model, target=settings.target)
-            before, _ = Importance(importance=settings.importance).over(whole, known, task, collective)
+            before, _ = Importance(importance=settings.importance).over(evaluator, known, settings.target)
         check_losses(before)
         _check_targets(before, settings)
-        problem = Problem(
-            model,
-            known,
-            before,
-            space,
-            scope,
-            task,
-            settings.localizer,
-            settings.fitness,
-            passed_rows(before, known, settings),
-            seed=settings.seed,
-            budget=settings.budget,
-            context=context,
-            collective=collective,
-            training=training,
-            whole=settings.layer == "auto",
-        )
-        later = Calibration(unseen, see(model, unseen)) if unseen else None
+        problem = build_problem(evaluator, known, before, layers, settings, training=training)
+        later = Calibration(unseen, evaluator.run(unseen)) if unseen else None
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import last_linear, layers_of
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.diagnosis.advice import advise
@@ -31,9 +29,10 @@ from lightning_nrl.analysis.diagnosis.fixability import KEEP
 from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, look_at, sampled
 from lightning_nrl.analysis.diagnosis.layer_capacity import room, sketch
 from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.head_features import HeadFeatures, drawn, see
 from lightning_nrl.evaluation.neighbors import NEIGHBOURS
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
@@ -45,13 +44,10 @@ LAYER_TARGETS, LAYER_PASSED, LAYER_BATCH = 16, 64, 64
 
 
 def diagnose_module(
-    model: nn.Module,
+    model: nn.Module | Evaluator,
     known: Sequence[Source],
     settings: Settings | None = None,
     *,
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     epochs: int | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
@@ -60,12 +56,9 @@ def diagnose_module(
     It takes about as long as two passes over the known data. The model is left as found.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode.
+        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode.
         known: data that a repair may look at.
         settings: the target and the seed; the rest does not matter here.
-        task: what passed and margin mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share the data; each ends with the same findings.
         epochs: how long the model was trained, if that is known; for the cost of training on.
         observer: is told how it goes.
 
@@ -73,26 +66,25 @@ def diagnose_module(
         ConfigurationError: the data, the target or the task cannot be used.
         EvaluationError: the model gives losses that are not finite; the samples are named.
     """
-    settings, task = given_or_default(settings, task)
-    collective, clock = collective or Collective(), StageTimer(observer)
+    settings, evaluator, clock = given_or_default(settings), Evaluator.of(model), StageTimer(observer)
     check_sources(known, (), settings)
-    head, layer = last_linear(model)
-    with preserve(model):
+    head, layer = last_linear(evaluator.model)
+    with preserve(evaluator.model):
         with clock.stage("collect"):
-            seen = see(model, known, layer, task=task, target=settings.target, context=context, collective=collective)
+            seen = see(evaluator, known, layer, settings.target)
         evidence = seen.evidence
         check_losses(evidence)
         last = _last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
             chosen = drawn(known, evidence, _near(evidence, settings.seed), LAYER_BATCH)
-            rooms = _rooms(model, chosen, evidence, task, settings.seed, context, collective)
-        pace = _pace(evidence, seen, layer, last, collective)
+            rooms = _rooms(evaluator, chosen, evidence, settings.seed)
+        pace = _pace(evidence, seen, layer, last, evaluator.collective)
     notes = [f"What the last layer can fix, and neighbourhoods: {last}"] if isinstance(last, str) else []
     if seen.features is not None and len(seen.features.rows) < len(evidence):
         some = f"{len(seen.features.rows):,} of {len(evidence):,} known samples, those nearest to failing"
         notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
-    return _told(evidence, settings, task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
+    return _told(evidence, settings, evaluator.task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
 
 
 def _last_layer(
@@ -119,18 +111,12 @@ def _near(evidence: SampleResults, seed: int) -> Tensor:
 
 
 def _rooms(
-    model: nn.Module,
-    chosen: Iterable[tuple[Batch, Tensor]],
-    evidence: SampleResults,
-    task: Task,
-    seed: int,
-    context: Context,
-    collective: Collective,
+    evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], evidence: SampleResults, seed: int
 ) -> tuple[LayerRoom, ...]:
     if not evidence.targeted.any() or bool(evidence.margin[evidence.targeted].isnan().all()):
         return ()
-    layers = layers_of(model)
-    sketches = sketch(model, chosen, task=task, seed=seed, context=context, collective=collective)
+    layers = layers_of(evaluator.model)
+    sketches = sketch(evaluator, chosen, seed=seed)
     norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
     rooms = room(sketches, evidence.targeted[sketches.rows], norms, KEEP)
     return tuple(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Check
 from lightning_nrl.analysis.diagnosis.fixability import Alone, repair_alone
-from lightning_nrl.evaluation.evaluator import SampleResults
 from lightning_nrl.evaluation.head_features import Features
 from lightning_nrl.evaluation.neighbors import Neighbours, doubtful, neighbours
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["LastLayer", "look_at", "sampled"]
 

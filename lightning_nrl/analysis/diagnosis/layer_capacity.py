@@ -8,20 +8,19 @@ kept as random sketches whose inner products are right on average (count sketch,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._convex.batched_qp import ascend
 from lightning_nrl._model.layers import Layer, layers_of
 from lightning_nrl._model.margin_grad import Call, by_sample, trace
 from lightning_nrl._model.weight_grad import weight_gradients
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context, no_autocast
+from lightning_nrl._utils.precision import no_autocast
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["Room", "Sketches", "room", "sketch"]
 
@@ -47,33 +46,22 @@ class Room(NamedTuple):
     change: Tensor  # T, norm of the smallest change that would repair it, in parts of the layer's; infinite if none
 
 
-def sketch(
-    model: nn.Module,
-    batches: Iterable[tuple[Batch, Tensor]],
-    *,
-    task: Task,
-    seed: int = 0,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
-) -> Sketches:
+def sketch(evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, seed: int = 0) -> Sketches:
     """Gradients of samples' margins in the weights of every layer.
 
     Args:
-        model: in evaluation mode. Its weights need not ask for gradients.
+        evaluator: the model, whose weights need not ask for gradients, and a task with margins. All ranks get the same.
         batches: this rank's samples with their rows of the evidence, in batches as large as memory allows in training.
-        task: has margins.
         seed: of the sketches.
-        context: entered around every forward pass.
-        collective: the ranks that share the samples; all get the same.
 
     Raises:
         ConfigurationError: the task has no margin.
     """
-    collective, layers = collective or Collective(), layers_of(model)
+    collective, layers = evaluator.collective, layers_of(evaluator.model)
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for batch, at in batches:
-        margin, calls = trace(model, layers, batch, task, context)
+        margin, calls = trace(evaluator.model, layers, batch, evaluator.task, evaluator.context)
         rows.append(at)
         margins.append(margin.detach().float().cpu())
         for name in list(parts):

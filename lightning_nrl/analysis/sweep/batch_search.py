@@ -19,7 +19,7 @@ from lightning_nrl.localization import Localization
 from lightning_nrl.methods.local_search import half, rows
 from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
 from lightning_nrl.search.fitness import Fitness
 

@@ -12,8 +12,8 @@ from lightning_nrl._scoring.exact import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep.batch_search import Found
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.evaluator import SampleResults
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.problem import Problem
 
 __all__ = ["Counted", "Recount"]
 

@@ -19,7 +19,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.serialize import plain
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["Kept", "Store", "digest", "evidence_digest", "exchanged"]
 

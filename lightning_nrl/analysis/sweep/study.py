@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.sweep.batch_search import Bench, Found, Job, batches
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
@@ -26,13 +23,14 @@ from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials, chosen
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
-from lightning_nrl.evaluation.evaluator import SampleResults
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.baseline import look
 from lightning_nrl.pipeline.input_checks import check_sources
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem import Problem
 from lightning_nrl.report import Role, hash_tensors
-from lightning_nrl.tasks import Task
 
 __all__ = ["Study", "study"]
 
@@ -41,15 +39,12 @@ PATIENCE = 5
 
 
 def study(
-    model: nn.Module,
+    evaluator: Evaluator,
     known: Sequence[Source],
     base: Settings,
     *,
     unseen: Sequence[Source],
     calibration: Sequence[Source],
-    task: Task,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     dirpath: str | Path | None = None,
     observer: SweepObserver | None = None,
 ) -> Study:
@@ -57,35 +52,23 @@ def study(
 
     The model has to stay in evaluation mode while runs are made (`preserve`).
     """
-    collective, clock = collective or Collective(), StageTimer(observer)
+    collective, clock = evaluator.collective, StageTimer(observer)
+    # Each rank looks at all data, as they share out the runs.
+    evaluator = replace(evaluator, collective=Collective())
     check_sources(known, (*calibration, *unseen), base)
     _check_counting(base)
     _check_whole((*known, *calibration, *unseen))
-    space, scope = find_scope(model, base.layer, include_bias=base.localizer.include_bias)
+    layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     others = {role: sources for role, sources in roles.items() if sources}
-    # Each rank looks at all data, as they share out the runs.
-    found = look(model, known, others, base, task=task, context=context, collective=Collective(), clock=clock)
+    found = look(evaluator, known, others, base, clock=clock)
     before = found.before
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
             explain(f"`known`: no sample {what} ({base.target}).", "give data on which there is something to repair.")
         )
-    problem = Problem(
-        model,
-        known,
-        before,
-        space,
-        scope,
-        task,
-        base.localizer,
-        base.fitness,
-        before.passed,
-        clock=clock,
-        budget=base.budget,
-        context=context,
-    )
+    problem = build_problem(evaluator, known, before, layers, base, clock=clock)
     data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.aside.items()}}
     store = Store(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)

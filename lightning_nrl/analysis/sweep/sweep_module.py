@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.analysis.sweep.grid import Grid, Sweepable, parse_settings
 from lightning_nrl.analysis.sweep.study import study
@@ -19,11 +16,11 @@ from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.methods import Auto
 from lightning_nrl.pipeline.input_checks import given_or_default
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.tasks import Task
 
 __all__ = ["Seeds", "check_trials", "parse_seeds", "swarming", "sweep_module"]
 
@@ -32,7 +29,7 @@ Seeds = int | Sequence[int]
 
 
 def sweep_module(
-    model: nn.Module,
+    model: nn.Module | Evaluator,
     known: Sequence[Source],
     settings: Sweepable,
     *,
@@ -40,9 +37,6 @@ def sweep_module(
     base: Settings | None = None,
     unseen: Sequence[Source] = (),
     calibration: Sequence[Source] = (),
-    task: str | Task | None = None,
-    context: Context = nullcontext,
-    collective: Collective | None = None,
     dirpath: str | Path | None = None,
     trials: Trials | None = None,
     observer: SweepObserver | None = None,
@@ -53,7 +47,8 @@ def sweep_module(
     the same arguments at strength 1. No gate judges, and the model is left as found.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode.
+        model: the trained model on its device, as for `repair_module`; it runs in evaluation mode. The ranks of an
+            `Evaluator` share out the runs; each ends with the same result.
         known: data that searches may look at. All of it on each rank: ranks share out the runs, not the data.
         settings: what to try: a `Grid`, names of rows of Table II, or mappings of arguments.
         seeds: how many seeds, from 0 on, or a list of them.
@@ -62,9 +57,6 @@ def sweep_module(
             `max_time` and `seed` do not matter.
         unseen: data that is only counted.
         calibration: data that no search looks at, to choose among runs by.
-        task: what passed and loss mean, a name or an object of `lightning_nrl.tasks`; None: `Multiclass`.
-        context: entered around every forward pass, such as autocast.
-        collective: the ranks that share out the runs; each ends with the same result.
         dirpath: a folder in which runs are kept; those that are there already are not made again.
         trials: lets an Optuna sampler choose combinations of the grid, instead of running all.
         observer: is told how it goes.
@@ -74,20 +66,16 @@ def sweep_module(
             in the target or none passes.
         EvaluationError: the original model gives losses that are not finite.
     """
-    base, task = given_or_default(base, task)
-    base = swarming(base)
+    evaluator, base = Evaluator.of(model), swarming(given_or_default(base))
     tried, numbers = parse_settings(settings, base), parse_seeds(seeds)
     check_trials(trials, settings)
-    with preserve(model):
+    with preserve(evaluator.model):
         made = study(
-            model,
+            evaluator,
             known,
             base,
             unseen=unseen,
             calibration=calibration,
-            task=task,
-            context=context,
-            collective=collective,
             dirpath=dirpath,
             observer=observer,
         )

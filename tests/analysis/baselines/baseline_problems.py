@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
+from lightning_nrl import Fitness, NeuRecoverLite, Target, TensorSource
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl.evaluation.evaluator import collect
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.problem import Problem
 
 
@@ -36,10 +35,10 @@ def known() -> list[TensorSource]:
 
 def make_problem(model: nn.Module, sources: Sequence[Any] | None = None, layer: Any = "auto", **rest: Any) -> Problem:
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
-    sources, task = known() if sources is None else sources, Multiclass()
-    space, scope = find_scope(model.eval(), layer)
-    before = collect(model, sources, task=task, target=Target.all())
-    given: dict[str, Any] = {"context": nullcontext, "whole": layer == "auto", **rest}
+    sources, evaluator = known() if sources is None else sources, Evaluator(model.eval())
+    space, scope = find_scope(model, layer)
+    before = evaluator.run(sources, Target.all())
+    given: dict[str, Any] = {"whole": layer == "auto", **rest}
     return Problem(
-        model, sources, before, space, scope, task, NeuRecoverLite(), Fitness("lexicographic"), before.passed, **given
+        evaluator, sources, before, space, scope, NeuRecoverLite(), Fitness("lexicographic"), before.passed, **given
     )

@@ -18,6 +18,7 @@ from toy_repairs import known, trained
 from lightning_nrl import Diagnosis, EvaluationError, Settings, Target, Task, TensorSource, diagnose_module
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import head_features as features
 from lightning_nrl.report import hash_tensors
 
@@ -195,7 +196,7 @@ class Within(Task):
 
 
 def test_a_task_without_margins_leaves_the_swarm() -> None:
-    found = diagnose_module(by_score(-0.1, -1.0, 1.0), [KEPT, FAILED], task=Within())
+    found = diagnose_module(Evaluator(by_score(-0.1, -1.0, 1.0), Within()), [KEPT, FAILED])
     assert found.advice.startswith("Use method='auto', which is the swarm here: the task has no margins")
     assert {cost.method for cost in found.costs} == {"swarm", "auto"}
     assert [note.partition(":")[0] for note in found.notes] == [
@@ -246,7 +247,7 @@ def test_ranks_that_share_the_data_find_what_one_finds() -> None:
         sources: list[TensorSource] = known()
         if collective is not None:
             sources = [Share(**vars(source), rank=collective.rank) for source in sources]
-        return diagnose_module(trained(), sources, collective=collective)
+        return diagnose_module(Evaluator(trained(), collective=collective or Collective()), sources)
 
     (first, second), one = on_ranks(2, run), run(None)
     assert replace(first, seconds={}).to_json() == replace(second, seconds={}).to_json()

@@ -29,6 +29,7 @@ from lightning_nrl import (
 )
 from lightning_nrl._utils.state import holding
 from lightning_nrl.analysis.sweep import Run, recount, study
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.presets import paper_arguments
 from lightning_nrl.report import hash_tensors
 
@@ -46,7 +47,7 @@ def calibration() -> list[TensorSource]:
     return [TensorSource(*blobs(50, 1.0, 7), split="val", batch_size=16)]
 
 
-def run(model: nn.Module, settings: Any = GRID, **arguments: Any) -> SweepResult:
+def run(model: nn.Module | Evaluator, settings: Any = GRID, **arguments: Any) -> SweepResult:
     """A sweep of the blobs; unseen data are read in batches of another size than known."""
     given: dict[str, Any] = {"base": quick(), "seeds": 2, "unseen": unseen(), "calibration": calibration()}
     return sweep_module(model, known(batch_size=48), settings, **{**given, **arguments})
@@ -310,7 +311,7 @@ def test_ranks_share_out_the_runs_and_end_alike() -> None:
     expected = timeless(run(trained(), grid, seeds=3))
 
     def work(collective: Any) -> SweepResult:
-        return run(trained(), grid, seeds=3, collective=collective)
+        return run(Evaluator(trained(), collective=collective), grid, seeds=3)
 
     for result in on_ranks(2, work):
         assert timeless(result) == expected
@@ -330,7 +331,7 @@ def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch
 
     def work(collective: Any) -> str:
         with pytest.raises((RuntimeError, study.RepairError)) as caught:
-            run(trained(), {"alpha": 4}, collective=collective)
+            run(Evaluator(trained(), collective=collective), {"alpha": 4})
         return str(caught.value)
 
     assert sorted(on_ranks(2, work)) == ["another rank could not make its runs of the sweep.", "broken"]

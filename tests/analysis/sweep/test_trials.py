@@ -8,13 +8,16 @@ from ranks import on_ranks
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Fitness, Grid, SweepResult, sweep_module
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.sweep import Run, Trials, regression_free_repairs, study
+from lightning_nrl.evaluation import Evaluator
 
 GRID = Grid(fitness=["eq1", Fitness("eq2")], alpha=[1, 8], n_weights=[4, 8, 12])
 
 
-def run(trials: Any, settings: Any = GRID, **arguments: Any) -> SweepResult:
-    return sweep_module(trained(), known(), settings, seeds=2, base=quick(), trials=trials, **arguments)
+def run(trials: Any, settings: Any = GRID, collective: Any = None, **arguments: Any) -> SweepResult:
+    evaluator = Evaluator(trained(), collective=collective or Collective())
+    return sweep_module(evaluator, known(), settings, seeds=2, base=quick(), trials=trials, **arguments)
 
 
 def numbers(result: SweepResult) -> dict[tuple[str, int], tuple[Any, ...]]:
