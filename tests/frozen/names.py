@@ -1,0 +1,291 @@
+"""The one place that knows how the package is imported and called. Where names or signatures change, only this changes.
+
+Cases give the arguments of a repair flat, by the words of `FLAT`; the functions below hand them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_nrl import metrics
+from lightning_nrl import stats as bounds
+from lightning_nrl.analysis.baselines import FineTuning, Interpolation
+from lightning_nrl.analysis.comparison import compare_module
+from lightning_nrl.analysis.diagnosis import diagnose_module
+from lightning_nrl.analysis.sweep import Grid, SweepResult, sweep_module
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callbacks import (
+    PositiveCongruentTraining,
+    RegressionMetrics,
+    ReleaseGate,
+    WeightInterpolation,
+    regression_loss,
+)
+from lightning_nrl.data import Target, TensorSource
+from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
+from lightning_nrl.evaluation import Focal
+from lightning_nrl.gate import Gate
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.methods import Auto, Polish
+from lightning_nrl.pipeline import Settings, repair_module
+from lightning_nrl.presets import TABLE_II, paper_arguments
+from lightning_nrl.problem import Solution
+from lightning_nrl.reference import (
+    FocalDistillation,
+    MarginHinge,
+    OldModel,
+    Oversampler,
+    Predictions,
+    choose_share,
+    interpolate,
+)
+from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, release
+from lightning_nrl.release.__main__ import main as release_command
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import Fitness, ParticleSwarm
+from lightning_nrl.serving import (
+    MarginSwitch,
+    SwitchedModule,
+    WeightedEnsemble,
+    choose_threshold,
+    choose_weight,
+    report_switch,
+)
+from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Task
+from lightning_nrl.tasks import Sequence as SequenceTask
+
+__all__ = [
+    "FLAT",
+    "TABLE_II",
+    "AllWeights",
+    "AtMostBroken",
+    "Auto",
+    "Custom",
+    "FineTuning",
+    "Fitness",
+    "Focal",
+    "FocalDistillation",
+    "Grid",
+    "Halfway",
+    "Interpolation",
+    "MarginHinge",
+    "MarginSwitch",
+    "MaxNegativeFlipRate",
+    "Multiclass",
+    "Multilabel",
+    "NeuRecoverLite",
+    "NoSliceWorse",
+    "OldModel",
+    "Oversampler",
+    "ParticleSwarm",
+    "Polish",
+    "PositiveCongruentTraining",
+    "Predictions",
+    "ProtectedIntact",
+    "Regression",
+    "RegressionMetrics",
+    "ReleaseGate",
+    "Segmentation",
+    "SequenceTask",
+    "SweepResult",
+    "SwitchedModule",
+    "Target",
+    "Task",
+    "TensorSource",
+    "WeightInterpolation",
+    "WeightedEnsemble",
+    "arguments_of",
+    "bounds",
+    "callback",
+    "callback_of_row",
+    "choose_share",
+    "choose_threshold",
+    "choose_weight",
+    "compare_checkpoint",
+    "compare_tensors",
+    "comparison_page",
+    "configured",
+    "diagnose_checkpoint",
+    "diagnose_tensors",
+    "diagnosis_page",
+    "interpolate",
+    "is_repair",
+    "metrics",
+    "page",
+    "read_report",
+    "regression_loss",
+    "release",
+    "release_command",
+    "repair_checkpoint",
+    "repair_tensors",
+    "report_dict",
+    "report_switch",
+    "row_arguments",
+    "settings_of",
+    "sweep_checkpoint",
+    "sweep_page",
+    "sweep_tensors",
+    "swept_callback",
+]
+
+FLAT = (
+    *("target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time"),
+    *("strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside"),
+    *("confidence", "mix"),
+)
+"""Arguments of a repair, in the words of the cases and of the frozen settings."""
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A method of one's own: half of the way to other weights, whatever that breaks."""
+
+    new: dict[str, Tensor]
+
+    def __call__(self, problem: Any) -> Any:
+        old = problem.model.state_dict()
+        state = {name: (old[name] + value) / 2 for name, value in self.new.items()}
+        return Solution(problem.propose("half way", state))
+
+
+def _settings(flat: Mapping[str, Any]) -> Settings:
+    own = dict(flat)
+    if isinstance(own.get("gate"), str):
+        own["gate"] = Gate.parse(own["gate"])
+    if isinstance(own.get("fitness"), str):
+        own["fitness"] = Fitness(own["fitness"])
+    return Settings(**own)
+
+
+def repair_tensors(
+    model: nn.Module,
+    known: Sequence[Any],
+    *,
+    unseen: Sequence[Any] = (),
+    calibration: Sequence[Any] = (),
+    task: Any = None,
+    reference: Any = None,
+    **flat: Any,
+) -> Any:
+    """A repair in plain PyTorch; the outcome has `report`, `parameters`, `change` and `write`."""
+    given = {"unseen": unseen, "calibration": calibration, "task": task, "reference": reference}
+    return repair_module(model, known, _settings(flat), **given)
+
+
+def callback(**flat: Any) -> Any:
+    """The callback that repairs after a fit; beside `FLAT` it takes where data come from and where files go."""
+    return RegressionFreeRepair(**flat)
+
+
+def configured(**flat: Any) -> dict[str, Any]:
+    """The same callback as an entry of a configuration file."""
+    return {"class_path": "lightning_nrl.RegressionFreeRepair", "init_args": flat}
+
+
+def is_repair(made: Any) -> bool:
+    return isinstance(made, RegressionFreeRepair)
+
+
+def callback_of_row(row: str, **flat: Any) -> Any:
+    return RegressionFreeRepair.from_paper(row, **flat)
+
+
+def repair_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any = None, made: Any = None, **flat: Any) -> Any:
+    """A repair without training; gives the report."""
+    return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **flat)
+
+
+def compare_tensors(
+    model: nn.Module, known: Sequence[Any], *, unseen: Sequence[Any] = (), methods: Any = None, **flat: Any
+) -> Any:
+    return compare_module(model, known, _settings(flat), unseen=unseen, methods=methods)
+
+
+def compare_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, methods: Any, **flat: Any) -> Any:
+    return compare(trainer, model, datamodule=data, ckpt_path=path, methods=methods, **flat)
+
+
+def diagnose_tensors(model: nn.Module, known: Sequence[Any], *, task: Any = None, **flat: Any) -> Any:
+    return diagnose_module(model, known, _settings(flat), task=task)
+
+
+def diagnose_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, **flat: Any) -> Any:
+    return diagnose(trainer, model, datamodule=data, ckpt_path=path, **flat)
+
+
+def sweep_tensors(
+    model: nn.Module,
+    known: Sequence[Any],
+    settings: Any,
+    *,
+    seeds: Any,
+    unseen: Sequence[Any] = (),
+    calibration: Sequence[Any] = (),
+    folder: Any = None,
+    **flat: Any,
+) -> Any:
+    given = {"seeds": seeds, "unseen": unseen, "calibration": calibration, "dirpath": folder}
+    return sweep_module(model, known, settings=settings, base=_settings(flat), **given)
+
+
+def sweep_checkpoint(trainer: Any, model: Any, settings: Any, *, data: Any, path: Any, seeds: Any, **flat: Any) -> Any:
+    return sweep(trainer, model, settings=settings, datamodule=data, ckpt_path=path, seeds=seeds, **flat)
+
+
+def swept_callback(result: Any, run: Any, **flat: Any) -> Any:
+    """The callback that makes one run of a sweep again."""
+    return RegressionFreeRepair(**{**flat, **result.arguments(run)})
+
+
+def row_arguments(row: str) -> dict[str, Any]:
+    """The settings of one row of the paper's Table II, flat and plain."""
+    plain = _settings(paper_arguments(row)).plain()
+    return {name: plain[name] for name in FLAT}
+
+
+def arguments_of(made: Any) -> dict[str, Any]:
+    """The settings that a callback has, flat and plain."""
+    plain = made.settings.plain()
+    return {name: plain[name] for name in FLAT}
+
+
+def settings_of(report: Any) -> dict[str, Any]:
+    """The settings that a report names, flat: those of `FLAT` and what else a callback adds."""
+    return dict(report.settings)
+
+
+def report_dict(report: Any) -> dict[str, Any]:
+    """AllWeights that a report says; settings and files are kept apart."""
+    return {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
+
+
+def read_report(text: str) -> Any:
+    return RepairReport.from_json(text)
+
+
+def page(report: Any) -> list[str]:
+    """The lines of a report as a reviewer reads it, without times, versions, files and settings."""
+    steps = tuple(replace(step, seconds=0.0) for step in report.steps)
+    bare = replace(report, seconds={}, versions={}, files={}, settings={}, steps=steps)
+    return bare.to_markdown().splitlines() + bare.render(120).splitlines()
+
+
+def diagnosis_page(diagnosis: Any) -> list[str]:
+    """The lines of a diagnosis as it is shown, without what it says of time."""
+    return replace(diagnosis, costs=(), seconds={}, versions={}).render(120).splitlines()
+
+
+def comparison_page(comparison: Any) -> list[str]:
+    """The lines of a comparison as it is shown, without times."""
+    entries = tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in comparison.entries)
+    return replace(comparison, entries=entries, versions={}).render(140).splitlines()
+
+
+def sweep_page(result: Any) -> list[str]:
+    """The lines of a sweep as it is shown, without times."""
+    runs = tuple(replace(run, seconds=0.0) for run in result.runs)
+    return replace(result, runs=runs, versions={}).render(160).splitlines()
