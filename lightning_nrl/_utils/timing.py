@@ -1,14 +1,22 @@
-"""Where the time of a repair goes, and how much is left."""
+"""Where the time of a repair goes, how much is left, and when work has to be over."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-__all__ = ["Observer", "StageTimer"]
+import torch
+
+from lightning_nrl._utils.distributed import Collective
+
+__all__ = ["Clock", "Deadline", "Observer", "StageTimer"]
+
+Clock = Callable[[], float]
+"""Tells the time in seconds, from any beginning."""
 
 
 class Observer(Protocol):
@@ -23,27 +31,82 @@ class Observer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """When work has to be over. Ranks ask in step and all get one answer, so that none goes on alone.
+
+    Attributes:
+        end: that time, in seconds of the clock; infinite where there is no limit, and then nothing is exchanged.
+        collective: the ranks that work together.
+        now: the clock.
+    """
+
+    end: float = math.inf
+    collective: Collective = field(default_factory=Collective)
+    now: Clock = time.perf_counter
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a limit."""
+        return math.isfinite(self.end)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until then on this rank: infinite without a limit, below 0 afterwards."""
+        return self.end - self.now()
+
+    def agreed_seconds_left(self) -> float:
+        """The first rank's answer, to plan by."""
+        if not self.is_set or self.collective.world_size == 1:
+            return self.seconds_left
+        return float(self.collective.agreed(torch.tensor(self.seconds_left, dtype=torch.float64)))
+
+    def leaves(self, seconds: float) -> bool:
+        """Whether so many seconds are left on every rank."""
+        return not (self.is_set and self.collective.any(self.seconds_left < seconds))
+
+    def is_over(self) -> bool:
+        """Whether no time is left on some rank."""
+        return self.is_set and self.collective.any(self.seconds_left <= 0)
+
+    def earlier(self, seconds: float) -> Deadline:
+        """So many seconds before this one, which are kept for what comes after."""
+        return replace(self, end=self.end - seconds)
+
+    def within(self, seconds: float) -> Deadline:
+        """In so many seconds from now, but no later than this one."""
+        return replace(self, end=min(self.end, self.now() + seconds))
+
+
 class StageTimer:
     """Seconds spent in each stage, in the order of the stages; passes on to an observer what it should know.
 
     Args:
         observer: is told how it goes.
         max_time: seconds that the whole repair may take from now on; None: as long as it takes.
+        now: the clock.
 
     Attributes:
         seconds: wall time by stage; a stage that is entered again adds to its own.
     """
 
-    def __init__(self, observer: Observer | None = None, max_time: float | None = None) -> None:
+    def __init__(
+        self, observer: Observer | None = None, max_time: float | None = None, now: Clock | None = None
+    ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
+        self.now = now or time.perf_counter
+        self._began = self.now()
         self._max_time = math.inf if max_time is None else max_time
 
     @property
     def elapsed(self) -> float:
         """Seconds since the repair began."""
-        return time.perf_counter() - self._began
+        return self.now() - self._began
+
+    def deadline(self, collective: Collective | None = None) -> Deadline:
+        """When the repair must be over."""
+        return Deadline(self._began + self._max_time, collective or Collective(), self.now)
 
     @property
     def left(self) -> float:
@@ -59,13 +122,13 @@ class StageTimer:
     def stage(self, name: str) -> Iterator[None]:
         """Around a stage. Stages do not overlap: one inside another takes its time from the outer one."""
         self.seconds.setdefault(name, 0.0)
-        start, inside = time.perf_counter(), sum(self.seconds.values())
+        start, inside = self.now(), sum(self.seconds.values())
         try:
             with self.observer.stage(name) if self.observer else nullcontext():
                 yield
         finally:
             inner = sum(self.seconds.values()) - inside
-            spent = self.seconds[name] + time.perf_counter() - start - inner
+            spent = self.seconds[name] + self.now() - start - inner
             self.seconds[name] = round(spent, 3)
 
     def tell(self, done: int, total: int, repaired: int, broken: int) -> None:

@@ -11,7 +11,7 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips
@@ -88,6 +88,11 @@ class Problem:
     def collective(self) -> Collective:
         """The ranks that share the data."""
         return self.evaluator.collective
+
+    @property
+    def deadline(self) -> Deadline:
+        """When the repair must be over, agreed upon over ranks."""
+        return self.clock.deadline(self.collective)
 
     def evaluate(self, state: State) -> SampleResults:
         """What the deployed model does on all known data under a state: one forward pass over them."""

@@ -6,8 +6,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from ranks import on_ranks
 
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.timing import Deadline, StageTimer
 
 
 class Time:
@@ -21,10 +23,8 @@ class Time:
 
 
 @pytest.fixture
-def now(monkeypatch: pytest.MonkeyPatch) -> Time:
-    time = Time()
-    monkeypatch.setattr("lightning_nrl._utils.timing.time.perf_counter", time)
-    return time
+def now() -> Time:
+    return Time()
 
 
 class Listener:
@@ -42,7 +42,7 @@ class Listener:
 
 
 def test_a_stage_takes_its_time_and_takes_more_when_it_is_entered_again(now: Time) -> None:
-    clock = StageTimer()
+    clock = StageTimer(now=now)
     with clock.stage("collect"):
         now.now += 2
     now.now += 1
@@ -54,7 +54,7 @@ def test_a_stage_takes_its_time_and_takes_more_when_it_is_entered_again(now: Tim
 
 
 def test_a_stage_inside_another_takes_its_time_from_it(now: Time) -> None:
-    clock = StageTimer()
+    clock = StageTimer(now=now)
     with clock.stage("fit"):
         now.now += 1
         with clock.stage("polish"):
@@ -66,7 +66,7 @@ def test_a_stage_inside_another_takes_its_time_from_it(now: Time) -> None:
 
 
 def test_a_stage_inside_itself_counts_once(now: Time) -> None:
-    clock = StageTimer()
+    clock = StageTimer(now=now)
     with clock.stage("judge"):
         now.now += 1
         with clock.stage("judge"):
@@ -75,14 +75,14 @@ def test_a_stage_inside_itself_counts_once(now: Time) -> None:
 
 
 def test_stages_are_in_the_order_in_which_they_began(now: Time) -> None:
-    clock = StageTimer()
+    clock = StageTimer(now=now)
     with clock.stage("fit"), clock.stage("polish"):
         now.now += 1
     assert list(clock.seconds) == ["fit", "polish"]
 
 
 def test_a_stage_that_raises_took_its_time(now: Time) -> None:
-    clock = StageTimer()
+    clock = StageTimer(now=now)
     with suppress(ZeroDivisionError), clock.stage("fit"):
         now.now += 2
         raise ZeroDivisionError
@@ -90,7 +90,7 @@ def test_a_stage_that_raises_took_its_time(now: Time) -> None:
 
 
 def test_what_is_left_falls_below_zero_and_is_infinite_without_a_limit(now: Time) -> None:
-    clock = StageTimer(max_time=5.0)
+    clock = StageTimer(max_time=5.0, now=now)
     now.now += 3
     assert clock.left == 2.0
     now.now += 3
@@ -105,3 +105,44 @@ def test_an_observer_hears_of_stages_and_progress() -> None:
         clock.tell(1, 2, 3, 4)
     assert listener.heard == ["fit", (1, 2, 3, 4), "fit done"]
     StageTimer().tell(1, 2, 3, 4)
+
+
+def test_a_deadline_knows_what_is_left_and_what_it_leaves(now: Time) -> None:
+    deadline = StageTimer(max_time=5.0, now=now).deadline()
+    now.now += 3
+    assert deadline.seconds_left == deadline.agreed_seconds_left() == 2.0
+    assert deadline.leaves(2.0)
+    assert not deadline.leaves(2.5)
+    assert not deadline.is_over()
+    now.now += 2
+    assert deadline.is_over()
+    now.now += 1
+    assert deadline.seconds_left == -1.0
+
+
+def test_a_deadline_may_come_earlier_but_never_later(now: Time) -> None:
+    deadline = Deadline(110.0, now=now)
+    assert deadline.earlier(4.0).seconds_left == 6.0
+    assert deadline.within(3.0).seconds_left == 3.0
+    assert deadline.within(30.0) == deadline
+
+
+def test_without_a_limit_nothing_ends_and_nothing_is_exchanged(now: Time) -> None:
+    class Deaf(Collective):
+        def any(self, flag: bool) -> bool:
+            raise AssertionError("nothing is to be exchanged")
+
+    deadline = Deadline(collective=Deaf(world_size=2), now=now)
+    assert deadline.seconds_left == deadline.agreed_seconds_left() == math.inf
+    assert deadline.leaves(1e9)
+    assert not deadline.is_over()
+    assert not deadline.earlier(5.0).is_set
+
+
+def test_time_is_over_on_all_ranks_when_it_is_on_one() -> None:
+    def run(collective: Collective) -> tuple[float, bool, bool, bool]:
+        own = Deadline(10.0, collective, now=lambda: 9.0 if collective.rank else 3.0)
+        late = Deadline(10.0, collective, now=lambda: 11.0 if collective.rank else 3.0)
+        return own.agreed_seconds_left(), own.leaves(2.0), own.is_over(), late.is_over()
+
+    assert on_ranks(2, run) == [(7.0, False, False, True)] * 2
