@@ -27,7 +27,7 @@ from lightning_nrl.callbacks import (
 )
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-from lightning_nrl.evaluation import Focal
+from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Auto, Polish
@@ -55,7 +55,7 @@ from lightning_nrl.serving import (
     choose_weight,
     report_switch,
 )
-from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Task
+from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Task, parse_task
 from lightning_nrl.tasks import Sequence as SequenceTask
 
 __all__ = [
@@ -172,8 +172,8 @@ def repair_tensors(
     **flat: Any,
 ) -> Any:
     """A repair in plain PyTorch; the outcome has `report`, `parameters`, `change` and `write`."""
-    given = {"unseen": unseen, "calibration": calibration, "task": task, "reference": reference}
-    return repair_module(model, known, _settings(flat), **given)
+    given = {"unseen": unseen, "calibration": calibration, "reference": reference}
+    return repair_module(Evaluator(model, parse_task(task)), known, _settings(flat), **given)
 
 
 def callback(**flat: Any) -> Any:
@@ -210,7 +210,7 @@ def compare_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, method
 
 
 def diagnose_tensors(model: nn.Module, known: Sequence[Any], *, task: Any = None, **flat: Any) -> Any:
-    return diagnose_module(model, known, _settings(flat), task=task)
+    return diagnose_module(Evaluator(model, parse_task(task)), known, _settings(flat))
 
 
 def diagnose_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, **flat: Any) -> Any:
