@@ -33,7 +33,7 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import NotRepairedWarning, check_choice, explain
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
-from lightning_nrl.methods import parse_method
+from lightning_nrl.methods import METHODS
 from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
@@ -160,7 +160,7 @@ class RegressionFreeRepair(Callback):
             target=target if target is not None else Target.all(),
             layer=layer,
             gate=Gate.parse(gate),
-            method=parse_method(method),
+            method=METHODS.parse("method", method),
             fitness=Fitness(fitness) if isinstance(fitness, str) else fitness,  # type: ignore[arg-type]
             localizer=localizer if localizer is not None else NeuRecoverLite(),
             n_passed=n_passed,

@@ -37,7 +37,7 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind = kind
         self.example = example
-        self._fits = fits
+        self.fits = fits
         self._include = include
         self._factories: dict[str, Callable[..., T]] = {}
         self._forms: list[str] = []
@@ -98,7 +98,7 @@ class Registry(Generic[T]):
         """
         if isinstance(value, str):
             return self.factory(argument, value)()
-        check_kind(argument, value, self._fits(value), self.kind, self.example)
+        check_kind(argument, value, self.fits(value), self.kind, self.example)
         made: T = value
         return made
 

@@ -1,25 +1,26 @@
-"""The default: strong proposals under hard constraints, then a swarm over localised weights that starts from them."""
+"""The default: proposals under hard constraints first, then a local search that starts from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
-from lightning_nrl.methods.local_search import by_swarm
+from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
+from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.problem import Problem, Solution, better
 from lightning_nrl.report.stages import Step
-from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search import ParticleSwarm, Searcher
 
 __all__ = ["Auto"]
 
-SHARE = 0.9
-"""Of the time, what proposals may take; the rest is the swarm's."""
+PROPOSAL_TIME_SHARE = 0.9
+"""Of the time, what proposals may take; the rest is the local search's."""
 
 
 @dataclass(frozen=True)
@@ -36,52 +37,52 @@ class Auto:
     them back (`Polish`). A task without margins is searched by the swarm alone.
 
     Attributes:
-        swarm: settings of the swarm.
+        swarm: the searcher of the second part, a swarm or another one.
 
     Raises:
-        ConfigurationError: on construction, if `swarm` is something else.
+        ConfigurationError: on construction, if `swarm` is no searcher.
     """
 
     trains: ClassVar[bool] = True
-    swarm: ParticleSwarm = field(default_factory=ParticleSwarm)
+    swarm: Searcher[Any] = field(default_factory=ParticleSwarm)
 
     def __post_init__(self) -> None:
-        fits = isinstance(self.swarm, ParticleSwarm)
-        check_kind("Auto.swarm", self.swarm, fits, "ParticleSwarm", "Auto(ParticleSwarm(particles=50))")
+        fits = isinstance(self.swarm, Searcher)
+        check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
         """Runs the parts in order; the steps of all are kept.
 
         Raises:
-            EmptyLocalizationError: the swarm alone can be used and has no weights to search.
+            EmptyLocalizationError: the local search alone can be used and has no weights to search.
         """
         if not bool(problem.before.margin.isfinite().all()):
-            return by_swarm(problem, self.swarm)
-        found = tuple(_proposals(problem))
-        steps = tuple(step for solution in found for step in solution.steps)
-        seeds = [p for solution in found for p in (solution.proposal, *solution.others) if p is not None]
-        best = better(solution.proposal for solution in found)
+            return LocalSearch(self.swarm)(problem)
+        solutions = tuple(_solutions(problem))
+        steps = tuple(step for solution in solutions for step in solution.steps)
+        proposals = [p for solution in solutions for p in (solution.proposal, *solution.others) if p is not None]
+        best = better(solution.proposal for solution in solutions)
         if best is None or best.broken:
-            last = by_swarm(problem, self.swarm)
+            last = LocalSearch(self.swarm)(problem)
             chosen = better([best, last.proposal])
-            reason = last.reason or " ".join(solution.reason for solution in found)
+            reason = last.reason or " ".join(solution.reason for solution in solutions)
             return replace(last, proposal=chosen, reason=reason, steps=(*steps, *last.steps))
         try:
-            last = by_swarm(problem, self.swarm, base=best.state, seeds=seeds)
+            last = warm_started_search(problem, self.swarm, proposals, base=best.state)
         except (EmptyLocalizationError, ReplayError) as error:
             note = str(error).partition("\n")[0].rstrip(".")
             last = Solution(best, steps=(Step("swarm", best.repaired, best.broken, 0.0, f"not run: {note}"),))
-        return replace(last, steps=(*steps, *last.steps), others=tuple(seeds))
+        return replace(last, steps=(*steps, *last.steps), others=tuple(proposals))
 
 
-def _proposals(problem: Problem) -> Iterator[Solution]:
-    """What other methods find; those that do not suit the model are passed over."""
+def _solutions(problem: Problem) -> Iterator[Solution]:
+    """What other methods give; those that do not suit the model are passed over."""
     if problem.update:
-        yield Polish(share=SHARE)(problem)
+        yield Polish(share=PROPOSAL_TIME_SHARE)(problem)
         return
-    one_layer = len(problem.space.sites) == 1 and set(problem.scope) <= _parameters(problem)
+    one_layer = len(problem.space.sites) == 1 and set(problem.scope) <= _layer_parameters(problem)
     if not one_layer:
-        solution = FineTunePolish(SHARE)(problem)
+        solution = FineTunePolish(PROPOSAL_TIME_SHARE)(problem)
         yield solution
         if not problem.whole or (solution.proposal is not None and solution.proposal.repaired):
             return
@@ -94,7 +95,7 @@ def _proposals(problem: Problem) -> Iterator[Solution]:
         return
 
 
-def _parameters(problem: Problem) -> set[str]:
+def _layer_parameters(problem: Problem) -> set[str]:
     """Names of all parameters of the layer that is searched, its bias included."""
     site = problem.space.sites[0]
     prefix = f"{site.name}." if site.name else ""

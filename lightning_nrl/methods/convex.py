@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._convex.head import ConvexHead, follow
-from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl._scoring import ActivationCache
 from lightning_nrl._scoring.activation_cache import Chunk
 from lightning_nrl._scoring.replay_plan import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.local_search import half, rows
+from lightning_nrl.methods.known_activations import record_known
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.stages import Step
 
@@ -106,16 +106,7 @@ def _check(problem: Problem) -> None:
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     """The layer's inputs, `N x d`, with a column of ones if its bias may change, and its outputs, by row."""
     site = problem.space.sites[0]
-    everything = torch.ones_like(problem.before.passed)
-    recording = record(
-        problem.model,
-        rows(problem),
-        problem.space,
-        problem.task,
-        everything,
-        context=problem.context,
-        budget=half(problem.budget),
-    )
+    recording = record_known(problem, torch.ones_like(problem.before.passed))
     parts = [_direct(recording, chunk) for chunk in recording.chunks()]
     # On all ranks alike, also where one has no such samples, or none at all.
     if problem.collective.any(any(part is None for part in parts)):

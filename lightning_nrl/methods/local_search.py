@@ -1,219 +1,182 @@
-"""Localise, then search by particle swarm: the method of the paper (section II), alone or from what others propose.
+"""Localise, then search new values for the localised weights (paper, section II), with any searcher.
 
-Alone it searches from the original weights. Given a base, it searches the localised weights of the chosen layer while
-the rest of the network is as in the base; what other methods propose for these weights are its elites, so that it never
-ends below them, and every known passed sample is a constraint with a margin of its own.
+`localize_and_search` is the step that the paper's method (`LocalSearch`) and a search that starts from what other
+methods propose (`warm_started_search`) share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring import ActivationCache, make_scorer, record
-from lightning_nrl._utils.state import State, between, holding
-from lightning_nrl.data.batch import Batch
+from lightning_nrl._scoring import ActivationCache, make_scorer
+from lightning_nrl._utils.state import State
 from lightning_nrl.localization import Localization
-from lightning_nrl.problem import Problem, Proposal, Solution, better
-from lightning_nrl.search import ParticleSwarm, SearchHistory, SearchResult, WeightStats, search
+from lightning_nrl.methods.known_activations import half_budget, record_known
+from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import Fitness
 
-__all__ = ["by_swarm", "half", "rows"]
+__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "deadline", "localize_and_search"]
 
-NOTHING: State = MappingProxyType({})
-
-SHARE = 0.5
-"""The part of its margin that a sample must keep."""
-
-ENOUGH = 0.04
-"""A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
-
-BEYOND = (1.15, 1.3)
-"""Steps beyond the base, from the original weights on: often free after a polish."""
-
-SPARE = 3
+FINAL_PASSES = 3
 """Passes over known data that are left for judging when the time of a search is over."""
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What one swarm is to do.
+class SearchGoal:
+    """What a search is to achieve; masks and margins by row of the evidence.
 
     Attributes:
-        failed: `N` bool, samples that still fail, to localise by.
-        right: `N` bool, samples that pass, to localise against.
-        passed: `N` bool, the samples that candidates may not break.
-        reserve: `N`, the margin that each sample must keep to count as passing; None: any.
+        failed: `N` bool, samples that fail now: the weights that matter for them are localised.
+        passed: `N` bool, samples that pass now: the weights that matter for them are left out.
+        constrained: `N` bool, the samples that candidates may not break (I_pos).
         fitness: how candidates are ranked.
-        is_over: whether its time is over; None: never.
+        reserve: `N`, the margin that each sample must keep to count as passing; None: any.
+        is_over: whether the time is over; None: never.
     """
 
     failed: Tensor
-    right: Tensor
     passed: Tensor
-    reserve: Tensor | None
+    constrained: Tensor
     fitness: Fitness
-    is_over: Callable[[], bool] | None
+    reserve: Tensor | None = None
+    is_over: Callable[[], bool] | None = None
 
 
-def by_swarm(
+@dataclass(frozen=True)
+class LocalSearchResult:
+    """What localisation and search gave.
+
+    Attributes:
+        localization: the weights that were searched.
+        search: the best candidate and the course of the search.
+        state: whole tensors with the best candidate; None: the weights are as they were before.
+    """
+
+    localization: Localization
+    search: SearchResult
+    state: State | None
+
+    @property
+    def note(self) -> str:
+        """For a line of the report."""
+        return f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
+
+
+@dataclass(frozen=True)
+class LocalSearch:
+    """The paper's method: a search from the original weights, candidates scored on I_pos alone.
+
+    Attributes:
+        searcher: the search algorithm with its settings.
+        seconds: how long the search may take.
+    """
+
+    searcher: Searcher[Any]
+    seconds: float = math.inf
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Localises weights of the chosen layers and searches new values for them.
+
+        Raises:
+            EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
+        """
+        before = problem.before
+        is_over = deadline(problem, self.seconds)
+        goal = SearchGoal(before.targeted, before.passed, problem.passed, problem.fitness, is_over=is_over)
+        found = localize_and_search(problem, self.searcher, goal)
+        if found.state is None:
+            reason = "the search found nothing better than the original weights."
+            return Solution(None, reason, localization=found.localization, result=found.search)
+        with problem.clock.stage("judge"):
+            proposal = problem.propose("swarm", found.state)
+        steps = (proposal.step(found.search.seconds, found.note),)
+        return Solution(proposal, steps=steps, localization=found.localization, result=found.search)
+
+
+def localize_and_search(
     problem: Problem,
-    settings: ParticleSwarm,
-    *,
-    base: State = NOTHING,
-    seeds: Sequence[Proposal] = (),
-    seconds: float = math.inf,
-) -> Solution:
-    """Localises weights of the chosen layers and searches new values for them.
+    searcher: Searcher[Any],
+    goal: SearchGoal,
+    elites: Callable[[Tensor, int], Tensor] | None = None,
+) -> LocalSearchResult:
+    """Localises and searches from the weights that the model has now.
 
     Args:
         problem: what is to be repaired.
-        settings: of the swarm.
-        base: the weights to start from, of any part of the network; a proposal of `seeds` may have this very state.
-            Nothing: the original weights.
-        seeds: what other methods found. What they have at the localised weights are elites, the best ones if there are
-            many. With a base or seeds every known passed sample is a constraint, and what the base repairs beside the
-            target is too. What passes under the base counts as passing while it keeps half of its margin there, or a
-            small one if that is less: near misses on known data are misses on unseen data.
-        seconds: that the search may take.
-
-    Returns:
-        The best of base, seeds and what was found. The note of its step says what the swarm added to them.
+        searcher: the search algorithm.
+        goal: what it is to achieve.
+        elites: known good values, `M x K`, of the weights at these positions (`K` int64), at most so many.
 
     Raises:
         EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
     """
-    if not base and not seeds:
-        return _alone(problem, settings, seconds)
-    start = next((seed for seed in seeds if seed.state is base), None)
-    if start is None:
-        with problem.clock.stage("judge"):
-            start = problem.propose("base", base)
-    best = better([start, *seeds])
-    assert best is not None
-    problem = problem.steered(start.after)
-    failed = problem.before.targeted & ~start.after.passed
-    if not failed.any():
-        step = replace(best.step(0.0, "not run: no target is left for it"), name="swarm")
-        return Solution(best, steps=(step,))
-    task = _Task(
-        failed,
-        start.after.passed,
-        problem.before.passed | (start.after.passed & ~problem.before.targeted),
-        _reserve(problem, start),
-        _constrained(problem.fitness),
-        _deadline(problem, seconds),
-    )
-    original = {name: value for site in problem.space.sites for name, value in site.parameters.items()}
-    with holding(problem.model, base):
-        elites = partial(_elites, problem.space, original, base, seeds)
-        localization, result, unchanged, change = _run(problem, settings, task, elites)
-    found = None
-    if not unchanged:
-        with problem.clock.stage("judge"):
-            found = problem.propose("swarm", {**base, **change})
-    gained = better([best, found])
-    assert gained is not None
-    note = f"{len(result.values):,} weights, {result.iterations:,} iterations; {_gain(best, gained)}"
-    step = replace(gained.step(result.seconds, note), name="swarm")
-    n_passed = int(task.passed.sum())
-    return Solution(gained, steps=(step,), localization=localization, result=result, n_passed=n_passed)
-
-
-def _alone(problem: Problem, settings: ParticleSwarm, seconds: float) -> Solution:
-    """The paper's search from the original weights, candidates scored on I_pos alone."""
-    task = _Task(
-        problem.before.targeted,
-        problem.before.passed,
-        problem.passed,
-        None,
-        problem.fitness,
-        _deadline(problem, seconds),
-    )
-    localization, result, unchanged, change = _run(problem, settings, task)
-    if unchanged:
-        reason = "the search found nothing better than the original weights."
-        return Solution(None, reason, localization=localization, result=result)
-    with problem.clock.stage("judge"):
-        proposal = problem.propose("swarm", change)
-    step = proposal.step(result.seconds, f"{len(result.values):,} weights, {result.iterations:,} iterations")
-    return Solution(proposal, steps=(step,), localization=localization, result=result)
-
-
-def _run(
-    problem: Problem,
-    settings: ParticleSwarm,
-    task: _Task,
-    elites: Callable[[Tensor, int], Tensor] | None = None,
-) -> tuple[Localization, SearchResult, bool, State]:
-    """Localises and searches from the weights that the model has now.
-
-    Returns:
-        The weights, the search, whether it found nothing else, and whole tensors with what it found.
-    """
     space, clock = problem.space, problem.clock
     with clock.stage("localize"):
-        recording = record(
-            problem.model,
-            rows(problem),
-            space,
-            problem.task,
-            problem.before.targeted | task.right | task.passed,
-            context=problem.context,
-            budget=half(problem.budget),
-        )
+        recording = record_known(problem, problem.before.targeted | goal.passed | goal.constrained)
         localization = problem.localizer(
-            recording, problem.task, failed=task.failed, passed=task.right, collective=problem.collective
+            recording, problem.task, failed=goal.failed, passed=goal.passed, collective=problem.collective
         )
     where = localization.weights.to(space.device)
     with clock.stage("search"):
-        known = None if elites is None else elites(where, settings.particles)
-        result = _search(problem, settings, task, recording, where, known)
+        known = None if elites is None else elites(where, searcher.n_candidates // 2)
+        result = _search(problem, searcher, goal, recording, where, known)
     values = problem.collective.agreed(result.values)
-    return localization, result, torch.equal(values, space.flat()[where]), space.changed(where, values)
+    unchanged = torch.equal(values, space.flat()[where])
+    return LocalSearchResult(localization, result, None if unchanged else space.changed(where, values))
+
+
+def deadline(problem: Problem, seconds: float) -> Callable[[], bool] | None:
+    """Whether a search has to end, the same on all ranks: it has had its seconds, or those of the repair run out."""
+    clock = problem.clock
+    if seconds == math.inf and clock.left == math.inf:
+        return None
+    end = clock.elapsed + seconds
+    kept = FINAL_PASSES * clock.one_pass
+    return lambda: problem.collective.any(clock.elapsed >= end or clock.left <= kept)
 
 
 @torch.no_grad()
 def _search(
     problem: Problem,
-    settings: ParticleSwarm,
-    task: _Task,
+    searcher: Searcher[Any],
+    goal: SearchGoal,
     recording: ActivationCache,
     where: Tensor,
     elites: Tensor | None,
 ) -> SearchResult:
     space, before = recording.space, problem.before
-    passed_loss = getattr(task.fitness, "uses_passed_loss", True)
+    passed_loss = getattr(goal.fitness, "uses_passed_loss", True)
     scorer = make_scorer(
         recording,
         where,
         before.targeted,
-        task.passed,
+        goal.constrained,
         problem.task,
         collective=problem.collective,
-        budget=half(problem.budget),
+        budget=half_budget(problem),
         passed_loss=passed_loss,
         fragility=before.loss,
-        reserve=task.reserve,
+        reserve=goal.reserve,
         weight=before.finite_weight if before.weighted else None,
     )
     result = search(
         scorer,
         space.flat()[where],
         stats=WeightStats.around(space, where),
-        fitness=task.fitness,
-        searcher=settings,
+        fitness=goal.fitness,
+        searcher=searcher,
         seed=problem.seed,
         elites=elites,
-        is_over=task.is_over,
-        on_progress=partial(_tell, problem, settings.iterations, int(task.passed.sum())),
+        is_over=goal.is_over,
+        on_progress=partial(_report_progress, problem, searcher.iterations, int(goal.constrained.sum())),
     )
     if passed_loss:
         return result
@@ -221,75 +184,5 @@ def _search(
     return replace(result, history=replace(result.history, loss_passed=unknown))
 
 
-def _elites(
-    space: ParameterSpace, original: State, base: State, seeds: Sequence[Proposal], where: Tensor, particles: int
-) -> Tensor:
-    """What seeds have at the localised weights, best first, and steps beyond the base: `M x K`, none of them twice."""
-    ranked = sorted(seeds, key=lambda seed: seed.rank, reverse=True)
-    beyond = (
-        [between(original, {name: base.get(name, value) for name, value in original.items()}, step) for step in BEYOND]
-        if base
-        else []
-    )
-    states: list[State] = [*(seed.state for seed in ranked), *beyond, {}]
-    own = space.flat()[where]
-    found: list[Tensor] = []
-    for state in states:
-        whole = {**original, **state}
-        flat = torch.cat([whole[name].detach().flatten() for site in space.sites for name in site.parameters])
-        values = flat.to(own)[where]
-        if values.isfinite().all() and not any(torch.equal(values, other) for other in (own, *found)):
-            found.append(values)
-    return torch.stack(found[: particles // 2]) if found else own.new_zeros(0, len(own))
-
-
-def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
-    """The margin that each sample must keep: a part of what it has at the start, none if it fails there."""
-    margin, passed = start.after.margin, problem.before.passed
-    if margin.isnan().all():
-        return None
-    enough = ENOUGH * float(problem.before.margin[passed].median())
-    return torch.where(start.after.passed, (SHARE * margin).nan_to_num(0.0).clamp(0, enough), 0.0)
-
-
-def _constrained(fitness: Fitness) -> Fitness:
-    """The fitness with every passed sample as a hard constraint."""
-    if not isinstance(fitness, Fitness):
-        return fitness
-    return replace(fitness, perfect_intact=True, infeasible="ranked")
-
-
-def _deadline(problem: Problem, seconds: float) -> Callable[[], bool] | None:
-    """Whether a search has to end, the same on all ranks: it has had its seconds, or those of the repair run out."""
-    clock = problem.clock
-    if seconds == math.inf and clock.left == math.inf:
-        return None
-    end = clock.elapsed + seconds
-    spare = SPARE * clock.one_pass
-    return lambda: problem.collective.any(clock.elapsed >= end or clock.left <= spare)
-
-
-def _gain(best: Proposal, found: Proposal) -> str:
-    """What a swarm added to what it started from."""
-    parts = []
-    if found.broken != best.broken:
-        parts.append(f"{found.broken - best.broken:+,} broken")
-    if found.repaired != best.repaired:
-        parts.append(f"{found.repaired - best.repaired:+,} repaired")
-    return f"{' and '.join(parts) or 'nothing'} over its seeds"
-
-
-def rows(problem: Problem) -> Iterator[tuple[Batch, Tensor]]:
-    """This rank's known data, each batch with the rows of its samples in the evidence."""
-    for source in problem.known:
-        for batch in source:
-            yield batch, problem.before.rows(source.split, batch.position)
-
-
-def half(budget: int | None) -> int | None:
-    """ActivationCache and scoring share what the search may use."""
-    return None if budget is None else max(1, budget // 2)
-
-
-def _tell(problem: Problem, total: int, n_passed: int, done: int, history: SearchHistory) -> None:
-    problem.clock.tell(done, total, int(history.patched[-1]), n_passed - int(history.intact[-1]))
+def _report_progress(problem: Problem, total: int, n_constrained: int, done: int, history: SearchHistory) -> None:
+    problem.clock.tell(done, total, int(history.patched[-1]), n_constrained - int(history.intact[-1]))

@@ -18,10 +18,8 @@ from lightning_nrl.evaluation import Importance
 from lightning_nrl.evaluation.quotas import Quota, checked_quotas
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
-from lightning_nrl.methods import Auto, parse_method
-from lightning_nrl.problem import Method
+from lightning_nrl.methods import METHODS, AnyMethod, Auto
 from lightning_nrl.reference.update import KEEPS, Keep
-from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.stats.binomial import check_confidence
 from lightning_nrl.stats.weighted import check_shares
@@ -82,7 +80,7 @@ class Settings:
     target: Target = field(default_factory=AllFailures)
     layer: str | Sequence[str] = "auto"
     gate: Gate = field(default_factory=Gate.instance)
-    method: Method | ParticleSwarm = field(default_factory=Auto)
+    method: AnyMethod = field(default_factory=Auto)
     fitness: Fitness = field(default_factory=Fitness)
     localizer: Localizer = field(default_factory=NeuRecoverLite)
     n_passed: int | None = None
@@ -104,7 +102,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
-        object.__setattr__(self, "method", parse_method(self.method))
+        object.__setattr__(self, "method", METHODS.parse("method", self.method))
         check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
         localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
         check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")

@@ -199,7 +199,7 @@ def test_methods_are_named_or_given() -> None:
         ("fine tuning", "did you mean 'fine-tuning'"),
         (["swarm", "swarm"], "name each once"),
         ([], "name each once"),
-        ({"mine": 3}, "`method` is a int"),
+        ({"mine": 3}, "`methods=3` is no method"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             parse_methods(wrong)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 import lightning_nrl._utils.timing
 import lightning_nrl.callback
-import lightning_nrl.methods.local_search
+import lightning_nrl.methods.known_activations
 import lightning_nrl.pipeline.repair_module
 from lightning_nrl import RegressionFreeRepair
 
@@ -81,7 +81,7 @@ class Frozen(Classifier):
 
 STAGES = {
     "collect": (lightning_nrl.pipeline.baseline.Evaluator, "run"),
-    "record": (lightning_nrl.methods.local_search, "record"),
+    "record": (lightning_nrl.methods.known_activations, "record"),
     "judge": (lightning_nrl.pipeline.repair_module, "judge"),
     "report": (lightning_nrl.callback, "write_report"),
     "track": (lightning_nrl.callback, "track"),

@@ -325,7 +325,7 @@ def test_mixed_precision_is_repaired_as_deployed() -> None:
 def test_the_pipeline_repairs_by_name() -> None:
     model = trained()
     outcome = repair_module(model, known(), quick(method="linearized", layer="0"))
-    assert METHODS["linearized"] is Linearized
+    assert METHODS.parse("method", "linearized") == Linearized()
     assert outcome.report.status == "repaired"
     assert outcome.report.pooled("known").broken == 0
     assert {"linearize", "solve", "judge"} <= outcome.report.seconds.keys()

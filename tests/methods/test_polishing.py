@@ -31,7 +31,7 @@ from toy_repairs import known, mlp, trained
 from lightning_nrl import ConfigurationError, Settings, repair_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.methods import parse_method
+from lightning_nrl.methods import METHODS
 from lightning_nrl.methods import polish_weights as module
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Solution
@@ -216,7 +216,7 @@ def test_a_repair_that_is_late_still_breaks_nothing() -> None:
 
 def test_it_is_a_method() -> None:
     method = Polish(threshold(0.65))
-    assert parse_method(method) is method
+    assert METHODS.parse("method", method) is method
     assert Settings(method=Polish("new.ckpt")).plain()["method"] == {"class": "Polish", "new": "new.ckpt", "share": 1.0}
 
 

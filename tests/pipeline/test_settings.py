@@ -106,7 +106,7 @@ def test_the_user_s_own_parts_are_told_by_name_and_simple_values() -> None:
         ({"target": 3}, "`target=3` is no Target"),
         ({"gate": "instance"}, "`gate='instance'` is no Gate"),
         ({"method": "swam"}, "`method='swam'` is unknown"),
-        ({"method": ParticleSwarm}, "`method` is the class ParticleSwarm"),
+        ({"method": ParticleSwarm}, "ParticleSwarm'>` is no method"),
         ({"fitness": "eq1"}, "`fitness='eq1'` is no Fitness"),
         ({"fitness": Fitness}, "is no Fitness"),
         ({"localizer": "all"}, "`localizer='all'` is no Localizer"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
@@ -21,27 +22,27 @@ from lightning_nrl.errors import (
     EmptyLocalizationError,
     EvaluationError,
     ReplayError,
-    check_choice,
     explain,
 )
 from lightning_nrl.evaluation import Evaluator, Importance
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods import METHODS, parse_method, solve
+from lightning_nrl.methods import METHODS, AnyMethod, solve
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.line_search import Calibration, strength_path
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.problem import Method, Problem, Solution, Training
+from lightning_nrl.problem import Problem, Solution, Training
 from lightning_nrl.report import StrengthPoint
-from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 FINENESS = 1 / 64  # of the strength at which weights are scaled back
 
-AnyMethod = Method | ParticleSwarm
+COMPARED: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
+"""Methods and baselines by name."""
+
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
 """Names of methods and baselines, or objects, under names of their own if they are a mapping."""
 
@@ -110,7 +111,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
         ConfigurationError: a name is unknown or there twice, or something is no method.
     """
     if methods is None:
-        methods = (*METHODS, *BASELINES)
+        methods = tuple(COMPARED)
     if isinstance(methods, str):
         methods = (methods,)
     if not isinstance(methods, (Mapping, Sequence)):
@@ -122,15 +123,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
             explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
-    return {name: _method(method) for name, method in zip(names, given, strict=True)}
-
-
-def _method(method: str | AnyMethod) -> AnyMethod:
-    if not isinstance(method, str):
-        return parse_method(method)
-    check_choice("methods", method, (*METHODS, *BASELINES))
-    made: AnyMethod = {**METHODS, **BASELINES}[method]()
-    return made
+    return {name: COMPARED.parse("methods", method) for name, method in zip(names, given, strict=True)}
 
 
 def _check_targets(before: SampleResults, settings: Settings) -> None:

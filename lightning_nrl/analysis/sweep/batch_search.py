@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import ActivationCache, make_scorer, record
+from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.localization import Localization
-from lightning_nrl.methods.local_search import half, rows
+from lightning_nrl.methods.known_activations import half_budget, record_known
 from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
@@ -97,17 +97,8 @@ class Bench:
         if self._recording is None:
             problem = self.problem
             keep = problem.before.targeted | problem.before.passed
-            budget = half(problem.budget)
             with problem.clock.stage("localize"):
-                self._recording = record(
-                    problem.model,
-                    rows(problem),
-                    problem.space,
-                    problem.task,
-                    keep,
-                    context=problem.context,
-                    budget=budget,
-                )
+                self._recording = record_known(problem, keep)
         return self._recording
 
     def localization(self, setting: Setting) -> Localization | None:
@@ -166,7 +157,7 @@ class Bench:
             before.targeted,
             passed,
             problem.task,
-            budget=half(problem.budget),
+            budget=half_budget(problem),
             passed_loss=getattr(fitness[0], "uses_passed_loss", True),
             fragility=before.loss,
             weight=before.finite_weight if before.weighted else None,

@@ -1,4 +1,4 @@
-"""A swarm that starts from what others propose: never below its seeds, and nothing known at the brink."""
+"""A search that starts from what others propose: never below them, and nothing known at the brink."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from toy_repairs import known, trained
+from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import Fitness, NeuRecoverLite, ParticleSwarm, Target
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.methods.local_search import by_swarm
+from lightning_nrl.methods import LocalSearch, warm_started_search
 from lightning_nrl.problem import Problem, Proposal, Solution
 
 QUICK = ParticleSwarm(particles=12, iterations=12)
@@ -31,7 +32,7 @@ def problem(layer: str = "2", seed: int = 0, target: Target = ALL, **changes: An
 
 def other_layer(own: Problem) -> Proposal:
     """A proposal that changes the first layer alone, as another method would find it."""
-    found = by_swarm(problem("0", own.seed), QUICK).proposal
+    found = LocalSearch(QUICK)(problem("0", own.seed)).proposal
     assert found is not None
     return own.propose("other", found.state)
 
@@ -45,7 +46,7 @@ def total(solution: Solution) -> tuple[int, int]:
 def test_it_goes_on_from_a_base_that_changes_another_layer(seed: int) -> None:
     own = problem(seed=seed)
     base, before = other_layer(own), snapshot(own.model)
-    solution = by_swarm(own, QUICK, base=base.state, seeds=[base])
+    solution = warm_started_search(own, QUICK, [base], base=base.state)
     broken, repaired = total(solution)
     assert (broken, -repaired) <= (base.broken, -base.repaired)
     (step,) = solution.steps
@@ -60,17 +61,17 @@ def test_some_of_these_swarms_add_repairs() -> None:
     for seed in range(4):
         own = problem(seed=seed)
         base = other_layer(own)
-        gains.append(total(by_swarm(own, QUICK, base=base.state, seeds=[base]))[1] - base.repaired)
+        gains.append(total(warm_started_search(own, QUICK, [base], base=base.state))[1] - base.repaired)
     assert max(gains) > 0
 
 
 def test_seeds_are_elites_and_nothing_better_gives_the_best_of_them() -> None:
     own = problem()
-    seed = by_swarm(own, QUICK).proposal
+    seed = LocalSearch(QUICK)(own).proposal
     assert seed is not None
     assert seed.repaired > 0
     still = ParticleSwarm(particles=4, iterations=0, scale_min=1e-9, scale_max=1e-9)
-    solution = by_swarm(own, still, seeds=[seed])
+    solution = warm_started_search(own, still, [seed])
     assert total(solution) == (seed.broken, seed.repaired)
     assert solution.result is not None
     assert solution.result.history.patched[0] >= seed.repaired or solution.proposal is seed
@@ -80,7 +81,7 @@ def test_what_a_base_repairs_beside_the_target_is_kept() -> None:
     own = problem(target=Target.label(0))
     base = other_layer(own)
     beside = base.after.passed & ~own.before.passed & ~own.before.targeted
-    solution = by_swarm(own, QUICK, base=base.state, seeds=[base])
+    solution = warm_started_search(own, QUICK, [base], base=base.state)
     assert solution.n_passed == int((own.before.passed | beside).sum())
     assert solution.proposal is not None
     assert solution.proposal.after.passed[beside].all()
@@ -91,17 +92,19 @@ def test_every_known_passed_sample_counts_however_few_were_drawn() -> None:
     drawn = torch.zeros_like(own.passed)
     drawn[own.passed.nonzero()[:2]] = True
     few = problem(passed=drawn)
-    seed = by_swarm(few, QUICK).proposal
+    seed = LocalSearch(QUICK)(few).proposal
     assert seed is not None
     assert seed.broken > 0
-    solution = by_swarm(few, QUICK, seeds=[seed])
+    solution = warm_started_search(few, QUICK, [seed])
     assert total(solution)[0] == 0
     assert solution.n_passed == int(own.before.passed.sum())
 
 
 def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
     own = problem()
-    solution = by_swarm(own, ParticleSwarm(particles=20, iterations=40), seeds=[Proposal("", {}, own.before, 0, 0)])
+    solution = warm_started_search(
+        own, ParticleSwarm(particles=20, iterations=40), [Proposal("", {}, own.before, 0, 0)]
+    )
     assert solution.proposal is not None
     assert solution.proposal.repaired > 0
     passed = own.before.passed
@@ -114,12 +117,15 @@ def test_where_no_target_is_left_there_is_nothing_to_search() -> None:
     own = problem()
     after = replace(own.before, passed=own.before.passed | own.before.targeted)
     seed = Proposal("all", {}, after, int(own.before.targeted.sum()), 0)
-    solution = by_swarm(own, QUICK, base=seed.state, seeds=[seed])
+    solution = warm_started_search(own, QUICK, [seed], base=seed.state)
     assert solution.proposal is seed
     assert solution.result is None
 
 
-def test_it_ends_when_its_seconds_are_over() -> None:
-    solution = by_swarm(problem(), QUICK, seconds=0)
-    assert solution.result is not None
-    assert (solution.result.iterations, solution.result.stopped) == (0, "time was over")
+def test_any_searcher_goes_on_from_a_base() -> None:
+    own = problem()
+    base = other_layer(own)
+    solution = warm_started_search(own, RandomLocalSearch(), [base], base=base.state)
+    broken, repaired = total(solution)
+    assert (broken, -repaired) <= (base.broken, -base.repaired)
+    assert solution.steps[0].note.endswith("over its seeds")

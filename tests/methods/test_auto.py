@@ -106,7 +106,7 @@ def test_a_block_changes_inside_alone() -> None:
 
 
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no ParticleSwarm"):
+    with pytest.raises(ConfigurationError, match=r"`Auto\.swarm=50` is no searcher"):
         Auto(50)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="`method`: function gave a NoneType, not a solution"):
         repair_module(trained(), known(), Settings(method=lambda problem: None))  # type: ignore[arg-type,return-value]

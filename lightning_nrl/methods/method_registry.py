@@ -1,0 +1,49 @@
+"""The methods by name, and the one way to run them. A searcher is a method, too: localise, then search."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.methods.auto import Auto
+from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.finetune_polish import FineTunePolish
+from lightning_nrl.methods.linearized import Linearized
+from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.problem import Method, Problem, Solution
+from lightning_nrl.search import SEARCHERS, Searcher
+
+__all__ = ["METHODS", "AnyMethod", "solve"]
+
+AnyMethod = Method | Searcher[Any]
+
+METHODS: Registry[AnyMethod] = Registry(
+    "method",
+    "the name of one, or an object such as ParticleSwarm()",
+    lambda value: isinstance(value, Searcher) or callable(value),
+    include=(SEARCHERS,),
+)
+"""The methods that can be named, with their default settings."""
+
+METHODS.register("auto")(Auto)
+METHODS.register("finetune-polish")(FineTunePolish)
+METHODS.register("convex")(Convex)
+METHODS.register("linearized")(Linearized)
+
+
+def solve(method: AnyMethod, problem: Problem) -> Solution:
+    """Runs a method on a problem.
+
+    Raises:
+        ConfigurationError: a method of the user's own gave something else than a solution.
+    """
+    solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
+    if not isinstance(solution, Solution):
+        raise ConfigurationError(
+            explain(
+                f"`method`: {type(method).__name__} gave a {type(solution).__name__}, not a solution.",
+                "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
+            )
+        )
+    return solution

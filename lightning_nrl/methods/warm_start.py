@@ -1,0 +1,166 @@
+"""A local search that starts from what other methods propose, and never ends below it.
+
+It searches the localised weights of the chosen layer while the rest of the network is as in the proposal it starts from
+(the base). What proposals have at these weights are its elites, and every known passed sample is a constraint, with a
+margin of its own to keep: near misses on known data are misses on unseen data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._model.layers import ParameterSpace
+from lightning_nrl._utils.state import State, between, holding
+from lightning_nrl.methods.local_search import SearchGoal, deadline, localize_and_search
+from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.search import Searcher
+from lightning_nrl.search.fitness import Fitness
+
+__all__ = ["warm_started_search"]
+
+ORIGINAL_WEIGHTS: State = MappingProxyType({})
+
+KEPT_MARGIN_SHARE = 0.5
+"""The part of its margin that a sample must keep."""
+
+SUFFICIENT_MARGIN = 0.04
+"""A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
+
+EXTRAPOLATIONS = (1.15, 1.3)
+"""Steps beyond the base, from the original weights on: often free after a polish."""
+
+
+def warm_started_search(
+    problem: Problem,
+    searcher: Searcher[Any],
+    proposals: Sequence[Proposal],
+    *,
+    base: State = ORIGINAL_WEIGHTS,
+    seconds: float = math.inf,
+) -> Solution:
+    """Localises weights of the chosen layers under the base and searches new values for them.
+
+    What passes under the base counts as passing while it keeps half of its margin there, or a small one if that is
+    less; what the base repairs beside the target is a constraint, too.
+
+    Args:
+        problem: what is to be repaired.
+        searcher: the search algorithm.
+        proposals: what other methods found. What they have at the localised weights are elites, the best ones if there
+            are many.
+        base: the weights to start from, of any part of the network; one of the proposals may have this very state.
+        seconds: how long the search may take.
+
+    Returns:
+        The best of base, proposals and what was found. The note of its step says what the search added to them.
+
+    Raises:
+        EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
+    """
+    start = next((proposal for proposal in proposals if proposal.state is base), None)
+    if start is None:
+        with problem.clock.stage("judge"):
+            start = problem.propose("base", base)
+    best = better([start, *proposals])
+    assert best is not None
+    problem = problem.steered(start.after)
+    failed = problem.before.targeted & ~start.after.passed
+    if not failed.any():
+        step = replace(best.step(0.0, "not run: no target is left for it"), name="swarm")
+        return Solution(best, steps=(step,))
+    goal = SearchGoal(
+        failed,
+        start.after.passed,
+        problem.before.passed | (start.after.passed & ~problem.before.targeted),
+        _constrained(problem.fitness),
+        _reserve(problem, start),
+        deadline(problem, seconds),
+    )
+    original = {name: value for site in problem.space.sites for name, value in site.parameters.items()}
+    with holding(problem.model, base):
+        elites = partial(_elites, problem.space, original, base, proposals)
+        found = localize_and_search(problem, searcher, goal, elites)
+    new = None
+    if found.state is not None:
+        with problem.clock.stage("judge"):
+            new = problem.propose("swarm", {**base, **found.state})
+    final = better([best, new])
+    assert final is not None
+    step = replace(final.step(found.search.seconds, f"{found.note}; {_gain(best, final)}"), name="swarm")
+    return Solution(
+        final,
+        steps=(step,),
+        localization=found.localization,
+        result=found.search,
+        n_passed=int(goal.constrained.sum()),
+    )
+
+
+def _elites(
+    space: ParameterSpace,
+    original: State,
+    base: State,
+    proposals: Sequence[Proposal],
+    where: Tensor,
+    n_elites: int,
+) -> Tensor:
+    """What proposals have at the localised weights, best first, and steps beyond the base: `M x K`, none of them twice.
+
+    Args:
+        space: the layers, with the weights of the base.
+        original: their parameters before the repair.
+        base: the weights that the search starts from.
+        proposals: what other methods found.
+        where: `K` int64, positions of the localised weights.
+        n_elites: M is at most this.
+    """
+    ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
+    beyond: list[State] = []
+    if base:
+        ends = {name: base.get(name, value) for name, value in original.items()}
+        beyond = [between(original, ends, step) for step in EXTRAPOLATIONS]
+    states: list[State] = [*(proposal.state for proposal in ranked), *beyond, {}]
+    own = space.flat()[where]
+    found: list[Tensor] = []
+    for state in states:
+        whole = {**original, **state}
+        flat = torch.cat([whole[name].detach().flatten() for site in space.sites for name in site.parameters])
+        values = flat.to(own)[where]
+        if values.isfinite().all() and not any(torch.equal(values, other) for other in (own, *found)):
+            found.append(values)
+    return torch.stack(found[:n_elites]) if found else own.new_zeros(0, len(own))
+
+
+def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
+    """The margin that each sample must keep: a part of what it has at the start, none if it fails there."""
+    margin, passed = start.after.margin, problem.before.passed
+    if margin.isnan().all():
+        return None
+    sufficient = SUFFICIENT_MARGIN * float(problem.before.margin[passed].median())
+    kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0).clamp(0, sufficient)
+    return torch.where(start.after.passed, kept, 0.0)
+
+
+def _constrained(fitness: Fitness) -> Fitness:
+    """The fitness with every passed sample as a hard constraint."""
+    if not isinstance(fitness, Fitness):
+        return fitness
+    return replace(fitness, perfect_intact=True, infeasible="ranked")
+
+
+def _gain(best: Proposal, final: Proposal) -> str:
+    """What a search added to what it started from."""
+    parts = []
+    if final.broken != best.broken:
+        parts.append(f"{final.broken - best.broken:+,} broken")
+    if final.repaired != best.repaired:
+        parts.append(f"{final.repaired - best.repaired:+,} repaired")
+    return f"{' and '.join(parts) or 'nothing'} over its seeds"
