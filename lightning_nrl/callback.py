@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._tracking import track
 from lightning_nrl._trainer.artifacts import base_folder, file_names, headline, output_folder, show, write_report
@@ -23,7 +24,7 @@ from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.sanity_check import rehearse
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
-from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights, validating
+from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, changed
@@ -299,7 +300,7 @@ class RegressionFreeRepair(Callback):
         self._ran = True
         epochs = epochs_of(trainer) if epochs is None else epochs
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
-            batches = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+            batches = batch_limit(trainer)
             known, unseen, calibration = self._sources(trainer, pl_module, limit=batches)
             warn_if_random(known)
             left_out = (RegressionFreeRepair, WeightInterpolation)

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import outcome
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.release import ReleaseReport
@@ -46,7 +47,7 @@ def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "
     Returns:
         None in a `fast_dev_run`, which writes nothing.
     """
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if batch_limit(trainer):
         return None
     folder = base_folder(dirpath, trainer, name)
     if trainer.is_global_zero:

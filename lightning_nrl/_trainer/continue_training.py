@@ -20,9 +20,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
+from lightning_nrl._lightning import callbacks_of, data_module_of
 from lightning_nrl._trainer.budget import TrainingBudget, TrainingTrial
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
-from lightning_nrl._trainer.loaders import LoaderSource, find_loader, worker_settings
+from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, find_loader, worker_settings
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, snapshot
@@ -73,7 +74,7 @@ class ContinuedTraining:
     @property
     def obstacle(self) -> str:
         """Why training cannot go on, in words; empty if it can. Reads two samples and trains nothing."""
-        if any(isinstance(callback, ModelPruning) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
         if isinstance(self.trained_on, (Mapping, list, tuple)):
             return "it was trained on several data loaders at once"
@@ -152,7 +153,7 @@ class ContinuedTraining:
     ) -> State:
         """The state of a copy after training."""
         outer = self.trainer
-        data: Any = outer.datamodule  # type: ignore[attr-defined]
+        data = data_module_of(outer)
         live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         shared = (outer, data, *outer.loggers, *(source.loader.dataset for source in self.known))
         with random_state(), torch.enable_grad():
@@ -178,7 +179,7 @@ class ContinuedTraining:
         """All training data, read as the outer trainer reads its own."""
         like, parts = self._like(), self._parts()
         data = parts[0] if len(parts) == 1 else ConcatDataset(parts)
-        size = like.batch_size or getattr(like.batch_sampler, "batch_size", None) or 1
+        size = batch_size_of(like)
         share = self.trainer.global_rank, self.trainer.world_size
         sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
         return DataLoader(

@@ -28,6 +28,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
+from lightning_nrl._lightning import release_copy, shared_with_copies
 from lightning_nrl._utils.state import State, write
 
 __all__ = ["LEFT_OUT", "Silent", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
@@ -44,8 +45,6 @@ LEFT_OUT: tuple[type, ...] = (
     Timer,
 )
 """Callbacks of a module that tune, save, show or stop, which is not theirs to do here."""
-COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-"""What Lightning replaces on a compiled module, by functions that are bound to that very module."""
 
 
 def copied_module(
@@ -71,19 +70,8 @@ def copied_module(
     Raises:
         Exception: whatever `copy.deepcopy` raises.
     """
-    memo = {id(thing): thing for thing in shared}
-    for part in module.modules():
-        if isinstance(part, pl.LightningModule):
-            memo.update({id(thing): thing for thing in (part._trainer, part._compiler_ctx) if thing is not None})
-    new = copy.deepcopy(module, memo)
-    for part in new.modules():
-        if isinstance(part, pl.LightningModule):
-            part._trainer = part._current_fx_name = None
-            part._metric_attributes = None  # keyed by the identity of the old metrics
-            if part._compiler_ctx is not None:
-                part._compiler_ctx = None
-                for name in COMPILED:
-                    vars(part).pop(name, None)
+    new = copy.deepcopy(module, {id(thing): thing for thing in (*shared, *shared_with_copies(module))})
+    release_copy(new)
     for part, training in zip(new.modules(), modes, strict=True):
         part.training = training
     callbacks = new.configure_callbacks

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from lightning_nrl._lightning import data_module_of, given_loaders, prepare_batch, sampler_of
 from lightning_nrl.data.batch import Adapter, Batch, unpack
 from lightning_nrl.errors import ConfigurationError, DataWarning, explain
 
 __all__ = [
     "LoaderSource",
+    "batch_size_of",
     "check_loader",
     "find_loader",
     "length_of",
@@ -133,7 +136,7 @@ def make_source(
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
-    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    batch_size = batch_size_of(loader)
     if limit is not None:
         index = index[: limit * batch_size]
     positions = torch.arange(len(index))
@@ -151,12 +154,13 @@ def make_source(
         **worker_settings(loader),
     )
 
-    def transfer(raw: Any) -> Any:
-        raw = trainer.precision_plugin.convert_input(raw)
-        raw = model._on_before_batch_transfer(raw, dataloader_idx=0)
-        return trainer.strategy.batch_to_device(raw, dataloader_idx=0)
-
+    transfer = partial(prepare_batch, trainer, model)
     return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
+
+
+def batch_size_of(loader: DataLoader[Any]) -> int:
+    """How many samples a loader puts into a batch; 1 where a batch sampler of the user's own does not say."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
 
 
 def worker_settings(loader: DataLoader[Any]) -> dict[str, Any]:
@@ -216,34 +220,23 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
     """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
     if split in ("train", "val"):
         ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
-        given = ready if ready is not None else _given(split, trainer)
+        given = ready if ready is not None else given_loaders(trainer, split)
         if given is not None:
             return given
-    holder = trainer.datamodule if trainer.datamodule is not None else model  # type: ignore[attr-defined]
-    hook = f"{split}_dataloader"
-    if not callable(getattr(holder, hook, None)):
-        return None
-    inherited = pl.LightningDataModule if holder is not model else pl.LightningModule
-    if getattr(type(holder), hook, None) is getattr(inherited, hook, object()):
+    data = data_module_of(trainer)
+    holder, base = (model, pl.LightningModule) if data is None else (data, pl.LightningDataModule)
+    name = f"{split}_dataloader"
+    hook = getattr(holder, name, None)
+    if not callable(hook) or getattr(type(holder), name, None) is getattr(base, name, object()):
         return None
     try:
-        return getattr(holder, hook)()
+        return hook()
     except Exception:
-        if split != "test" or holder is model:
+        if split != "test" or data is None:
             raise
         # Only now: a data module may split its data anew in every `setup`.
-        holder.setup("test")
-        return getattr(holder, hook)()
-
-
-def _given(split: str, trainer: pl.Trainer) -> Any:
-    """What was given to `fit` as data loaders; None where hooks make them.
-
-    The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint.
-    """
-    loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
-    holder = loop._data_source.instance
-    return None if isinstance(holder, (pl.LightningModule, pl.LightningDataModule)) else holder
+        data.setup("test")
+        return hook()
 
 
 def warn_if_random(sources: Sequence[LoaderSource]) -> None:
@@ -276,8 +269,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
     """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed wrapper
+    _, sampler = sampler_of(loader)
     subset = getattr(sampler, "indices", None)
     if subset is not None and not isinstance(sampler, SequentialSampler):
         return torch.as_tensor(sorted({int(i) for i in subset}), dtype=torch.int64)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_nrl._lightning import is_compiled, original_module
+
 __all__ = ["Call", "Outputs", "Probe", "is_same"]
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
@@ -124,12 +126,12 @@ def _note(last: dict[str, Any], name: str, module: nn.Module, args: Any, output:
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All parts by name, outer ones first, without those whose calls were compiled, and what is inside of these."""
-    if getattr(model, "_compiler_ctx", None) is not None or model._compiled_call_impl is not None:
+    if is_compiled(model):
         return
     for name, part in model.named_children():
-        if part._compiled_call_impl is None and not isinstance(part, torch.jit.ScriptModule):
+        if not is_compiled(part) and not isinstance(part, torch.jit.ScriptModule):
             yield prefix + name, part
-            if not hasattr(part, "_orig_mod"):
+            if original_module(part) is part:
                 yield from _parts(part, f"{prefix}{name}.")
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging
+from pytorch_lightning.callbacks import Callback, ModelPruning
 
+from lightning_nrl._lightning import averaging_callbacks, callbacks_of
 from lightning_nrl.errors import ConfigurationError, explain
 
 __all__ = ["check_namespace", "check_order", "check_strategy"]
@@ -69,13 +70,10 @@ def check_order(
         ConfigurationError: weight averaging, pruning, or what has to come earlier comes after it, or what has to come
             earlier, or one of its own kind, comes before it and it would go back to the best checkpoint.
     """
-    overwriting: list[Any] = [StochasticWeightAveraging, ModelPruning, *earlier]
-    averaging = getattr(pl.callbacks, "WeightAveraging", None)
-    if averaging is not None:
-        overwriting.append(averaging)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    overwriting = (*averaging_callbacks(), ModelPruning, *earlier)
+    callbacks = callbacks_of(trainer)
     place = callbacks.index(callback)
-    behind = [c for c in callbacks[place + 1 :] if isinstance(c, tuple(overwriting))]
+    behind = [c for c in callbacks[place + 1 :] if isinstance(c, overwriting)]
     if behind:
         raise ConfigurationError(
             explain(

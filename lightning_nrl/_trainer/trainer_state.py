@@ -17,9 +17,9 @@ from pytorch_lightning.callbacks import (
     ModelCheckpoint,
     ProgressBar,
 )
-from pytorch_lightning.trainer.states import RunningStage
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
+from lightning_nrl._lightning import callbacks_of, set_callbacks
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, Silent
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
@@ -27,7 +27,7 @@ from lightning_nrl.errors import TrainingWarning, explain
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = ["StartingWeights", "borrowed", "make_evaluator", "starting_weights", "untracked", "validating"]
+__all__ = ["StartingWeights", "borrowed", "make_evaluator", "starting_weights", "untracked"]
 
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""
@@ -43,17 +43,6 @@ class StartingWeights:
 
 
 @contextmanager
-def validating(trainer: pl.Trainer) -> Iterator[None]:
-    """The trainer says that it validates, so that augmentation which asks it is left to training."""
-    stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING
-    try:
-        yield
-    finally:
-        trainer.state.stage = stage
-
-
-@contextmanager
 def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
     """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
 
@@ -61,16 +50,16 @@ def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
     random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
     module asks for in the trainer.
     """
-    loop, callbacks = trainer.fit_loop, trainer.callbacks  # type: ignore[attr-defined]
+    loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
     metrics = {name: dict(getattr(trainer, name)) for name in METRICS}
     trainer.num_sanity_val_steps = 0
-    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, TUNING)), callback]  # type: ignore[attr-defined]
+    set_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, TUNING)), callback])
     try:
         with random_state():
             yield
     finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        set_callbacks(trainer, callbacks)
         trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs = limits
         trainer.should_stop = False
         for name, known in metrics.items():
@@ -85,15 +74,17 @@ def untracked(trainer: pl.Trainer) -> Iterator[None]:
     Its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as found
     afterwards, such as their folder, which they would now take from a logger that writes nothing.
     """
-    loggers, callbacks = trainer.loggers, trainer.callbacks  # type: ignore[attr-defined]
+    loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
     stay = [c for c in callbacks if isinstance(c, (Checkpoint, ProgressBar)) or not isinstance(c, LEFT_OUT)]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer.loggers, trainer.callbacks = [Silent(folder) for _ in loggers], stay  # type: ignore[attr-defined]
+            trainer.loggers = [Silent(folder) for _ in loggers]
+            set_callbacks(trainer, stay)
             yield
     finally:
-        trainer.loggers, trainer.callbacks = loggers, callbacks  # type: ignore[attr-defined]
+        trainer.loggers = loggers
+        set_callbacks(trainer, callbacks)
         for now, before in remembered:
             now.clear()
             now.update(before)

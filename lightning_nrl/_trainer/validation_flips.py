@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -20,9 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_nrl._lightning import sampler_of, validating, validation_loaders
 from lightning_nrl._trainer.loaders import check_loader, make_source, worker_settings
 from lightning_nrl._trainer.output_capture import Probe
-from lightning_nrl._trainer.trainer_state import make_evaluator, validating
+from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
@@ -73,36 +73,32 @@ def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[
     Raises:
         ConfigurationError: it is not there, cannot be read by index, or is read together with others.
     """
-    fitting = trainer.state.fn == TrainerFn.FITTING
-    loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    with validating(trainer):
-        loop.setup_data()
-    combined = loop._combined_loader
-    if combined is None:
+    found = validation_loaders(trainer)
+    if found is None:
         raise ConfigurationError(
             explain("`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`.")
         )
-    loaders = combined.flattened
+    loaders = found.loaders
     if not dataloader < len(loaders):
         raise ConfigurationError(
             explain(
                 f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
             )
         )
-    if len(loaders) > 1 and combined._mode != "sequential":
+    if len(loaders) > 1 and found.mode != "sequential":
         raise ConfigurationError(
             explain(
-                f"`dataloader`: a CombinedLoader in the mode {combined._mode!r} mixes {len(loaders)} in one batch.",
+                f"`dataloader`: a CombinedLoader in the mode {found.mode!r} mixes {len(loaders)} in one batch.",
                 "give the validation data loaders as a list, so that they are read one after the other.",
             )
         )
     try:
         loader = check_loader(loaders[dataloader], "val")
     except ConfigurationError as error:
-        found = str(error).partition("\nHINT:")[0]
+        problem = str(error).partition("\nHINT:")[0]
         hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
-        raise ConfigurationError(explain(found, hint)) from error
-    most = loop.max_batches[dataloader]
+        raise ConfigurationError(explain(problem, hint)) from error
+    most = found.max_batches[dataloader]
     return loader, None if most == float("inf") else int(most)
 
 
@@ -179,8 +175,7 @@ def is_known(known: Replaced, trainer: pl.Trainer, dataloader: int) -> bool:
 
 def _order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     """Data-set positions of this rank's samples, batch by batch."""
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    inside = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # in Lightning's distributed wrapper
+    sampler, inside = sampler_of(loader)
     shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
     if not shuffles:
         found, again = ([list(map(int, b)) for b in islice(loader.batch_sampler or (), most)] for _ in range(2))

@@ -11,14 +11,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._lightning import callbacks_of, data_module_of, trainer_of, validating
 from lightning_nrl._trainer.inner_trainer import copied_module
 from lightning_nrl._trainer.loaders import find_loader, length_of
 from lightning_nrl._trainer.loss_injection import ONE_LINE, Wrapped, added, forwarded
 from lightning_nrl._trainer.output_capture import Outputs, Probe
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._trainer.trainer_state import validating
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import evaluating, preserve
@@ -104,7 +105,7 @@ class PositiveCongruentTraining(Callback):
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
-        if sum(isinstance(c, PositiveCongruentTraining) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if sum(isinstance(c, PositiveCongruentTraining) for c in callbacks_of(trainer)) > 1:
             hint = "keep one, and give it all terms as `term=[...]`."
             raise ConfigurationError(explain("`callbacks`: there are several PositiveCongruentTraining.", hint))
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
@@ -260,9 +261,9 @@ def regression_loss(module: pl.LightningModule, batch: Any, output: Any) -> Tens
             loss = F.cross_entropy(logits, batch[1])
             return loss + regression_loss(self, batch, logits)
     """
-    trainer = module._trainer
+    trainer = trainer_of(module)
     if trainer is not None and trainer.training:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, PositiveCongruentTraining):
                 return callback.loss(module, batch, output)
     return torch.zeros((), device=module.device)
@@ -272,7 +273,8 @@ def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | 
     """A module of the same architecture with other weights."""
     state = fitting("reference", read_state("reference", given), module)
     data = find_loader("train", trainer, module)
-    shared = [trainer, trainer.datamodule, *trainer.loggers, data, getattr(data, "dataset", None)]  # type: ignore[attr-defined]
+    dataset = data.dataset if isinstance(data, DataLoader) else None
+    shared = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
     modes = [False for _ in module.modules()]
     try:
         new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])

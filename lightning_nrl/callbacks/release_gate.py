@@ -14,6 +14,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
+from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import base_folder, file_names, output_folder, show, write_report
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
@@ -167,7 +168,7 @@ class ReleaseGate(Callback):
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]
     ) -> list[LoaderSource]:
         loaders = _named(trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders, stage, self.splits)
-        limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+        limit = batch_limit(trainer)
         how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "limit": limit}
         return [make_source(loader, name, seed=self.seed, **how) for name, loader in loaders.items()]
 

@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
 from lightning_nrl._trainer.data_splits import Found, check_data, find_data
 from lightning_nrl._trainer.loaders import LoaderSource, find_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
-from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights, validating
+from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve, random_state
@@ -177,7 +178,7 @@ class WeightInterpolation(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         evaluator = make_evaluator(trainer, pl_module, self.task)
         how: dict[str, Any] = {"batches": self.batches, "seed": self.seed}
-        limit = int(trainer.fast_dev_run) * trainer.world_size or None  # type: ignore[attr-defined]
+        limit = (batch_limit(trainer) or 0) * trainer.world_size or None
         with starting_weights("last", trainer, pl_module) as start, random_state(), validating(trainer):
             counted, training = self._sources(trainer, pl_module, limit)
             if counted is None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import nn
 
+from lightning_nrl._lightning import original_module
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError, explain
 
@@ -40,7 +41,7 @@ def check_model(model: Any, without_lightning: str) -> None:
     Raises:
         ConfigurationError: it is none.
     """
-    inner = getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
+    inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, pl.LightningModule):
         raise ConfigurationError(
             explain(

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 
+from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.trainer_checks import check_namespace
-from lightning_nrl._trainer.trainer_state import make_evaluator, untracked, validating
+from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.entrypoints.repair import without_training
@@ -99,7 +100,7 @@ def _scene(
     progress: RepairProgress,
     whole: bool,
 ) -> Scene:
-    limit = int(trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+    limit = batch_limit(trainer)
     how: dict[str, Any] = {"adapter": callback.adapter, "seed": callback.settings.seed, "limit": limit, "whole": whole}
     known, unseen = callback.data.sources(trainer, model, **how)
     calibration = callback.data.calibration_sources(trainer, model, **how)

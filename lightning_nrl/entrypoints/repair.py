@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 from typing_extensions import override
 
+from lightning_nrl._lightning import callbacks_of
 from lightning_nrl._trainer.continue_training import EPOCHS, epochs_of, epochs_saved
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.trainer_state import borrowed
@@ -174,8 +175,7 @@ def _check(trainer: pl.Trainer, callback: RegressionFreeRepair) -> None:
                 "name the checkpoint to start from as `ckpt_path`.",
             )
         )
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(c, RegressionFreeRepair) for c in callbacks):
+    if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
         raise ConfigurationError(
             explain("`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`.")
         )

@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
+from lightning_nrl._lightning import validating
 from lightning_nrl._trainer import budget as course_module
 from lightning_nrl._trainer import continue_training as continuing_module
 from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
 from lightning_nrl._trainer.loaders import make_source
-from lightning_nrl._trainer.trainer_state import validating
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer
 

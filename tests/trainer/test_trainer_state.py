@@ -11,7 +11,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import RunningStage
 from torch import nn
 
-from lightning_nrl._trainer.trainer_state import starting_weights, validating
+from lightning_nrl._lightning import validating
+from lightning_nrl._trainer.trainer_state import starting_weights
 
 
 @pytest.mark.parametrize("error", [None, ValueError])

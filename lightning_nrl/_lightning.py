@@ -1,0 +1,264 @@
+"""The one place that touches what Lightning does not promise to keep.
+
+Each function says which private part it touches. All were tried with pytorch-lightning 2.6.6; what differs in 2.5 is
+said where it does. Attributes that are public but have no types are here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.cloud_io import _load
+from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+from pytorch_lightning import callbacks as lightning_callbacks
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
+from pytorch_lightning.trainer.states import RunningStage, TrainerFn
+from torch import nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = [
+    "ValidationLoaders",
+    "averaging_callbacks",
+    "batch_limit",
+    "callbacks_of",
+    "data_module_of",
+    "given_loaders",
+    "is_compiled",
+    "original_module",
+    "prepare_batch",
+    "reading_checkpoints",
+    "release_copy",
+    "sampler_of",
+    "set_callbacks",
+    "set_loggers",
+    "shared_with_copies",
+    "trainer_of",
+    "validating",
+    "validation_loaders",
+]
+
+COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+"""What Lightning replaces on a compiled module, by functions that are bound to that very module."""
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """The callbacks of a trainer. `Trainer.callbacks` is set by a connector, so that it has no type."""
+    untyped: Any = trainer
+    found: list[Callback] = untyped.callbacks
+    return found
+
+
+def set_callbacks(trainer: pl.Trainer, callbacks: list[Callback]) -> None:
+    """Gives a trainer other callbacks; see `callbacks_of`."""
+    untyped: Any = trainer
+    untyped.callbacks = callbacks
+
+
+def set_loggers(trainer: pl.Trainer, loggers: Sequence[Any]) -> None:
+    """Gives a trainer other loggers: the setter of `Trainer.loggers`, which takes lists only."""
+    trainer.loggers = list(loggers)
+
+
+def data_module_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """The data module of a trainer's last call, if it had one. `Trainer.datamodule` is set by a connector."""
+    untyped: Any = trainer
+    found: pl.LightningDataModule | None = untyped.datamodule
+    return found
+
+
+def batch_limit(trainer: pl.Trainer) -> int | None:
+    """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
+    untyped: Any = trainer
+    return int(untyped.fast_dev_run) or None
+
+
+def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+    """The trainer of a module, None where it has none: `LightningModule.trainer` raises (`_trainer`)."""
+    return module._trainer
+
+
+@contextmanager
+def validating(trainer: pl.Trainer) -> Iterator[None]:
+    """The trainer says that it validates (`state.stage`), so that augmentation which asks it is left to training."""
+    stage = trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+def prepare_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """A raw batch on the device, as validation has it: converted, through the module's hooks, moved.
+
+    `_on_before_batch_transfer` calls the hook of the module or of the data module, whichever the trainer would.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def given_loaders(trainer: pl.Trainer, split: str) -> Any:
+    """What was given to `fit` as data loaders of `train` or `val`; None where hooks make them.
+
+    The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint
+    (`_data_source` of the loops).
+    """
+    loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
+    holder = loop._data_source.instance
+    return None if isinstance(holder, (pl.LightningModule, pl.LightningDataModule)) else holder
+
+
+@dataclass(frozen=True)
+class ValidationLoaders:
+    """What a trainer validates on.
+
+    Attributes:
+        loaders: the data loaders, or whatever else was given as such.
+        max_batches: how many batches of each; infinite: all.
+        mode: how several are read: `sequential`, or one that mixes them in one batch.
+    """
+
+    loaders: list[Any]
+    max_batches: list[int | float]
+    mode: str
+
+
+def validation_loaders(trainer: pl.Trainer) -> ValidationLoaders | None:
+    """The loaders that a trainer in `fit` or `validate` validates on, made if they are not yet; None: there are none.
+
+    `_combined_loader` of the evaluation loop and its `_mode`; `val_dataloaders` gives the user's nesting instead.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    with validating(trainer):
+        loop.setup_data()
+    combined = loop._combined_loader
+    if combined is None:
+        return None
+    return ValidationLoaders(list(combined.flattened), list(loop.max_batches), combined._mode)
+
+
+def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
+    """The sampler of a loader as it is, and the user's own inside of Lightning's distributed wrapper (`_sampler`)."""
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, DistributedSamplerWrapper):
+        wrapped: Any = sampler.dataset
+        return sampler, wrapped._sampler
+    return sampler, sampler
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """The module inside of what `torch.compile(module)` made, else the module itself (`_orig_mod`, torch 2.6 on)."""
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    return inner
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module are compiled, so that hooks inside of it do not run.
+
+    `_compiled_call_impl` of torch after `module.compile()`, `_compiler_ctx` of Lightning after `torch.compile(module)`.
+    """
+    by_lightning = isinstance(module, pl.LightningModule) and module._compiler_ctx is not None
+    return by_lightning or module._compiled_call_impl is not None
+
+
+def shared_with_copies(module: nn.Module) -> list[object]:
+    """What a deep copy of a module would copy although it is not the module's: `_trainer` and `_compiler_ctx`."""
+    parts = [part for part in module.modules() if isinstance(part, pl.LightningModule)]
+    return [thing for part in parts for thing in (part._trainer, part._compiler_ctx) if thing is not None]
+
+
+def release_copy(copy: nn.Module) -> None:
+    """Makes a deep copy of a module one that no trainer has seen and that is not compiled.
+
+    `_trainer`, `_current_fx_name`, `_metric_attributes` (keyed by the identity of the original's metrics) and
+    `_compiler_ctx`.
+    """
+    for part in copy.modules():
+        if isinstance(part, pl.LightningModule):
+            part._trainer = part._current_fx_name = None
+            part._metric_attributes = None
+            if part._compiler_ctx is not None:
+                part._compiler_ctx = None
+                for name in COMPILED_STEPS:
+                    vars(part).pop(name, None)
+
+
+def averaging_callbacks() -> tuple[type[Callback], ...]:
+    """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
+    later = getattr(lightning_callbacks, "WeightAveraging", None)
+    return (lightning_callbacks.StochasticWeightAveraging, *([] if later is None else [later]))
+
+
+@contextmanager
+def reading_checkpoints(trainer: pl.Trainer, argument: str, *, weights_only: bool = True) -> Iterator[None]:
+    """Inside, the trainer reads only checkpoints that hold tensors and plain values.
+
+    Lightning 2.5 runs whatever code a checkpoint has (`weights_only=False`); 2.6 leaves it to torch, but not for URLs.
+    A checkpoint plugin of the user's own reads as it does.
+
+    Args:
+        trainer: with its strategy.
+        argument: what the checkpoint was given as, for messages.
+        weights_only: false: the user trusts the file, and it is read with all objects in it.
+
+    Raises:
+        ConfigurationError: inside, for a file that holds anything else.
+    """
+    strategy = trainer.strategy
+    outer: Any = strategy.checkpoint_io
+    reader = _CheckpointReader(argument, weights_only)
+    if type(outer) is TorchCheckpointIO:
+        strategy.checkpoint_io = reader
+        try:
+            yield
+        finally:
+            strategy.checkpoint_io = outer
+    elif isinstance(outer, _WrappingCheckpointIO) and type(outer.checkpoint_io) is TorchCheckpointIO:
+        inner = outer.checkpoint_io
+        outer.checkpoint_io = reader
+        try:
+            yield
+        finally:
+            outer.checkpoint_io = inner
+    else:
+        yield
+
+
+class _CheckpointReader(TorchCheckpointIO):
+    """Lightning's own way to store checkpoints, which reads only what it may (`_load` of lightning_fabric)."""
+
+    def __init__(self, argument: str, weights_only: bool) -> None:
+        super().__init__()
+        self._argument, self._weights_only = argument, weights_only
+
+    @override
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """On the CPU, where Lightning takes tensors from anyway; `weights_only` is what was said before."""
+        try:
+            found: dict[str, Any] = _load(path, map_location=map_location or "cpu", weights_only=self._weights_only)
+        except OSError:
+            raise
+        except Exception as error:
+            # What is no such file raises whatever comes of reading its bytes as instructions.
+            text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+            raise ConfigurationError(
+                explain(
+                    f"`{self._argument}={str(path)!r}` cannot be read ({type(error).__name__}: {text}).",
+                    "give a checkpoint of tensors and plain values; to read one with other objects, which can run code "
+                    "of its own, load the model from it yourself, or say `weights_only=False` if you trust it.",
+                )
+            ) from error
+        return found

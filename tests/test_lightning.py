@@ -1,0 +1,76 @@
+"""One module alone touches what is private in Lightning."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
+
+import lightning_nrl
+from lightning_nrl import _lightning
+
+PACKAGE = Path(lightning_nrl.__file__).parent
+LIGHTNING = ("pytorch_lightning", "lightning_fabric")
+OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
+"""Private parts of torch, which other modules may touch."""
+
+
+def private_uses(source: str) -> list[str]:
+    """Private attributes of other objects, and private names of Lightning's packages, in a module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(LIGHTNING):
+            found += [alias.name for alias in node.names if alias.name.startswith("_")]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            found += [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+    return [name for name in found if name not in OF_TORCH]
+
+
+def test_the_search_for_private_uses_finds_them() -> None:
+    source = "from pytorch_lightning.core import _x\nself._mine\nmodule._trainer\nself.trainer.fit_loop._data_source"
+    assert sorted(private_uses(source)) == ["_data_source", "_trainer", "_x"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_other_module_touches_private_parts_of_lightning(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    uses = private_uses(source) if "pytorch_lightning" in source else []
+    if path.name == "_lightning.py":
+        assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
+    else:
+        assert uses == []
+
+
+def test_a_module_without_a_trainer_has_none() -> None:
+    assert _lightning.trainer_of(LightningModule()) is None
+
+
+def test_a_wrapped_sampler_is_given_with_its_wrapper() -> None:
+    data = TensorDataset(torch.arange(6))
+    plain = DataLoader(data, shuffle=True)
+    outer, inner = _lightning.sampler_of(plain)
+    assert isinstance(outer, RandomSampler)
+    assert inner is outer
+    wrapped = _lightning.DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
+    outer, inner = _lightning.sampler_of(DataLoader(data, sampler=wrapped))
+    assert isinstance(outer, DistributedSampler)
+    assert isinstance(inner, RandomSampler)
+
+
+def test_a_compiled_module_is_told_from_a_plain_one() -> None:
+    plain, compiled = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    compiled.compile(backend="eager")
+    assert (_lightning.is_compiled(plain), _lightning.is_compiled(compiled)) == (False, True)
+    whole = torch.compile(plain, backend="eager")
+    assert _lightning.original_module(whole) is plain
+
+
+def test_the_batch_limit_is_that_of_a_fast_dev_run(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
+    assert _lightning.batch_limit(Trainer(**settings)) is None
+    assert _lightning.batch_limit(Trainer(**settings, fast_dev_run=2)) == 2
