@@ -22,7 +22,7 @@ from rich import print
 from rich.table import Table
 from torch import Tensor
 
-from lightning_nrl import RegressionFreeRepair, RepairReport, Target, repair
+from lightning_nrl import RegressionFreeRepair, RepairReport, SampleOptions, Target, repair
 
 
 def slices(batch: tuple[Tensor, Tensor, Tensor]) -> list[str]:
@@ -63,18 +63,17 @@ def make_trainer(**arguments: Any) -> Trainer:
     return Trainer(accelerator="cpu", **quiet, **arguments)
 
 
-def repaired(model: DigitNet, data: SlashedZeros, folder: str, seed: int, **arguments: Any) -> RepairReport:
+def repaired(model: DigitNet, data: SlashedZeros, folder: str, seed: int, **counts: Any) -> RepairReport:
     """The report of one repair; the network is as it was afterwards."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     callback = RegressionFreeRepair(
         target=Target.all(),
         method="convex",
-        slices=slices,
+        samples=SampleOptions(slices=slices, **counts),
         unseen="test",
         seed=seed,
         dirpath=folder,
         verbose=False,
-        **arguments,
     )
     report = repair(make_trainer(), model, datamodule=data, callback=callback)
     model.load_state_dict(before)

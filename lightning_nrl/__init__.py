@@ -1,5 +1,6 @@
 """Regression-free repair of trained classifiers, as a PyTorch Lightning callback."""
 
+from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl.analysis.comparison import Comparison, compare_module
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.analysis.sweep import Grid, SweepResult, sweep_module
@@ -15,9 +16,11 @@ from lightning_nrl.entrypoints.diagnose import diagnose
 from lightning_nrl.entrypoints.repair import repair
 from lightning_nrl.entrypoints.sweep import sweep
 from lightning_nrl.errors import ConfigurationError, EvaluationError, RepairError
+from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.interpolation import choose_share, interpolate
@@ -36,10 +39,12 @@ __all__ = [
     "AllWeights",
     "Auto",
     "Bound",
+    "BoundOptions",
     "Comparison",
     "ConfigurationError",
     "Convex",
     "Custom",
+    "DataOptions",
     "Diagnosis",
     "EvaluationError",
     "FineTunePolish",
@@ -66,6 +71,8 @@ __all__ = [
     "ReleaseGate",
     "RepairError",
     "RepairReport",
+    "SampleOptions",
+    "SearchOptions",
     "Segmentation",
     "Sequence",
     "Settings",

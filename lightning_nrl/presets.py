@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 from lightning_nrl.search import ParticleSwarm
 from lightning_nrl.search.fitness import Fitness
 
-__all__ = ["TABLE_II", "PaperRow", "paper_arguments", "paper_row"]
+__all__ = ["TABLE_II", "PaperRow", "paper_arguments", "paper_row", "with_paper_row"]
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,22 @@ def paper_arguments(row: str) -> dict[str, Any]:
         ConfigurationError: Table II has no such row.
     """
     found = paper_row(row)
+    fitness = Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero")
     return {
-        "fitness": Fitness(found.equation, alpha=found.alpha, perfect_intact=found.perfect_intact, infeasible="zero"),
         "method": ParticleSwarm(particles=found.particles, iterations=100, patience=10, start="paper"),
-        "localizer": NeuRecoverLite(n_weights=found.n_weights),
-        "n_passed": found.n_passed,
         "gate": Gate.accuracy(),
-        "strength": 1.0,
+        "search": SearchOptions(fitness, NeuRecoverLite(n_weights=found.n_weights), found.n_passed),
+        "bounds": BoundOptions(strength=1.0),
     }
+
+
+def with_paper_row(row: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's arguments with some more, which go before it; of options, those that differ from the defaults do."""
+    made = {**paper_arguments(row), **arguments}
+    search, bounds = (paper_arguments(row)[name] for name in ("search", "bounds"))
+    if "search" in arguments:
+        made["search"] = replace(search, **changed_options(arguments["search"]))
+    if "bounds" in arguments:
+        own = changed_options(arguments["bounds"])
+        made["bounds"] = replace(bounds, **({"strength": None} if "limit" in own else {}), **own)
+    return made

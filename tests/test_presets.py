@@ -29,7 +29,7 @@ def test_a_row_is_what_the_paper_prints(line: str) -> None:
     assert settings.fitness.alpha == float(alpha)
     assert settings.fitness.perfect_intact is (pi == "True")
     assert settings.localizer == type(settings.localizer)(n_weights=int(n_weights))
-    assert settings.n_passed == int(n_passed)
+    assert settings.search.n_passed == int(n_passed)
     assert settings.method.particles == int(particles)
 
 

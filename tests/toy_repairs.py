@@ -7,14 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from options import with_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, Settings, TensorSource
+from lightning_nrl import NeuRecoverLite, ParticleSwarm, SearchOptions, Settings, TensorSource
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=12, iterations=12),
-    "localizer": NeuRecoverLite(n_weights=12),
+    "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)),
 }
 
 ONE_AT_A_TIME = threading.Lock()
@@ -62,7 +63,7 @@ def unseen(seed: int = 0) -> list[TensorSource]:
 
 
 def quick(**arguments: Any) -> Settings:
-    return Settings(**{**QUICK, **arguments})
+    return Settings(**with_options({**QUICK, **arguments}))
 
 
 @torch.no_grad()

@@ -30,7 +30,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_nrl import PositiveCongruentTraining, RepairReport, choose_share, interpolate, repair
+from lightning_nrl import (
+    DataOptions,
+    PositiveCongruentTraining,
+    RepairReport,
+    choose_share,
+    interpolate,
+    repair,
+)
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.serving import WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.serving.margin_switch import SwitchRule
@@ -93,8 +100,9 @@ def _repair(folder: Path, model: LightningModule, in_use: InUse) -> None:
         model,
         in_use.everything(),
         reference=in_use.checkpoint(),
-        passed=DataLoader(in_use.data.data["train"], 128),
-        failed=DataLoader(in_use.data.data["repair"], 128),
+        data=DataOptions(
+            passed=DataLoader(in_use.data.data["train"], 128), failed=DataLoader(in_use.data.data["repair"], 128)
+        ),
         unseen=DataLoader(in_use.quarters()[1], 128),
         seed=in_use.seed,
         dirpath=folder,

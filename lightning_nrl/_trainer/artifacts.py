@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._lightning import batch_limit
-from lightning_nrl._tracking import outcome
+from lightning_nrl._tracking import outcome, track
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.document import Shown
 
-__all__ = ["base_folder", "file_names", "headline", "output_folder", "show", "write_report"]
+__all__ = ["base_folder", "file_names", "output_folder", "publish", "show", "with_files", "write_report"]
 
 
 def base_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path:
@@ -83,6 +84,38 @@ def show(report: Shown) -> None:
         print(report.render())
     else:
         get_console().print(report.to_table())
+
+
+def with_files(
+    report: RepairReport, dirpath: str | Path | None, trainer: pl.Trainer, *, accepted: bool
+) -> tuple[RepairReport, str]:
+    """The report with the names of its files, and the name that it has in logs.
+
+    A second repair in one log gets tags of its own, as it gets a folder of its own.
+    """
+    folder = output_folder(dirpath, trainer)
+    name = folder.name if folder is not None and dirpath is None else "repair"
+    return replace(report, files=file_names(folder, checkpoint=accepted)), name
+
+
+def publish(report: RepairReport, trainer: pl.Trainer, name: str, *, change: Tensor | None, verbose: bool) -> None:
+    """Saves the checkpoint, writes the files, logs and prints.
+
+    Args:
+        report: with the names of its files.
+        trainer: whose callbacks put the repaired weights into the checkpoint.
+        name: what tags begin with.
+        change: the change of each weight that differs.
+        verbose: whether the report is printed.
+    """
+    if "checkpoint" in report.files:
+        trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
+    if trainer.is_global_zero:
+        write_report(report)
+        track(report, trainer.loggers, step=trainer.global_step, change=change, name=name)
+        if verbose:
+            show(report)
+    trainer.callback_metrics.update(headline(report, name))
 
 
 def headline(report: RepairReport, name: str) -> dict[str, Tensor]:

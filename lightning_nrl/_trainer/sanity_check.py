@@ -46,7 +46,7 @@ def rehearse(
     model, task = evaluator.model, evaluator.task
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        few, _ = settings.counting.columns().over(evaluator, sources, settings.target)
+        few, _ = settings.samples.columns().over(evaluator, sources, settings.target)
         if reference is not None:
             # Without its cache, which is for all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
@@ -59,5 +59,7 @@ def rehearse(
         # What these few samples say of the weights does not matter yet, nor what is worth a warning.
         with warnings.catch_warnings(), suppress(EmptyLocalizationError, EvaluationError):
             warnings.simplefilter("ignore")
-            recording = record(model, batches, space, task, known, context=evaluator.context, budget=settings.budget)
+            recording = record(
+                model, batches, space, task, known, context=evaluator.context, budget=settings.search.budget
+            )
             settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=evaluator.collective)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,23 +12,34 @@ from torch import nn
 
 from lightning_nrl._lightning import original_module
 from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.entrypoints.heeded import OPTION_CLASSES, check_heeded
 from lightning_nrl.errors import ConfigurationError, explain
 
 __all__ = ["callback_with", "check_model"]
 
 
-def callback_with(**arguments: Any) -> RegressionFreeRepair:
+def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
     """A callback with these arguments.
 
+    Args:
+        entry_point: whose arguments they are.
+        **arguments: of `RegressionFreeRepair`.
+
     Raises:
-        ConfigurationError: it has no such argument (the nearest one is named), or one cannot be used.
+        ConfigurationError: it has no such argument (the nearest one is named), one cannot be used, or has no effect.
     """
     known = list(inspect.signature(RegressionFreeRepair).parameters)
+    inside = {
+        field.name: f"`{name}={kind.__name__}({field.name}=...)`"
+        for name, kind in OPTION_CLASSES.items()
+        for field in fields(kind)
+    }
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it is one of {known}."
+            near = difflib.get_close_matches(name, [*known, *inside], n=1)
+            hint = f"did you mean {inside.get(near[0], f'`{near[0]}`')}?" if near else f"it is one of {known}."
             raise ConfigurationError(explain(f"`{name}` is no argument of a repair.", hint))
+    check_heeded(entry_point, arguments)
     return RegressionFreeRepair(**arguments)
 
 

@@ -8,17 +8,12 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from lightning_nrl._trainer.trained_model import TrainedModel
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import Scene, look
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.entrypoints.dry_fit import dry_fit
 
 __all__ = ["compare"]
-
-WITHOUT_EFFECT = {
-    *("gate", "strength", "limit", "sparse", "calibration", "dirpath"),
-    *("slices", "quotas", "protected", "set_aside"),
-}
 
 
 def compare(
@@ -49,8 +44,7 @@ def compare(
             mapping; None: every method and baseline that has a name.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
         **arguments: further arguments of `RegressionFreeRepair`, such as `target` and `layer`; `max_time` is what each
-            method may take, retraining excepted. Those that say how a repair ends (`gate`, `strength`, `limit`,
-            `sparse`, `calibration`, `dirpath`) have no part in it.
+            method may take, retraining excepted. docs/options.md says which have an effect; others are refused.
 
     Returns:
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
@@ -65,31 +59,19 @@ def compare(
         comparison.plot("comparison.png")
     """
     chosen = parse_methods(methods)
-    if "method" in arguments:
-        method = arguments["method"]
-        raise ConfigurationError(
-            explain(f"`method={method!r}`: a comparison runs several.", f"name them: `methods=[{method!r}, ...]`.")
-        )
-    callback = callback_with(unseen=unseen, **arguments)
+    callback = callback_with("compare", unseen=unseen, **arguments)
     check_model(model, "compare_module")
-    for name in sorted(WITHOUT_EFFECT & set(arguments)):
-        raise ConfigurationError(
-            explain(
-                f"`{name}={arguments[name]!r}`: a comparison counts what methods give, and accepts and writes nothing.",
-                f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
-            )
-        )
 
-    def work(scene: Scene) -> Comparison:
+    def work(trained: TrainedModel) -> Comparison:
         return compare_module(
-            scene.evaluator,
-            scene.known,
+            trained.evaluator,
+            trained.known,
             callback.settings,
-            unseen=scene.unseen,
+            unseen=trained.unseen,
             methods=chosen,
-            training=scene.training,
-            observer=scene.observer,
+            training=trained.training,
+            observer=trained.observer,
         )
 
     loaders = (train_dataloaders, val_dataloaders)
-    return look("comparison", work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    return dry_fit(work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_nrl._trainer.trained_model import TrainedModel
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import Scene, look
+from lightning_nrl.entrypoints.dry_fit import dry_fit
 
 __all__ = ["diagnose"]
 
@@ -37,7 +38,7 @@ def diagnose(
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
         **arguments: arguments of `RegressionFreeRepair`, so that a repair can be given the same. Those that say which
-            failures and data are meant (`target`, `passed`, `failed`, `task`, `adapter`) and `seed` matter here.
+            failures and data are meant (`target`, `task`, `data`) and `seed` matter here.
 
     Returns:
         The diagnosis: `rich.print` shows its tables, `plot()` draws it, `advice` says what to do.
@@ -51,13 +52,15 @@ def diagnose(
         diagnosis = diagnose(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", target=Target.label(3))
         print(diagnosis.advice)
     """
-    callback = callback_with(**arguments)
+    callback = callback_with("diagnose", **arguments)
     check_model(model, "diagnose_module")
 
-    def work(scene: Scene) -> Diagnosis:
-        training = scene.training
+    def work(trained: TrainedModel) -> Diagnosis:
+        training = trained.training
         epochs = None if training.obstacle else training.epochs
-        return diagnose_module(scene.evaluator, scene.known, callback.settings, epochs=epochs, observer=scene.observer)
+        return diagnose_module(
+            trained.evaluator, trained.known, callback.settings, epochs=epochs, observer=trained.observer
+        )
 
     loaders = (train_dataloaders, val_dataloaders)
-    return look("diagnosis", work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    return dry_fit(work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)

@@ -1,56 +1,33 @@
-"""Work on a trained LightningModule and its data that changes nothing: inside a fit that makes no step."""
+"""Work on a trained LightningModule and its data inside a fit that makes no step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from typing_extensions import override
 
-from lightning_nrl._lightning import batch_limit, validating
-from lightning_nrl._trainer.continue_training import ContinuedTraining
-from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
-from lightning_nrl._trainer.progress import RepairProgress
-from lightning_nrl._trainer.trainer_checks import check_namespace
-from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
+from lightning_nrl._lightning import callbacks_of
+from lightning_nrl._trainer.continue_training import EPOCHS, epochs_of, epochs_saved
+from lightning_nrl._trainer.trained_model import TrainedModel
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_state import borrowed, untracked
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
-from lightning_nrl.entrypoints.repair import without_training
-from lightning_nrl.errors import RepairError, explain
-from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.pipeline.repair_module import Outcome
 
-__all__ = ["Scene", "look"]
+__all__ = ["Work", "dry_fit", "without_training"]
 
 Result = TypeVar("Result")
+Work = Callable[[pl.Trainer, pl.LightningModule, int], Outcome | None]
+"""What is done with a trainer, its module, and the epochs that the model was trained for."""
 
 
-@dataclass(frozen=True)
-class Scene:
-    """A trained module and its data, as they are inside a fit.
-
-    Attributes:
-        model: on its device.
-        known: the data that a repair may look at.
-        unseen: the data that are only counted.
-        calibration: the data that no method looks at, to choose by.
-        training: would go on with the training.
-        evaluator: the model as it is deployed, and what judges it.
-        observer: is told how it goes.
-    """
-
-    model: pl.LightningModule
-    known: list[LoaderSource]
-    unseen: list[LoaderSource]
-    calibration: list[LoaderSource]
-    training: ContinuedTraining
-    evaluator: Evaluator
-    observer: RepairProgress
-
-
-def look(
-    what: str,
-    work: Callable[[Scene], Result],
+def dry_fit(
+    work: Callable[[TrainedModel], Result],
     callback: RegressionFreeRepair,
     trainer: pl.Trainer,
     model: pl.LightningModule,
@@ -59,13 +36,12 @@ def look(
     whole: bool = False,
     **arguments: Any,
 ) -> Result:
-    """Has something looked at. The model, the trainer and the random state stay as they are, and nothing is written.
+    """Has work done that changes nothing: the model, the trainer and the random state stay as they are.
 
     Args:
-        what: the name of the result, for an error.
-        work: gives it; it may not change the model.
+        work: gives the result; it may not change the model.
         callback: says which data, task and seed are meant.
-        trainer: is used for one `fit` that makes no step.
+        trainer: is used for one `fit` that makes no step and writes nothing.
         model: the module, trained, or to be filled from `ckpt_path`.
         train_dataloaders: as for `fit`.
         val_dataloaders: as for `fit`.
@@ -77,33 +53,115 @@ def look(
         RepairError: the work was done in another process.
     """
     check_namespace(trainer)
-    found: list[Result] = []
+    results: list[Result] = []
 
     def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
-        with validating(trainer), RepairProgress(trainer) as progress:
-            found.append(work(_scene(trainer, module, callback, epochs, progress, whole)))
+        with callback.request.opened(trainer, module, epochs, whole=whole) as trained:
+            results.append(work(trained))
 
     with untracked(trainer), without_training(trainer, callback, inside):
         trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
-    if not found:
+    if not results:
         raise RepairError(
-            explain(f"the {what} was made in another process.", "use a strategy that starts no processes of its own.")
+            explain("the result was made in another process.", "use a strategy that starts no processes of its own.")
         )
-    return found[0]
+    return results[0]
 
 
-def _scene(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    callback: RegressionFreeRepair,
-    epochs: int,
-    progress: RepairProgress,
-    whole: bool,
-) -> Scene:
-    limit = batch_limit(trainer)
-    how: dict[str, Any] = {"adapter": callback.adapter, "seed": callback.settings.seed, "limit": limit, "whole": whole}
-    known, unseen = callback.data.sources(trainer, model, **how)
-    calibration = callback.data.calibration_sources(trainer, model, **how)
-    warn_if_random(known)
-    training = ContinuedTraining(trainer, model, known, epochs, left_out=(RegressionFreeRepair, WeightInterpolation))
-    return Scene(model, known, unseen, calibration, training, make_evaluator(trainer, model, callback.task), progress)
+@contextmanager
+def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work) -> Iterator[None]:
+    """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
+
+    Args:
+        trainer: whose `fit` is called inside.
+        callback: says what is to be repaired and how.
+        work: what is to be done. If an outcome comes of it, it is saved, logged and written into the model.
+
+    Raises:
+        ConfigurationError: the trainer holds a repair or wants a minimum of training.
+    """
+    _check(trainer)
+    with borrowed(trainer, _WithoutTraining(callback, work, trainer)), warnings.catch_warnings():
+        for text in (
+            "The number of training batches",
+            "`max_epochs` was not set",
+            "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+        ):
+            warnings.filterwarnings("ignore", text)
+        yield
+
+
+class _WithoutTraining(pl.Callback):
+    """Works at the start of a fit and stops it before its first step.
+
+    Args:
+        callback: says how.
+        work: what is done.
+        trainer: knows how long it trained a module before; a checkpoint that is loaded knows better.
+    """
+
+    def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: pl.Trainer) -> None:
+        self.callback = callback
+        self.work = work
+        self.outcome: Outcome | None = None
+        fitted = trainer.fit_loop.epoch_progress.current.ready > 0
+        self._fitted = trainer.lightning_module if fitted else None
+        self._epochs = epochs_of(trainer) if fitted else EPOCHS
+        self._saved: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self.callback.state_key
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Order does not matter: nothing else happens in this fit.
+        check_strategy(trainer)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._saved = epochs_saved(checkpoint)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Without a limit, a checkpoint may have any number of epochs. Before, optimizers were configured, and schedules
+        # may have asked how long training is.
+        trainer.fit_loop.max_epochs = -1
+        self.callback.on_fit_start(trainer, pl_module)
+        self.callback.on_train_start(trainer, pl_module)
+        fitted = self._epochs if pl_module is self._fitted else EPOCHS
+        self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
+        trainer.should_stop = True
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
+        if self.outcome is not None:
+            self.callback.finish(trainer, pl_module, self.outcome)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.callback.state_dict()
+
+
+def _check(trainer: pl.Trainer) -> None:
+    check_namespace(trainer)
+    if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
+        raise ConfigurationError(
+            explain("`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`.")
+        )
+    if trainer.min_epochs or (trainer.min_steps or 0) > 0:
+        raise ConfigurationError(
+            explain(
+                "`trainer` has `min_epochs` or `min_steps`, which make it train.",
+                "use a trainer without a minimum of training.",
+            )
+        )

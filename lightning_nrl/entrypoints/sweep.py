@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from lightning_nrl._tracking import track_sweep
+from lightning_nrl._trainer.trained_model import TrainedModel
 from lightning_nrl._trainer.trainer_state import starting_weights
 from lightning_nrl.analysis.sweep import (
     Seeds,
@@ -22,24 +23,11 @@ from lightning_nrl.analysis.sweep import (
     sweep_module,
 )
 from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import Scene, look
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.entrypoints.dry_fit import dry_fit
+from lightning_nrl.errors import check_choice
 
 __all__ = ["sweep"]
 
-WITHOUT_EFFECT = {
-    "gate": "a sweep judges nothing",
-    "strength": "a run is taken as it is",
-    "limit": "a run is taken as it is",
-    "sparse": "a run is taken as it is",
-    "max_time": "a run that ends early is another run",
-    "reference": "a sweep knows no replaced model",
-    "keep": "a sweep knows no replaced model",
-    "seed": "a sweep has `seeds`",
-    "slices": "the table of a sweep has no column for it",
-    "quotas": "the table of a sweep has no column for it",
-    "protected": "the table of a sweep has no column for it",
-}
 LOGS = ("setting", "run", "none")
 
 
@@ -79,7 +67,8 @@ def sweep(
         trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
         log: what becomes a row of TensorBoard's HParams tab: each `setting`, by its means, each `run`, or `none`.
         **arguments: further arguments of `RegressionFreeRepair`, such as `target`, `layer` and `calibration`, and what
-            settings leave open of the search: `method=ParticleSwarm(...)`, `fitness`, `localizer`, `n_passed`.
+            settings leave open of the search: `method=ParticleSwarm(...)` and `search=SearchOptions(...)`.
+            docs/options.md says which have an effect; others are refused.
 
     Returns:
         The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
@@ -96,40 +85,31 @@ def sweep(
         run = result.best()
         report = repair(Trainer(), model, datamodule=dm, ckpt_path="best.ckpt", **result.arguments(run))
     """
-    for name in sorted(set(WITHOUT_EFFECT) & set(arguments)):
-        raise ConfigurationError(
-            explain(
-                f"`{name}={arguments[name]!r}`: {WITHOUT_EFFECT[name]}.",
-                f"leave `{name}` out; it is an argument of `repair` and `RegressionFreeRepair`.",
-            )
-        )
     check_choice("log", log, LOGS)
-    callback = callback_with(unseen=unseen, dirpath=dirpath, **arguments)
+    callback = callback_with("sweep", unseen=unseen, dirpath=dirpath, **arguments)
     base = swarming(callback.settings)
     parse_settings(settings, base)
     numbers = parse_seeds(seeds)
     check_trials(trials, settings)
     check_model(model, "sweep_module")
 
-    def work(scene: Scene) -> SweepResult:
-        with starting_weights("last", trainer, scene.model):
+    def work(trained: TrainedModel) -> SweepResult:
+        with starting_weights("last", trainer, trained.model):
             return sweep_module(
-                scene.evaluator,
-                scene.known,
+                trained.evaluator,
+                trained.known,
                 settings,
                 seeds=numbers,
                 base=base,
-                unseen=scene.unseen,
-                calibration=scene.calibration,
+                unseen=trained.unseen,
+                calibration=trained.calibration,
                 dirpath=dirpath,
                 trials=trials,
-                observer=scene.observer,
+                observer=trained.observer,
             )
 
     loaders = (train_dataloaders, val_dataloaders)
-    result = look(
-        "sweep", work, callback, trainer, model, *loaders, whole=True, datamodule=datamodule, ckpt_path=ckpt_path
-    )
+    result = dry_fit(work, callback, trainer, model, *loaders, whole=True, datamodule=datamodule, ckpt_path=ckpt_path)
     if log != "none":
         track_sweep(result, trainer.loggers, each=log)
     return result

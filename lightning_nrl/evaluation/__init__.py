@@ -8,6 +8,6 @@ of samples and quotas of slices are columns of that table.
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.sample_weights import DOUBTFUL, Focal, Importance
+from lightning_nrl.evaluation.sample_weights import DOUBTFUL, Focal, SampleOptions
 
-__all__ = ["DOUBTFUL", "Evaluator", "FlipCounts", "Flips", "Focal", "Importance", "SampleResults"]
+__all__ = ["DOUBTFUL", "Evaluator", "FlipCounts", "Flips", "Focal", "SampleOptions", "SampleResults"]

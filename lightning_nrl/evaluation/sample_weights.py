@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,17 +19,21 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.columns import Column, find_column, numbers
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import checked_quotas, normalised
+from lightning_nrl.evaluation.quotas import Quota, checked_quotas, normalised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder
 from lightning_nrl.tasks import Task
 
-__all__ = ["DOUBTFUL", "Focal", "Importance"]
+__all__ = ["DOUBTFUL", "KEEPS", "Focal", "Keep", "SampleOptions"]
 
 DOUBTFUL = "doubtful"
 """Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.neighbors.doubtful`)."""
+
+Keep = Literal["both", "reference"]
+"""In an update, what may not break: what either model gets right, or only what the replaced one does too."""
+KEEPS: tuple[Keep, ...] = get_args(Keep)
 
 WORDS = {"importance": ("focal",), "set_aside": (DOUBTFUL,)}
 
@@ -62,8 +66,25 @@ class Focal:
 
 
 @dataclass(frozen=True)
-class Importance:
-    """What a user says of how much samples count; `lightning_nrl.pipeline.settings.Settings` describes each.
+class SampleOptions:
+    """What each sample counts: failures that matter more, samples that may not break, slices, labels in doubt.
+
+    A column is a key or a place in your batches, a function of a batch, or its address, `package.module:function`.
+
+    Attributes:
+        importance: what repairing each failed sample is worth, beside the others: a column of numbers above 0, ids as
+            `{id: number}` or `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`: hard ones count more. None: all
+            alike.
+        slices: the slice that each sample is in, likewise a column, of names, numbers or bools, or a target; the report
+            has a row for each.
+        quotas: how many targets of a slice must be repaired for a repair to be accepted:
+            `{"night": 5, "truck": "50%"}`.
+        protected: passed samples that may not break, whatever the gate tolerates, on known and calibration data: a
+            column of bools, a target, or ids by split. Whole numbers say how many other samples one counts for.
+        set_aside: failed samples that are no targets although they are in the target: a column of bools, a target, ids,
+            or `"doubtful"`, those whose label looks wrong. They are listed in the report.
+        keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
+            `reference`, only what both of them get right.
 
     Raises:
         ConfigurationError: on construction, for what is no column, no mapping by id and no known word.
@@ -71,11 +92,13 @@ class Importance:
 
     importance: Any = None
     slices: Any = None
-    quotas: Any = None
+    quotas: Mapping[str, Quota] | None = None
     protected: Any = None
     set_aside: Any = None
+    keep: Keep = "both"
 
     def __post_init__(self) -> None:
+        check_choice("keep", self.keep, KEEPS)
         for name in ("importance", "slices", "protected", "set_aside"):
             value = getattr(self, name)
             by_id = isinstance(value, Mapping) if name == "importance" else isinstance(value, (Mapping, list, tuple))
@@ -84,7 +107,7 @@ class Importance:
             if value is not None:
                 find_column(name, value)
         if self.quotas is not None:
-            checked_quotas(self.quotas)
+            object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
                 raise ConfigurationError(
                     explain(
@@ -93,11 +116,11 @@ class Importance:
                     )
                 )
 
-    def columns(self) -> Importance:
+    def columns(self) -> SampleOptions:
         """What of it is said by columns of batches, for a look at a few samples."""
         names = ("importance", "protected", "set_aside")
         own = {name: getattr(self, name) for name in names if self._is_column(name, getattr(self, name))}
-        return Importance(slices=self.slices, **own)
+        return SampleOptions(slices=self.slices, **own)
 
     def over(
         self,

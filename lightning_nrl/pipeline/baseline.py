@@ -69,7 +69,7 @@ def look(
         EvaluationError: losses are not finite; the samples are named.
     """
     with clock.stage("collect"):
-        before, left_out = settings.counting.over(evaluator, known, settings.target, everywhere=reference is not None)
+        before, left_out = settings.samples.over(evaluator, known, settings.target, everywhere=reference is not None)
     aside: dict[Role, SampleResults] = {}
     for role, sources in others.items():
         with clock.stage("unseen"):
@@ -83,8 +83,8 @@ def look(
             update = look_back(reference, evaluator, {"known": known, **others}, {"known": before, **aside})
         own = update.regressions("known", before)
         aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
-        before = update.kept(own, settings.keep)
-    if settings.set_aside == DOUBTFUL:
+        before = update.kept(own, settings.samples.keep)
+    if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
             left_out = find_label_issues(evaluator, known, before)
     same, before = own is before, _weighed(before, left_out)

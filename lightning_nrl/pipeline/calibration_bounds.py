@@ -54,7 +54,7 @@ def groups_of(known: Sequence[Source], before: SampleResults, calibration: Sampl
         ConfigurationError: the expected mix is not about the slices of the calibration data.
     """
     failed = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
-    if settings.slices is not None:
+    if settings.samples.slices is not None:
         names = tuple(sorted({*calibration.names, *before.names}))
         here, there = (renumbered(table.names, table.group, names) for table in (calibration, before))
     else:
@@ -63,7 +63,7 @@ def groups_of(known: Sequence[Source], before: SampleResults, calibration: Sampl
         names = tuple(map(str, classes.tolist()))
         here, there = (_classes(table.label, classes) for table in (calibration, before))
     found = Groups(names, here, there[failed])
-    if settings.mix is not None:
+    if settings.bounds.mix is not None:
         _check_mix(found, calibration, _mix(settings))
     return found
 
@@ -85,16 +85,18 @@ def bounds_after(
     """
     flips = Flips.between(before, after)
     counts = flips.counts()
-    sure = 1 - (1 - settings.confidence) / selection.states
+    sure = 1 - (1 - settings.bounds.confidence) / selection.states
     passed = flips.kept | flips.broken
     slices = _slices(groups, flips.broken, passed, sure) if groups.names else None
-    shown = slices is not None and (settings.slices is not None or settings.mix is not None)
-    weighted = weighted_bound(slices, _mix(settings), sure).upper if slices is not None and settings.mix else None
+    shown = slices is not None and (settings.samples.slices is not None or settings.bounds.mix is not None)
+    weighted = (
+        weighted_bound(slices, _mix(settings), sure).upper if slices is not None and settings.bounds.mix else None
+    )
     return CalibrationBounds(
         broken=counts.broken,
         n=counts.passed,
-        confidence=settings.confidence,
-        upper=limit_after(counts.broken, counts.passed, selection, settings.confidence),
+        confidence=settings.bounds.confidence,
+        upper=limit_after(counts.broken, counts.passed, selection, settings.bounds.confidence),
         states=selection.states,
         allowed=selection.allowed,
         slices=tuple(SliceLimit(str(name), b.broken, b.n, b.upper) for name, b in slices.bounds.items())
@@ -164,4 +166,4 @@ def _classes(label: Tensor, classes: Tensor) -> Tensor:
 
 
 def _mix(settings: Settings) -> dict[Name, float]:
-    return {str(name): share for name, share in (settings.mix or {}).items()}
+    return {str(name): share for name, share in (settings.bounds.mix or {}).items()}

@@ -62,10 +62,10 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
         raise ConfigurationError(
             explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
         )
-    if settings.n_passed is not None and not any(source.passed for source in known):
+    if settings.search.n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
             explain(
-                f"`n_passed={settings.n_passed}`: no known source is marked `passed`.",
+                f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
                 "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
             )
         )
@@ -83,7 +83,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
     Raises:
         ConfigurationError: as above.
     """
-    for name, value in (("limit", settings.limit), ("mix", settings.mix)):
+    for name, value in (("limit", settings.limit), ("mix", settings.bounds.mix)):
         if value is not None and not calibrated:
             shown = repr(str(value)) if name == "limit" else "..."
             raise ConfigurationError(
@@ -106,7 +106,7 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
         ConfigurationError: as above.
     """
     check_needs(getattr(settings.method, "needs", ()), before, task)
-    if settings.set_aside == DOUBTFUL:
+    if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
         check_needs(CLASSES, before, task, f"`set_aside={DOUBTFUL!r}`", hint)
 
@@ -130,7 +130,7 @@ def check_losses(before: SampleResults) -> None:
 
 def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
     """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper)."""
-    if settings.n_passed is None:
+    if settings.search.n_passed is None:
         return before.passed
     pool = torch.zeros_like(before.passed)
     for source in known:
@@ -139,7 +139,7 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     rows = pool.nonzero().flatten()
     generator = torch.Generator().manual_seed(settings.seed)
     drawn = torch.zeros_like(pool)
-    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.n_passed]]] = True
+    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
     return drawn
 
 
@@ -151,7 +151,7 @@ def see_aside(evaluator: Evaluator, unseen: Sequence[Source], settings: Settings
         unseen: the data.
         settings: say which failures are marked, where that can be told, and what samples count.
     """
-    over = partial(settings.counting.over, evaluator, unseen, known=False)
+    over = partial(settings.samples.over, evaluator, unseen, known=False)
     try:
         return over(settings.target, everywhere=True)[0]
     except Exception as error:

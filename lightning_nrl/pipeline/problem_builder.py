@@ -52,7 +52,7 @@ def build_problem(
         passed_rows(before, known, settings),
         clock=StageTimer() if clock is None else clock,
         seed=settings.seed,
-        budget=settings.budget,
+        budget=settings.search.budget,
         training=training,
         whole=settings.layer == "auto",
         update=update,

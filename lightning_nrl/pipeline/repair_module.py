@@ -126,7 +126,7 @@ def repair_module(
         )
         if not before.targeted.any():
             return Outcome(account.closed("nothing to repair", _nothing(found.known, known, settings.target, update)))
-        quotas, impossible = needed(before, settings.quotas or {})
+        quotas, impossible = needed(before, settings.samples.quotas or {})
         if impossible:
             return _given_up(account, impossible)
         problem = build_problem(
@@ -146,7 +146,7 @@ def repair_module(
             solution = _solved(problem, settings)
         except EmptyLocalizationError as error:
             return _given_up(account, str(error))
-        solution = _thinned(problem, solution, settings.sparse)
+        solution = _thinned(problem, solution, settings.bounds.sparse)
         account = account.solved(solution, int(problem.passed.sum()))
         proposal = solution.proposal
         new = {} if proposal is None else changed(model, proposal.state)
@@ -222,14 +222,13 @@ def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Soluti
 def _find_strength(
     problem: Problem, new: State, after: SampleResults, settings: Settings, calibration: Calibration | None
 ) -> Strength:
-    assert not isinstance(settings.limit, str)
     with problem.clock.stage("strength"):
         return find_strength(
             problem,
             new,
             settings.gate,
             calibration=calibration,
-            fixed=settings.strength,
+            fixed=settings.bounds.strength,
             limit=settings.limit,
             after=after,
         )

@@ -181,7 +181,7 @@ class ReportBuilder:
     def _slices(
         self, after: SampleResults | None = None, aside: Mapping[Role, SampleResults] = NOTHING
     ) -> tuple[SliceReport, ...]:
-        quotas = needed(self.known, self.settings.quotas or {})[0]
+        quotas = needed(self.known, self.settings.samples.quotas or {})[0]
         known = slice_reports("known", self.known, after, quotas)
         others = [slice_reports(role, before, aside.get(role)) for role, before in self.aside.items()]
         return tuple(one for part in (known, *others) for one in part)
@@ -189,7 +189,7 @@ class ReportBuilder:
     def _set_aside(self) -> tuple[SetAside, ...]:
         if self.left_out is None:
             return ()
-        why = "its label looks wrong" if self.settings.set_aside == DOUBTFUL else "chosen by `set_aside`"
+        why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
         return set_aside(self.known, self.left_out, why)
 
     def _updates(

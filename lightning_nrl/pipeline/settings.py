@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import layer_names
 from lightning_nrl.data.targets import AllFailures, Target
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
-from lightning_nrl.evaluation import Importance
-from lightning_nrl.evaluation.quotas import Quota, checked_quotas
+from lightning_nrl.errors import check_kind
+from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
-from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.localization import Localizer
 from lightning_nrl.methods import METHODS, AnyMethod, Auto
-from lightning_nrl.reference.update import KEEPS, Keep
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, check_real, check_whole
 from lightning_nrl.search.fitness import Fitness
-from lightning_nrl.stats.binomial import check_confidence
-from lightning_nrl.stats.weighted import check_shares
 
 __all__ = ["Settings"]
+
+OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
 
 
 @dataclass(frozen=True)
@@ -39,34 +36,10 @@ class Settings:
         gate: what a repair must satisfy to be accepted.
         method: how new weights are found, by name or as an object (see `lightning_nrl.methods`).
         max_time: seconds that the repair may take; None: as long as its method needs.
-        fitness: how candidates are ranked.
-        localizer: how the weights to be searched are chosen.
-        n_passed: how many passed samples are scored in the search (#pos), drawn from the sources marked `passed`; None
-            scores every known passed sample.
-        seed: of the sample and of the search, from 0 to 2^32 - 1.
-        budget: bytes that the search may use on the device; None takes a share of what is free. Half of it is for
-            what is recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
-        strength: how much of the change that was found is made, above 0 to 2; None: all of it (1), or more where that
-            repairs more and breaks no known sample and no more of the calibration data.
-        limit: a gate, or its text, for calibration data: the greatest strength within it is taken.
-        sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
-            None: no weights are spared.
-        importance: what repairing each failed sample is worth, beside the others: a column of numbers above 0, ids as
-            `{id: number}` or `{split: {id: number}}`, or `"focal"` or `Focal(gamma)`: hard ones count more. None: all
-            alike. A column is a key or a place in your batches, a function of a batch, or its address.
-        slices: the slice that each sample is in, likewise a column, of names, numbers or bools, or a target; the report
-            has a row for each.
-        quotas: how many targets of a slice must be repaired for a repair to be accepted:
-            `{"night": 5, "truck": "50%"}`.
-        protected: passed samples that may not break, whatever the gate tolerates, on known and calibration data: a
-            column of bools, a target, or ids by split. Whole numbers say how many other samples one counts for.
-        set_aside: failed samples that are no targets although they are in the target: a column of bools, a target, ids,
-            or `"doubtful"`, those whose label looks wrong. They are listed in the report.
-        keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
-            `reference`, only what both of them get right.
-        confidence: of the limits that the report gives from calibration data, in (0, 1).
-        mix: the expected share of each slice, or without slices of each class, among samples that are right before, for
-            a limit under this mix.
+        seed: of the samples that are drawn and of the search, from 0 to 2^32 - 1.
+        search: how candidates are ranked and searched.
+        bounds: how much of the change is made, and what is said of samples that nobody has looked at.
+        samples: what each sample counts.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range. What depends on the
@@ -81,79 +54,49 @@ class Settings:
     layer: str | Sequence[str] = "auto"
     gate: Gate = field(default_factory=Gate.instance)
     method: AnyMethod = field(default_factory=Auto)
-    fitness: Fitness = field(default_factory=Fitness)
-    localizer: Localizer = field(default_factory=NeuRecoverLite)
-    n_passed: int | None = None
-    seed: int = 0
-    budget: int | None = None
     max_time: float | None = None
-    strength: float | None = None
-    limit: Gate | str | None = None
-    sparse: float | None = None
-    keep: Keep = "both"
-    importance: Any = None
-    slices: Any = None
-    quotas: Mapping[str, Quota] | None = None
-    protected: Any = None
-    set_aside: Any = None
-    confidence: float = 0.95
-    mix: Mapping[str | int, float] | None = None
+    seed: int = 0
+    search: SearchOptions = field(default_factory=SearchOptions)
+    bounds: BoundOptions = field(default_factory=BoundOptions)
+    samples: SampleOptions = field(default_factory=SampleOptions)
 
     def __post_init__(self) -> None:
         check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
-        check_kind("fitness", self.fitness, callable(self.fitness), "Fitness", "Fitness('eq1')")
-        localizes = callable(self.localizer) and hasattr(self.localizer, "include_bias")
-        check_kind("localizer", self.localizer, localizes, "Localizer", "NeuRecoverLite()")
         layer_names(self.layer)
-        check_choice("keep", self.keep, KEEPS)
-        for name, least, most in (("n_passed", 1, None), ("seed", 0, 2**32 - 1), ("budget", 1, None)):
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+        if self.max_time is not None:
+            check_real("max_time", self.max_time, "time", "give seconds above 0, or None for no limit.", above=0)
+        for name, kind in OPTIONS.items():
             value = getattr(self, name)
-            if value is None and name != "seed":
-                continue
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or value < least or (most is not None and value > most):
-                limits = f"from {least}" + (f" to {most}" if most is not None else "")
-                raise ConfigurationError(
-                    explain(f"`{name}={value!r}` is out of range.", f"give a whole number {limits}.")
-                )
-        self._check_numbers()
-        object.__setattr__(self, "quotas", None if self.quotas is None else checked_quotas(self.quotas))
-        _ = self.counting
-        check_confidence(self.confidence)
-        if self.mix is not None:
-            check_shares("mix", self.mix)
-        if self.limit is not None:
-            object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
-            if self.strength is not None:
-                raise ConfigurationError(
-                    explain(
-                        f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
-                        "give one of them.",
-                    )
-                )
-
-    def _check_numbers(self) -> None:
-        for name, kind, most, hint in (
-            ("max_time", "time", math.inf, "give seconds above 0, or None for no limit."),
-            ("strength", "strength", 2.0, "give a number above 0 and at most 2, or None."),
-            ("sparse", "share", 1.0, "give a share from 0 to below 1 of the repairs, or None."),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            fits = number and math.isfinite(value) and (0 <= value < most if name == "sparse" else 0 < value <= most)
-            if value is not None and not fits:
-                raise ConfigurationError(explain(f"`{name}={value!r}` is no {kind}.", hint))
+            check_kind(name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)")
 
     @property
-    def counting(self) -> Importance:
-        """What was said of how much samples count."""
-        return Importance(self.importance, self.slices, self.quotas, self.protected, self.set_aside)
+    def fitness(self) -> Fitness:
+        """How candidates are ranked."""
+        return cast(Fitness, self.search.fitness)
+
+    @property
+    def localizer(self) -> Localizer:
+        """How the weights to be searched are chosen."""
+        return cast(Localizer, self.search.localizer)
+
+    @property
+    def limit(self) -> Gate | None:
+        """How many calibration samples may break."""
+        return cast("Gate | None", self.bounds.limit)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values."""
-        return {name: _plain(value) for name, value in _fields(self).items()}
+        """Dicts, lists, numbers and text that say the same, as reports keep it. Equal settings give equal values.
+
+        The fields of the option objects stand beside the others.
+        """
+        own = _fields(self)
+        flat = {name: value for name, value in own.items() if name not in OPTIONS}
+        for name in OPTIONS:
+            flat |= _fields(own[name])
+        return {name: _plain(value) for name, value in flat.items()}
 
 
 def _plain(value: Any) -> Any:

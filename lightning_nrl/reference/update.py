@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_weights import Keep
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import Role
 
-__all__ = ["KEEPS", "Keep", "Update", "look_back"]
-
-Keep = Literal["both", "reference"]
-KEEPS: tuple[Keep, ...] = get_args(Keep)
-"""What may not break: what either model gets right, or only what the replaced one does."""
+__all__ = ["Update", "look_back"]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import with_options
 from torch import Tensor, nn
 from toy_problems import left_alone, on_a_line, threshold, together
 from toy_repairs import blobs, known, mlp, quick, trained, unseen
@@ -17,6 +18,7 @@ from lightning_nrl import (
     ParticleSwarm,
     Polish,
     RepairReport,
+    SampleOptions,
     Settings,
     Target,
     TensorSource,
@@ -26,7 +28,7 @@ from lightning_nrl import (
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._trainer.continue_training import Shuffled
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation import Focal, Importance
+from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -55,7 +57,7 @@ def see(sources: Any) -> SampleResults:
 
 
 def counted(
-    importance: Importance, extras: tuple[Tensor, ...] = (), n: int = 6, **how: Any
+    importance: SampleOptions, extras: tuple[Tensor, ...] = (), n: int = 6, **how: Any
 ) -> tuple[SampleResults, Tensor]:
     """Of a network that says class 1 to everything, samples 0, 2 and 4 of class 0 fail."""
     model = torch.nn.Linear(1, 2)
@@ -74,14 +76,14 @@ WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
     [2, lambda batch: batch[2], lambda batch: batch[2].tolist(), {0: 1, 2: 2.0, 4: 3}, {"new": {2: 2, 4: 3}}],
 )
 def test_a_column_a_function_or_ids_say_what_a_failure_is_worth(importance: Any) -> None:
-    found, aside = counted(Importance(importance=importance), (WEIGHTS,))
+    found, aside = counted(SampleOptions(importance=importance), (WEIGHTS,))
     assert found.weight.tolist() == [0.5, 1, 1, 1, 1.5, 1]  # 1 on average over the failures; passed ones as ever
     assert found.gain(torch.tensor([True, True, False, False, True, False])) == 2.0
     assert not aside.any()
 
 
 def test_without_a_word_all_count_alike_and_nothing_is_read() -> None:
-    found, _ = counted(Importance())
+    found, _ = counted(SampleOptions())
     assert found.weight.dtype == torch.float64
     assert not found.weighted
     assert found.names == ()
@@ -94,17 +96,17 @@ def test_hard_failures_count_more_by_the_factor_of_the_focal_loss() -> None:
     weight = Focal(2.0).weigh(evidence([False] * 4, loss=loss))
     torch.testing.assert_close(weight, torch.tensor([0.25, 0.81, 0.25, 0.81]).double())
     assert Focal(0.0).weigh(evidence([False] * 4, loss=loss)).tolist() == [1.0] * 4
-    found, _ = counted(Importance(importance="focal"))
+    found, _ = counted(SampleOptions(importance="focal"))
     assert found.weight.tolist() == [1.0] * 6  # all are equally hard
 
 
 def test_protected_samples_and_those_that_count_for_several() -> None:
     marks = torch.tensor([True, True, False, False, False, False])
-    assert counted(Importance(protected=2), (marks,))[0].weight.tolist() == [1, torch.inf, 1, 1, 1, 1]
-    assert counted(Importance(protected=Target.label(1)))[0].protected.sum() == 3
-    assert counted(Importance(protected=[3]))[0].weight.tolist() == [1, 1, 1, torch.inf, 1, 1]
-    assert counted(Importance(protected={"new": {3: 5}}))[0].weight.tolist() == [1, 1, 1, 5, 1, 1]
-    several, _ = counted(Importance(protected=2), (torch.tensor([7, 3, 7, 1, 7, 1]),))
+    assert counted(SampleOptions(protected=2), (marks,))[0].weight.tolist() == [1, torch.inf, 1, 1, 1, 1]
+    assert counted(SampleOptions(protected=Target.label(1)))[0].protected.sum() == 3
+    assert counted(SampleOptions(protected=[3]))[0].weight.tolist() == [1, 1, 1, torch.inf, 1, 1]
+    assert counted(SampleOptions(protected={"new": {3: 5}}))[0].weight.tolist() == [1, 1, 1, 5, 1, 1]
+    several, _ = counted(SampleOptions(protected=2), (torch.tensor([7, 3, 7, 1, 7, 1]),))
     assert several.weight.tolist() == [1, 3, 1, 1, 1, 1]
     both = replace(several, weight=torch.tensor([1, torch.inf, 1, 3, 1, 1], dtype=torch.float64))
     assert both.finite_weight.tolist() == [1, 5, 1, 3, 1, 1]  # more than the 3 and the 1 together
@@ -112,7 +114,7 @@ def test_protected_samples_and_those_that_count_for_several() -> None:
 
 @pytest.mark.parametrize("aside", [2, Target.where(lambda batch: batch[2]), [2, 3], {"new": [2]}])
 def test_failures_that_are_set_aside_are_no_targets(aside: Any) -> None:
-    found, left_out = counted(Importance(set_aside=aside), (torch.tensor([0, 1, 1, 0, 0, 0]).bool(),))
+    found, left_out = counted(SampleOptions(set_aside=aside), (torch.tensor([0, 1, 1, 0, 0, 0]).bool(),))
     assert found.targeted.nonzero().flatten().tolist() == [0, 4]
     assert left_out.nonzero().flatten().tolist() == [2]
 
@@ -120,10 +122,10 @@ def test_failures_that_are_set_aside_are_no_targets(aside: Any) -> None:
 def test_slices_by_a_column_a_function_or_a_target() -> None:
     codes = torch.tensor([0, 0, 1, 1, 2, 2])
     for slices in (2, lambda batch: batch[2].tolist()):
-        found, _ = counted(Importance(slices=slices), (codes,))
+        found, _ = counted(SampleOptions(slices=slices), (codes,))
         assert found.names == ("0", "1", "2")
         assert found.group.tolist() == codes.tolist()
-    one, _ = counted(Importance(slices=Target.label(0)))
+    one, _ = counted(SampleOptions(slices=Target.label(0)))
     assert one.names == ("label_0",)
     assert one.group.tolist() == [0, -1] * 3
 
@@ -142,25 +144,25 @@ def test_slices_by_a_column_a_function_or_a_target() -> None:
 )
 def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        Settings(**arguments)
+        Settings(**with_options(arguments))
 
 
 @pytest.mark.parametrize(
     ("importance", "message"),
     [
-        (Importance(importance=5), "has no column 5; it is a tuple with 3 columns, which are counted from 0"),
-        (Importance(importance="weight"), "has no column 'weight'"),
+        (SampleOptions(importance=5), "has no column 5; it is a tuple with 3 columns, which are counted from 0"),
+        (SampleOptions(importance="weight"), "has no column 'weight'"),
         (
-            Importance(importance=lambda batch: batch[2] - 3),
+            SampleOptions(importance=lambda batch: batch[2] - 3),
             r"`importance` is -2.0 for 3 failed samples \(new: \[0, 2, 4\]",
         ),
-        (Importance(importance=lambda batch: batch[2][:1]), r"gave Tensor \[1\] for a batch of 4 samples"),
-        (Importance(importance={99: 1.0}), "'new' data have no sample 99"),
-        (Importance(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
-        (Importance(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
+        (SampleOptions(importance=lambda batch: batch[2][:1]), r"gave Tensor \[1\] for a batch of 4 samples"),
+        (SampleOptions(importance={99: 1.0}), "'new' data have no sample 99"),
+        (SampleOptions(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
+        (SampleOptions(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
     ],
 )
-def test_what_does_not_fit_the_data_is_refused_with_a_name(importance: Importance, message: str) -> None:
+def test_what_does_not_fit_the_data_is_refused_with_a_name(importance: SampleOptions, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         counted(importance, (WEIGHTS,))
 
@@ -273,7 +275,11 @@ def test_of_two_failures_every_method_repairs_the_one_that_counts_more(method: s
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     with left_alone(model):
-        outcome = repair_module(model, either_or(), Settings(importance={worthy: 9, 9 - worthy: 1}, **METHODS[method]))
+        outcome = repair_module(
+            model,
+            either_or(),
+            Settings(samples=SampleOptions(importance={worthy: 9, 9 - worthy: 1}), **with_options(METHODS[method])),
+        )
     assert outcome.report.splits[0].repaired_ids == (worthy,)
     assert outcome.report.splits[0].broken == 0
 
@@ -282,7 +288,9 @@ def test_a_comparison_heeds_it_too() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     alike = compare_module(model, either_or(), methods=["linearized"])
-    other = compare_module(model, either_or(), Settings(importance={4: 1, 5: 9}), methods=["linearized"])
+    other = compare_module(
+        model, either_or(), Settings(samples=SampleOptions(importance={4: 1, 5: 9})), methods=["linearized"]
+    )
     assert [alike.entries[0].given, other.entries[0].given.targeted] == [None, 1]
 
 
@@ -292,7 +300,9 @@ def test_of_two_slices_the_one_with_a_quota_is_repaired(name: str) -> None:
     model.load_state_dict(threshold(0.75))
     source = replace(either_or()[0], extras=(torch.arange(6),))
     slices = lambda batch: [{4: "low", 5: "high"}.get(i) for i in batch[2].tolist()]  # noqa: E731
-    outcome = repair_module(model, [source], Settings(method="convex", slices=slices, quotas={name: 1}))
+    outcome = repair_module(
+        model, [source], Settings(method="convex", samples=SampleOptions(slices=slices, quotas={name: 1}))
+    )
     assert outcome.report.splits[0].repaired_ids == ({"low": 4, "high": 5}[name],)
     assert {one.name: (one.repaired_in_target, one.quota) for one in outcome.report.slices}[name] == (1, 1)
 
@@ -300,8 +310,12 @@ def test_of_two_slices_the_one_with_a_quota_is_repaired(name: str) -> None:
 @pytest.mark.parametrize("method", ["swarm", "convex", "linearized"])
 def test_equal_weights_change_nothing_to_the_bit(method: str) -> None:
     arguments = METHODS[method] | ({"localizer": NeuRecoverLite(n_weights=12)} if method == "swarm" else {})
-    alike = repair_module(trained(), known(), Settings(**arguments))
-    constant = repair_module(trained(), known(), Settings(**arguments, importance=lambda batch: [3.0] * len(batch[1])))
+    alike = repair_module(trained(), known(), Settings(**with_options(arguments)))
+    constant = repair_module(
+        trained(),
+        known(),
+        Settings(**with_options(arguments), samples=SampleOptions(importance=lambda batch: [3.0] * len(batch[1]))),
+    )
     assert torch.equal(alike.change, constant.change)
     assert alike.report.splits == constant.report.splits
 
@@ -341,13 +355,13 @@ def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
 
 def test_samples_of_two_processes_have_the_same_weights() -> None:
     def gather(problem: Any) -> list[float]:
-        spec = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
+        spec = SampleOptions(importance=lambda batch: batch[1] + 1.0, slices=1)
         found, _ = spec.over(problem.evaluator, problem.known, Target.all())
         return [*found.weight.tolist(), *found.group.tolist()]
 
     one, two = together(trained(), known(n=30), gather)
     assert one == two
-    alone = Importance(importance=lambda batch: batch[1] + 1.0, slices=1)
+    alone = SampleOptions(importance=lambda batch: batch[1] + 1.0, slices=1)
     model = trained().eval()
     found, _ = alone.over(Evaluator(model), known(n=30), Target.all())
     assert one == [*found.weight.tolist(), *found.group.tolist()]

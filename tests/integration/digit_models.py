@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from options import with_options
 from packaging.version import Version
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, callbacks
 from pytorch_lightning.cli import LightningCLI
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair
+from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, SearchOptions
 
 OVERWRITING: dict[str, dict[str, Any]] = {
     "StochasticWeightAveraging": {"swa_lrs": 1e-3, "swa_epoch_start": 1},
@@ -32,7 +33,7 @@ since_2_6 = pytest.mark.skipif(Version(pl.__version__) < Version("2.6"), reason=
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=20, iterations=20),
-    "localizer": NeuRecoverLite(n_weights=30),
+    "search": SearchOptions(localizer=NeuRecoverLite(n_weights=30)),
     "verbose": False,
 }
 
@@ -176,7 +177,7 @@ def configured(folder: Path, name: str, **written: Any) -> Any:
 
 
 def quick_repair(**arguments: Any) -> RegressionFreeRepair:
-    return RegressionFreeRepair(**{**QUICK, **arguments})
+    return RegressionFreeRepair(**with_options({**QUICK, **arguments}))
 
 
 def right(model: LightningModule, data: TensorDataset) -> Tensor:

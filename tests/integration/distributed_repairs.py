@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
 from distributed_fit import Leave
+from options import with_options
 from pytorch_lightning import LightningDataModule, LightningModule
 from task_models import CASES
 from torch import Tensor
 
-from lightning_nrl import Auto, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target, repair
+from lightning_nrl import Auto, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, SearchOptions, Target, repair
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {
@@ -73,10 +74,14 @@ HEEDED: dict[str, dict[str, Any]] = {
 def jobs() -> Iterator[tuple[str, Callable[[Path, int], None]]]:
     """Each repair by its name, to be made in a folder with so many processes; trained models lie beside the folder."""
     for name, case in CASES.items():
-        how = {"task": case.task, "method": METHODS[name], "localizer": NeuRecoverLite(n_weights=24)}
+        how = {
+            "task": case.task,
+            "method": METHODS[name],
+            "search": SearchOptions(localizer=NeuRecoverLite(n_weights=24)),
+        }
         yield name, partial(_repaired, name, *case.make(), how)
     for name, arguments in HEEDED.items():
-        yield name, partial(_repaired, name, Digits(), Classifier(), {**QUICK, **arguments})
+        yield name, partial(_repaired, name, Digits(), Classifier(), with_options({**QUICK, **arguments}))
 
 
 def _repaired(

@@ -18,7 +18,7 @@ SWEEP: dict[str, Any] = {
     "settings": Grid(fitness=["eq1", "lexicographic"], n_passed=[100], particles=[15]),
     "seeds": 3,
     "method": QUICK["method"],
-    "localizer": QUICK["localizer"],
+    "search": QUICK["search"],
 }
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ WORDS = """
 layer: network.3
 target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 3}}
 gate: tolerance:1%
-fitness: eq2
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
-n_passed: 100
+search: {fitness: eq2, n_passed: 100}
+samples: {slices: "test_cli:camera", quotas: {noisy: 1}}
 verbose: false
 """
 
@@ -60,19 +60,27 @@ target:
       class_path: lightning_nrl.data.targets.Not
       init_args: {target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 1}}}
 gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
-fitness: {class_path: lightning_nrl.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half}}
-localizer: {class_path: lightning_nrl.NeuRecoverLite, init_args: {n_weights: 12}}
+search:
+  class_path: lightning_nrl.SearchOptions
+  init_args:
+    fitness: {class_path: lightning_nrl.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
+    localizer: {class_path: lightning_nrl.NeuRecoverLite, init_args: {n_weights: 12}}
 task: {class_path: lightning_nrl.Multiclass}
-adapter: lightning_nrl.data.batch:unpack
 unseen: test
-start_from: best
+calibration: val
+data: {adapter: "lightning_nrl.data.batch:unpack", start_from: best}
+bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
 verbose: false
 """
 
 
 def is_noisy(batch: Any) -> Any:
     return batch[2]
+
+
+def camera(batch: Any) -> list[str]:
+    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
 def cli(folder: Path, repair: str, *arguments: str, run: bool = True) -> LightningCLI:

@@ -13,7 +13,7 @@ from lightning_nrl import ConfigurationError, Target, compare
 from lightning_nrl.analysis.baselines import FineTuning
 from lightning_nrl.report import hash_tensors
 
-QUICKLY: dict[str, Any] = {"localizer": QUICK["localizer"], "methods": {"swarm": QUICK["method"]}}
+QUICKLY: dict[str, Any] = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}
 
 
 def noisy(batch: Any) -> Any:
@@ -23,7 +23,7 @@ def noisy(batch: Any) -> Any:
 def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: Path) -> None:
     data, model, trainer = Digits(), Classifier(), quiet_trainer(tmp_path, logger=True)
     random, methods = torch.get_rng_state(), {**QUICKLY["methods"], "retraining": "retraining"}
-    arguments: dict[str, Any] = {"target": Target.where(noisy), "localizer": QUICK["localizer"]}
+    arguments: dict[str, Any] = {"target": Target.where(noisy), "search": QUICK["search"]}
     comparison = compare(trainer, model, datamodule=data, ckpt_path=trained_path, methods=methods, **arguments)
     # The model holds the checkpoint, the trainer could train now, and nothing was written.
     trained = torch.load(trained_path, weights_only=True)["state_dict"]

@@ -12,7 +12,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from repository import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import RegressionFreeRepair, Target, repair
+from lightning_nrl import RegressionFreeRepair, SampleOptions, Target, repair
 from lightning_nrl.errors import ConfigurationError
 
 EXAMPLES = ROOT / "examples"
@@ -24,7 +24,9 @@ def camera(batch: Any) -> list[str]:
 
 def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
     callback = RegressionFreeRepair(
-        slices=camera, importance=lambda batch: 1 + batch[2].float(), protected=Target.label(0), unseen="test", **QUICK
+        samples=SampleOptions(slices=camera, importance=lambda batch: 1 + batch[2].float(), protected=Target.label(0)),
+        unseen="test",
+        **QUICK,
     )
     logger = TensorBoardLogger(tmp_path)
     quiet_trainer(tmp_path, callback, logger=logger, max_epochs=3).fit(Classifier(), datamodule=Digits())
@@ -40,7 +42,7 @@ def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_not_there_is_found_before_training(tmp_path: Path) -> None:
-    callback = RegressionFreeRepair(importance=7, **QUICK)
+    callback = RegressionFreeRepair(samples=SampleOptions(importance=7), **QUICK)
     model = Classifier()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigurationError, match="`importance` raised LookupError: a batch has no column 7"):
@@ -57,7 +59,9 @@ def test_doubted_labels_are_set_aside_and_listed(tmp_path: Path) -> None:
     sure = model.eval()(images).softmax(1).amax(1)
     wrong = [i for i in sure.argsort(descending=True).tolist() if i not in plain.splits[1].targeted_ids][:3]
     labels[wrong] = (labels[wrong] + 1) % 10  # wrong labels, where the model was surest
-    report = repair(quiet_trainer(tmp_path), model, datamodule=data, set_aside="doubtful", **arguments)
+    report = repair(
+        quiet_trainer(tmp_path), model, datamodule=data, samples=SampleOptions(set_aside="doubtful"), **arguments
+    )
     aside = {one.id: one for one in report.set_aside}
     assert set(wrong) <= set(aside)
     assert not set(aside) & set(report.splits[1].targeted_ids)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import quiet_trainer
+from options import with_options
 from pytorch_lightning import seed_everything
 from pytorch_lightning.loggers import TensorBoardLogger
 from task_models import CASES, Case, Data, Net, Tokens, dim, rows_of_digits
@@ -66,7 +67,7 @@ def train(case: Case, folder: Path) -> Path:
 
 def arguments(case: Case, **more: Any) -> dict[str, Any]:
     quick = {"task": case.task, "unseen": "test", "verbose": False, "localizer": NeuRecoverLite(n_weights=24)}
-    return {**quick, **more}
+    return with_options({**quick, **more})
 
 
 def by_split(case: Case, model: Net, data: Data) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from digit_models import Classifier, Digits, quiet_trainer, right
 from torch.utils.data import ConcatDataset, DataLoader
 
-from lightning_nrl import ConfigurationError, RegressionFreeRepair, RepairReport, repair
+from lightning_nrl import BoundOptions, ConfigurationError, RegressionFreeRepair, RepairReport, repair
 from lightning_nrl.methods.polish_weights import Polish
 
 
@@ -48,7 +48,7 @@ def test_a_retrained_checkpoint_is_polished(tmp_path: Path, trained_path: Path, 
     breaks = sum(int((right(trained, part) & ~right(new, part)).sum()) for part in (data.train, data.repair))
     assert breaks > 0
     model = Classifier()
-    arguments = {"datamodule": data, "ckpt_path": trained_path, "verbose": False, "strength": 1.0}
+    arguments = {"datamodule": data, "ckpt_path": trained_path, "verbose": False, "bounds": BoundOptions(strength=1.0)}
     report = repair(quiet_trainer(tmp_path), model, method=Polish(path), **arguments)
     assert_nothing_broke(report, trained, model, breaks)
     saved = Classifier.load_from_checkpoint(report.files["checkpoint"])
@@ -58,7 +58,7 @@ def test_a_retrained_checkpoint_is_polished(tmp_path: Path, trained_path: Path, 
 def test_a_fit_is_replaced_by_a_polished_model_statistics_included(tmp_path: Path) -> None:
     new, _ = retrained(tmp_path, "cnn")
     model, old = Classifier("cnn"), Classifier("cnn")
-    callback = RegressionFreeRepair(method=Polish(new), verbose=False, strength=1.0)
+    callback = RegressionFreeRepair(method=Polish(new), verbose=False, bounds=BoundOptions(strength=1.0))
     quiet_trainer(tmp_path, callback).fit(model, datamodule=Digits())
     report = callback.report
     assert report.status == "repaired"

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl import AllWeights, Fitness, NeuRecoverLite, ParticleSwarm, Settings, TensorSource, repair_module
+from lightning_nrl import (
+    AllWeights,
+    Fitness,
+    NeuRecoverLite,
+    ParticleSwarm,
+    SearchOptions,
+    Settings,
+    TensorSource,
+    repair_module,
+)
 from lightning_nrl.pipeline.repair_module import Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:not repaired")
@@ -44,10 +53,12 @@ def problems(draw: st.DrawFn) -> tuple[nn.Sequential, list[TensorSource], Settin
     layers = [str(i) for i, layer in enumerate(model) if isinstance(layer, (nn.Linear, nn.Conv2d))]
     chosen = Settings(
         layer=draw(st.sampled_from(["auto", layers, *layers])),
-        fitness=draw(st.sampled_from(FITNESS)),
-        localizer=draw(st.sampled_from([AllWeights(), NeuRecoverLite(), NeuRecoverLite(n_weights=3)])),
+        search=SearchOptions(
+            fitness=draw(st.sampled_from(FITNESS)),
+            localizer=draw(st.sampled_from([AllWeights(), NeuRecoverLite(), NeuRecoverLite(n_weights=3)])),
+            n_passed=draw(st.none() | st.integers(1, 5)),
+        ),
         method=ParticleSwarm(particles=8, iterations=8, start=draw(st.sampled_from(["half", "local", "paper"]))),
-        n_passed=draw(st.none() | st.integers(1, 5)),
         seed=draw(st.integers(0, 2**16)),
     )
     return model.eval(), splits, chosen

@@ -15,10 +15,13 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_nrl import (
+    BoundOptions,
     ConfigurationError,
+    DataOptions,
     Fitness,
     NeuRecoverLite,
     RegressionFreeRepair,
+    SearchOptions,
     Target,
     compare,
     diagnose,
@@ -27,21 +30,23 @@ from lightning_nrl import (
 from lightning_nrl.errors import ReplayError
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
-    "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(fitness="eq3"),
-    "`fitness.alpha=-1` is out of range": lambda: RegressionFreeRepair(fitness=Fitness("eq1", alpha=-1)),
+    "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(fitness="eq3")),
+    "`fitness.alpha=-1` is out of range": lambda: RegressionFreeRepair(
+        search=SearchOptions(fitness=Fitness("eq1", alpha=-1))
+    ),
     "`gate='instant'` is no gate, did you mean 'instance'": lambda: RegressionFreeRepair(gate="instant"),
-    "`start_from='first'` is unknown": lambda: RegressionFreeRepair(start_from="first"),  # type: ignore[arg-type]
-    "`n_weights=-3`": lambda: RegressionFreeRepair(localizer=NeuRecoverLite(n_weights=-3)),
-    "`n_passed=-1`": lambda: RegressionFreeRepair(n_passed=-1),
-    "`n_passed=True`": lambda: RegressionFreeRepair(n_passed=True),
-    "`budget=0`": lambda: RegressionFreeRepair(budget=0),
+    "`start_from='first'` is unknown": lambda: RegressionFreeRepair(data=DataOptions(start_from="first")),  # type: ignore[arg-type]
+    "`n_weights=-3`": lambda: RegressionFreeRepair(search=SearchOptions(localizer=NeuRecoverLite(n_weights=-3))),
+    "`n_passed=-1`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=-1)),
+    "`n_passed=True`": lambda: RegressionFreeRepair(search=SearchOptions(n_passed=True)),
+    "`budget=0`": lambda: RegressionFreeRepair(search=SearchOptions(budget=0)),
     "`seed=-1`": lambda: RegressionFreeRepair(seed=-1),
-    "`failed='valid'` is no split": lambda: RegressionFreeRepair(failed="valid"),
-    "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(passed=3),  # type: ignore[arg-type]
+    "`failed='valid'` is no split": lambda: RegressionFreeRepair(data=DataOptions(failed="valid")),
+    "`passed` data: found int, not a DataLoader": lambda: RegressionFreeRepair(data=DataOptions(passed=3)),  # type: ignore[arg-type]
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
-    "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(adapter="nowhere:f"),
-    "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(adapter=3),  # type: ignore[arg-type]
-    "`localizer='lite'` is no Localizer": lambda: RegressionFreeRepair(localizer="lite"),  # type: ignore[arg-type]
+    "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(data=DataOptions(adapter="nowhere:f")),
+    "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(data=DataOptions(adapter=3)),  # type: ignore[arg-type]
+    "`localizer='lite'` is no Localizer": lambda: RegressionFreeRepair(search=SearchOptions(localizer="lite")),  # type: ignore[arg-type]
     "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]
@@ -257,13 +262,13 @@ def test_every_face_refuses_what_it_cannot_use(tmp_path: Path, call: Any) -> Non
     with pytest.raises(ConfigurationError, match=r"`model`: found a Linear of .*[\s\S]*HINT: .*_module`"):
         call(trainer, torch.nn.Linear(1, 1))
     with pytest.raises(
-        ConfigurationError, match=r"`strenth` is no argument of a repair\.\nHINT: did you mean `strength`"
+        ConfigurationError, match=r"`strenth` is no argument of a repair\.\nHINT: did you mean `bounds=BoundOptions"
     ):
         call(trainer, model, datamodule=Digits(), strenth=0.5)
     with pytest.raises(ConfigurationError, match="`limit='5%'` is no gate"):
-        call(trainer, model, datamodule=Digits(), limit="5%", calibration="val")
+        call(trainer, model, datamodule=Digits(), bounds=BoundOptions(limit="5%"), calibration="val")
     with pytest.raises(ConfigurationError, match="`failed=None` is no split"):
-        call(trainer, model, datamodule=Digits(), failed=None)
+        call(trainer, model, datamodule=Digits(), data=DataOptions(failed=None))
 
 
 def test_data_aside_can_be_done_without(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ def test_the_folder_and_tensorboard_have_the_runs(tmp_path: Path, trained: Class
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gate": "accuracy"}, r"`gate='accuracy'`: a sweep judges nothing.\nHINT: leave `gate` out"),
+        ({"gate": "accuracy"}, r"`gate='accuracy'`: a sweep runs searches to their end[\s\S]*HINT: leave `gate` out"),
         ({"seed": 3}, "`seed=3`: a sweep has `seeds`"),
-        ({"max_time": 5}, "`max_time=5`: a run that ends early is another run"),
+        ({"max_time": 5}, "`max_time=5`: a sweep runs searches to their end"),
         ({"method": "convex"}, "`method` is a Convex: a sweep runs the paper's search"),
         ({"settings": Grid(alfa=[1])}, "did you mean `alpha`"),
         ({"seeds": []}, "names no seed"),

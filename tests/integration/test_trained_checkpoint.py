@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
+from options import with_options
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-import lightning_nrl.pipeline.repair_module
-from lightning_nrl import ConfigurationError, RepairReport, Target, repair
+from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, repair
+from lightning_nrl.evaluation import FlipCounts
+from lightning_nrl.gate import Instance
 
 
 def repaired(path: Path, model: Classifier, *loaders: Any, **arguments: Any) -> RepairReport:
-    return repair(quiet_trainer(path), model, *loaders, **{**QUICK, **arguments})
+    return repair(quiet_trainer(path), model, *loaders, **with_options({**QUICK, **arguments}))
 
 
 def without_times(report: RepairReport) -> RepairReport:
@@ -166,15 +168,15 @@ def test_nothing_is_tuned(tmp_path: Path, trained_path: Path) -> None:
 def test_an_exception_leaves_neither_a_callback_nor_a_trace_in_the_model(
     tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise error
+    class Broken(Instance):
+        def allowed(self, counts: FlipCounts) -> int:
+            raise error
 
-    monkeypatch.setattr(lightning_nrl.pipeline.repair_module, "judge", broken)
     monkeypatch.setattr("signal.signal", lambda *args: None)  # Lightning would ignore Ctrl-C from here on
     trainer, old = quiet_trainer(tmp_path), {name: value.clone() for name, value in trained.state_dict().items()}
     before = settings(trainer)
     with pytest.raises((error, SystemExit)):
-        repair(trainer, trained, datamodule=Digits(), **QUICK)
+        repair(trainer, trained, datamodule=Digits(), gate=Broken(), **QUICK)
     assert settings(trainer) == before
     assert all(torch.equal(value, old[name]) for name, value in trained.state_dict().items())
 
@@ -205,7 +207,7 @@ def test_bad_input_is_refused_as_in_a_fit(tmp_path: Path, trained: Classifier) -
 
 def test_the_best_checkpoint_is_asked_for_by_its_path(tmp_path: Path, trained: Classifier) -> None:
     with pytest.raises(ConfigurationError, match=r"`start_from='best'`[\s\S]*HINT: [\s\S]*`ckpt_path`"):
-        repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), start_from="best")
+        repair(quiet_trainer(tmp_path), trained, datamodule=Digits(), data=DataOptions(start_from="best"))
 
 
 class Scheduled(Classifier):

@@ -24,7 +24,7 @@ from toy_problems import (
 )
 from toy_repairs import known, trained
 
-from lightning_nrl import ConfigurationError, Settings, repair_module
+from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._optim import distill as fit_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
@@ -211,7 +211,7 @@ def test_it_trains() -> None:
 
 def test_a_repair_by_name_writes_what_was_proposed() -> None:
     model = trained()
-    outcome = repair_module(model, known(), Settings(method="finetune-polish", strength=1.0))
+    outcome = repair_module(model, known(), Settings(method="finetune-polish", bounds=BoundOptions(strength=1.0)))
     assert outcome.report.status == "repaired"
     assert [step.name for step in outcome.report.steps] == ["fit", "polish"]
     assert [split.broken for split in outcome.report.splits] == [0, 0]

@@ -28,7 +28,7 @@ from toy_problems import (
 )
 from toy_repairs import known, mlp, trained
 
-from lightning_nrl import ConfigurationError, Settings, repair_module
+from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.methods import METHODS
@@ -228,7 +228,7 @@ def test_settings_hold_no_weights(new: Any, said: str) -> None:
 def test_a_repair_writes_what_was_polished() -> None:
     model = trained(normed)
     new = retrained(model)
-    outcome = repair_module(model, known(), Settings(method=Polish(new), strength=1.0))
+    outcome = repair_module(model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0)))
     assert outcome.report.status == "repaired"
     assert [step.name for step in outcome.report.steps] == ["given", "polish"]
     assert [split.broken for split in outcome.report.splits] == [0, 0]
@@ -269,7 +269,7 @@ def test_tied_weights_are_polished_as_one() -> None:
     solution = Polish(new)(problem)
     assert solution.proposal is not None
     assert broken(problem, solution.proposal.state) == 0
-    outcome = repair_module(model, known(), Settings(method=Polish(new), strength=1.0))
+    outcome = repair_module(model, known(), Settings(method=Polish(new), bounds=BoundOptions(strength=1.0)))
     assert outcome.write(model)
     assert model.second.weight is model.first.weight
     assert broken(problem, {}) == 0

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
 
-from lightning_nrl import ConfigurationError, Polish, RepairReport, Settings, Target, TensorSource, repair_module
+from lightning_nrl import (
+    ConfigurationError,
+    Polish,
+    RepairReport,
+    SampleOptions,
+    Settings,
+    Target,
+    TensorSource,
+    repair_module,
+)
 from lightning_nrl._tracking.scalars import outcome
 from lightning_nrl.reference.old_model import OldModel
 from lightning_nrl.reference.predictions import Predictions
@@ -123,7 +132,13 @@ def test_nothing_that_may_not_break_breaks(keep: Any, method: Any) -> None:
     was, trained_new = rights(old), rights(new)
     assert (was & ~trained_new).any()
     kept = was & trained_new if keep == "reference" else trained_new
-    outcome = repair_module(new, known(), Settings(keep=keep, method=method), unseen=unseen(), reference=OldModel(old))
+    outcome = repair_module(
+        new,
+        known(),
+        Settings(samples=SampleOptions(keep=keep), method=method),
+        unseen=unseen(),
+        reference=OldModel(old),
+    )
     assert torch.equal(rights(new), trained_new)
     outcome.write(new)
     now = rights(new)
@@ -147,7 +162,7 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
 
     x = torch.tensor([[value, 1.0] for value in (-1.0, 0.3, 0.2, 0.25, 1.0)])
     source = TensorSource(x, torch.tensor([0, 1, 0, 0, 1]), split="all", passed=True, failed=True)
-    settings = Settings(keep="reference", method=Worse())
+    settings = Settings(samples=SampleOptions(keep="reference"), method=Worse())
     report = repair_module(threshold(0.5), [source], settings, reference=OldModel(threshold(0.1))).report
     assert report.status == "refused"
     assert "2 would break" in report.reason
@@ -155,7 +170,7 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
 
 def test_what_may_be_kept() -> None:
     with pytest.raises(ConfigurationError, match=r"`keep='all'` is unknown\.\nHINT: use one of 'both', 'reference'"):
-        Settings(keep="all")  # type: ignore[arg-type]
+        Settings(samples=SampleOptions(keep="all"))  # type: ignore[arg-type]
 
 
 def test_the_how_to_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from lightning_nrl.errors import (
     ReplayError,
     explain,
 )
-from lightning_nrl.evaluation import Evaluator, Importance
+from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import METHODS, AnyMethod, solve
@@ -85,7 +85,7 @@ def compare_module(
     with preserve(model):
         collecting = StageTimer(observer)
         with collecting.stage("collect"):
-            before, _ = Importance(importance=settings.importance).over(evaluator, known, settings.target)
+            before, _ = SampleOptions(importance=settings.samples.importance).over(evaluator, known, settings.target)
         check_losses(before)
         _check_targets(before, settings)
         problem = build_problem(evaluator, known, before, layers, settings, training=training)

@@ -119,7 +119,8 @@ class Bench:
         """The passed samples that a job scores, `N` bool."""
         which = job.setting.n_passed, job.seed
         if which not in self._passed:
-            asked = replace(self.base, n_passed=job.setting.n_passed, seed=job.seed)
+            search = replace(self.base.search, n_passed=job.setting.n_passed)
+            asked = replace(self.base, search=search, seed=job.seed)
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.localization import Localizer
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.presets import paper_arguments
 from lightning_nrl.search import ParticleSwarm
@@ -108,8 +109,8 @@ class Setting:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `repair`, and of `Settings`, that make the same search; what it finds is taken as it is."""
-        own = {name: getattr(self, name) for name in WHOLE}
-        return {**own, "strength": 1.0}
+        search = SearchOptions(self.fitness, self.localizer, self.n_passed)
+        return {"method": self.method, "search": search, "bounds": BoundOptions(strength=1.0)}
 
     def plain(self) -> dict[str, Any]:
         """What tells it from other settings, in dicts, lists, text and numbers; its name does not."""
@@ -137,7 +138,7 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
                 "give `method=ParticleSwarm(...)`, or leave it out.",
             )
         )
-    start = Setting("", base.fitness, method, base.localizer, base.n_passed)
+    start = Setting("", base.fitness, method, base.localizer, base.search.n_passed)
     if isinstance(settings, Grid):
         given: Iterable[Any] = settings.settings()
     elif isinstance(settings, (str, Mapping)):
@@ -169,8 +170,9 @@ def _setting(given: Any, start: Setting) -> Setting:
     said, made, label = dict(given), start, ""
     if "row" in said:
         label = said.pop("row")
-        row = paper_arguments(label)
-        made = replace(made, **{name: row[name] for name in WHOLE})
+        row = Settings(**paper_arguments(label))
+        assert isinstance(row.method, ParticleSwarm)
+        made = Setting("", row.fitness, row.method, row.localizer, row.search.n_passed)
     name = said.pop("name", None)
     for whole in WHOLE:
         if whole in said:

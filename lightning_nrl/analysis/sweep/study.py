@@ -255,7 +255,7 @@ def _row(found: Found, layer: str, seconds: float, counts: Mapping[str, float]) 
 
 def _check_counting(base: Settings) -> None:
     for name in ("slices", "quotas", "protected"):
-        if getattr(base, name) is not None:
+        if getattr(base.samples, name) is not None:
             raise ConfigurationError(
                 explain(
                     f"`{name}`: the table of a sweep has no column for it.",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from options import with_options
 from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import blobs, known, quick, right, trained, unseen
@@ -57,7 +58,7 @@ def alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) 
     """The same by itself, whatever it breaks."""
     how = {**result.arguments(chosen), **arguments, "gate": Gate.tolerance(10**6)}
     others: dict[str, Any] = {"unseen": unseen(), "calibration": calibration()}
-    return repair_module(model, known(batch_size=48), Settings(**how), **others)
+    return repair_module(model, known(batch_size=48), Settings(**with_options(how)), **others)
 
 
 def counts_of(report: Any, role: str) -> tuple[int, ...]:

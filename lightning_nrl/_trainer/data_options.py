@@ -1,0 +1,54 @@
+"""What a repair takes from a trainer: its known data, how batches are read, and which weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch.utils.data import DataLoader
+
+from lightning_nrl._trainer.data_splits import check_data
+from lightning_nrl._trainer.loaders import SPLITS
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.errors import check_choice
+
+__all__ = ["DataOptions"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where known data come from, how their batches are read, and which of the trained weights are repaired.
+
+    All samples of the passed and the failed data are known data, and the gate counts them.
+
+    Attributes:
+        passed: where passed samples come from: `auto` (the train data), `train`, `val`, `test`, `repair` or a
+            DataLoader.
+        failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else the
+            validation data), `train`, `val`, `test`, `repair` or a DataLoader.
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address,
+            `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
+        start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
+
+    Raises:
+        ConfigurationError: on construction, for what is no split, no data loader that can be read by index, no
+            function, or another word.
+    """
+
+    passed: str | DataLoader[Any] = "auto"
+    failed: str | DataLoader[Any] = "auto"
+    adapter: str | Adapter | None = None
+    start_from: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        for name in ("passed", "failed"):
+            object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
+        adapter = unpack if self.adapter is None else import_function("adapter", self.adapter)
+        object.__setattr__(self, "adapter", adapter)
+        check_choice("start_from", self.start_from, ("last", "best"))
+
+    @property
+    def unpack(self) -> Adapter:
+        """Takes a batch apart."""
+        return cast(Adapter, self.adapter)

@@ -1,0 +1,152 @@
+"""Options of a repair that most people leave alone: how it searches, and how far it goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.gate import Gate
+from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.stats.binomial import check_confidence
+from lightning_nrl.stats.weighted import check_shares
+
+__all__ = ["BoundOptions", "SearchOptions", "changed_options", "check_real", "check_whole"]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How candidates for new weights are ranked, and over which weights and samples they are searched.
+
+    Attributes:
+        fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1`
+            and `eq2` (the paper's equations), or a `Fitness`.
+        localizer: how the weights to be searched are chosen; None: `NeuRecoverLite()`.
+        n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
+            all that are known.
+        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for what is
+            recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
+
+    Raises:
+        ConfigurationError: on construction, for a value of the wrong kind or out of its range.
+
+    Example:
+        >>> SearchOptions(n_passed=500).n_passed
+        500
+    """
+
+    fitness: str | Fitness = "lexicographic"
+    localizer: Localizer | None = None
+    n_passed: int | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        fitness = Fitness(self.fitness) if isinstance(self.fitness, str) else self.fitness  # type: ignore[arg-type]
+        check_kind("fitness", fitness, callable(fitness), "Fitness", "Fitness('eq1')")
+        localizer = NeuRecoverLite() if self.localizer is None else self.localizer
+        localizes = callable(localizer) and hasattr(localizer, "include_bias")
+        check_kind("localizer", localizer, localizes, "Localizer", "NeuRecoverLite()")
+        object.__setattr__(self, "fitness", fitness)
+        object.__setattr__(self, "localizer", localizer)
+        for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
+            if value is not None:
+                check_whole(name, value, 1)
+
+
+@dataclass(frozen=True)
+class BoundOptions:
+    """How much of the change that was found is made, and what is said of samples that nobody has looked at.
+
+    Attributes:
+        strength: how much of the change is made, above 0 to 2; None: all of it (1), or more where that repairs more and
+            breaks no known sample and no more of the calibration data.
+        limit: how many calibration samples may break, as a gate such as `tolerance:1%`: the greatest strength within it
+            is taken. None: there is no limit.
+        sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
+            None: no weights are spared.
+        confidence: of the limits that the report gives from calibration data, in (0, 1).
+        mix: the expected share of each slice, or without slices of each class, among samples that are right before, for
+            a limit under this mix.
+
+    Raises:
+        ConfigurationError: on construction, for a value of the wrong kind or out of its range, or for a strength and a
+            limit.
+
+    Example:
+        >>> str(BoundOptions(limit="tolerance:1%").limit)
+        'tolerance:0.01'
+    """
+
+    strength: float | None = None
+    limit: str | Gate | None = None
+    sparse: float | None = None
+    confidence: float = 0.95
+    mix: Mapping[str | int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.strength is not None:
+            hint = "give a number above 0 and at most 2, or None."
+            check_real("strength", self.strength, "strength", hint, above=0, most=2)
+        if self.sparse is not None:
+            hint = "give a share from 0 to below 1 of the repairs, or None."
+            check_real("sparse", self.sparse, "share", hint, least=0, below=1)
+        check_confidence(self.confidence)
+        if self.mix is not None:
+            check_shares("mix", self.mix)
+        if self.limit is not None:
+            object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
+            if self.strength is not None:
+                raise ConfigurationError(
+                    explain(
+                        f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
+                        "give one of them.",
+                    )
+                )
+
+
+def changed_options(options: Any) -> dict[str, Any]:
+    """The fields of an option object that are not as by default."""
+    plain = type(options)()
+    own = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in own.items() if not _same(value, getattr(plain, name))}
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (type(value) is type(default) and bool(value == default))
+
+
+def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
+    """Refuses what is no whole number from `least` to `most`.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        limits = f"from {least}" + (f" to {most}" if most is not None else "")
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}."))
+
+
+def check_real(
+    argument: str,
+    value: object,
+    kind: str,
+    hint: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuses what is no finite number within limits.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and least <= number <= most and above < number < below):
+        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", hint))
