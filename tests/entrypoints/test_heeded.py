@@ -1,0 +1,95 @@
+"""Who heeds which option: the declaration, what the docs say of it, and what is refused because of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields
+from typing import Any
+
+import pytest
+from repository import ROOT
+
+from lightning_nrl import (
+    BoundOptions,
+    ConfigurationError,
+    DataOptions,
+    RegressionFreeRepair,
+    SampleOptions,
+    SearchOptions,
+    Settings,
+)
+from lightning_nrl.entrypoints.arguments import callback_with
+from lightning_nrl.entrypoints.heeded import HEEDED_BY, OPTION_CLASSES, check_heeded, heeded_table
+
+OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+
+
+def test_every_argument_of_a_repair_is_declared_and_nothing_else() -> None:
+    flat = [name for name in inspect.signature(RegressionFreeRepair).parameters if name not in OPTION_CLASSES]
+    inside = [f"{name}.{field.name}" for name, kind in OPTION_CLASSES.items() for field in fields(kind)]
+    assert sorted(HEEDED_BY) == sorted([*flat, *inside])
+
+
+def test_at_most_sixteen_arguments() -> None:
+    assert len(inspect.signature(RegressionFreeRepair).parameters) <= 16
+
+
+def test_settings_are_what_a_repair_of_a_module_heeds() -> None:
+    own = {field.name for field in fields(Settings)} | {"task", "reference", "unseen", "calibration"}
+    assert {name.partition(".")[0] for name, heeding in HEEDED_BY.items() if "repair_module" in heeding} == own
+
+
+def test_the_docs_have_the_table_and_every_field() -> None:
+    assert heeded_table() in OPTIONS
+    for name, kind in OPTION_CLASSES.items():
+        section = OPTIONS.partition(f"## `{name}`: `{kind.__name__}`")[2].partition("\n## ")[0]
+        assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == [field.name for field in fields(kind)]
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "arguments", "message"),
+    [
+        ("compare", {"gate": "accuracy"}, "`gate='accuracy'`: a comparison counts"),
+        ("compare", {"reference": "old.ckpt"}, "`reference='old.ckpt'`: a comparison counts"),
+        ("compare", {"samples": SampleOptions(slices="camera")}, "`slices='camera'`: a comparison counts"),
+        ("compare", {"bounds": BoundOptions(sparse=0.1)}, r"`sparse=0\.1`: a comparison counts"),
+        ("compare", {"method": "convex"}, r"`method='convex'`: a comparison runs several[\s\S]*methods=\['convex'"),
+        ("sweep", {"bounds": BoundOptions(strength=1)}, "`strength=1`: a sweep runs searches to their end"),
+        ("sweep", {"samples": SampleOptions(protected=[1])}, r"`protected=\[1\]`: a sweep runs"),
+        ("sweep", {"seed": 3}, r"`seed=3`: a sweep has `seeds`[\s\S]*seeds=\[3\]"),
+        (
+            "repair",
+            {"data": DataOptions(start_from="best")},
+            "`start_from='best'`: it has no meaning",
+        ),
+        ("diagnose", {"data": DataOptions(start_from="best")}, "`start_from='best'`: it has no meaning"),
+    ],
+)
+def test_what_has_no_effect_is_refused_with_what_to_do(
+    entry_point: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        check_heeded(entry_point, arguments)
+
+
+def test_what_has_an_effect_or_says_nothing_is_taken() -> None:
+    samples, search = SampleOptions(importance="focal"), SearchOptions("eq1", n_passed=3)
+    check_heeded("compare", {"samples": samples, "search": search, "max_time": 3.0, "bounds": BoundOptions()})
+    check_heeded("sweep", {"samples": SampleOptions(set_aside=[3]), "calibration": "val", "dirpath": "runs"})
+    check_heeded("diagnose", {"gate": "accuracy", "bounds": BoundOptions(strength=0.5), "layer": "head"})
+    check_heeded("repair", {"data": DataOptions(failed="val"), "bounds": BoundOptions(strength=0.5)})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("strength", r"did you mean `bounds=BoundOptions\(strength=\.\.\.\)`"),
+        ("failed", r"did you mean `data=DataOptions\(failed=\.\.\.\)`"),
+        ("targte", "did you mean `target`"),
+        ("qwxyz", r"it is one of \['target'"),
+    ],
+)
+def test_an_argument_that_is_not_there_is_answered_with_where_it_is(name: str, hint: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"`{name}` is no argument of a repair\.\nHINT: {hint}"):
+        callback_with("repair", **{name: 1})
