@@ -6,7 +6,7 @@ Cases give the arguments of a repair flat, by the words of `FLAT`; the functions
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from lightning_nrl.callbacks import (
 )
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
+from lightning_nrl.entrypoints.heeded import OPTION_CLASSES
 from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
@@ -152,12 +153,20 @@ class Halfway:
         return Solution(problem.propose("half way", state))
 
 
-def _settings(flat: Mapping[str, Any]) -> Settings:
+def _grouped(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with those of the option objects inside these."""
     own = dict(flat)
+    for name, kind in OPTION_CLASSES.items():
+        inside = {field.name: own.pop(field.name) for field in fields(kind) if field.name in own}
+        if inside:
+            own[name] = replace(own.get(name) or kind(), **inside)
+    return own
+
+
+def _settings(flat: Mapping[str, Any]) -> Settings:
+    own = _grouped(flat)
     if isinstance(own.get("gate"), str):
         own["gate"] = Gate.parse(own["gate"])
-    if isinstance(own.get("fitness"), str):
-        own["fitness"] = Fitness(own["fitness"])
     return Settings(**own)
 
 
@@ -178,12 +187,16 @@ def repair_tensors(
 
 def callback(**flat: Any) -> Any:
     """The callback that repairs after a fit; beside `FLAT` it takes where data come from and where files go."""
-    return RegressionFreeRepair(**flat)
+    return RegressionFreeRepair(**_grouped(flat))
 
 
 def configured(**flat: Any) -> dict[str, Any]:
     """The same callback as an entry of a configuration file."""
-    return {"class_path": "lightning_nrl.RegressionFreeRepair", "init_args": flat}
+    inside = dict(flat)
+    for name, kind in OPTION_CLASSES.items():
+        own = {field.name: inside.pop(field.name) for field in fields(kind) if field.name in inside}
+        inside |= {name: own} if own else {}
+    return {"class_path": "lightning_nrl.RegressionFreeRepair", "init_args": inside}
 
 
 def is_repair(made: Any) -> bool:
@@ -191,12 +204,12 @@ def is_repair(made: Any) -> bool:
 
 
 def callback_of_row(row: str, **flat: Any) -> Any:
-    return RegressionFreeRepair.from_paper(row, **flat)
+    return RegressionFreeRepair.from_paper(row, **_grouped(flat))
 
 
 def repair_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any = None, made: Any = None, **flat: Any) -> Any:
     """A repair without training; gives the report."""
-    return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **flat)
+    return repair(trainer, model, datamodule=data, ckpt_path=path, callback=made, **_grouped(flat))
 
 
 def compare_tensors(
@@ -206,7 +219,7 @@ def compare_tensors(
 
 
 def compare_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, methods: Any, **flat: Any) -> Any:
-    return compare(trainer, model, datamodule=data, ckpt_path=path, methods=methods, **flat)
+    return compare(trainer, model, datamodule=data, ckpt_path=path, methods=methods, **_grouped(flat))
 
 
 def diagnose_tensors(model: nn.Module, known: Sequence[Any], *, task: Any = None, **flat: Any) -> Any:
@@ -214,7 +227,7 @@ def diagnose_tensors(model: nn.Module, known: Sequence[Any], *, task: Any = None
 
 
 def diagnose_checkpoint(trainer: Any, model: Any, *, data: Any, path: Any, **flat: Any) -> Any:
-    return diagnose(trainer, model, datamodule=data, ckpt_path=path, **flat)
+    return diagnose(trainer, model, datamodule=data, ckpt_path=path, **_grouped(flat))
 
 
 def sweep_tensors(
@@ -233,12 +246,12 @@ def sweep_tensors(
 
 
 def sweep_checkpoint(trainer: Any, model: Any, settings: Any, *, data: Any, path: Any, seeds: Any, **flat: Any) -> Any:
-    return sweep(trainer, model, settings=settings, datamodule=data, ckpt_path=path, seeds=seeds, **flat)
+    return sweep(trainer, model, settings=settings, datamodule=data, ckpt_path=path, seeds=seeds, **_grouped(flat))
 
 
 def swept_callback(result: Any, run: Any, **flat: Any) -> Any:
     """The callback that makes one run of a sweep again."""
-    return RegressionFreeRepair(**{**flat, **result.arguments(run)})
+    return RegressionFreeRepair(**{**_grouped(flat), **result.arguments(run)})
 
 
 def row_arguments(row: str) -> dict[str, Any]:
