@@ -30,7 +30,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release import ModelPair, ReleaseReport, Rule, parse_rules
-from lightning_nrl.release.release import check_reference, compare_and_judge
+from lightning_nrl.release.release import check_reference, judge_pair
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["ReleaseGate"]
@@ -134,7 +134,7 @@ class ReleaseGate(Callback):
     def _run(self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]) -> None:
         path = trainer.ckpt_path
         with random_state():
-            seen, report = compare_and_judge(
+            pair, report = judge_pair(
                 make_evaluator(trainer, model, self.task),
                 self.reference,
                 self._sources(trainer, model, stage),
@@ -150,7 +150,7 @@ class ReleaseGate(Callback):
             files["predictions"] = str(folder / "predictions.csv")
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
-            self._write(seen, model)
+            self._write(pair, model)
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
             if self.verbose:
                 show(self.report)
@@ -158,11 +158,11 @@ class ReleaseGate(Callback):
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _write(self, seen: ModelPair, model: pl.LightningModule) -> None:
+    def _write(self, pair: ModelPair, model: pl.LightningModule) -> None:
         assert self.report is not None
         write_report(self.report)
         if "predictions" in self.report.files:
-            Predictions.of(seen.after, model.state_dict(), self.task).save(self.report.files["predictions"])
+            Predictions.of(pair.after, model.state_dict(), self.task).save(self.report.files["predictions"])
 
     def _sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]

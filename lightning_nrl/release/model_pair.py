@@ -19,7 +19,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.reference.old_model import Reference
 
-__all__ = ["ModelPair", "check_splits", "see"]
+__all__ = ["ModelPair", "check_splits", "evaluate_pair"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ModelPair:
         return {name: mask for name, mask in masks.items() if mask.any()}
 
 
-def see(
+def evaluate_pair(
     new: Evaluator,
     old: Reference,
     data: Sequence[Source],
@@ -86,15 +86,15 @@ def see(
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
-    told: Sequence[Any] = slicing
+    recording: Sequence[Any] = slicing
     marking: dict[Target, list[SliceRecorder]] = {}
     for target in targets:
-        # One around the other, so that a single pass tells all.
-        told = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in told]
+        # One around the other, so that a single pass notes all.
+        recording = marking[target] = [SliceRecorder(source, target, new.task, "where") for source in recording]
     with preserve(new.model):
-        after = new.run(told)
+        after = new.run(recording)
         before = old.answers(new, data, after)
-    names, group = _joined([source.whole(ranks) for source in slicing])
+    names, group = _with_common_names([source.whole(ranks) for source in slicing])
     marked = {target: torch.cat([mark.whole(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
     return ModelPair(before, after, names, group, marked)
 
@@ -113,7 +113,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
     return tuple(asked) or tuple(there)
 
 
-def _joined(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+def _with_common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
     """The slices of all splits under common numbers."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([renumbered(own, group, names) for own, group in parts])

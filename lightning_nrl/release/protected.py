@@ -71,13 +71,13 @@ class ProtectedIntact(Rule):
                     explain(f"`ids` names the split {split!r}, the data have {list(splits)}.", "name one of these.")
                 )
 
-    def check(self, seen: ModelPair) -> Finding:
-        chosen = self._chosen(seen)
-        counts, bad = seen.flips.counts(chosen), chosen & seen.flips.broken
+    def check(self, pair: ModelPair) -> Finding:
+        chosen = self._chosen(pair)
+        counts, bad = pair.flips.counts(chosen), chosen & pair.flips.broken
         text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
         wrong = counts.failing + counts.repaired
         rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
-        ids = {split: rows for split, rows in seen.after.ids(bad).items() if rows}
+        ids = {split: rows for split, rows in pair.after.ids(bad).items() if rows}
         return Finding(str(self), not counts.broken, f"{text}{rest}.", ids)
 
     def _ids(self, splits: Sequence[str]) -> Ids:
@@ -92,11 +92,11 @@ class ProtectedIntact(Rule):
             )
         return {splits[0]: found[""]}
 
-    def _chosen(self, seen: ModelPair) -> Tensor:
-        chosen = torch.zeros(len(seen.after), dtype=torch.bool)
-        for split, ids in self._ids(seen.splits).items():
-            wanted, rows = torch.as_tensor(list(ids), dtype=torch.int64), seen.after.of(split)
-            there = seen.after.index[rows]
+    def _chosen(self, pair: ModelPair) -> Tensor:
+        chosen = torch.zeros(len(pair.after), dtype=torch.bool)
+        for split, ids in self._ids(pair.splits).items():
+            wanted, rows = torch.as_tensor(list(ids), dtype=torch.int64), pair.after.of(split)
+            there = pair.after.index[rows]
             missing = wanted[~torch.isin(wanted, there)].tolist()
             if missing:
                 raise ConfigurationError(
@@ -107,14 +107,14 @@ class ProtectedIntact(Rule):
                 )
             chosen[rows] |= torch.isin(there, wanted)
         for target in self.targets:
-            if not seen.marked[target].any():
+            if not pair.marked[target].any():
                 raise ConfigurationError(
                     explain(
                         f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
                         "give data that have such samples, or leave the rule out.",
                     )
                 )
-            chosen |= seen.marked[target]
+            chosen |= pair.marked[target]
         return chosen
 
     def __str__(self) -> str:

@@ -16,13 +16,13 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release.model_pair import ModelPair, see
+from lightning_nrl.release.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
 from lightning_nrl.release.rule_parsing import parse_rules
 from lightning_nrl.release.rules import Rule
 from lightning_nrl.report.weight_change import hash_tensors
 
-__all__ = ["check_reference", "compare_and_judge", "release"]
+__all__ = ["check_reference", "judge_pair", "release"]
 
 
 def release(
@@ -80,7 +80,7 @@ def release(
                 "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
             )
         )
-    _, report = compare_and_judge(
+    _, report = judge_pair(
         Evaluator.of(new),
         check_reference("old", old),
         sources,
@@ -91,7 +91,7 @@ def release(
     return report
 
 
-def compare_and_judge(
+def judge_pair(
     new: Evaluator,
     old: Reference,
     data: Sequence[Source],
@@ -107,9 +107,9 @@ def compare_and_judge(
         rule.check_data(splits, slices is not None)
     targets = [target for rule in rules for target in rule.targets]
     model = new.model
-    seen = see(new, old, data, slices=slices, targets=targets)
+    pair = evaluate_pair(new, old, data, slices=slices, targets=targets)
     report = make_report(
-        seen,
+        pair,
         rules,
         new=Identity(name or type(model).__name__, hash_tensors(model.state_dict())),
         old=_identity(old, model),
@@ -117,7 +117,7 @@ def compare_and_judge(
         precision=_precision(model, new.context),
         seeds=seeds,
     )
-    return seen, report
+    return pair, report
 
 
 def check_reference(argument: str, old: Any) -> Reference:

@@ -220,7 +220,7 @@ class ReleaseReport(Shown):
 
 
 def make_report(
-    seen: ModelPair,
+    pair: ModelPair,
     rules: Sequence[Rule],
     *,
     new: Identity,
@@ -237,18 +237,18 @@ def make_report(
     Raises:
         ConfigurationError: a rule asks for what the data do not have.
     """
-    findings = tuple(rule.check(seen) for rule in rules)
+    findings = tuple(rule.check(pair) for rule in rules)
     confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)
     return ReleaseReport(
         status="accepted" if all(finding.passed for finding in findings) else "refused",
         findings=findings,
-        rows=tuple(row for split in seen.splits for row in _rows(seen, split, confidence)),
-        broken_ids=seen.after.ids(seen.flips.broken),
-        repaired_ids=seen.after.ids(seen.flips.repaired),
+        rows=tuple(row for split in pair.splits for row in _rows(pair, split, confidence)),
+        broken_ids=pair.after.ids(pair.flips.broken),
+        repaired_ids=pair.after.ids(pair.flips.repaired),
         confidence=confidence,
         new=new,
         old=old,
-        samples={split: hash_samples(seen.after, split) for split in seen.splits},
+        samples={split: hash_samples(pair.after, split) for split in pair.splits},
         task=task,
         precision=precision,
         missing=dict(missing or {}),
@@ -263,9 +263,9 @@ def hash_samples(evidence: SampleResults, split: str) -> str:
     return hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _rows(seen: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
-    whole = seen.flips.counts(seen.rows(split))
-    slices = {name: seen.flips.counts(rows) for name, rows in seen.slices_of(split).items()}
+def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
+    whole = pair.flips.counts(pair.rows(split))
+    slices = {name: pair.flips.counts(rows) for name, rows in pair.slices_of(split).items()}
     bounds = SliceBounds.of(
         {name: counts.broken for name, counts in slices.items()},
         {name: counts.n for name, counts in slices.items()},

@@ -44,7 +44,7 @@ class Rule(ABC):
     """One condition on an update. A rule of your own is a frozen dataclass with `check` and `__str__`."""
 
     @abstractmethod
-    def check(self, seen: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> Finding:
         """Whether the new model satisfies it.
 
         Raises:
@@ -100,19 +100,19 @@ class AtMostBroken(Rule):
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
         check_splits(str(self), self.splits, splits)
 
-    def check(self, seen: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> Finding:
         assert isinstance(self.gate, Gate)
-        words, bad = [], torch.zeros(len(seen.after), dtype=torch.bool)
-        for split in check_splits(str(self), self.splits, seen.splits):
-            rows = seen.rows(split)
-            counts = seen.flips.counts(rows)
+        words, bad = [], torch.zeros(len(pair.after), dtype=torch.bool)
+        for split in check_splits(str(self), self.splits, pair.splits):
+            rows = pair.rows(split)
+            counts = pair.flips.counts(rows)
             if counts.broken > self.gate.allowed(counts):
-                bad |= rows & seen.flips.broken
+                bad |= rows & pair.flips.broken
             words.append(
                 f"{split}: {counts.broken:,} of {counts.passed:,} that were right broke; "
                 f"{allowance(self.gate, counts)} (accuracy {_accuracies(counts)})"
             )
-        return _finding(self, seen, bad, bool(bad.any()), words)
+        return _finding(self, pair, bad, bool(bad.any()), words)
 
     def __str__(self) -> str:
         return _with_splits(str(self.gate), self.splits)
@@ -157,25 +157,25 @@ class MaxNegativeFlipRate(Rule):
         if self.each_slice:
             _check_sliced(self, sliced)
 
-    def check(self, seen: ModelPair) -> Finding:
-        words, bad, passed = [], torch.zeros(len(seen.after), dtype=torch.bool), True
-        for split in check_splits(str(self), self.splits, seen.splits):
-            parts = {split: seen.rows(split)}
+    def check(self, pair: ModelPair) -> Finding:
+        words, bad, passed = [], torch.zeros(len(pair.after), dtype=torch.bool), True
+        for split in check_splits(str(self), self.splits, pair.splits):
+            parts = {split: pair.rows(split)}
             if self.each_slice:
-                parts |= {f"{split}, slice {name!r}": rows for name, rows in seen.slices_of(split).items()}
-            found = {name: self._bound(seen, rows) for name, rows in parts.items()}
+                parts |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
+            found = {name: self._bound(pair, rows) for name, rows in parts.items()}
             above = [name for name, bound in found.items() if bound.upper > self.limit]
             for name in above:
-                bad |= parts[name] & seen.flips.broken
+                bad |= parts[name] & pair.flips.broken
                 words.append(self._words(name, found[name]))
             passed = passed and not above
             if not above:
                 worst = max(found, key=lambda name: found[name].upper)
                 words.append(self._words(worst, found[worst]) + (", the highest" if len(found) > 1 else ""))
-        return _finding(self, seen, bad, not passed, words)
+        return _finding(self, pair, bad, not passed, words)
 
-    def _bound(self, seen: ModelPair, rows: Tensor) -> Bound:
-        counts = seen.flips.counts(rows)
+    def _bound(self, pair: ModelPair, rows: Tensor) -> Bound:
+        counts = pair.flips.counts(rows)
         return Bound.of(counts.broken, counts.n, self.confidence)
 
     def _words(self, name: str, bound: Bound) -> str:
@@ -233,18 +233,18 @@ class NoSliceWorse(Rule):
         check_splits(str(self), self.splits, splits)
         _check_sliced(self, sliced)
 
-    def check(self, seen: ModelPair) -> Finding:
+    def check(self, pair: ModelPair) -> Finding:
         parts = {
             f"{split}, slice {name!r}": rows
-            for split in check_splits(str(self), self.splits, seen.splits)
-            for name, rows in seen.slices_of(split).items()
+            for split in check_splits(str(self), self.splits, pair.splits)
+            for name, rows in pair.slices_of(split).items()
         }
-        counts = {name: seen.flips.counts(rows) for name, rows in parts.items()}
+        counts = {name: pair.flips.counts(rows) for name, rows in parts.items()}
         level = self.level / max(1, len(parts))
         worse = [name for name, found in counts.items() if self._is_worse(found, level)]
-        bad = torch.zeros(len(seen.after), dtype=torch.bool)
+        bad = torch.zeros(len(pair.after), dtype=torch.bool)
         for name in worse:
-            bad |= parts[name] & seen.flips.broken
+            bad |= parts[name] & pair.flips.broken
         words = [self._words(name, counts[name], level) for name in worse]
         if not worse:
             words = [f"none of {len(parts):,} slices is worse by {self.by}"]
@@ -252,7 +252,7 @@ class NoSliceWorse(Rule):
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
             words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
-        return _finding(self, seen, bad, bool(worse), words)
+        return _finding(self, pair, bad, bool(worse), words)
 
     def _is_worse(self, counts: FlipCounts, level: float) -> bool:
         if self.by == "count":
@@ -283,8 +283,8 @@ def sign_test(broken: int, repaired: int) -> float:
     return binomial_cdf(repaired, changed, 0.5) if changed else 1.0
 
 
-def _finding(rule: Rule, seen: ModelPair, bad: Tensor, failed: bool, words: Sequence[str]) -> Finding:
-    ids = {split: rows for split, rows in seen.after.ids(bad).items() if rows}
+def _finding(rule: Rule, pair: ModelPair, bad: Tensor, failed: bool, words: Sequence[str]) -> Finding:
+    ids = {split: rows for split, rows in pair.after.ids(bad).items() if rows}
     text = ". ".join(words)
     return Finding(str(rule), not failed, f"{text}.", ids)
 

@@ -14,12 +14,12 @@ from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.tables import percent
-from lightning_nrl.serving.margin_switch import Classes, Renumbered, TwoModels, predicts
-from lightning_nrl.serving.threshold import compared, gate_of
+from lightning_nrl.serving.margin_switch import Classes, ClassMapping, TwoModels, predicts
+from lightning_nrl.serving.threshold import gate_of, judged
 
 __all__ = ["WeightChoice", "WeightPoint", "WeightedEnsemble", "choose_weight"]
 
-WEIGHTS = 21
+N_WEIGHTS = 21
 """Weights that are tried, evenly from 0 to 1."""
 
 
@@ -157,11 +157,11 @@ def choose_weight(
         (0.65, 1, 0)
     """
     gate = None if limit is None else gate_of(limit)
-    rule = Renumbered(classes)
-    was_right, _, labels = compared(old, new, labels, rule)
+    rule = ClassMapping(classes)
+    was_right, _, labels = judged(old, new, labels, rule)
     old, new = rule.side_by_side(old.cpu(), new.cpu())
     curve = []
-    for weight in torch.linspace(0, 1, WEIGHTS):
+    for weight in torch.linspace(0, 1, N_WEIGHTS):
         # At the ends one model answers, also where the other returns NaN.
         served = new if weight == 0 else old if weight == 1 else _blended(old, new, weight)
         right = predicts(served, labels)

@@ -58,7 +58,7 @@ def predicts(logits: Tensor, classes: Tensor) -> Tensor:
     return (logits.argmax(1) == classes) & ~logits.isnan().any(1)
 
 
-class Renumbered(nn.Module):
+class ClassMapping(nn.Module):
     """How the old model's classes are numbered in the new one.
 
     Args:
@@ -76,7 +76,7 @@ class Renumbered(nn.Module):
         self.register_buffer("classes", index)
         self._needed = _needed(index)
 
-    def renumbered(self, old: Tensor, n_classes: int) -> Tensor:
+    def mapped(self, old: Tensor, n_classes: int) -> Tensor:
         """The old logits in the order of the new ones, `n x n_classes`; `UNKNOWN` for classes that are only there."""
         if self.classes is None:
             return old
@@ -96,7 +96,7 @@ class Renumbered(nn.Module):
         if not torch.jit.is_tracing():
             self.check(old, new)
         dtype = torch.promote_types(old.dtype, new.dtype)
-        return self.renumbered(old, new.shape[1]).to(dtype), new.to(dtype)
+        return self.mapped(old, new.shape[1]).to(dtype), new.to(dtype)
 
     def check(self, old: Any, new: Any) -> None:
         """Whether both outputs are logits, and of as many classes as they should be.
@@ -123,7 +123,7 @@ class Renumbered(nn.Module):
         self._needed = _needed(self.classes)
 
 
-class SwitchRule(Renumbered):
+class SwitchRule(ClassMapping):
     """The decision alone, without the models: a threshold, and how classes are numbered.
 
     Args:
@@ -169,7 +169,7 @@ class SwitchRule(Renumbered):
         return self
 
 
-class TwoModels(Renumbered):
+class TwoModels(ClassMapping):
     """Two models that run on every sample, in evaluation mode whatever is asked."""
 
     old: nn.Module

@@ -149,7 +149,7 @@ def _count(switch: MarginSwitch, source: Source, context: Context) -> SwitchSpli
         with context():
             served = switch(*batch.args, **batch.kwargs)
             new = switch.new(*batch.args, **batch.kwargs)
-            old = switch.renumbered(switch.old(*batch.args, **batch.kwargs), new.shape[1])
+            old = switch.mapped(switch.old(*batch.args, **batch.kwargs), new.shape[1])
             by_new = switch.is_served(old, new)
         columns.append((*(predicts(logits, labels) for logits in (old, new, served)), by_new))
     if not columns:

@@ -58,7 +58,8 @@ class SwitchedModule(LightningModule):
                     "`new` is a `SwitchedModule` itself.", "give the new module alone; `old` may be a `SwitchedModule`."
                 )
             )
-        return _blank(type(new))
+        served: Self = _blank(type(new))
+        return served
 
     def __init__(
         self, old: nn.Module, new: LightningModule, threshold: float = math.inf, classes: Classes | None = None
@@ -73,7 +74,8 @@ class SwitchedModule(LightningModule):
         """Runs both models and serves one of them for each sample: logits `n x C`."""
         if not torch.compiler.is_compiling():
             self._was_asked = True
-        return self.margin_switch(super().forward(*args, **kwargs), *args, **kwargs)
+        logits: Tensor = self.margin_switch(super().forward(*args, **kwargs), *args, **kwargs)
+        return logits
 
     def train(self, mode: bool = True) -> Self:
         """Changes nothing: what is served is the models in evaluation mode."""

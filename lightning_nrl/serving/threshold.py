@@ -13,10 +13,10 @@ from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
 from lightning_nrl.report.tables import percent
-from lightning_nrl.serving.margin_switch import Classes, Renumbered, check_logits, margin_over, predicts
+from lightning_nrl.serving.margin_switch import Classes, ClassMapping, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
 
-__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "compared", "gate_of"]
+__all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "gate_of", "judged"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def choose_threshold(
         raise ConfigurationError(
             explain(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
         )
-    was_right, predicted, labels = compared(old, new, labels, Renumbered(classes))
+    was_right, predicted, labels = judged(old, new, labels, ClassMapping(classes))
     new = new.cpu()
     now_right, margin = predicts(new, labels), margin_over(new, predicted)
     # Whatever the threshold, the new model answers where it agrees, and does not where its margin is NaN.
@@ -151,7 +151,7 @@ def _above(margins: Tensor, thresholds: Tensor) -> list[int]:
     return (len(margins) - torch.searchsorted(margins.sort().values, thresholds, right=True)).tolist()
 
 
-def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tuple[Tensor, Tensor, Tensor]:
+def judged(old: Tensor, new: Tensor, labels: Tensor, rule: ClassMapping) -> tuple[Tensor, Tensor, Tensor]:
     """Which samples the old model gets right, its predicted classes as the new one numbers them, and the labels.
 
     All are `n` and on the CPU.
@@ -178,7 +178,7 @@ def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tupl
     old, new = old.cpu(), new.cpu()
     if old.ndim == 1 and not old.is_floating_point():
         check_logits("new", new)
-        predicted = _renumbered(old.long(), rule.classes)
+        predicted = _mapped(old.long(), rule.classes)
         if not 0 <= int(predicted.min()) <= int(predicted.max()) < new.shape[1]:
             raise ConfigurationError(
                 explain(
@@ -189,11 +189,11 @@ def compared(old: Tensor, new: Tensor, labels: Tensor, rule: Renumbered) -> tupl
             )
         return predicted == labels, predicted, labels
     rule.check(old, new)
-    old = rule.renumbered(old, new.shape[1])
+    old = rule.mapped(old, new.shape[1])
     return predicts(old, labels), old.argmax(1), labels
 
 
-def _renumbered(predictions: Tensor, classes: Tensor | None) -> Tensor:
+def _mapped(predictions: Tensor, classes: Tensor | None) -> Tensor:
     if classes is None:
         return predictions
     if not 0 <= int(predictions.min()) <= int(predictions.max()) < len(classes):

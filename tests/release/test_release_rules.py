@@ -261,8 +261,8 @@ def test_a_file_of_protected_samples_that_cannot_be_read_is_refused(text: str, t
 class FewRepaired(Rule):
     """A rule of one's own."""
 
-    def check(self, seen: ModelPair) -> Finding:
-        return Finding(str(self), int(seen.flips.repaired.sum()) < 2, "few were repaired.")
+    def check(self, pair: ModelPair) -> Finding:
+        return Finding(str(self), int(pair.flips.repaired.sum()) < 2, "few were repaired.")
 
     def __str__(self) -> str:
         return "few"
