@@ -12,10 +12,12 @@ __all__ = [
     "EvaluationError",
     "LoggingWarning",
     "NotRepairedWarning",
+    "OtherRankError",
     "PerformanceWarning",
     "RepairError",
     "RepairWarning",
     "ReplayError",
+    "TargetError",
     "TrainingWarning",
     "check_choice",
     "check_kind",
@@ -31,8 +33,16 @@ class ConfigurationError(RepairError, ValueError):
     """An argument cannot be used as given; found before training wherever it can be."""
 
 
+class TargetError(ConfigurationError):
+    """A target cannot say of some data which of their samples it chooses."""
+
+
 class EvaluationError(RepairError):
-    """The known data cannot serve as evidence, for instance because the original model gives NaN losses."""
+    """The data cannot be evaluated, for instance because the original model gives NaN losses."""
+
+
+class OtherRankError(EvaluationError):
+    """Another rank failed; its own error says why."""
 
 
 class EmptyLocalizationError(RepairError):

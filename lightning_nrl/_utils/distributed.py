@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_nrl.errors import EvaluationError, explain
+from lightning_nrl.errors import OtherRankError, explain
 
 __all__ = ["Collective"]
 
@@ -86,7 +86,7 @@ class Collective:
             failed: what to say where another rank failed.
 
         Raises:
-            EvaluationError: another rank failed.
+            OtherRankError: another rank failed.
             Exception: whatever work raises on this rank.
         """
         error: Exception | None = None
@@ -98,7 +98,7 @@ class Collective:
         if error is not None:
             raise error
         if another:
-            raise EvaluationError(explain(failed, "look at that rank's own error."))
+            raise OtherRankError(explain(failed, "look at that rank's own error."))
         return result
 
     def agreed(self, values: Tensor) -> Tensor:

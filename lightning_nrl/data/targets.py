@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, TargetError, explain
 
 __all__ = ["AllFailures", "And", "Confusion", "Label", "Not", "Or", "Predicate", "Target", "Where"]
 
@@ -50,7 +50,7 @@ class Target(ABC):
             `n` bool on the CPU, where evidence lives.
 
         Raises:
-            ConfigurationError: the target asks for classes and the task has none, or a predicate raised or did not
+            TargetError: the target asks for classes and the task has none, or a predicate raised or did not
                 return one bool a sample.
         """
 
@@ -189,7 +189,7 @@ class Where(Target):
         try:
             found = function(batch.raw)
         except Exception as error:
-            raise ConfigurationError(
+            raise TargetError(
                 explain(
                     f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
                     "it is called with the whole batch as the data loader gives it, extras included.",
@@ -291,7 +291,7 @@ def _class_number(argument: str, value: Any) -> int:
 
 def _classes(target: Target, classes: Tensor | None) -> Tensor:
     if classes is None:
-        raise ConfigurationError(
+        raise TargetError(
             explain(
                 f"`target`: '{target}' asks for classes, and the task has none.",
                 "choose samples with `Target.where(predicate)` or `Target.all()`.",
@@ -308,7 +308,7 @@ def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
         what = f"{found.dtype} {list(found.shape)}"
     else:
         what = f"{type(found).__name__}{f' of length {len(found)}' if hasattr(found, '__len__') else ''}"
-    raise ConfigurationError(
+    raise TargetError(
         explain(
             f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
             f"return one bool a sample: here a bool tensor, array or list of length {n}.",

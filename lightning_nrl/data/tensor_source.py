@@ -101,7 +101,7 @@ class TensorSource:
         return self.index
 
     def __iter__(self) -> Iterator[Batch]:
-        for position in self.index.split(self.batch_size):
+        for position in torch.split(self.index, self.batch_size):
             if len(position):
                 # A slice copies nothing.
                 yield self._batch(position, slice(int(position[0]), int(position[-1]) + 1))

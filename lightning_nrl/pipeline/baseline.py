@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation import DOUBTFUL, Evaluator
+from lightning_nrl.data import Source
+from lightning_nrl.errors import DataWarning, OtherRankError, TargetError
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
 from lightning_nrl.evaluation.label_issues import find_label_issues
 from lightning_nrl.evaluation.quotas import normalised
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.calibration_bounds import Groups, groups_of
-from lightning_nrl.pipeline.input_checks import check_losses, check_task, see_aside
+from lightning_nrl.pipeline.input_checks import check_losses, check_task
+from lightning_nrl.pipeline.sample_leaks import LeakCheck
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.update import Update, look_back
 from lightning_nrl.report import Role
 
-__all__ = ["Baseline", "look"]
+__all__ = ["Baseline", "evaluate_baseline", "evaluate_held_out"]
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,29 @@ class Baseline:
     """What the original model does on all data.
 
     Attributes:
-        known: the evidence on known data; what is to be repaired is `targeted`, without what is set aside.
+        known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
         before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
             keeps no more than what the replaced model gets right.
-        aside: the evidence on data that no search looks at, by role.
-        left_out: `N` bool, known failed samples that are set aside.
+        held_out: its results on data that no search uses, by role.
+        set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
         groups: the slices of calibration and repair data; None without calibration data.
+        leaked: by unseen split, how many of its samples are known too; splits without any are left out.
     """
 
     known: SampleResults
     before: SampleResults
-    aside: Mapping[Role, SampleResults]
-    left_out: Tensor
+    held_out: Mapping[Role, SampleResults]
+    set_aside: Tensor
     update: Update | None = None
     groups: Groups | None = None
+    leaked: Mapping[str, int] = field(default_factory=dict)
 
 
-def look(
+def evaluate_baseline(
     evaluator: Evaluator,
     known: Sequence[Source],
-    others: Mapping[Role, Sequence[Source]],
+    held_out: Mapping[Role, Sequence[Source]],
     settings: Settings,
     *,
     clock: StageTimer,
@@ -59,38 +63,70 @@ def look(
     Args:
         evaluator: the original model, in evaluation mode, and what judges it.
         known: data that the repair may look at.
-        others: data that no search looks at, by role; none of them empty.
+        held_out: data that no search uses, by role; none of them empty.
         settings: what is targeted, how much samples count, and what is set aside.
         clock: keeps the time of each pass.
         reference: the model that this one replaces.
 
     Raises:
-        ConfigurationError: the data, the target, the task or the reference cannot be used.
+        ConfigurationError: the data, the target, the task or the reference cannot be used, or calibration data are
+            known too.
         EvaluationError: losses are not finite; the samples are named.
     """
+    check = LeakCheck(known, held_out)
     with clock.stage("collect"):
-        before, left_out = settings.samples.over(evaluator, known, settings.target, everywhere=reference is not None)
-    aside: dict[Role, SampleResults] = {}
-    for role, sources in others.items():
+        before, set_aside = settings.samples.over(
+            evaluator, check.known, settings.target, everywhere=reference is not None
+        )
+    others: dict[Role, SampleResults] = {}
+    for role, sources in check.held_out.items():
         with clock.stage("unseen"):
-            aside[role] = see_aside(evaluator, sources, settings)
-    groups = groups_of(known, before, aside["calibration"], settings) if "calibration" in aside else None
+            others[role] = evaluate_held_out(evaluator, sources, settings)
+    leaked = check.leaked(evaluator.collective)
+    groups = groups_of(known, before, others["calibration"], settings) if "calibration" in others else None
     check_losses(before)
     check_task(settings, before, evaluator.task)
     update, own = None, before
     if reference is not None:
         with clock.stage("reference"):
-            update = look_back(reference, evaluator, {"known": known, **others}, {"known": before, **aside})
+            update = look_back(reference, evaluator, {"known": known, **held_out}, {"known": before, **others})
         own = update.regressions("known", before)
-        aside = {role: update.regressions(role, evidence) for role, evidence in aside.items()}
+        others = {role: update.regressions(role, results) for role, results in others.items()}
         before = update.kept(own, settings.samples.keep)
     if settings.samples.set_aside == DOUBTFUL:
         with clock.stage("labels"):
-            left_out = find_label_issues(evaluator, known, before)
-    same, before = own is before, _weighed(before, left_out)
-    return Baseline(before if same else _weighed(own, left_out), before, aside, left_out, update, groups)
+            set_aside = find_label_issues(evaluator, known, before)
+    same, before = own is before, _without(before, set_aside)
+    known_results = before if same else _without(own, set_aside)
+    return Baseline(known_results, before, others, set_aside, update, groups, leaked)
 
 
-def _weighed(evidence: SampleResults, left_out: Tensor) -> SampleResults:
-    """The evidence without targets that are set aside, those that are left weighing 1 on average."""
-    return normalised(replace(evidence, targeted=evidence.targeted & ~left_out))
+def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
+    """The results on data that no search uses.
+
+    Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
+    because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
+
+    Args:
+        evaluator: the original model and what judges it.
+        sources: the data.
+        settings: say which failures are marked, and what samples count.
+
+    Warns:
+        DataWarning: the failures in the target are not marked.
+    """
+    try:
+        return settings.samples.over(evaluator, sources, settings.target, everywhere=True, known=False)[0]
+    except Exception as error:
+        # Where a rank fails, every other one is told so: they are all here, and try again only if all can.
+        if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
+            raise
+        warnings.warn(
+            f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
+        )
+    return settings.samples.over(evaluator, sources, known=False)[0]
+
+
+def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:
+    """The results without targets that are set aside, those that are left weighing 1 on average."""
+    return normalised(replace(results, targeted=results.targeted & ~set_aside))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, RepairError, check_kind, explain
-from lightning_nrl.evaluation import DOUBTFUL, Evaluator
+from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind, explain
+from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.settings import Settings
@@ -24,7 +22,6 @@ __all__ = [
     "check_task",
     "given_or_default",
     "passed_rows",
-    "see_aside",
 ]
 
 CLASSES: tuple[Need, ...] = ("classes",)
@@ -141,24 +138,3 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
     drawn = torch.zeros_like(pool)
     drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
     return drawn
-
-
-def see_aside(evaluator: Evaluator, unseen: Sequence[Source], settings: Settings) -> SampleResults:
-    """The evidence on data that no search looks at; the target there is for the report alone, so it may fail.
-
-    Args:
-        evaluator: the original model and what judges it.
-        unseen: the data.
-        settings: say which failures are marked, where that can be told, and what samples count.
-    """
-    over = partial(settings.samples.over, evaluator, unseen, known=False)
-    try:
-        return over(settings.target, everywhere=True)[0]
-    except Exception as error:
-        # If one rank fails all do; they try again only if all can.
-        if evaluator.collective.any(not isinstance(error, RepairError)):
-            raise
-        warnings.warn(
-            f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
-        )
-        return over()[0]

@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Gate, judge, spared
 from lightning_nrl.methods import solve
-from lightning_nrl.pipeline.baseline import look
+from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.calibration_bounds import Groups, bounds_after
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.line_search import Calibration, Strength, find_strength
@@ -111,7 +111,7 @@ def repair_module(
     others = {role: sources for role, sources in others.items() if sources}
     layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        found = look(evaluator, known, others, settings, clock=clock, reference=reference)
+        found = evaluate_baseline(evaluator, known, others, settings, clock=clock, reference=reference)
         before, update = found.before, found.update
         account = ReportBuilder(
             model,
@@ -119,10 +119,10 @@ def repair_module(
             settings,
             evaluator.task,
             found.known,
-            found.aside,
+            found.held_out,
             clock.seconds,
             update=update,
-            left_out=found.left_out,
+            left_out=found.set_aside,
         )
         if not before.targeted.any():
             return Outcome(account.closed("nothing to repair", _nothing(found.known, known, settings.target, update)))

@@ -30,7 +30,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.pipeline.input_checks import see_aside
+from lightning_nrl.pipeline.baseline import evaluate_held_out
 from lightning_nrl.report import hash_tensors
 
 
@@ -141,7 +141,7 @@ def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
     def run(collective: Collective) -> str:
         later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
         with pytest.raises((OSError, EvaluationError)) as error:
-            see_aside(Evaluator(mlp(), collective=collective), later, quick())
+            evaluate_held_out(Evaluator(mlp(), collective=collective), later, quick())
         return str(error.value)
 
     first, second = on_ranks(2, run)

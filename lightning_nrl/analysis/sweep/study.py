@@ -25,7 +25,7 @@ from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.pipeline.baseline import look
+from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
@@ -61,7 +61,7 @@ def study(
     layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     others = {role: sources for role, sources in roles.items() if sources}
-    found = look(evaluator, known, others, base, clock=clock)
+    found = evaluate_baseline(evaluator, known, others, base, clock=clock)
     before = found.before
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
@@ -69,7 +69,7 @@ def study(
             explain(f"`known`: no sample {what} ({base.target}).", "give data on which there is something to repair.")
         )
     problem = build_problem(evaluator, known, before, layers, base, clock=clock)
-    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.aside.items()}}
+    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.held_out.items()}}
     store = Store(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)
 

@@ -1,0 +1,144 @@
+"""Which samples of two data sets are the same: by data set and index where these are known, else by their content.
+
+Either way a sample is told by two 64-bit numbers, a row of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.observed_source import ObservedSource
+
+__all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
+
+
+COLUMNS_AT_ONCE = 2**14
+"""Numbers of a sample that are made integers at once, eight bytes each."""
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A source that knows which samples of which data set it reads."""
+
+    @property
+    def identity(self) -> Tensor:
+        """`n x 2` int64: of each sample of `Source.index` its data set and its place there."""
+        ...
+
+
+def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:
+    """Samples as pairs of the data set that they come from and their place in it, seen through subsets and unions.
+
+    Args:
+        dataset: a data set, a `Subset` of one, a `ConcatDataset` of several, and so on.
+        index: `n` int64, places in it.
+
+    Returns:
+        `n x 2` int64. The first number means something in this process alone.
+    """
+    if isinstance(dataset, Subset):
+        inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
+        return base_samples(dataset.dataset, torch.where(inner < 0, inner + _length(dataset.dataset), inner))
+    if isinstance(dataset, ConcatDataset):
+        ends = torch.tensor(dataset.cumulative_sizes)
+        part = torch.searchsorted(ends, index, right=True)
+        pairs = torch.empty(len(index), 2, dtype=torch.int64)
+        for number, own in enumerate(dataset.datasets):
+            rows = part == number
+            pairs[rows] = base_samples(own, index[rows] - (int(ends[number - 1]) if number else 0))
+        return pairs
+    return torch.stack([torch.full_like(index, id(dataset)), index], 1)
+
+
+def is_among(samples: Tensor, others: Tensor) -> Tensor:
+    """Which samples, `n x 2`, are among others, `m x 2`: `n` bool."""
+    _, number = torch.unique(torch.cat([samples, others]), dim=0, return_inverse=True)
+    return torch.isin(number[: len(samples)], number[len(samples) :])
+
+
+class ContentRecorder(ObservedSource):
+    """A source that notes a key of each sample's content, without waiting for the device."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self._keys: list[Tensor] = []
+        self._positions: list[Tensor] = []
+
+    def begin(self) -> None:
+        """Forgets the keys of an earlier pass."""
+        self._keys, self._positions = [], []
+
+    def observe(self, batch: Batch) -> None:
+        """Notes the keys of a batch."""
+        self._keys.append(content_keys(batch))
+        self._positions.append(batch.position)
+
+    def keys(self, collective: Collective) -> Tensor:
+        """`n x 2` int64 over all ranks, in the order of the source, on the CPU."""
+        mine = torch.cat(self._keys).cpu() if self._keys else torch.zeros(0, 2, dtype=torch.int64)
+        position = torch.cat(self._positions) if self._positions else torch.zeros(0, dtype=torch.int64)
+        keys, order = (torch.cat(collective.gather(x)) for x in (mine, position))
+        return keys[order.argsort()]
+
+
+def content_keys(batch: Batch) -> Tensor:
+    """Two 64-bit numbers for each sample, alike for samples whose inputs and truths are alike to the bit: `n x 2`.
+
+    Each is a sum of the numbers in a sample with random weights, modulo 2^64, so that two samples that differ share
+    both with a probability below 2^-64. Zeros count nothing: sequences may be padded to different lengths.
+    """
+    n = len(batch)
+    total: Tensor | None = None
+    for place, x in enumerate(_tensors((batch.args, dict(batch.kwargs), batch.target))):
+        if x.ndim == 0 or len(x) != n:
+            continue
+        columns = x.detach().reshape(n, -1)
+        weights = _weights(place, columns.shape[1]).to(x.device)
+        own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
+        for some, weight in zip(
+            torch.split(columns, COLUMNS_AT_ONCE, 1), torch.split(weights, COLUMNS_AT_ONCE, 1), strict=True
+        ):
+            numbers = _as_integers(some)
+            own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
+        total = own if total is None else total + own.to(total.device)
+    return torch.zeros(n, 2, dtype=torch.int64) if total is None else total
+
+
+@lru_cache(maxsize=16)
+def _weights(seed: int, n: int) -> Tensor:
+    """`2 x n` random int64 on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    halves = torch.randint(2**32, (2, 2, n), generator=generator, dtype=torch.int64, device="cpu")
+    return halves[0] * 2**32 + halves[1]
+
+
+def _as_integers(x: Tensor) -> Tensor:
+    """The bits of numbers as int64; -0.0 as 0.0."""
+    if not x.is_floating_point():
+        return torch.view_as_real(x).flatten(1).double().view(torch.int64) if x.is_complex() else x.long()
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    whole = x if x.element_size() in kinds else x.float()
+    return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for name in sorted(tree, key=str):
+            yield from _tensors(tree[name])
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for item in tree:
+            yield from _tensors(item)
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
