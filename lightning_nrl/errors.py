@@ -8,6 +8,7 @@ from collections.abc import Sequence
 __all__ = [
     "ConfigurationError",
     "DataWarning",
+    "DeviceMemoryError",
     "EmptyLocalizationError",
     "EvaluationError",
     "LoggingWarning",
@@ -43,6 +44,10 @@ class EvaluationError(RepairError):
 
 class OtherRankError(EvaluationError):
     """Another rank failed; its own error says why."""
+
+
+class DeviceMemoryError(RepairError):
+    """The memory of the device does not suffice, however little is done at once."""
 
 
 class EmptyLocalizationError(RepairError):

@@ -1,4 +1,10 @@
-"""The border between right and wrong: samples close to it, and rounds of small steps on them."""
+"""An active-set method on margins: steps on the samples near the decision boundary, whose constraints may bind.
+
+Every known passed sample is a constraint: its margin must stay above 0. Few of them ever come close to it. These are
+the working set: their margins are measured again and again. Those of them that are closer still are active: steps are
+on their hinge losses, each with a multiplier that grows as long as its constraint is violated. As many others of the
+working set are rehearsed, which holds the model where it is.
+"""
 
 from __future__ import annotations
 
@@ -6,152 +12,174 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._optim.descent import BATCH, MOST, Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
+from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher, logits_of
+from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
-__all__ = ["RATE", "SAFE", "TYPICAL", "ActiveSet"]
+__all__ = ["POLISH_RATE", "REFERENCE_MARGIN", "SAFETY_MARGIN", "ActiveSet"]
 
-TYPICAL = 8.0
-"""The median margin of passed samples for which the numbers below are meant; they grow and shrink with it."""
-SAFE = 1e-3
-"""The margin without which a passed sample counts as broken, so that another batch size or device does not flip it."""
-GOAL, RELATIVE_GOAL = 0.3, 0.5
+REFERENCE_MARGIN = 8.0
+"""The median margin of passed samples for which the margins below are meant; they grow and shrink with it."""
+SAFETY_MARGIN = 1e-3
+"""Below it a passed sample counts as broken, so that another batch size or device does not flip it."""
+HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5
 """Passed samples are pushed up to this margin, or to this part of the one they had, whichever is less."""
-TARGET_GOAL = 0.1
+TARGET_HINGE_MARGIN = 0.1
 """Targets are pushed up to this margin; more would be paid for by passed samples."""
-REACH = 0.3
+REACHABLE_MARGIN = 0.3
 """Failing targets this close to being right are tried too."""
-NEAR, FOLLOWED = 1.0, 2.0
-"""Steps are on samples with a margin below NEAR; those below FOLLOWED are watched."""
-REST = 8 * BATCH
-"""Further passed samples, drawn once, that hold the model where it is."""
-FOLLOW = 64 * BATCH
-"""Followed samples at most, so that a round stays short however much is known."""
-RATE = 5e-5
-"""Of Adam. Each step moves what nobody looks at too, so small steps are better than few."""
-FASTER, FASTEST = 1 / 8, 20.0
-"""How much faster for each sample that is not right yet, while targets are insisted on, and at most: hundreds are out
-of reach of small steps, and few are not worth large ones."""
-FEW = 32
-"""While more than these are not right, the margins that were seen on the way suffice to go on."""
-STEPS = 8
-"""In a round, at the least: few samples are gone through several times."""
-HOLD = 5
-PRESSURE, MOST_PRESSURE = 1.4, 1e3
-"""What a broken sample's weight in the loss is multiplied with, round by round, until it is right, and what it becomes
-at most: half precisions end at some 60,000."""
+ACTIVE_MARGIN, WORKING_SET_MARGIN = 1.0, 2.0
+"""Samples with a margin below the first are active; below the second they join the working set."""
+MAX_REHEARSED = 8 * BATCH_SIZE
+"""Passed samples further away, drawn once, that join the working set to hold the model where it is."""
+MAX_WORKING_SET = 64 * BATCH_SIZE
+"""Samples close to the boundary in the working set, at most, so that a round stays short however much is known."""
+POLISH_RATE = 5e-5
+"""Learning rate of Adam. Each step moves unmeasured samples too, so small steps are better than few."""
+RATE_PER_OPEN_SAMPLE, MAX_RATE_FACTOR = 1 / 8, 20.0
+"""How much faster for each sample that is open, while targets are insisted on, and at most: hundreds are out of reach
+of small steps, and few are not worth large ones."""
+MAX_OPEN_TO_MEASURE = 32
+"""While more than these are open, the margins that were measured during the steps suffice to go on."""
+MIN_STEPS_PER_ROUND = 8
+"""Few samples are gone through several times in a round."""
+MULTIPLIER_GROWTH, MAX_MULTIPLIER = 1.4, 1e3
+"""What an open sample's multiplier grows by, round by round, and what it becomes at most: half precisions end at some
+60,000."""
 
 
 class ActiveSet:
-    """Margins of all known samples as last measured, and the samples that are followed.
+    """Margins of all known samples as last measured, and the working set.
 
-    A followed sample has a teacher: the given state where it is right, else the original model where that is.
+    A sample of the working set has a teacher: the given state where it is right, else the original model, which matters
+    where that is right.
+
+    Args:
+        problem: what is known.
+        state: the weights that steps start from.
+        after: what the model does on known data under them.
+        insisted: `N` bool, targets that steps go on for however far from right they are. Whoever owns the tensor may
+            change it between rounds.
+
+    Attributes:
+        margin: `N`, NaN where the loss is not finite.
+        working: `N` bool, the working set.
+        multiplier: `N`, from 1.
     """
 
     def __init__(self, problem: Problem, state: State, after: SampleResults, insisted: Tensor) -> None:
         before = problem.before
-        self.problem, self.state, self.insisted = problem, state, insisted
-        self.unit = float(before.margin[before.passed].median()) / TYPICAL
-        self.right = after.passed
-        self.asked = before.margin.clamp(max=SAFE * max(1.0, self.unit))
-        self.goal = (RELATIVE_GOAL * before.margin).clamp(RELATIVE_GOAL * 0.05 * self.unit, GOAL * self.unit)
+        self.problem, self.insisted = problem, insisted
+        self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
+        safety = SAFETY_MARGIN * max(1.0, self._unit)
+        self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
+        hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(
+            HINGE_MARGIN_RATIO * 0.05 * self._unit, HINGE_MARGIN * self._unit
+        )
+        self._hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
         weight = before.weight.float()
-        self.weight = torch.where(before.passed, 1.0, weight.clamp(max=MOST))
+        self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
+        self.multiplier = torch.where(before.passed, weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
         # Failing targets that count more are tried from further away.
-        self.reach = -self.unit * REACH * torch.where(before.targeted, weight.clamp(1, MOST), 1.0)
-        self.pressure = torch.where(before.passed, weight.clamp(max=MOST), 1.0)
-        self.generator = torch.Generator().manual_seed(problem.seed)
+        reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
+        self._reachable = -self._unit * REACHABLE_MARGIN * reach
+        self._right = after.passed
+        self._teacher = Teacher(problem, (state, {}), (~self._right).long())
+        self._generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
-        # The given state where it is right, else the original model, which matters where that is right.
-        self.teacher = Teacher(problem, (state, {}), (~self.right).long())
-        self.followed = self._close()
-        rest = (before.passed & ~self.followed).nonzero().flatten()
-        self.followed[rest[torch.randperm(len(rest), generator=self.generator)[:REST]]] = True
+        self.working = self._close()
+        far = (before.passed & ~self.working).nonzero().flatten()
+        self.working[far[torch.randperm(len(far), generator=self._generator)[:MAX_REHEARSED]]] = True
 
     @property
     def broken(self) -> Tensor:
-        """`N` bool: passed samples that do not have the margin that is asked of them."""
-        return self.problem.before.passed & ~(self.margin >= self.asked)
+        """`N` bool: passed samples without the margin that is required of them."""
+        return self.problem.before.passed & ~(self.margin >= self._required)
 
     @property
     def open(self) -> Tensor:
         """`N` bool: broken samples, and targets insisted on that are not right yet."""
-        return self.broken | (self.insisted & ~(self.margin >= SAFE * max(1.0, self.unit)))
+        return self.broken | (self.insisted & ~(self.margin >= self._required))
 
     @property
     def hopeless(self) -> Tensor:
-        """`N` bool: broken samples without a finite loss, which no step can mend and whose slopes would spoil all."""
+        """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
 
-    def seen(self, after: SampleResults) -> None:
-        """All margins measured again; samples that came close are followed from now on."""
+    def update(self, after: SampleResults) -> None:
+        """Takes the margins of all known samples; those that came close to the boundary join the working set."""
         self.margin = _margins(after)
-        self.followed |= self._close()
+        self.working |= self._close()
 
     def breaks(self, state: State, rows: Tensor) -> bool:
-        """Whether passed samples, some rows of the evidence, do not have under a state what is asked of them."""
-        self.margin = measured(self.problem, self.margin, self._look(state, rows))
+        """Whether any of some passed samples, by row, is broken under a state."""
+        self.margin = merge_measurements(self.problem, self.margin, self._measure(state, rows))
         return bool(self.broken[rows].any())
 
-    def steps(self, descent: Descent) -> None:
-        """A round: steps on the samples near the border and as many others, then their margins again."""
+    def round(self, descent: Descent) -> None:
+        """Steps on the active samples and as many rehearsed ones, then their margins again."""
         before = self.problem.before
-        self.pressure[self.open] *= PRESSURE
-        self.pressure.clamp_(max=MOST_PRESSURE)
-        wanted = ~before.passed & (self.margin.abs() < self.unit * NEAR) & (self.margin > self.reach)
-        wanted |= self.insisted & (self.margin < self.unit * NEAR)
-        near = self.followed & ((before.passed & (self.margin < self.unit * NEAR)) | wanted)
-        core, rest = near.nonzero().flatten(), (self.followed & ~near).nonzero().flatten()
-        rest = rest[torch.randperm(len(rest), generator=self.generator)[: len(core)]]
-        weight = self.weight * torch.where(before.passed | self.insisted, self.pressure, wanted.float())
-        goal = torch.where(before.passed, self.goal, TARGET_GOAL * self.unit)
-        table = torch.stack([weight, goal, (self.right | before.passed).float()], 1)
-        found: list[tuple[Tensor, Tensor]] = []
+        self.multiplier[self.open] *= MULTIPLIER_GROWTH
+        self.multiplier.clamp_(max=MAX_MULTIPLIER)
+        near = self.margin < self._unit * ACTIVE_MARGIN
+        pursued = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
+        pursued |= self.insisted & near
+        is_active = self.working & ((before.passed & near) | pursued)
+        active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
+        rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
+        weight = self._weight * torch.where(before.passed | self.insisted, self.multiplier, pursued.float())
+        table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
+        # One transfer a round.
+        table = table.to(self.problem.space.device)
+        measured: list[tuple[Tensor, Tensor]] = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-            weight, goal, taught = table[rows].to(output.device).unbind(1)
+            columns = table[rows.to(table.device, non_blocking=True)].to(output.device)
+            weight, hinge, is_taught = columns.unbind(1)
             margin = self._margin(output, batch)
-            found.append((rows, margin.detach()))
-            kept = self.problem.task.divergence(output, self.teacher(batch, rows, output.shape), batch.target)
-            return (weight * F.relu(goal - margin)).sum() + HOLD * (taught * kept).sum()
+            measured.append((rows, margin.detach()))
+            divergence = self.problem.task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+            return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
-        ahead = int(self.open.sum()) if self.insisted.any() else 0
-        rate = RATE * min(max(1.0, FASTER * ahead), FASTEST)
-        rows = torch.cat([core, rest])
-        self.teacher.prepare(rows)
-        batches = deal(rows, self.generator)
-        while 0 < len(batches) < STEPS:
-            batches += deal(rows, self.generator)
-        for parts in draw(self.problem, batches):
+        n_open = int(self.open.sum()) if self.insisted.any() else 0
+        rate = POLISH_RATE * min(max(1.0, RATE_PER_OPEN_SAMPLE * n_open), MAX_RATE_FACTOR)
+        rows = torch.cat([active, rehearsed])
+        self._teacher.prepare(rows)
+        batches = shuffled_batches(rows, self._generator)
+        while 0 < len(batches) < MIN_STEPS_PER_ROUND:
+            batches += shuffled_batches(rows, self._generator)
+        for parts in load_batches(self.problem, batches):
             descent.step(parts, loss, rate=rate)
-        self.margin = measured(self.problem, self.margin, found)
-        if not self.insisted.any() or int(self.open.sum()) <= FEW:
-            self.margin = measured(self.problem, self.margin, self._look(descent.state(), core))
+        self.margin = merge_measurements(self.problem, self.margin, measured)
+        if not self.insisted.any() or int(self.open.sum()) <= MAX_OPEN_TO_MEASURE:
+            self.margin = merge_measurements(self.problem, self.margin, self._measure(descent.state(), active))
 
     def _close(self) -> Tensor:
+        """`N` bool: the samples nearest to the boundary that can still matter, and targets insisted on."""
         before, margin = self.problem.before, self.margin
-        repaired = (self.right | before.targeted) & ~before.passed & (margin > self.reach)
-        close = (before.passed & (margin < self.unit * FOLLOWED)) | (repaired & (margin < self.unit * FOLLOWED))
+        repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
+        close = (before.passed | repaired) & (margin < self._unit * WORKING_SET_MARGIN)
         rows = close.nonzero().flatten()
-        first = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:FOLLOW]
+        nearest = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MAX_WORKING_SET]
         chosen = self.insisted.clone()
-        chosen[rows[first]] = True
+        chosen[rows[nearest]] = True
         return chosen
 
     @torch.no_grad()
-    def _look(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _measure(self, state: State, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Rows and margins of chosen samples of this rank's share under a state."""
-        problem, found = self.problem, []
+        problem, measured = self.problem, []
         with holding(problem.model, state):
-            for parts in draw(problem, rows.split(BATCH) if len(rows) else ()):
+            for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
                 for batch, places in parts:
-                    output = outputs(problem, batch)
-                    finite = problem.task.loss(output, batch.target).isfinite()
-                    found.append((places, torch.where(finite, self._margin(output, batch), torch.nan)))
-        return found
+                    output = logits_of(problem, batch)
+                    is_finite = problem.task.loss(output, batch.target).isfinite()
+                    measured.append((places, torch.where(is_finite, self._margin(output, batch), torch.nan)))
+        return measured
 
     def _margin(self, output: Tensor, batch: Batch) -> Tensor:
         margin = self.problem.task.margin(output, batch.target)
@@ -159,7 +187,7 @@ class ActiveSet:
         return margin
 
 
-def _margins(evidence: SampleResults) -> Tensor:
+def _margins(after: SampleResults) -> Tensor:
     """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
-    margin = torch.where(evidence.passed, evidence.margin, evidence.margin.clamp(max=-SAFE))
-    return torch.where(evidence.loss.isfinite(), margin, torch.nan)
+    margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
+    return torch.where(after.loss.isfinite(), margin, torch.nan)

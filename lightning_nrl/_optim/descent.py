@@ -8,25 +8,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_nrl._optim.logit_cache import logits_of
+from lightning_nrl._optim.mini_batches import BATCH_SIZE, Part, load_batches
+from lightning_nrl._scoring.memory import is_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
 from lightning_nrl._utils.state import State, holding
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DeviceMemoryError, explain
 from lightning_nrl.problem import Problem
 
-__all__ = ["BATCH", "MOST", "Descent", "Loss", "Part", "Teacher", "deal", "draw", "measured", "outputs"]
+__all__ = ["MAX_SAMPLE_WEIGHT", "Descent", "Loss"]
 
-BATCH = 128
-"""Samples in one step, over all ranks: what the recipes here were tried with."""
-MOST = 10.0
-"""Of a sample's weight: a loss that is larger still would drown all others."""
-REMEMBERED = 2**28
-"""Bytes of a teacher's outputs that are kept in main memory; where they are more it is run again each time."""
-
-Part = tuple[Batch, Tensor]
-"""Samples of one split, and their rows in the evidence, `n` int64."""
+MAX_SAMPLE_WEIGHT = 10.0
+"""A loss with a larger weight would drown all others."""
 
 Loss = Callable[[Batch, Tensor, Tensor], Tensor]
-"""From a batch, its rows in the evidence and the logits: a sum over its samples, to be made small."""
+"""From a batch, its rows among the known samples and the logits: a sum over its samples, to be made small."""
 
 
 class Descent:
@@ -34,7 +31,7 @@ class Descent:
 
     Batch norm and dropout work as deployed, since the model stays in evaluation mode. Steps are taken on float32
     copies, because steps that are smaller than the rounding of a half precision would be lost; the model runs on them
-    in its own dtype.
+    in its own dtype. Where a mini-batch does not fit in memory, its gradient is summed over smaller forward passes.
 
     Args:
         problem: its `scope` names the parameters that move; its model is run, never written to.
@@ -52,24 +49,25 @@ class Descent:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.problem = problem
-        self.masks = masks or {}
         live = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
         parameters = dict(problem.model.named_parameters())
         given = {id(live[name]): value for name, value in state.items()}
         moving = {id(parameters[name]) for name in problem.scope}
         self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
         # Without gradients, which would otherwise gather in the live parameters.
-        self._still = {
+        self._frozen = {
             k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given
         } | self._given
         self._dtypes = {name: parameters[name].dtype for name in problem.scope}
         self._copies = {
             name: given.get(id(parameters[name]), parameters[name])
             .detach()
-            .to(_wide(dtype), copy=True)
+            .to(torch.promote_types(dtype, torch.float32), copy=True)
             .requires_grad_()
             for name, dtype in self._dtypes.items()
         }
+        self._masked = [(self._copies[k], mask.to(self._copies[k].device)) for k, mask in (masks or {}).items()]
+        self._samples_at_once = BATCH_SIZE
         self.optimizer = optimizer(list(self._copies.values()))
 
     @torch.no_grad()
@@ -82,7 +80,7 @@ class Descent:
     def running(self) -> Iterator[None]:
         """Inside, the model runs on the weights as they are now, and gradients lead to them."""
         cast = {name: value.to(self._dtypes[name]) for name, value in self._copies.items()}
-        with holding(self.problem.model, {**self._still, **cast}):
+        with holding(self.problem.model, {**self._frozen, **cast}):
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
@@ -92,162 +90,72 @@ class Descent:
             parts: this rank's share of a mini-batch.
             loss: what is to be made small.
             rate: the learning rate from now on; None leaves it.
+
+        Raises:
+            DeviceMemoryError: on all ranks, if a single sample does not fit in the memory of one. The weights are as
+                they were before the step.
         """
         for group in self.optimizer.param_groups if rate is not None else ():
             group["lr"] = rate
-        with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
-            for batch, rows in parts:
-                loss(batch, rows, outputs(self.problem, batch)).backward()
+        has_fitted = self._backward(list(parts), loss)
         if self.problem.collective.world_size > 1:
-            self._sum_gradients()
-        masked = [(self._copies[name], ~mask) for name, mask in self.masks.items()]
-        kept = [x.detach()[fixed] for x, fixed in masked]
-        for x, fixed in masked:
+            has_fitted = self._sum_gradients(has_fitted)
+        if not has_fitted:
+            self.optimizer.zero_grad()
+            raise DeviceMemoryError(
+                explain(
+                    "the gradient of a single sample does not fit in the memory of the device.",
+                    "name a later `layer`, or free memory.",
+                )
+            )
+        old = [x.detach().clone() for x, _ in self._masked]
+        for x, mask in self._masked:
             if x.grad is not None:
-                x.grad[fixed] = 0
+                x.grad = x.grad.where(mask, 0)
         self.optimizer.step()
-        for (x, fixed), old in zip(masked, kept, strict=True):
+        for (x, mask), value in zip(self._masked, old, strict=True):
             # Weight decay moves also what has no gradient.
-            x.detach()[fixed] = old
+            x.detach().copy_(x.detach().where(mask, value))
         self.optimizer.zero_grad()
 
-    def _sum_gradients(self) -> None:
+    def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
+        """Leaves the gradient of the loss over this rank's parts in the copies; whether memory sufficed for it."""
+        while True:
+            try:
+                with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
+                    for batch, rows in self._pieces(parts):
+                        loss(batch, rows, logits_of(self.problem, batch)).backward()
+                return True
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not inside `except`, where the traceback holds what did not fit.
+            self.optimizer.zero_grad()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+            most = min(self._samples_at_once, max(len(rows) for _, rows in parts))
+            if most <= 1:
+                return False
+            self._samples_at_once = most // 2
+
+    def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The same samples, as many at once as have fitted in memory so far."""
+        for part in parts:
+            if len(part[1]) <= self._samples_at_once:
+                yield part
+                continue
+            for pieces in load_batches(self.problem, part[1].split(self._samples_at_once)):
+                yield from pieces
+
+    def _sum_gradients(self, has_fitted: bool) -> bool:
+        """Sums gradients over ranks; whether memory sufficed on all of them."""
         copies = list(self._copies.values())
         mine = [(torch.zeros_like(x) if x.grad is None else x.grad).flatten() for x in copies]
-        used = torch.tensor([x.grad is not None for x in copies]).to(mine[0])
-        total = self.problem.collective.sum(torch.cat([*mine, used]))
-        *grads, used = total.split([*(x.numel() for x in copies), len(copies)])
-        for x, grad, ranks in zip(copies, grads, used.tolist(), strict=True):
+        flags = torch.tensor([*(x.grad is not None for x in copies), not has_fitted]).to(mine[0])
+        total = self.problem.collective.sum(torch.cat([*mine, flags]))
+        *grads, flags = total.split([*(x.numel() for x in copies), len(copies) + 1])
+        *used, failed = flags.tolist()
+        for x, grad, ranks in zip(copies, grads, used, strict=True):
             # As on one rank: what no loss depends on has no gradient, and weight decay leaves it.
             x.grad = grad.view_as(x).to(x.dtype) if ranks else None
-
-
-class Teacher:
-    """What other weights say of a batch, remembered where there is room.
-
-    Args:
-        problem: its model is run.
-        states: the weights; of each sample one of them is asked.
-        which: `N` int64, the number of the state that is asked of each row of the evidence.
-    """
-
-    def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
-        own = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
-        # Whole states, since the model may hold other weights when it is asked.
-        given = [{id(own[name]): value for name, value in state.items()} for state in states]
-        self._states = [{name: new.get(id(value), value) for name, value in own.items()} for new in given]
-        self._problem, self._which = problem, which
-        self._known = torch.zeros(len(which), dtype=torch.bool)
-        self._table: Tensor | None = None
-        self._varied = False
-        self._device = torch.device("cpu")
-
-    def prepare(self, rows: Tensor) -> None:
-        """Asks about those of some rows that nobody asked about yet; a batch with one of them is asked about whole.
-
-        Args:
-            rows: of the evidence, of any rank's share, `n` int64.
-        """
-        if self._table is None or self._varied:
-            return
-        for parts in draw(self._problem, rows[~self._known[rows]].split(BATCH)):
-            for batch, places in parts:
-                self(batch, places)
-
-    @torch.no_grad()
-    def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """The logits, on the device of the model.
-
-        Args:
-            batch: `n` samples.
-            rows: their rows in the evidence, `n` int64.
-            shape: that the logits have if it depends on the batch, as it does where a batch is padded to its longest
-                sample. Logits of another shape than the first ones are not remembered.
-        """
-        fits = self._table is not None and (shape is None or shape[1:] == self._table.shape[1:])
-        if self._table is not None and fits and bool(self._known[rows].all()):
-            return self._table[rows].to(self._device)
-        which = self._which[rows]
-        said = torch.zeros(0)
-        for number, state in enumerate(self._states):
-            chosen = which == number
-            if chosen.any():
-                with holding(self._problem.model, state):
-                    output = outputs(self._problem, batch)
-                mask = chosen.to(output.device).view(-1, *[1] * (output.ndim - 1))
-                said = torch.where(mask, output, said) if len(said) else output
-        self._device = said.device
-        if self._table is None and len(self._which) * said[0].numel() * said.element_size() <= REMEMBERED:
-            self._table = torch.empty((len(self._which), *said.shape[1:]), dtype=said.dtype)
-        if self._table is not None and said.shape[1:] == self._table.shape[1:]:
-            self._table[rows] = said.cpu()
-            self._known[rows] = True
-        elif self._table is not None:
-            self._varied = True
-        return said
-
-
-def outputs(problem: Problem, batch: Batch) -> Tensor:
-    """The logits of the model with the weights that it holds, computed as deployed."""
-    with problem.context():
-        output = problem.model(*batch.args, **batch.kwargs)
-    return problem.task.logits(output)
-
-
-def deal(rows: Tensor, generator: torch.Generator, size: int = BATCH) -> list[Tensor]:
-    """Rows of the evidence in random order, in mini-batches of about the same size."""
-    if not len(rows):
-        return []
-    shuffled = rows[torch.randperm(len(rows), generator=generator)]
-    return list(shuffled.tensor_split(-(-len(rows) // size)))
-
-
-def draw(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[Part]]:
-    """This rank's share of mini-batches of rows, each as parts of one split, none larger than that split's batches."""
-    streams = []
-    for source in problem.known:
-        start, mine = problem.before.start(source.split), torch.zeros(len(source.index), dtype=torch.bool)
-        mine[source.positions] = True
-        at_once = min(BATCH, _batch_size(source) or BATCH)
-        chosen = []
-        for rows in batches:
-            places = rows[(rows >= start) & (rows < start + len(mine))] - start
-            places = places[mine[places]]
-            chosen.append(list(places.split(at_once)) if len(places) else [])
-        flat = [places for pieces in chosen for places in pieces]
-        streams.append((start, [len(pieces) for pieces in chosen], iter(source.draw(flat) if flat else ())))
-    for at in range(len(batches)):
-        yield [
-            (batch, batch.position + start)
-            for start, counts, stream in streams
-            for batch in (next(stream) for _ in range(counts[at]))
-        ]
-
-
-def measured(problem: Problem, column: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A column of the evidence, `N`, with new values at the rows where any rank found some; of several the last.
-
-    Args:
-        problem: whose ranks these are.
-        column: what is known so far.
-        found: rows of this rank's share and a value for each.
-    """
-    new, seen = torch.zeros_like(column), torch.zeros_like(column)
-    if found:
-        rows, values = torch.cat([rows for rows, _ in found]), torch.cat([values for _, values in found])
-        # One transfer; and later values overwrite earlier ones, which indexing alone would not promise.
-        for some, value in zip(rows.split(at := [len(r) for r, _ in found]), values.cpu().split(at), strict=True):
-            new[some], seen[some] = value.to(column.dtype), 1.0
-    new, seen = problem.collective.sum(torch.stack([new, seen])).unbind()
-    return torch.where(seen > 0, new, column)
-
-
-def _batch_size(source: Source) -> int:
-    """How many samples of a split the model is known to take at once."""
-    known = getattr(source, "batch_size", None)
-    # Reading a batch to see is slow where workers have to start for it.
-    return int(known) if known else len(next(iter(source), ()))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+        return not failed

@@ -1,46 +1,49 @@
-"""Fit: distilled and mined steps that repair targets, for one layer, a block or a whole network as deployed.
+"""Fine-tuning with distillation: steps that repair targets, for one layer, a block or a whole network as deployed.
 
-Every known sample is trained on; passed samples are tied to what the original model says of them. Samples that are
-right by a wide margin, before and now, are looked at less often.
+Every known sample is trained on; passed samples are held to what the original model says of them. Hard samples are
+mined: those that are right by a wide margin, before and now, are left out of most epochs.
 """
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.descent import MOST, Descent, Teacher, deal, draw, measured
+from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
+from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
+from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
+from lightning_nrl._optim.target_schedule import is_late
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DeviceMemoryError, RepairWarning, explain
 from lightning_nrl.problem import Problem
 
-__all__ = ["fit"]
+__all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "distill"]
 
-RATE, DECAY = 1e-3, 0.01
-"""Of AdamW, falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
-VISITS = 16
+DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
+"""Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
+VISITS_PER_SAMPLE = 16
 """Times that a sample is trained on, on average, if time allows; it still pays up to here."""
-EMPHASIS = 3.0
-"""How much more a target counts than another sample."""
-HOLD = 5.0
-"""How much a passed sample is held to what the original model says of it."""
-EASY = 3 / 8
+TARGET_EMPHASIS = 3.0
+"""How much more the loss of a target counts than that of another sample."""
+EASY_MARGIN = 3 / 8
 """Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
-SHARE = 0.25
-"""The part of the easy samples that an epoch looks at."""
-TIMED = 4
+EASY_FRACTION = 0.25
+"""The part of the easy samples that an epoch trains on."""
+PACE_STEPS = 4
 """Steps that are timed, after a first one, to find how many there is time for."""
 
 
-def fit(problem: Problem, *, seconds: float = math.inf) -> State:
+def distill(problem: Problem, *, seconds: float = math.inf) -> State:
     """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
-    1 for others, the second term for passed samples only; v is the weight of the sample in the evidence, at most 10.
+    1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
     Args:
         problem: the original model and what it does on known data. The task needs no margin; without one no sample is
@@ -49,86 +52,93 @@ def fit(problem: Problem, *, seconds: float = math.inf) -> State:
             every rank, and the schedule ends with them.
 
     Returns:
-        The parameters of the scope; the original ones if there is no time for a step.
+        The parameters of the scope; the original ones if there is no time for a step. They are those of the last step
+        that fitted, with a warning, if a single sample does not fit in memory.
     """
-    course = _Fit(problem, time.perf_counter() + seconds)
+    run = _Distillation(problem, time.perf_counter() + seconds)
     rows = torch.arange(len(problem.before))
-    while course.epoch(rows):
-        rows = course.worth_a_look()
-    return course.descent.state()
+    try:
+        while run.epoch(rows):
+            rows = run.hard_and_some_easy()
+    except DeviceMemoryError as error:
+        warnings.warn(
+            explain(f"the fit ended after {run.visits:,} samples: {error}", "what it reached so far is used."),
+            category=RepairWarning,
+            stacklevel=2,
+        )
+    return run.descent.state()
 
 
-class _Fit:
+class _Distillation:
     """A fit in progress.
 
     Attributes:
-        margin: `N` float, of each sample as last seen, the same on every rank.
-        seen: samples that were trained on so far, counted at each visit.
+        margin: `N` float, of each sample as last measured, the same on every rank.
+        visits: samples that were trained on so far, counted at each visit.
         planned: how many that will be.
     """
 
     def __init__(self, problem: Problem, deadline: float) -> None:
         before = problem.before
         self.problem, self.deadline = problem, deadline
-        self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=RATE, weight_decay=DECAY))
-        self.teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
-        self.generator = torch.Generator().manual_seed(problem.seed)
-        weight = before.weight.float().clamp(max=MOST)
-        pull = torch.where(before.targeted, EMPHASIS * weight, 1.0)
-        self.weights = torch.stack([pull, HOLD * before.passed.float() * weight], 1)
-        self.wide = EASY * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
+        self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
+        self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
+        self._generator = torch.Generator().manual_seed(problem.seed)
+        weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
+        weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
+        weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
+        self._weights = torch.stack(weights, 1).to(problem.space.device)
+        self._easy = EASY_MARGIN * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
         self.margin = before.margin.clone()
-        self.seen, self.planned = 0, VISITS * len(before)
+        self.visits, self.planned = 0, VISITS_PER_SAMPLE * len(before)
 
     def epoch(self, rows: Tensor) -> bool:
         """Steps on these rows in random order; whether there is time for another epoch."""
-        batches = deal(rows, self.generator)
-        found: list[tuple[Tensor, Tensor]] = []
-        start, began = self.seen, time.perf_counter()
-        for number, (batch, parts) in enumerate(zip(batches, draw(self.problem, batches), strict=True)):
+        batches = shuffled_batches(rows, self._generator)
+        measured: list[tuple[Tensor, Tensor]] = []
+        start, began = self.visits, time.perf_counter()
+        for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
             if number == 1 and not start:
                 # The first step also warms up.
-                start, began = self.seen, time.perf_counter()
-            if number == 1 + TIMED:
+                start, began = self.visits, time.perf_counter()
+            if number == 1 + PACE_STEPS:
                 self._plan(start, began)
-            if self.seen >= self.planned or self._is_late():
+            if self.visits >= self.planned or is_late(self.problem, self.deadline):
                 return False
-            progress = self.seen / self.planned
-            self.descent.step(parts, partial(self._loss, found), rate=RATE * (1 + math.cos(math.pi * progress)) / 2)
-            self.seen += len(batch)
-        self.margin = measured(self.problem, self.margin, found)
+            cosine = math.cos(math.pi * (self.visits / self.planned))
+            self.descent.step(parts, partial(self._loss, measured), rate=DISTILL_RATE * (1 + cosine) / 2)
+            self.visits += len(batch)
+        self.margin = merge_measurements(self.problem, self.margin, measured)
         self._plan(start, began)
-        self._tell()
-        return self.seen < self.planned
+        self._report()
+        return self.visits < self.planned
 
-    def worth_a_look(self) -> Tensor:
+    def hard_and_some_easy(self) -> Tensor:
         """Rows for the next epoch: all but the easy ones, and a random part of these."""
-        easy = (self.margin > self.wide) & (self.problem.before.margin > self.wide)
-        return (~easy | (torch.rand(len(easy), generator=self.generator) < SHARE)).nonzero().flatten()
+        easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
+        return (~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)).nonzero().flatten()
 
-    def _loss(self, found: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
+    def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
         task = self.problem.task
         margin = task.margin(output.detach(), batch.target)
         if margin is not None:
-            found.append((rows, margin))
-        weight, hold = self.weights[rows].to(output.device).unbind(1)
-        kept = task.divergence(output, self.teacher(batch, rows, output.shape), batch.target)
-        return (weight * task.loss(output, batch.target)).sum() + (hold * kept).sum()
+            measured.append((rows, margin))
+        weights = self._weights[rows.to(self._weights.device, non_blocking=True)].to(output.device)
+        of_loss, of_divergence = weights.unbind(1)
+        divergence = task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
+        return (of_loss * task.loss(output, batch.target)).sum() + (of_divergence * divergence).sum()
 
     def _plan(self, start: int, began: float) -> None:
         """How many samples there is time for, by the pace since then; the first rank's answer."""
         now = time.perf_counter()
-        if math.isfinite(self.deadline) and self.seen > start:
-            more = max(0.0, self.deadline - now) * (self.seen - start) / (now - began)
-            planned = min(VISITS * len(self.margin), self.seen + int(more))
+        if math.isfinite(self.deadline) and self.visits > start:
+            more = max(0.0, self.deadline - now) * (self.visits - start) / (now - began)
+            planned = min(VISITS_PER_SAMPLE * len(self.margin), self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
 
-    def _is_late(self) -> bool:
-        return math.isfinite(self.deadline) and self.problem.collective.any(time.perf_counter() > self.deadline)
-
-    def _tell(self) -> None:
+    def _report(self) -> None:
         before, passes = self.problem.before, self.margin > 0
         broken = before.passed & ~passes & ~self.margin.isnan()
         self.problem.clock.tell(
-            min(self.seen, self.planned), self.planned, int((before.targeted & passes).sum()), int(broken.sum())
+            min(self.visits, self.planned), self.planned, int((before.targeted & passes).sum()), int(broken.sum())
         )

@@ -1,8 +1,22 @@
-"""Polish: small steps near the border until new weights break nothing that the old ones get right.
+"""Polish: small steps near the decision boundary until new weights break nothing that the original ones get right.
 
-New weights repair much and break a little. A few hundred known samples lie near the border between right and wrong;
-steps on them, with a random part of the rest held where it is, bring what broke back and keep what was repaired. The
-count of zero is a real one: each time none of the followed samples is broken, all known samples are counted again.
+New weights repair much and break a little. What they break lies near the boundary; steps on it bring it back, and hold
+what was repaired. The count of zero is a real one: no result leaves here without a count of all known samples.
+
+A polish is always in one of five phases (`Phase`). It begins with START and **stops** in one of three places only:
+
+- in START or VERIFY, when nothing is broken and there are no targets left to insist on again;
+- in VERIFY, when nothing is broken, and insisting again has not repaired more than the best result so far;
+- after SCALE_BACK. It **scales back** where time is over, where steps have failed from five starts, or where no step
+  can help: a sample is broken whose loss is not finite, or a single sample does not fit in memory.
+
+Of all the weights on its way that broke nothing, those whose repairs are worth most are the result; the original ones,
+which break nothing, are the last resort.
+
+It **insists** on failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
+limited it lets those that are not right go after some rounds, so that what broke on their behalf can be mended, and
+insists on them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
+that are still not right.
 """
 
 from __future__ import annotations
@@ -10,66 +24,78 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from enum import Enum, auto
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.active_set import RATE, ActiveSet
+from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet
 from lightning_nrl._optim.descent import Descent
+from lightning_nrl._optim.polish_result import PolishResult, better_of
+from lightning_nrl._optim.scale_back import scale_back
+from lightning_nrl._optim.target_schedule import TargetSchedule, is_late
 from lightning_nrl._utils.state import State, between, snapshot
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
-__all__ = ["Polished", "polish"]
+__all__ = ["Phase", "polish"]
 
 NEEDS: tuple[Need, ...] = ("margins",)
-ROUNDS, ROUNDS_IN_ALL = 20, 100
-"""Rounds that either suffice or will not, with targets that are insisted on since the last one that left fewer samples
-open than ever, as long as these are not more than so many in all; then all weights go back to RETREAT of the way from
-the original ones, where fewer samples are broken, and rounds begin again, at most RETREATS times."""
-RETREAT, RETREATS = 0.9, 4
-INSISTING, PART = 4, 0.4
-"""Where time is limited, targets are insisted on for so many rounds, or for this part of it; then those that are not
-right are let go until what broke on the way is mended, so that there is something to show. Then they are tried again,
-for twice as many rounds."""
-SCALINGS = 6
-"""Halvings to find how far a step back is needed where rounds do not reach zero, on what is broken; and how often the
-rest may turn out to be broken there."""
-RESERVE = 3.0
+MAX_STALLED_ROUNDS, MAX_INSISTING_ROUNDS = 20, 100
+"""Rounds from one start, since it began or something was found that breaks nothing. With targets that are insisted on,
+since fewer samples were open than ever, as long as these are not more than the second number in all."""
+RETREAT_FACTOR, MAX_RETREATS = 0.9, 4
+"""How much of the way from the original weights is left after a retreat, where fewer samples are broken."""
+RESERVED_PASSES = 3.0
 """Passes over known data that are left when rounds end: where a step back leads is counted."""
 
 
-@dataclass(frozen=True)
-class Polished:
-    """Weights that break nothing.
+class Phase(Enum):
+    """What a polish does next.
 
-    Attributes:
-        state: the tensors of the given state and, where steps were made, all parameters of the scope.
-        after: what the deployed model does on known data under it.
-        repaired: targeted samples that pass.
-        broken: known passed samples that do not pass any more: 0.
-        gain: what the repaired samples are worth.
-        rounds: of steps that were made.
-        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
+    "Open" are broken samples, and targets insisted on that are not right; "late" means that no time is left but for a
+    few passes over known data.
     """
 
-    state: State
-    after: SampleResults
-    repaired: int
-    broken: int
-    gain: float
-    rounds: int
-    strength: float = 1.0
+    START = auto()
+    """Begins with weights that were just counted on all known data: the given ones, or those after a retreat.
 
-    @property
-    def note(self) -> str:
-        """How it went, for a line of the report."""
-        back = f", then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
-        return f"{self.rounds} round{'' if self.rounds == 1 else 's'}{back}"
+    Exit: nothing open -> a result; DONE, unless there is time to insist on targets again. A sample is broken whose loss
+    is not finite -> SCALE_BACK. Else -> STEP.
+    """
+
+    STEP = auto()
+    """One round of steps on the active samples.
+
+    Exit: nothing open in the working set -> VERIFY. Late, or out of memory -> SCALE_BACK. No round left -> RETREAT.
+    Else -> STEP.
+    """
+
+    VERIFY = auto()
+    """Counts all known samples; what is open among them joins the working set.
+
+    Exit: nothing open -> a result; DONE, if it is no better than the best or no target is left to insist on again.
+    Else as from STEP.
+    """
+
+    RETREAT = auto()
+    """The rounds were not enough. Gives up targets, goes back to nine tenths of the way from the original weights, and
+    counts all known samples. If only targets were open, the weights before it are a result, too.
+
+    Exit: START; after the fourth retreat from which steps failed as well, SCALE_BACK.
+    """
+
+    SCALE_BACK = auto()
+    """Goes back from the last weights as far towards the original ones as it takes for nothing to be broken.
+
+    Exit: a result; DONE.
+    """
+
+    DONE = auto()
+    """The best result is given back."""
 
 
 def polish(
@@ -80,11 +106,11 @@ def polish(
     masks: Mapping[str, Tensor] | None = None,
     after: SampleResults | None = None,
     insist: bool = False,
-) -> Polished:
+) -> PolishResult:
     """Steps from a state until no known passed sample is broken; where they do not get there, a step back that does.
 
-    Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and in main memory
-    the logits of followed samples, up to 256 MiB.
+    Memory: a forward and backward pass of at most 128 samples, four copies of the scope's weights, and the logits of
+    the working set, up to 256 MiB.
 
     Args:
         problem: the original model, what it does on known data, and which parameters may move.
@@ -92,161 +118,152 @@ def polish(
         seconds: how long it may take; the least is a few forward passes over all known data.
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
-        insist: whether the steps go on for failing targets too, however far from being right these are. Targets that
-            are not right after some rounds are let go, those that count less first, and all of them for a while
-            where time is limited; of all weights that broke nothing those that repair most count.
+        insist: whether the steps go on for failing targets too, however far from being right these are; else only for
+            those that are nearly right.
 
     Raises:
         ConfigurationError: the task has no margins.
     """
     check_needs(NEEDS, problem.before, problem.task)
-    deadline, one_pass = time.perf_counter() + seconds, problem.clock.one_pass
-    if after is None:
-        after, one_pass = _timed(problem, state)
-    old, done, best = snapshot(problem.model), 0, None
-    wanted = _Wanted(problem, problem.before.targeted & insist & after.loss.isfinite())
-    wanted.limit(deadline - RESERVE * one_pass)
-    for retreats in range(RETREATS + 1):
-        border = ActiveSet(problem, state, after, wanted.insisted)
-        if not border.open.any():
-            best = _most(best, _polished(problem, state, after, done, RETREAT**retreats))
-            if math.isinf(deadline) or wanted.all_insisted or _is_late(problem, deadline - RESERVE * one_pass):
-                return best
-            wanted.insist(border, deadline - RESERVE * one_pass)
-        if border.hopeless.any():
-            break
-        descent = Descent(problem, state, partial(torch.optim.Adam, lr=RATE), masks)
-        left, fewest = ROUNDS, math.inf
-        while left:
-            wanted.round(border)
-            border.steps(descent)
-            done, now = done + 1, int(border.open.sum())
-            left -= 1
-            if wanted.insisted.any() and now < fewest:
-                left, fewest = min(ROUNDS, max(left, ROUNDS_IN_ALL - done)), now
-            if not (border.open & border.followed).any():
-                after, one_pass = _timed(problem, descent.state())
-                border.seen(after)
-                if not border.open.any():
-                    found = _polished(problem, descent.state(), after, done, RETREAT**retreats)
-                    gained = best is None or found.gain > best.gain
-                    best = _most(best, found)
-                    if not gained or math.isinf(deadline) or wanted.all_insisted:
-                        return best
-                    wanted.insist(border, deadline - RESERVE * one_pass)
-                    left, fewest = ROUNDS, math.inf
-            if _is_late(problem, deadline - RESERVE * one_pass):
-                return _most(best, _scaled_back(problem, border, descent.state(), done, deadline))
-        if wanted.insisted.any() and not (border.broken & border.followed).any():
-            after = problem.evaluate(descent.state())
-            border.seen(after)
-            if not border.broken.any():
-                best = _most(best, _polished(problem, descent.state(), after, done, RETREAT**retreats))
-        wanted.give_up(border)
-        state = between(old, descent.state(), RETREAT)
-        after, one_pass = _timed(problem, state)
-    border.seen(after)
-    return _most(best, _scaled_back(problem, border, state, done, deadline))
+    run = _Polish(problem, state, time.perf_counter() + seconds, masks, after, insist)
+    phase = Phase.START
+    while phase is not Phase.DONE:
+        phase = run.advance(phase)
+    assert run.best is not None
+    return run.best
 
 
-class _Wanted:
-    """Targets that steps go on for, however far from being right they are.
-
-    Args:
-        problem: what they are targets of.
-        rows: `N` bool, which they are.
+class _Polish:
+    """A polish in progress; each phase is a method that gives the next one.
 
     Attributes:
-        insisted: `N` bool, those that steps go on for at present; the same tensor all the time.
+        best: the result so far; it breaks nothing.
+        state: where the present start began; once steps have ended, where they ended.
+        after: the last count of all known samples.
+        rounds: of steps that were made in all.
     """
 
-    def __init__(self, problem: Problem, rows: Tensor) -> None:
-        self.problem, self.weight = problem, problem.before.weight
-        self.rows, self.insisted = rows, rows.clone()
-        self._rounds, self._most, self._until = 0, INSISTING, math.inf
+    def __init__(
+        self,
+        problem: Problem,
+        state: State,
+        deadline: float,
+        masks: Mapping[str, Tensor] | None,
+        after: SampleResults | None,
+        insist: bool,
+    ) -> None:
+        self.problem, self.state, self.masks = problem, state, masks
+        self.best: PolishResult | None = None
+        self.rounds = self.retreats = 0
+        self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
+        self._deadline, self._one_pass = deadline, problem.clock.one_pass
+        self.after = self._count(state) if after is None else after
+        self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())
+        self.targets.begin(self._end_of_rounds)
+
+    def advance(self, phase: Phase) -> Phase:
+        """Does what a phase is for; gives the next one."""
+        actions = {
+            Phase.START: self._start,
+            Phase.STEP: self._step,
+            Phase.VERIFY: self._verify,
+            Phase.RETREAT: self._retreat,
+            Phase.SCALE_BACK: self._scale_back,
+        }
+        return actions[phase]()
+
+    def _start(self) -> Phase:
+        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted)
+        if not self.active_set.open.any():
+            self._keep(self.state)
+            if not self._may_insist_again or is_late(self.problem, self._end_of_rounds):
+                return Phase.DONE
+            self.targets.insist_again(self.active_set, self._end_of_rounds)
+        if self.active_set.hopeless.any():
+            return Phase.SCALE_BACK
+        self.descent = Descent(self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks)
+        self._renew_rounds()
+        return Phase.STEP
+
+    def _step(self) -> Phase:
+        self.targets.before_round(self.active_set)
+        try:
+            self.active_set.round(self.descent)
+        except DeviceMemoryError:
+            return self._stop_steps()
+        self.rounds += 1
+        self._rounds_left -= 1
+        is_open = self.active_set.open
+        n_open = int(is_open.sum())
+        if self.targets.insisted.any() and n_open < self._fewest_open:
+            most = max(self._rounds_left, MAX_INSISTING_ROUNDS - self.rounds)
+            self._rounds_left, self._fewest_open = min(MAX_STALLED_ROUNDS, most), n_open
+        return self._after_round() if (is_open & self.active_set.working).any() else Phase.VERIFY
+
+    def _verify(self) -> Phase:
+        state = self.descent.state()
+        self.after = self._count(state)
+        self.active_set.update(self.after)
+        if not self.active_set.open.any():
+            if not self._keep(state) or not self._may_insist_again:
+                return Phase.DONE
+            self.targets.insist_again(self.active_set, self._end_of_rounds)
+            self._renew_rounds()
+        return self._after_round()
+
+    def _after_round(self) -> Phase:
+        if is_late(self.problem, self._end_of_rounds):
+            return self._stop_steps()
+        return Phase.STEP if self._rounds_left else Phase.RETREAT
+
+    def _stop_steps(self) -> Phase:
+        self.state = self.descent.state()
+        return Phase.SCALE_BACK
+
+    def _retreat(self) -> Phase:
+        state = self.descent.state()
+        if self.targets.insisted.any() and not (self.active_set.broken & self.active_set.working).any():
+            self.after = self._count(state)
+            self.active_set.update(self.after)
+            if not self.active_set.broken.any():
+                self._keep(state)
+        self.targets.give_up(self.active_set)
+        self.state = between(snapshot(self.problem.model), state, RETREAT_FACTOR)
+        self.after = self._count(self.state)
+        self.retreats += 1
+        if self.retreats <= MAX_RETREATS:
+            return Phase.START
+        self.active_set.update(self.after)
+        return Phase.SCALE_BACK
+
+    def _scale_back(self) -> Phase:
+        found = scale_back(self.problem, self.active_set, self.state, self.rounds, self._deadline)
+        self.best = better_of(self.best, found)
+        return Phase.DONE
 
     @property
-    def all_insisted(self) -> bool:
-        return torch.equal(self.insisted, self.rows)
+    def _end_of_rounds(self) -> float:
+        """When rounds must end, so that the way back can be counted."""
+        return self._deadline - RESERVED_PASSES * self._one_pass
 
-    def limit(self, deadline: float) -> None:
-        """From now on they are insisted on for some rounds, if time is limited, or for a part of it."""
-        now = time.perf_counter()
-        self._rounds, self._until = 0, now + PART * (deadline - now)
+    @property
+    def _may_insist_again(self) -> bool:
+        """Whether targets were let go, as happens only where time is limited."""
+        return math.isfinite(self._deadline) and not self.targets.insists_on_all
 
-    def insist(self, border: ActiveSet, deadline: float) -> None:
-        """Takes all of them up again, for twice as many rounds."""
-        self.insisted |= self.rows
-        border.followed |= self.rows
-        self._most *= 2
-        self.limit(deadline)
+    def _renew_rounds(self) -> None:
+        self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
 
-    def round(self, border: ActiveSet) -> None:
-        """Before each round: lets go of what is not right where it is time to."""
-        limited = math.isfinite(self._until) and self._rounds > 0
-        if limited and (self._rounds >= self._most or _is_late(self.problem, self._until)):
-            self.insisted &= ~border.open
-        self._rounds += 1
+    def _keep(self, state: State) -> bool:
+        """Takes weights that break nothing as a result; whether they are the best so far."""
+        found = PolishResult.counted(self.problem, state, self.after, self.rounds, RETREAT_FACTOR**self.retreats)
+        is_better = self.best is None or found.gain > self.best.gain
+        self.best = better_of(self.best, found)
+        return is_better
 
-    def give_up(self, border: ActiveSet) -> None:
-        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same.
-
-        If all are right and something is broken all the same, those that it took most to get right are in its way.
-        """
-        late = self.insisted & border.open
-        if not late.any() and self.insisted.any():
-            late = self.insisted & (border.pressure >= border.pressure[self.insisted].max())
-        if late.any():
-            chosen = late & (self.weight <= self.weight[late].median())
-            self.insisted &= ~chosen
-            self.rows &= ~chosen
-
-
-def _most(best: Polished | None, other: Polished) -> Polished:
-    """The one whose repairs are worth more; both break nothing."""
-    return other if best is None or other.gain > best.gain else best
-
-
-def _is_late(problem: Problem, deadline: float) -> bool:
-    """Whether time is over on any rank."""
-    return math.isfinite(deadline) and problem.collective.any(time.perf_counter() > deadline)
-
-
-def _scaled_back(problem: Problem, border: ActiveSet, state: State, rounds: int, deadline: float) -> Polished:
-    """The furthest of some states between the original weights and these that breaks nothing.
-
-    What is broken says how far to go back; then all known samples are counted, and what else is broken has a say too.
-    """
-    old, strength = snapshot(problem.model), 1.0
-    rows = border.broken.nonzero().flatten()
-    for checks in range(SCALINGS):
-        least, most = 0.0, strength
-        for _ in range(SCALINGS if len(rows) else 0):
-            middle = (least + most) / 2
-            if border.breaks(between(old, state, middle), rows):
-                most = middle
-            else:
-                least = middle
-        strength = least if len(rows) else most
-        if not strength or (checks and _is_late(problem, deadline)):
-            break
-        tried = between(old, state, strength)
-        after = problem.evaluate(tried)
-        border.seen(after)
-        if not border.broken.any():
-            return _polished(problem, tried, after, rounds, strength)
-        rows = torch.cat([rows, border.broken.nonzero().flatten()]).unique()
-    return _polished(problem, between(old, state, 0.0), problem.before, rounds, 0.0)
-
-
-def _timed(problem: Problem, state: State) -> tuple[SampleResults, float]:
-    """What the model does on known data under a state, and how many seconds that took."""
-    began = time.perf_counter()
-    return problem.evaluate(state), time.perf_counter() - began
-
-
-def _polished(problem: Problem, state: State, after: SampleResults, rounds: int, strength: float = 1.0) -> Polished:
-    flips = Flips.between(problem.before, after)
-    repaired = flips.repaired & problem.before.targeted
-    gain = problem.before.gain(repaired)
-    return Polished(state, after, int(repaired.sum()), int(flips.broken.sum()), gain, rounds, strength)
+    def _count(self, state: State) -> SampleResults:
+        """What the model does on all known data under a state; how long that took is kept."""
+        began = time.perf_counter()
+        after = self.problem.evaluate(state)
+        self._one_pass = time.perf_counter() - began
+        return after

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from lightning_nrl._model.layers import LayerRef
 from lightning_nrl._model.margin_grad import Call, by_sample, trace
 from lightning_nrl._model.weight_grad import bias_gradients, weight_gradients, windows
-from lightning_nrl._optim.descent import BATCH, draw
+from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.errors import ConfigurationError, explain
@@ -150,7 +150,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     """
     layers = {site.name: site.module for site in problem.space.sites}
     missed = dict.fromkeys(layers, False)
-    for parts in draw(problem, chosen.split(BATCH) if len(chosen) else ()):
+    for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
         for batch, at in parts:
             _, calls = trace(problem.model, layers, batch, problem.task, problem.context)
             missed |= {name: missed[name] or not by_sample(found, len(at)) for name, found in calls.items()}

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.descent import MOST
-from lightning_nrl._optim.distill import fit
+from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT
+from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl.errors import ConfigurationError, explain
@@ -38,7 +38,7 @@ class FineTunePolish:
     Where the whole network may change and it is known how it was trained, the training goes on from the old weights
     with the failed data added: more is repaired, and less breaks on unseen data, than by a training from scratch.
     Else, for a layer or a block, or where time is too short for that, it makes distilled steps of its own
-    (`gradients.fit`). Nine tenths of the change are made. A polish (`gradients.polish`) then brings back every known
+    (`_optim.distill`). Nine tenths of the change are made. A polish (`_optim.polish`) then brings back every known
     passed sample that broke.
 
     Attributes:
@@ -99,13 +99,13 @@ def _fitted(problem: Problem, end: float) -> tuple[State, str] | None:
         if state is not None:
             return state, "continued training"
         seconds = _left(problem, end)
-    return (fit(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
+    return (distill(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
 
 
 def _repeats(problem: Problem) -> Tensor | None:
     """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
     before = problem.before
-    weight = torch.where(before.targeted, before.weight.clamp(max=MOST), 1.0)
+    weight = torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
     return weight if bool((weight != 1).any()) else None
 
 

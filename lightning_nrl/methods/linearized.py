@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_nrl._convex.head import SHARE
 from lightning_nrl._convex.linearized_step import Radius, Tangent
-from lightning_nrl._optim.active_set import SAFE, TYPICAL
+from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl._optim.whitening import Whitening, slopes, whitened
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -115,7 +115,7 @@ class _Walk:
         keep = (SHARE * before.margin).clamp(max=ENOUGH * unit)
         self.asked = torch.where(before.targeted, GIVEN * unit, keep)
         # Below what is asked, so that steps which fulfil it to rounding are not turned down.
-        self.least = (keep / 2).clamp(max=SAFE * max(1.0, unit / TYPICAL))
+        self.least = (keep / 2).clamp(max=SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN))
         self.after, self.closest = before, before.margin
         self.change: Tensor | None = None
         self.radius, self.price = Radius(), 0.0

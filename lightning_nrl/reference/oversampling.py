@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_nrl._optim.distill import EASY
+from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, apart, unpack
@@ -59,7 +59,7 @@ class Oversampler(Sampler[int]):
         hard = ~passed.cpu()
         if margin is not None and bool(passed.any()):
             known = margin.cpu().float()
-            hard |= known < EASY * known[passed.cpu()].nanmedian()
+            hard |= known < EASY_MARGIN * known[passed.cpu()].nanmedian()
         self.times = 1 + (oversample - 1) * hard.long()
         self.seed, self.epoch = seed, 0
 

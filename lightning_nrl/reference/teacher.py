@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._optim.descent import REMEMBERED
+from lightning_nrl._optim.logit_cache import LogitCache
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, explain
 from lightning_nrl.reference.loss_terms import OldAnswers
@@ -75,7 +75,7 @@ class ModelTeacher(Teaches):
             raise ConfigurationError(
                 explain(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
             )
-        self.index, self.memory, self._is_checked = index, _Memory(), False
+        self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
         self._dtype = None if held is None else held.dtype
 
@@ -83,13 +83,14 @@ class ModelTeacher(Teaches):
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
-        rows = None if self.index is None else rows_of(self.index, raw, len(like)).to(like.device)
-        output = None if rows is None else self.memory.recall(rows, like)
+        rows = None if self.index is None else rows_of(self.index, raw, len(like))
+        # Of two dimensions the second counts classes, which may be others than those of the new model.
+        output = None if rows is None else self.cache.get(rows, like.shape if like.ndim > 2 else None)
         if output is None or not self._is_checked:
             known, output = output, self._run(args, kwargs, raw, len(like))
             self._check(known, output)
             if rows is not None and self.index is not None:
-                self.memory.note(rows, output)
+                self.cache.put(rows, output)
         if self.classes is None:
             loss = self.task.loss(output, target)
             return OldAnswers(
@@ -181,38 +182,6 @@ class PredictedTeacher(Teaches):
             )
         passed = right.bool() if label is None else said == label.to(said.device)
         return OldAnswers(passed.to(like.device))
-
-
-class _Memory:
-    """Outputs by data-set position, on their device, as long as there is room."""
-
-    def __init__(self) -> None:
-        self.outputs: Tensor | None = None
-        self.known = torch.zeros(0, dtype=torch.bool)
-
-    def recall(self, rows: Tensor, like: Tensor) -> Tensor | None:
-        """The outputs of these samples, if all of them are known, as long as those of the new model."""
-        if self.outputs is None or (like.ndim > 2 and like.shape[1:] != self.outputs.shape[1:]):
-            return None
-        if int(rows.max()) >= len(self.known) or not bool(self.known[rows].all()):
-            return None
-        return self.outputs[rows]
-
-    def note(self, rows: Tensor, output: Tensor) -> None:
-        """Remembers outputs, if there is room up to the largest of these positions, and if they are of one shape."""
-        if self.outputs is not None and output.shape[1:] != self.outputs.shape[1:]:
-            return
-        most = max(int(rows.max()) + 1, len(self.known))
-        size = max(most, 2 * len(self.known)) if most > len(self.known) else most
-        if size * output[0].numel() * output.element_size() > REMEMBERED:
-            return
-        if self.outputs is None:
-            self.outputs, self.known = output.new_empty(0, *output.shape[1:]), self.known.to(output.device)
-        if size > len(self.known):
-            more = size - len(self.known)
-            self.outputs = torch.cat([self.outputs, output.new_empty(more, *output.shape[1:])])
-            self.known = torch.cat([self.known, self.known.new_zeros(more)])
-        self.outputs[rows], self.known[rows] = output, True
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:

@@ -1,52 +1,25 @@
-"""Steps, teachers and mini-batches that can be worked out by hand."""
+"""Steps that can be worked out by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ranks import on_ranks
 from torch import Tensor, nn
-from toy_problems import Share, left_alone, make_problem, normed, same, shares, together
+from toy_problems import left_alone, make_problem, normed, same, together
 from toy_repairs import known
+from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
 from lightning_nrl._model.margin_grad import trace
-from lightning_nrl._optim import descent as module
-from lightning_nrl._optim.descent import Descent, Teacher, deal, draw, measured, outputs
+from lightning_nrl._optim.descent import Descent
+from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl._utils.state import holding, snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.problem import Problem
-
-SGD = partial(torch.optim.SGD, lr=0.1)
-
-
-def two_weights(dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """Logits x and 0."""
-    model = nn.Linear(1, 2, bias=False, dtype=dtype)
-    model.weight.data = torch.tensor([[1.0], [0.0]], dtype=dtype)
-    return model
-
-
-def numbers(*x: float, split: str = "train", batch_size: int = 256, dtype: torch.dtype = torch.float32) -> TensorSource:
-    """Samples of class 0."""
-    inputs = torch.tensor(x, dtype=dtype)[:, None]
-    return TensorSource(inputs, torch.zeros(len(x), dtype=torch.int64), split, True, True, batch_size=batch_size)
-
-
-def parts_of(problem: Problem, *rows: int) -> list[tuple[Batch, Tensor]]:
-    (parts,) = draw(problem, [torch.tensor(rows)])
-    return parts
-
-
-def first_logit(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
-    return output[:, 0].sum()
 
 
 def test_a_plain_step_by_hand() -> None:
@@ -226,17 +199,6 @@ def test_weights_that_no_loss_depends_on_stay_on_any_number_of_ranks() -> None:
     assert same(first, alone)
 
 
-def teacher_problem(**rest: Any) -> tuple[Problem, list[int]]:
-    """With weights w, the logits are w x and 0; the runs of the model are counted."""
-    problem, runs = make_problem(two_weights(), [numbers(1, 2, 3), numbers(4, split="new")], **rest), []
-    problem.model.register_forward_hook(lambda module, args, output: runs.append(len(args[0])))
-    return problem, runs
-
-
-STATES = ({"weight": torch.tensor([[10.0], [0.0]])}, {})
-WHICH = torch.tensor([0, 1, 0, 1])
-
-
 class Recurrent(nn.Module):
     """Asks, whenever it runs, how cuDNN is set."""
 
@@ -254,175 +216,10 @@ def test_gradients_are_repeatable_and_those_of_recurrent_layers_are_taken_withou
     problem = make_problem(Recurrent(), known())
     descent = Descent(problem, {}, partial(torch.optim.SGD, lr=0.1))
     rows = torch.arange(5)
-    (parts,) = draw(problem, [rows])
+    (parts,) = load_batches(problem, [rows])
     descent.step(parts, lambda batch, rows, output: output.square().sum())
     assert problem.model.asked[-1] == (False, True)
     trace(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.context)
     assert problem.model.asked[-1] == (False, True)
     problem.evaluate({})
     assert problem.model.asked[-1] == (True, False)
-
-
-def test_each_sample_is_asked_of_its_own_teacher() -> None:
-    problem, _ = teacher_problem()
-    teacher = Teacher(problem, STATES, WHICH)
-    (train, rows), (new, last) = parts_of(problem, 0, 1, 2, 3)
-    assert teacher(train, rows).tolist() == [[10.0, 0.0], [2.0, 0.0], [30.0, 0.0]]
-    assert teacher(new, last).tolist() == [[4.0, 0.0]]
-    assert not teacher(new, last).requires_grad
-
-
-@pytest.mark.parametrize(("room", "again"), [(2**20, []), (0, [2, 2])])
-def test_what_was_said_is_remembered_where_there_is_room(
-    room: int, again: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "REMEMBERED", room)
-    problem, runs = teacher_problem()
-    teacher = Teacher(problem, STATES, WHICH)
-    batch, rows = parts_of(problem, 2, 1)[0]
-    said = teacher(batch, rows)
-    assert said.tolist() == [[30.0, 0.0], [2.0, 0.0]]
-    assert runs == [2, 2]
-    runs.clear()
-    assert torch.equal(teacher(batch, rows), said)
-    assert runs == again
-    # Row 0 was not asked before.
-    batch, rows = parts_of(problem, 1, 0)[0]
-    assert teacher(batch, rows).tolist() == [[2.0, 0.0], [10.0, 0.0]]
-
-
-def test_only_those_are_asked_that_were_not_asked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, runs = teacher_problem()
-    teacher = Teacher(problem, STATES, WHICH)
-    teacher.prepare(torch.arange(4))
-    assert runs == []  # how large their table is going to be, the first answer tells
-    for batch, rows in parts_of(problem, 2, 1):
-        teacher(batch, rows)
-    runs.clear()
-    teacher.prepare(torch.arange(4))
-    assert sorted(runs) == [1, 1]
-    runs.clear()
-    teacher.prepare(torch.arange(4))
-    said = [teacher(batch, rows) for batch, rows in parts_of(problem, 0, 1, 2, 3)]
-    assert torch.cat(said)[:, 0].tolist() == [10.0, 2.0, 30.0, 4.0]
-    assert runs == []
-
-
-def test_a_teacher_is_not_confused_by_weights_that_are_being_moved() -> None:
-    problem, _ = teacher_problem()
-    teacher, steps = Teacher(problem, STATES, WHICH), Descent(problem, {}, SGD)
-    batch, rows = parts_of(problem, 0, 1)[0]
-    steps.step([(batch, rows)], first_logit)
-    with steps.running():
-        assert teacher(batch, rows).tolist() == [[10.0, 0.0], [2.0, 0.0]]
-        torch.testing.assert_close(outputs(problem, batch), torch.tensor([[0.7, 0.0], [1.4, 0.0]]))
-
-
-def test_outputs_are_computed_in_the_context_of_the_deployed_model() -> None:
-    problem = make_problem(two_weights(), [numbers(1, 2)], context=lambda: torch.autocast("cpu", torch.bfloat16))
-    batch, _ = parts_of(problem, 0)[0]
-    assert outputs(problem, batch).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("n", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (10, [4, 3, 3])])
-def test_mini_batches_are_of_about_the_same_size(n: int, sizes: list[int]) -> None:
-    rows = torch.arange(100, 100 + n)
-    dealt = deal(rows, torch.Generator().manual_seed(0), size=4)
-    assert [len(batch) for batch in dealt] == sizes
-    assert sorted(torch.cat([torch.zeros(0, dtype=torch.int64), *dealt]).tolist()) == rows.tolist()
-
-
-def test_the_order_is_random_and_that_of_the_generator() -> None:
-    rows = torch.arange(50)
-    one, again, other = (torch.cat(deal(rows, torch.Generator().manual_seed(seed))) for seed in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-    assert not torch.equal(one, rows)
-
-
-def test_parts_hold_the_samples_of_their_rows() -> None:
-    few, many = numbers(1, 2, 3, batch_size=2), numbers(4, 5, 6, split="new", batch_size=3)
-    problem = make_problem(two_weights(), [few, many])
-    drawn = list(
-        draw(problem, [torch.tensor([4, 0, 2, 1]), torch.tensor([5, 3, 4]), torch.zeros(0, dtype=torch.int64)])
-    )
-    found = [[(b.args[0].flatten().tolist(), b.position.tolist(), rows.tolist()) for b, rows in p] for p in drawn]
-    assert found == [
-        [([1.0, 3.0], [0, 2], [0, 2]), ([2.0], [1], [1]), ([5.0], [1], [4])],
-        [([6.0, 4.0, 5.0], [2, 0, 1], [5, 3, 4])],
-        [],
-    ]
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=3),
-    batch_size=st.integers(1, 4),
-    world_size=st.integers(1, 3),
-    seed=st.integers(0, 99),
-)
-def test_over_all_ranks_each_row_of_a_mini_batch_comes_once(
-    sizes: list[int], batch_size: int, world_size: int, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    n = sum(sizes)
-    whole = [numbers(*range(10 * k, 10 * k + size), split=f"{k}") for k, size in enumerate(sizes)]
-    value = torch.cat([source.inputs.flatten() for source in whole])
-    batches = [torch.randperm(n, generator=generator)[:size] for size in (n, n // 2, 0)]
-    problem = make_problem(two_weights(), whole)
-    got: list[list[int]] = [[] for _ in batches]
-    for rank in range(world_size):
-        own = replace(problem, known=shares(whole, rank, world_size, batch_size))
-        for at, parts in enumerate(draw(own, batches)):
-            for batch, rows in parts:
-                assert len(rows) <= batch_size
-                assert torch.equal(batch.args[0].flatten(), value[rows])
-                got[at] += rows.tolist()
-    assert [sorted(rows) for rows in got] == [sorted(batch.tolist()) for batch in batches]
-
-
-def test_measured_takes_the_last_of_several_values() -> None:
-    problem = make_problem(two_weights(), [numbers(1)])
-    column = torch.tensor([0.0, 1.0, torch.nan, 3.0])
-    found = [(torch.tensor([3, 1]), torch.tensor([5.0, 6.0])), (torch.tensor([1]), torch.tensor([torch.nan]))]
-    torch.testing.assert_close(
-        measured(problem, column, found), torch.tensor([0.0, torch.nan, torch.nan, 5.0]), equal_nan=True
-    )
-    torch.testing.assert_close(measured(problem, column, []), column, equal_nan=True)
-    assert column.tolist()[3] == 3.0
-
-
-def test_measured_is_the_same_on_every_rank() -> None:
-    problem = make_problem(two_weights(), [numbers(1)])
-
-    def run(collective: Any) -> Tensor:
-        own = replace(problem, evaluator=replace(problem.evaluator, collective=collective))
-        mine = [(torch.tensor([collective.rank]), torch.tensor([10.0 + collective.rank]))]
-        return measured(own, torch.tensor([0.0, 1.0, 2.0]), mine if collective.rank < 2 else [])
-
-    assert [column.tolist() for column in on_ranks(3, run)] == [[10.0, 11.0, 2.0]] * 3
-
-
-class Bare:
-    """A split of a user's own that does not say how large its batches are."""
-
-    split, passed, failed = "own", True, True
-
-    def __init__(self, source: TensorSource) -> None:
-        self.source, self.index, self.positions = source, source.index, source.positions
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.source)
-
-    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        return self.source.draw(batches)
-
-
-def test_a_batch_is_read_where_its_size_is_not_said() -> None:
-    problem = make_problem(two_weights(), [Bare(numbers(1, 2, 3, split="own", batch_size=2))])
-    assert [rows.tolist() for _, rows in parts_of(problem, 2, 1, 0)] == [[2, 1], [0]]
-
-
-def test_a_share_is_what_it_says() -> None:
-    source = Share(torch.arange(5.0)[:, None], torch.zeros(5, dtype=torch.int64), "a", rank=1, world_size=2)
-    assert [batch.args[0].flatten().tolist() for batch in source] == [[1.0, 3.0]]

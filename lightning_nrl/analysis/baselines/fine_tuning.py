@@ -10,7 +10,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.descent import Descent, Loss, Teacher, deal, draw
+from lightning_nrl._optim.descent import Descent, Loss
+from lightning_nrl._optim.logit_cache import Teacher
+from lightning_nrl._optim.mini_batches import load_batches, shuffled_batches
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch
@@ -133,10 +135,10 @@ def _descended(problem: Problem, settings: FineTuning, loss: Loss) -> tuple[Stat
     rows = torch.arange(len(problem.before))
     generator = torch.Generator().manual_seed(problem.seed)
     descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=settings.learning_rate))
-    a_pass = len(deal(rows, torch.Generator()))
+    a_pass = len(shuffled_batches(rows, torch.Generator()))
     total, step, began = max(settings.epochs, -(-STEPS // a_pass)) * a_pass, 0, 0.0
     while step < total and not problem.collective.any(problem.clock.left <= 0):
-        for parts in draw(problem, deal(rows, generator)):
+        for parts in load_batches(problem, shuffled_batches(rows, generator)):
             descent.step(parts, loss, rate=settings.learning_rate * (1 + math.cos(math.pi * step / total)) / 2)
             step += 1
             if step == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightning_nrl._optim.distill import VISITS
+from lightning_nrl._optim.distill import VISITS_PER_SAMPLE
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
 from lightning_nrl.methods.finetune_polish import POLISH
 from lightning_nrl.pipeline.line_search import POINTS
@@ -58,8 +58,8 @@ def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
         if pace.alone is not None:
             found.append(Cost("convex", around + SOLVES * pace.alone, "exact programmes for the last Linear"))
         found.append(Cost("linearized", around + LINEAR * pace.one_pass, "some steps of one layer"))
-        fit = (epochs or VISITS) * STEP * pace.one_pass + POLISH * pace.one_pass
-        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS} epochs"
+        fit = (epochs or VISITS_PER_SAMPLE) * STEP * pace.one_pass + POLISH * pace.one_pass
+        how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))
     return tuple(sorted(found, key=lambda cost: cost.seconds))

@@ -35,8 +35,8 @@ from lightning_nrl.problem import Problem, Solution
 
 @pytest.fixture(autouse=True)
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_module, "VISITS", 12)
-    monkeypatch.setattr(fit_module, "RATE", 0.01)
+    monkeypatch.setattr(fit_module, "VISITS_PER_SAMPLE", 12)
+    monkeypatch.setattr(fit_module, "DISTILL_RATE", 0.01)
     monkeypatch.setattr(module, "WAY", 1.0)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from toy_repairs import known, mlp, trained
 from lightning_nrl import Target, TensorSource
 from lightning_nrl._optim import distill as module
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.distill import fit
+from lightning_nrl._optim.distill import distill
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.problem import Problem
@@ -26,7 +25,7 @@ from lightning_nrl.problem import Problem
 
 @pytest.fixture(autouse=True)
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VISITS", 6)
+    monkeypatch.setattr(module, "VISITS_PER_SAMPLE", 6)
 
 
 def by_hand(model: nn.Module, names: list[str], target: Target, visits: int = 6, rate: float = 1e-3) -> State:
@@ -59,11 +58,11 @@ ALL = Target.all()
 @pytest.mark.parametrize("target", [ALL, Target.label(0)], ids=str)
 @pytest.mark.parametrize("layer", ["auto", "0", "4"])
 def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARE", 1.1)  # every epoch looks at all
+    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)  # every epoch looks at all
     model = trained(normed).eval()
     problem = make_problem(model, known(n=40), layer, target=target)
     with left_alone(model):
-        state = fit(problem)
+        state = distill(problem)
     expected = by_hand(model, list(problem.scope), target)
     assert state.keys() == expected.keys() == set(problem.scope)
     for name, value in expected.items():
@@ -71,50 +70,50 @@ def test_steps_by_hand(layer: str, target: Target, monkeypatch: pytest.MonkeyPat
 
 
 def test_it_repairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VISITS", 100)
-    monkeypatch.setattr(module, "RATE", 0.01)
+    monkeypatch.setattr(module, "VISITS_PER_SAMPLE", 100)
+    monkeypatch.setattr(module, "DISTILL_RATE", 0.01)
     problem = make_problem(trained(), known())
-    fitted = problem.propose("fit", fit(problem))
+    fitted = problem.propose("fit", distill(problem))
     assert fitted.repaired > 0.6 * int(problem.before.targeted.sum())
     assert fitted.broken < 0.1 * int(problem.before.passed.sum())
 
 
 def test_samples_that_are_and_were_right_by_far_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARE", 0.0)
-    monkeypatch.setattr(module, "RATE", 0.0)
+    monkeypatch.setattr(module, "EASY_FRACTION", 0.0)
+    monkeypatch.setattr(module, "DISTILL_RATE", 0.0)
     rounds: list[list[int]] = []
-    deal = module.deal
+    shuffled = module.shuffled_batches
 
     def listen(rows: Tensor, *args: Any) -> list[Tensor]:
         rounds.append(rows.tolist())
-        return deal(rows, *args)
+        return shuffled(rows, *args)
 
-    monkeypatch.setattr(module, "deal", listen)
+    monkeypatch.setattr(module, "shuffled_batches", listen)
     # The margins are 8, 4, 3.5, 2, 1 for passed samples, of which the median is 3.5, and -9 for the failed one: easy is
     # what has more than 3/8 of 3.5, which is 1.3125.
     model = nn.Linear(1, 2, bias=False)
     model.weight.data = torch.tensor([[1.0], [0.0]])
     x = torch.tensor([[8.0], [4.0], [1.0], [2.0], [-9.0], [3.5]])
-    fit(make_problem(model, [TensorSource(x, torch.zeros(6, dtype=torch.int64), "all", passed=True, failed=True)]))
+    distill(make_problem(model, [TensorSource(x, torch.zeros(6, dtype=torch.int64), "all", passed=True, failed=True)]))
     assert rounds[0] == [0, 1, 2, 3, 4, 5]
     assert rounds[1:] == [[2, 4]] * 15
     assert 6 + 15 * 2 == 6 * 6
 
 
 def test_a_random_part_of_them_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SHARE", 0.5)
+    monkeypatch.setattr(module, "EASY_FRACTION", 0.5)
     sizes: list[int] = []
-    deal = module.deal
+    shuffled = module.shuffled_batches
 
     def listen(rows: Tensor, *args: Any) -> list[Tensor]:
         sizes.append(len(rows))
-        return deal(rows, *args)
+        return shuffled(rows, *args)
 
-    monkeypatch.setattr(module, "deal", listen)
+    monkeypatch.setattr(module, "shuffled_batches", listen)
     problem = make_problem(trained(), known())
-    fit(problem)
+    distill(problem)
     margin = problem.before.margin
-    easy = int((margin > module.EASY * margin[problem.before.passed].median()).sum())
+    easy = int((margin > module.EASY_MARGIN * margin[problem.before.passed].median()).sum())
     assert sizes[0] == 180
     assert all(180 - easy < size < 180 for size in sizes[1:])
     assert len(set(sizes[1:])) > 1
@@ -123,7 +122,7 @@ def test_a_random_part_of_them_is_looked_at_again(monkeypatch: pytest.MonkeyPatc
 def test_without_margins_no_sample_is_easy() -> None:
     told = SliceRecorder()
     problem = make_problem(trained(), known(), task=Marginless(), clock=StageTimer(told))
-    state = fit(problem)
+    state = distill(problem)
     assert not same(state, snapshot(problem.model))
     assert [done for done, *_ in told.said] == [180, 360, 540, 720, 900, 1080]
 
@@ -144,7 +143,7 @@ class SliceRecorder:
 def test_it_tells_how_far_it_is_and_what_it_repairs() -> None:
     told = SliceRecorder()
     problem = make_problem(trained(), known(), clock=StageTimer(told))
-    fit(problem)
+    distill(problem)
     done, total, repaired, broken = zip(*told.said, strict=True)
     assert set(total) == {6 * 180}
     assert list(done) == sorted(set(done))
@@ -159,23 +158,23 @@ def test_statistics_and_dropout_are_as_deployed() -> None:
     problem = make_problem(model, known())
     model[3].register_forward_hook(lambda module, args, output: modes.append(module.training))
     with left_alone(model):
-        state = fit(problem)
+        state = distill(problem)
     assert not any(modes)
     assert set(state) == {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precisions_are_fitted_in_their_own(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "VISITS", 60)
+    monkeypatch.setattr(module, "VISITS_PER_SAMPLE", 60)
     problem = make_problem(trained().to(dtype), cast(known(), dtype))
     with left_alone(problem.model):
-        state = fit(problem)
+        state = distill(problem)
     assert {value.dtype for value in state.values()} == {dtype}
     assert problem.propose("fit", state).repaired > 0
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
-    states = [fit(make_problem(trained(), known(), seed=seed)) for seed in (1, 1, 2)]
+    states = [distill(make_problem(trained(), known(), seed=seed)) for seed in (1, 1, 2)]
     assert same(states[0], states[1])
     assert not same(states[0], states[2])
 
@@ -183,14 +182,14 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
 @pytest.mark.parametrize("seconds", [0, -1])
 def test_without_time_the_weights_stay(seconds: float) -> None:
     problem = make_problem(trained().half(), cast(known(), torch.float16))
-    assert same(fit(problem, seconds=seconds), snapshot(problem.model))
+    assert same(distill(problem, seconds=seconds), snapshot(problem.model))
 
 
 @pytest.mark.parametrize("seconds", [8.0, 20.0, 100.0])
 def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now, rates = [0.0], []
-    monkeypatch.setattr(module, "SHARE", 1.1)
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     step = Descent.step
 
     def timed(self: Descent, parts: Any, loss: Any, *, rate: float) -> None:
@@ -200,7 +199,7 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Descent, "step", timed)
     # 1,280 samples are ten steps an epoch; in all there are six epochs.
-    fit(make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:]), seconds=seconds)
+    distill(make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:]), seconds=seconds)
     assert now[0] <= seconds
     assert len(rates) == min(60, seconds - 2)
     assert rates == sorted(rates, reverse=True)
@@ -210,7 +209,7 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
-        return fit(problem, seconds=1e6 if problem.collective.rank else 0.05)
+        return distill(problem, seconds=1e6 if problem.collective.rank else 0.05)
 
     first, second = together(trained(), known(), work)
     assert same(first, second)
@@ -219,8 +218,8 @@ def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
 @pytest.mark.parametrize("make", [mlp, normed])
 def test_two_ranks_fit_as_one(make: Callable[[], nn.Module]) -> None:
     model = trained(make).eval()
-    alone = fit(make_problem(model, known()))
-    first, second = together(model, known(), fit)
+    alone = distill(make_problem(model, known()))
+    first, second = together(model, known(), distill)
     assert same(first, second)
     assert not same(alone, {name: snapshot(model)[name] for name in alone})
     for name, value in alone.items():

@@ -13,7 +13,7 @@ from torch import multiprocessing
 from toy_problems import barely, broken, make_problem, normed, retrained, same, shares
 from toy_repairs import known, trained
 
-from lightning_nrl._optim.distill import fit
+from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.problem import Problem
@@ -22,7 +22,7 @@ from lightning_nrl.problem import Problem
 def results(problem: Problem) -> dict[str, Any]:
     polished = polish(problem, barely(problem, retrained(problem.model)))
     return {
-        "fit": fit(problem),
+        "fit": distill(problem),
         "polish": dict(polished.state),
         "counts": (polished.repaired, polished.broken, polished.rounds, polished.strength),
     }

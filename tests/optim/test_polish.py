@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,15 +32,14 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Multiclass, Target, TensorSource
-from lightning_nrl._optim import active_set as border
-from lightning_nrl._optim import polish as module
-from lightning_nrl._optim.polish import Polished, polish
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._optim.polish_result import PolishResult
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.problem import Problem
 
 
-def checked(problem: Problem, found: Polished) -> Polished:
+def checked(problem: Problem, found: PolishResult) -> PolishResult:
     """What must be true of every polish, counted again by a forward pass of its own."""
     assert broken(problem, found.state) == found.broken == 0
     now, before = right(problem, found.state), problem.before
@@ -277,7 +275,7 @@ def test_without_time_there_is_a_step_back() -> None:
 def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = on_a_line()
     now, forwards = [0.0], 1.0
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
     def pass_time(*args: Any) -> None:
         now[0] += forwards
@@ -293,8 +291,8 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_broken_samples_than_are_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(border, "FOLLOW", 2)
-    monkeypatch.setattr(border, "REST", 0)
+    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_WORKING_SET", 2)
+    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_REHEARSED", 0)
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, 2, 0.6001, 0.6, 0.6002, 0.6004, 0.6003, 0.7)])
@@ -333,7 +331,7 @@ def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest
     assert counts == (60, 340)
     found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
     assert found.repaired == 60
-    monkeypatch.setattr(border, "FASTEST", 1.0)
+    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_RATE_FACTOR", 1.0)
     assert polish(problem, {}, after=problem.before, insist=True).repaired < 30
 
 
@@ -348,7 +346,7 @@ def test_targets_that_contradict_what_passes_are_let_go(dtype: torch.dtype) -> N
 
 def test_where_time_is_short_some_of_many_are_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, now, found = crowded(), [0.0], {}
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     problem.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1.0))
     for seconds in (100, 500, 3_000):
         now[0] = 0.0
