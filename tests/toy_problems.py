@@ -61,7 +61,7 @@ def make_problem(
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
     space, scope = find_scope(model.eval(), layer)
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
-    before = evaluator.run(sources, target or Target.all())
+    before = evaluator.run(sources, Target.all() if target is None else target)
     given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}
     return Problem(
         evaluator,
