@@ -86,7 +86,7 @@ def test_what_breaks_nothing_is_given_back_as_it_is() -> None:
 def test_what_was_seen_before_is_not_seen_again(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, state = on_a_line(), threshold(0.65)
     after = problem.evaluate(state)
-    monkeypatch.setattr(Problem, "see", lambda *args: pytest.fail("a forward pass"))
+    monkeypatch.setattr(Problem, "evaluate", lambda *args: pytest.fail("a forward pass"))
     assert polish(problem, state, after=after).after is after
 
 
