@@ -1,14 +1,18 @@
 """Scoring of candidates: known data is recorded once and replayed from the repaired layer on, for many at once.
 
 In: a model, known data, candidate weights. Out: `Scores`, how many samples each candidate repairs and breaks, and its
-losses.
+losses. `recording` makes an `ActivationCache`; `sparse_delta` follows the few changed weights, `candidate_tensor` what
+all candidates share; `chunk_scorer` and `scorer` count.
 """
 
-from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk, record
-from lightning_nrl._scoring.replay import LayerEdit
+# These two lines register what `CandidateTensor` does in an operation.
+from lightning_nrl._scoring import channel_arithmetic, channel_mixing, channel_ops  # noqa: F401
+from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl._scoring.editable_model import LayerEdit
+from lightning_nrl._scoring.recording import record
 from lightning_nrl._scoring.scorer import SampleScores, SwarmScorer, make_scorer
 from lightning_nrl._scoring.scores import Scorer, Scores
-from lightning_nrl._scoring.sparse_delta import LayerDelta, make_changes
+from lightning_nrl._scoring.sparse_delta import LayerDelta, make_layer_deltas
 
 __all__ = [
     "ActivationCache",
@@ -19,7 +23,7 @@ __all__ = [
     "Scorer",
     "Scores",
     "SwarmScorer",
-    "make_changes",
+    "make_layer_deltas",
     "make_scorer",
     "record",
 ]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk, _Group, _sort_in, _whole_group
-from lightning_nrl._scoring.replay import Subject
-from lightning_nrl._scoring.sample_layout import to_device
+from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl._scoring.editable_model import EditableModel, Inputs
+from lightning_nrl._scoring.recording import find_group, find_whole_group
+from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.sparse_delta import layer_output
 from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Batch
@@ -31,36 +32,36 @@ class ExactBatch:
     """One batch, ready to be run under other weights.
 
     Attributes:
-        recording: of this batch alone.
+        cache: a recording of this batch alone.
         chunk: all of it: rows and targets.
     """
 
-    recording: ActivationCache
+    cache: ActivationCache
     chunk: Chunk
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is remembered."""
-        return sum(x.nbytes for group in self.recording.groups for parts in group.parts for x in parts)
+        return sum(group.nbytes for group in self.cache.groups)
 
     @property
     def replayed(self) -> bool:
         """Whether only what comes after the first layer is run."""
-        return self.recording.replayable(self.chunk)
+        return self.cache.is_replayable(self.chunk)
 
     def logits(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """What the deployed model gives when the layers have these parameters, all of them by dotted name."""
-        subject = self.recording.subject
+        model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
             new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
-            with subject.context():
+            with model.context():
                 return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
 
         if self.replayed:
-            return self.recording.replay(self.chunk, edit)
-        group = self.recording.groups[0]
-        return subject.whole(group.inputs(group.take(self.chunk.samples, subject.space.device)), parameters)
+            return self.cache.replay(self.chunk, edit)
+        group = self.cache.groups[0]
+        return model.logits(group.inputs(group.take(self.chunk.samples, model.space.device)), parameters)
 
 
 def exact_batches(
@@ -86,27 +87,29 @@ def exact_batches(
     Raises:
         ReplayError: a layer that is never called.
     """
-    subject = Subject(model, space, task, context)
+    editable = EditableModel(model, space, task, context)
     own = {name: parameter.detach() for site in space.sites for name, parameter in site.parameters.items()}
-    plans: list[_Group] = []
+    known: list[ReplayGroup] = []
     for batch, rows in batches:
         with torch.no_grad():
-            inputs = (batch.args, batch.kwargs)
-            recording = ActivationCache(subject, list(plans), rows)
-            group, stored = _sort_in(recording, inputs, len(rows))
-            plans = [known for known in recording.groups if known.plan is not None]
-            made = _alone(subject, group, stored, batch, rows)
-            if made.replayed and not torch.equal(made.logits(own), subject.whole(inputs, {})):
-                group, stored = _whole_group(recording, inputs, len(rows), "replaying it rounds in another way")
-                made = _alone(subject, group, stored, batch, rows)
+            inputs: Inputs = (batch.args, batch.kwargs)
+            cache = ActivationCache(editable, list(known), rows)
+            group, stored = find_group(cache, inputs, len(rows), space.device)
+            known = [other for other in cache.groups if other.plan is not None]
+            made = _of_one_batch(editable, group, stored, batch, rows)
+            if made.replayed and not torch.equal(made.logits(own), editable.logits(inputs, {})):
+                reason = "replaying it rounds in another way"
+                group, stored = find_whole_group(cache, inputs, len(rows), space.device, reason)
+                made = _of_one_batch(editable, group, stored, batch, rows)
         yield made
 
 
-def _alone(subject: Subject, group: _Group, stored: list[Tensor], batch: Batch, rows: Tensor) -> ExactBatch:
-    """One batch as a recording of its own."""
-    alone = _Group(group.plan, group.layouts, group.spec, group.constants)
-    alone.add(stored, to_device(batch.target, torch.device("cpu")), rows)
-    alone.close()
-    recording = ActivationCache(subject, [alone], rows)
-    (chunk,) = recording.chunks()
-    return ExactBatch(recording, chunk)
+def _of_one_batch(
+    model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
+) -> ExactBatch:
+    own = replace(group, parts=[], targets=[], rows=[])
+    own.add(stored, batch.target, rows)
+    own.concatenate()
+    cache = ActivationCache(model, [own], rows)
+    (chunk,) = cache.chunks()
+    return ExactBatch(cache, chunk)

@@ -7,19 +7,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.sparse_delta import LayerDelta, Taps
+from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["HeadScorer", "counted", "is_plain_multiclass", "make_head"]
+__all__ = ["HeadScorer", "is_plain_multiclass", "make_head_scorer", "sum_passed"]
 
-WORTHWHILE = 0.75
-"""Samples are only left out if at most this share of them is left."""
+MAX_UNDECIDED_SHARE = 0.75
+"""Decided samples are only left out if at most this share of all is undecided."""
 
 
 def is_plain_multiclass(task: Task) -> bool:
     """Whether passed, margin and loss mean arg max, its lead and cross entropy, without anything of the user's."""
-    own = ("passed", "loss", "prediction", "margin")
-    return all(getattr(type(task), name) is getattr(Multiclass, name) for name in own)
+    own, plain = type(task), Multiclass
+    return (own.passed, own.loss, own.prediction, own.margin) == (
+        plain.passed,
+        plain.loss,
+        plain.prediction,
+        plain.margin,
+    )
 
 
 @dataclass(frozen=True)
@@ -30,154 +35,166 @@ class HeadScorer:
     exponentials, and the largest logit before and after the true class, since arg max takes the first of equals.
 
     Attributes:
-        change: the change of the layer.
-        taps: what it needs to know of the samples.
+        delta: the change of the layer.
+        gathered: what it needs to know of the samples.
         rivals: `U x 1 x n`, old logits of the changed classes, minus infinity for the true one.
-        slot: `1 x 1 x n` int64, place of the true class among the changed ones, 0 if it does not change.
-        own: `n`, the true class's old logit, less the reserve.
-        moves: `n`, 1 if the true class changes, else 0.
-        top: `n`, the largest logit of the classes that do not change, the true one left out.
-        mass: `n`, their exponentials, relative to `top`, summed.
-        top_before: `n`, the largest of them before the true class.
-        before: `U x 1 x n` bool, which changed classes come before the true one.
+        true_unit: `1 x 1 x n` int64, place of the true class among the changed ones, 0 if it does not change.
+        true_logit: `n`, the true class's old logit, less the reserve.
+        true_changes: `n`, 1 if the true class changes, else 0.
+        fixed_max: `n`, the largest logit of the classes that do not change, the true one left out.
+        fixed_sum: `n`, their exponentials, relative to `fixed_max`, summed.
+        fixed_max_before: `n`, the largest of them before the true class.
+        is_before: `U x 1 x n` bool, which changed classes come before the true one.
         reserve: `n`, how far above all others the true class must be for a sample to pass; None: not at all. It has no
             part in the loss.
     """
 
-    change: LayerDelta
-    taps: Taps
+    delta: LayerDelta
+    gathered: GatheredInputs
     rivals: Tensor
-    slot: Tensor
-    own: Tensor
-    moves: Tensor
-    top: Tensor
-    mass: Tensor
-    top_before: Tensor
-    before: Tensor
+    true_unit: Tensor
+    true_logit: Tensor
+    true_changes: Tensor
+    fixed_max: Tensor
+    fixed_sum: Tensor
+    fixed_max_before: Tensor
+    is_before: Tensor
     reserve: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.taps.nbytes + self.rivals.nbytes + self.before.nbytes
+        return self.gathered.nbytes + self.rivals.nbytes + self.is_before.nbytes
 
-    def judge(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+    def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
         """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for, of candidates `P x K`."""
-        z = self.change.deltas(values, self.taps)  # U x P x n
-        own = torch.addcmul(self.own, self.moves, z.gather(0, self.slot.expand(1, *z.shape[1:])).squeeze(0))
+        z = self.delta.output_delta(values, self.gathered)  # U x P x n
+        moved = z.gather(0, self.true_unit.expand(1, *z.shape[1:])).squeeze(0)
+        true = torch.addcmul(self.true_logit, self.true_changes, moved)
         z += self.rivals
-        best = torch.maximum(z.amax(0), self.top)
-        passed = own > best
-        tied = own == best
+        best = torch.maximum(z.amax(0), self.fixed_max)
+        passed = true > best
+        tied = true == best
         if z.device.type != "cpu" or bool(tied.any()):
-            before = torch.where(self.before, z, -torch.inf).amax(0).maximum(self.top_before)
-            passed |= tied & (own > before)
+            before = torch.where(self.is_before, z, -torch.inf).amax(0).maximum(self.fixed_max_before)
+            passed |= tied & (true > before)
         if not with_loss:
             return passed, None
         if self.reserve is not None:
-            own = own + self.reserve
-        most = torch.maximum(best, own)
+            true = true + self.reserve
+        most = torch.maximum(best, true)
         z -= most
-        mass = z.exp_().sum(0).add_((own - most).exp_()).addcmul_(self.mass, (self.top - most).exp_())
-        return passed, mass.log_().add_(most).sub_(own)
+        total = z.exp_().sum(0).add_((true - most).exp_()).addcmul_(self.fixed_sum, (self.fixed_max - most).exp_())
+        return passed, total.log_().add_(most).sub_(true)
 
-    def certain(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples whose fate is the same under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
+    def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples that go the same way under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
 
         Each weight's change lies between its least and its largest over the candidates, so each logit lies between two
-        bounds. A sample is certain if the bounds of its true class and of the best rival do not meet, with room for
-        rounding between them: `eps * (m + 8)` times the sum of all magnitudes, for sums of `m` products.
+        bounds (interval arithmetic). A sample is decided if the bounds of its true class and of the best rival do not
+        meet, with room for rounding between them: `eps * (m + 8)` times the sum of all magnitudes, for sums of `m`
+        products.
         """
-        change = self.change.change(values, self.own.dtype)
+        change = self.delta.weight_delta(values, self.true_logit.dtype)
         least, most = change.aminmax(dim=0)
         ends = torch.stack([least, most, torch.maximum(most, -least)])  # 3 x (K + 1)
         low, high, size, terms = [], [], [], 0
-        for bucket, x in zip(self.change.buckets, self.taps.x, strict=True):
+        for bucket, x in zip(self.delta.buckets, self.gathered.x, strict=True):
             d, terms = ends[:, bucket.columns].transpose(0, 1), max(terms, bucket.columns.shape[1])
             up, down = d @ x[:, 0].clamp_min(0), d @ x[:, 0].clamp_max(0)  # u x 3 x n
             low.append(up[:, 0] + down[:, 1])
             high.append(up[:, 1] + down[:, 0])
             size.append(up[:, 2] - down[:, 2])
         below, above, magnitude = torch.cat(low), torch.cat(high), torch.cat(size)
-        if self.change.site.include_bias:
-            moved = ends[:, self.change.bias].unsqueeze(2)
+        if self.delta.site.include_bias:
+            moved = ends[:, self.delta.bias].unsqueeze(2)
             below, above, magnitude = below + moved[0], above + moved[1], magnitude + moved[2]
-        rivals, slot = self.rivals[:, 0], self.slot[0]
-        own_below = self.own + self.moves * below.gather(0, slot)[0]
-        own_above = self.own + self.moves * above.gather(0, slot)[0]
-        best_below, best_above = ((rivals + b).amax(0).maximum(self.top) for b in (below, above))
-        scale = magnitude.amax(0) + self.own.abs() + best_below.abs() + best_above.abs()
-        room = scale * (2 * (terms + 8) * torch.finfo(scale.dtype).eps)
-        return own_below > best_above + room, own_above + room < best_below
+        rivals, unit = self.rivals[:, 0], self.true_unit[0]
+        true_below = self.true_logit + self.true_changes * below.gather(0, unit)[0]
+        true_above = self.true_logit + self.true_changes * above.gather(0, unit)[0]
+        best_below, best_above = ((rivals + b).amax(0).maximum(self.fixed_max) for b in (below, above))
+        scale = magnitude.amax(0) + self.true_logit.abs() + best_below.abs() + best_above.abs()
+        rounding = scale * (2 * (terms + 8) * torch.finfo(scale.dtype).eps)
+        return true_below > best_above + rounding, true_above + rounding < best_below
 
-    def only(self, samples: Tensor) -> HeadScorer:
+    def subset(self, samples: Tensor) -> HeadScorer:
         """Some of the samples, `int64`."""
 
         def some(x: Tensor) -> Tensor:
             return x.index_select(-1, samples)
 
-        taps = Taps(tuple(map(some, self.taps.x)), self.taps.base[:, samples], self.taps.rounded[:, samples])
-        tables = (self.rivals, self.slot, self.own, self.moves, self.top, self.mass, self.top_before, self.before)
-        reserve = None if self.reserve is None else some(self.reserve)
-        return replace(HeadScorer(self.change, taps, *map(some, tables)), reserve=reserve)
+        own = self.gathered
+        return replace(
+            self,
+            gathered=GatheredInputs(tuple(map(some, own.x)), own.base[:, samples], own.rounded[:, samples]),
+            rivals=some(self.rivals),
+            true_unit=some(self.true_unit),
+            true_logit=some(self.true_logit),
+            true_changes=some(self.true_changes),
+            fixed_max=some(self.fixed_max),
+            fixed_sum=some(self.fixed_sum),
+            fixed_max_before=some(self.fixed_max_before),
+            is_before=some(self.is_before),
+            reserve=None if self.reserve is None else some(self.reserve),
+        )
 
-    def survivors(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """How many samples each candidate, `P x K`, passes, and what these weigh, `P` each.
 
-        Samples whose fate is certain are not computed.
+        Samples that are decided are not computed.
 
         Args:
             values: `P x K`.
             weight: `n`; None: no weights are asked for.
         """
-        pass_all, fail_all = self.certain(values)
-        open_ = (~(pass_all | fail_all)).nonzero().flatten()
-        if len(open_) > WORTHWHILE * len(pass_all):
-            return counted(self.judge(values, with_loss=False)[0], weight)
-        sure = [None if x is None else x.expand(len(values)) for x in counted(pass_all[None], weight)]
-        if len(open_):
-            some = None if weight is None else weight[open_]
-            found = counted(self.only(open_).judge(values, False)[0], some)
-            sure = [None if x is None or y is None else x + y for x, y in zip(found, sure, strict=True)]
-        assert sure[0] is not None
-        return sure[0], sure[1]
+        pass_all, fail_all = self.decided(values)
+        undecided = (~(pass_all | fail_all)).nonzero().flatten()
+        if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
+            return sum_passed(self.evaluate(values, with_loss=False)[0], weight)
+        count, weighed = sum_passed(pass_all[None], weight)
+        count, weighed = count.expand(len(values)), None if weighed is None else weighed.expand(len(values))
+        if len(undecided):
+            own_weight = None if weight is None else weight[undecided]
+            more, more_weighed = sum_passed(self.subset(undecided).evaluate(values, with_loss=False)[0], own_weight)
+            count = more + count
+            weighed = None if weighed is None or more_weighed is None else more_weighed + weighed
+        return count, weighed
 
 
-def counted(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """How many of `P x n` samples pass, `P`, and what these weigh; None without weights, `n`."""
     return passed.sum(1), None if weight is None else torch.where(passed, weight, 0.0).sum(1)
 
 
-def make_head(change: LayerDelta, taps: Taps, y: Tensor, target: Tensor, reserve: Tensor | None = None) -> HeadScorer:
-    """Prepares samples for `HeadScorer.judge`.
+def make_head_scorer(
+    delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
+) -> HeadScorer:
+    """Prepares samples for `HeadScorer.evaluate`.
 
     Args:
-        change: the change of the last layer, some units of it.
-        taps: what it needs to know of the samples.
+        delta: the change of the last layer, some units of it.
+        gathered: what it needs to know of the samples.
         y: `n x C`, logits under the weights as they are.
         target: `n` int64, true classes.
         reserve: `n`, the margin that a sample must keep to pass; None: any.
     """
     n, c = y.shape
-    units = change.units
+    units, true = delta.units, target.unsqueeze(1)
     place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))
-    slot = place[target]
+    unit = place[target]
     classes = torch.arange(c, device=y.device)
-    rest = y.index_fill(1, units, -torch.inf).scatter(1, target.unsqueeze(1), -torch.inf)
-    top = rest.amax(1)
-    mass = torch.where(top.isneginf(), 0.0, (rest - top.unsqueeze(1)).exp().sum(1))
-    rivals = y.scatter(1, target.unsqueeze(1), -torch.inf)[:, units].t().contiguous().unsqueeze(1)
-    top_before = rest.masked_fill(classes >= target.unsqueeze(1), -torch.inf).amax(1)
-    own = y.gather(1, target.unsqueeze(1)).squeeze(1)
+    fixed = y.index_fill(1, units, -torch.inf).scatter(1, true, -torch.inf)
+    fixed_max = fixed.amax(1)
+    true_logit = y.gather(1, true).squeeze(1)
     return HeadScorer(
-        change,
-        taps,
-        rivals,
-        slot.clamp_min(0).view(1, 1, n),
-        own if reserve is None else own - reserve,
-        (slot >= 0).to(y.dtype),
-        top,
-        mass,
-        top_before,
-        (units.unsqueeze(1) < target).unsqueeze(1),
-        reserve,
+        delta,
+        gathered,
+        rivals=y.scatter(1, true, -torch.inf)[:, units].t().contiguous().unsqueeze(1),
+        true_unit=unit.clamp_min(0).view(1, 1, n),
+        true_logit=true_logit if reserve is None else true_logit - reserve,
+        true_changes=(unit >= 0).to(y.dtype),
+        fixed_max=fixed_max,
+        fixed_sum=torch.where(fixed_max.isneginf(), 0.0, (fixed - fixed_max.unsqueeze(1)).exp().sum(1)),
+        fixed_max_before=fixed.masked_fill(classes >= true, -torch.inf).amax(1),
+        is_before=(units.unsqueeze(1) < target).unsqueeze(1),
+        reserve=reserve,
     )

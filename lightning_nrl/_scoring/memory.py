@@ -1,51 +1,76 @@
-"""How much memory scoring may take, and how much a piece of work takes."""
+"""How much memory scoring may take, how much a piece of work takes, and what to do when there is not enough."""
 
 from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "is_out_of_memory", "measured"]
+__all__ = ["AllocationMeter", "default_budget", "is_out_of_memory", "measure_allocations", "none_if_out_of_memory"]
 
-SHARE = 4
+T = TypeVar("T")
+
+BUDGET_DIVISOR = 4
 """One part in so many of the free memory is the default budget."""
 
 
 def default_budget(device: torch.device) -> int:
     """A share of the memory that is free on a device, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // SHARE
+        return torch.cuda.mem_get_info(device)[0] // BUDGET_DIVISOR
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() // SHARE
+        return torch.mps.recommended_max_memory() // BUDGET_DIVISOR
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // SHARE
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // BUDGET_DIVISOR
     except (AttributeError, OSError, ValueError):
         return 1 << 30
 
 
-def measured(work: Callable[[], Any]) -> tuple[int, int]:
+def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
-    with _Meter() as meter:
+    with AllocationMeter() as meter:
         work()
     return meter.peak, meter.total
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
-    kinds = (MemoryError, getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError))
     text = str(error)
+    kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or ("out of memory" in text or "can't allocate memory" in text)
 
 
-class _Meter(TorchDispatchMode):
-    """Follows the storages of all tensors that operations return until they are freed."""
+def none_if_out_of_memory(
+    work: Callable[[], T], *, last_try: bool = False, free_cache: Callable[[], None] | None = None
+) -> T | None:
+    """What `work` gives; None if memory ran out, after what torch holds unused has been given back to the device.
+
+    Args:
+        work: what may not fit.
+        last_try: whether running out of memory is an error after all.
+        free_cache: gives it back; None: `torch.cuda.empty_cache`, where CUDA is in use.
+    """
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if last_try or not is_out_of_memory(error):
+            raise
+    # Not in the handler: until it is left, the traceback holds what did not fit.
+    if free_cache is not None:
+        free_cache()
+    elif torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return None
+
+
+class AllocationMeter(TorchDispatchMode):
+    """Follows the storages of all tensors that operations make until they are freed; views make none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,18 +81,16 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        existing = {_storage_of(x)[0] for x in given}
         for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and not any(x is a for a in args):
-                self._follow(x)
+            if isinstance(x, Tensor) and not any(x is a for a in given):
+                self._follow(x, existing)
         return out
 
-    def _follow(self, x: Tensor) -> None:
-        try:
-            storage = x.untyped_storage()
-            key, size = storage.data_ptr(), storage.nbytes()
-        except (RuntimeError, NotImplementedError):
-            return
-        if not key:
+    def _follow(self, x: Tensor, existing: Collection[int]) -> None:
+        key, size = _storage_of(x)
+        if not key or (key in existing and key not in self.users):
             return
         if key not in self.users:
             self.users[key] = 0
@@ -82,3 +105,12 @@ class _Meter(TorchDispatchMode):
         if not self.users[key]:
             del self.users[key]
             self.held -= size
+
+
+def _storage_of(x: Tensor) -> tuple[int, int]:
+    """Address and bytes of a tensor's memory; zeros where it has none of its own."""
+    try:
+        storage = x.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, NotImplementedError):
+        return 0, 0

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Layout", "infer_layout", "joined", "repeat_all", "select", "select_all", "to_device"]
+__all__ = ["SampleLayout", "index_all", "index_batch", "infer_layout", "repeat_all", "to_device"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class SampleLayout:
     """Where the samples are in a tensor.
 
     Attributes:
@@ -24,10 +24,6 @@ class Layout:
 
     dim: int
     m: int = 1
-
-    def count(self, x: Tensor) -> int:
-        """Samples in `x`."""
-        return x.shape[self.dim] // self.m
 
     def take(self, x: Tensor, samples: Tensor | slice) -> Tensor:
         """The chosen samples; a view if a slice chooses them."""
@@ -39,7 +35,7 @@ class Layout:
             x = x.index_select(self.dim, samples.to(x.device))
         return x.flatten(self.dim, self.dim + 1)
 
-    def widened(self, x: Tensor, n: int) -> Tensor:
+    def expand(self, x: Tensor, n: int) -> Tensor:
         """All samples `n` times, one after the other; one sample is only shown `n` times where `m` is 1."""
         x = x.unsqueeze(self.dim)
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
@@ -52,7 +48,7 @@ class Layout:
         return list(shape) == expected
 
 
-def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> Layout | None:
+def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
     """Where the samples are, from a tensor's shapes in two passes with different numbers of samples.
 
     Returns:
@@ -70,10 +66,10 @@ def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_lar
     m, rest = divmod(small[dim], n_small)
     if len(differing) > 1 or rest or m == 0 or large[dim] != m * n_large:
         raise ValueError(f"{list(small)} for {n_small} samples became {list(large)} for {n_large}")
-    return Layout(dim, m)
+    return SampleLayout(dim, m)
 
 
-def select(tree: Any, index: Tensor, n: int) -> Any:
+def index_batch(tree: Any, index: Tensor, n: int) -> Any:
     """The chosen samples of every tensor in a batch of `n` whose first dimension counts them; all else as it is."""
 
     def take(x: Tensor) -> Tensor:
@@ -82,21 +78,14 @@ def select(tree: Any, index: Tensor, n: int) -> Any:
     return pytree.tree_map_only(Tensor, take, tree)
 
 
-def select_all(tree: Any, samples: Tensor | slice) -> Any:
+def index_all(tree: Any, samples: Tensor | slice) -> Any:
     """The chosen samples of every tensor; views if a slice chooses them."""
-    return pytree.tree_map_only(Tensor, lambda x: Layout(0).take(x, samples), tree)
+    return pytree.tree_map_only(Tensor, lambda x: SampleLayout(0).take(x, samples), tree)
 
 
 def repeat_all(tree: Any, copies: int) -> Any:
     """Every tensor's samples `copies` times, copy by copy."""
     return pytree.tree_map_only(Tensor, lambda x: x.repeat(copies, *[1] * (x.ndim - 1)), tree)
-
-
-def joined(parts: list[Tensor], dim: int) -> Tensor:
-    """The parts after one another; the list is emptied on the way, so that memory is held once."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-    parts.clear()
-    return whole
 
 
 def to_device(tree: Any, device: torch.device) -> Any:

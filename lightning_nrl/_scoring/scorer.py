@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache
-from lightning_nrl._scoring.chunks import Piece, make_pieces
+from lightning_nrl._scoring.chunk_scorer import ChunkScorer
+from lightning_nrl._scoring.chunking import make_chunk_scorers
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, explain
@@ -18,7 +21,7 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
 
-FIRST = 128
+N_MOST_FRAGILE = 128
 """How many of the most fragile samples of I_pos are scored before the others."""
 
 
@@ -38,29 +41,29 @@ class SampleScores:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class SwarmGroup:
     """Swarms that search the same weights on the same samples. Each is run on its own, so that it scores as if alone.
 
     Attributes:
         swarms: which swarms.
         columns: which of the K values are theirs; a slice if all are.
-        failed: samples of I_neg, in pieces.
-        passed: samples of I_pos, in pieces.
+        failed: samples of I_neg, in chunks.
+        passed: samples of I_pos, in chunks.
     """
 
     swarms: tuple[int, ...]
     columns: Tensor | slice
-    failed: list[Piece]
-    passed: list[Piece]
+    failed: list[ChunkScorer]
+    passed: list[ChunkScorer]
 
 
 @dataclass(frozen=True)
 class SwarmScorer:
-    """Scores candidates on a recording; see `make_scorer`.
+    """Scores candidates on recorded data; see `make_scorer`.
 
     Attributes:
-        recording: the known data of this rank.
-        problems: swarms with equal weights and samples together.
+        cache: the known data of this rank.
+        groups: swarms with equal weights and samples together.
         n_failed: |I_neg| over all ranks, a number or `S x 1`.
         n_passed: |I_pos| over all ranks, a number or `S x 1`.
         collective: the ranks that share the work.
@@ -71,8 +74,8 @@ class SwarmScorer:
         least: the least weight of a sample of I_neg.
     """
 
-    recording: ActivationCache
-    problems: tuple[_Problem, ...]
+    cache: ActivationCache
+    groups: tuple[SwarmGroup, ...]
     n_failed: int | Tensor
     n_passed: int | Tensor
     collective: Collective
@@ -91,17 +94,17 @@ class SwarmScorer:
                 more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which
                 all may break fewer than none is not scored.
         """
-        device = self.recording.subject.space.device
+        device = self.cache.space.device
         values = values.to(device)
         sums = torch.zeros(6 if self.weighted else 4, *values.shape[:2], device=device, dtype=widest(device))
-        for problem in self.problems:
-            for swarm in problem.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
-                own = values[swarm][:, problem.columns]
+        for group in self.groups:
+            for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
+                own = values[swarm][:, group.columns]
                 limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
                 if limit is not None and bool((limit < 0).all()):
                     sums[2:, swarm] = torch.nan
                     continue
-                self._add(problem, own, limit, sums[:, swarm])
+                self._add(group, own, limit, sums[:, swarm])
         patched, intact, loss_failed, loss_passed, *weights = self.collective.sum(sums)
         least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
@@ -116,22 +119,22 @@ class SwarmScorer:
             self.least,
         )
 
-    def _add(self, problem: _Problem, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
+    def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
         """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
         seen = 0
-        for role, pieces in ((1, problem.passed), (0, problem.failed)):
-            for piece in pieces:
+        for role, scorers in ((1, group.passed), (0, group.failed)):
+            for scorer in scorers:
                 chosen = values if alive is None else values[alive]
-                for part, passed, weight, loss in piece.tally(chosen, with_loss=role == 0 or self.passed_loss):
+                for part, passed, weight, loss in scorer.sums(chosen, with_loss=role == 0 or self.passed_loss):
                     which = part if alive is None else alive[part]
                     sums[role, which] += passed
                     if weight is not None:
-                        sums[4 + role, which] += piece.total - weight if role else weight
+                        sums[4 + role, which] += scorer.total_weight - weight if role else weight
                     if loss is not None:
                         sums[2 + role, which] += loss
                 if role == 1 and alive is not None and limit is not None:
-                    seen += len(piece.chunk)
+                    seen += len(scorer.chunk)
                     broken = sums[5, alive] if self.weighted else seen - sums[1, alive]
                     alive = alive[broken <= limit[alive]]
         if alive is not None:
@@ -142,18 +145,18 @@ class SwarmScorer:
     @torch.no_grad()
     def by_sample(self, values: Tensor, swarm: int = 0) -> SampleScores:
         """What each candidate, `P x K`, of one swarm does on each of this rank's samples, I_neg first."""
-        values = values.to(self.recording.subject.space.device)
-        problem = next(problem for problem in self.problems if swarm in problem.swarms)
-        pieces = [*problem.failed, *problem.passed]
-        passed = [torch.cat([p.cpu() for _, p, _ in piece.judge(values[:, problem.columns])]) for piece in pieces]
-        losses = [_losses(piece, values[:, problem.columns]) for piece in pieces]
+        values = values.to(self.cache.space.device)
+        group = next(group for group in self.groups if swarm in group.swarms)
+        scorers = [*group.failed, *group.passed]
+        passed = [torch.cat([p.cpu() for _, p, _ in scorer.evaluate(values[:, group.columns])]) for scorer in scorers]
+        losses = [_losses(scorer, values[:, group.columns]) for scorer in scorers]
         none = torch.zeros(len(values), 0)
-        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(piece.chunk.rows for piece in pieces)])
+        rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(scorer.chunk.rows for scorer in scorers)])
         return SampleScores(rows, torch.cat([none.bool(), *passed], 1), torch.cat([none.double(), *losses], 1))
 
 
 def make_scorer(
-    recording: ActivationCache,
+    cache: ActivationCache,
     where: Tensor,
     failed: Tensor,
     passed: Tensor,
@@ -169,7 +172,7 @@ def make_scorer(
     """Prepares the scoring of candidates.
 
     Args:
-        recording: the known data of this rank.
+        cache: the known data of this rank.
         where: `K` int64, flat positions of the localised weights; or `S x K`, those of each swarm, -1 where a swarm has
             fewer than K.
         failed: `N` bool by row of the evidence, I_neg; or `S x N`, that of each swarm.
@@ -194,7 +197,7 @@ def make_scorer(
         ConfigurationError: numbers of swarms that do not agree.
     """
     collective = collective or Collective()
-    device = recording.subject.space.device
+    device = cache.space.device
     budget = default_budget(device) if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
@@ -205,25 +208,33 @@ def make_scorer(
     s = counted.pop() if counted else 1
     several = any(x.ndim == 2 for x in (where, failed, passed))
     tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
-    counts = torch.stack([mask[:, recording.rows].sum(1) for mask in tables[1:]])
-    n_failed, n_passed = collective.sum(counts).to(device)
-    problems = []
-    groups = _alike(tables)
-    room = budget // 4 // (2 * len(groups))
-    for swarms in groups:
+    counts = torch.stack([mask[:, cache.rows].sum(1) for mask in tables[1:]])
+    n_failed, n_passed = collective.sum(counts)
+    groups = []
+    equal = _equal_swarms(tables)
+    room = budget // 4 // (2 * len(equal))
+    for swarms in equal:
         own, mask_failed, mask_passed = (table[swarms[0]] for table in tables)
         columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
         first = _most_fragile(mask_passed, fragility)
-        failed_pieces, fragile_pieces, other_pieces = (
-            make_pieces(recording, own[own >= 0], mask, task, budget - budget // 4, share, reserve, weight)
-            for mask, share in ((mask_failed, room), (first, room // 4), (mask_passed & ~first, room - room // 4))
+        own = own[own >= 0]
+        make = partial(
+            make_chunk_scorers,
+            cache,
+            make_layer_deltas(cache.space, own),
+            own,
+            task=task,
+            budget=budget - budget // 4,
+            reserve=reserve,
+            weight=weight,
         )
-        problems.append(_Problem(swarms, columns, failed_pieces, [*fragile_pieces, *other_pieces]))
+        fragile, others = make(first, room=room // 4), make(mask_passed & ~first, room=room - room // 4)
+        groups.append(SwarmGroup(swarms, columns, make(mask_failed, room=room), [*fragile, *others]))
     return SwarmScorer(
-        recording,
-        tuple(problems),
-        n_failed.view(s, 1) if several else int(n_failed),
-        n_passed.view(s, 1) if several else int(n_passed),
+        cache,
+        tuple(groups),
+        n_failed.view(s, 1).to(device) if several else int(n_failed),
+        n_passed.view(s, 1).to(device) if several else int(n_passed),
         collective,
         passed_loss,
         gives_up=device.type == "cpu",
@@ -243,11 +254,11 @@ def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
     if fragility is not None:
         rows = passed.nonzero().flatten()
         order = fragility.cpu()[rows].argsort(descending=True, stable=True)
-        first[rows[order[:FIRST]]] = True
+        first[rows[order[:N_MOST_FRAGILE]]] = True
     return first
 
 
-def _alike(tables: list[Tensor]) -> list[tuple[int, ...]]:
+def _equal_swarms(tables: list[Tensor]) -> list[tuple[int, ...]]:
     """Numbers of the swarms that have the same rows in all tables."""
     groups: dict[tuple[bytes, ...], list[int]] = {}
     for swarm in range(len(tables[0])):
@@ -255,8 +266,8 @@ def _alike(tables: list[Tensor]) -> list[tuple[int, ...]]:
     return [tuple(swarms) for swarms in groups.values()]
 
 
-def _losses(piece: Piece, values: Tensor) -> Tensor:
-    return torch.cat([loss.cpu().double() for _, _, loss in piece.judge(values) if loss is not None])
+def _losses(scorer: ChunkScorer, values: Tensor) -> Tensor:
+    return torch.cat([loss.cpu().double() for _, _, loss in scorer.evaluate(values) if loss is not None])
 
 
 def _at_least_one(count: int | Tensor) -> int | Tensor:

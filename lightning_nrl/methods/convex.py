@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._convex.head import ConvexHead, follow
-from lightning_nrl._scoring import ActivationCache
-from lightning_nrl._scoring.activation_cache import Chunk
-from lightning_nrl._scoring.replay_plan import same_values
+from lightning_nrl._scoring import ActivationCache, Chunk
+from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.requirements import Need, check_needs
@@ -130,8 +129,8 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
     """A chunk's input and output of the layer; None unless the output is what the model returns."""
-    if recording.replayable(chunk):
-        x, y = recording.site(chunk)
+    if recording.is_replayable(chunk):
+        x, y = recording.activations(chunk)
         logits = recording.replay(chunk, lambda site, x, y: y)
         if x.ndim == 2 and same_values(y, logits):
             return at_least_float32(x), at_least_float32(y)

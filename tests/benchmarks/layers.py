@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import ActivationCache, make_scorer
-from lightning_nrl._scoring.tracing import remembering
+from lightning_nrl._scoring.forward_trace import with_cached_outputs
 from lightning_nrl.tasks import Multiclass
 
 P, K = 100, 300
@@ -48,15 +48,17 @@ def floor(recording: ActivationCache, rows: int) -> Callable[[], float]:
         elif leaf.live:
             made.append(next(source).repeat(copies, *[1] * (leaf.value.ndim - 1)))
         else:
-            made.append(leaf.layout.widened(leaf.value, n * copies))
+            made.append(leaf.layout.expand(leaf.value, n * copies))
     (args, kwargs), outputs, (_, y) = pytree.tree_unflatten(made, plan.spec)
 
     @torch.no_grad()
     def run() -> float:
-        again = remembering(plan.calls, plan.modules, outputs, plan.first.module, lambda: y.repeat(copies, 1, 1, 1))
+        again = with_cached_outputs(
+            plan.calls, plan.modules, outputs, plan.first.module, lambda: y.repeat(copies, 1, 1, 1)
+        )
         with again:
             began = time.process_time()
-            recording.subject.model(*args, **kwargs)
+            recording.model.model(*args, **kwargs)
             return (time.process_time() - began) * P / (n * copies)
 
     return run
@@ -92,7 +94,7 @@ def main() -> None:
                 with torch.no_grad():
                     functional_call(model, space.changed(where, values[0]), (x[:30],))
                 wholes.append((time.process_time() - began) * P * n / 30)
-            units = len(scorer.problems[0].passed[0].changes[0].units)
+            units = len(scorer.groups[0].passed[0].deltas[0].units)
             rows.append(
                 [
                     f"{name}, {kind} ({units})",

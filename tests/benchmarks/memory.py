@@ -11,7 +11,7 @@ from bench import ResNet27, recorded, show
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.memory import measured
+from lightning_nrl._scoring.memory import measure_allocations
 from lightning_nrl.tasks import Multiclass
 
 
@@ -31,11 +31,8 @@ def main() -> None:
             for p in (100, 400, 1600):
                 values = (space.flat()[where] + 0.1 * torch.randn(p, len(where))).unsqueeze(0)
                 scorer = make_scorer(recording, where, failed, ~failed, Multiclass(), budget=budget)
-                pieces = [*scorer.problems[0].failed, *scorer.problems[0].passed]
-                kept = sum(piece.taps.nbytes for piece in pieces if piece.taps) + sum(
-                    piece.head.nbytes for piece in pieces if piece.head
-                )
-                peaks.append(kept + measured(lambda s=scorer, v=values: s(v))[0])
+                kept = sum(part.nbytes for part in (*scorer.groups[0].failed, *scorer.groups[0].passed))
+                peaks.append(kept + measure_allocations(lambda s=scorer, v=values: s(v))[0])
             row = [f"{peak / 2**20:.1f} MiB" for peak in peaks]
             rows.append([layer, f"{budget >> 20} MiB", *row, f"{max(peaks) / budget:.2f}"])
     show("Peak memory", ["layer", "budget", "P = 100", "P = 400", "P = 1,600", "peak / budget"], rows)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl import Convex, Polish, Settings, Target, TensorSource, repair_module
-from lightning_nrl._scoring.memory import measured
+from lightning_nrl._scoring.memory import measure_allocations
 from lightning_nrl.problem import Method
 
 TRAIN, NEW, BATCH = 4600, 2000, 128
@@ -66,7 +66,7 @@ def main(share: float = 1.0) -> None:
     spare = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(spare.parameters(), lr=1e-3)
     step(spare, optimizer, x[:BATCH], y[:BATCH])
-    floor, _ = measured(lambda: step(spare, optimizer, x[:BATCH], y[:BATCH]))
+    floor, _ = measure_allocations(lambda: step(spare, optimizer, x[:BATCH], y[:BATCH]))
 
     def repaired(method: Method, layer: str) -> list[str]:
         source = TensorSource(x, y, split="train", passed=True)
@@ -75,7 +75,7 @@ def main(share: float = 1.0) -> None:
         began = time.perf_counter()
         report = repair_module(copy.deepcopy(model), [source, news], settings=settings).report
         whole = time.perf_counter() - began
-        peak, _ = measured(lambda: repair_module(copy.deepcopy(model), [source, news], settings=settings))
+        peak, _ = measure_allocations(lambda: repair_module(copy.deepcopy(model), [source, news], settings=settings))
         known = report.pooled("known")
         stages = {k: v for k, v in report.seconds.items() if k not in ("collect", "judge")}
         return [

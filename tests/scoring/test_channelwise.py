@@ -1,4 +1,4 @@
-"""`Varied` against the same code on whole tensors."""
+"""`CandidateTensor` against the same code on whole tensors."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.channelwise import Varied
+from lightning_nrl._scoring.candidate_tensor import CandidateTensor
 
 P, N, C = 3, 4, 6
 
 
-def varied(*rest: int, units: tuple[int, ...] = (4, 1), seed: int = 0) -> Varied:
+def candidates(*rest: int, units: tuple[int, ...] = (4, 1), seed: int = 0) -> CandidateTensor:
     """`P` candidates that differ in some channels, double precision."""
     g = torch.Generator().manual_seed(seed)
     base = torch.randn(N, C, *rest, generator=g, dtype=torch.float64)
     if not units:
-        return Varied.repeated(base, P)
+        return CandidateTensor.repeated(base, P)
     changed = torch.randn(P, N, len(units), *rest, generator=g, dtype=torch.float64)
-    return Varied(base, P, 1, torch.tensor(units), changed)
+    return CandidateTensor(base, P, 1, torch.tensor(units), changed)
 
 
 def plain(x: Any) -> Any:
-    return x.dense() if isinstance(x, Varied) else x
+    return x.dense() if isinstance(x, CandidateTensor) else x
 
 
 def _module(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -94,8 +94,8 @@ MIXING: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
 def test_gives_what_whole_tensors_give(
     rest: tuple[int, ...], function: Callable[[Tensor], Tensor], units: tuple[int, ...]
 ) -> None:
-    x = varied(*rest, units=units)
-    expected = function(varied(*rest, units=units).dense())
+    x = candidates(*rest, units=units)
+    expected = function(candidates(*rest, units=units).dense())
     actual = function(x)
     assert actual.shape == expected.shape
     torch.testing.assert_close(plain(actual), expected, rtol=1e-12, atol=1e-12)
@@ -105,40 +105,40 @@ def test_gives_what_whole_tensors_give(
 def test_channels_that_do_not_differ_are_not_computed_again(
     rest: tuple[int, ...], function: Callable[[Tensor], Tensor]
 ) -> None:
-    x = varied(*rest)
+    x = candidates(*rest)
     actual = function(x)
-    assert isinstance(actual, Varied)
-    assert actual.whole is None
-    assert x.whole is None
+    assert isinstance(actual, CandidateTensor)
+    assert actual.materialized is None
+    assert x.materialized is None
 
 
 @pytest.mark.parametrize("other", [(), (4, 1), (1, 2), (0, 1, 2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "iadd", "imul"])
 def test_two_of_them(name: str, other: tuple[int, ...]) -> None:
-    a, b = varied(5), varied(5, units=other, seed=1)
+    a, b = candidates(5), candidates(5, units=other, seed=1)
     expected = getattr(operator, name)(a.dense().clone(), b.dense().clone())
-    actual = getattr(operator, name)(varied(5), varied(5, units=other, seed=1))
-    assert isinstance(actual, Varied)
+    actual = getattr(operator, name)(candidates(5), candidates(5, units=other, seed=1))
+    assert isinstance(actual, CandidateTensor)
     torch.testing.assert_close(actual.dense(), expected, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["add", "sub", "mul", "iadd"])
 def test_a_whole_tensor_and_what_all_candidates_share(name: str) -> None:
-    whole, shared = varied(5, seed=1).dense(), varied(5, units=())
+    whole, shared = candidates(5, seed=1).dense(), candidates(5, units=())
     expected = getattr(operator, name)(whole.clone(), shared.dense())
-    actual = getattr(operator, name)(whole.clone(), varied(5, units=()))
-    assert not isinstance(actual, Varied)
+    actual = getattr(operator, name)(whole.clone(), candidates(5, units=()))
+    assert not isinstance(actual, CandidateTensor)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_in_place_operations_change_the_tensor_and_not_what_is_shared() -> None:
-    x = varied(5)
+    x = candidates(5)
     base, alias = x.base, x
     before = base.clone()
     x += 1
     F.relu(x, inplace=True)
     x.masked_fill_(x > 2, 0.0)
-    expected = varied(5).dense() + 1
+    expected = candidates(5).dense() + 1
     expected = F.relu(expected).masked_fill(expected > 2, 0.0)
     assert alias is x
     torch.testing.assert_close(x.dense(), expected, rtol=0, atol=0)
@@ -146,11 +146,11 @@ def test_in_place_operations_change_the_tensor_and_not_what_is_shared() -> None:
 
 
 def test_a_view_of_the_whole_shares_its_memory() -> None:
-    x = varied(5)
+    x = candidates(5)
     x[:, 0].zero_()
     assert plain(x + 0)[:, 0].abs().sum() == 0
 
 
 def test_training_batch_norm_sees_all_candidates() -> None:
     norm = nn.BatchNorm1d(C).double()
-    torch.testing.assert_close(plain(norm(varied())), norm(varied().dense()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain(norm(candidates())), norm(candidates().dense()), rtol=1e-12, atol=1e-12)

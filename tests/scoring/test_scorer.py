@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import Scores, make_scorer, record
-from lightning_nrl._scoring import chunks as pieces
+from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Multiclass, Task
@@ -84,9 +84,9 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
     where, values = problem.candidates(20, 12, seed, scale)
     none = torch.zeros(N, dtype=torch.bool)
     scorer = make_scorer(problem.recording(N), where, none, ~none, Multiclass(), passed_loss=False)
-    (piece,) = scorer.problems[0].passed
-    assert piece.head is not None
-    passes, fails = piece.head.certain(values)
+    (chunk_scorer,) = scorer.groups[0].passed
+    assert chunk_scorer.head is not None
+    passes, fails = chunk_scorer.head.decided(values)
     hits = problem.oracle(where, values).argmax(2) == problem.target
     assert hits[:, passes].all()
     assert not hits[:, fails].any()
@@ -98,9 +98,9 @@ def test_near_the_original_most_samples_are_left_out() -> None:
     where, values = problem.candidates(20, 12, 0, scale=1e-3)
     none = torch.zeros(200, dtype=torch.bool)
     scorer = make_scorer(problem.recording(200), where, none, ~none, Multiclass(), passed_loss=False)
-    head = scorer.problems[0].passed[0].head
+    head = scorer.groups[0].passed[0].head
     assert head is not None
-    passes, fails = head.certain(values)
+    passes, fails = head.decided(values)
     assert (passes | fails).float().mean() > 0.9
 
 
@@ -127,15 +127,15 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
     where, values = problem.candidates(9, 6)
     scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())
     expected = scorer(values.unsqueeze(0))
-    run, sizes = pieces.Piece._outputs, []
+    run, sizes = ChunkScorer.outputs, []
 
-    def tight(self: pieces.Piece, chunk: Any, taps: Any, values: Tensor, *rest: Any) -> Any:
+    def tight(self: ChunkScorer, chunk: Any, taps: Any, values: Tensor, *rest: Any) -> Any:
         sizes.append(len(chunk) * len(values))
         if sizes[-1] > 8:
             raise torch.OutOfMemoryError("out of memory")
         return run(self, chunk, taps, values, *rest)
 
-    monkeypatch.setattr(pieces.Piece, "_outputs", tight)
+    monkeypatch.setattr(ChunkScorer, "outputs", tight)
     actual = scorer(values.unsqueeze(0))
     assert max(sizes) > 8
     assert (actual.patched.tolist(), actual.intact.tolist()) == (expected.patched.tolist(), expected.intact.tolist())
@@ -160,7 +160,7 @@ def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
     failed = torch.stack([FAILED, FAILED, torch.arange(N) < 5])
     passed = torch.stack([~FAILED, ~FAILED, torch.arange(N) > 9])
     together = make_scorer(recording, wheres, failed, passed, Multiclass())
-    assert len(together.problems) == 2
+    assert len(together.groups) == 2
     scores = together(values)
     assert isinstance(scores.n_failed, Tensor)
     assert scores.n_failed.tolist() == [[8], [8], [5]]
@@ -289,7 +289,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl._scoring.scorer.FIRST", 4)
+    monkeypatch.setattr("lightning_nrl._scoring.scorer.N_MOST_FRAGILE", 4)
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
@@ -316,7 +316,7 @@ def test_the_most_fragile_samples_come_first() -> None:
     mask = torch.arange(200) % 20 == 0
     fragility = torch.arange(200) % 150 * 1.0
     scorer = make_scorer(problem.recording(200), where, mask, ~mask, Multiclass(), fragility=fragility)
-    rows = [piece.chunk.rows for piece in scorer.problems[0].passed]
+    rows = [part.chunk.rows for part in scorer.groups[0].passed]
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
     assert len(rows[0]) == 128

@@ -20,37 +20,37 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl.errors import ReplayError, explain
 
-__all__ = ["Edit", "Moment", "eagerly", "editing", "remembering", "watching"]
+__all__ = ["ForwardTrace", "OutputEdit", "edit_output", "force_eager", "trace_forward", "with_cached_outputs"]
 
-Edit = Callable[[Tensor, Tensor], Tensor]
+OutputEdit = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and its output, and gives the output to go on with."""
 
 
 @dataclass
-class Moment:
+class ForwardTrace:
     """What a forward pass had done when it first called a repaired layer, and what that layer then gave.
 
     Attributes:
         calls: the frontier: names of the outermost modules that were done, in order, a name once a call.
         outputs: what each of them returned.
-        order: the repaired layers in the order of their calls, a name once a call.
-        shapes: the shape of each of their outputs.
-        x: the first layer's input.
-        y: the first layer's output, before any hook of the user.
+        layer_order: the repaired layers in the order of their calls, a name once a call.
+        layer_shapes: the shape of each of their outputs.
+        input: the first layer's input.
+        output: the first layer's output, before any hook of the user.
     """
 
     calls: list[str] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
-    order: list[str] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)
-    x: Tensor | None = None
-    y: Tensor | None = None
+    layer_order: list[str] = field(default_factory=list)
+    layer_shapes: list[torch.Size] = field(default_factory=list)
+    input: Tensor | None = None
+    output: Tensor | None = None
 
 
 @contextmanager
-def watching(
+def trace_forward(
     model: nn.Module, sites: Mapping[str, nn.Module], keep: Callable[[str], bool] = lambda name: True
-) -> Iterator[Moment]:
+) -> Iterator[ForwardTrace]:
     """Watches the forward pass that is run inside.
 
     Args:
@@ -58,30 +58,30 @@ def watching(
         sites: the repaired layers by name.
         keep: whether the values of a module's outputs are needed; of others only shapes are noted, as meta tensors.
     """
-    moment = Moment()
+    trace = ForwardTrace()
     open_calls: list[list[tuple[str, Any]]] = [[]]
 
     def enter(module: nn.Module, args: Any) -> None:
-        if not moment.order:
+        if not trace.layer_order:
             open_calls.append([])
 
     def leave(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not moment.order:
+            if not trace.layer_order:
                 open_calls.pop()
                 copy = _clone if keep(name) else _shape_only
                 open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
 
         return hook
 
-    def edit(name: str) -> Edit:
+    def edit(name: str) -> OutputEdit:
         def note(x: Tensor, y: Tensor) -> Tensor:
-            if not moment.order:
+            if not trace.layer_order:
                 frontier = [call for calls in open_calls for call in calls]
-                moment.calls, moment.outputs = [c for c, _ in frontier], [o for _, o in frontier]
-                moment.x, moment.y = x.detach().clone(), y.detach().clone()
-            moment.order.append(name)
-            moment.shapes.append(y.shape)
+                trace.calls, trace.outputs = [c for c, _ in frontier], [o for _, o in frontier]
+                trace.input, trace.output = x.detach().clone(), y.detach().clone()
+            trace.layer_order.append(name)
+            trace.layer_shapes.append(y.shape)
             return y
 
         return note
@@ -93,25 +93,25 @@ def watching(
             for handle in (module.register_forward_pre_hook(enter), module.register_forward_hook(leave(name))):
                 stack.callback(handle.remove)
         for name, module in sites.items():
-            stack.enter_context(editing(module, edit(name)))
-        stack.enter_context(eagerly())
-        yield moment
+            stack.enter_context(edit_output(module, edit(name)))
+        stack.enter_context(force_eager())
+        yield trace
 
 
 @contextmanager
-def editing(module: nn.Module, edit: Edit) -> Iterator[None]:
+def edit_output(module: nn.Module, edit: OutputEdit) -> Iterator[None]:
     """Inside, the layer's output goes through `edit(input, output)`; the user's hooks see what it returns."""
     forward = module.forward
 
     def edited(input: Tensor) -> Tensor:
         return edit(input, forward(input))
 
-    with _instead(module, edited):
+    with _patched_forward(module, edited):
         yield
 
 
 @contextmanager
-def remembering(
+def with_cached_outputs(
     calls: Sequence[str],
     modules: Mapping[str, nn.Module],
     outputs: Sequence[Any],
@@ -131,7 +131,7 @@ def remembering(
         ReplayError: from inside, if the pass does not call the frontier in the recorded order.
     """
     left = dict(Counter(calls))
-    standing_in: dict[str, _Instead] = {}
+    patches: dict[str, _ForwardPatch] = {}
     at = 0
 
     def recorded(name: str) -> Callable[..., Any]:
@@ -141,7 +141,7 @@ def remembering(
                 raise _out_of_order(name)
             left[name] -= 1
             if not left[name]:
-                standing_in.pop(name).restore()
+                patches.pop(name).restore()
             at += 1
             return outputs[at - 1]
 
@@ -154,25 +154,24 @@ def remembering(
 
     try:
         for name in left:
-            standing_in[name] = _Instead(modules[name], recorded(name), hooks=False)
-        with _instead(first, live), eagerly():
+            patches[name] = _ForwardPatch(modules[name], recorded(name), hooks=False)
+        with _patched_forward(first, live), force_eager():
             yield
     finally:
-        for stub in standing_in.values():
-            stub.restore()
+        for patch in patches.values():
+            patch.restore()
 
 
 @contextmanager
-def eagerly() -> Iterator[None]:
+def force_eager() -> Iterator[None]:
     """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
     with ExitStack() as stack:
-        stance = getattr(torch.compiler, "set_stance", None)
-        if stance is not None and "torch._dynamo" in sys.modules:
-            stack.enter_context(stance("force_eager"))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
-class _Instead:
+class _ForwardPatch:
     """From now on the module runs `forward`, with or without the user's hooks around it, until it is restored.
 
     A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
@@ -198,12 +197,12 @@ class _Instead:
 
 
 @contextmanager
-def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    stub = _Instead(module, forward, hooks=True)
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    patch = _ForwardPatch(module, forward, hooks=True)
     try:
         yield
     finally:
-        stub.restore()
+        patch.restore()
 
 
 def _clone(x: Tensor) -> Tensor:

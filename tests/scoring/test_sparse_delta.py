@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring.channelwise import Varied
-from lightning_nrl._scoring.sparse_delta import edits, make_changes
+from lightning_nrl._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -18,8 +18,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def changed(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
     space = find_layers(layer, "", include_bias=include_bias)
     with torch.no_grad():
-        out = make_changes(space, where)[0].output(values, x, layer(x))
-    return (out.dense() if isinstance(out, Varied) else out).unflatten(0, (len(values), -1))
+        out = make_layer_deltas(space, where)[0].output(values, x, layer(x))
+    return (out.dense() if isinstance(out, CandidateTensor) else out).unflatten(0, (len(values), -1))
 
 
 def oracle(layer: nn.Module, where: Tensor, values: Tensor, x: Tensor, include_bias: bool = False) -> Tensor:
@@ -57,9 +57,9 @@ def test_bias_by_hand() -> None:
 @torch.no_grad()
 def test_only_changed_units_are_computed() -> None:
     layer, x = nn.Linear(4, 6), torch.randn(3, 4)
-    change = make_changes(find_layers(layer, ""), torch.tensor([5, 6]))[0]
+    change = make_layer_deltas(find_layers(layer, ""), torch.tensor([5, 6]))[0]
     assert change.units.tolist() == [1]
-    assert change.unit_outputs(torch.zeros(2, 2), change.taps(x, layer(x))).shape == (2, 3, 1)
+    assert change.unit_outputs(torch.zeros(2, 2), change.gather(x, layer(x))).shape == (2, 3, 1)
 
 
 def test_unchanged_candidates_keep_the_recorded_output_to_the_bit() -> None:
@@ -127,8 +127,8 @@ def test_autocast_rounds_weights_and_inputs_first() -> None:
 def test_several_sites_share_one_set_of_values() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     space = find_layers(model, ["0", "1"])
-    first, second = make_changes(space, torch.tensor([0, 10]))
+    first, second = make_layer_deltas(space, torch.tensor([0, 10]))
     assert (first.units.tolist(), second.units.tolist()) == ([0], [0])
     x, y = torch.ones(2, 3), model[0](torch.ones(2, 3))
-    edit = edits((first, second), space.flat()[[0, 10]].unsqueeze(0))
+    edit = edit_layers((first, second), space.flat()[[0, 10]].unsqueeze(0))
     torch.testing.assert_close(edit(space.sites[0], x, y).dense(), y)

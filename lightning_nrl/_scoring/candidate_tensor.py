@@ -1,6 +1,6 @@
 """A tensor of many candidates that says what they share: one base for all, and the channels in which they differ.
 
-What comes after a repaired layer is ordinary Python on ordinary tensors. `Varied` stands in for such a tensor: to the
+What comes after a repaired layer is ordinary Python on ordinary tensors. `CandidateTensor` stands in for one: to the
 code it has the samples of all candidates, `P * n` of them; inside it holds `n` samples and the channels that differ.
 Operations that treat channels one by one (activations, batch norm, pooling, sums) run on the base once and on the
 channels that differ; a Linear or a convolution adds what those channels change to its output for the base. Whatever is
@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Pending", "Varied"]
+__all__ = ["CandidateTensor", "LazyDelta"]
 
-HANDLERS: dict[Any, Callable[..., Any]] = {}
-"""What to do instead of a function; filled by `channelwise`."""
+OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
+"""What to do instead of a function; filled by the modules `channel_*`."""
 
 
 @dataclass(frozen=True)
-class Pending:
+class LazyDelta:
     """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
 
     Attributes:
@@ -37,16 +37,16 @@ class Pending:
     onto: Callable[[Tensor, Tensor | None], Tensor]
     scale: Tensor | None = None
 
-    def times(self, factor: Tensor) -> Pending:
+    def times(self, factor: Tensor) -> LazyDelta:
         """The same, each channel times a factor, `U`."""
-        return Pending(self.onto, factor if self.scale is None else self.scale * factor)
+        return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
 
 
-def _nothing(base: Tensor, scale: Tensor | None) -> Tensor:
+def _no_delta(base: Tensor, scale: Tensor | None) -> Tensor:
     raise AssertionError("candidates that do not differ have no channels that do")
 
 
-NOTHING = Pending(_nothing)
+NO_DELTA = LazyDelta(_no_delta)
 
 
 @cache
@@ -54,7 +54,7 @@ def _no_units(device: torch.device) -> Tensor:
     return torch.zeros(0, dtype=torch.int64, device=device)
 
 
-class Varied(Tensor):
+class CandidateTensor(Tensor):
     """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`.
 
     Attributes:
@@ -63,37 +63,39 @@ class Varied(Tensor):
         units: channels that differ, `U` int64, each once.
         copies: P.
         pending: what is added to the base in those channels, not yet computed; None once it is.
-        whole: the whole tensor, once something has asked for it; from then on it alone counts.
+        materialized: the whole tensor, once something has asked for it; from then on it alone counts.
     """
 
     base: Tensor
     axis: int
     units: Tensor
     copies: int
-    pending: Pending | None
-    values_changed: Tensor | None
-    whole: Tensor | None
+    pending: LazyDelta | None
+    computed: Tensor | None
+    materialized: Tensor | None
 
     @staticmethod
-    def __new__(cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | Pending) -> Varied:
+    def __new__(
+        cls, base: Tensor, copies: int, axis: int, units: Tensor, changed: Tensor | LazyDelta
+    ) -> CandidateTensor:
         shape = (copies * base.shape[0], *base.shape[1:])
         new = Tensor._make_wrapper_subclass(cls, shape, dtype=base.dtype, device=base.device)
-        new.base, new.copies, new.axis, new.units, new.whole = base, copies, axis, units, None
-        new.pending = changed if isinstance(changed, Pending) else None
-        new.values_changed = None if isinstance(changed, Pending) else changed
+        new.base, new.copies, new.axis, new.units, new.materialized = base, copies, axis, units, None
+        new.pending = changed if isinstance(changed, LazyDelta) else None
+        new.computed = None if isinstance(changed, LazyDelta) else changed
         return new
 
     @classmethod
-    def repeated(cls, base: Tensor, copies: int) -> Varied:
+    def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
         """The same for all candidates."""
-        return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NOTHING)
+        return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NO_DELTA)
 
     @property
     def changed(self) -> Tensor:
         """The values of the channels that differ, `P x n x ...` with `U` channels at `axis + 1`."""
-        if self.values_changed is None:
-            self.values_changed, self.pending = self.evaluated(), None
-        return self.values_changed
+        if self.computed is None:
+            self.computed, self.pending = self.evaluated(), None
+        return self.computed
 
     def evaluated(self) -> Tensor:
         """What is pending, computed, in memory of its own."""
@@ -102,7 +104,7 @@ class Varied(Tensor):
         return self.pending.onto(base, self.pending.scale).movedim(0, self.axis + 1)
 
     @property
-    def same(self) -> bool:
+    def identical(self) -> bool:
         """Whether the candidates do not differ at all."""
         return self.units.numel() == 0
 
@@ -113,33 +115,33 @@ class Varied(Tensor):
 
     def dense(self) -> Tensor:
         """The whole tensor, in memory of its own; changing it changes this."""
-        if self.whole is None:
+        if self.materialized is None:
             base, dim = self.base, self.axis
             if self.all_differ:
                 whole = self.changed.index_select(dim + 1, self.units.argsort())
             else:
                 whole = base.expand(self.copies, *base.shape).clone(memory_format=torch.contiguous_format)
-                if not self.same:
+                if not self.identical:
                     whole.index_copy_(dim + 1, self.units, self.changed)
-            self.whole = whole.flatten(0, 1)
-        return self.whole
+            self.materialized = whole.flatten(0, 1)
+        return self.materialized
 
-    def become(self, other: Any) -> Varied:
+    def assign(self, other: Any) -> CandidateTensor:
         """Takes over another's contents, for an operation in place."""
-        if isinstance(other, Varied):
-            self.base, self.axis, self.units, self.whole = other.base, other.axis, other.units, other.whole
-            self.pending, self.values_changed = other.pending, other.values_changed
+        if isinstance(other, CandidateTensor):
+            self.base, self.axis, self.units = other.base, other.axis, other.units
+            self.pending, self.computed, self.materialized = other.pending, other.computed, other.materialized
         else:
-            self.whole = other
+            self.materialized = other
         return self
 
-    def each(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> Varied:
+    def map_channels(self, function: Callable[[Tensor, Tensor | None], Tensor]) -> CandidateTensor:
         """Applies a function of samples and their channels (None for all) that treats both one by one."""
         base = function(self.base, None)
-        if self.same:
-            return Varied.repeated(base, self.copies)
+        if self.identical:
+            return CandidateTensor.repeated(base, self.copies)
         changed = function(self.changed.flatten(0, 1), self.units).unflatten(0, (self.copies, -1))
-        return Varied(base, self.copies, self.axis, self.units, changed)
+        return CandidateTensor(base, self.copies, self.axis, self.units, changed)
 
     @classmethod
     def __torch_function__(
@@ -147,16 +149,18 @@ class Varied(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func in METADATA:
+            if func in METADATA_FUNCTIONS:
                 return func(*args, **kwargs)
-            handler = HANDLERS.get(func)
-            if handler is not None and not any(isinstance(a, Varied) and a.whole is not None for a in args):
+            handler = OP_HANDLERS.get(func)
+            if handler is not None and not any(
+                isinstance(a, CandidateTensor) and a.materialized is not None for a in args
+            ):
                 result = handler(func, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
-            whole = pytree.tree_map_only(Varied, Varied.dense, (args, kwargs))
+            whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs))
             out = func(*whole[0], **whole[1])
-            if args and isinstance(args[0], Varied) and out is args[0].whole:
+            if args and isinstance(args[0], CandidateTensor) and out is args[0].materialized:
                 return args[0]
             return out
 
@@ -164,14 +168,16 @@ class Varied(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        dense = Varied.dense
-        return func(*pytree.tree_map_only(Varied, dense, args), **pytree.tree_map_only(Varied, dense, kwargs or {}))
+        whole = pytree.tree_map_only(CandidateTensor, CandidateTensor.dense, (args, kwargs or {}))
+        return func(*whole[0], **whole[1])
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Varied({list(self.shape)}, copies={self.copies}, differing={self.units.numel()} at {self.axis})"
+        return (
+            f"CandidateTensor({list(self.shape)}, copies={self.copies}, differing={self.units.numel()} at {self.axis})"
+        )
 
 
-METADATA = {
+METADATA_FUNCTIONS = {
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_nested", "requires_grad", "is_sparse")
@@ -186,7 +192,7 @@ def handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Registers what to do instead of some functions; a handler may return `NotImplemented`."""
 
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        HANDLERS.update(dict.fromkeys(functions, handler))
+        OP_HANDLERS.update(dict.fromkeys(functions, handler))
         return handler
 
     return register

@@ -1,0 +1,169 @@
+"""A chunk of the known data, ready to be run under many candidates at once within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl._scoring.head_scorer import HeadScorer, make_head_scorer, sum_passed
+from lightning_nrl._scoring.memory import none_if_out_of_memory
+from lightning_nrl._scoring.sample_layout import repeat_all
+from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.tasks import Task
+
+__all__ = ["ChunkScorer"]
+
+T = TypeVar("T")
+
+
+@dataclass
+class ChunkScorer:
+    """`n` samples with all that does not depend on the candidates.
+
+    Attributes:
+        cache: where they come from.
+        chunk: the samples.
+        deltas: the change of each site.
+        where: flat positions of the changed weights.
+        task: says what passed and loss mean.
+        rows: how many rows, candidates times samples, are run at once. Halved for good when memory runs out.
+        reserve: `n`, the margin that a sample must keep to pass, on the device of the weights; None: any.
+        weight: `n`, what each sample counts, likewise; None: all alike.
+        total_weight: what all samples count together.
+        is_head: whether the samples are in front of a last layer whose output is the model's.
+        gathered: what the first site's change needs to know of the samples, if there is room to keep it.
+        head: the samples in front of that last layer, if there is room to keep that.
+    """
+
+    cache: ActivationCache
+    chunk: Chunk
+    deltas: tuple[LayerDelta, ...]
+    where: Tensor
+    task: Task
+    rows: int
+    reserve: Tensor | None = None
+    weight: Tensor | None = None
+    total_weight: float = 0.0
+    is_head: bool = False
+    gathered: GatheredInputs | None = None
+    head: HeadScorer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept from one call to the next."""
+        return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
+
+    def keep(self, room: int) -> None:
+        """Keeps what is the same in every call, if it takes at most `room` bytes."""
+        if not self.is_head:
+            if len(self.first_delta.units):
+                gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
+                self.gathered = gathered if gathered.nbytes <= room else None
+            return
+        head = self._make_head()
+        self.head = head if head.nbytes <= room else None
+
+    def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Runs candidates.
+
+        Args:
+            values: `P x K`.
+            with_loss: whether losses are asked for.
+
+        Yields:
+            Which candidates, their passes `p x n` bool, their losses `p x n` or None.
+        """
+        for part, (passed, loss) in self._blocks(values, partial(self._run, with_loss=with_loss)):
+            yield part, passed, loss
+
+    def sums(
+        self, values: Tensor, with_loss: bool = True
+    ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
+        """The same summed over the samples.
+
+        Yields:
+            Which candidates, how many samples pass, what these weigh or None without weights, and the sum of all
+            losses, weighted where there are weights, or None; `p` each.
+        """
+
+        def work(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            # To leave decided samples out, the host has to learn which those are.
+            if self.is_head and not with_loss and values.device.type == "cpu":
+                return (*(self.head or self._make_head()).count_passed(values, self.weight), None)
+            passed, loss = self._run(values, with_loss)
+            if loss is not None and self.weight is not None:
+                loss = loss * self.weight
+            total = None if loss is None else loss.sum(1, dtype=widest(values.device))
+            return (*sum_passed(passed, self.weight), total)
+
+        for part, (passed, weight, loss) in self._blocks(values, work):
+            yield part, passed, weight, loss
+
+    @property
+    def first_delta(self) -> LayerDelta:
+        """The change of the site that the model calls first."""
+        first = self.cache.first_site(self.chunk)
+        return next(delta for delta in self.deltas if delta.site is first)
+
+    def _make_head(self) -> HeadScorer:
+        x, y = self.cache.activations(self.chunk)
+        label = self.task.label(self.chunk.target)
+        assert label is not None
+        return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
+
+    def _blocks(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
+        """Does the work for as many candidates at once as memory allows."""
+        start = 0
+        while start < len(values):
+            part = slice(start, min(len(values), start + max(1, self.rows // len(self.chunk))))
+            done = none_if_out_of_memory(partial(work, values[part]), last_try=self.rows <= 1)
+            if done is None:
+                self.rows //= 2
+                continue
+            yield part, done
+            start = part.stop
+
+    def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
+        if self.is_head:
+            return (self.head or self._make_head()).evaluate(values, with_loss)
+        if self.rows >= len(self.chunk):
+            return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
+        chunks = list(self.cache.split(self.chunk, self.rows))
+        reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
+        parts = [
+            self.outputs(chunk, None, values, with_loss, reserve)
+            for chunk, reserve in zip(chunks, reserves, strict=True)
+        ]
+        losses = [loss for _, loss in parts if loss is not None]
+        return torch.cat([passed for passed, _ in parts], 1), torch.cat(losses, 1) if losses else None
+
+    def outputs(
+        self,
+        chunk: Chunk,
+        gathered: GatheredInputs | None,
+        values: Tensor,
+        with_loss: bool,
+        reserve: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Passes and losses of some of the samples under candidates `P x K`, all in one block."""
+        p = len(values)
+        if self.cache.is_replayable(chunk):
+            logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
+            logits = logits.dense() if isinstance(logits, CandidateTensor) else logits
+        else:
+            logits = self.cache.rerun(chunk, self.where, values)
+        target = repeat_all(chunk.target, p)
+        passed = self.task.passed(logits, target).view(p, -1)
+        if reserve is not None:
+            margin = self.task.margin(logits, target)
+            assert margin is not None
+            passed = passed & (margin.view(p, -1) >= reserve)
+        return passed, self.task.loss(logits, target).view(p, -1) if with_loss else None

@@ -1,0 +1,125 @@
+"""How known data is cut into chunks: as large as the memory allows, and no larger than a processor's cache likes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl._scoring.chunk_scorer import ChunkScorer
+from lightning_nrl._scoring.head_scorer import is_plain_multiclass
+from lightning_nrl._scoring.memory import measure_allocations, none_if_out_of_memory
+from lightning_nrl._scoring.sparse_delta import LayerDelta
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.tasks import Task
+
+__all__ = ["make_chunk_scorers"]
+
+CPU_CACHE_BYTES = 1 << 20
+"""Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
+stay in its cache."""
+CPU_BLOCK_BYTES = 16 << 20
+"""Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
+GPU_BLOCK_BYTES = 256 << 20
+"""The same on a GPU, enough to keep it busy."""
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384
+"""Samples a chunk at most: a GPU is only busy with many of them a launch."""
+
+
+@torch.no_grad()
+def make_chunk_scorers(
+    cache: ActivationCache,
+    deltas: tuple[LayerDelta, ...],
+    where: Tensor,
+    mask: Tensor,
+    task: Task,
+    *,
+    budget: int,
+    room: int,
+    reserve: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> list[ChunkScorer]:
+    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls.
+
+    Args:
+        cache: the known data.
+        deltas: the change of each site.
+        where: `K` int64, flat positions of the changed weights.
+        mask: `N` bool by row of the evidence, which samples.
+        task: says what passed and loss mean.
+        budget: bytes that running a block may take.
+        room: bytes that may be kept from one call to the next.
+        reserve: `N` float by row of the evidence, the margin that each must keep to pass; None: any.
+        weight: `N` float64 by row of the evidence, what each counts; None: all alike.
+    """
+    device = cache.space.device
+    weight = None if weight is None else weight.to("cpu", widest(device))
+
+    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
+        own_reserve = None if reserve is None else reserve[chunk.rows].to(device)
+        if weight is None:
+            return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, None, len(chunk), is_head)
+        own = weight[chunk.rows]
+        return ChunkScorer(
+            cache, chunk, deltas, where, task, rows, own_reserve, own.to(device), float(own.sum()), is_head
+        )
+
+    def cut(group: Chunk, samples: int, rows: int, is_head: bool, room: int) -> list[ChunkScorer]:
+        scorers = []
+        for chunk in cache.split(group, samples):
+            scorers.append(scorer_of(chunk, rows, is_head))
+            if room > 0:
+                scorers[-1].keep(room)
+                room -= scorers[-1].nbytes
+        return scorers
+
+    scorers: list[ChunkScorer] = []
+    for group in cache.chunks(None, mask):
+        whole = scorer_of(group, 1)
+        if not cache.is_replayable(group):
+            whole.rows = _rows_of_block(whole, budget, 0)
+            scorers.append(whole)
+            continue
+        _, y = cache.activations(next(iter(cache.split(group, 1))))
+        n_units = len(whole.first_delta.units)
+        is_head = cache.is_last_layer(group) and is_plain_multiclass(task) and n_units > 0
+        is_head = is_head and y.ndim == 2 and y.dtype in (torch.float32, torch.float64)
+        if is_head:
+            block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+            rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
+        else:
+            rows = _rows_of_block(whole, budget, y.nbytes)
+        most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
+        samples = max(1, min(most, rows if is_head else int(rows**0.5)))
+        made = none_if_out_of_memory(partial(cut, group, samples, rows, is_head, room))
+        while made is None:
+            samples, room = max(1, samples // 2), 0
+            made = none_if_out_of_memory(partial(cut, group, samples, rows, is_head, 0), last_try=samples == 1)
+        scorers += made
+        room -= sum(scorer.nbytes for scorer in made)
+    return scorers
+
+
+def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
+    """How many rows to run at once, by what a few of them take; the same on every run."""
+    few = next(iter(scorer.cache.split(scorer.chunk, 2)))
+    space = scorer.cache.space
+    original = space.flat()[scorer.where.to(space.device)]
+
+    def measure(p: int) -> tuple[int, int]:
+        return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True))
+
+    measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
+    if measures is None:
+        return 1
+    (_, total_of_4), (peak, total_of_8) = measures
+    together = len(few) * (8 if scorer.cache.is_replayable(scorer.chunk) else 1)
+    peak_of_row, total_of_row = peak / together, (total_of_8 - total_of_4) / (4 * len(few))
+    fitting = int(budget / max(1, peak_of_row))
+    if space.device.type != "cpu" or not y_bytes:
+        return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
+    wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
+    wanted = min(max(wanted, CPU_CACHE_BYTES // y_bytes), 8 * CPU_CACHE_BYTES // y_bytes)
+    return max(1, min(fitting, wanted))

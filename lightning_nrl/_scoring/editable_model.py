@@ -1,0 +1,95 @@
+"""The model under repair: its passes traced, run with other parameters, or with the outputs of its layers edited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_nrl._model.layers import LayerRef, ParameterSpace
+from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
+from lightning_nrl._utils.precision import Context
+from lightning_nrl._utils.state import holding
+from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.tasks import Task
+
+__all__ = ["EditableModel", "Inputs", "LayerEdit", "edit_outputs"]
+
+Inputs = tuple[tuple[object, ...], Mapping[str, object]]
+"""What a model is called with: positional and keyword arguments."""
+LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
+"""Takes a site, the layer's input and its output, and gives the output to go on with."""
+
+
+@dataclass(frozen=True)
+class EditableModel:
+    """The model under repair, as it is deployed.
+
+    Attributes:
+        model: the model in evaluation mode.
+        space: its repaired layers.
+        task: finds the logits in what it returns.
+        context: entered around every forward pass, such as autocast.
+    """
+
+    model: nn.Module
+    space: ParameterSpace
+    task: Task
+    context: Context
+
+    @property
+    def sites(self) -> dict[str, LayerRef]:
+        """The repaired layers by name."""
+        return {site.name: site for site in self.space.sites}
+
+    def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
+        """One ordinary pass: what was done when it first called a site, and the logits.
+
+        Raises:
+            ReplayError: a site is never called.
+        """
+        with trace_forward(self.model, {s.name: s.module for s in self.space.sites}, keep) as trace, self.context():
+            args, kwargs = _cloned(inputs)
+            output = self.model(*args, **kwargs)
+        for name in self.sites:
+            if name not in trace.layer_order:
+                raise ReplayError(
+                    explain(
+                        f"`layer={name!r}` is never called in the model's forward pass, so it has no input to measure.",
+                        "name a layer that is called as a module; parts of fused modules, such as "
+                        "`MultiheadAttention.out_proj`, are not.",
+                    )
+                )
+        return trace, self.task.logits(output)
+
+    def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The logits of the whole model with some parameters replaced."""
+        args, kwargs = _cloned(inputs)
+        with holding(self.model, parameters), self.context():
+            return self.task.logits(self.model(*args, **kwargs))
+
+    def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
+        """The logits of the whole model with every site's output edited."""
+        args, kwargs = _cloned(inputs)
+        with edit_outputs(self.space.sites, edit), self.context():
+            return self.task.logits(self.model(*args, **kwargs))
+
+
+@contextmanager
+def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
+    """Inside, the output of each site goes through `edit(site, input, output)`."""
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(edit_output(site.module, partial(edit, site)))
+        yield
+
+
+def _cloned(inputs: Inputs) -> Inputs:
+    """The inputs in memory of their own, since a model may change what it is given."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
+    return args, kwargs

@@ -1,0 +1,194 @@
+"""Finding out how a pass can be resumed at the first repaired layer: by trial, and checked against the whole model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_nrl._model.layers import LayerRef
+from lightning_nrl._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl._scoring.editable_model import EditableModel, Inputs
+from lightning_nrl._scoring.forward_trace import ForwardTrace, with_cached_outputs
+from lightning_nrl._scoring.replay_plan import LeafSpec, ReplayPlan, flatten_trace
+from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
+from lightning_nrl._scoring.sparse_delta import edit_layers, layer_output, make_layer_deltas
+from lightning_nrl.errors import ReplayError
+
+__all__ = ["find_replay_plan", "may_use_tf32", "same_values"]
+
+
+def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
+    """Finds out how passes like this one are resumed.
+
+    Args:
+        model: the model.
+        inputs: what it is called with, `n` samples.
+        n: how many.
+
+    Returns:
+        A plan that gave the same logits as the whole model for changed weights, or why there is none, in words.
+
+    Raises:
+        ReplayError: a site is never called.
+    """
+    small = max(2, min(n, 6))
+    few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
+    (trace, _), (other, _) = model.trace(few), model.trace(more)
+    again = next((name for name in trace.layer_order if trace.layer_order.count(name) > 1), None)
+    if again is not None:
+        return f"layer {again!r} is called {trace.layer_order.count(again)} times in one pass"
+    if trace.calls != other.calls or trace.layer_order != other.layer_order:
+        return "the order in which modules are called depends on the data"
+    leaves, spec = flatten_trace(few, trace)
+    others, other_spec = flatten_trace(more, other)
+    if spec != other_spec:
+        return "what modules return depends on the data"
+    try:
+        layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
+        site_layouts = [
+            infer_layout(a, b, small, small + 1) for a, b in zip(trace.layer_shapes, other.layer_shapes, strict=True)
+        ]
+    except ValueError as error:
+        return f"a module's output does not count samples in one dimension: {error}"
+    if None in site_layouts or layouts[-2] is None:
+        return "a layer's output is the same for all samples"
+    dims = {
+        name: layout.dim for name, layout in zip(trace.layer_order, site_layouts, strict=True) if layout is not None
+    }
+    first = model.sites[trace.layer_order[0]]
+    modules = {name: model.model.get_submodule(name) for name in trace.calls}
+    alive = _liveness(model, trace, few)
+    problem = ""
+    for live in (alive, [True] * len(leaves)):
+        made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
+        site = tuple(LeafSpec(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
+        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, (*made[:-2], *site))
+        stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
+        try:
+            problem = _check_all(model, plan, stored, few, small) or _check_few(model, plan, stored, few, small)
+        except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
+            problem = f"resuming it failed: {error}".splitlines()[0]
+        if not problem:
+            return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
+    return problem
+
+
+def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
+    """Whether two results differ by no more than rounding, in the dtype they were computed in."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(precision or b.dtype, 5e-2)
+    if b.is_cuda and tolerance == 1e-4 and may_use_tf32():
+        tolerance = 1e-2
+    finite = b[b.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+
+
+def may_use_tf32() -> bool:
+    """Whether products and convolutions of float32 on a GPU may be computed in TensorFloat-32."""
+    try:
+        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by `fp32_precision`, which cannot be mixed with the older flags
+        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision)
+
+
+def _check_all(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """Resumes the pass under original weights and with all of them changed; says what is wrong, or nothing."""
+    flat = model.space.flat()
+    where = torch.arange(len(flat), device=flat.device)
+    parameters = model.space.changed(where, _perturbed(flat))
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        if site is not plan.first:
+            x, y = x[len(x) // 2 :], y[: len(y) // 2]
+        new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
+        return torch.cat([y, layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))])
+
+    return _compared(model, inputs, ({}, parameters), plan.resume(model, stored, n, edit, copies=2), stored[-1])
+
+
+def _check_few(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """The same with a few weights changed, whose effect is followed channel by channel."""
+    flat = model.space.flat()
+    where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
+    values = torch.stack([flat, _perturbed(flat)])[:, where]
+    deltas = make_layer_deltas(model.space, where)
+    parameters = [model.space.changed(where, v) for v in values]
+    return _compared(
+        model, inputs, parameters, plan.resume(model, stored, n, edit_layers(deltas, values), 2), stored[-1]
+    )
+
+
+def _compared(
+    model: EditableModel, inputs: Inputs, parameters: Sequence[Mapping[str, Tensor]], resumed: Tensor, y: Tensor
+) -> str:
+    precision = min((y.dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
+    halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
+    for half, weights in zip(halves, parameters, strict=True):
+        if not same_values(half, model.logits(inputs, weights), precision):
+            return "resuming it after the layer gives other outputs than the whole model"
+    return ""
+
+
+def _perturbed(flat: Tensor) -> Tensor:
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
+    return flat + noise * flat.std(correction=0).clamp_min(1e-3)
+
+
+def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
+    """Whether the first site's output, untouched, is what the model returns."""
+    given: list[Tensor] = []
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        given.append(y.clone())
+        return given[-1]
+
+    logits = plan.resume(model, stored, n, edit)
+    return len(given) == 1 and logits is given[0]
+
+
+def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
+    """Which leaves reach the logits other than through the first site, by the gradients that come back to them."""
+    leaves, spec = flatten_trace(inputs, trace)
+    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = [x.detach().clone().requires_grad_() for x, f in zip(leaves, floats, strict=True) if f]
+            source = iter(wanted)
+            given = [next(source).clone() if f else x for x, f in zip(leaves, floats, strict=True)]
+            (args, kwargs), outputs, (_, y) = pytree.tree_unflatten(given, spec)
+            y = y.detach()
+            first = model.sites[trace.layer_order[0]].module
+            with (
+                with_cached_outputs(trace.calls, dict(model.model.named_modules()), outputs, first, lambda: y),
+                model.context(),
+            ):
+                logits = model.task.logits(model.model(*args, **kwargs))
+            found: Iterator[Tensor | None] = iter([None] * len(wanted))
+            if logits.requires_grad:
+                found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))
+    except (RuntimeError, ReplayError):
+        return [True] * len(leaves)
+    return [next(found) is not None if f else True for f in floats]
+
+
+def _leaf(x: Any, layout: SampleLayout | None, live: bool) -> LeafSpec:
+    if layout is None:
+        return LeafSpec(None, True, x)
+    return LeafSpec(layout, live, layout.take(x, slice(0, 1)).clone())
+
+
+def _layout(a: Any, b: Any, small: int) -> SampleLayout | None:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    return infer_layout(a.shape, b.shape, small, small + 1)

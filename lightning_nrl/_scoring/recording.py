@@ -1,0 +1,163 @@
+"""Runs a model once over known data and keeps what is needed to resume its passes at the first repaired layer.
+
+Nothing is taken on trust. The first pass of each shape is replayed under changed weights and compared with the whole
+model, every later one under the original weights. What cannot be replayed is kept as model inputs and run as a whole:
+slower, as exact.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._model.layers import ParameterSpace
+from lightning_nrl._scoring.activation_cache import ActivationCache
+from lightning_nrl._scoring.editable_model import EditableModel, Inputs
+from lightning_nrl._scoring.plan_search import find_replay_plan, same_values
+from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
+from lightning_nrl._scoring.replay_plan import ReplayPlan
+from lightning_nrl._scoring.sample_layout import index_batch
+from lightning_nrl._utils.precision import Context
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import PerformanceWarning, explain
+from lightning_nrl.tasks import Task
+
+__all__ = ["find_group", "find_whole_group", "record"]
+
+OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, Tensor]],
+    space: ParameterSpace,
+    task: Task,
+    keep: Tensor,
+    *,
+    context: Context = nullcontext,
+    budget: int | None = None,
+) -> ActivationCache:
+    """Runs the model once over known data and keeps what a repair of the given layers needs of it.
+
+    Args:
+        model: the model in evaluation mode.
+        batches: this rank's batches, each with its samples' rows in the evidence, `n` int64 on the CPU.
+        space: the repaired layers.
+        task: finds the logits in what the model returns.
+        keep: `N` bool by row of the evidence, which samples are wanted.
+        context: entered around every forward pass, such as autocast.
+        budget: bytes that may be held on the model's device; what comes after them is held on the CPU. By default half
+            of what is free on a GPU, and no limit elsewhere.
+
+    Returns:
+        The recording. If samples have to be run as a whole a warning says why.
+
+    Raises:
+        ReplayError: a layer that is never called.
+    """
+    cache = ActivationCache(EditableModel(model, space, task, context), [], torch.zeros(0, dtype=torch.int64))
+    budget = _default_budget(space.device) if budget is None else budget
+    held, device = 0, space.device
+    for batch, rows in batches:
+        index = keep.cpu()[rows].nonzero().flatten()
+        if not len(index):
+            continue
+        inputs: Inputs = (batch.args, batch.kwargs)
+        target = batch.target
+        if len(index) < len(rows):
+            inputs, target = (index_batch(tree, index, len(rows)) for tree in (inputs, target))
+        group, stored = find_group(cache, inputs, len(index), device)
+        held += sum(x.nbytes for x in stored)
+        if device.type != "cpu" and held > budget:
+            device = torch.device("cpu")
+        _on_device(cache, group, device).add(stored, target, rows[index])
+    for group in cache.groups:
+        group.concatenate(pin=space.device.type == "cuda" and group.device.type == "cpu")
+    cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
+    if cache.fallback_reason is not None:
+        warnings.warn(
+            explain(
+                f"`layer`: {cache.fallback_reason}, so every candidate is run through the whole model.",
+                "the repair is as exact, only slower; another layer may be faster.",
+            ),
+            category=PerformanceWarning,
+            stacklevel=2,
+        )
+    return cache
+
+
+def find_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """Runs a batch.
+
+    Args:
+        cache: what is recorded so far; a new group is added where the batch needs one.
+        inputs: what the model is called with.
+        n: samples.
+        device: where a new group keeps its tensors.
+
+    Returns:
+        The group that the batch belongs to, and the tensors to be stored of it.
+    """
+    model = cache.model
+    plans = [group.plan for group in cache.groups if group.plan is not None]
+    live = {name for plan in plans for name in plan.live_calls}
+    trace, logits = model.trace(inputs, live.__contains__)
+
+    def replays(plan: ReplayPlan, stored: list[Tensor]) -> bool:
+        return same_values(plan.resume(model, stored, n, lambda site, x, y: y), logits, stored[-1].dtype)
+
+    for group in cache.groups:
+        stored = None if group.plan is None else group.plan.match(trace, inputs, n)
+        if group.plan is not None and stored is not None:
+            if replays(group.plan, stored):
+                return group, stored
+            return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
+    if plans and all(tuple(trace.calls) != plan.calls for plan in plans):
+        reason = "the order in which modules are called depends on the data"
+        return find_whole_group(cache, inputs, n, device, reason)
+    plan = find_replay_plan(model, inputs, n)
+    if isinstance(plan, str):
+        return find_whole_group(cache, inputs, n, device, plan)
+    trace, logits = model.trace(inputs, plan.live_calls.__contains__)
+    stored = plan.match(trace, inputs, n)
+    if stored is None or not replays(plan, stored):
+        return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
+    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
+    return cache.groups[-1], stored
+
+
+def find_whole_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device, reason: str
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """The same for a batch that is run as a whole, for a reason that is noted."""
+    cache.fallback_reason = cache.fallback_reason or reason
+    new, stored = split_inputs(inputs, n, device)
+    for group in cache.groups:
+        if group.holds_inputs_like(new, stored):
+            return group, stored
+    cache.groups.append(new)
+    return new, stored
+
+
+def _on_device(cache: ActivationCache, group: ReplayGroup, device: torch.device) -> ReplayGroup:
+    """The group itself, or one for passes like its own that keeps them on another device."""
+    if not group.rows:
+        group.device = device
+    same = (other for other in cache.groups if other.constants is group.constants and other.device == device)
+    found = next(same, None)
+    if found is None:
+        found = replace(group, device=device, parts=[], targets=[], rows=[])
+        cache.groups.append(found)
+    return found
+
+
+def _default_budget(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 62
