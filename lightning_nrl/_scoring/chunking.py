@@ -92,7 +92,7 @@ def make_chunk_scorers(
         else:
             rows = _rows_of_block(whole, budget, y.nbytes)
         most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
-        samples = max(1, min(most, rows if is_head else int(rows**0.5)))
+        samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
         made = none_if_out_of_memory(partial(cut, group, samples, rows, is_head, room))
         while made is None:
             samples, room = max(1, samples // 2), 0

@@ -41,8 +41,8 @@ class UnitBucket:
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
         """For each weight the input of a Linear that it meets, `u x copies x m x R`."""
         u, m = self.kernel_index.shape
-        flat = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
-        return flat.unflatten(-1, (u, m)).permute(2, 0, 3, 1).contiguous()
+        met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
+        return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
 
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
         """For each weight the padded input at its place in the kernel, at every output position.

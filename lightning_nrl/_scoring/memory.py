@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["AllocationMeter", "default_budget", "is_out_of_memory", "measure_allocations", "none_if_out_of_memory"]
+__all__ = ["default_budget", "is_out_of_memory", "measure_allocations", "none_if_out_of_memory"]
 
 T = TypeVar("T")
 
@@ -34,9 +35,11 @@ def default_budget(device: torch.device) -> int:
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
-    with AllocationMeter() as meter:
+    meter = AllocationMeter()
+    meter.storages = storages = AllocatedStorages()
+    with meter:
         work()
-    return meter.peak, meter.total
+    return storages.peak, storages.total
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -69,26 +72,24 @@ def none_if_out_of_memory(
     return None
 
 
-class AllocationMeter(TorchDispatchMode):
-    """Follows the storages of all tensors that operations make until they are freed; views make none."""
+@dataclass
+class AllocatedStorages:
+    """Storages that operations made, until they are freed.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.users: dict[int, int] = {}
-        self.held = 0
-        self.peak = 0
-        self.total = 0
+    Attributes:
+        users: how many tensors share each, by address.
+        held: bytes of all of them.
+        peak: the most that was held at any one time.
+        total: bytes of all that were ever made.
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        existing = {_storage_of(x)[0] for x in given}
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and not any(x is a for a in given):
-                self._follow(x, existing)
-        return out
+    users: dict[int, int] = field(default_factory=dict)
+    held: int = 0
+    peak: int = 0
+    total: int = 0
 
-    def _follow(self, x: Tensor, existing: Collection[int]) -> None:
+    def follow(self, x: Tensor, existing: Collection[int]) -> None:
+        """Notes a tensor, unless it is a view of a storage that was there before, one of `existing`."""
         key, size = _storage_of(x)
         if not key or (key in existing and key not in self.users):
             return
@@ -105,6 +106,21 @@ class AllocationMeter(TorchDispatchMode):
         if not self.users[key]:
             del self.users[key]
             self.held -= size
+
+
+class AllocationMeter(TorchDispatchMode):
+    """Inside, follows the storages of all tensors that operations return."""
+
+    storages: AllocatedStorages
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        existing = {_storage_of(x)[0] for x in given}
+        for x in pytree.tree_leaves(out):
+            if isinstance(x, Tensor) and not any(x is a for a in given):
+                self.storages.follow(x, existing)
+        return out
 
 
 def _storage_of(x: Tensor) -> tuple[int, int]:

@@ -99,7 +99,8 @@ class LayerDelta:
             units = self.unit_outputs(values, gathered).movedim(2, dim + 1)
             if copies == 1:
                 return CandidateTensor(y, p, dim, self.units, units)
-            return y.unflatten(0, (p, -1)).index_copy(dim + 1, self.units, units).flatten(0, 1)
+            changed: Tensor = y.unflatten(0, (p, -1)).index_copy(dim + 1, self.units, units)
+            return changed.flatten(0, 1)
 
     def gather(self, x: Tensor, y: Tensor, copies: int = 1) -> GatheredInputs:
         """Gathers what the change needs of the samples in `x`, `copies * n` of them, candidate by candidate."""
@@ -107,7 +108,7 @@ class LayerDelta:
         is_linear = isinstance(module, nn.Linear)
 
         def units_of(y: Tensor) -> Tensor:
-            chosen = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
+            chosen: Tensor = y.index_select(self.unit_dim, self.units).unflatten(0, (copies, -1))
             return chosen.movedim(-1, 2) if is_linear else chosen
 
         rounded = units_of(y)
