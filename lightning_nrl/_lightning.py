@@ -16,7 +16,7 @@ from lightning_fabric.utilities.cloud_io import _load
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from pytorch_lightning import callbacks as lightning_callbacks
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
 from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
 from pytorch_lightning.trainer.states import RunningStage, TrainerFn
 from torch import nn
@@ -48,6 +48,8 @@ __all__ = [
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
+
+OTHERWISE = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -201,46 +203,52 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
 
 
 @contextmanager
-def reading_checkpoints(trainer: pl.Trainer, argument: str, *, weights_only: bool = True) -> Iterator[None]:
+def reading_checkpoints(
+    trainer: pl.Trainer, argument: str, *, weights_only: bool = True, otherwise: str = OTHERWISE
+) -> Iterator[None]:
     """Inside, the trainer reads only checkpoints that hold tensors and plain values.
 
     Lightning 2.5 runs whatever code a checkpoint has (`weights_only=False`); 2.6 leaves it to torch, but not for URLs.
-    A checkpoint plugin of the user's own reads as it does.
+    A checkpoint plugin of the user's own with another format reads as it does.
 
     Args:
         trainer: with its strategy.
         argument: what the checkpoint was given as, for messages.
         weights_only: false: the user trusts the file, and it is read with all objects in it.
+        otherwise: how a user can have one with other objects read, for the hint.
 
     Raises:
         ConfigurationError: inside, for a file that holds anything else.
     """
     strategy = trainer.strategy
-    outer: Any = strategy.checkpoint_io
-    reader = _CheckpointReader(argument, weights_only)
-    if type(outer) is TorchCheckpointIO:
-        strategy.checkpoint_io = reader
-        try:
-            yield
-        finally:
-            strategy.checkpoint_io = outer
-    elif isinstance(outer, _WrappingCheckpointIO) and type(outer.checkpoint_io) is TorchCheckpointIO:
-        inner = outer.checkpoint_io
-        outer.checkpoint_io = reader
-        try:
-            yield
-        finally:
-            outer.checkpoint_io = inner
-    else:
+    stored = strategy.checkpoint_io
+    if not isinstance(stored, (TorchCheckpointIO, _WrappingCheckpointIO)):
         yield
+        return
+    strategy.checkpoint_io = _CheckpointReader(stored, argument, weights_only, otherwise)
+    try:
+        yield
+    finally:
+        strategy.checkpoint_io = stored
 
 
-class _CheckpointReader(TorchCheckpointIO):
-    """Lightning's own way to store checkpoints, which reads only what it may (`_load` of lightning_fabric)."""
+class _CheckpointReader(CheckpointIO):
+    """Stores checkpoints as another plugin does, and reads only what it may (`_load` of lightning_fabric)."""
 
-    def __init__(self, argument: str, weights_only: bool) -> None:
-        super().__init__()
-        self._argument, self._weights_only = argument, weights_only
+    def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
+        self._stored, self._argument, self._weights_only, self._otherwise = stored, argument, weights_only, otherwise
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self._stored.save_checkpoint(checkpoint, path, storage_options)
+
+    @override
+    def remove_checkpoint(self, path: Any) -> None:
+        self._stored.remove_checkpoint(path)
+
+    @override
+    def teardown(self) -> None:
+        self._stored.teardown()
 
     @override
     def load_checkpoint(
@@ -257,8 +265,7 @@ class _CheckpointReader(TorchCheckpointIO):
             raise ConfigurationError(
                 explain(
                     f"`{self._argument}={str(path)!r}` cannot be read ({type(error).__name__}: {text}).",
-                    "give a checkpoint of tensors and plain values; to read one with other objects, which can run code "
-                    "of its own, load the model from it yourself, or say `weights_only=False` if you trust it.",
+                    f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
                 )
             ) from error
         return found

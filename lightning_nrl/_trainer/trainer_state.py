@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import pytorch_lightning as pl
 import torch
@@ -19,7 +20,7 @@ from pytorch_lightning.callbacks import (
 )
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
-from lightning_nrl._lightning import callbacks_of, set_callbacks
+from lightning_nrl._lightning import callbacks_of, reading_checkpoints, set_callbacks
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, Silent
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
@@ -43,12 +44,17 @@ class StartingWeights:
 
 
 @contextmanager
-def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
+def borrowed(trainer: pl.Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
     """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
 
     Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
     random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
     module asks for in the trainer.
+
+    Args:
+        trainer: whose `fit` is called inside.
+        callback: does what is to be done.
+        weights_only: whether a `ckpt_path` that holds more than tensors and plain values is refused.
     """
     loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
@@ -56,7 +62,7 @@ def borrowed(trainer: pl.Trainer, callback: Callback) -> Iterator[None]:
     trainer.num_sanity_val_steps = 0
     set_callbacks(trainer, [*(c for c in callbacks if not isinstance(c, TUNING)), callback])
     try:
-        with random_state():
+        with random_state(), reading_checkpoints(trainer, "ckpt_path", weights_only=weights_only):
             yield
     finally:
         set_callbacks(trainer, callbacks)
@@ -96,24 +102,39 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
 
     With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
     synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
-    AllWeights comes back bit for bit afterwards, also after an exception, unless `keep` was set.
+    All of it comes back bit for bit afterwards, also after an exception, unless `keep` was set.
+
+    Raises:
+        ConfigurationError: the best checkpoint holds more than tensors and plain values.
+        EvaluationError: another rank could not read it.
     """
     start = StartingWeights()
     path = _best_path(trainer) if start_from == "best" else ""
     if not path and trainer.world_size == 1:
         yield start
         return
-    tensors = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
+    collective = Collective.current(model.device)
+    written = (*model.parameters(), *model.buffers()) if path else tuple(model.buffers())
+    tensors = [(tensor, tensor.detach().clone()) for tensor in written]
     try:
         if path:
-            trainer.strategy.load_model_state_dict(trainer.strategy.load_checkpoint(path), strict=model.strict_loading)
-        _share(model, Collective.current(model.device))
+            collective.all_or_none(
+                partial(_load_best, path, trainer, model), "the best checkpoint could not be read on another rank."
+            )
+        _share(model, collective)
         yield start
     finally:
         if not start.keep:
             with torch.no_grad():
                 for tensor, value in tensors:
                     tensor.copy_(value)
+
+
+def _load_best(path: str, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    otherwise = "repair it later by `lightning_nrl.repair(..., ckpt_path=..., weights_only=False)` if you trust it."
+    with reading_checkpoints(trainer, "start_from", otherwise=otherwise):
+        checkpoint = trainer.strategy.load_checkpoint(path)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
 
 
 def _best_path(trainer: pl.Trainer) -> str:

@@ -24,6 +24,7 @@ def compare(
     *,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
     methods: Methods | None = None,
     unseen: str | DataLoader[Any] | None = "test",
     **arguments: Any,
@@ -40,6 +41,7 @@ def compare(
         val_dataloaders: failed samples, unless a data module has them.
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
         methods: names such as `finetune-polish` and `fine-tuning`, or objects, under names of their own if they are a
             mapping; None: every method and baseline that has a name.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
@@ -74,4 +76,5 @@ def compare(
         )
 
     loaders = (train_dataloaders, val_dataloaders)
-    return dry_fit(work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    return dry_fit(work, callback, trainer, model, *loaders, **source)

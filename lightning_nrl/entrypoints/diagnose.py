@@ -23,6 +23,7 @@ def diagnose(
     *,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
     **arguments: Any,
 ) -> Diagnosis:
     """Says before a repair what can be fixed, what stands in the way, where there is room, what it costs, what to do.
@@ -37,6 +38,7 @@ def diagnose(
         val_dataloaders: failed samples, unless a data module has them.
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
         **arguments: arguments of `RegressionFreeRepair`, so that a repair can be given the same. Those that say which
             failures and data are meant (`target`, `task`, `data`) and `seed` matter here.
 
@@ -63,4 +65,5 @@ def diagnose(
         )
 
     loaders = (train_dataloaders, val_dataloaders)
-    return dry_fit(work, callback, trainer, model, *loaders, datamodule=datamodule, ckpt_path=ckpt_path)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    return dry_fit(work, callback, trainer, model, *loaders, **source)

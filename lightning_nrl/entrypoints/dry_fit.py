@@ -34,6 +34,7 @@ def dry_fit(
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     whole: bool = False,
+    weights_only: bool = True,
     **arguments: Any,
 ) -> Result:
     """Has work done that changes nothing: the model, the trainer and the random state stay as they are.
@@ -46,6 +47,7 @@ def dry_fit(
         train_dataloaders: as for `fit`.
         val_dataloaders: as for `fit`.
         whole: whether each rank reads all of the data.
+        weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
         **arguments: `datamodule` and `ckpt_path`, as for `fit`.
 
     Raises:
@@ -59,7 +61,7 @@ def dry_fit(
         with callback.request.opened(trainer, module, epochs, whole=whole) as trained:
             results.append(work(trained))
 
-    with untracked(trainer), without_training(trainer, callback, inside):
+    with untracked(trainer), without_training(trainer, callback, inside, weights_only):
         trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
     if not results:
         raise RepairError(
@@ -69,19 +71,23 @@ def dry_fit(
 
 
 @contextmanager
-def without_training(trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work) -> Iterator[None]:
+def without_training(
+    trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
+) -> Iterator[None]:
     """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
 
     Args:
         trainer: whose `fit` is called inside.
         callback: says what is to be repaired and how.
         work: what is to be done. If an outcome comes of it, it is saved, logged and written into the model.
+        weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
 
     Raises:
         ConfigurationError: the trainer holds a repair or wants a minimum of training.
     """
     _check(trainer)
-    with borrowed(trainer, _WithoutTraining(callback, work, trainer)), warnings.catch_warnings():
+    inside = _WithoutTraining(callback, work, trainer)
+    with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
         for text in (
             "The number of training batches",
             "`max_epochs` was not set",

@@ -26,6 +26,7 @@ def repair(
     *,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
     callback: RegressionFreeRepair | None = None,
     **arguments: Any,
 ) -> RepairReport:
@@ -38,6 +39,7 @@ def repair(
         val_dataloaders: failed samples, unless a data module has them.
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
         callback: a `RegressionFreeRepair` that says how to repair, such as one of `from_paper`.
         **arguments: arguments of `RegressionFreeRepair` instead, such as `target=Target.label(3)`.
 
@@ -63,7 +65,7 @@ def repair(
         check_heeded("repair", {"data": callback.data})
     check_namespace(trainer)
     check_model(model, "repair_module")
-    with without_training(trainer, callback, callback.attempt):
+    with without_training(trainer, callback, callback.attempt, weights_only):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
         raise RepairError(

@@ -41,6 +41,7 @@ def sweep(
     seeds: Seeds = 10,
     datamodule: pl.LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
+    weights_only: bool = True,
     unseen: str | DataLoader[Any] | None = "test",
     dirpath: str | Path | None = None,
     trials: Trials | None = None,
@@ -62,6 +63,7 @@ def sweep(
         seeds: how many seeds for each, from 0 on, or a list of them.
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
         unseen: data that is only counted: `test`, `val`, a DataLoader, or None.
         dirpath: a folder for the table and the weights; a second call with it makes only the runs that are missing.
         trials: lets an Optuna sampler choose combinations of the grid, such as `Trials(40)`, instead of running all.
@@ -109,7 +111,8 @@ def sweep(
             )
 
     loaders = (train_dataloaders, val_dataloaders)
-    result = dry_fit(work, callback, trainer, model, *loaders, whole=True, datamodule=datamodule, ckpt_path=ckpt_path)
+    source: dict[str, Any] = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+    result = dry_fit(work, callback, trainer, model, *loaders, whole=True, **source)
     if log != "none":
         track_sweep(result, trainer.loggers, each=log)
     return result

@@ -54,6 +54,7 @@ class Best:
         self.checkpoint_callback = ModelCheckpoint()
         self.checkpoint_callback.best_model_path = "best.ckpt"
         self.strategy = SimpleNamespace(
+            checkpoint_io=None,
             load_checkpoint=lambda path: Slim(2.0).state_dict(),
             load_model_state_dict=lambda state, strict: model.load_state_dict(state, strict=strict),
         )

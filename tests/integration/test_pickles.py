@@ -1,0 +1,112 @@
+"""A checkpoint is data: nothing that is in it runs, wherever it is read, unless that is asked for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins.io import AsyncCheckpointIO
+
+from lightning_nrl import (
+    ConfigurationError,
+    OldModel,
+    Polish,
+    WeightInterpolation,
+    compare,
+    diagnose,
+    repair,
+    sweep,
+)
+from lightning_nrl.callbacks import PositiveCongruentTraining
+
+
+class Payload:
+    """Makes a file when it is read as a pickle."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+class Custom:
+    """An object that does nothing."""
+
+
+def with_object(path: Path, to: Path, where: str, thing: object) -> Path:
+    """A copy of a checkpoint with an object in one of its parts."""
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint.setdefault(where, {})["thing"] = thing
+    torch.save(checkpoint, to)
+    return to
+
+
+def fit(callback: Any, tmp_path: Path) -> None:
+    quiet_trainer(tmp_path, callback, max_epochs=1).fit(Classifier(), datamodule=Digits())
+
+
+READERS: dict[str, Callable[[Path, Path], Any]] = {
+    "repair": lambda path, tmp: repair(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, **QUICK),
+    "repair, asynchronous": lambda path, tmp: repair(
+        quiet_trainer(tmp, plugins=[AsyncCheckpointIO()]), Classifier(), datamodule=Digits(), ckpt_path=path, **QUICK
+    ),
+    "diagnose": lambda path, tmp: diagnose(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
+    "compare": lambda path, tmp: compare(quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path),
+    "sweep": lambda path, tmp: sweep(
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), ckpt_path=path, settings=["EXP-B1"], seeds=1
+    ),
+    "reference": lambda path, tmp: fit(quick_repair(reference=path), tmp),
+    "OldModel": lambda path, tmp: fit(quick_repair(reference=OldModel(path)), tmp),
+    "congruent": lambda path, tmp: fit(PositiveCongruentTraining(path), tmp),
+    "interpolation": lambda path, tmp: fit(WeightInterpolation(path, verbose=False), tmp),
+    "Polish": lambda path, tmp: repair(
+        quiet_trainer(tmp), Classifier(), datamodule=Digits(), method=Polish(path), verbose=False
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["hyper_parameters", "callbacks"])
+@pytest.mark.parametrize("reader", list(READERS))
+def test_what_a_checkpoint_holds_does_not_run(tmp_path: Path, trained_path: Path, reader: str, where: str) -> None:
+    path, mark = tmp_path / "evil.ckpt", tmp_path / "it-ran"
+    with_object(trained_path, path, where, Payload(mark))
+    with pytest.raises(ConfigurationError, match=r"cannot be read \(UnpicklingError: .*\nHINT: "):
+        READERS[reader](path, tmp_path / "logs")
+    assert not mark.exists()
+
+
+def test_the_payload_does_run_where_it_is_let(tmp_path: Path) -> None:
+    path, mark = tmp_path / "evil.ckpt", tmp_path / "it-ran"
+    torch.save(Payload(mark), path)
+    torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+def test_a_trusted_checkpoint_is_read_if_that_is_asked_for_by_name(tmp_path: Path, trained_path: Path) -> None:
+    path = with_object(trained_path, tmp_path / "objects.ckpt", "extra", Custom())
+    model, trainer = Classifier(), quiet_trainer(tmp_path)
+    with pytest.raises(ConfigurationError, match="`weights_only=False`"):
+        diagnose(trainer, model, datamodule=Digits(), ckpt_path=path)
+    diagnose(trainer, model, datamodule=Digits(), ckpt_path=path, weights_only=False)
+    trained = torch.load(trained_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    # The trainer reads as before afterwards.
+    assert type(trainer.strategy.checkpoint_io).__name__ == "TorchCheckpointIO"
+
+
+class SavesObjects(Classifier):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["extra"] = Custom()
+
+
+def test_the_best_checkpoint_is_data_too(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    callback = quick_repair(start_from="best")
+    with pytest.raises(ConfigurationError, match=r"`start_from=.*cannot be read[\s\S]*HINT: "):
+        quiet_trainer(tmp_path, best, callback, max_epochs=1).fit(SavesObjects(), datamodule=Digits())
