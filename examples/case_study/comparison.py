@@ -52,7 +52,7 @@ def compared(experiment: str, seed: int, folder: Path, **arguments: object) -> C
     return comparison
 
 
-def duels(comparison: Comparison, repair: str = REPAIR) -> Table:
+def head_to_head(comparison: Comparison, repair: str = REPAIR) -> Table:
     """Each baseline at each point of its curve beside a repair that repairs as many unseen samples."""
     table = Table(
         title=f"Unseen samples: what {repair} breaks where it repairs as many",
@@ -63,16 +63,16 @@ def duels(comparison: Comparison, repair: str = REPAIR) -> Table:
     for head in ("t", "repaired", "broken", repair):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("")
-    found = [duel for duel in comparison.duels(repair) if duel.rival in BASELINES]
-    for duel in found:
-        unseen, reached = duel.point.unseen, not math.isnan(duel.broken)
-        words = "never repairs as many" if not reached else "fewer" if duel.fewer else "not fewer"
-        counts = (f"{duel.point.strength:.2f}", f"{unseen.repaired:,}", f"{unseen.broken:,}")
-        table.add_row(duel.rival, *counts, f"{duel.broken:.1f}" if reached else "-", words)
-    given = [duel for duel in found if duel.point.strength == 1]
+    found = [one for one in comparison.head_to_head(repair) if one.method in BASELINES]
+    for one in found:
+        unseen, reached = one.point.unseen, not math.isnan(one.broken)
+        words = "never repairs as many" if not reached else "fewer" if one.fewer else "not fewer"
+        counts = (f"{one.point.strength:.2f}", f"{unseen.repaired:,}", f"{unseen.broken:,}")
+        table.add_row(one.method, *counts, f"{one.broken:.1f}" if reached else "-", words)
+    given = [one for one in found if one.point.strength == 1]
     table.caption = (
-        f"{repair} breaks fewer at {sum(duel.fewer for duel in found)} of {len(found)} points, "
-        f"at {sum(duel.fewer for duel in given)} of {len(given)} where t = 1: as the baseline gave it."
+        f"{repair} breaks fewer at {sum(one.fewer for one in found)} of {len(found)} points, "
+        f"at {sum(one.fewer for one in given)} of {len(given)} where t = 1: as the baseline gave it."
     )
     return table
 
@@ -92,5 +92,5 @@ if __name__ == "__main__":
         comparison = compared(chosen.experiment, seed, folder, max_time=chosen.max_time, methods=chosen.methods)
         print(comparison)
         if any(entry.method == REPAIR and entry.curve for entry in comparison.entries):
-            print(duels(comparison))
+            print(head_to_head(comparison))
         print(f"Its files:  {folder}\n")

@@ -25,7 +25,8 @@ from questions import Tables, fewest_broken, interval, like
 
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
-from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, INK, label_points
+from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, label_points
+from lightning_nrl.analysis.figures import INK
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.presets import TABLE_II
@@ -73,9 +74,9 @@ def accuracies(tables: Tables) -> Figure:
     axes = figure.subplots()
     axes.axhline(0, color=INK, linewidth=1)
     for at, runs in enumerate(cases.values()):
-        gains = [100 * (run.unseen_accuracy_after - run.unseen_accuracy_before) for run in runs]
+        gains = [100 * (run.unseen.accuracy_after - run.unseen.accuracy_before) for run in runs]
         _dots(axes, at, gains, "repaired", "" if at else "runs and mean")
-    before = [f"{case}\nbefore: {100 * runs[0].unseen_accuracy_before:.1f} %" for case, runs in cases.items()]
+    before = [f"{case}\nbefore: {100 * runs[0].unseen.accuracy_before:.1f} %" for case, runs in cases.items()]
     axes.set_xticks(range(len(cases)), before)
     axes.set_ylabel("change of accuracy, points", color=INK)
     axes.margins(x=0.08, y=0.1)
@@ -91,7 +92,7 @@ def counts(tables: Tables) -> Figure:
     for axes, role in zip(panels, ROLES, strict=True):
         for at, runs in enumerate(cases.values()):
             for side, what in ((-0.2, "broken"), (0.2, "repaired")):
-                values = [getattr(run, f"{role}_{what}") for run in runs]
+                values = [getattr(run.counts(role), what) for run in runs]
                 _dots(axes, at + side, values, what, "" if at or role == "unseen" else what, width=0.08)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.06)
@@ -113,7 +114,7 @@ def along(tables: Tables, line: Line) -> Figure | None:
     for row, role in zip(panels, ROLES, strict=True):
         for axes, (name, settings) in zip(row, own.items(), strict=True):
             for what, (colour, _) in LOOKS.items():
-                values = [[getattr(run, f"{role}_{what}") for run in runs] for runs in settings]
+                values = [[getattr(run.counts(role), what) for run in runs] for runs in settings]
                 for at, cell in enumerate(values):
                     _dots(axes, at, cell, what, "" if at else what, width=0.1)
                 axes.plot([fmean(cell) for cell in values], color=colour, linewidth=1.3)
@@ -168,12 +169,12 @@ def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) ->
     figure.supxlabel(KEY, color=INK, fontsize=8, x=0.01, ha="left")
     panels, names = figure.subplots(1, 2), []
     for axes, role in zip(panels, ROLES, strict=True):
-        x, y = ([getattr(run, f"{role}_{what}") for run in runs] for what in ("broken", "repaired"))
+        x, y = ([getattr(run.counts(role), what) for run in runs] for what in ("broken", "repaired"))
         axes.plot(x, y, ".", color=FAINT, markersize=4, zorder=1)
         points = []
         for name, row in TABLE_II.items():
             if own := like(runs, row):
-                broken, repaired = (fmean(getattr(run, f"{role}_{what}") for run in own) for what in LOOKS)
+                broken, repaired = (fmean(getattr(run.counts(role), what) for run in own) for what in LOOKS)
                 points.append((name.removeprefix("EXP-"), BLUE, (broken, repaired)))
                 its = name.startswith(f"EXP-{experiment}")
                 axes.plot(broken, repaired, "D", color=BLUE, markersize=6, mfc=BLUE if its else "white", zorder=3)
@@ -253,7 +254,7 @@ def _tick(line: Line, runs: Sequence[Run]) -> str:
 
 
 def _of(role: str, runs: Sequence[Run]) -> str:
-    return f"{role} data: {getattr(runs[0], f'{role}_n'):,} samples"
+    return f"{role} data: {runs[0].counts(role).n:,} samples"
 
 
 if __name__ == "__main__":

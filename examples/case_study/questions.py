@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from statistics import fmean, stdev
 from typing import Any
 
@@ -102,12 +103,12 @@ def fewest_broken(runs: Sequence[Run]) -> list[Run]:
     equals the one that repairs more.
     """
     settings = [list(own) for _, own in groupby(sorted(runs, key=_setting_key), key=_setting)]
-    able = [own for own in settings if any(run.known_repaired for run in own)] or settings
-    return min(able, key=lambda own: (fmean(r.known_broken for r in own), -fmean(r.known_repaired for r in own)))
+    able = [own for own in settings if any(run.known.repaired for run in own)] or settings
+    return min(able, key=lambda own: (fmean(r.known.broken for r in own), -fmean(r.known.repaired for r in own)))
 
 
 def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str) -> Interval | None:
-    """How much more of `column` there is at `high` than at `low`, all else equal, in the mean over pairs of runs.
+    """How much more of a count, such as `known.broken`, there is at `high` than at `low`, all else equal, in the mean.
 
     Pairs have the same seed and the same setting but for `axis`. The differences are averaged within each seed, so that
     each seed is one observation.
@@ -118,7 +119,7 @@ def effect(runs: Sequence[Run], axis: str, low: float, high: float, column: str)
     values: dict[tuple, dict[float, float]] = {}
     for run in runs:
         rest = tuple(getattr(run, name) for name in (*SETTING, "seed") if name != axis)
-        values.setdefault(rest, {})[getattr(run, axis)] = getattr(run, column)
+        values.setdefault(rest, {})[getattr(run, axis)] = attrgetter(column)(run)
     seeds: dict[int, list[float]] = {}
     for rest, found in values.items():
         if low in found and high in found:
@@ -149,8 +150,8 @@ def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> 
     """
     question = "RQ2" if experiment == "C" else "RQ1"
     best = fewest_broken(runs)
-    gain = interval([100 * (run.unseen_accuracy_after - run.unseen_accuracy_before) for run in best])
-    able = [run for run in runs if run.unseen_repaired]
+    gain = interval([100 * (run.unseen.accuracy_after - run.unseen.accuracy_before) for run in best])
+    able = [run for run in runs if run.unseen.repaired]
     accuracy = Answer(
         question,
         f"{experiment}: suppressed at the level of accuracy",
@@ -184,7 +185,7 @@ def drift(tables: Tables) -> list[Answer]:
     best = fewest_broken([run for run in tables["B"] if run.setting in names])
     runs = {"B": best, "C": [run for run in tables["C"] if run.setting == best[0].setting]}
     rates = {
-        name: interval([100 * run.known_repaired_in_target / run.known_targeted for run in own])
+        name: interval([100 * run.known.repaired_in_target / run.known.targeted for run in own])
         for name, own in runs.items()
     }
     words = "; ".join(f"{name}: {r.mean:.1f} % [{r.low:.1f}, {r.high:.1f}]" for name, r in rates.items())
@@ -223,7 +224,7 @@ def positive_samples(experiment: str, runs: Sequence[Run], line: Line) -> Answer
         return None
     counts = (fmean(r.n_passed - r.intact for r in weighed if r.n_passed == n) for n in (few, many))
     sampled = " and ".join(f"{n:.1f}" for n in counts)
-    strict = effect([run for run in runs if run.perfect_intact], line.axis, few, many, "known_broken")
+    strict = effect([run for run in runs if run.perfect_intact], line.axis, few, many, "known.broken")
     return Answer(
         "RQ3",
         f"{experiment}: more passed samples, more broken",
@@ -237,7 +238,7 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answe
     """RQ3: of the rows of C, the one with 32 weights breaks the fewest; with half as many more break."""
     own = [run for row in line.settings(experiment) for run in like(runs, row)]
     (few, most), some = line.ends, line.values[1]
-    less, more = (effect(own, line.axis, some, other, "unseen_broken") for other in (few, most))
+    less, more = (effect(own, line.axis, some, other, "unseen.broken") for other in (few, most))
     if less is None or more is None:
         return None
     return Answer(
@@ -254,11 +255,11 @@ def _spared(run: InTarget) -> bool:
 
 def _no_worse(run: Run) -> bool:
     """Whether a run suppresses regression at the level of accuracy."""
-    return run.unseen_accuracy_after >= run.unseen_accuracy_before
+    return run.unseen.accuracy_after >= run.unseen.accuracy_before
 
 
 def _effects(runs: Sequence[Run], axis: str, low: float, high: float) -> list[Interval | None]:
-    return [effect(runs, axis, low, high, name) for name in ("unseen_broken", "unseen_repaired", "known_broken")]
+    return [effect(runs, axis, low, high, name) for name in ("unseen.broken", "unseen.repaired", "known.broken")]
 
 
 def _setting(run: Run) -> tuple:

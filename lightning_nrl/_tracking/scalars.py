@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 
+from lightning_nrl.metrics.rates import UPDATE_RATES
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport, SplitReport
 
 __all__ = [
-    "CURVES",
+    "SEARCH_CURVES",
     "Scalars",
     "outcome",
     "release_numbers",
@@ -29,7 +30,7 @@ __all__ = [
 Scalars = dict[str, float]
 """Values by tag."""
 
-CURVES = {
+SEARCH_CURVES = {
     "best": "best_fitness",
     "mean": "mean_fitness",
     "patched": "repaired",
@@ -67,25 +68,15 @@ def outcome(report: RepairReport, name: str = "repair") -> Scalars:
     return _finite({f"{name}/{tag}": value for tag, value in found.items()})
 
 
-RELEASE = {
-    "negative_flip_rate": "nfr",
-    "positive_flip_rate": "pfr",
-    "relative_negative_flip_rate": "relative_nfr",
-    "backward_trust_compatibility": "btc",
-    "backward_error_compatibility": "bec",
-    "accuracy_after": "accuracy",
-    "accuracy_before": "reference_accuracy",
-}
-"""Tags of a release by the names of the report."""
-
-
 def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
     """The verdict (`accepted`, 1 or 0) and the numbers of every split, `<name>/<split>/...`, and of its slices."""
     found: Scalars = {f"{name}/accepted": float(report.accepted)}
     for row in report.rows:
         place = "/".join(filter(None, (name, row.split, row.slice)))
-        numbers = {RELEASE[key]: value for key, value in row.numbers.items()}
-        numbers |= {"nfr_upper": row.upper, "broken": row.counts.broken, "repaired": row.counts.repaired}
+        counts = row.counts
+        numbers = {"reference_accuracy": counts.accuracy_before, "accuracy": counts.accuracy_after}
+        numbers |= {rate.short: rate.of(counts) for rate in UPDATE_RATES}
+        numbers |= {"nfr_upper": row.upper, "broken": counts.broken, "repaired": counts.repaired}
         found |= {f"{place}/{key}": float(value) for key, value in numbers.items()}
     return _finite(found)
 
@@ -118,7 +109,7 @@ def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
     search = report.search
     if search is None:
         return []
-    curves = {tag: search.history[curve] for curve, tag in CURVES.items() if curve in search.history}
+    curves = {tag: search.history[curve] for curve, tag in SEARCH_CURVES.items() if curve in search.history}
     if search.n_passed is not None and "intact" in search.history:
         curves["broken"] = [search.n_passed - intact for intact in search.history["intact"]]
     length = max((len(curve) for curve in curves.values()), default=0)

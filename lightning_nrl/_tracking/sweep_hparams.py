@@ -14,11 +14,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import LoggingWarning, check_choice
+from lightning_nrl.report.splits import ROLES
 
 __all__ = ["sweep_rows", "track_sweep"]
 
-ASKED = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-MEASURED = ("repaired_in_target", "repaired", "broken", "accuracy_after")
+SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
+MEASURED_COUNTS = ("repaired_in_target", "repaired", "broken", "accuracy_after")
 
 Row = tuple[dict[str, bool | int | float | str], dict[str, float]]
 """What was asked for, and what came of it."""
@@ -74,12 +75,13 @@ def sweep_rows(
 
 def _row(runs: Sequence[Run], name: str, **further: int) -> Row:
     first = runs[0]
-    asked = {"setting": first.setting, **{column: _word(getattr(first, column)) for column in ASKED}, **further}
+    asked = {"setting": first.setting, **{column: _word(getattr(first, column)) for column in SWEPT_COLUMNS}, **further}
     found = {f"{name}/regression_free": mean(run.regression_free for run in runs)}
-    for role in ("known", "calibration", "unseen"):
+    for role in ROLES:
         if first.has(role):
+            counts = [run.counts(role) for run in runs]
             found |= {
-                f"{name}/{role}_{what}": mean(getattr(run, f"{role}_{what}") for run in runs) for what in MEASURED
+                f"{name}/{role}_{measure}": mean(getattr(one, measure) for one in counts) for measure in MEASURED_COUNTS
             }
     found[f"{name}/seconds"] = mean(run.seconds for run in runs)
     return asked, {tag: float(value) for tag, value in found.items() if math.isfinite(value)}

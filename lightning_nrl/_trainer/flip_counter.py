@@ -8,18 +8,9 @@ from torch import Tensor
 from lightning_nrl._trainer.validation_flips import Replaced
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.metrics.functional import flip_rates
+from lightning_nrl.metrics.rates import UPDATE_RATES
 
 __all__ = ["Count", "values_of"]
-
-RATES = {
-    "nfr": "negative_flip_rate",
-    "pfr": "positive_flip_rate",
-    "relative_nfr": "relative_negative_flip_rate",
-    "btc": "backward_trust_compatibility",
-    "bec": "backward_error_compatibility",
-}
-"""What each rate is called in logs."""
 
 
 class Count:
@@ -85,9 +76,9 @@ class Count:
 def values_of(flips: Tensor) -> list[dict[str, float]]:
     """All metrics of each row of `S x 4` counts; what is undefined is NaN."""
     wide = flips.double()
-    rates, n = flip_rates(wide), wide.sum(1)
+    n = wide.sum(1)
     columns = {
-        **{short: rates[name] for short, name in RATES.items()},
+        **{rate.short: rate(wide) for rate in UPDATE_RATES},
         "broken": wide[:, 1],
         "repaired": wide[:, 2],
         "accuracy": (wide[:, 0] + wide[:, 2]) / n,

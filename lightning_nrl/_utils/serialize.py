@@ -1,29 +1,53 @@
-"""Values as plain dicts and lists, and those as strict JSON."""
+"""Records as plain values, and those as strict JSON; `deserialize` reads them, `Record` has both."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Hashable, Mapping
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from typing import Any, cast, get_args, get_type_hints
 
-__all__ = ["dumps", "plain"]
+__all__ = ["UNWRITTEN", "Derives", "dumps", "flat", "null_is", "to_plain"]
 
 
-def plain(value: Any) -> Any:
+class Derives:
+    """A dataclass that is written with more than its fields."""
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        """What follows from the fields: written beside them, and checked when they are read."""
+        return {}
+
+
+UNWRITTEN: Mapping[str, Any] = {"unwritten": True}
+"""Metadata of a field that is neither written nor read."""
+
+
+def flat(prefix: str = "") -> Mapping[str, Any]:
+    """Metadata of a field whose own fields are written beside the others, with a prefix."""
+    return {"flat": prefix}
+
+
+def null_is(value: float) -> Mapping[str, Any]:
+    """Metadata of a number in whose place a null means `value`, not NaN."""
+    return {"null": value}
+
+
+def to_plain(value: Any) -> Any:
     """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        return _plain_record(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_plain(item) for item in value]
     # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
     if value is None or type(value) in (bool, int, float, str):
         return value
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return to_plain(value.tolist())
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
@@ -43,3 +67,39 @@ def dumps(value: Any, indent: str = "") -> str:
         return f"[{', '.join(dumps(item) for item in value)}]"
     finite = not isinstance(value, float) or math.isfinite(value)
     return json.dumps(value if finite else None, allow_nan=False, ensure_ascii=False)
+
+
+def written_fields(kind: type[Any]) -> list[Field[Any]]:
+    """The fields of a dataclass that are written and read."""
+    return [f for f in fields(kind) if not f.metadata.get("unwritten", False)]
+
+
+def flat_kind(kind: type[Any], f: Field[Any]) -> type[Any]:
+    """The dataclass of a flat field, which may be optional."""
+    hint = hints_of(kind)[f.name]
+    return cast(type[Any], next((one for one in get_args(hint) if is_dataclass(one)), hint))
+
+
+def hints_of(kind: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    return _hints(cast(Hashable, kind))
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _plain_record(record: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in written_fields(type(record)):
+        value = getattr(record, f.name)
+        if "flat" not in f.metadata:
+            found[f.name] = to_plain(value)
+            continue
+        names = [g.name for g in fields(flat_kind(type(record), f))]
+        own = dict.fromkeys(names) if value is None else to_plain(value)
+        found |= {f.metadata["flat"] + name: item for name, item in own.items()}
+    if isinstance(record, Derives):
+        found |= to_plain(record.derived)
+    return found

@@ -8,47 +8,10 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import EvaluationError, explain
+from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["FlipCounts", "Flips"]
-
-
-@dataclass(frozen=True)
-class FlipCounts:
-    """How many samples went which way.
-
-    Attributes:
-        kept: right before and after.
-        broken: right before, wrong after: the regressions.
-        repaired: wrong before, right after.
-        failing: wrong before and after.
-    """
-
-    kept: int
-    broken: int
-    repaired: int
-    failing: int
-
-    @property
-    def n(self) -> int:
-        """All samples."""
-        return self.kept + self.broken + self.repaired + self.failing
-
-    @property
-    def passed(self) -> int:
-        """Right before."""
-        return self.kept + self.broken
-
-    @property
-    def right(self) -> int:
-        """Right after."""
-        return self.kept + self.repaired
-
-    @staticmethod
-    def of(before: Tensor, after: Tensor) -> FlipCounts:
-        """Counts samples, `N` bool each: which were right before, and which are after."""
-        masks = (before & after, before & ~after, ~before & after, ~before & ~after)
-        return FlipCounts(*(int(mask.sum()) for mask in masks))
 
 
 @dataclass(frozen=True)
@@ -87,6 +50,18 @@ class Flips:
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
         """How many of the chosen rows (a mask or a slice; all by default) went which way."""
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
+
+    def target_counts(self, targeted: Tensor, rows: Tensor | slice = slice(None)) -> TargetCounts:
+        """The same, with what became of the failed samples that were to be repaired, `N` bool."""
+        counts = self.counts(rows)
+        return TargetCounts(
+            counts.kept,
+            counts.broken,
+            counts.repaired,
+            counts.failing,
+            targeted=int(targeted[rows].sum()),
+            repaired_in_target=int((self.repaired & targeted)[rows].sum()),
+        )
 
 
 def _right(evidence: SampleResults) -> Tensor:

@@ -1,6 +1,7 @@
-"""How two versions of a model differ, sample by sample: the numbers behind the metrics, as pure functions.
+"""How two versions of a model differ, sample by sample: the rates of an update as functions of predictions.
 
-Every number comes from four counts, kept, broken, repaired and failing, that add up over batches and over machines.
+Each is an update, which counts kept, broken, repaired and failing samples, and a compute, which is that of the table
+of rates (:data:`lightning_nrl.metrics.rates.RATES`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.metrics.rates import RATES, flip_rates
 
 __all__ = [
     "backward_error_compatibility",
@@ -23,98 +25,38 @@ __all__ = [
 ]
 
 
+def _flips_validate(argument: str, preds: Tensor, target: Tensor) -> None:
+    classes = preds.shape == target.shape and not preds.is_floating_point()
+    logits = preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape
+    if not (classes or logits):
+        raise ConfigurationError(
+            explain(
+                f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
+                "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
+            )
+        )
+
+
+def _flips_format(preds: Tensor, target: Tensor) -> Tensor:
+    """Which predictions are right, `N x ...` bool; logits with a NaN are not."""
+    if preds.is_floating_point():
+        return (preds.argmax(1) == target) & ~preds.isnan().any(1)
+    return preds == target
+
+
 def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """Counts the flips of one batch.
+    """Counts the flips of one batch, `4` int64: kept, broken, repaired, failing.
 
-    Args:
-        old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
-        new_preds: the new model's, likewise; it may know another number of classes.
-        target: the true classes, `N x ...` integers.
-
-    Returns:
-        `4` int64: kept, broken, repaired, failing. On the device of the target; nothing waits for it.
-
-    Raises:
-        ConfigurationError: the shapes do not fit together.
+    They are on the device of the target; nothing waits for it. Arguments and errors: :func:`negative_flip_rate`.
     """
-    old = _right("old_preds", old_preds, target)
-    new = _right("new_preds", new_preds, target)
+    for argument, preds in (("old_preds", old_preds), ("new_preds", new_preds)):
+        _flips_validate(argument, preds, target)
+    old, new = _flips_format(old_preds, target), _flips_format(new_preds, target)
     return torch.stack([mask.sum() for mask in (old & new, old & ~new, ~old & new, ~old & ~new)])
 
 
-def _right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
-    if preds.shape == target.shape and not preds.is_floating_point():
-        return preds == target
-    if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
-        return (preds.argmax(1) == target) & ~preds.isnan().any(1)
-    raise ConfigurationError(
-        explain(
-            f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
-            "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
-        )
-    )
-
-
-def _negative_flip_rate(flips: Tensor) -> Tensor:
-    _, broken, _, _ = flips.unbind(-1)
-    return broken / flips.sum(-1)
-
-
-def _positive_flip_rate(flips: Tensor) -> Tensor:
-    _, _, repaired, _ = flips.unbind(-1)
-    return repaired / flips.sum(-1)
-
-
-def _negative_flip_impact(flips: Tensor) -> Tensor:
-    _, broken, _, failing = flips.unbind(-1)
-    return broken / (broken + failing)
-
-
-def _relative_negative_flip_rate(flips: Tensor) -> Tensor:
-    kept, broken, _, _ = flips.unbind(-1)
-    return _negative_flip_impact(flips) / ((kept + broken) / flips.sum(-1))
-
-
-def _backward_trust_compatibility(flips: Tensor) -> Tensor:
-    kept, broken, _, _ = flips.unbind(-1)
-    passed = kept + broken
-    return torch.where(passed == 0, 1.0, kept / passed)
-
-
-def _backward_error_compatibility(flips: Tensor) -> Tensor:
-    _, broken, _, failing = flips.unbind(-1)
-    return failing / (broken + failing)
-
-
-def _repair_rate(flips: Tensor) -> Tensor:
-    _, _, repaired, failing = flips.unbind(-1)
-    return repaired / (repaired + failing)
-
-
-def _break_rate(flips: Tensor) -> Tensor:
-    kept, broken, _, _ = flips.unbind(-1)
-    return broken / (kept + broken)
-
-
-def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """All rates of this module, by the names of its functions.
-
-    Args:
-        flips: `... x 4`, kept, broken, repaired, failing; floats keep their precision, integers give float32.
-
-    Returns:
-        One tensor `...` a rate. Undefined ones are NaN.
-    """
-    return {
-        "negative_flip_rate": _negative_flip_rate(flips),
-        "positive_flip_rate": _positive_flip_rate(flips),
-        "negative_flip_impact": _negative_flip_impact(flips),
-        "relative_negative_flip_rate": _relative_negative_flip_rate(flips),
-        "backward_trust_compatibility": _backward_trust_compatibility(flips),
-        "backward_error_compatibility": _backward_error_compatibility(flips),
-        "repair_rate": _repair_rate(flips),
-        "break_rate": _break_rate(flips),
-    }
+def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
+    return RATES[name](_flips_update(old_preds, new_preds, target))
 
 
 def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -139,7 +81,7 @@ def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> 
         >>> negative_flip_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.2500)
     """
-    return _negative_flip_rate(_flips_update(old_preds, new_preds, target))
+    return _rate("negative_flip_rate", old_preds, new_preds, target)
 
 
 def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -155,7 +97,7 @@ def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> 
         >>> positive_flip_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.5000)
     """
-    return _positive_flip_rate(_flips_update(old_preds, new_preds, target))
+    return _rate("positive_flip_rate", old_preds, new_preds, target)
 
 
 def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -164,14 +106,15 @@ def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -
     .. math::
         \text{NFI} = \frac{\text{broken}}{\text{broken} + \text{failing}}
 
-    Arguments and errors are those of :func:`negative_flip_rate`. NaN where the new model makes no error.
+    Of two models of equal accuracy it names the one whose errors are news to its users. Arguments and errors are those
+    of :func:`negative_flip_rate`. NaN where the new model makes no error.
 
     Example:
         >>> from torch import tensor
         >>> negative_flip_impact(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.5000)
     """
-    return _negative_flip_impact(_flips_update(old_preds, new_preds, target))
+    return _rate("negative_flip_impact", old_preds, new_preds, target)
 
 
 def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -180,18 +123,16 @@ def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Te
     .. math::
         \text{NFR}_\text{rel} = \frac{\text{NFR}}{(1 - \text{ER}_\text{old}) \cdot \text{ER}_\text{new}}
 
-    with the error rates :math:`\text{ER}` of the two models (Yan et al., CVPR 2021). 1 is what independent
-    errors give, 0 no regression.
-
-    Arguments and errors are those of :func:`negative_flip_rate`. NaN where the old model gets nothing right or the new
-    one everything.
+    with the error rates :math:`\text{ER}` of the two models (Yan et al., CVPR 2021). 1 is what independent errors give,
+    0 no regression; it compares updates of different accuracy. Arguments and errors are those of
+    :func:`negative_flip_rate`. NaN where the old model gets nothing right or the new one everything.
 
     Example:
         >>> from torch import tensor
         >>> relative_negative_flip_rate(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(1.)
     """
-    return _relative_negative_flip_rate(_flips_update(old_preds, new_preds, target))
+    return _rate("relative_negative_flip_rate", old_preds, new_preds, target)
 
 
 def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -208,7 +149,7 @@ def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: T
         >>> backward_trust_compatibility(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _backward_trust_compatibility(_flips_update(old_preds, new_preds, target))
+    return _rate("backward_trust_compatibility", old_preds, new_preds, target)
 
 
 def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
@@ -225,11 +166,11 @@ def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: T
         >>> backward_error_compatibility(tensor([0, 2, 2, 1]), tensor([0, 2, 2, 2]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _backward_error_compatibility(_flips_update(old_preds, new_preds, target))
+    return _rate("backward_error_compatibility", old_preds, new_preds, target)
 
 
 def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `repair rate` RR: the share of what was wrong that is now right (Sohn et al., Arachne).
+    r"""Compute the `repair rate`: the share of what was wrong that is now right (Sohn et al., Arachne).
 
     .. math::
         \text{RR} = \frac{\text{repaired}}{\text{repaired} + \text{failing}}
@@ -242,20 +183,21 @@ def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
         >>> repair_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.6667)
     """
-    return _repair_rate(_flips_update(old_preds, new_preds, target))
+    return _rate("repair_rate", old_preds, new_preds, target)
 
 
 def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `break rate` BR: the share of what was right that is now wrong (Sohn et al., Arachne).
+    r"""Compute the `break rate`: the share of what was right that is now wrong (Sohn et al., Arachne).
 
     .. math::
         \text{BR} = \frac{\text{broken}}{\text{kept} + \text{broken}}
 
-    Arguments and errors are those of :func:`negative_flip_rate`. NaN where the old model got nothing right.
+    Arguments and errors are those of :func:`negative_flip_rate`. It is 1 - BTC, save that it is NaN where the old model
+    got nothing right.
 
     Example:
         >>> from torch import tensor
         >>> break_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
         tensor(0.3333)
     """
-    return _break_rate(_flips_update(old_preds, new_preds, target))
+    return _rate("break_rate", old_preds, new_preds, target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,32 +15,32 @@ from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
-from lightning_nrl.localization.localization import Localization
 from lightning_nrl.pipeline.line_search import Strength
+from lightning_nrl.pipeline.report_parts import (
+    localization_report,
+    search_report,
+    set_aside_samples,
+    slice_reports,
+    split_report,
+    update_split,
+    update_text,
+    weight_change,
+)
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Solution
 from lightning_nrl.reference.update import Update
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,
-    LocalizationReport,
     RepairReport,
     Role,
-    SearchReport,
     SetAside,
     SliceReport,
     SplitReport,
     Status,
     UpdateSplit,
-    WeightChange,
     hash_tensors,
-    set_aside,
-    slice_reports,
-    split_report,
-    update_split,
-    update_words,
 )
-from lightning_nrl.search.search_result import SearchResult
 from lightning_nrl.tasks import Task
 
 __all__ = ["ReportBuilder"]
@@ -128,7 +128,7 @@ class ReportBuilder:
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
             update=self._updates(after, aside) if verdict.accepted else self._updates(),
             slices=self._slices(after, aside if verdict.accepted else NOTHING),
-            change=WeightChange.between(old, new),
+            change=weight_change(old, new),
             bounds=bounds,
             hashes=Hashes(before[0], now[0], before[1], now[1]),
         )
@@ -143,7 +143,7 @@ class ReportBuilder:
         **rest: Any,
     ) -> RepairReport:
         found = self.solution or Solution(None)
-        reason = f"{reason} {update_words(update)}".rstrip()
+        reason = f"{reason} {update_text(update)}".rstrip()
         return RepairReport(
             status=status,
             reason=reason,
@@ -190,7 +190,7 @@ class ReportBuilder:
         if self.left_out is None:
             return ()
         why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
-        return set_aside(self.known, self.left_out, why)
+        return set_aside_samples(self.known, self.left_out, why)
 
     def _updates(
         self, after: SampleResults | None = None, aside: Mapping[Role, SampleResults] = NOTHING
@@ -215,21 +215,3 @@ class ReportBuilder:
 def _layers(state: State) -> tuple[str, ...]:
     """Dotted names of the layers that a state changes, in order; the model itself has no name."""
     return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in state))
-
-
-def localization_report(localization: Localization) -> LocalizationReport:
-    """Everything but the positions of the weights."""
-    return LocalizationReport(localization.requested, localization.n_g, dict(localization.sizes))
-
-
-def search_report(result: SearchResult, n_failed: int | None = None, n_passed: int | None = None) -> SearchReport:
-    """Everything but the candidate itself."""
-    return SearchReport(
-        iterations=result.iterations,
-        stopped=result.stopped,
-        fitness=float(result.fitness),
-        original_fitness=float(result.original_fitness),
-        history={curve.name: getattr(result.history, curve.name).tolist() for curve in fields(result.history)},
-        n_failed=n_failed,
-        n_passed=n_passed,
-    )

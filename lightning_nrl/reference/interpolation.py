@@ -20,7 +20,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
-from lightning_nrl.report.tables import percent
+from lightning_nrl.report.formatting import percent
 
 __all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
 

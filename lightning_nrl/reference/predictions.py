@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.report.weight_change import hash_tensors
 from lightning_nrl.tasks import Task
 
 __all__ = ["Predictions"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
@@ -20,7 +21,6 @@ from lightning_nrl.release.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
 from lightning_nrl.release.rule_parsing import parse_rules
 from lightning_nrl.release.rules import Rule
-from lightning_nrl.report.weight_change import hash_tensors
 
 __all__ = ["check_reference", "judge_pair", "release"]
 

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from lightning_nrl._utils.serialize import dumps, plain
+from lightning_nrl._utils.serialize import Derives
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.metrics.functional import flip_rates
+from lightning_nrl.metrics.rates import UPDATE_RATES, Rate
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.formatting import from_here, list_ids, percent
+from lightning_nrl.report.pages import Report, page_of
 from lightning_nrl.report.repair_report import installed_versions
-from lightning_nrl.report.tables import MOST_IDS, from_here, percent
 from lightning_nrl.stats import Bound, SliceBounds
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = ["Identity", "ReleaseReport", "ReleaseRow", "hash_samples", "make_report"]
-
-RATES = {
-    "negative_flip_rate": "NFR",
-    "positive_flip_rate": "PFR",
-    "relative_negative_flip_rate": "relative NFR",
-    "backward_trust_compatibility": "BTC",
-    "backward_error_compatibility": "BEC",
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class ReleaseRow:
+class ReleaseRow(Derives):
     """What became of the samples of one split, or of one slice of it.
 
     Attributes:
@@ -67,26 +59,19 @@ class ReleaseRow:
     p_worse: float
 
     @property
-    def accuracy_before(self) -> float:
-        """Share of samples that the old model gets right; NaN without samples."""
-        return self.counts.passed / self.counts.n if self.counts.n else math.nan
-
-    @property
-    def accuracy_after(self) -> float:
-        """Share of samples that the new model gets right; NaN without samples."""
-        return self.counts.right / self.counts.n if self.counts.n else math.nan
-
-    @property
     def numbers(self) -> dict[str, float]:
         """Every number by name: accuracies, and the metrics of `lightning_nrl.metrics`."""
-        c = self.counts
-        rates = flip_rates(torch.tensor([c.kept, c.broken, c.repaired, c.failing], dtype=torch.float64))
-        chosen = {name: float(rates[name]) for name in RATES}
-        return {"accuracy_before": self.accuracy_before, "accuracy_after": self.accuracy_after, **chosen}
+        rates = {rate.name: rate.of(self.counts) for rate in UPDATE_RATES}
+        accuracies = {"accuracy_before": self.counts.accuracy_before, "accuracy_after": self.counts.accuracy_after}
+        return {**accuracies, **rates}
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return self.numbers
 
 
 @dataclass(frozen=True)
-class ReleaseReport(Shown):
+class ReleaseReport(Report):
     """Whether a new model may replace the old one, and on what grounds. `rich.print(report)` shows it as a page.
 
     Attributes:
@@ -139,84 +124,57 @@ class ReleaseReport(Shown):
         """Why it was refused, a sentence for each rule that is not satisfied; empty if it was accepted."""
         return tuple(f"{finding.rule}: {finding.reason}" for finding in self.findings if not finding.passed)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, text and numbers; a row also gets the numbers that follow from its counts."""
-        own = plain(self)
-        for row, data in zip(self.rows, own["rows"], strict=True):
-            data.update(row.numbers)
-        return {**own, "exit_status": self.exit_status}
-
-    def to_json(self) -> str:
-        """Strict JSON: a number that is not finite is null."""
-        return dumps(self.to_dict()) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> ReleaseReport:
-        """Reads what `to_json` gives."""
-        data = json.loads(text)
-        own = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        own["findings"] = tuple(Finding(**finding) for finding in own["findings"])
-        own["rows"] = tuple(
-            ReleaseRow(row["split"], row["slice"], FlipCounts(**row["counts"]), row["upper"], row["p_worse"])
-            for row in own["rows"]
-        )
-        return cls(**{**own, "new": Identity(**own["new"]), "old": Identity(**own["old"])})
-
-    def to_table(self) -> Page:
-        """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
-        return self._page(from_here)
-
-    def to_markdown(self) -> str:
-        """The same as Markdown, with whole paths."""
-        return self._page(str).markdown()
-
-    def _page(self, shown: Callable[[str], str]) -> Page:
-        rules = tuple(
-            Row(finding.rule, ("satisfied" if finding.passed else "NOT satisfied", finding.reason))
-            for finding in self.findings
-        )
-        blocks: list[Block] = [
-            Heading(self.status.capitalize(), 1, "good" if self.accepted else "warn"),
-            Text(self._sentence()),
-            Heading("Rules"),
-            Facts(tuple((row.label, ": ".join(row.cells)) for row in rules)),
-            Heading("From the old model to the new one"),
-            _counts_table(self.rows, self.confidence),
-            _rates_table(self.rows),
-        ]
-        if self.findings_ids:
-            blocks += [Heading("Samples that the rules object to, by position in their data set"), self.findings_ids]
-        return Page((*blocks, Heading("Decided on"), Facts(self._facts(shown))))
-
     @property
-    def findings_ids(self) -> Facts | None:
-        """The samples that rules object to, the first few."""
-        facts = [
-            (f"{finding.rule}: {split}", _listed(ids))
-            for finding in self.findings
-            for split, ids in finding.ids.items()
-        ]
-        return Facts(tuple(facts)) if facts else None
+    def derived(self) -> Mapping[str, object]:
+        return {"exit_status": self.exit_status}
 
-    def _sentence(self) -> str:
-        failed = sum(not finding.passed for finding in self.findings)
-        n = len(self.findings)
-        left_out = f" {sum(self.missing.values()):,} samples were NOT compared." if self.missing else ""
-        if failed:
-            rules = f"{failed} of {n} rules {_is(failed)} not satisfied"
-            return f"The new model may not replace the old one: {rules}.{left_out}"
-        which = f"all {n} rules are" if n > 1 else "the rule is"
-        return f"The new model may replace the old one: {which} satisfied.{left_out}"
 
-    def _facts(self, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
-        facts = [("new model", self.new.name), ("sha256 of its weights", self.new.sha256 or "not known")]
-        facts += [("old model", self.old.name), ("sha256 of its weights", self.old.sha256 or "not known")]
-        facts += [(f"sha256 of ids and labels: {split}", found) for split, found in self.samples.items()]
-        facts += [("right means", self.task), ("precision", self.precision)]
-        facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in self.missing.items()]
-        facts += [(f"seed: {name}", str(seed)) for name, seed in self.seeds.items()]
-        facts += list(self.versions.items())
-        return (*facts, *((f"file: {kind}", shown(path)) for kind, path in self.files.items()))
+@page_of.register
+def page_of_release(report: ReleaseReport, full: bool = False) -> Page:
+    """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
+    rules = tuple(
+        (finding.rule, f"{'satisfied' if finding.passed else 'NOT satisfied'}: {finding.reason}")
+        for finding in report.findings
+    )
+    blocks: list[Block] = [
+        Heading(report.status.capitalize(), 1, "good" if report.accepted else "warn"),
+        Text(_verdict(report)),
+        Heading("Rules"),
+        Facts(rules),
+        Heading("From the old model to the new one"),
+        _counts_table(report.rows, report.confidence),
+        _rates_table(report.rows),
+    ]
+    objected = tuple(
+        (f"{finding.rule}: {split}", list_ids(ids, "the JSON"))
+        for finding in report.findings
+        for split, ids in finding.ids.items()
+    )
+    if objected:
+        blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
+    return Page((*blocks, Heading("Decided on"), Facts(_facts(report, str if full else from_here))))
+
+
+def _verdict(report: ReleaseReport) -> str:
+    failed = sum(not finding.passed for finding in report.findings)
+    n = len(report.findings)
+    left_out = f" {sum(report.missing.values()):,} samples were NOT compared." if report.missing else ""
+    if failed:
+        rules = f"{failed} of {n} rules {'is' if failed == 1 else 'are'} not satisfied"
+        return f"The new model may not replace the old one: {rules}.{left_out}"
+    which = f"all {n} rules are" if n > 1 else "the rule is"
+    return f"The new model may replace the old one: {which} satisfied.{left_out}"
+
+
+def _facts(report: ReleaseReport, shown: Callable[[str], str]) -> tuple[tuple[str, str], ...]:
+    facts = [("new model", report.new.name), ("sha256 of its weights", report.new.sha256 or "not known")]
+    facts += [("old model", report.old.name), ("sha256 of its weights", report.old.sha256 or "not known")]
+    facts += [(f"sha256 of ids and labels: {split}", digest) for split, digest in report.samples.items()]
+    facts += [("right means", report.task), ("precision", report.precision)]
+    facts += [(f"NOT compared: {split}", f"{n:,} samples") for split, n in report.missing.items()]
+    facts += [(f"seed: {name}", str(seed)) for name, seed in report.seeds.items()]
+    facts += list(report.versions.items())
+    return (*facts, *((f"file: {kind}", shown(path)) for kind, path in report.files.items()))
 
 
 def make_report(
@@ -300,8 +258,8 @@ def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
             _label(row),
             (
                 f"{row.counts.n:,}",
-                percent(row.accuracy_before),
-                percent(row.accuracy_after),
+                percent(row.counts.accuracy_before),
+                percent(row.counts.accuracy_after),
                 f"{row.counts.broken:,}",
                 f"{row.counts.repaired:,}",
                 percent_up(row.upper),
@@ -314,20 +272,11 @@ def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
 
 
 def _rates_table(rows: Sequence[ReleaseRow]) -> Table:
-    def cells(row: ReleaseRow) -> tuple[str, ...]:
-        numbers = row.numbers
-        relative = numbers["relative_negative_flip_rate"]
-        shown = {name: percent(numbers[name]) for name in RATES}
-        shown["relative_negative_flip_rate"] = f"{relative:.3g}" if math.isfinite(relative) else "-"
-        return tuple(shown.values())
+    def cell(rate: Rate, row: ReleaseRow) -> str:
+        value = rate.of(row.counts)
+        if rate.short != "relative_nfr":
+            return percent(value)
+        return f"{value:.3g}" if math.isfinite(value) else "-"
 
-    return Table(tuple((name, "") for name in RATES.values()), tuple(Row(_label(row), cells(row)) for row in rows))
-
-
-def _listed(ids: Sequence[int]) -> str:
-    more = f" ... all {len(ids):,} in the JSON" if ids[MOST_IDS:] else ""
-    return ", ".join(map(str, ids[:MOST_IDS])) + more
-
-
-def _is(n: int) -> str:
-    return "is" if n == 1 else "are"
+    lines = (Row(_label(row), tuple(cell(rate, row) for rate in UPDATE_RATES)) for row in rows)
+    return Table(tuple((rate.title, "") for rate in UPDATE_RATES), tuple(lines))

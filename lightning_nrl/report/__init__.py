@@ -1,14 +1,18 @@
-"""RepairReport: the account of a repair, as data, JSON, Markdown and a table."""
+"""RepairReport: the account of a repair, as data, JSON, Markdown and a table.
 
+In: nothing but counts and what a caller writes down; `pipeline.report_parts` makes the parts. Out: records (`splits`,
+`stages`, `calibration`, `repair_report`), which import nothing that shows them, and pages of them (`document`,
+`formatting`, `tables`, `repair_page`).
+"""
+
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
 from lightning_nrl.report.document import Page
+from lightning_nrl.report.pages import Report, page_of
+from lightning_nrl.report.repair_page import page_of_repair
 from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions
-from lightning_nrl.report.slice_reports import SetAside, SliceReport, set_aside, slice_reports
-from lightning_nrl.report.splits import Role, SplitReport, pool, split_report
-from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step
-from lightning_nrl.report.strength import StrengthPoint
-from lightning_nrl.report.updates import UpdateSplit, pool_updates, update_split, update_words
-from lightning_nrl.report.weight_change import WeightChange, hash_tensors
+from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 
 __all__ = [
     "CalibrationBounds",
@@ -16,6 +20,7 @@ __all__ = [
     "LocalizationReport",
     "Page",
     "RepairReport",
+    "Report",
     "Role",
     "SearchReport",
     "SetAside",
@@ -29,11 +34,8 @@ __all__ = [
     "WeightChange",
     "hash_tensors",
     "installed_versions",
+    "page_of",
+    "page_of_repair",
     "pool",
     "pool_updates",
-    "set_aside",
-    "slice_reports",
-    "split_report",
-    "update_split",
-    "update_words",
 ]

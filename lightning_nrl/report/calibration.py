@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_nrl.report.document import Row, Table
-from lightning_nrl.stats.binomial import percent_up, show_confidence
-
-__all__ = ["CalibrationBounds", "SliceLimit", "calibration_words", "slices_table"]
+__all__ = ["CalibrationBounds", "SliceLimit"]
 
 
 @dataclass(frozen=True)
@@ -56,33 +53,3 @@ class CalibrationBounds:
     mix: Mapping[str, float] | None = None
     weighted: float | None = None
     warning: str = ""
-
-
-def calibration_words(bounds: CalibrationBounds) -> tuple[tuple[str, str], ...]:
-    """The limits as facts."""
-    sure = show_confidence(bounds.confidence)
-    share = f" ({100 * bounds.broken / bounds.n:.2f} %)" if bounds.n else ""
-    limit = f"with {sure} confidence at most {percent_up(bounds.upper)} of such samples"
-    facts = [("calibration", f"broken {bounds.broken:,} of {bounds.n:,}{share}; {limit}{_how(bounds)}")]
-    if bounds.weighted is not None:
-        mix = ", ".join(f"{name} {100 * share:g} %" for name, share in (bounds.mix or {}).items())
-        limit = f"with {sure} confidence at most {percent_up(bounds.weighted)} of samples in the mix {mix}"
-        facts.append(("calibration, weighted", limit))
-    if bounds.warning:
-        facts.append(("warning", f"beside the repair data, {bounds.warning}"))
-    return tuple(facts)
-
-
-def slices_table(bounds: CalibrationBounds) -> Table:
-    """The limit of each slice."""
-    columns = (("right before", ""), ("broken", ""), ("at most", f"{show_confidence(bounds.confidence)}, all together"))
-    rows = (Row(part.name, (f"{part.n:,}", f"{part.broken:,}", percent_up(part.upper))) for part in bounds.slices)
-    return Table(columns, tuple(rows))
-
-
-def _how(bounds: CalibrationBounds) -> str:
-    if bounds.allowed is not None:
-        return f" (the limit of {bounds.allowed:,} broken, up to which each strength was accepted, the weakest first)"
-    if bounds.states > 1:
-        return f" (it holds for each of {bounds.states:,} sets of weights that these data might have chosen)"
-    return ""

@@ -11,8 +11,8 @@ from typing import Any, Literal
 __all__ = ["Block", "Facts", "Heading", "Page", "Row", "Shown", "Table", "Text"]
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
-STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
-GAP = 2
+TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
+COLUMN_GAP = 2  # characters
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Table:
         label, widths = self.widths()
         start = 0
         while start < len(widths):
-            stop, used = start + 1, label + GAP + widths[start]
-            while stop < len(widths) and used + GAP + widths[stop] <= width:
-                used += GAP + widths[stop]
+            stop, used = start + 1, label + COLUMN_GAP + widths[start]
+            while stop < len(widths) and used + COLUMN_GAP + widths[stop] <= width:
+                used += COLUMN_GAP + widths[stop]
                 stop += 1
             rows = tuple(Row(row.label, row.cells[start:stop], row.tone, row.ends_group) for row in self.rows)
             yield Table(self.columns[start:stop], rows, self.notes and stop == len(widths))
@@ -168,7 +168,7 @@ def _plain(block: Block, width: int) -> str:
     if isinstance(block, Text):
         return _wrapped(block.text, width)
     if isinstance(block, Facts):
-        names = max(len(name) for name, _ in block.items) + GAP
+        names = max(len(name) for name, _ in block.items) + COLUMN_GAP
         return "\n".join(_wrapped(value, width, name.ljust(names)) for name, value in block.items)
     return "\n\n".join(_plain_table(piece) for piece in block.within(width))
 
@@ -180,14 +180,14 @@ def _plain_table(table: Table) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
         if table.notes:
             padded[-1] = cells[-1]
-        return (" " * GAP).join([first.ljust(label), *padded]).rstrip()
+        return (" " * COLUMN_GAP).join([first.ljust(label), *padded]).rstrip()
 
     lines = []
     if table.headed:
         lines.append(line("", [name for name, _ in table.columns]))
         if any(kind for _, kind in table.columns):
             lines.append(line("", [kind for _, kind in table.columns]))
-        lines.append("-" * (label + sum(width + GAP for width in widths)))
+        lines.append("-" * (label + sum(width + COLUMN_GAP for width in widths)))
     for row in table.rows:
         lines.append(line(row.label, row.cells))
         if row.ends_group:
@@ -213,12 +213,12 @@ def _rich(block: Block, width: int) -> Iterator[Any]:
     from rich.text import Text as Line
 
     if isinstance(block, Heading):
-        style = f"bold {STYLES[block.tone]}".strip()
+        style = f"bold {TONE_STYLES[block.tone]}".strip()
         yield Line(block.text.upper() if block.level == 1 else block.text, style=style)
     elif isinstance(block, Text):
         yield Line(block.text)
     elif isinstance(block, Facts):
-        grid = Grid.grid(padding=(0, GAP, 0, 0))
+        grid = Grid.grid(padding=(0, COLUMN_GAP, 0, 0))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in block.items:
@@ -235,7 +235,9 @@ def _rich_table(table: Table) -> Any:
     from rich.text import Text as Line
 
     # The box itself puts one space between columns.
-    grid = Grid(box=SIMPLE_HEAD, show_edge=False, show_header=table.headed, padding=(0, GAP - 1, 0, 0), pad_edge=False)
+    grid = Grid(
+        box=SIMPLE_HEAD, show_edge=False, show_header=table.headed, padding=(0, COLUMN_GAP - 1, 0, 0), pad_edge=False
+    )
     grid.add_column("", no_wrap=True)
     kinds = any(kind for _, kind in table.columns)
     for i, (name, kind) in enumerate(table.columns):
@@ -243,8 +245,8 @@ def _rich_table(table: Table) -> Any:
         words = table.notes and i == len(table.columns) - 1
         grid.add_column(Line.assemble((name, "bold"), *below), justify="left" if words else "right", no_wrap=not words)
     for row in table.rows:
-        harmless = STYLES["good"] if row.tone == "harm" else STYLES[row.tone]
-        cells = [Line(cell, style=harmless if cell == "0" else STYLES[row.tone]) for cell in row.cells]
+        harmless = TONE_STYLES["good"] if row.tone == "harm" else TONE_STYLES[row.tone]
+        cells = [Line(cell, style=harmless if cell == "0" else TONE_STYLES[row.tone]) for cell in row.cells]
         grid.add_row(Line(row.label, style="bold" if row.tone else ""), *cells)
         if row.ends_group:
             grid.add_row()

@@ -1,37 +1,87 @@
-"""What a repair did to the samples of one split."""
+"""What became of the samples of a split or a slice: records, as a report has them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
+from lightning_nrl._utils.serialize import Derives, flat
+from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.metrics.rates import rates_of
 
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.metrics.functional import flip_rates
-
-__all__ = ["Role", "SplitReport", "pool", "split_report"]
+__all__ = ["ROLES", "Role", "SetAside", "SliceReport", "SplitReport", "UpdateSplit", "pool", "pool_updates"]
 
 Role = Literal["known", "calibration", "unseen"]
 """Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
+ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
+
+
+class _Counted(Derives):
+    """Shortcuts to the counts of what is counted."""
+
+    counts: TargetCounts
+
+    @property
+    def n(self) -> int:
+        """All samples."""
+        return self.counts.n
+
+    @property
+    def passed(self) -> int:
+        """Samples right before."""
+        return self.counts.passed
+
+    @property
+    def kept(self) -> int:
+        """Samples right before and after."""
+        return self.counts.kept
+
+    @property
+    def broken(self) -> int:
+        """Samples right before and wrong after."""
+        return self.counts.broken
+
+    @property
+    def repaired(self) -> int:
+        """Samples wrong before and right after."""
+        return self.counts.repaired
+
+    @property
+    def failing(self) -> int:
+        """Samples wrong before and after."""
+        return self.counts.failing
+
+    @property
+    def targeted(self) -> int:
+        """Failed samples that were to be repaired (I_neg)."""
+        return self.counts.targeted
+
+    @property
+    def repaired_in_target(self) -> int:
+        """Those of them that are right after."""
+        return self.counts.repaired_in_target
+
+    @property
+    def accuracy_before(self) -> float:
+        """Share of samples right before, in [0, 1]; NaN without samples."""
+        return self.counts.accuracy_before
+
+    @property
+    def accuracy_after(self) -> float:
+        """Share of samples right after, in [0, 1]; NaN without samples."""
+        return self.counts.accuracy_after
 
 
 @dataclass(frozen=True)
-class SplitReport:
+class SplitReport(_Counted):
     """Counts and samples of one split, before a repair against after it.
 
     Attributes:
         split: its name, such as `train`.
         role: `known` if the search was allowed to look at it, `calibration` if only the choice of a strength was, else
             `unseen`.
-        kept: samples right before and after.
-        broken: samples right before and wrong after.
-        repaired: samples wrong before and right after.
-        failing: samples wrong before and after.
-        targeted: failed samples that were to be repaired (I_neg).
-        repaired_in_target: those of them that are right after.
+        counts: what became of its samples.
         targeted_ids: data-set positions of the targeted samples.
         repaired_ids: data-set positions of the repaired samples, targeted or not.
         broken_ids: data-set positions of the broken samples.
@@ -39,35 +89,10 @@ class SplitReport:
 
     split: str
     role: Role
-    kept: int
-    broken: int
-    repaired: int
-    failing: int
-    targeted: int
-    repaired_in_target: int
+    counts: TargetCounts = field(metadata=flat())
     targeted_ids: tuple[int, ...] = ()
     repaired_ids: tuple[int, ...] = ()
     broken_ids: tuple[int, ...] = ()
-
-    @property
-    def n(self) -> int:
-        """All samples."""
-        return self.kept + self.broken + self.repaired + self.failing
-
-    @property
-    def passed(self) -> int:
-        """Samples right before."""
-        return self.kept + self.broken
-
-    @property
-    def accuracy_before(self) -> float:
-        """Share of samples right before, in [0, 1]; NaN without samples."""
-        return self.passed / self.n if self.n else float("nan")
-
-    @property
-    def accuracy_after(self) -> float:
-        """Share of samples right after, in [0, 1]; NaN without samples."""
-        return (self.kept + self.repaired) / self.n if self.n else float("nan")
 
     @property
     def rates(self) -> dict[str, float]:
@@ -75,10 +100,8 @@ class SplitReport:
 
         `repair_rate` is that of the target, repaired in I_neg / |I_neg|; all others are of the whole split.
         """
-        flips = torch.tensor([self.kept, self.broken, self.repaired, self.failing], dtype=torch.float64)
-        rates = {name: float(rate) for name, rate in flip_rates(flips).items()}
-        rates["repair_rate"] = self.repaired_in_target / self.targeted if self.targeted else float("nan")
-        return rates
+        repair_rate = self.repaired_in_target / self.targeted if self.targeted else float("nan")
+        return {**rates_of(self.counts), "repair_rate": repair_rate}
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -86,38 +109,81 @@ class SplitReport:
         counts = ("n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
         return {name: getattr(self, name) for name in (*counts, "accuracy_before", "accuracy_after")} | self.rates
 
+    @property
+    def derived(self) -> Mapping[str, object]:
+        own = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
+        return {name: value for name, value in self.numbers.items() if name not in own}
 
-def split_report(split: str, role: Role, before: SampleResults, after: SampleResults | None = None) -> SplitReport:
-    """Counts what became of the samples of one split.
 
-    Args:
-        split: the name of a split that both tables have.
-        role: what was allowed to look at it.
-        before: the original model; its `targeted` marks I_neg.
-        after: the model after the repair; None if its weights are unchanged.
+@dataclass(frozen=True)
+class UpdateSplit:
+    """One split under three models: the replaced one, the new one as training left it, and the new one now.
 
-    Raises:
-        EvaluationError: the tables are not about the same samples in the same order.
+    Attributes:
+        trained: from the replaced model to the new one as training left it; its `broken` are the regressions.
+        now: from the replaced model to the new one as it is now.
     """
-    flips = Flips.between(before, before if after is None else after)
-    rows = before.of(split)
-    counts = flips.counts(rows)
-    return SplitReport(
-        split=split,
-        role=role,
-        kept=counts.kept,
-        broken=counts.broken,
-        repaired=counts.repaired,
-        failing=counts.failing,
-        targeted=int(before.targeted[rows].sum()),
-        repaired_in_target=int((flips.repaired & before.targeted)[rows].sum()),
-        targeted_ids=tuple(before.ids(before.targeted)[split]),
-        repaired_ids=tuple(before.ids(flips.repaired)[split]),
-        broken_ids=tuple(before.ids(flips.broken)[split]),
-    )
+
+    trained: SplitReport
+    now: SplitReport
+
+    @property
+    def split(self) -> str:
+        """The name of the split."""
+        return self.now.split
+
+    @property
+    def role(self) -> Role:
+        """What was allowed to look at it."""
+        return self.now.role
+
+
+@dataclass(frozen=True)
+class SliceReport(_Counted):
+    """Counts of one slice of the data of one role, before a repair against after it.
+
+    Attributes:
+        name: the slice.
+        role: of the data, `known`, `calibration` or `unseen`.
+        counts: what became of its samples.
+        quota: how many targets had to be repaired; None: any number.
+    """
+
+    name: str
+    role: Role
+    counts: TargetCounts = field(metadata=flat())
+    quota: int | None = None
+
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {"n": self.n}
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A failed sample that was in the target and was set aside.
+
+    Attributes:
+        split: its split.
+        id: its position in the data set.
+        label: its label, -1 where the task has none.
+        prediction: what the model says.
+        why: in words.
+    """
+
+    split: str
+    id: int
+    label: int
+    prediction: int
+    why: str
 
 
 def pool(name: str, splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no ids, since those of different data sets do not mix."""
-    counts = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
-    return SplitReport(name, splits[0].role, *(sum(getattr(split, count) for split in splits) for count in counts))
+    names = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
+    return SplitReport(name, splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in names)))
+
+
+def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
+    """The sum of several splits of one role."""
+    return UpdateSplit(pool("all", [split.trained for split in splits]), pool("all", [split.now for split in splits]))

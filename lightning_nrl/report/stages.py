@@ -1,11 +1,13 @@
-"""How a repair went, stage by stage, without the weights themselves."""
+"""How a repair went, stage by stage, without the weights themselves: records, as a report has them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Hashes", "LocalizationReport", "SearchReport", "Step"]
+from lightning_nrl.evaluation.flip_counts import FlipCounts
+
+__all__ = ["Hashes", "LocalizationReport", "SearchReport", "Step", "StrengthPoint", "WeightChange"]
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,64 @@ class Hashes:
     layers_after: str
     model_before: str | None = None
     model_after: str | None = None
+
+
+@dataclass(frozen=True)
+class StrengthPoint:
+    """What a patch does at one strength.
+
+    Attributes:
+        strength: t, 0 for the original weights and 1 for the patch.
+        repaired_in_target: targeted samples that pass.
+        known: what becomes of all known samples.
+        calibration: what becomes of the calibration data; None if there are none.
+        polished: whether the weights were polished there, and the counts are those after it.
+        gain: what the repaired targets are worth; None: as many as they are.
+        harm: what the broken known samples cost; likewise.
+        harm_aside: what the broken calibration samples cost; likewise.
+    """
+
+    strength: float
+    repaired_in_target: int
+    known: FlipCounts
+    calibration: FlipCounts | None = None
+    polished: bool = False
+    gain: float | None = None
+    harm: float | None = None
+    harm_aside: float | None = None
+
+    @property
+    def worth(self) -> float:
+        """What the repaired targets are worth."""
+        return self.repaired_in_target if self.gain is None else self.gain
+
+    @property
+    def cost(self) -> float:
+        """What the broken known samples cost."""
+        return self.known.broken if self.harm is None else self.harm
+
+    @property
+    def cost_aside(self) -> float:
+        """What the broken calibration samples cost; 0 without any."""
+        if self.harm_aside is not None:
+            return self.harm_aside
+        return 0 if self.calibration is None else self.calibration.broken
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """The difference between two versions of the same tensors.
+
+    Attributes:
+        changed: how many weights differ.
+        total: how many weights there are.
+        l2: Euclidean norm of the difference.
+        relative: `l2` over the norm of the old weights; NaN if those are all 0.
+        largest: the largest absolute difference.
+    """
+
+    changed: int
+    total: int
+    l2: float
+    relative: float
+    largest: float

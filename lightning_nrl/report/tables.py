@@ -1,99 +1,179 @@
-"""The parts of a report as tables and facts, in words that need no paper beside them."""
+"""The parts of reports as tables and facts, in words that need no paper beside them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+from lightning_nrl.metrics.rates import RATES
+from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.document import Row, Table
-from lightning_nrl.report.splits import SplitReport, pool
-from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step
-from lightning_nrl.report.weight_change import WeightChange
+from lightning_nrl.report.formatting import count, list_ids, number, percent, plural
+from lightning_nrl.report.splits import ROLES, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
+from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = [
-    "change_words",
-    "from_here",
+    "calibration_facts",
+    "calibration_table",
+    "change_text",
     "hash_facts",
     "id_facts",
-    "localization_words",
+    "localization_text",
     "outcome_table",
     "rates_table",
-    "search_words",
-    "sentence",
-    "setting_facts",
+    "search_text",
+    "set_aside_facts",
+    "slice_table",
     "steps_table",
+    "strength_table",
     "unchanged_table",
+    "update_table",
 ]
 
 Fact = tuple[str, str]
-MOST_IDS = 20
-RATES = {
-    "repair_rate": "repair rate: repaired of the targeted",
-    "break_rate": "break rate: broken of those right before",
-    "negative_flip_rate": "negative flip rate: broken of all",
-    "positive_flip_rate": "positive flip rate: repaired of all",
-    "negative_flip_impact": "negative flip impact: broken of those wrong now",
-    "backward_trust_compatibility": "backward trust compatibility: kept of those right before",
-    "backward_error_compatibility": "backward error compatibility: failing of those wrong now",
-}
+Column = TypeVar("Column", SplitReport, UpdateSplit)
+LISTED_SAMPLES = 50
+"""Failures that were set aside, of which Markdown tells."""
+SHOWN_RATES = ("negative_flip_rate", "positive_flip_rate", "negative_flip_impact")
+SHOWN_COMPATIBILITIES = ("backward_trust_compatibility", "backward_error_compatibility")
 
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
     """What a change of weights did to each split and, where there are several of a role, to all of them."""
-    columns = with_totals(splits)
+    columns = _with_totals(splits, _pool_all)
     return _table(
         columns,
-        _row("samples", columns, lambda s: _count(s.n)),
+        _row("samples", columns, lambda s: count(s.n)),
         _row("accuracy before", columns, lambda s: percent(s.accuracy_before)),
         _row("accuracy after", columns, lambda s: percent(s.accuracy_after), ends_group=True),
-        _row("failures to repair (the target)", columns, lambda s: _count(s.targeted)),
-        _row("repaired of these", columns, lambda s: _count(s.repaired_in_target), tone="gain", ends_group=True),
-        _row("repaired (was wrong, now right)", columns, lambda s: _count(s.repaired)),
-        _row("broken (was right, now wrong)", columns, lambda s: _count(s.broken), tone="harm"),
-        _row("kept (right before and after)", columns, lambda s: _count(s.kept)),
-        _row("failing (wrong before and after)", columns, lambda s: _count(s.failing)),
+        _row("failures to repair (the target)", columns, lambda s: count(s.targeted)),
+        _row("repaired of these", columns, lambda s: count(s.repaired_in_target), tone="gain", ends_group=True),
+        _row("repaired (was wrong, now right)", columns, lambda s: count(s.repaired)),
+        _row("broken (was right, now wrong)", columns, lambda s: count(s.broken), tone="harm"),
+        _row("kept (right before and after)", columns, lambda s: count(s.kept)),
+        _row("failing (wrong before and after)", columns, lambda s: count(s.failing)),
     )
 
 
 def unchanged_table(splits: Sequence[SplitReport]) -> Table:
     """The model as it is, for splits under unchanged weights."""
-    columns = with_totals(splits)
+    columns = _with_totals(splits, _pool_all)
     return _table(
         columns,
-        _row("samples", columns, lambda s: _count(s.n)),
+        _row("samples", columns, lambda s: count(s.n)),
         _row("accuracy", columns, lambda s: percent(s.accuracy_after)),
-        _row("right", columns, lambda s: _count(s.kept)),
-        _row("wrong", columns, lambda s: _count(s.failing)),
-        _row("failures to repair (the target)", columns, lambda s: _count(s.targeted)),
+        _row("right", columns, lambda s: count(s.kept)),
+        _row("wrong", columns, lambda s: count(s.failing)),
+        _row("failures to repair (the target)", columns, lambda s: count(s.targeted)),
     )
 
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
     """The rates that the literature gives for updates."""
-    columns = with_totals(splits)
+    columns = _with_totals(splits, _pool_all)
     rates = [split.rates for split in columns]
-    rows = [Row(label, tuple(percent(rate[name]) for rate in rates)) for name, label in RATES.items()]
-    relative = tuple(_number(rate["relative_negative_flip_rate"]) for rate in rates)
-    rows.append(Row("relative negative flip rate: 1 if old and new errors were independent", relative))
+    labels = {
+        "repair_rate": "repair rate: repaired of the targeted",  # a split's own, in the target
+        "break_rate": RATES["break_rate"].label,
+        **{name: RATES[name].label for name in (*SHOWN_RATES, *SHOWN_COMPATIBILITIES)},
+    }
+    rows = [Row(label, tuple(percent(rate[name]) for rate in rates)) for name, label in labels.items()]
+    relative = RATES["relative_negative_flip_rate"]
+    rows.append(Row(relative.label, tuple(number(rate[relative.name]) for rate in rates)))
     return _table(columns, *rows)
+
+
+def update_table(splits: Sequence[UpdateSplit]) -> Table:
+    """The new model beside the one that it replaces, as training left it and now."""
+    columns = _with_totals(splits, pool_updates)
+
+    def rate(split: SplitReport) -> str:
+        return percent(RATES["negative_flip_rate"].of(split.counts))
+
+    return _table(
+        columns,
+        _row("accuracy of the replaced model", columns, lambda s: percent(s.now.accuracy_before)),
+        _row("accuracy of the new one", columns, lambda s: percent(s.trained.accuracy_after)),
+        _row("accuracy now", columns, lambda s: percent(s.now.accuracy_after), ends_group=True),
+        _row("regressions (was right, now wrong) of the new one", columns, lambda s: count(s.trained.broken)),
+        _row("regressions now", columns, lambda s: count(s.now.broken), tone="harm"),
+        _row("negative flip rate of the new one", columns, lambda s: rate(s.trained)),
+        _row("negative flip rate now", columns, lambda s: rate(s.now), ends_group=True),
+        _row("improved (was wrong, now right) by the new one", columns, lambda s: count(s.trained.repaired)),
+        _row("improved now", columns, lambda s: count(s.now.repaired)),
+    )
+
+
+def slice_table(slices: Sequence[SliceReport]) -> Table:
+    """A row a slice; by role how many were targeted, repaired of these, and broken."""
+    roles = [role for role in ROLES if any(s.role == role for s in slices)]
+    quotas = any(s.quota is not None for s in slices)
+    columns: list[tuple[str, str]] = []
+    for role in roles:
+        columns += [(name, role) for name in ("targeted", "repaired", "broken")]
+        columns += [("quota", role)] if quotas and role == "known" else []
+    rows = []
+    for name in dict.fromkeys(s.name for s in slices):
+        by_role: dict[str, SliceReport] = {s.role: s for s in slices if s.name == name}
+        cells: list[str] = []
+        for role in roles:
+            one = by_role.get(role)
+            cells += ["-"] * 3 if one is None else map(count, (one.targeted, one.repaired_in_target, one.broken))
+            if quotas and role == "known":
+                cells.append("-" if one is None or one.quota is None else count(one.quota))
+        rows.append(Row(name, tuple(cells)))
+    return Table(tuple(columns), tuple(rows))
 
 
 def steps_table(steps: Sequence[Step]) -> Table:
     """What a method did, step by step."""
     columns = (("repaired", "of the target"), ("broken", "known"), ("seconds", ""), ("", ""))
-    rows = [Row(s.name, (_count(s.repaired), _count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
+    rows = [Row(s.name, (count(s.repaired), count(s.broken), f"{s.seconds:,.1f}", s.note)) for s in steps]
     return Table(columns, tuple(rows), notes=True)
 
 
-def with_totals(splits: Sequence[SplitReport]) -> list[SplitReport]:
-    """The splits by role, known first, each role of several followed by their sum."""
-    columns: list[SplitReport] = []
-    for role in ("known", "calibration", "unseen"):
-        chosen = [split for split in splits if split.role == role]
-        columns += [*chosen, pool("all", chosen)] if len(chosen) > 1 else chosen
-    return columns
+def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table:
+    """What a patch does at several strengths, the chosen one marked."""
+    columns = [("repaired", "of the target"), ("repaired", "known"), ("broken", "known")]
+    calibrated = any(point.calibration is not None for point in path)
+    columns += [("repaired", "calibration"), ("broken", "calibration")] if calibrated else []
+    rows = []
+    for point in path:
+        cells = [point.repaired_in_target, point.known.repaired, point.known.broken]
+        if point.calibration is not None:
+            cells += [point.calibration.repaired, point.calibration.broken]
+        taken = point.strength == chosen
+        label = f"strength {point.strength:g}" + ", polished" * point.polished + ", taken" * taken
+        rows.append(Row(label, tuple(map(count, cells)), "gain" if taken else ""))
+    return Table(tuple(columns), tuple(rows))
+
+
+def calibration_table(bounds: CalibrationBounds) -> Table:
+    """The limit of each slice of the calibration data."""
+    columns = (("right before", ""), ("broken", ""), ("at most", f"{show_confidence(bounds.confidence)}, all together"))
+    rows = (Row(part.name, (count(part.n), count(part.broken), percent_up(part.upper))) for part in bounds.slices)
+    return Table(columns, tuple(rows))
+
+
+def calibration_facts(bounds: CalibrationBounds) -> tuple[Fact, ...]:
+    """What the calibration data say of the accepted model."""
+    sure = show_confidence(bounds.confidence)
+    share = f" ({100 * bounds.broken / bounds.n:.2f} %)" if bounds.n else ""
+    limit = f"with {sure} confidence at most {percent_up(bounds.upper)} of such samples"
+    if bounds.allowed is not None:
+        limit += f" (the limit of {bounds.allowed:,} broken, up to which each strength was accepted, the weakest first)"
+    elif bounds.states > 1:
+        limit += f" (it holds for each of {bounds.states:,} sets of weights that these data might have chosen)"
+    facts = [("calibration", f"broken {bounds.broken:,} of {bounds.n:,}{share}; {limit}")]
+    if bounds.weighted is not None:
+        mix = ", ".join(f"{name} {100 * part:g} %" for name, part in (bounds.mix or {}).items())
+        limit = f"with {sure} confidence at most {percent_up(bounds.weighted)} of samples in the mix {mix}"
+        facts.append(("calibration, weighted", limit))
+    if bounds.warning:
+        facts.append(("warning", f"beside the repair data, {bounds.warning}"))
+    return tuple(facts)
 
 
 def id_facts(splits: Sequence[SplitReport], where: str) -> tuple[Fact, ...]:
@@ -103,51 +183,52 @@ def id_facts(splits: Sequence[SplitReport], where: str) -> tuple[Fact, ...]:
         splits: the splits that are meant.
         where: where all of them can be read.
     """
-    facts = []
-    for kind in ("broken", "repaired"):
-        for split in splits:
-            ids = getattr(split, f"{kind}_ids")
-            shown = ", ".join(map(str, ids[:MOST_IDS])) + (
-                f" ... all {len(ids):,} in {where}" if ids[MOST_IDS:] else ""
-            )
-            facts.append((f"{kind} in {split.split}", shown or "none"))
-    return tuple(facts)
+    broken = [(f"broken in {split.split}", list_ids(split.broken_ids, where)) for split in splits]
+    repaired = [(f"repaired in {split.split}", list_ids(split.repaired_ids, where)) for split in splits]
+    return (*broken, *repaired)
 
 
-def localization_words(localization: LocalizationReport) -> str:
+def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:
+    """Each sample that was set aside and why, the first few."""
+    facts = [
+        (f"{one.split} {one.id}", f"label {one.label}, the model says {one.prediction}: {one.why}")
+        for one in samples[:LISTED_SAMPLES]
+    ]
+    further = len(samples) - LISTED_SAMPLES
+    return (*facts, ("further", f"{further:,}, all in report.json")) if further > 0 else tuple(facts)
+
+
+def localization_text(localization: LocalizationReport) -> str:
     """How many weights were searched, of how many, and how they were found."""
     sizes = localization.sizes
-    found = f"{sizes.get('localized', 0):,}"
+    text = count(sizes.get("localized", 0))
     if "total" in sizes:
-        found += f" of {sizes['total']:,}"
+        text += f" of {sizes['total']:,}"
     if localization.requested is not None and localization.requested != sizes.get("localized"):
-        found += f", the nearest to the {localization.requested:,} asked for"
+        text += f", the nearest to the {localization.requested:,} asked for"
     if {"failed", "passed", "both"} <= sizes.keys():
-        found += (
+        text += (
             f"; {sizes['failed']:,} matter for the failed data, {sizes['passed']:,} for the passed, "
             f"{sizes['both']:,} for both (the top {localization.n_g:,} by each impact)"
         )
-    return found
+    return text
 
 
-def search_words(search: SearchReport, seconds: float | None) -> str:
+def search_text(search: SearchReport, seconds: float | None) -> str:
     """How long the search took, on what and with what gain."""
-    took = f" in {seconds:,.1f} s" if seconds is not None else ""
+    text = plural(search.iterations, "iteration") + (f" in {seconds:,.1f} s" if seconds is not None else "")
     if search.n_failed is not None and search.n_passed is not None:
-        took += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
-    plural = "s" if search.iterations != 1 else ""
-    return (
-        f"{search.iterations:,} iteration{plural}{took}, fitness {_number(search.original_fitness)} -> "
-        f"{_number(search.fitness)}; stopped: {search.stopped}"
-    )
+        text += f", scored on {search.n_failed:,} failed and {search.n_passed:,} passed samples"
+    fitness = f"{number(search.original_fitness)} -> {number(search.fitness)}"
+    return f"{text}, fitness {fitness}; stopped: {search.stopped}"
 
 
-def change_words(change: WeightChange) -> str:
+def change_text(change: WeightChange) -> str:
     """How many weights differ and by how much."""
     share = f" ({percent(change.relative)} of the layers' norm)" if math.isfinite(change.relative) else ""
     return (
-        f"{change.changed:,} of {change.total:,}, by at most {_number(change.largest)}; "
-        f"norm of the change {_number(change.l2)}{share}"
+        f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
+        f"norm of the change {number(change.l2)}{share}"
     )
 
 
@@ -165,50 +246,24 @@ def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
-def setting_facts(settings: Mapping[str, Any]) -> tuple[Fact, ...]:
-    """The arguments, those in groups as `name=value`."""
-    return tuple((name, _setting(value)) for name, value in settings.items())
+def _with_totals(splits: Sequence[Column], total: Callable[[Sequence[Column]], Column]) -> list[Column]:
+    """The splits by role, known first, each role of several followed by their sum."""
+    columns: list[Column] = []
+    for role in ROLES:
+        chosen: list[Column] = [split for split in splits if split.role == role]
+        columns += chosen
+        if len(chosen) > 1:
+            columns.append(total(chosen))
+    return columns
 
 
-def percent(share: float) -> str:
-    """Two decimals, never rounded to none or to all; `-` where undefined."""
-    if not math.isfinite(share):
-        return "-"
-    text = f"{100 * share:.2f} %"
-    if text == "0.00 %" and share > 0:
-        return "< 0.01 %"
-    return "> 99.99 %" if text == "100.00 %" and share < 1 else text
+def _pool_all(splits: Sequence[SplitReport]) -> SplitReport:
+    return pool("all", splits)
 
 
-def from_here(path: str) -> str:
-    """The path as one would type it in the working directory: relative if it lies below."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
-
-
-def sentence(text: str) -> str:
-    """The text with a capital first and a full stop last."""
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
-
-
-def _table(columns: Sequence[SplitReport], *rows: Row) -> Table:
+def _table(columns: Sequence[Column], *rows: Row) -> Table:
     return Table(tuple((split.split, split.role) for split in columns), rows)
 
 
-def _row(label: str, columns: Sequence[SplitReport], cell: Callable[[SplitReport], str], **style: Any) -> Row:
+def _row(label: str, columns: Sequence[Column], cell: Callable[[Column], str], **style: Any) -> Row:
     return Row(label, tuple(cell(split) for split in columns), **style)
-
-
-def _count(n: int) -> str:
-    return f"{n:,}"
-
-
-def _number(x: float) -> str:
-    return f"{x:.4g}" if math.isfinite(x) else "-"
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_setting(item)}" for key, item in value.items())
-    return str(value)

@@ -13,7 +13,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
-from lightning_nrl.report.tables import percent
+from lightning_nrl.report.formatting import percent
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, TwoModels, predicts
 from lightning_nrl.serving.threshold import gate_of, judged
 

@@ -17,19 +17,15 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.metrics.functional import flip_rates
+from lightning_nrl.metrics.rates import RATES
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Shown, Table
-from lightning_nrl.report.tables import percent
+from lightning_nrl.report.formatting import percent
 from lightning_nrl.serving.margin_switch import MarginSwitch, predicts
 from lightning_nrl.tasks import Multiclass
 
 __all__ = ["SwitchReport", "SwitchSplit", "Timing", "report_switch"]
 
-RATES = {
-    "repair_rate": "repair rate: repaired of those wrong before",
-    "break_rate": "break rate: broken of those right before",
-    "negative_flip_rate": "negative flip rate: broken of all",
-}
+SWITCH_RATES = (RATES["repair_rate"], RATES["break_rate"], RATES["negative_flip_rate"])
 
 
 @dataclass(frozen=True)
@@ -201,8 +197,7 @@ def _table(split: SwitchSplit) -> Table:
         counted("kept (right before and after)", "kept"),
         counted("failing (wrong before and after)", "failing", ends_group=True),
     ]
-    rates = [flip_rates(torch.tensor([c.kept, c.broken, c.repaired, c.failing], dtype=torch.float64)) for c in after]
-    rows += [row(label, "", [percent(float(rate[name])) for rate in rates]) for name, label in RATES.items()]
+    rows += [row(rate.label, "", [percent(rate.of(counts)) for counts in after]) for rate in SWITCH_RATES]
     rows.append(row("answered by the new model", "", ("", percent(_share(split.served, n)))))
     return Table((("old", ""), ("new", ""), ("switch", "")), tuple(rows))
 

@@ -12,7 +12,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
-from lightning_nrl.report.tables import percent
+from lightning_nrl.report.formatting import percent
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
 

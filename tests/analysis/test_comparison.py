@@ -24,7 +24,7 @@ from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, co
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
 from lightning_nrl.analysis.baselines import fine_tuning as tuning
-from lightning_nrl.analysis.comparison import Comparison, Entry, Point, parse_methods
+from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, parse_methods
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
@@ -76,7 +76,7 @@ def timeless(comparison: Comparison) -> Comparison:
     return replace(comparison, entries=tuple(replace(entry, seconds=0.0, scaling=0.0) for entry in comparison.entries))
 
 
-def counts(point: Point) -> tuple[Any, ...]:
+def counts(point: CurvePoint) -> tuple[Any, ...]:
     """Strength, targets that pass, known repaired and broken, unseen repaired and broken."""
     known, later = point.known, point.unseen
     return point.strength, point.targeted, known.repaired, known.broken, later.repaired, later.broken
@@ -255,7 +255,9 @@ def test_each_method_has_all_the_time_and_knows_how_long_a_pass_over_known_data_
 def made(method: str, *counted: tuple[float, int, int, int, int], scaled: int = -1) -> Entry:
     """An entry whose points are strength, known repaired and broken, unseen repaired and broken."""
     curve = tuple(
-        Point(t, repaired, FlipCounts(5000 - broken, broken, repaired, 400 - repaired), FlipCounts(700, lost, won, 50))
+        CurvePoint(
+            t, repaired, FlipCounts(5000 - broken, broken, repaired, 400 - repaired), FlipCounts(700, lost, won, 50)
+        )
         for t, repaired, broken, won, lost in ((0.0, 0, 0, 0, 0), *counted)
     )
     return Entry(method, 12.0, curve, curve[scaled], 3.0)
@@ -290,7 +292,8 @@ def test_the_table_has_a_second_line_where_weights_are_scaled_back() -> None:
 def test_repairs_are_set_beside_baselines_that_repair_as_many() -> None:
     # The curve of the repair leads from 0 by (20 broken, 120 repaired) to (58, 380).
     broken = {
-        (duel.rival, duel.point.strength): (duel.broken, duel.fewer) for duel in COMPARISON.duels("finetune-polish")
+        (pair.method, pair.point.strength): (pair.broken, pair.fewer)
+        for pair in COMPARISON.head_to_head("finetune-polish")
     }
     assert broken == {
         ("fine-tuning", 0.5): (pytest.approx(20 * 95 / 120), True),
@@ -301,7 +304,10 @@ def test_repairs_are_set_beside_baselines_that_repair_as_many() -> None:
         ("retraining", 1.0): (pytest.approx(math.nan, nan_ok=True), False),
     }
     # The other way round, the repair is at its worst: fine-tuning breaks more, or never repairs as many.
-    assert [duel.fewer for duel in COMPARISON.duels("fine-tuning") if duel.rival == "finetune-polish"] == [False, False]
+    assert [pair.fewer for pair in COMPARISON.head_to_head("fine-tuning") if pair.method == "finetune-polish"] == [
+        False,
+        False,
+    ]
 
 
 def test_of_several_crossings_the_one_that_breaks_fewest_counts() -> None:

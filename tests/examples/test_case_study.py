@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from repository import ROOT
 
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
 from lightning_nrl.presets import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"
@@ -41,14 +41,12 @@ def run(row: PaperRow = ROW, seed: int = 0, *, broken: int = 0, repaired: int = 
         "regression_free": known_broken == 0 and repaired > 0,
         "intact": row.n_passed - broken,
         "n_localized": min(row.n_weights, 63),
-        "known_targeted": 10,
-        "known_repaired_in_target": repaired,
     }
     for role, gone in (("known", known_broken), ("unseen", broken)):
-        accuracies = {"accuracy_before": 0.8, "accuracy_after": 0.8 + (repaired - gone) / 100}
-        counts = {"n": 100, "broken": gone, "repaired": repaired} | accuracies
-        found |= {f"{role}_{name}": value for name, value in counts.items()}
-    return SimpleNamespace(**found | more)
+        found[role] = TargetCounts(80 - gone, gone, repaired, 20 - repaired, 10, repaired)
+    made = SimpleNamespace(**found | more)
+    made.counts = lambda role: getattr(made, role)
+    return made
 
 
 def test_there_are_66_settings_and_table_ii_is_among_them():
@@ -73,11 +71,11 @@ def test_an_effect_is_the_mean_of_differences_within_seeds():
     other = replace(low, n_weights=16)
     runs = [run(low, 0, broken=9), run(high, 0, broken=5), run(low, 1, broken=4), run(high, 1, broken=4)]
     runs += [run(other, 0, broken=100)]  # of no pair
-    found = effect(runs, "alpha", 4, 6, "unseen_broken")
+    found = effect(runs, "alpha", 4, 6, "unseen.broken")
     assert found.mean == -2  # of -4 and 0: a deviation of 2.8284, 2 of the mean, and 12.706 for one degree of freedom
     assert (found.low, found.high) == pytest.approx((-27.412, 23.412), abs=1e-3)
     assert found.sign == 0
-    assert effect(runs, "alpha", 4, 5, "unseen_broken") is None
+    assert effect(runs, "alpha", 4, 5, "unseen.broken") is None
 
 
 def test_pairs_of_one_seed_count_as_one():
@@ -85,7 +83,7 @@ def test_pairs_of_one_seed_count_as_one():
     for n_weights, extra in ((16, 1), (32, 3)):
         for n_passed, more in ((500, 0), (1000, extra)):
             runs += [run(replace(ROW, n_weights=n_weights, n_passed=n_passed), s, broken=5 + more) for s in range(3)]
-    assert effect(runs, "n_passed", 500, 1000, "unseen_broken") == Interval(2, 2, 2)
+    assert effect(runs, "n_passed", 500, 1000, "unseen.broken") == Interval(2, 2, 2)
 
 
 def test_an_interval_is_students():
@@ -99,7 +97,7 @@ def test_an_interval_is_students():
 def test_a_share_has_its_binomial_limits():
     runs = [run(seed=s, broken=int(s > 0), repaired=1) for s in range(10)]
     # Clopper and Pearson, 1 of 10: 0.0025 to 0.4450
-    assert share(runs, lambda r: r.unseen_broken == 0) == "1 of 10 runs (0 to 45 %)"
+    assert share(runs, lambda r: r.unseen.broken == 0) == "1 of 10 runs (0 to 45 %)"
 
 
 def test_the_fewest_broken_are_sought_on_known_data_among_those_that_repair():
@@ -150,7 +148,7 @@ def test_no_difference_settles_nothing():
 
 
 def targets_of(runs: list, broken: int = 0) -> list[InTarget]:
-    return [InTarget(r.setting, r.seed, 40, broken, r.unseen_repaired) for r in runs]
+    return [InTarget(r.setting, r.seed, 40, broken, r.unseen.repaired) for r in runs]
 
 
 def test_levels_and_drift_are_answered():
@@ -241,14 +239,14 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     study.study("digits", "C", settings[:1], folder, **tiny)
     table = tables_of(folder)["C"]
     assert [run.setting for run in table] == ["eq2 alpha=8 pi lw=32 pos=500 p=200"]
-    assert table[0].known_n == 360  # of training and repair data
-    assert table[0].known_targeted > 0
-    assert table[0].unseen_n == 180
+    assert table[0].known.n == 360  # of training and repair data
+    assert table[0].known.targeted > 0
+    assert table[0].unseen.n == 180
     (target,) = read(folder / "C" / "in_target.csv")
     assert target.setting == table[0].setting
     assert 0 < target.passed < 120
-    assert target.broken <= table[0].unseen_broken
-    assert target.repaired == table[0].unseen_repaired_in_target
+    assert target.broken <= table[0].unseen.broken
+    assert target.repaired == table[0].unseen.repaired_in_target
     study.study("digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3")
     (run,) = tables_of(tmp_path / "convolution")["C"]
     assert (run.layer, run.n_localized) == ("features.15.body.3", 32)

@@ -33,7 +33,7 @@ def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path
     assert not list(tmp_path.iterdir())
     best = result.best("accuracy")
     assert best is not None
-    assert (best.known_n, best.calibration_n, best.unseen_n, best.layer) == (603, 100, 300, "network.3")
+    assert (best.known.n, best.calibration.n, best.unseen.n, best.layer) == (603, 100, 300, "network.3")
     # The same by itself, on another trainer: the same weights, the same counts.
     again = Untrainable()
     arguments: dict[str, Any] = {"unseen": "test", "calibration": "val", "gate": "accuracy", **result.arguments(best)}
@@ -42,8 +42,8 @@ def test_a_checkpoint_is_swept_without_a_trace_and_its_best_run_repairs(tmp_path
     assert report.status == "repaired"
     assert torch.equal(again.network[3].weight.cpu(), result.state(best)["network.3.weight"])
     test, val = ({split.split: split for split in report.splits}[name] for name in ("test", "val"))
-    assert (best.unseen_repaired, best.unseen_broken) == (test.repaired, test.broken)
-    assert (best.calibration_repaired, best.calibration_broken) == (val.repaired, val.broken)
+    assert (best.unseen.repaired, best.unseen.broken) == (test.repaired, test.broken)
+    assert (best.calibration.repaired, best.calibration.broken) == (val.repaired, val.broken)
     result.write(model, best)
     assert hash_tensors(model.state_dict()) == hash_tensors(again.state_dict())
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from lightning_nrl.errors import EvaluationError
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics import functional
-from lightning_nrl.report import SplitReport, pool, split_report
+from lightning_nrl.pipeline.report_parts import split_report
+from lightning_nrl.report import SplitReport, pool
 
 
 def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> SampleResults:
@@ -36,12 +38,7 @@ def test_a_split_counts_its_own_rows() -> None:
     assert split_report("val", "known", BEFORE, AFTER) == SplitReport(
         split="val",
         role="known",
-        kept=2,
-        broken=0,
-        repaired=3,
-        failing=1,
-        targeted=3,
-        repaired_in_target=2,
+        counts=TargetCounts(kept=2, broken=0, repaired=3, failing=1, targeted=3, repaired_in_target=2),
         targeted_ids=(30, 60, 80),
         repaired_ids=(30, 50, 80),
         broken_ids=(),
@@ -111,4 +108,4 @@ def test_numbers_are_named_and_counts_stay_whole() -> None:
 
 def test_pooled_splits_add_up_without_ids() -> None:
     pooled = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
-    assert pooled == SplitReport("all", "known", 3, 1, 4, 1, 3, 2)
+    assert pooled == SplitReport("all", "known", TargetCounts(3, 1, 4, 1, 3, 2))

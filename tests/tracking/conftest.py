@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
 
 HISTORY = {
@@ -26,9 +27,21 @@ def accepted() -> RepairReport:
         gate="instance",
         task="Multiclass",
         splits=(
-            SplitReport("train", "known", kept=80, broken=0, repaired=2, failing=8, targeted=0, repaired_in_target=0),
-            SplitReport("val", "known", kept=10, broken=0, repaired=7, failing=3, targeted=10, repaired_in_target=7),
-            SplitReport("test", "unseen", kept=15, broken=1, repaired=3, failing=1, targeted=4, repaired_in_target=3),
+            SplitReport(
+                "train",
+                "known",
+                TargetCounts(80, 0, 2, 8, targeted=0, repaired_in_target=0),
+            ),
+            SplitReport(
+                "val",
+                "known",
+                TargetCounts(10, 0, 7, 3, targeted=10, repaired_in_target=7),
+            ),
+            SplitReport(
+                "test",
+                "unseen",
+                TargetCounts(15, 1, 3, 1, targeted=4, repaired_in_target=3),
+            ),
         ),
         localization=LocalizationReport(requested=8, n_g=20, sizes={"localized": 8, "total": 640}),
         search=SearchReport(2, "all 2 iterations were made", 7.5, 4.25, HISTORY, n_failed=10, n_passed=90),
@@ -50,9 +63,13 @@ def refused() -> RepairReport:
         gate="instance",
         task="Multiclass",
         splits=(
-            SplitReport("val", "known", kept=90, broken=0, repaired=0, failing=10, targeted=10, repaired_in_target=0),
+            SplitReport(
+                "val",
+                "known",
+                TargetCounts(90, 0, 0, 10, targeted=10, repaired_in_target=0),
+            ),
         ),
-        candidate=(SplitReport("val", "known", 88, 2, 9, 1, targeted=10, repaired_in_target=9),),
+        candidate=(SplitReport("val", "known", TargetCounts(88, 2, 9, 1, targeted=10, repaired_in_target=9)),),
         seed=3,
     )
 
@@ -68,6 +85,10 @@ def nothing() -> RepairReport:
         gate="instance",
         task="Multiclass",
         splits=(
-            SplitReport("val", "known", kept=100, broken=0, repaired=0, failing=0, targeted=0, repaired_in_target=0),
+            SplitReport(
+                "val",
+                "known",
+                TargetCounts(100, 0, 0, 0, targeted=0, repaired_in_target=0),
+            ),
         ),
     )

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl._tracking import outcome, search_curves, split_numbers, track
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 
 CHANGE = torch.tensor([0.5, -0.25, 0.0, 0.75])
@@ -240,7 +241,7 @@ def test_other_ranks_log_nothing(monkeypatch: pytest.MonkeyPatch, accepted: Repa
 
 def test_what_is_not_finite_reaches_no_logger(accepted: RepairReport) -> None:
     notes = Notes()
-    track(replace(accepted, splits=(SplitReport("empty", "known", 0, 0, 0, 0, 0, 0),)), [notes], step=120)
+    track(replace(accepted, splits=(SplitReport("empty", "known", TargetCounts(0, 0, 0, 0)),)), [notes], step=120)
     assert "repair_splits/empty/n" in notes.entries[-1][1]
     assert all(value == value for _, scalars in notes.entries for value in scalars.values())
 

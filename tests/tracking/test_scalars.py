@@ -5,8 +5,7 @@ from dataclasses import replace
 from lightning_nrl._tracking import outcome, search_curves, split_numbers, strength_curves
 from lightning_nrl._tracking.tensorboard import layout
 from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report.strength import StrengthPoint
+from lightning_nrl.report import RepairReport, StrengthPoint
 
 
 def test_search_curves_have_one_entry_an_iteration(accepted: RepairReport) -> None:

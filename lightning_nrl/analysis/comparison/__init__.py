@@ -1,6 +1,22 @@
-"""Methods and baselines beside each other on one problem: `compare_module` runs them, `Comparison` shows them."""
+"""Methods and baselines beside each other on one problem.
+
+In: a module, known and unseen data, and names of methods. Out: a `Comparison`: what each method repairs and breaks at
+several strengths, as data, a page and a figure.
+"""
 
 from lightning_nrl.analysis.comparison.compare_module import Methods, compare_module, parse_methods
-from lightning_nrl.analysis.comparison.comparison_result import Comparison, Duel, Entry, Point
+from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry, HeadToHead
+from lightning_nrl.analysis.comparison.comparison_tables import page_of_comparison
 
-__all__ = ["Comparison", "Duel", "Entry", "Methods", "Point", "compare_module", "parse_methods"]
+__all__ = [
+    "Comparison",
+    "CurvePoint",
+    "Entry",
+    "HeadToHead",
+    "Methods",
+    "compare_module",
+    "draw_comparison",
+    "page_of_comparison",
+    "parse_methods",
+]

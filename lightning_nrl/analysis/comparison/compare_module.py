@@ -15,7 +15,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
-from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry, Point
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import (
     ConfigurationError,
@@ -38,7 +38,7 @@ from lightning_nrl.report import StrengthPoint
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-FINENESS = 1 / 64  # of the strength at which weights are scaled back
+SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
 
 COMPARED: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
 """Methods and baselines by name."""
@@ -162,7 +162,7 @@ def _entry(problem: Problem, unseen: Calibration | None, name: str, solution: So
         return Entry(name, seconds, note=solution.reason)
     new = solution.proposal.state
     later = FlipCounts(0, 0, 0, 0) if unseen is None else Flips.between(unseen.before, unseen.before).counts()
-    start = Point(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
+    start = CurvePoint(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
     curve = (start, *map(_point, strength_path(problem, new, STRENGTHS, calibration=unseen)))
     began = time.perf_counter()
     scaled = _scaled(problem, unseen, new, curve)
@@ -170,8 +170,8 @@ def _entry(problem: Problem, unseen: Calibration | None, name: str, solution: So
     return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
 
 
-def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Sequence[Point]) -> Point:
-    """The largest strength found to break no known sample, by bisection to within `FINENESS`.
+def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Sequence[CurvePoint]) -> CurvePoint:
+    """The largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
 
     Counts need not rise with the strength, so a larger one may be missed; this one was counted.
     """
@@ -180,7 +180,7 @@ def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Seq
     if not above:
         return low
     bottom, top = low.strength, above[0]
-    while top - bottom > FINENESS:
+    while top - bottom > SCALING_STEP:
         middle = (bottom + top) / 2
         (tried,) = strength_path(problem, new, (middle,))
         bottom, top = (bottom, middle) if tried.known.broken else (middle, top)
@@ -190,6 +190,6 @@ def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Seq
     return _point(found)
 
 
-def _point(counted: StrengthPoint) -> Point:
+def _point(counted: StrengthPoint) -> CurvePoint:
     unseen = FlipCounts(0, 0, 0, 0) if counted.calibration is None else counted.calibration
-    return Point(counted.strength, counted.repaired_in_target, counted.known, unseen)
+    return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, unseen)

@@ -1,37 +1,36 @@
-"""A comparison as a picture: what each method repairs against what it breaks."""
+"""The plot of a comparison: what each method repairs against what it breaks."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lightning_nrl.analysis.baselines import BASELINES
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry
+from lightning_nrl.analysis.figures import INK, figure_of, new_figure
 
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry
-
-__all__ = ["COLOURS", "FAINT", "INK", "draw_comparison", "label_points"]
+__all__ = ["COLOURS", "FAINT", "draw_comparison", "label_points"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")
 """Okabe and Ito's colours, told apart by colour-blind readers too; the yellow is
 darker, to be read on white, and Tol's wine is added."""
-INK, FAINT = "#333333", "#BBBBBB"
-AWAY = 8.0  # points from the end of a curve to its name
-KEY = (
+FAINT = "#BBBBBB"
+LABEL_DISTANCE = 8.0  # points from the end of a curve to its name
+LEGEND = (
     "Dot: as the method gave it; ring: scaled back to none known broken; dashed: a baseline; "
     "thin line: as many broken as repaired"
 )
-ROOM = 1.12  # of an axis beyond the largest count
-LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+AXIS_LENGTH = 1.12  # of an axis beyond the largest count
+LEADER_STYLE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
 
-Role = Literal["known", "unseen"]
+PlottedRole = Literal["known", "unseen"]
 End = tuple[str, str, tuple[float, float]]
 """A name, such as a method's, its colour, and the point that it belongs to, such as where a curve ends."""
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top, in pixels."""
 
 
+@figure_of.register
 def draw_comparison(comparison: Comparison) -> Any:
     """Known data on the left, unseen data on the right; baselines are dashed.
 
@@ -45,20 +44,12 @@ def draw_comparison(comparison: Comparison) -> Any:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
-        ) from error
     entries = [entry for entry in comparison.entries if entry.curve]
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)  # can measure text, whatever the screen
-    roles: list[Role] = ["known"]
+    figure = new_figure(11, 5)
+    roles: list[PlottedRole] = ["known"]
     if any(entry.curve[0].unseen.n for entry in entries):
         roles.append("unseen")
-    figure.suptitle(f"{comparison.targets:,} failures to repair\n{KEY}", color=INK, fontsize=10)
+    figure.suptitle(f"{comparison.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     ends = [_panel(axes, role, entries) for axes, role in zip(panels, roles, strict=True)]
     for axes, own in zip(panels, ends, strict=True):
@@ -86,7 +77,7 @@ def label_points(axes: Any, ends: Sequence[End]) -> None:
             name, end, color=colour, fontsize=9, va="center", annotation_clip=False, path_effects=[halo]
         )
         size = text.get_window_extent(renderer)
-        x, y = at[0] + AWAY * scale, at[1]
+        x, y = at[0] + LABEL_DISTANCE * scale, at[1]
         for place in _around(y, 0.5 * size.height):
             box = (x, place - size.height / 2, x + size.width, place + size.height / 2)
             if not any(_overlap(box, other) for other in taken):
@@ -95,13 +86,13 @@ def label_points(axes: Any, ends: Sequence[End]) -> None:
         text.set_position(axes.transData.inverted().transform((x, place)))
         if abs(place - y) > size.height / 2:
             beside = axes.transData.inverted().transform((x, place))
-            axes.annotate("", beside, end, arrowprops={**LEADER, "color": colour}, annotation_clip=False)
+            axes.annotate("", beside, end, arrowprops={**LEADER_STYLE, "color": colour}, annotation_clip=False)
 
 
-def _panel(axes: Any, role: Role, entries: Sequence[Entry]) -> list[End]:
+def _panel(axes: Any, role: PlottedRole, entries: Sequence[Entry]) -> list[End]:
     curves = [_xy(entry, role) for entry in entries]
-    right = ROOM * max([1, *(curve[-1][0] for curve in curves)])
-    top = ROOM * max([1, *(y for curve in curves for x, y in curve if x <= right)])
+    right = AXIS_LENGTH * max([1, *(curve[-1][0] for curve in curves)])
+    top = AXIS_LENGTH * max([1, *(y for curve in curves for x, y in curve if x <= right)])
     axes.plot([0, top], [0, top], color=FAINT, linewidth=0.8, zorder=0)
     ends: list[End] = []
     for i, (entry, curve) in enumerate(zip(entries, curves, strict=True)):
@@ -147,6 +138,6 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _xy(entry: Entry, role: Role) -> list[tuple[int, int]]:
+def _xy(entry: Entry, role: PlottedRole) -> list[tuple[int, int]]:
     """Broken and repaired at rising strengths."""
     return [(getattr(point, role).broken, getattr(point, role).repaired) for point in entry.curve]

@@ -1,29 +1,25 @@
-"""What several methods made of one problem, as data, JSON, CSV, a page and a picture."""
+"""What several methods made of one problem, as data, JSON and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from lightning_nrl._utils.serialize import dumps, plain
-from lightning_nrl.analysis.comparison.comparison_tables import comparison_page
+from lightning_nrl.analysis.figures import Plotted
 from lightning_nrl.errors import check_choice
-from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.report import Page, installed_versions
-from lightning_nrl.report.document import Shown
+from lightning_nrl.evaluation.flip_counts import FlipCounts
+from lightning_nrl.report import Report, installed_versions
 
-__all__ = ["Comparison", "Duel", "Entry", "Point"]
+__all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead"]
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """A method's weights at one strength, counted by a forward pass of the deployed model.
 
     Attributes:
@@ -60,13 +56,13 @@ class Entry:
 
     method: str
     seconds: float
-    curve: tuple[Point, ...] = ()
-    scaled: Point | None = None
+    curve: tuple[CurvePoint, ...] = ()
+    scaled: CurvePoint | None = None
     scaling: float = 0.0
     note: str = ""
 
     @property
-    def given(self) -> Point | None:
+    def given(self) -> CurvePoint | None:
         """The weights as the method gave them."""
         return self.curve[-1] if self.curve else None
 
@@ -84,17 +80,17 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Duel:
+class HeadToHead:
     """A method at one strength, and another method where that repairs as many unseen samples.
 
     Attributes:
-        rival: the first method.
+        method: the first method.
         point: its weights at one strength.
         broken: unseen samples that the other breaks for as many repaired ones; NaN if it never repairs as many.
     """
 
-    rival: str
-    point: Point
+    method: str
+    point: CurvePoint
     broken: float
 
     @property
@@ -104,7 +100,7 @@ class Duel:
 
 
 @dataclass(frozen=True)
-class Comparison(Shown):
+class Comparison(Report, Plotted):
     """Several methods on one problem. `rich.print(comparison)` shows it as a table.
 
     Attributes:
@@ -133,33 +129,15 @@ class Comparison(Shown):
         check_choice("method", method, tuple(found))
         return found[method]
 
-    def duels(self, method: str) -> tuple[Duel, ...]:
+    def head_to_head(self, method: str) -> tuple[HeadToHead, ...]:
         """A method beside every other one at each point of that one's curve, at equal unseen repaired."""
         own = self[method]
         return tuple(
-            Duel(entry.method, point, own.broken_at(point.unseen.repaired))
+            HeadToHead(entry.method, point, own.broken_at(point.unseen.repaired))
             for entry in self.entries
             if entry.method != method
             for point in entry.curve[1:]
         )
-
-    def to_table(self) -> Page:
-        """The table and the facts that belong to it, for rich's `print`."""
-        return comparison_page(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """AllWeights in dicts, lists, text and numbers."""
-        return plain(self)
-
-    def to_json(self) -> str:
-        """Strict JSON."""
-        return dumps(self.to_dict()) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Comparison:
-        """Reads what `to_json` gives."""
-        data = json.loads(text)
-        return cls(**{**data, "entries": tuple(map(_entry, data["entries"]))})
 
     def to_csv(self) -> str:
         """A line for every point of every curve, and one for the weights scaled back."""
@@ -178,37 +156,9 @@ class Comparison(Shown):
                 table.writerow((*start, *counts, f"{point.gain:.3f}"))
         return out.getvalue()
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Repaired against broken, a curve a method: known data on the left, unseen data on the right.
-
-        Args:
-            path: a file to save it to, such as `comparison.png`.
-
-        Returns:
-            The `matplotlib.figure.Figure`.
-
-        Raises:
-            ConfigurationError: matplotlib is not installed.
-        """
-        from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
-
-        figure = draw_comparison(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
     def save(self, folder: str | Path) -> None:
         """Writes `comparison.json`, `comparison.csv` and `comparison.md` to a folder, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for kind, text in (("json", self.to_json()), ("csv", self.to_csv()), ("md", self.to_markdown())):
             (folder / f"comparison.{kind}").write_text(text, encoding="utf-8")
-
-
-def _entry(data: Mapping[str, Any]) -> Entry:
-    scaled = None if data["scaled"] is None else _point(data["scaled"])
-    return Entry(**{**data, "curve": tuple(map(_point, data["curve"])), "scaled": scaled})
-
-
-def _point(data: Mapping[str, Any]) -> Point:
-    return Point(**{**data, "known": FlipCounts(**data["known"]), "unseen": FlipCounts(**data["unseen"])})

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.formatting import count, plural
+from lightning_nrl.report.pages import page_of
 
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry, Point
+__all__ = ["page_of_comparison"]
 
-__all__ = ["comparison_page"]
-
-SCALED = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
+SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
 
 
-def comparison_page(comparison: Comparison) -> Page:
+@page_of.register
+def page_of_comparison(comparison: Comparison, full: bool = False) -> Page:
     """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
     shown = [entry for entry in comparison.entries if entry.curve]
     blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison))]
     if shown:
         blocks.append(_table(comparison, shown))
         if any(len(_lines(entry)) > 1 for entry in shown):
-            blocks.append(Text(SCALED))
+            blocks.append(Text(SCALED_NOTE))
     left_out = tuple((entry.method, entry.note) for entry in comparison.entries if not entry.curve)
     if left_out:
         blocks += [Heading("Left out"), Facts(left_out)]
@@ -30,7 +29,7 @@ def comparison_page(comparison: Comparison) -> Page:
 
 
 def _summary(comparison: Comparison) -> str:
-    text = f"{comparison.targets:,} failure{'s' if comparison.targets != 1 else ''} to repair"
+    text = f"{plural(comparison.targets, 'failure')} to repair"
     first = next((entry.curve[0] for entry in comparison.entries if entry.curve), None)
     if first is None:
         return f"{text}; no method gave new weights."
@@ -41,22 +40,22 @@ def _summary(comparison: Comparison) -> str:
 
 
 def _table(comparison: Comparison, entries: list[Entry]) -> Table:
-    seen = any(entry.curve[0].unseen.n for entry in entries)
+    with_unseen = any(entry.curve[0].unseen.n for entry in entries)
     columns = [("repaired", f"of {comparison.targets:,}"), ("repaired", "known"), ("broken", "known")]
-    if seen:
+    if with_unseen:
         columns += [("repaired", "unseen"), ("broken", "unseen"), ("accuracy", "points")]
     rows = []
     for entry in entries:
         for label, seconds, point in _lines(entry):
             cells = [point.targeted, point.known.repaired, point.known.broken]
-            texts = [f"{cell:,}" for cell in cells]
-            if seen:
-                texts += [f"{point.unseen.repaired:,}", f"{point.unseen.broken:,}", f"{point.gain:+.1f}"]
+            texts = list(map(count, cells))
+            if with_unseen:
+                texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
             rows.append(Row(label, (*texts, f"{seconds:,.1f}")))
     return Table((*columns, ("time", "s")), tuple(rows))
 
 
-def _lines(entry: Entry) -> list[tuple[str, float, Point]]:
+def _lines(entry: Entry) -> list[tuple[str, float, CurvePoint]]:
     given, scaled = entry.curve[-1], entry.scaled
     lines = [(entry.method, entry.seconds, given)]
     if scaled is not None and scaled.strength < 1:

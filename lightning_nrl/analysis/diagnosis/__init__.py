@@ -1,6 +1,10 @@
-"""What can be known before a repair: what can be fixed, what stands in the way, which layer has room, what it costs."""
+"""What can be known before a repair: what can be fixed, what stands in the way, which layer has room, what it costs.
+
+In: a module and its known data. Out: a `Diagnosis`: the advice and what it rests on, as data, a page and a figure.
+"""
 
 from lightning_nrl.analysis.diagnosis.diagnose_module import diagnose_module
+from lightning_nrl.analysis.diagnosis.diagnosis_plot import draw_diagnosis
 from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
     Check,
@@ -11,6 +15,7 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Mixing,
     TargetFinding,
 )
+from lightning_nrl.analysis.diagnosis.diagnosis_tables import page_of_diagnosis
 
 __all__ = [
     "Binding",
@@ -22,4 +27,6 @@ __all__ = [
     "Mixing",
     "TargetFinding",
     "diagnose_module",
+    "draw_diagnosis",
+    "page_of_diagnosis",
 ]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
-from lightning_nrl.analysis.diagnosis.formatting import about, part
+from lightning_nrl.report.formatting import rough_percent, rough_time
 
 __all__ = ["advise"]
 
@@ -60,7 +60,7 @@ def _method(
     head: str | None,
     costs: Sequence[Cost],
 ) -> str:
-    times = {cost.method: about(cost.seconds) for cost in costs}
+    times = {cost.method: rough_time(cost.seconds) for cost in costs}
     best = min(layers, key=lambda layer: layer.change, default=None)
     own = next((layer for layer in layers if layer.layer == head), None)
     alone = sum(target.fixable == "yes" for target in targets)
@@ -83,7 +83,7 @@ def _method(
         )
     mixed = ""
     if mixing is not None:
-        mixed = f" Of the nearest passed samples, {part(mixing.mean('targets'))} have a target's label."
+        mixed = f" Of the nearest passed samples, {rough_percent(mixing.mean('targets'))} have a target's label."
     return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
 
 
@@ -113,9 +113,9 @@ def _last_layer(alone: int, tried: int, check: Check | None) -> str:
 def _change(own: LayerRoom | None, best: LayerRoom | None) -> str:
     if best is None or best.change == math.inf:
         return ""
-    text = f"A typical target needs a change of {best.layer} by {part(best.change)} of its norm"
+    text = f"A typical target needs a change of {best.layer} by {rough_percent(best.change)} of its norm"
     if own is None or own == best:
         return f"{text}."
     if own.change == math.inf:
         return f"{text}; none of {own.layer} does it."
-    return f"{text}, of {own.layer} by {part(own.change)}."
+    return f"{text}, of {own.layer} by {rough_percent(own.change)}."

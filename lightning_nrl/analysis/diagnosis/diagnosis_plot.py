@@ -1,33 +1,32 @@
-"""A diagnosis as a picture: targets by margin, neighbourhoods, and the layers' room."""
+"""The plot of a diagnosis: targets by margin, neighbourhoods, and the layers' room."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_nrl.analysis.diagnosis.formatting import part
-from lightning_nrl.errors import ConfigurationError, explain
-
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Verdict
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Verdict
+from lightning_nrl.analysis.figures import INK, figure_of, new_figure
+from lightning_nrl.report.formatting import rough_percent
 
 __all__ = ["draw_diagnosis"]
 
 BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#999999"
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
-INK, FAINT = "#333333", "#DDDDDD"
-VERDICTS: dict[Verdict, tuple[str, str, str]] = {
+GRID_COLOUR = "#DDDDDD"
+VERDICT_STYLES: dict[Verdict, tuple[str, str, str]] = {
     "yes": ("can be fixed", BLUE, ""),
     "no": ("cannot be fixed", RED, "///"),
     "undecided": ("undecided", ORANGE, "..."),
     "not tried": ("not tried", GREY, ""),
 }
-BINS = 24
-MOST_LAYERS = 40
-LONGEST = 28  # characters of a layer's name
-ROOM = "Room: the layer that must change least"
+MARGIN_BINS = 24
+PLOTTED_LAYERS = 40
+LAYER_NAME_LENGTH = 28  # characters of a layer's name
+LAYERS_TITLE = "Room: the layer that must change least"
 
 
+@figure_of.register
 def draw_diagnosis(diagnosis: Diagnosis) -> Any:
     """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs.
 
@@ -37,16 +36,8 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Any:
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigurationError(
-            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
-        ) from error
-    layers = min(len(diagnosis.layers), MOST_LAYERS)
-    figure = Figure(figsize=(13, max(4.6, 1.6 + 0.2 * layers)), layout="constrained")
-    FigureCanvasAgg(figure)  # can measure text, whatever the screen
+    layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
+    figure = new_figure(13, max(4.6, 1.6 + 0.2 * layers))
     known = diagnosis.known
     figure.suptitle(
         f"Before a repair: {known['targeted']:,} failures to repair, {known['passed']:,} passed samples to keep",
@@ -63,18 +54,18 @@ def draw_diagnosis(diagnosis: Diagnosis) -> Any:
 def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     groups = {
         verdict: [t.margin for t in diagnosis.targets if t.fixable == verdict and math.isfinite(t.margin)]
-        for verdict in VERDICTS
+        for verdict in VERDICT_STYLES
     }
     shown = {verdict: values for verdict, values in groups.items() if values}
     if not shown:
         _nothing(axes, "Targets", "no margin is known")
         return
     least = min(min(values) for values in shown.values())
-    names, colours, hatches = zip(*(VERDICTS[verdict] for verdict in shown), strict=True)
+    names, colours, hatches = zip(*(VERDICT_STYLES[verdict] for verdict in shown), strict=True)
     labels = [f"{name} ({len(values):,})" for name, values in zip(names, shown.values(), strict=True)]
     _, _, stacks = axes.hist(
         list(shown.values()),
-        bins=BINS,
+        bins=MARGIN_BINS,
         range=(least, 0) if least < 0 else None,
         stacked=True,
         color=colours,
@@ -103,8 +94,8 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
         return
     places = range(mixing.k + 1)
     for counts, name, colour, shift in (
-        (mixing.targets, f"targets (mean {part(mixing.mean('targets'))})", ORANGE, -0.2),
-        (mixing.passed, f"passed samples (mean {part(mixing.mean('passed'))})", BLUE, 0.2),
+        (mixing.targets, f"targets (mean {rough_percent(mixing.mean('targets'))})", ORANGE, -0.2),
+        (mixing.passed, f"passed samples (mean {rough_percent(mixing.mean('passed'))})", BLUE, 0.2),
     ):
         total = max(1, sum(counts))
         axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
@@ -124,20 +115,20 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
     best = diagnosis.roomiest
     layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
-    shown = set(sorted(layers, key=lambda layer: layer.change)[:MOST_LAYERS])
+    shown = set(sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS])
     layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]
     if not layers or best is None:
-        _nothing(axes, ROOM, "no layer can" if diagnosis.layers else "not looked at")
+        _nothing(axes, LAYERS_TITLE, "no layer can" if diagnosis.layers else "not looked at")
         return
     places = range(len(layers))
     left = 0.7 * best.change
     for at, layer in zip(places, layers, strict=True):
         marked = layer == best or layer.layer == diagnosis.head
         colour = GREEN if layer == best else INK if marked else BLUE
-        axes.plot([left, layer.change], [at, at], color=FAINT, linewidth=1.2, zorder=1)
+        axes.plot([left, layer.change], [at, at], color=GRID_COLOUR, linewidth=1.2, zorder=1)
         axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
         if marked:
-            note = f"{part(layer.change)}, {'least' if layer == best else 'last layer'}"
+            note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
             axes.annotate(
                 note, (layer.change, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour
             )
@@ -146,7 +137,7 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
     _percent_ticks(axes)
-    _dress(axes, ROOM, "change that fixes a typical target, % of the layer's norm", "")
+    _dress(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
 
 
 def _percent_ticks(axes: Any) -> None:
@@ -165,7 +156,7 @@ def _percent_ticks(axes: Any) -> None:
 
 def _short(name: str) -> str:
     """The end of a long name, which tells it from its neighbours."""
-    return name if len(name) <= LONGEST else f"...{name[3 - LONGEST :]}"
+    return name if len(name) <= LAYER_NAME_LENGTH else f"...{name[3 - LAYER_NAME_LENGTH :]}"
 
 
 def _nothing(axes: Any, title: str, text: str) -> None:
@@ -181,6 +172,6 @@ def _dress(axes: Any, title: str, across: str, up: str) -> None:
     axes.set_ylabel(up, fontsize=9, color=INK)
     axes.tick_params(colors=INK, labelsize=8)
     axes.set_axisbelow(True)
-    axes.grid(axis="x" if not up else "y", color=FAINT, linewidth=0.6)
+    axes.grid(axis="x" if not up else "y", color=GRID_COLOUR, linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,17 +1,15 @@
-"""Diagnosis: what can be known of a repair before it is searched, as data, JSON, Markdown, a table and a plot."""
+"""Diagnosis: what can be known of a repair before it is searched, as data and JSON."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from lightning_nrl._utils.serialize import dumps, plain
-from lightning_nrl.report.document import Page, Shown
-from lightning_nrl.report.repair_report import installed_versions
+from lightning_nrl._utils.serialize import null_is
+from lightning_nrl.analysis.figures import Plotted
+from lightning_nrl.report import Report, installed_versions
 
 __all__ = ["Binding", "Check", "Cost", "Diagnosis", "Doubt", "LayerRoom", "Mixing", "TargetFinding", "Verdict"]
 
@@ -152,7 +150,7 @@ class LayerRoom:
     kind: str
     weights: int
     room: float
-    change: float
+    change: float = field(metadata=null_is(math.inf))
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Diagnosis(Shown):
+class Diagnosis(Report, Plotted):
     """What can be known before a repair. `rich.print(diagnosis)` shows it as tables.
 
     Attributes:
@@ -217,78 +215,6 @@ class Diagnosis(Shown):
         """The layer that repairs a target by the smallest change of itself; None if no layer was looked at."""
         return min(self.layers, key=lambda layer: layer.change, default=None)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, text and numbers, with the counts that follow from the targets."""
-        return {**plain(self), "fixable": {verdict: self.count(verdict) for verdict in get_args(Verdict)}}
-
-    def to_json(self) -> str:
-        """Strict JSON: a number that is not finite is null."""
-        return dumps(self.to_dict()) + "\n"
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Diagnosis:
-        """Reads what `to_dict` gives. What it does not know is left out, so that later versions can be read."""
-        own = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        for name, kind in LISTS.items():
-            own[name] = tuple(_read(kind, item) for item in own.get(name, ()))
-        for name, kind in PARTS.items():
-            own[name] = None if own.get(name) is None else _read(kind, own[name])
-        own["notes"] = tuple(own.get("notes", ()))
-        return cls(**own)
-
-    @classmethod
-    def from_json(cls, text: str) -> Diagnosis:
-        """Reads what `to_json` gives; a null in place of a number is NaN, of a layer's change infinite."""
-        return cls.from_dict(json.loads(text))
-
-    def to_table(self) -> Page:
-        """The advice and the tables, for rich's `print`."""
-        from lightning_nrl.analysis.diagnosis.diagnosis_tables import page
-
-        return page(self)
-
-    def to_markdown(self) -> str:
-        """The same for a reviewer, with the positions of all samples that are named."""
-        from lightning_nrl.analysis.diagnosis.diagnosis_tables import page
-
-        return page(self, everything=True).markdown()
-
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Draws the targets' margins, neighbourhoods and layers.
-
-        Args:
-            path: a file to save it to, such as `diagnosis.png`.
-
-        Returns:
-            The `matplotlib.figure.Figure`.
-
-        Raises:
-            ConfigurationError: matplotlib is not installed.
-        """
-        from lightning_nrl.analysis.diagnosis.diagnosis_plot import draw_diagnosis
-
-        figure = draw_diagnosis(self)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-        return figure
-
-
-LISTS: dict[str, type] = {
-    "targets": TargetFinding,
-    "binding": Binding,
-    "doubts": Doubt,
-    "layers": LayerRoom,
-    "costs": Cost,
-}
-PARTS: dict[str, type] = {"check": Check, "mixing": Mixing}
-
-
-def _read(kind: type[Any], data: Mapping[str, Any]) -> Any:
-    own = {f.name: data[f.name] for f in fields(kind) if f.name in data}
-    lost = math.inf if kind is LayerRoom else math.nan
-    for f in fields(kind):
-        if f.type == "float" and own.get(f.name, 0.0) is None:
-            own[f.name] = lost
-        elif isinstance(own.get(f.name), Sequence) and not isinstance(own[f.name], str):
-            own[f.name] = tuple(own[f.name])
-    return kind(**own)
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Verdict)}}

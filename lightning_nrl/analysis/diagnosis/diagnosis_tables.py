@@ -8,25 +8,22 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, TargetFinding, Verdict
-from lightning_nrl.analysis.diagnosis.formatting import about, part
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.formatting import rough_percent, rough_time
+from lightning_nrl.report.pages import page_of
 
-__all__ = ["page"]
+__all__ = ["page_of_diagnosis"]
 
 REST: tuple[Verdict, ...] = ("undecided", "not tried")
 
-FEW = 8
+LISTED_ROWS = 8
 """Samples, classes and layers that are shown; the JSON has all."""
 
 
-def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
-    """The advice, then what it rests on.
-
-    Args:
-        diagnosis: what was found.
-        everything: whether all samples, classes and layers are shown, not the first few.
-    """
-    few = 10**9 if everything else FEW
+@page_of.register
+def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
+    """The advice, then what it rests on; in full with all samples, classes and layers, not the first few."""
+    most = 10**9 if full else LISTED_ROWS
     blocks: list[Block] = [Heading("Before a repair", 1), Text(diagnosis.advice), Facts(_facts(diagnosis))]
     if any(target.fixable != "not tried" for target in diagnosis.targets):
         blocks += [
@@ -35,25 +32,25 @@ def page(diagnosis: Diagnosis, everything: bool = False) -> Page:
                 f"Whether a change of the last layer ({diagnosis.head}) can fix it, if it is the only one to be fixed, "
                 "with no known regression. Change: of the logits, by their size on passed samples."
             ),
-            _alone(diagnosis, few),
+            _alone(diagnosis, most),
             Heading("Passed samples that stand in the way"),
-            *_binding(diagnosis, few),
+            *_binding(diagnosis, most),
         ]
     if diagnosis.doubts:
         text = (
             "Neighbours and model agree on another class, and the model is sure. A wrong label looks like that, and so "
             "does a new kind of input."
         )
-        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, few)]
+        blocks += [Heading("Labels worth a look"), Text(text), _doubts(diagnosis, most)]
     if diagnosis.layers:
         text = (
             "Change: how much of the layer has to change, by its norm, to fix a typical target; less is better. "
             "Room: of the margin that a small change could gain for a target, the share that is left if no passed "
             "sample near the border may lose any. Both to first order."
         )
-        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, few)]
+        blocks += [Heading("Room by layer"), Text(text), _layers(diagnosis, most)]
     if diagnosis.costs:
-        costs = tuple((cost.method, f"{about(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
+        costs = tuple((cost.method, f"{rough_time(cost.seconds)}: {cost.how}") for cost in diagnosis.costs)
         text = "On this machine, to a factor of about two, with all counts around it; `max_time` makes it less."
         blocks += [Heading("What a repair would take"), Text(text), Facts(costs)]
     if diagnosis.notes:
@@ -78,8 +75,8 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
         facts.append(
             (
                 "neighbourhoods",
-                f"of the {mixing.k} passed samples nearest to a target, {part(mixing.mean('targets'))} have its label; "
-                f"of those nearest to a passed sample, {part(mixing.mean('passed'))}",
+                f"of the {mixing.k} passed samples nearest to a target, {rough_percent(mixing.mean('targets'))} have "
+                f"its label; of those nearest to a passed sample, {rough_percent(mixing.mean('passed'))}",
             )
         )
     if check is not None:
@@ -88,16 +85,16 @@ def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
                 "held out",
                 f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
                 f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
-                f"{part(check.harmless)} of such fixes break none",
+                f"{rough_percent(check.harmless)} of such fixes break none",
             )
         )
     return tuple(facts)
 
 
-def _alone(diagnosis: Diagnosis, few: int) -> Table:
+def _alone(diagnosis: Diagnosis, most: int) -> Table:
     """A column for all, and one for each class, or for those with most targets."""
     counts = Counter(target.label for target in diagnosis.targets)
-    shown = sorted(label for label, _ in counts.most_common(few))
+    shown = sorted(label for label, _ in counts.most_common(most))
     groups = [(str(label), "class", [t for t in diagnosis.targets if t.label == label]) for label in shown]
     rest = [target for target in diagnosis.targets if target.label not in shown]
     if rest:
@@ -117,43 +114,46 @@ def _alone(diagnosis: Diagnosis, few: int) -> Table:
         row("can be fixed", count("yes"), "gain"),
         row("cannot be fixed", count("no")),
         *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
-        row("change needed, median", lambda group: part(_median([t.change for t in group]))),
-        row("neighbours with its label, mean", lambda group: part(_mean([t.agreement for t in group]))),
+        row("change needed, median", lambda group: rough_percent(_median([t.change for t in group]))),
+        row("neighbours with its label, mean", lambda group: rough_percent(_mean([t.agreement for t in group]))),
     ]
     return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
 
 
-def _binding(diagnosis: Diagnosis, few: int) -> tuple[Block, ...]:
+def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
     if not diagnosis.binding:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    shown = diagnosis.binding[:few]
+    shown = diagnosis.binding[:most]
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
     rest = len(diagnosis.binding) - len(shown)
     if rest:
-        rows.append(Row(f"and {rest:,} more", ("", "", f"<= {diagnosis.binding[few].targets:,}")))
+        rows.append(Row(f"and {rest:,} more", ("", "", f"<= {diagnosis.binding[most].targets:,}")))
     text = (
         "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
     )
     return Text(text), Table((("class", ""), ("margin", "logits"), ("limits", "targets")), tuple(rows))
 
 
-def _doubts(diagnosis: Diagnosis, few: int) -> Table:
-    shown = diagnosis.doubts[:few]
-    rows = [Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), part(d.agreed), f"{d.lead:.1f}")) for d in shown]
+def _doubts(diagnosis: Diagnosis, most: int) -> Table:
+    shown = diagnosis.doubts[:most]
+    rows = [
+        Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
+        for d in shown
+    ]
     if len(diagnosis.doubts) > len(shown):
         rows.append(Row(f"and {len(diagnosis.doubts) - len(shown):,} more", ("", "", "", "")))
     return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
 
 
-def _layers(diagnosis: Diagnosis, few: int) -> Table:
+def _layers(diagnosis: Diagnosis, most: int) -> Table:
     layers = list(diagnosis.layers)
-    best = sorted(layers, key=lambda layer: layer.change)[:few]
+    best = sorted(layers, key=lambda layer: layer.change)[:most]
     head = [layer for layer in layers if layer.layer == diagnosis.head]
     shown = [layer for layer in layers if layer in best or layer in head]
     rows = [
         Row(
             layer.layer,
-            (layer.kind, f"{layer.weights:,}", part(layer.room), part(layer.change)),
+            (layer.kind, f"{layer.weights:,}", rough_percent(layer.room), rough_percent(layer.change)),
             "gain" if layer == diagnosis.roomiest else "",
         )
         for layer in shown

@@ -1,14 +1,19 @@
-"""The paper's study as one call: many settings and seeds on one problem, one table. `sweep_module` runs them."""
+"""The paper's study as one call: many settings and seeds on one problem, one table.
+
+In: a module, its data, settings (`Grid`) and seeds. Out: a `SweepResult`: what each run does, and the weights of each.
+`sweep_module` runs them, many swarms at a time (`batch_search`), and counts them (`recount`).
+"""
 
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, Sweepable, parse_settings
-from lightning_nrl.analysis.sweep.run import COLUMNS, Run
+from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run
 from lightning_nrl.analysis.sweep.sweep_module import Seeds, check_trials, parse_seeds, swarming, sweep_module
 from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
+from lightning_nrl.analysis.sweep.sweep_tables import page_of_sweep
 from lightning_nrl.analysis.sweep.trials import Trials, regression_free_repairs
 
 __all__ = [
-    "COLUMNS",
+    "RUN_COLUMNS",
     "Grid",
     "Run",
     "Seeds",
@@ -18,6 +23,7 @@ __all__ = [
     "Sweepable",
     "Trials",
     "check_trials",
+    "page_of_sweep",
     "parse_seeds",
     "parse_settings",
     "regression_free_repairs",

@@ -23,19 +23,19 @@ from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
 from lightning_nrl.search.fitness import Fitness
 
-__all__ = ["Bench", "Found", "Job", "batches"]
+__all__ = ["BatchSearch", "RunRequest", "SearchOutcome", "batches"]
 
-TOGETHER = {"cpu": 32}
+SWARMS_BY_DEVICE = {"cpu": 32}
 """Swarms of one call at most: a CPU gains nothing by more, and progress is told and kept after each call."""
-MANY = 512
+SWARMS_ELSEWHERE = 512
 """The same on other devices."""
-TENSORS = 16
+TENSORS_PER_SWARM = 16
 """Tensors of the size of all particles that a search holds at once, about."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One search to be made.
+class RunRequest:
+    """One run to be made.
 
     Attributes:
         key: tells it from every other search on any model and data.
@@ -54,11 +54,11 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
+class SearchOutcome:
+    """What a search gave.
 
     Attributes:
-        job: the search.
+        request: the run.
         n_passed: |I_pos|.
         where: `K` int64, flat positions of the weights that were searched, on the CPU; none if localisation left none.
         values: `K`, what they are to be, on the CPU.
@@ -67,7 +67,7 @@ class Found:
         seconds: its share of the time that it took together with others.
     """
 
-    job: Job
+    request: RunRequest
     n_passed: int
     where: Tensor
     values: Tensor
@@ -77,7 +77,7 @@ class Found:
 
 
 @dataclass
-class Bench:
+class BatchSearch:
     """A problem with what searches share: known data are recorded once, each localisation is made once.
 
     Attributes:
@@ -115,42 +115,45 @@ class Bench:
         self._localized.append((setting.localizer, localized))
         return localized
 
-    def passed(self, job: Job) -> Tensor:
-        """The passed samples that a job scores, `N` bool."""
-        which = job.setting.n_passed, job.seed
+    def passed(self, request: RunRequest) -> Tensor:
+        """The passed samples that a request scores, `N` bool."""
+        which = request.setting.n_passed, request.seed
         if which not in self._passed:
-            search = replace(self.base.search, n_passed=job.setting.n_passed)
-            asked = replace(self.base, search=search, seed=job.seed)
+            search = replace(self.base.search, n_passed=request.setting.n_passed)
+            asked = replace(self.base, search=search, seed=request.seed)
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 
-    def find(self, jobs: Sequence[Job], on_progress: Any = None) -> list[Found]:
+    def run(self, requests: Sequence[RunRequest], on_progress: Any = None) -> list[SearchOutcome]:
         """Runs searches of one kind at once (see `batches`). Each finds, bit for bit, what it finds alone.
 
         Args:
-            jobs: searches whose swarms are of one size.
-            on_progress: told how many iterations of how many were made.
+            requests: searches whose swarms are of one size.
+            on_progress: is told how many iterations of how many were made.
         """
-        localized = [self.localization(job.setting) for job in jobs]
-        searched = [(job, found) for job, found in zip(jobs, localized, strict=True) if found is not None]
+        localized = [self.localization(request.setting) for request in requests]
+        searched = [(request, found) for request, found in zip(requests, localized, strict=True) if found is not None]
         results = iter(self._search(searched, on_progress) if searched else ())
-        return [self._left(job) if found is None else next(results) for job, found in zip(jobs, localized, strict=True)]
+        return [
+            self._unsearched(request) if found is None else next(results)
+            for request, found in zip(requests, localized, strict=True)
+        ]
 
-    def _left(self, job: Job) -> Found:
+    def _unsearched(self, request: RunRequest) -> SearchOutcome:
         none = torch.zeros(0, dtype=torch.int64)
         values = torch.zeros(0, dtype=self.problem.space.dtype)
-        return Found(job, int(self.passed(job).sum()), none, values, None, False, 0.0)
+        return SearchOutcome(request, int(self.passed(request).sum()), none, values, None, False, 0.0)
 
     @torch.no_grad()
-    def _search(self, searched: Sequence[tuple[Job, Localization]], on_progress: Any) -> list[Found]:
+    def _search(self, searched: Sequence[tuple[RunRequest, Localization]], on_progress: Any) -> list[SearchOutcome]:
         problem, space = self.problem, self.problem.space
-        before, jobs = problem.before, [job for job, _ in searched]
+        before, requests = problem.before, [request for request, _ in searched]
         sizes = [len(found.weights) for _, found in searched]
-        where = torch.full((len(jobs), max(sizes)), -1)
+        where = torch.full((len(requests), max(sizes)), -1)
         for row, (_, found) in zip(where, searched, strict=True):
             row[: len(found.weights)] = found.weights.cpu()
-        passed = torch.stack([self.passed(job) for job in jobs])
-        fitness = [job.setting.fitness for job in jobs]
+        passed = torch.stack([self.passed(request) for request in requests])
+        fitness = [request.setting.fitness for request in requests]
         alike = all(one == fitness[0] for one in fitness)
         scorer = make_scorer(
             self.recording,
@@ -169,54 +172,61 @@ class Bench:
             scorer,
             original,
             WeightStats.around(space, there),
-            seeds=[job.seed for job in jobs],
+            seeds=[request.seed for request in requests],
             fitness=fitness[0] if alike else fitness,
-            searcher=jobs[0].setting.method,
+            searcher=requests[0].setting.method,
             sizes=sizes,
-            on_progress=partial(_tell, on_progress, jobs[0].setting.method.iterations),
+            on_progress=partial(_report_progress, on_progress, requests[0].setting.method.iterations),
         )
         return [
-            Found(
-                job,
+            SearchOutcome(
+                request,
                 int(mask.sum()),
                 row[:size].clone(),
                 result.values.cpu(),
                 result,
                 not torch.equal(result.values, start[:size]),
-                result.seconds / len(jobs),
+                result.seconds / len(requests),
             )
-            for job, mask, row, size, result, start in zip(jobs, passed, where, sizes, results, original, strict=True)
+            for request, mask, row, size, result, start in zip(
+                requests, passed, where, sizes, results, original, strict=True
+            )
         ]
 
 
-def batches(jobs: Sequence[Job], problem: Problem) -> Iterator[list[Job]]:
-    """Jobs that are searched in one call: of one swarm, few enough to fit into memory.
+def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
+    """Requests that are searched in one call: of one swarm, few enough to fit into memory.
 
     On a CPU they also have one fitness, so that candidates are given up as early as in a single search.
     """
     device = problem.space.device
     budget = default_budget(device) if problem.budget is None else problem.budget
-    kinds: dict[Any, list[Job]] = {}
-    for job in jobs:
-        kinds.setdefault(_kind(job, device), []).append(job)
+    kinds: dict[Any, list[RunRequest]] = {}
+    for request in requests:
+        kinds.setdefault(_kind(request, device), []).append(request)
     for kind in kinds.values():
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
-        kind.sort(key=lambda job: (getattr(job.setting.localizer, "n_weights", None) or 0, job.setting.n_passed or 0))
-        size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS
-        n = max(1, min(budget // size, TOGETHER.get(device.type, MANY)))
+        kind.sort(
+            key=lambda request: (
+                getattr(request.setting.localizer, "n_weights", None) or 0,
+                request.setting.n_passed or 0,
+            )
+        )
+        size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
+        n = max(1, min(budget // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
         for start in range(0, len(kind), n):
             yield kind[start : start + n]
 
 
-def _kind(job: Job, device: torch.device) -> Any:
-    fitness = job.setting.fitness
+def _kind(request: RunRequest, device: torch.device) -> Any:
+    fitness = request.setting.fitness
     if not isinstance(fitness, Fitness):
-        return job.setting.method, id(fitness), job.setting.name
+        return request.setting.method, id(fitness), request.setting.name
     if device.type == "cpu":
-        return job.setting.method, fitness, job.setting.name
-    return job.setting.method, fitness.uses_passed_loss
+        return request.setting.method, fitness, request.setting.name
+    return request.setting.method, fitness.uses_passed_loss
 
 
-def _tell(on_progress: Any, total: int, done: int, histories: list[SearchHistory]) -> None:
+def _report_progress(on_progress: Any, total: int, done: int, histories: list[SearchHistory]) -> None:
     if on_progress is not None:
         on_progress(done, total)

@@ -18,7 +18,7 @@ from lightning_nrl.search.fitness import Fitness
 
 __all__ = ["Grid", "Setting", "Sweepable", "parse_settings"]
 
-WHOLE = ("fitness", "method", "localizer", "n_passed")
+SETTING_PARTS = ("fitness", "method", "localizer", "n_passed")
 """What a setting may give as a whole; every field of the first three may be given by itself."""
 
 
@@ -115,7 +115,7 @@ class Setting:
     def plain(self) -> dict[str, Any]:
         """What tells it from other settings, in dicts, lists, text and numbers; its name does not."""
         said = Settings(**self.arguments()).plain()
-        return {name: said[name] for name in WHOLE}
+        return {name: said[name] for name in SETTING_PARTS}
 
 
 def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
@@ -174,7 +174,7 @@ def _setting(given: Any, start: Setting) -> Setting:
         assert isinstance(row.method, ParticleSwarm)
         made = Setting("", row.fitness, row.method, row.localizer, row.search.n_passed)
     name = said.pop("name", None)
-    for whole in WHOLE:
+    for whole in SETTING_PARTS:
         if whole in said:
             made = replace(made, **{whole: _whole(whole, said.pop(whole), made)})
     changes: dict[str, dict[str, Any]] = {}
@@ -212,7 +212,7 @@ def _owner(argument: str, made: Setting) -> str:
     parts = {part: getattr(made, part) for part in ("fitness", "method", "localizer")}
     known = {field.name: part for part, value in parts.items() if is_dataclass(value) for field in fields(value)}
     if argument not in known:
-        choices = [name for name in (*WHOLE, "row", *known) if name != "kind"]
+        choices = [name for name in (*SETTING_PARTS, "row", *known) if name != "kind"]
         near = difflib.get_close_matches(str(argument), choices, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
         raise ConfigurationError(explain(f"`settings`: `{argument}` is no argument of a search.", hint))
@@ -243,7 +243,7 @@ def _label(made: Setting, start: Setting) -> str:
 
 
 def _same(a: Setting, b: Setting) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in WHOLE)
+    return all(getattr(a, name) == getattr(b, name) for name in SETTING_PARTS)
 
 
 def _values(value: Any) -> tuple[Any, ...]:

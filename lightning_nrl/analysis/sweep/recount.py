@@ -10,54 +10,21 @@ from torch import Tensor
 
 from lightning_nrl._scoring.exact import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
-from lightning_nrl.analysis.sweep.batch_search import Found
+from lightning_nrl.analysis.sweep.batch_search import SearchOutcome
 from lightning_nrl.data.batch import Source
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
-__all__ = ["Counted", "Recount"]
+__all__ = ["Recount"]
 
-SMALL = 256 << 20
+STATES_MEMORY = 256 << 20
 """Bytes of whole layers, one a run, that are made once and not anew for every batch."""
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What the weights of one run do on the data of one role.
-
-    Attributes:
-        n: samples.
-        passed: samples that were right before.
-        targeted: failures to be repaired.
-        repaired_in_target: of these, those that are right.
-        repaired: samples that were wrong and are right.
-        broken: samples that were right and are wrong.
-    """
-
-    n: int
-    passed: int
-    targeted: int
-    repaired_in_target: int
-    repaired: int
-    broken: int
-
-    def columns(self, role: str) -> dict[str, int | float]:
-        """Columns of the table."""
-        before, after = self.passed, self.passed + self.repaired - self.broken
-        return {
-            f"{role}_n": self.n,
-            f"{role}_targeted": self.targeted,
-            f"{role}_repaired_in_target": self.repaired_in_target,
-            f"{role}_repaired": self.repaired,
-            f"{role}_broken": self.broken,
-            f"{role}_accuracy_before": before / self.n if self.n else 0.0,
-            f"{role}_accuracy_after": after / self.n if self.n else 0.0,
-        }
 
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role. What is recorded of the data is kept while there is room for it.
+    """Counts runs on the data of one role. What is recorded of the data is kept while memory allows.
 
     Attributes:
         problem: the model and its layers.
@@ -78,18 +45,21 @@ class Recount:
         return self.kept is None
 
     @torch.no_grad()
-    def __call__(self, runs: Sequence[Found]) -> list[Counted]:
+    def __call__(self, runs: Sequence[SearchOutcome]) -> list[TargetCounts]:
         """Counts what the weights of some runs do."""
         right, targeted, device = _right(self.before), self.before.targeted, self.problem.space.device
         sums = torch.zeros(3, len(runs), dtype=torch.int64, device=device)
-        moved = [r for r, run in enumerate(runs) if run.changed]
-        states = _States(self.problem, [runs[r] for r in moved])
-        for batch in self._batches() if moved else ():
-            was, wanted = (mask[batch.chunk.rows].to(device) for mask in (right, targeted))
-            now = torch.stack([self._passed(batch, states[r]) for r in range(len(moved))])
-            sums[:, moved] += torch.stack([now & wanted, now & ~was, ~now & was]).sum(2)
+        changed = [r for r, run in enumerate(runs) if run.changed]
+        states = _States(self.problem, [runs[r] for r in changed])
+        for batch in self._batches() if changed else ():
+            was, aimed = (mask[batch.chunk.rows].to(device) for mask in (right, targeted))
+            now = torch.stack([self._passed(batch, states[r]) for r in range(len(changed))])
+            sums[:, changed] += torch.stack([now & aimed, now & ~was, ~now & was]).sum(2)
         n, passed, aims = len(self.before), int(right.sum()), int(targeted.sum())
-        return [Counted(n, passed, aims, *column) for column in sums.t().tolist()]
+        return [
+            TargetCounts(passed - broken, broken, repaired, n - passed - repaired, aims, in_target)
+            for in_target, repaired, broken in sums.t().tolist()
+        ]
 
     def _passed(self, batch: ExactBatch, parameters: Mapping[str, Tensor]) -> Tensor:
         """Which samples are right, `n` bool; one whose loss is not finite is not."""
@@ -101,13 +71,13 @@ class Recount:
             yield from self.kept or ()
             return
         problem, device = self.problem, self.problem.space.device
-        room = (default_budget(device) if problem.budget is None else problem.budget) // 2
+        free = (default_budget(device) if problem.budget is None else problem.budget) // 2
         batches = (
             (batch, self.before.rows(source.split, batch.position)) for source in self.sources for batch in source
         )
         for batch in exact_batches(problem.model, batches, problem.space, problem.task, context=problem.context):
-            room -= batch.nbytes
-            if room < 0:
+            free -= batch.nbytes
+            if free < 0:
                 self.kept = None
             elif self.kept is not None:
                 self.kept.append(batch)
@@ -118,15 +88,15 @@ class Recount:
 class _States:
     """Whole parameters of each run."""
 
-    def __init__(self, problem: Problem, runs: Sequence[Found]) -> None:
+    def __init__(self, problem: Problem, runs: Sequence[SearchOutcome]) -> None:
         self.space, self.runs = problem.space, runs
-        small = len(runs) * self.space.size * self.space.dtype.itemsize <= SMALL
+        small = len(runs) * self.space.size * self.space.dtype.itemsize <= STATES_MEMORY
         self.made = [self._make(run) for run in runs] if small else None
 
     def __getitem__(self, run: int) -> Mapping[str, Tensor]:
         return self._make(self.runs[run]) if self.made is None else self.made[run]
 
-    def _make(self, run: Found) -> Mapping[str, Tensor]:
+    def _make(self, run: SearchOutcome) -> Mapping[str, Tensor]:
         return self.space.changed(run.where, run.values)
 
 

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args
 
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl._utils.deserialize import from_plain
+from lightning_nrl._utils.serialize import Derives, flat, hints_of
+from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.report.splits import ROLES, Role
 
-__all__ = ["COLUMNS", "COUNTED", "ROLES", "Run"]
+__all__ = ["RUN_COLUMNS", "Run", "run_of_text"]
 
-ROLES = ("known", "calibration", "unseen")
-COUNTED = (
-    "n",
-    "targeted",
-    "repaired_in_target",
-    "repaired",
-    "broken",
-    "accuracy_before",
-    "accuracy_after",
-)
-"""What is counted of each role."""
+DERIVED_COUNTS = ("n", "accuracy_before", "accuracy_after")
+NO_COUNTS = TargetCounts(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Derives):
     """One search with one seed, and what its weights do; the counts are those of the deployed model.
 
     Attributes:
@@ -43,15 +38,9 @@ class Run:
         patched: samples of I_neg that it repairs, as the search counts them.
         intact: samples of the sampled I_pos that it keeps.
         changed: whether it differs from the original weights.
-        known_n: known samples.
-        known_targeted: of these, failures to be repaired.
-        known_repaired_in_target: of these, repaired ones.
-        known_repaired: known samples that were wrong and are right.
-        known_broken: known samples that were right and are wrong.
-        known_accuracy_before: share of known samples that were right.
-        known_accuracy_after: share of known samples that are right.
-        calibration_n: the same for calibration data; None, and so on, where there are none.
-        unseen_n: the same for unseen data.
+        known: what becomes of known samples; in the table `known_broken` and so on.
+        calibration: what becomes of calibration samples; None where there are none.
+        unseen: what becomes of unseen samples; None where there are none.
         seconds: wall time, its share of what was searched and counted together.
     """
 
@@ -70,66 +59,74 @@ class Run:
     patched: int
     intact: int
     changed: bool
-    known_n: int
-    known_targeted: int
-    known_repaired_in_target: int
-    known_repaired: int
-    known_broken: int
-    known_accuracy_before: float
-    known_accuracy_after: float
-    calibration_n: int | None = None
-    calibration_targeted: int | None = None
-    calibration_repaired_in_target: int | None = None
-    calibration_repaired: int | None = None
-    calibration_broken: int | None = None
-    calibration_accuracy_before: float | None = None
-    calibration_accuracy_after: float | None = None
-    unseen_n: int | None = None
-    unseen_targeted: int | None = None
-    unseen_repaired_in_target: int | None = None
-    unseen_repaired: int | None = None
-    unseen_broken: int | None = None
-    unseen_accuracy_before: float | None = None
-    unseen_accuracy_after: float | None = None
+    known: TargetCounts = field(metadata=flat("known_"))
+    calibration: TargetCounts | None = field(default=None, metadata=flat("calibration_"))
+    unseen: TargetCounts | None = field(default=None, metadata=flat("unseen_"))
     seconds: float = 0.0
 
     @property
     def regression_free(self) -> bool:
         """Whether something known is repaired and nothing known broken (instance level; paper, section III)."""
-        return self.known_broken == 0 and self.known_repaired > 0
+        return self.known.broken == 0 and self.known.repaired > 0
 
-    def has(self, role: str) -> bool:
+    def has(self, role: Role) -> bool:
         """Whether there were data of this role."""
-        return getattr(self, f"{role}_n") is not None
+        return self._of(role) is not None
 
-    def counts(self, role: str) -> FlipCounts:
+    def counts(self, role: Role) -> TargetCounts:
         """What became of the samples of a role; all 0 where there are none."""
-        if not self.has(role):
-            return FlipCounts(0, 0, 0, 0)
-        n, repaired, broken, before = (
-            getattr(self, f"{role}_{name}") for name in ("n", "repaired", "broken", "accuracy_before")
-        )
-        passed = round(before * n)
-        return FlipCounts(passed - broken, broken, repaired, n - passed - repaired)
+        return self._of(role) or NO_COUNTS
 
-    @classmethod
-    def of_text(cls, row: Mapping[str, str]) -> Run:
-        """Reads a line of the table, as `csv.DictReader` gives it.
+    @property
+    def derived(self) -> Mapping[str, object]:
+        return {
+            f"{role}_{name}": getattr(self.counts(role), name) if self.has(role) else None
+            for role in ROLES
+            for name in DERIVED_COUNTS
+        }
 
-        Raises:
-            ValueError: a number that is none.
-            KeyError: a column that is not there.
-        """
-        return cls(**{name: _read(row[name], kinds) for name, kinds in _KINDS.items()})
+    def _of(self, role: Role) -> TargetCounts | None:
+        return {"known": self.known, "calibration": self.calibration, "unseen": self.unseen}[role]
 
 
-COLUMNS = tuple(field.name for field in fields(Run))
-_KINDS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Run).items()}
+def _kinds() -> dict[str, tuple[Any, ...]]:
+    """Which types each column may have, in the order of the table."""
+    own = {name: get_args(hint) or (hint,) for name, hint in hints_of(Run).items()}
+    counted = dict.fromkeys(("n", *(f.name for f in fields(TargetCounts))), int)
+    last = {"seconds": own["seconds"]}
+    first = {name: own[name] for name in own if name not in (*ROLES, *last)}
+    by_role = {
+        f"{role}_{name}": (kind, NoneType)
+        for role in ROLES
+        for name, kind in {**counted, "accuracy_before": float, "accuracy_after": float}.items()
+    }
+    return {**first, **by_role, **last}
 
 
-def _read(text: str, kinds: tuple[Any, ...]) -> Any:
-    if not text and type(None) in kinds:
+_KINDS = _kinds()
+RUN_COLUMNS = tuple(_KINDS)
+"""The columns of the table."""
+
+
+def run_of_text(row: Mapping[str, str]) -> Run:
+    """Reads a line of the table, as `csv.DictReader` gives it.
+
+    Raises:
+        ConfigurationError: a column is missing or unknown, or holds something else; it is named.
+    """
+    return from_plain(Run, {name: _value(text, _KINDS.get(name, ())) for name, text in row.items()})
+
+
+def _value(text: str, kinds: tuple[Any, ...]) -> object:
+    """A cell as one of some types; as it is if it is none of them."""
+    if not text and NoneType in kinds:
         return None
     if bool in kinds:
-        return {"True": True, "False": False}[text]
-    return kinds[0](text)
+        return {"True": True, "False": False}.get(text, text)
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text

@@ -1,4 +1,8 @@
-"""A sweep on disk: what was run is there again when the same is asked for."""
+"""A sweep on disk: what was run is there again when the same is asked for.
+
+A file is the SHA-256 of what follows, a line break, and some runs as `torch.save` writes them. One that cannot be read,
+or does not fit its checksum, is not used: its runs are made again.
+"""
 
 from __future__ import annotations
 
@@ -6,28 +10,29 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.deserialize import from_plain
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.serialize import plain
+from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, DataWarning, explain
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["Kept", "Store", "digest", "evidence_digest", "exchanged"]
+__all__ = ["RunStore", "StoredRun", "digest", "exchanged", "results_digest"]
 
-COLUMNS = ("index", "label", "prediction", "passed", "targeted", "weight")
+DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "weight")
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredRun:
     """A run and its weights.
 
     Attributes:
@@ -42,7 +47,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Store:
+class RunStore:
     """A folder with a file for each few runs.
 
     Attributes:
@@ -51,65 +56,92 @@ class Store:
 
     folder: Path | None
 
-    def read(self, wanted: Iterable[str]) -> dict[str, Kept]:
-        """Runs that are there, by key. A file that was cut short counts as not there."""
+    def read(self, wanted: Iterable[str]) -> dict[str, StoredRun]:
+        """Runs that are there, by key. A file that cannot be read, or is damaged, is warned of and left out.
+
+        Raises:
+            ConfigurationError: the folder is a file.
+        """
         if self.folder is None:
             return {}
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(
                 explain(f"`dirpath={str(self.folder)!r}` is a file.", "name a folder, which is made if need be.")
             )
-        keys, found = set(wanted), {}
+        keys = set(wanted)
+        found: dict[str, StoredRun] = {}
         for path in sorted(self.folder.glob("runs-*.pt")):
-            with suppress(Exception):
-                found.update({key: kept for key, kept in _loaded(path.read_bytes()).items() if key in keys})
+            try:
+                runs = _unpacked(_checked(path.read_bytes()))
+            except (OSError, ConfigurationError) as error:
+                why = str(error).partition("\n")[0]
+                problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
+                hint = "delete the file, and look at the disk if this comes again."
+                warnings.warn(explain(problem, hint), DataWarning, stacklevel=2)
+                continue
+            found.update({key: run for key, run in runs.items() if key in keys})
         return found
 
-    def write(self, runs: Mapping[str, Kept]) -> None:
+    def write(self, runs: Mapping[str, StoredRun]) -> None:
         """Keeps runs by their keys, all or, if the process is killed meanwhile, none."""
         if self.folder is None or not runs:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"runs-{digest(sorted(runs))[:16]}.pt"
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(_saved(runs))
+        data = _packed(runs)
+        part.write_bytes(_checksum(data) + b"\n" + data)
         part.replace(path)
 
 
 def digest(value: Any) -> str:
     """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(plain(value), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(to_plain(value), sort_keys=True).encode()).hexdigest()
 
 
-def evidence_digest(evidence: SampleResults) -> str:
+def results_digest(results: SampleResults) -> str:
     """SHA-256 of which samples there are and what the model does on them, to three digits of the loss."""
-    found = hashlib.sha256(repr((evidence.splits, evidence.sizes)).encode())
-    for name in COLUMNS:
-        found.update(getattr(evidence, name).numpy().tobytes())
-    found.update(evidence.loss.half().numpy().tobytes())
+    found = hashlib.sha256(repr((results.splits, results.sizes)).encode())
+    for name in DIGESTED_RESULTS:
+        found.update(getattr(results, name).numpy().tobytes())
+    found.update(results.loss.half().numpy().tobytes())
     return found.hexdigest()
 
 
-def exchanged(mine: Mapping[str, Kept], collective: Collective) -> dict[str, Kept]:
+def exchanged(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str, StoredRun]:
     """The runs of all ranks on each."""
     if collective.world_size == 1:
         return dict(mine)
-    packed = torch.frombuffer(bytearray(_saved(mine)), dtype=torch.uint8)
-    together: dict[str, Kept] = {}
+    packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
+    together: dict[str, StoredRun] = {}
     for rank in collective.gather(packed):
-        together.update(_loaded(rank.numpy().tobytes()))
+        together.update(_unpacked(rank.numpy().tobytes()))
     return together
 
 
-def _saved(runs: Mapping[str, Kept]) -> bytes:
-    data = {
-        key: {"run": plain(asdict(kept.run)), "where": kept.where, "values": kept.values} for key, kept in runs.items()
-    }
+def _checksum(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()
+
+
+def _checked(data: bytes) -> bytes:
+    """What follows the checksum.
+
+    Raises:
+        ConfigurationError: it does not fit its checksum.
+    """
+    checksum, _, rest = data.partition(b"\n")
+    if checksum != _checksum(rest):
+        raise ConfigurationError("it does not fit its checksum")
+    return rest
+
+
+def _packed(runs: Mapping[str, StoredRun]) -> bytes:
+    data = {key: {"run": to_plain(one.run), "where": one.where, "values": one.values} for key, one in runs.items()}
     out = io.BytesIO()
     torch.save(data, out)
     return out.getvalue()
 
 
-def _loaded(data: bytes) -> dict[str, Kept]:
+def _unpacked(data: bytes) -> dict[str, StoredRun]:
     found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    return {key: Kept(Run(**kept["run"]), kept["where"], kept["values"]) for key, kept in found.items()}
+    return {key: StoredRun(from_plain(Run, one["run"]), one["where"], one["values"]) for key, one in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,29 +12,31 @@ import torch
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.sweep.batch_search import Bench, Found, Job, batches
+from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, SearchOutcome, batches
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
 from lightning_nrl.analysis.sweep.recount import Recount
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.analysis.sweep.store import Kept, Store, digest, evidence_digest, exchanged
-from lightning_nrl.analysis.sweep.sweep_progress import Progress, SweepObserver
+from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, digest, exchanged, results_digest
+from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver, SweepProgress
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials, chosen
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
-from lightning_nrl.report import Role, hash_tensors
+from lightning_nrl.report import Role
 
 __all__ = ["Study", "study"]
 
-PATIENCE = 5
+RECOUNT_AFTER = 5
 """Where data have to be read again to count runs, that is done once searching took so many times as long."""
 
 
@@ -70,7 +72,7 @@ def study(
         )
     problem = build_problem(evaluator, known, before, layers, base, clock=clock)
     data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.held_out.items()}}
-    store = Store(None if dirpath is None else Path(dirpath))
+    store = RunStore(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)
 
 
@@ -91,11 +93,11 @@ class Study:
     base: Settings
     data: Mapping[Role, tuple[Sequence[Source], SampleResults]]
     collective: Collective
-    store: Store
+    store: RunStore
     observer: SweepObserver | None = None
-    _benches: dict[bool, Bench] = field(default_factory=dict)
-    _recounts: dict[bool, dict[str, Recount]] = field(default_factory=dict)
-    _there: dict[str, Kept] = field(default_factory=dict)
+    _searches: dict[bool, BatchSearch] = field(default_factory=dict)
+    _recounts: dict[bool, dict[Role, Recount]] = field(default_factory=dict)
+    _there: dict[str, StoredRun] = field(default_factory=dict)
     _ground: str = ""
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
@@ -104,22 +106,28 @@ class Study:
         Returns:
             All that were wanted, in their order, the same on each rank.
         """
-        jobs = [Job(self._key(setting, seed), setting, seed) for setting, seed in wanted]
-        unknown = [job.key for job in jobs if job.key not in self._there]
+        requests = [RunRequest(self._key(setting, seed), setting, seed) for setting, seed in wanted]
         there = self._there
-        there |= exchanged(self.store.read(unknown), self.collective)
-        missing = [job for job in jobs if job.key not in there]
-        error, made = None, {}
+        unknown = [request.key for request in requests if request.key not in there]
+        there |= self._on_each_rank(lambda: self.store.read(unknown))
+        missing = [request for request in requests if request.key not in there]
+        mine = missing[self.collective.rank :: self.collective.world_size]
+        there |= self._on_each_rank(lambda: self._made(mine, requests, there))
+        result = self._result(requests, there)
+        self._keep_table(result)
+        return result
+
+    def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
+        """What all ranks have worked out together; where one raises, all do."""
+        error: Exception | None = None
+        own: dict[str, StoredRun] = {}
         try:
-            made = self._made(missing[self.collective.rank :: self.collective.world_size], jobs, there)
+            own = work()
         except Exception as caught:
             error = caught
         if self.collective.any(error is not None):
             raise error or RepairError("another rank could not make its runs of the sweep.")
-        there |= exchanged(made, self.collective)
-        result = self._result(jobs, there)
-        self._keep_table(result)
-        return result
+        return exchanged(own, self.collective)
 
     def explore(self, grid: Grid, trials: Trials, seeds: Sequence[int]) -> SweepResult:
         """Runs the combinations that a sampler chooses; the first rank has it.
@@ -140,72 +148,76 @@ class Study:
         trials.explore(grid, evaluate, chooses=self.collective.rank == 0)
         return self.run([(setting, seed) for setting in settings for seed in seeds])
 
-    def _made(self, mine: Sequence[Job], jobs: Sequence[Job], there: Mapping[str, Kept]) -> dict[str, Kept]:
+    def _made(
+        self, mine: Sequence[RunRequest], requests: Sequence[RunRequest], there: Mapping[str, StoredRun]
+    ) -> dict[str, StoredRun]:
         """This rank's runs."""
-        made: dict[str, Kept] = {}
-        progress = Progress(self.observer, len(jobs), len(jobs) - len(mine), sum(job.work for job in mine))
-        biased: dict[bool, list[Job]] = {}
-        for job in mine:
-            biased.setdefault(job.setting.localizer.include_bias, []).append(job)
+        made: dict[str, StoredRun] = {}
+        progress = SweepProgress(
+            self.observer, len(requests), len(requests) - len(mine), sum(request.work for request in mine)
+        )
+        biased: dict[bool, list[RunRequest]] = {}
+        for request in mine:
+            biased.setdefault(request.setting.localizer.include_bias, []).append(request)
         with self.problem.clock.stage("sweep"):
             for include_bias, own in biased.items():
-                bench, recounts = self._bench(include_bias), self._recounts[include_bias]
-                waiting: list[Found] = []
+                search, recounts = self._search(include_bias), self._recounts[include_bias]
+                waiting: list[SearchOutcome] = []
                 searching, counting = 0.0, 0.0
-                parts = list(batches(own, bench.problem))
+                parts = list(batches(own, search.problem))
                 for i, part in enumerate(parts):
                     began = time.perf_counter()
-                    waiting += bench.find(part, partial(progress.within, part))
+                    waiting += search.run(part, partial(progress.within, part))
                     searching += time.perf_counter() - began
                     streams = any(recount.streams for recount in recounts.values())
-                    if streams and searching < PATIENCE * counting and i < len(parts) - 1:
+                    if streams and searching < RECOUNT_AFTER * counting and i < len(parts) - 1:
                         progress.finish(part)
                         continue
                     began = time.perf_counter()
-                    new = _counted(waiting, recounts, bench)
+                    new = _counted(waiting, recounts, search)
                     counting, searching, waiting = time.perf_counter() - began, 0.0, []
                     self.store.write(new)
                     made |= new
                     progress.finish(part)
                     so_far = {**there, **made}
-                    self._keep_table(self._result([job for job in jobs if job.key in so_far], so_far))
+                    self._keep_table(self._result([request for request in requests if request.key in so_far], so_far))
         return made
 
-    def _bench(self, include_bias: bool) -> Bench:
-        if include_bias not in self._benches:
+    def _search(self, include_bias: bool) -> BatchSearch:
+        if include_bias not in self._searches:
             problem = self.problem
             if include_bias != self.base.localizer.include_bias:
                 space, scope = find_scope(problem.model, self.base.layer, include_bias=include_bias)
                 problem = replace(problem, space=space, scope=scope)
-            self._benches[include_bias] = Bench(problem, self.base)
+            self._searches[include_bias] = BatchSearch(problem, self.base)
             self._recounts[include_bias] = {
                 role: Recount(problem, sources, before) for role, (sources, before) in self.data.items()
             }
-        return self._benches[include_bias]
+        return self._searches[include_bias]
 
     def _key(self, setting: Setting, seed: int) -> str:
         if not self._ground:
-            evidence = {role: evidence_digest(before) for role, (_, before) in self.data.items()}
+            evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
             model = hash_tensors(self.problem.model.state_dict())
             passed = [source.split for source in self.problem.known if source.passed]
             said = self.base.plain()
             self._ground = digest([model, evidence, passed, said["layer"], repr(self.problem.task)])
         return digest([self._ground, setting.plain(), seed])
 
-    def _result(self, jobs: Sequence[Job], there: Mapping[str, Kept]) -> SweepResult:
+    def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
         # What was kept may have had another label.
-        kept = {(job.setting.name, job.seed): there[job.key] for job in jobs}
-        runs = tuple(replace(there[job.key].run, setting=job.setting.name) for job in jobs)
+        kept = {(request.setting.name, request.seed): there[request.key] for request in requests}
+        runs = tuple(replace(there[request.key].run, setting=request.setting.name) for request in requests)
         original = {
             include_bias: {
                 name: parameter.detach().cpu().clone()
-                for site in self._bench(include_bias).problem.space.sites
+                for site in self._search(include_bias).problem.space.sites
                 for name, parameter in site.parameters.items()
             }
-            for include_bias in {job.setting.localizer.include_bias for job in jobs}
+            for include_bias in {request.setting.localizer.include_bias for request in requests}
         }
         layer = self.base.layer if isinstance(self.base.layer, str) else ", ".join(self.base.layer)
-        settings = {job.setting.name: job.setting for job in jobs}
+        settings = {request.setting.name: request.setting for request in requests}
         return SweepResult(runs, str(self.base.target), layer, settings=settings, weights=kept, original=original)
 
     def _keep_table(self, result: SweepResult) -> None:
@@ -214,22 +226,23 @@ class Study:
             result.to_csv(self.store.folder / "sweep.csv")
 
 
-def _counted(found: Sequence[Found], recounts: Mapping[str, Recount], bench: Bench) -> dict[str, Kept]:
+def _counted(
+    found: Sequence[SearchOutcome], recounts: Mapping[Role, Recount], search: BatchSearch
+) -> dict[str, StoredRun]:
     """Rows and weights of some runs by their keys."""
     began = time.perf_counter()
     counts = {role: recount(found) for role, recount in recounts.items()}
     share = (time.perf_counter() - began) / len(found)
-    layer = ", ".join(site.name or type(site.module).__name__ for site in bench.problem.space.sites)
+    layer = ", ".join(site.name or type(site.module).__name__ for site in search.problem.space.sites)
     kept = {}
     for i, one in enumerate(found):
-        columns = {key: value for role in counts for key, value in counts[role][i].columns(role).items()}
-        run = _row(one, layer, one.seconds + share, columns)
-        kept[one.job.key] = Kept(run, one.where, one.values)
+        run = _row(one, layer, one.seconds + share, {role: counts[role][i] for role in counts})
+        kept[one.request.key] = StoredRun(run, one.where, one.values)
     return kept
 
 
-def _row(found: Found, layer: str, seconds: float, counts: Mapping[str, float]) -> Run:
-    setting, result = found.job.setting, found.result
+def _row(found: SearchOutcome, layer: str, seconds: float, counts: Mapping[Role, TargetCounts]) -> Run:
+    setting, result = found.request.setting, found.result
     fitness = setting.fitness
     kind = getattr(fitness, "kind", None)
     return Run(
@@ -240,7 +253,7 @@ def _row(found: Found, layer: str, seconds: float, counts: Mapping[str, float]) 
         n_weights=getattr(setting.localizer, "n_weights", None),
         n_passed=setting.n_passed,
         particles=setting.method.particles,
-        seed=found.job.seed,
+        seed=found.request.seed,
         layer=layer,
         n_localized=len(found.where),
         iterations=0 if result is None else result.iterations,
@@ -248,8 +261,10 @@ def _row(found: Found, layer: str, seconds: float, counts: Mapping[str, float]) 
         patched=0 if result is None else int(result.history.patched[-1]),
         intact=found.n_passed if result is None else int(result.history.intact[-1]),
         changed=found.changed,
+        known=counts["known"],
+        calibration=counts.get("calibration"),
+        unseen=counts.get("unseen"),
         seconds=round(seconds, 4),
-        **counts,  # type: ignore[arg-type]
     )
 
 

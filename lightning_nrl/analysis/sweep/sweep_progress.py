@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from lightning_nrl._utils.timing import Observer
-from lightning_nrl.analysis.sweep.batch_search import Job
+from lightning_nrl.analysis.sweep.batch_search import RunRequest
 
-__all__ = ["Progress", "SweepObserver"]
+__all__ = ["SweepObserver", "SweepProgress"]
 
 
 class SweepObserver(Observer, Protocol):
@@ -21,14 +21,14 @@ class SweepObserver(Observer, Protocol):
         ...
 
 
-class Progress:
+class SweepProgress:
     """Tells an observer how many runs are done, and how long the rest takes if it goes on as it did.
 
     Args:
         observer: is told.
         total: runs in all.
         done: those that this process has not to make.
-        work: what all others take, as `Job.work` has it.
+        work: what all others take, as `RunRequest.work` has it.
     """
 
     def __init__(self, observer: SweepObserver | None, total: int, done: int, work: int) -> None:
@@ -36,13 +36,13 @@ class Progress:
         self.worked = 0.0
         self.began = time.perf_counter()
 
-    def within(self, part: Sequence[Job], done: int, total: int) -> None:
+    def within(self, part: Sequence[RunRequest], done: int, total: int) -> None:
         """In the middle of some runs: this many iterations of at most so many were made."""
-        self._show(self.worked + sum(job.work for job in part) * done / max(1, total))
+        self._show(self.worked + sum(request.work for request in part) * done / max(1, total))
 
-    def finish(self, part: Sequence[Job]) -> None:
+    def finish(self, part: Sequence[RunRequest]) -> None:
         """Some runs are done, early or not."""
-        self.worked += sum(job.work for job in part)
+        self.worked += sum(request.work for request in part)
         self.done += len(part)
         self._show(self.worked)
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.serialize import dumps, plain
+from lightning_nrl._utils.serialize import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
-from lightning_nrl.analysis.sweep.run import COLUMNS, ROLES, Run
-from lightning_nrl.analysis.sweep.sweep_tables import sweep_page
+from lightning_nrl.analysis.sweep.grid import Setting
+from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run, run_of_text
+from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
 from lightning_nrl.gate import Gate
-from lightning_nrl.report import Page, installed_versions
-from lightning_nrl.report.document import Shown
-
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.sweep.grid import Setting
-    from lightning_nrl.analysis.sweep.store import Kept
+from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report.splits import ROLES, Role
 
 __all__ = ["SweepResult"]
 
 
 @dataclass(frozen=True)
-class SweepResult(Shown):
+class SweepResult(Report):
     """Runs of many settings and seeds. `rich.print(result)` shows means and spread for each setting.
 
     Attributes:
@@ -47,9 +43,13 @@ class SweepResult(Shown):
     target: str = ""
     layer: str = ""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
-    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False)
-    weights: Mapping[tuple[str, int], Kept] = field(default_factory=dict, compare=False, repr=False)
-    original: Mapping[bool, Mapping[str, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
+    weights: Mapping[tuple[str, int], StoredRun] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
+    original: Mapping[bool, Mapping[str, Tensor]] = field(
+        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
+    )
 
     def of(self, setting: str) -> tuple[Run, ...]:
         """The runs of one setting.
@@ -61,7 +61,7 @@ class SweepResult(Shown):
         check_choice("setting", setting, names)
         return tuple(run for run in self.runs if run.setting == setting)
 
-    def pareto(self, role: str = "known") -> tuple[Run, ...]:
+    def pareto(self, role: Role = "known") -> tuple[Run, ...]:
         """The front over all runs of repaired against broken: who repairs more breaks more. From few broken to many.
 
         Args:
@@ -97,15 +97,11 @@ class SweepResult(Shown):
         gate = Gate.parse(under, "under")
 
         def worth(run: Run) -> tuple[int, ...]:
-            known, calibration = run.counts("known"), run.counts("calibration")
+            known, calibration = run.known, run.counts("calibration")
             gain = calibration.repaired - calibration.broken
-            return gain, -calibration.broken, run.known_repaired_in_target, -known.broken, known.repaired
+            return gain, -calibration.broken, known.repaired_in_target, -known.broken, known.repaired
 
-        fit = [
-            run
-            for run in self.runs
-            if run.known_repaired_in_target and run.known_broken <= gate.allowed(run.counts("known"))
-        ]
+        fit = [run for run in self.runs if run.known.repaired_in_target and run.known.broken <= gate.allowed(run.known)]
         return max(fit, key=worth, default=None)
 
     def arguments(self, run: Run) -> dict[str, Any]:
@@ -145,10 +141,6 @@ class SweepResult(Shown):
         """
         write(model, self.state(run))
 
-    def to_table(self) -> Page:
-        """A line for each setting: means over its seeds and their spread."""
-        return sweep_page(self)
-
     def to_csv(self, path: str | Path | None = None) -> str:
         """A line a run, empty where there is nothing to say.
 
@@ -156,9 +148,9 @@ class SweepResult(Shown):
             path: a file to write it to as well.
         """
         out = io.StringIO()
-        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
-        table.writerows(asdict(run) for run in self.runs)
+        table.writerows(to_plain(run) for run in self.runs)
         return _written(out.getvalue(), path)
 
     @classmethod
@@ -173,10 +165,11 @@ class SweepResult(Shown):
         """
         text = source if isinstance(source, str) and "\n" in source else Path(source).read_text(encoding="utf-8")
         try:
-            return cls(tuple(map(Run.of_text, csv.DictReader(io.StringIO(text)))))
-        except (KeyError, ValueError, TypeError) as error:
+            return cls(tuple(map(run_of_text, csv.DictReader(io.StringIO(text), strict=True))))
+        except (csv.Error, ConfigurationError) as error:
+            problem = str(error).partition("\n")[0]
             raise ConfigurationError(
-                explain(f"`source` is no table of a sweep: {error!r}.", "give what `SweepResult.to_csv` has written.")
+                explain(f"`source` is no table of a sweep: {problem}", "give what `SweepResult.to_csv` has written.")
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -185,14 +178,7 @@ class SweepResult(Shown):
         Args:
             path: a file to write it to as well.
         """
-        data = {name: getattr(self, name) for name in ("target", "layer", "versions", "runs")}
-        return _written(dumps(plain(data)) + "\n", path)
-
-    @classmethod
-    def from_json(cls, text: str) -> SweepResult:
-        """Reads what `to_json` gives."""
-        data = json.loads(text)
-        return cls(**{**data, "runs": tuple(Run(**run) for run in data["runs"])})
+        return _written(super().to_json(), path)
 
     def to_parquet(self, path: str | Path) -> None:
         """The table as a Parquet file.
@@ -207,14 +193,9 @@ class SweepResult(Shown):
             raise ConfigurationError(
                 explain("`to_parquet` needs pyarrow.", 'pip install "lightning_nrl[parquet]", or use `to_csv`.')
             ) from error
-        columns = {name: [getattr(run, name) for run in self.runs] for name in COLUMNS}
+        rows = [to_plain(run) for run in self.runs]
+        columns = {name: [row[name] for row in rows] for name in RUN_COLUMNS}
         parquet.write_table(pyarrow.table(columns), path)
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation (n - 1) of some numbers; of one number the deviation is 0."""
-    column = torch.tensor(values, dtype=torch.float64)
-    return float(column.mean()), float(column.std()) if len(values) > 1 else 0.0
 
 
 def _written(text: str, path: str | Path | None) -> str:

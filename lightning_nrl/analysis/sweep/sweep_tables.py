@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
 
-from lightning_nrl.analysis.sweep.run import ROLES, Run
+from lightning_nrl.analysis.sweep.run import Run
+from lightning_nrl.analysis.sweep.sweep_result import SweepResult
+from lightning_nrl.evaluation.flip_counts import FlipCounts
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.formatting import count, plural
+from lightning_nrl.report.pages import page_of
+from lightning_nrl.report.splits import ROLES, Role
 
-if TYPE_CHECKING:
-    from lightning_nrl.analysis.sweep.sweep_result import SweepResult
+__all__ = ["page_of_sweep"]
 
-__all__ = ["sweep_page"]
-
-NOTE = (
+SWEEP_NOTE = (
     "Means over seeds, standard deviations in brackets. Free of regressions: the share of runs that repair something "
     "known and break nothing known. No gate judged."
 )
 
 
-def sweep_page(result: SweepResult) -> Page:
+@page_of.register
+def page_of_sweep(result: SweepResult, full: bool = False) -> Page:
     """What there is to say, then the table."""
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
     if result.runs:
-        blocks += [_table(result), Text(NOTE)]
+        blocks += [_table(result), Text(SWEEP_NOTE)]
     facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
     return Page((*blocks, *((Facts(facts),) if facts else ())))
 
@@ -33,9 +35,9 @@ def _summary(result: SweepResult) -> str:
     if not result.runs:
         return "No run."
     first, names = result.runs[0], {run.setting for run in result.runs}
-    text = f"{len(result.runs):,} run{'s' * (len(result.runs) > 1)} of {len(names):,} setting{'s' * (len(names) > 1)}"
+    text = f"{plural(len(result.runs), 'run')} of {plural(len(names), 'setting')}"
     text += f" in {sum(run.seconds for run in result.runs):,.0f} s."
-    text += f" {first.known_targeted:,} failures to repair"
+    text += f" {first.known.targeted:,} failures to repair"
     for role in ROLES:
         if first.has(role):
             counts = first.counts(role)
@@ -45,8 +47,8 @@ def _summary(result: SweepResult) -> str:
 
 def _table(result: SweepResult) -> Table:
     first = result.runs[0]
-    columns = [("runs", ""), ("repaired", f"of {first.known_targeted:,}"), ("broken", "known"), ("free of", "regr.")]
-    measures: list[Callable[[Run], float]] = [lambda run: run.known_repaired_in_target, lambda run: run.known_broken]
+    columns = [("runs", ""), ("repaired", f"of {first.known.targeted:,}"), ("broken", "known"), ("free of", "regr.")]
+    measures: list[Callable[[Run], float]] = [lambda run: run.known.repaired_in_target, lambda run: run.known.broken]
     later = [role for role in ROLES[1:] if first.has(role)]
     for role in later:
         columns += [("repaired", role), ("broken", role), ("accuracy", "points")]
@@ -54,19 +56,23 @@ def _table(result: SweepResult) -> Table:
     for name in dict.fromkeys(run.setting for run in result.runs):
         runs = result.of(name)
         free = sum(run.regression_free for run in runs)
-        cells = [f"{len(runs):,}", *(_mean(runs, measure) for measure in measures), f"{free / len(runs):.0%}"]
+        cells = [count(len(runs)), *(_mean(runs, measure) for measure in measures), f"{free / len(runs):.0%}"]
         for role in later:
-            cells += [
-                _mean(runs, lambda run, role=role: run.counts(role).repaired),  # type: ignore[misc]
-                _mean(runs, lambda run, role=role: run.counts(role).broken),  # type: ignore[misc]
-                _mean(runs, lambda run, role=role: _points(run, role), sign="+"),  # type: ignore[misc]
-            ]
+            cells += _role_cells(runs, role)
         rows.append(Row(name, tuple(cells)))
     return Table(tuple(columns), tuple(rows))
 
 
-def _points(run: Run, role: str) -> float:
-    counts = run.counts(role)
+def _role_cells(runs: Sequence[Run], role: Role) -> list[str]:
+    """Repaired, broken and the change of accuracy in points."""
+    return [
+        _mean(runs, lambda run: run.counts(role).repaired),
+        _mean(runs, lambda run: run.counts(role).broken),
+        _mean(runs, lambda run: _points(run.counts(role)), sign="+"),
+    ]
+
+
+def _points(counts: FlipCounts) -> float:
     return 100 * (counts.repaired - counts.broken) / max(1, counts.n)
 
 

@@ -21,7 +21,7 @@ Combination = tuple[int, ...]
 
 def regression_free_repairs(run: Run) -> float:
     """Repaired targets of a run that breaks nothing known; of any other, minus what it breaks."""
-    return float(-run.known_broken if run.known_broken else run.known_repaired_in_target)
+    return float(-run.known.broken if run.known.broken else run.known.repaired_in_target)
 
 
 @dataclass(frozen=True)

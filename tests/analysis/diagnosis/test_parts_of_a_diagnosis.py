@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from lightning_nrl.analysis.diagnosis.formatting import about, part
 
 from lightning_nrl._convex.batched_qp import ascend
 from lightning_nrl.analysis.diagnosis import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
 from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
-from lightning_nrl.analysis.diagnosis.formatting import about, part
 from lightning_nrl.analysis.diagnosis.layer_capacity import Sketches, room
 from lightning_nrl.evaluation.neighbors import doubtful, neighbours
 from lightning_nrl.methods import METHODS

@@ -14,11 +14,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_nrl import ConfigurationError, Gate, SweepResult
 from lightning_nrl._tracking import sweep_rows, track_sweep
-from lightning_nrl.analysis.sweep import COLUMNS, Run
+from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run
+from lightning_nrl.evaluation.flip_counts import TargetCounts
 
 ASKED = ["setting", "fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles", "seed", "layer"]
 FOUND = ["n_localized", "iterations", "value", "patched", "intact", "changed"]
-COUNTED = ["n", "targeted", "repaired_in_target", "repaired", "broken", "accuracy_before", "accuracy_after"]
+COUNTED = [
+    "n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target", "accuracy_before", "accuracy_after",
+]  # fmt: skip
 
 
 def made(setting: str, seed: int, known: tuple[int, int], **later: tuple[int, int]) -> Run:
@@ -26,9 +29,7 @@ def made(setting: str, seed: int, known: tuple[int, int], **later: tuple[int, in
     counts: dict[str, Any] = {}
     for role, (repaired, broken) in {"known": known, **later}.items():
         n, passed = (100, 90) if role == "known" else (50, 40)
-        counts |= {f"{role}_n": n, f"{role}_targeted": 8, f"{role}_repaired_in_target": min(8, repaired)}
-        counts |= {f"{role}_repaired": repaired, f"{role}_broken": broken, f"{role}_accuracy_before": passed / n}
-        counts[f"{role}_accuracy_after"] = (passed + repaired - broken) / n
+        counts[role] = TargetCounts(passed - broken, broken, repaired, n - passed - repaired, 8, min(8, repaired))
     alpha = float(setting[-1]) if setting.startswith("eq1") else None
     return Run(
         setting, "eq1" if alpha else "lexicographic", alpha, False, None, 30, 20, seed, "head", 12, 9, 1.5, 3, 30,
@@ -48,7 +49,7 @@ RESULT = SweepResult(tuple(ROWS), "label 3", "head")
 
 def test_the_table_has_the_columns_that_figures_are_drawn_from(tmp_path: Path) -> None:
     roles = [f"{role}_{name}" for role in ("known", "calibration", "unseen") for name in COUNTED]
-    assert list(COLUMNS) == [*ASKED, *FOUND, *roles, "seconds"]
+    assert list(RUN_COLUMNS) == [*ASKED, *FOUND, *roles, "seconds"]
     text = RESULT.to_csv(tmp_path / "sweep.csv")
     assert (tmp_path / "sweep.csv").read_text() == text
     first, *_, last = csv.DictReader(io.StringIO(text))
@@ -84,7 +85,7 @@ def test_parquet_needs_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     parquet = pytest.importorskip("pyarrow.parquet")
     RESULT.to_parquet(tmp_path / "sweep.parquet")
     rows = parquet.read_table(tmp_path / "sweep.parquet").to_pylist()
-    assert tuple(Run(**row) for row in rows) == RESULT.runs
+    assert SweepResult.from_dict({**RESULT.to_dict(), "runs": rows}) == RESULT
 
 
 def seen(runs: tuple[Run, ...], role: str = "known") -> list[tuple[int, int]]:
@@ -127,7 +128,7 @@ def test_the_best_is_chosen_on_known_and_calibration_data() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=5, max_size=5))
 def test_unseen_data_have_no_part_in_the_choice(counts: list[tuple[int, int]]) -> None:
-    known = [(run.known_repaired, run.known_broken) for run in ROWS]
+    known = [(run.known.repaired, run.known.broken) for run in ROWS]
     runs = tuple(made(run.setting, run.seed, k, unseen=u) for run, k, u in zip(ROWS, known, counts, strict=True))
     best = SweepResult(runs).best()
     assert best is not None

@@ -71,7 +71,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
     """A run is, bit for bit and count by count, the repair with the same arguments."""
     outcome = alone(model, result, chosen, **arguments)
     report, state = outcome.report, result.state(chosen)
-    if not chosen.known_repaired_in_target:
+    if not chosen.known.repaired_in_target:
         assert report.status == "not repaired"
         return
     assert report.search is not None
@@ -90,7 +90,7 @@ def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
     model = trained()
     result = run(model)
     assert len(result.runs) == 2 * (4 + 2 * 2 * 4)
-    assert sum(chosen.known_repaired_in_target > 0 for chosen in result.runs) > 20
+    assert sum(chosen.known.repaired_in_target > 0 for chosen in result.runs) > 20
     assert len({chosen.iterations for chosen in result.runs}) > 2
     for chosen in result.runs[::4]:
         check_alone(model, result, chosen)
@@ -124,7 +124,7 @@ def test_any_layers_are_swept(layer: Any, localizer: Any) -> None:
     model = trained(deep)
     base = quick(layer=layer, localizer=localizer, target=Target.label(0))
     result = run(model, Grid(fitness=["eq1", "lexicographic"], n_passed=[None, 50]), base=base)
-    assert any(chosen.known_repaired_in_target for chosen in result.runs)
+    assert any(chosen.known.repaired_in_target for chosen in result.runs)
     for chosen in result.runs[::3]:
         check_alone(model, result, chosen, layer=layer, target=Target.label(0))
 
@@ -144,7 +144,7 @@ class Twice(nn.Module):
 def test_what_cannot_be_replayed_is_run_as_a_whole() -> None:
     model = trained(Twice)
     result = run(model, Grid(fitness=["eq1", "lexicographic"]), base=quick(layer="layer"))
-    assert any(chosen.known_repaired_in_target for chosen in result.runs)
+    assert any(chosen.known.repaired_in_target for chosen in result.runs)
     for chosen in result.runs:
         check_alone(model, result, chosen, layer="layer")
 
@@ -205,7 +205,7 @@ def test_a_setting_that_leaves_no_weight_has_rows_of_its_own() -> None:
         0,
         164,
     )
-    assert (one.known_repaired, one.known_broken, one.known_accuracy_after) == (0, 0, one.known_accuracy_before)
+    assert (one.known.repaired, one.known.broken, one.known.accuracy_after) == (0, 0, one.known.accuracy_before)
 
 
 def timeless(result: SweepResult) -> SweepResult:
@@ -237,7 +237,7 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
 def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, folder = trained(), tmp_path / "sweep"
     made: list[int] = []
-    find = study.Bench.find
+    find = study.BatchSearch.run
 
     def counting(self: Any, jobs: Any, on_progress: Any = None) -> Any:
         made.extend(job.seed for job in jobs)
@@ -245,7 +245,7 @@ def test_a_second_call_makes_only_what_is_missing(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.Bench, "find", counting)
+    monkeypatch.setattr(study.BatchSearch, "run", counting)
     grid, interrupt = Grid(fitness="eq1", alpha=[4, 5, 6]), 4
     with pytest.raises(KeyboardInterrupt):
         run(model, grid, dirpath=folder)
@@ -291,13 +291,13 @@ class Watcher:
 def test_an_observer_is_told_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(study.time, "perf_counter", lambda: now[0])
-    find = study.Bench.find
+    find = study.BatchSearch.run
 
     def slow(self: Any, jobs: Any, on_progress: Any = None) -> Any:
         now[0] += 60 * len(jobs)
         return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.Bench, "find", slow)
+    monkeypatch.setattr(study.BatchSearch, "run", slow)
     watcher = Watcher()
     run(trained(), Grid(fitness="eq1", alpha=[4, 5, 6]), observer=watcher)
     assert watcher.stages == ["collect", "unseen", "unseen", "sweep", "localize", "localize"]
@@ -321,14 +321,14 @@ def test_ranks_share_out_the_runs_and_end_alike() -> None:
 
 
 def test_a_rank_that_fails_ends_the_sweep_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    find: Callable[..., Any] = study.Bench.find
+    find: Callable[..., Any] = study.BatchSearch.run
 
     def failing(self: Any, jobs: Any, on_progress: Any = None) -> Any:
         if any(job.seed == 1 for job in jobs):
             raise RuntimeError("broken")
         return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.Bench, "find", failing)
+    monkeypatch.setattr(study.BatchSearch, "run", failing)
 
     def work(collective: Any) -> str:
         with pytest.raises((RuntimeError, study.RepairError)) as caught:

@@ -21,7 +21,7 @@ def run(trials: Any, settings: Any = GRID, collective: Any = None, **arguments: 
 
 
 def numbers(result: SweepResult) -> dict[tuple[str, int], tuple[Any, ...]]:
-    return {(one.setting, one.seed): (one.value, one.known_repaired, one.known_broken) for one in result.runs}
+    return {(one.setting, one.seed): (one.value, one.known.repaired, one.known.broken) for one in result.runs}
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_without_optuna_the_message_says_what_to_install(monkeypatch: pytest.Mon
 def test_a_sampler_runs_some_of_the_grid_and_each_run_is_that_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     optuna = pytest.importorskip("optuna")
     made: list[int] = []
-    find = study.Bench.find
+    find = study.BatchSearch.run
 
     def counting(self: Any, jobs: Any, on_progress: Any = None) -> Any:
         made.extend(job.seed for job in jobs)
         return find(self, jobs, on_progress)
 
-    monkeypatch.setattr(study.Bench, "find", counting)
+    monkeypatch.setattr(study.BatchSearch, "run", counting)
     scored: list[Run] = []
 
     def score(one: Run) -> float:
@@ -85,5 +85,5 @@ def test_ranks_run_what_the_first_has_chosen() -> None:
 
 def test_a_run_that_breaks_something_is_worth_less_than_none() -> None:
     best, *_, worst = sorted(run(None).runs, key=regression_free_repairs, reverse=True)
-    assert regression_free_repairs(best) == best.known_repaired_in_target > 0 == best.known_broken
-    assert regression_free_repairs(worst) == -worst.known_broken < 0
+    assert regression_free_repairs(best) == best.known.repaired_in_target > 0 == best.known.broken
+    assert regression_free_repairs(worst) == -worst.known.broken < 0

@@ -1,0 +1,40 @@
+"""SHA-256 of tensors, which says which weights are meant."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["hash_tensors"]
+
+
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, the same on every device and in every order of the names.
+
+    Args:
+        tensors: such as a state dict; what is no tensor in it is left out. Strides do not matter.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not isinstance(tensors[name], Tensor):
+            continue
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in _strided(tensor):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor of any layout consists of."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    entries = tensor.to_sparse_coo().coalesce()
+    return entries.indices(), entries.values()

@@ -1,0 +1,62 @@
+"""Figures of results, drawn without touching the global state of pyplot; what draws one registers it here."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["INK", "Plotted", "figure_of", "new_figure"]
+
+INK = "#333333"
+
+
+@singledispatch
+def figure_of(result: object) -> Any:
+    """The `matplotlib.figure.Figure` of a result, such as a `Comparison`.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    raise TypeError(f"no figure is known of a {type(result).__name__}")
+
+
+class Plotted:
+    """A result that has a figure (`figure_of`)."""
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws the figure.
+
+        Args:
+            path: a file to save it to, such as `result.png`.
+
+        Returns:
+            The `matplotlib.figure.Figure`.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed.
+        """
+        figure = figure_of(self)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure, in inches, that can measure text whatever the screen.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigurationError(
+            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
