@@ -1014,7 +1014,7 @@ def _diagnosis(folder: Path) -> Any:
 
 
 def _compared(comparison: Any) -> dict[str, Any]:
-    duels = {entry.method: comparison.duels(entry.method) for entry in comparison.entries if entry.curve}
+    duels = {entry.method: names.head_to_head(comparison, entry.method) for entry in comparison.entries if entry.curve}
     return {**comparison.to_dict(), "duels": duels, "page": names.comparison_page(comparison)}
 
 
@@ -1043,11 +1043,11 @@ def _swept(result: Any) -> dict[str, Any]:
     best = result.best("accuracy")
     names_of = [[run.setting, run.seed] for run in result.pareto("known")]
     return {
-        "runs": result.runs,
+        "runs": names.runs_of(result),
         "weights": {f"{run.setting}, {run.seed}": hash_of(result.state(run)) for run in result.runs if run.changed},
         "best": None if best is None else [best.setting, best.seed],
         "front": names_of,
-        "columns": result.to_csv().splitlines()[0],
+        "columns": names.sweep_columns(result),
         "page": names.sweep_page(result),
     }
 
@@ -1072,7 +1072,7 @@ def _sweep(folder: Path) -> Any:
         "again": _swept(again),
         "one by one": _swept(single),
         "written": hash_of(copied.state_dict()),
-        "read": [[run.setting, run.seed, run.known_repaired, run.known_broken] for run in read.runs],
+        "read": [[run.setting, run.seed, run.known.repaired, run.known.broken] for run in read.runs],
         "file": sorted(path.name for path in (folder / "sweep").glob("*.csv")),
     }
 

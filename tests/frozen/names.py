@@ -271,9 +271,39 @@ def settings_of(report: Any) -> dict[str, Any]:
     return dict(report.settings)
 
 
+ADDED_COUNTS = ("kept", "failing")
+
+
+def _is_old(column: str) -> bool:
+    return not column.endswith(("_kept", "_failing"))
+
+
 def report_dict(report: Any) -> dict[str, Any]:
     """AllWeights that a report says; settings and files are kept apart."""
-    return {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
+    found = {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
+    # A slice has all four counts now, as a split has.
+    slices = [{key: value for key, value in one.items() if key not in ADDED_COUNTS} for one in found["slices"]]
+    return {**found, "slices": slices}
+
+
+def runs_of(result: Any) -> list[dict[str, Any]]:
+    """The rows of a sweep's table, without the counts that it had not before."""
+    return [{key: value for key, value in row.items() if _is_old(key)} for row in result.to_dict()["runs"]]
+
+
+def sweep_columns(result: Any) -> str:
+    """The head of a sweep's table, likewise; `n` of each role came first, not after its counts."""
+    columns = [name for name in result.to_csv().splitlines()[0].split(",") if _is_old(name)]
+    order = ("n", "targeted", "repaired_in_target", "repaired", "broken")
+    roles = [f"{role}_{name}" for role in ("known", "calibration", "unseen") for name in order]
+    counted = iter(roles)
+    assert set(roles) <= set(columns)
+    return ",".join(next(counted) if name in roles else name for name in columns)
+
+
+def head_to_head(comparison: Any, method: str) -> Any:
+    """A method beside every other one, at equal repaired."""
+    return comparison.head_to_head(method)
 
 
 def read_report(text: str) -> Any:

@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
 
 from lightning_nrl import metrics
-from lightning_nrl.metrics import FlipMetric
 from lightning_nrl.metrics import functional as F
+from lightning_nrl.metrics.flip_metrics import FlipMetric
 
 CLASSES = {
     metrics.NegativeFlipRate: F.negative_flip_rate,
