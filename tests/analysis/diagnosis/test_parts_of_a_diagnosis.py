@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from lightning_nrl.analysis.diagnosis.formatting import about, part
 
 from lightning_nrl._convex.batched_qp import ascend
 from lightning_nrl.analysis.diagnosis import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
@@ -15,6 +14,7 @@ from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis.layer_capacity import Sketches, room
 from lightning_nrl.evaluation.neighbors import doubtful, neighbours
 from lightning_nrl.methods import METHODS
+from lightning_nrl.report.formatting import rough_percent, rough_time
 
 RIGHT, UP = [1.0, 0.0], [0.0, 1.0]
 PASSED = torch.tensor([RIGHT, RIGHT, RIGHT, UP, UP, [-2.0, 0.0], [-1.0, -2.0]])
@@ -102,10 +102,10 @@ def test_methods_that_cannot_be_used_have_no_price() -> None:
 
 
 def test_numbers_in_words() -> None:
-    assert [part(x) for x in (0.0, 0.00123, 0.0123, 0.0996, 0.5, 1.0, math.inf, math.nan)] == [
+    assert [rough_percent(x) for x in (0.0, 0.00123, 0.0123, 0.0996, 0.5, 1.0, math.inf, math.nan)] == [
         "0%", "0.12%", "1.2%", "10%", "50%", "100%", "none", "-",
     ]  # fmt: skip
-    assert [about(x) for x in (0.2, 12.3, 99.4, 240, 7300)] == [
+    assert [rough_time(x) for x in (0.2, 12.3, 99.4, 240, 7300)] == [
         "under 1 s", "about 12 s", "about 99 s", "about 4 min", "about 2.0 h",
     ]  # fmt: skip
 

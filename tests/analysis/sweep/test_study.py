@@ -83,7 +83,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
         names = ("n", "targeted", "repaired_in_target", "repaired", "broken")
-        assert counts_of(report, role) == tuple(getattr(chosen, f"{role}_{name}") for name in names)
+        assert counts_of(report, role) == tuple(getattr(chosen.counts(role), name) for name in names)
 
 
 def test_each_run_is_what_a_single_repair_finds_and_counts() -> None:
@@ -178,8 +178,8 @@ def test_counts_are_those_of_the_model_with_the_weights_written_into_it() -> Non
             for role, data in sources.items():
                 now = torch.cat([right(model, source) for source in data])
                 found = int((now & ~before[role]).sum()), int((~now & before[role]).sum())
-                assert (getattr(chosen, f"{role}_repaired"), getattr(chosen, f"{role}_broken")) == found
-                assert getattr(chosen, f"{role}_accuracy_after") == pytest.approx(now.double().mean().item())
+                assert (chosen.counts(role).repaired, chosen.counts(role).broken) == found
+                assert chosen.counts(role).accuracy_after == pytest.approx(now.double().mean().item())
     best = result.best("accuracy")
     assert best is not None
     result.write(model, best)
@@ -223,7 +223,7 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
 
     exact = recount.exact_batches
     monkeypatch.setattr(recount, "exact_batches", reading)
-    monkeypatch.setattr(recount, "SMALL", 0)
+    monkeypatch.setattr(recount, "STATES_MEMORY", 0)
     run(model, grid)
     assert len(passes) == 3  # Each role once.
     passes.clear()
