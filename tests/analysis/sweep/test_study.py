@@ -228,7 +228,7 @@ def test_data_that_do_not_fit_into_memory_are_read_again(monkeypatch: pytest.Mon
     assert len(passes) == 3  # Each role once.
     passes.clear()
     monkeypatch.setattr(recount, "default_budget", lambda device: 2000)
-    monkeypatch.setattr(study, "PATIENCE", 10**6)
+    monkeypatch.setattr(study, "RECOUNT_AFTER", 10**6)
     assert timeless(run(model, grid)) == expected
     # Counting waits until searching has taken a good deal longer: here once at the beginning, once at the end.
     assert len(passes) == 6
