@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.localization import Localization
 from lightning_nrl.methods.known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import Fitness
 
-__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "deadline", "localize_and_search"]
+__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search", "search_deadline"]
 
 FINAL_PASSES = 3
 """Passes over known data that are left for judging when the time of a search is over."""
@@ -39,7 +40,7 @@ class SearchGoal:
         constrained: `N` bool, the samples that candidates may not break (I_pos).
         fitness: how candidates are ranked.
         reserve: `N`, the margin that each sample must keep to count as passing; None: any.
-        is_over: whether the time is over; None: never.
+        deadline: when it has to be over.
     """
 
     failed: Tensor
@@ -47,7 +48,7 @@ class SearchGoal:
     constrained: Tensor
     fitness: Fitness
     reserve: Tensor | None = None
-    is_over: Callable[[], bool] | None = None
+    deadline: Deadline = field(default_factory=Deadline)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class LocalSearch:
             EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
         """
         before = problem.before
-        is_over = deadline(problem, self.seconds)
-        goal = SearchGoal(before.targeted, before.passed, problem.passed, problem.fitness, is_over=is_over)
+        end = search_deadline(problem, self.seconds)
+        goal = SearchGoal(before.targeted, before.passed, problem.passed, problem.fitness, deadline=end)
         found = localize_and_search(problem, self.searcher, goal)
         if found.state is None:
             reason = "the search found nothing better than the original weights."
@@ -133,14 +134,9 @@ def localize_and_search(
     return LocalSearchResult(localization, result, None if unchanged else space.changed(where, values))
 
 
-def deadline(problem: Problem, seconds: float) -> Callable[[], bool] | None:
-    """Whether a search has to end, the same on all ranks: it has had its seconds, or those of the repair run out."""
-    clock = problem.clock
-    if seconds == math.inf and clock.left == math.inf:
-        return None
-    end = clock.elapsed + seconds
-    kept = FINAL_PASSES * clock.one_pass
-    return lambda: problem.collective.any(clock.elapsed >= end or clock.left <= kept)
+def search_deadline(problem: Problem, seconds: float) -> Deadline:
+    """When a search has to end: it has had its seconds, or those of the repair run out."""
+    return problem.deadline.earlier(FINAL_PASSES * problem.clock.one_pass).within(seconds)
 
 
 @torch.no_grad()
@@ -175,7 +171,7 @@ def _search(
         searcher=searcher,
         seed=problem.seed,
         elites=elites,
-        is_over=goal.is_over,
+        deadline=goal.deadline,
         on_progress=partial(_report_progress, problem, searcher.iterations, int(goal.constrained.sum())),
     )
     if passed_loss:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, between, holding
-from lightning_nrl.methods.local_search import SearchGoal, deadline, localize_and_search
+from lightning_nrl.methods.local_search import SearchGoal, localize_and_search, search_deadline
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import Fitness
@@ -82,7 +82,7 @@ def warm_started_search(
         problem.before.passed | (start.after.passed & ~problem.before.targeted),
         _constrained(problem.fitness),
         _reserve(problem, start),
-        deadline(problem, seconds),
+        search_deadline(problem, seconds),
     )
     original = {name: value for site in problem.space.sites for name, value in site.parameters.items()}
     with holding(problem.model, base):

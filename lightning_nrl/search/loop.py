@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError, explain
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, per_swarm
 from lightning_nrl.search.init_stats import WeightStats, search_dtype
@@ -39,7 +40,7 @@ def search(
     searcher: str | Searcher[Any] = "swarm",
     seed: int = 0,
     elites: Tensor | None = None,
-    is_over: Callable[[], bool] | None = None,
+    deadline: Deadline | None = None,
     on_progress: Callable[[int, SearchHistory], None] | None = None,
     check_every: int | None = None,
 ) -> SearchResult:
@@ -54,8 +55,7 @@ def search(
         seed: the only source of randomness.
         elites: `M x K`, known good weights that are among the first candidates, `M` below the number of candidates.
             What is found is never worth less than any of them.
-        is_over: asked once in `check_every` iterations whether time is over; a search that is asked may end elsewhere
-            on another run.
+        deadline: looked at once in `check_every` iterations. A search that has one may end elsewhere on another run.
         on_progress: told after every tenth iteration and at the end how many were made, and the history so far.
         check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
             on a CPU, 10 elsewhere. What is found does not depend on it.
@@ -76,7 +76,7 @@ def search(
         fitness=fitness,
         searcher=searcher,
         elites=None if elites is None else elites[None],
-        is_over=is_over,
+        deadline=deadline,
         on_progress=report,
         check_every=check_every,
     )[0]
@@ -93,7 +93,7 @@ def search_many(
     searcher: str | Searcher[Any] = "swarm",
     sizes: Sequence[int] | None = None,
     elites: Tensor | None = None,
-    is_over: Callable[[], bool] | None = None,
+    deadline: Deadline | None = None,
     on_progress: Callable[[int, list[SearchHistory]], None] | None = None,
     check_every: int | None = None,
 ) -> list[SearchResult]:
@@ -108,7 +108,7 @@ def search_many(
         searcher: the algorithm of every search, by name or with settings of its own.
         sizes: how many of the K weights each search has. The rest is padding at the end and never moves. None: all.
         elites: `S x M x K`, known good weights of each search, padded likewise; see `search`.
-        is_over: as for `search`.
+        deadline: as for `search`.
         on_progress: as for `search`, with one history a search, each as long as it went on.
         check_every: as for `search`.
 
@@ -138,13 +138,13 @@ def search_many(
     original_fitness = counted[:, 0]
     state = method.tell(state, counted)
     interval = check_every or (1 if original.device.type == "cpu" else PROGRESS_EVERY)
-    rows, over = log.read(), is_over is not None and is_over()
+    rows, over = log.read(), deadline is not None and deadline.is_over()
     while log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over:
         for _ in range(min(interval - log.done % interval, method.iterations - log.done)):
             state = method.ask(state, streams)
             scores = _score(scorer, state, original.dtype, value, before, log.frozen)
             state = method.tell(state, log.record(state.candidates, scores, value(scores, before)))
-        rows, over = log.read(), is_over is not None and is_over()
+        rows, over = log.read(), deadline is not None and deadline.is_over()
         if on_progress is not None and log.done % PROGRESS_EVERY == 0:
             _report(on_progress, histories(rows, method.patience))
     ended = histories(rows, method.patience)

@@ -1,3 +1,4 @@
+import itertools
 import math
 import warnings
 
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search import ParticleSwarm, WeightStats, search, search_many
 from lightning_nrl.search.fitness import Fitness
@@ -275,10 +277,10 @@ def test_no_weights_at_all_are_told():
 def test_the_host_waits_for_the_device_once_in_ten_iterations():
     looks = []
 
-    def watch():
+    def now():
         looks.append(len(found))
         torch.cuda.set_sync_debug_mode("warn")
-        return False
+        return 0.0
 
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
@@ -291,7 +293,7 @@ def test_the_host_waits_for_the_device_once_in_ten_iterations():
                 fitness=[Fitness(), Fitness("eq2", perfect_intact=True)],
                 sizes=[4, 3],
                 searcher=ParticleSwarm(iterations=25, patience=100),
-                is_over=watch,
+                deadline=Deadline(end=1.0, now=now),
             )
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -381,8 +383,8 @@ def test_elites_that_do_not_fit_are_told(elites, message):
 
 @pytest.mark.parametrize("asked", [0, 3])
 def test_a_search_ends_when_its_time_is_over(asked):
-    answers = iter([False] * asked + [True])
-    result = search(wall, original()[0], WIDE, is_over=lambda: next(answers))
+    deadline = Deadline(end=asked, now=itertools.count().__next__)
+    result = search(wall, original()[0], WIDE, deadline=deadline)
     assert (result.iterations, result.stopped) == (asked, "time was over")
 
 
