@@ -30,22 +30,23 @@ class WeightStats:
 
     @classmethod
     def of(cls, weights: Tensor) -> WeightStats:
-        """The spread of one layer's weights, of any shape, in at least float32 and on their device."""
-        weights = weights.detach().to(search_dtype(weights.dtype))
-        return cls(weights.mean(), weights.std(correction=0), weights.min(), weights.max())
+        """Of one layer's weights, of any shape, in at least float32 and on their device."""
+        return cls(*_moments(weights))
 
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
-        """For each weight at the flat positions `where` (`K` int64), the spread of the parameter that it is part of."""
+        """For each weight at the flat positions `where` (int64), those of the parameter that it is part of."""
         parameters = [p for site in space.sites for p in site.parameters.values()]
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)
-        spreads = [cls.of(p) for p in parameters]
-        mean, std, lowest, highest = (
-            torch.stack([torch.as_tensor(getattr(spread, name)) for spread in spreads])[which]
-            for name in ("mean", "std", "lowest", "highest")
-        )
-        return cls(mean, std, lowest, highest)
+        moments = zip(*(_moments(p) for p in parameters), strict=True)
+        return cls(*(torch.stack(of_each)[which] for of_each in moments))
+
+
+def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean, standard deviation, least and greatest."""
+    weights = weights.detach().to(search_dtype(weights.dtype))
+    return weights.mean(), weights.std(correction=0), weights.min(), weights.max()
 
 
 def search_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -5,24 +6,33 @@ from lightning_nrl._model.layers import find_layers
 from lightning_nrl.search.init_stats import WeightStats
 
 
-def numbers(spread):
-    return torch.stack([spread.mean, spread.std, spread.lowest, spread.highest])
+def numbers(stats):
+    return torch.stack([stats.mean, stats.std, stats.lowest, stats.highest])
 
 
-def test_spread_of_one_layer_by_hand():
-    spread = WeightStats.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.bfloat16))
-    torch.testing.assert_close(numbers(spread), torch.tensor([4.0, 5.0**0.5, 1.0, 7.0]))
+def test_stats_of_one_layer_by_hand():
+    stats = WeightStats.of(torch.tensor([[1.0, 3.0], [5.0, 7.0]], dtype=torch.bfloat16))
+    torch.testing.assert_close(numbers(stats), torch.tensor([4.0, 5.0**0.5, 1.0, 7.0]))
 
 
-def test_one_weight_has_no_spread_rather_than_nan():
+def test_one_weight_has_no_deviation_rather_than_nan():
     assert numbers(WeightStats.of(torch.tensor([2.0]))).tolist() == [2.0, 0.0, 2.0, 2.0]
 
 
-def test_each_weight_has_the_spread_of_its_own_layer():
+def test_each_weight_has_the_stats_of_its_own_layer():
     model = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 3.0]]))
         model[1].weight.fill_(10.0)
-    spread = WeightStats.around(find_layers(model, ["0", "1"]), torch.tensor([1, 2]))
+    stats = WeightStats.around(find_layers(model, ["0", "1"]), torch.tensor([1, 2]))
     expected = torch.tensor([[2.0, 10.0], [1.0, 0.0], [1.0, 10.0], [3.0, 10.0]])
-    torch.testing.assert_close(numbers(spread), expected)
+    torch.testing.assert_close(numbers(stats), expected)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_default_device_of_the_user_s_makes_no_difference(device):
+    space = find_layers(nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1)), ["0", "1"])
+    where = torch.tensor([1, 2])
+    expected = numbers(WeightStats.around(space, where))
+    with torch.device(device):
+        assert torch.equal(numbers(WeightStats.around(space, where)), expected)

@@ -399,3 +399,13 @@ def test_a_swarm_that_is_over_is_scored_no_more(fitness):
     assert min(ends) < max(ends)
     scored = [sum(over[s] for over in scorer.over) for s in range(4)]
     assert scored == [max(ends) - end for end in ends]
+
+
+def test_a_default_device_of_the_user_s_makes_no_difference():
+    arguments = {"seeds": [0, 1], "sizes": [4, 3], "searcher": ParticleSwarm(particles=6, iterations=12)}
+    elites, fitness = torch.ones(2, 2, 4), [Fitness(), Fitness("eq1")]
+    expected = search_many(wall, original(2), WIDE, **arguments, elites=elites, fitness=fitness)
+    begin = original(2)
+    with torch.device("meta"):
+        found = search_many(wall, begin, WIDE, **arguments, elites=elites, fitness=fitness)
+    assert all(same(a, b) for a, b in zip(found, expected, strict=True))
