@@ -10,11 +10,13 @@ from torch import Tensor
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.localization.impact import Replay
 from lightning_nrl.localization.localization import Localization
+from lightning_nrl.localization.localizer import LOCALIZERS
 from lightning_nrl.tasks import Task
 
 __all__ = ["AllWeights"]
 
 
+@LOCALIZERS.register("all")
 @dataclass(frozen=True)
 class AllWeights:
     """Takes every weight of the layer, whatever the data.

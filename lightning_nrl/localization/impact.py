@@ -33,10 +33,10 @@ __all__ = ["Aggregation", "Replay", "check_aggregation", "measure"]
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
 
-PIECE = 2**24
+MAX_GRADIENT_ENTRIES = 2**24
 """Most gradient entries (samples x weights) that are held at once when each sample has its own."""
 
-CHUNK = 64
+SAMPLES_PER_PASS = 64
 """Most samples that run forward and backward at once, as few as in a small training step."""
 
 
@@ -105,7 +105,7 @@ def measure(
     sums = _Sums.zeros(space)
     unchecked = aggregation == "per_sample"
     with repeatable_gradients():
-        for chunk in recording.chunks(CHUNK, rows_mask):
+        for chunk in recording.chunks(SAMPLES_PER_PASS, rows_mask):
             check = unchecked and len(chunk.rows) > 1
             unchecked = unchecked and not check
             _add(sums, recording, chunk, task, aggregation, check)
@@ -125,7 +125,7 @@ class _Sums(NamedTuple):
     @classmethod
     def of(cls, space: ParameterSpace, flat: Tensor) -> _Sums:
         sites = len(space.sites)
-        return cls(flat, *flat.split([space.size, space.size, sites, sites, 1]))
+        return cls(flat, *torch.split(flat, [space.size, space.size, sites, sites, 1]))
 
     @classmethod
     def zeros(cls, space: ParameterSpace) -> _Sums:
@@ -216,8 +216,8 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[_Call], n: int) -> Tenso
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
         return _flat(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
-    for start in range(0, n, step := max(1, PIECE // site.size)):
-        pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
+    for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // site.size)):
+        pieces = [[t.reshape(n, -1, *t.shape[1:])[start : start + step] for t in call] for call in calls]
         weight = torch.stack([weight_gradients(layer, x, g) for x, g in pieces]).sum(0)
         bias = torch.stack([bias_gradients(g) for _, g in pieces]).sum(0)
         total = total + _flat(site, weight.abs().sum(0), bias.abs().sum(0))

@@ -1,21 +1,23 @@
-"""The one call that every way of localising answers."""
+"""The protocol of all ways of localising, and their names."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl.localization.impact import Replay
 from lightning_nrl.localization.localization import Localization
 from lightning_nrl.tasks import Task
 
-__all__ = ["Localizer"]
+__all__ = ["LOCALIZERS", "Localizer"]
 
 
+@runtime_checkable
 class Localizer(Protocol):
-    """Chooses the weights to be searched."""
+    """Chooses the weights to be searched. One of your own is a frozen dataclass with this call."""
 
     @property
     def include_bias(self) -> bool:
@@ -33,5 +35,12 @@ class Localizer(Protocol):
             failed: `N` bool, the samples to be repaired (I_neg), by row of the evidence.
             passed: `N` bool, the samples to be kept (I_pos).
             collective: the ranks that share the data.
+
+        Raises:
+            EmptyLocalizationError: no weight can be chosen.
         """
         ...
+
+
+LOCALIZERS: Registry[Localizer] = Registry("Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer))
+"""The ways of localising that can be named."""

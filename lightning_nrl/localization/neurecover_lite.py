@@ -16,11 +16,13 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
 from lightning_nrl.localization.impact import Aggregation, Replay, check_aggregation, measure
 from lightning_nrl.localization.localization import Impact, Localization
+from lightning_nrl.localization.localizer import LOCALIZERS
 from lightning_nrl.tasks import Task
 
 __all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
 
 
+@LOCALIZERS.register("neurecover-lite")
 @dataclass(frozen=True)
 class NeuRecoverLite:
     """Localises the weights that matter for the failed samples and not for the passed.
@@ -92,12 +94,12 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
                 f"choose 1 to {total}, or give `n_weights`.",
             )
         )
-    enter, leave = _enter(failed), _enter(passed)
+    enter, leave = _first_n_g(failed), _first_n_g(passed)
     sizes = _set_sizes(enter, leave)
     if n_g is None:
-        some = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
+        candidates = sizes["localized"] if sizes["localized"].any() else sizes["failed"]
         n_weights = n_weights or default_n_weights(total)
-        chosen = _nearest(some, n_weights)
+        chosen = _nearest(candidates, n_weights)
     else:
         chosen = n_g
     at = {name: int(size[chosen]) for name, size in sizes.items()} | {"total": total}
@@ -127,10 +129,10 @@ def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
     `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|, `both` and `localized`: their intersection and
     their difference.
     """
-    return _set_sizes(_enter(failed), _enter(passed))
+    return _set_sizes(_first_n_g(failed), _first_n_g(passed))
 
 
-def _enter(impact: Impact) -> Tensor:
+def _first_n_g(impact: Impact) -> Tensor:
     """The N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
     return torch.maximum(_rank(impact.backward), _rank(impact.forward))
 

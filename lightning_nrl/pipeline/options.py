@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.gate import Gate
-from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.stats.binomial import check_confidence
 from lightning_nrl.stats.weighted import check_shares
@@ -25,7 +25,8 @@ class SearchOptions:
     Attributes:
         fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1`
             and `eq2` (the paper's equations), or a `Fitness`.
-        localizer: how the weights to be searched are chosen; None: `NeuRecoverLite()`.
+        localizer: how the weights to be searched are chosen: `neurecover-lite`, `all`, or an object such as
+            `NeuRecoverLite(n_weights=32)`.
         n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
             all that are known.
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for what is
@@ -40,18 +41,15 @@ class SearchOptions:
     """
 
     fitness: str | Fitness = "lexicographic"
-    localizer: Localizer | None = None
+    localizer: str | Localizer = "neurecover-lite"
     n_passed: int | None = None
     budget: int | None = None
 
     def __post_init__(self) -> None:
         fitness = Fitness(self.fitness) if isinstance(self.fitness, str) else self.fitness  # type: ignore[arg-type]
         check_kind("fitness", fitness, callable(fitness), "Fitness", "Fitness('eq1')")
-        localizer = NeuRecoverLite() if self.localizer is None else self.localizer
-        localizes = callable(localizer) and hasattr(localizer, "include_bias")
-        check_kind("localizer", localizer, localizes, "Localizer", "NeuRecoverLite()")
         object.__setattr__(self, "fitness", fitness)
-        object.__setattr__(self, "localizer", localizer)
+        object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
         for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
             if value is not None:
                 check_whole(name, value, 1)

@@ -46,7 +46,7 @@ ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`unseen='auto'` is no split": lambda: RegressionFreeRepair(unseen="auto"),
     "`adapter='nowhere:f'`": lambda: RegressionFreeRepair(data=DataOptions(adapter="nowhere:f")),
     "`adapter`: a value of type int cannot be called": lambda: RegressionFreeRepair(data=DataOptions(adapter=3)),  # type: ignore[arg-type]
-    "`localizer='lite'` is no Localizer": lambda: RegressionFreeRepair(search=SearchOptions(localizer="lite")),  # type: ignore[arg-type]
+    "`localizer='lite'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(localizer="lite")),
     "`layer=[]` names no layer": lambda: RegressionFreeRepair(layer=[]),
     "`layer=3` names no layer": lambda: RegressionFreeRepair(layer=3),  # type: ignore[arg-type]
     "`target=3` is no Target": lambda: RegressionFreeRepair(target=3),  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch,
         model, x, y = convolution_data(layer)
     recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
     whole = measure(recording, Multiclass(), mask, aggregation="per_sample")
-    monkeypatch.setattr(impact_module, "PIECE", 2 * layer.weight.numel())
+    monkeypatch.setattr(impact_module, "MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
     pieces = measure(recording, Multiclass(), mask, aggregation="per_sample")
     torch.testing.assert_close(pieces.backward, whole.backward)
 

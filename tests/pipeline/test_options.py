@@ -53,7 +53,7 @@ def test_what_is_not_as_by_default() -> None:
         (lambda: SearchOptions(fitness="eq3"), "`fitness.kind='eq3'` is unknown"),
         (lambda: SearchOptions(fitness=3), "`fitness=3` is no Fitness"),
         (lambda: SearchOptions(fitness=Fitness), "is no Fitness"),
-        (lambda: SearchOptions(localizer="all"), "`localizer='all'` is no Localizer"),
+        (lambda: SearchOptions(localizer="al"), "`localizer='al'` is unknown"),
         (lambda: SearchOptions(localizer=my_fitness), "is no Localizer"),
         (lambda: SearchOptions(localizer=NeuRecoverLite), "is no Localizer"),
         (lambda: SearchOptions(n_passed=0), "`n_passed=0` is out of range"),
