@@ -31,15 +31,8 @@ from seeds import reports_of
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_nrl import (
-    FocalDistillation,
-    MarginHinge,
-    Oversampler,
-    PositiveCongruentTraining,
-    RegressionFreeRepair,
-    RepairReport,
-    WeightInterpolation,
-)
+from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport, WeightInterpolation
+from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler
 
 SPLITS = {"first": 300, "more": 300, "val": 200, "test": 997}
 EPOCHS = 30

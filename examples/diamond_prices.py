@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import Regression, RegressionFreeRepair, Target
+from lightning_nrl import RegressionFreeRepair, Target
+from lightning_nrl.tasks import Regression
 
 GRADES = {
     "cut": ("Fair", "Good", "Very Good", "Premium", "Ideal"),

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import RegressionFreeRepair, Sequence, Target
+from lightning_nrl import RegressionFreeRepair, Target
+from lightning_nrl.tasks import Sequence
 
 WIDTH, IGNORED = 60, -100
 NAME, KEYWORD, NUMBER, STRING, OPERATOR, COMMENT, SPACE = range(7)

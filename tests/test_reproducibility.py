@@ -11,20 +11,14 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
-from lightning_nrl import (
-    AllWeights,
-    Fitness,
-    Gate,
-    Outcome,
-    RepairReport,
-    TensorSource,
-    repair_module,
-)
+from lightning_nrl import Gate, RepairReport, TensorSource, repair_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization import AllWeights
+from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.input_checks import passed_rows
-from lightning_nrl.search import WeightStats, search
+from lightning_nrl.search import Fitness, WeightStats, search
 
 
 def timeless(report: RepairReport) -> str:

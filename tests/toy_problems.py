@@ -13,7 +13,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import blobs
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, TensorSource
+from lightning_nrl import Target, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
@@ -21,8 +21,10 @@ from lightning_nrl._utils.state import State, between, holding, snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.problem import Problem
-from lightning_nrl.tasks import Task
+from lightning_nrl.search import Fitness
+from lightning_nrl.tasks import Multiclass, Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,8 @@ from options import with_options
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, SearchOptions, Settings, TensorSource
+from lightning_nrl import ParticleSwarm, SearchOptions, Settings, TensorSource
+from lightning_nrl.localization import NeuRecoverLite
 
 QUICK: dict[str, Any] = {
     "method": ParticleSwarm(particles=12, iterations=12),

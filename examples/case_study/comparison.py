@@ -22,8 +22,9 @@ from repairs import TARGETS
 from rich import box, print
 from rich.table import Table
 
-from lightning_nrl import Comparison, ConfigurationError, compare
+from lightning_nrl import ConfigurationError, compare
 from lightning_nrl.analysis.baselines import BASELINES
+from lightning_nrl.analysis.comparison import Comparison
 
 REPAIR = "finetune-polish"
 

@@ -205,7 +205,7 @@ class WeightInterpolation(Callback):
             rank_zero_warn(
                 explain(
                     "the weights were not interpolated, because no training step ran (it was complete or skipped).",
-                    "for a trained model, call `lightning_nrl.choose_share(old, new, val, train)`.",
+                    "for a trained model, call `lightning_nrl.reference.choose_share(old, new, val, train)`.",
                 ),
                 category=TrainingWarning,
             )

@@ -40,7 +40,8 @@ class TensorSource:
         Class 1 begins at 0, so the model is wrong on one of the new samples. Nothing that it gets right may break.
 
         >>> import torch
-        >>> from lightning_nrl import AllWeights, Settings, TensorSource, repair_module
+        >>> from lightning_nrl import Settings, TensorSource, repair_module
+        >>> from lightning_nrl.localization import AllWeights
         >>> x = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
         >>> new = torch.tensor([[0.5, 1.0], [3.0, 1.0]])
         >>> model = torch.nn.Linear(2, 2, bias=False)

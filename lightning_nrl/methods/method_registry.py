@@ -17,6 +17,7 @@ from lightning_nrl.search import SEARCHERS, Searcher
 __all__ = ["METHODS", "AnyMethod", "solve"]
 
 AnyMethod = Method | Searcher[Any]
+"""What finds new weights: a method, or a searcher of localised weights."""
 
 METHODS: Registry[AnyMethod] = Registry(
     "method",

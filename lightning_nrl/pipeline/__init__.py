@@ -4,7 +4,8 @@ In: a model, its known data and `Settings`. Out: an `Outcome`, the report and th
 left as it is found.
 """
 
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
 
-__all__ = ["Outcome", "Settings", "repair_module"]
+__all__ = ["BoundOptions", "Outcome", "SearchOptions", "Settings", "repair_module"]

@@ -17,6 +17,7 @@ from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
+"""How a repair ended."""
 
 
 def installed_versions() -> dict[str, str]:

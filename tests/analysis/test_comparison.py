@@ -20,11 +20,12 @@ from repository import ROOT
 from torch import Tensor, nn
 from toy_repairs import QUICK, known, quick, right, trained, unseen
 
-from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, compare_module, diagnose_module
+from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
 from lightning_nrl.analysis.baselines import fine_tuning as tuning
-from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, parse_methods
+from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, compare_module, parse_methods
+from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts

@@ -16,8 +16,9 @@ from bench import ResNet27, show
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl import Convex, Polish, Settings, Target, TensorSource, repair_module
+from lightning_nrl import Settings, Target, TensorSource, repair_module
 from lightning_nrl._scoring.memory import measure_allocations
+from lightning_nrl.methods import Convex, Polish
 from lightning_nrl.problem import Method
 
 TRAIN, NEW, BATCH = 4600, 2000, 128

@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_nrl import Fitness, Gate, NeuRecoverLite, TensorSource
+from lightning_nrl import Gate, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.pipeline.calibration_bounds import WALKED, limit_after
 from lightning_nrl.pipeline.line_search import GRID, Calibration, Strength, find_strength
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
+from lightning_nrl.search import Fitness
 from lightning_nrl.stats import binomial_cdf, upper_limit
 from lightning_nrl.stats.binomial import limit_at_level
 

@@ -14,8 +14,8 @@ import torch
 from bench import show
 from torch import nn
 
-from lightning_nrl import Grid, ParticleSwarm, Settings, TensorSource, sweep_module
-from lightning_nrl.analysis.sweep import study
+from lightning_nrl import Grid, ParticleSwarm, Settings, TensorSource
+from lightning_nrl.analysis.sweep import study, sweep_module
 
 SEEDS, ITERATIONS = 10, 100
 GRID = Grid(

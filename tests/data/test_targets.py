@@ -233,9 +233,9 @@ def test_a_cli_builds_a_target_from_yaml() -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--target", type=Target | None)
-    given_yaml = """{class_path: lightning_nrl.data.targets.Or, init_args: {
-        left: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 3}},
-        right: {class_path: lightning_nrl.data.targets.Where, init_args: {predicate: 'os.path:exists'}}}}"""
+    given_yaml = """{class_path: lightning_nrl.data.Or, init_args: {
+        left: {class_path: lightning_nrl.data.Label, init_args: {label: 3}},
+        right: {class_path: lightning_nrl.data.Where, init_args: {predicate: 'os.path:exists'}}}}"""
     config = parser.parse_args([f"--target={given_yaml}"])
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     assert instantiate(config).target == Or(Label(3), Where("os.path:exists"))

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from lightning_nrl import ConfigurationError, EvaluationError, Target, Task, TensorSource
+from lightning_nrl import ConfigurationError, Target, TensorSource
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.tasks import Task
 
 LOGITS = torch.tensor([[2.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 LABELS = torch.tensor([0, 0, 1, 1, 0])  # right, wrong, wrong, right, right

@@ -11,29 +11,28 @@ from toy_problems import left_alone, on_a_line, threshold, together
 from toy_repairs import blobs, known, mlp, quick, trained, unseen
 
 from lightning_nrl import (
-    AllWeights,
-    Fitness,
     Gate,
-    NeuRecoverLite,
     ParticleSwarm,
-    Polish,
     RepairReport,
     SampleOptions,
     Settings,
     Target,
     TensorSource,
-    compare_module,
     repair_module,
 )
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._trainer.continue_training import Shuffled
+from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import judge, spared
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.methods import Polish
 from lightning_nrl.problem import Proposal, better
+from lightning_nrl.search import Fitness
 
 
 def evidence(passed: list[bool], **columns: Any) -> SampleResults:

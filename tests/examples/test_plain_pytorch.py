@@ -15,9 +15,11 @@ from repository import ROOT
 from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained
 
-from lightning_nrl import AllWeights, ConfigurationError, Settings, Target, Task, TensorSource, repair_module
+from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, repair_module
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import AllWeights
 from lightning_nrl.report import hash_tensors
+from lightning_nrl.tasks import Task
 
 EXAMPLE = ROOT / "examples" / "plain_pytorch.py"
 HOW_TO = ROOT / "docs" / "plain_pytorch.md"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, SearchOptions
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions
+from lightning_nrl.localization import NeuRecoverLite
 
 OVERWRITING: dict[str, dict[str, Any]] = {
     "StochasticWeightAveraging": {"swa_lrs": 1e-3, "swa_epoch_start": 1},

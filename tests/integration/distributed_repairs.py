@@ -21,7 +21,9 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from task_models import CASES
 from torch import Tensor
 
-from lightning_nrl import Auto, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, SearchOptions, Target, repair
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions, Target, repair
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {

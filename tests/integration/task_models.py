@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl import Custom, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import Custom, Multilabel, Regression, Segmentation, Sequence, Task
 
 Pair = tuple[Tensor, Tensor]
 SIZES = (160, 90, 80)

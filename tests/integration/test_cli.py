@@ -10,19 +10,11 @@ import yaml
 from digit_models import Classifier, Digits
 from pytorch_lightning.cli import LightningCLI
 
-from lightning_nrl import (
-    Fitness,
-    Multilabel,
-    NeuRecoverLite,
-    ParticleSwarm,
-    Regression,
-    RegressionFreeRepair,
-    Segmentation,
-    Sequence,
-    Target,
-    Task,
-)
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
 from lightning_nrl.gate import Instance, Tolerance
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.search import Fitness
+from lightning_nrl.tasks import Multilabel, Regression, Segmentation, Sequence, Task
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -42,7 +34,7 @@ trainer:
 
 WORDS = """
 layer: network.3
-target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 3}}
+target: {class_path: lightning_nrl.data.Label, init_args: {label: 3}}
 gate: tolerance:1%
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
 search: {fitness: eq2, n_passed: 100}
@@ -53,20 +45,20 @@ verbose: false
 OBJECTS = """
 layer: [network.1, network.3]
 target:
-  class_path: lightning_nrl.data.targets.And
+  class_path: lightning_nrl.data.And
   init_args:
-    left: {class_path: lightning_nrl.data.targets.Where, init_args: {predicate: "test_cli:is_noisy"}}
+    left: {class_path: lightning_nrl.data.Where, init_args: {predicate: "test_cli:is_noisy"}}
     right:
-      class_path: lightning_nrl.data.targets.Not
-      init_args: {target: {class_path: lightning_nrl.data.targets.Label, init_args: {label: 1}}}
+      class_path: lightning_nrl.data.Not
+      init_args: {target: {class_path: lightning_nrl.data.Label, init_args: {label: 1}}}
 gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half}}
 search:
   class_path: lightning_nrl.SearchOptions
   init_args:
-    fitness: {class_path: lightning_nrl.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
-    localizer: {class_path: lightning_nrl.NeuRecoverLite, init_args: {n_weights: 12}}
-task: {class_path: lightning_nrl.Multiclass}
+    fitness: {class_path: lightning_nrl.search.Fitness, init_args: {kind: eq1, alpha: 5, perfect_intact: true}}
+    localizer: {class_path: lightning_nrl.localization.NeuRecoverLite, init_args: {n_weights: 12}}
+task: {class_path: lightning_nrl.tasks.Multiclass}
 unseen: test
 calibration: val
 data: {adapter: "lightning_nrl.data.batch:unpack", start_from: best}
@@ -148,7 +140,7 @@ def test_a_command_line_alone_will_do(tmp_path: Path) -> None:
             "--trainer.logger=false",
             "--trainer.callbacks+=lightning_nrl.RegressionFreeRepair",
             "--trainer.callbacks.layer=network.3",
-            "--trainer.callbacks.target=lightning_nrl.data.targets.Label",
+            "--trainer.callbacks.target=lightning_nrl.data.Label",
             "--trainer.callbacks.target.label=3",
             "--trainer.callbacks.gate=accuracy",
         ],
@@ -181,9 +173,12 @@ def test_the_configuration_that_is_printed_can_be_read_again(
     ("words", "task"),
     [
         ("multilabel", Multilabel()),
-        ("{class_path: lightning_nrl.Regression, init_args: {tolerance: 0.1}}", Regression(0.1)),
-        ("{class_path: lightning_nrl.Segmentation, init_args: {iou: 0.7, classes: [1]}}", Segmentation(0.7, (1,))),
-        ("{class_path: lightning_nrl.Sequence, init_args: {class_dim: 1}}", Sequence(class_dim=1)),
+        ("{class_path: lightning_nrl.tasks.Regression, init_args: {tolerance: 0.1}}", Regression(0.1)),
+        (
+            "{class_path: lightning_nrl.tasks.Segmentation, init_args: {iou: 0.7, classes: [1]}}",
+            Segmentation(0.7, (1,)),
+        ),
+        ("{class_path: lightning_nrl.tasks.Sequence, init_args: {class_dim: 1}}", Sequence(class_dim=1)),
     ],
 )
 def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) -> None:
@@ -191,5 +186,5 @@ def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) 
 
 
 def test_a_task_of_functions_is_given_by_addresses(tmp_path: Path) -> None:
-    words = "task: {class_path: lightning_nrl.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
+    words = "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
     assert str(repair_of(cli(tmp_path, words, run=False)).task) == "Custom: passed by torch:eq"

@@ -27,17 +27,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import (
     ConfigurationError,
-    FocalDistillation,
-    MarginHinge,
-    Multiclass,
     OldModel,
-    Oversampler,
     PositiveCongruentTraining,
-    Predictions,
     RegressionFreeRepair,
     RegressionMetrics,
-    regression_loss,
 )
+from lightning_nrl.callbacks import regression_loss
+from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler, Predictions
+from lightning_nrl.tasks import Multiclass
 
 HOW_TO = ROOT / "docs" / "training.md"
 
@@ -456,7 +453,7 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    term = {"class_path": "lightning_nrl.FocalDistillation", "init_args": {"temperature": 2.0}}
+    term = {"class_path": "lightning_nrl.reference.FocalDistillation", "init_args": {"temperature": 2.0}}
     written = {"reference": str(trained_path), "term": [term, "margin_hinge"], "index": "test_congruent:third"}
     congruent = configured(tmp_path, "PositiveCongruentTraining", **written)
     assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())

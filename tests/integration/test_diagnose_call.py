@@ -13,7 +13,8 @@ from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_tr
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
-from lightning_nrl import ConfigurationError, Diagnosis, Target, diagnose
+from lightning_nrl import ConfigurationError, Target, diagnose
+from lightning_nrl.analysis.diagnosis import Diagnosis
 from lightning_nrl.report import hash_tensors
 
 

@@ -18,16 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl import (
-    Auto,
     ConfigurationError,
-    FocalDistillation,
-    Multilabel,
-    NeuRecoverLite,
     OldModel,
     ParticleSwarm,
     RegressionFreeRepair,
     RepairReport,
-    Sequence,
     Target,
     compare,
     diagnose,
@@ -35,6 +30,10 @@ from lightning_nrl import (
 )
 from lightning_nrl.callbacks.congruent_training import PositiveCongruentTraining
 from lightning_nrl.callbacks.regression_metrics import RegressionMetrics
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto
+from lightning_nrl.reference import FocalDistillation
+from lightning_nrl.tasks import Multilabel, Sequence
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {

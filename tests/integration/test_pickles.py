@@ -12,17 +12,9 @@ from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import AsyncCheckpointIO
 
-from lightning_nrl import (
-    ConfigurationError,
-    OldModel,
-    Polish,
-    WeightInterpolation,
-    compare,
-    diagnose,
-    repair,
-    sweep,
-)
+from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation, compare, diagnose, repair, sweep
 from lightning_nrl.callbacks import PositiveCongruentTraining
+from lightning_nrl.methods import Polish
 
 
 class Payload:

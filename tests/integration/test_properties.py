@@ -11,17 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl import (
-    AllWeights,
-    Fitness,
-    NeuRecoverLite,
-    ParticleSwarm,
-    SearchOptions,
-    Settings,
-    TensorSource,
-    repair_module,
-)
+from lightning_nrl import ParticleSwarm, SearchOptions, Settings, TensorSource, repair_module
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.pipeline.repair_module import Outcome
+from lightning_nrl.search import Fitness
 
 pytestmark = pytest.mark.filterwarnings("ignore:not repaired")
 

@@ -18,8 +18,6 @@ from lightning_nrl import (
     BoundOptions,
     ConfigurationError,
     DataOptions,
-    Fitness,
-    NeuRecoverLite,
     RegressionFreeRepair,
     SearchOptions,
     Target,
@@ -28,6 +26,8 @@ from lightning_nrl import (
     repair,
 )
 from lightning_nrl.errors import ReplayError
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.search import Fitness
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(fitness="eq3")),

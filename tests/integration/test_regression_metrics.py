@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_nrl import ConfigurationError, OldModel, Predictions, RegressionMetrics, Target
+from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics, Target
+from lightning_nrl.reference import Predictions
 
 KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
 HOW_TO = ROOT / "docs" / "monitoring.md"

@@ -19,7 +19,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from lightning_nrl import ConfigurationError, OldModel, Predictions, ReleaseGate
+from lightning_nrl import ConfigurationError, OldModel, ReleaseGate
+from lightning_nrl.reference import Predictions
 from lightning_nrl.release import ProtectedIntact, ReleaseReport
 
 RULES = ["accuracy", "nfr:10%", "slices"]

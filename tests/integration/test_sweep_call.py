@@ -14,7 +14,8 @@ from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_tr
 from distributed_sweep import SWEEP
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from lightning_nrl import ConfigurationError, Grid, SweepResult, repair, sweep
+from lightning_nrl import ConfigurationError, Grid, repair, sweep
+from lightning_nrl.analysis.sweep import SweepResult
 from lightning_nrl.report import hash_tensors
 
 

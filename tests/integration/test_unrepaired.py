@@ -11,8 +11,9 @@ from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
-from lightning_nrl import EvaluationError, NeuRecoverLite, ParticleSwarm, RegressionFreeRepair, Target
-from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
+from lightning_nrl.localization import NeuRecoverLite
 
 
 class Remember(Callback):

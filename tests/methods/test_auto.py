@@ -10,10 +10,11 @@ import torch
 from toy_problems import Marginless, broken, left_alone, make_problem, on_a_line, retrained, right
 from toy_repairs import known, trained
 
-from lightning_nrl import Auto, ConfigurationError, NeuRecoverLite, ParticleSwarm, Settings, repair_module
+from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.methods import Linearized
+from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.problem import Problem, Solution
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_repairs import blobs, known, quick, trained
 
-from lightning_nrl import Fitness, Multiclass, NeuRecoverLite, Target, Task, TensorSource, repair_module
+from lightning_nrl import Target, TensorSource, repair_module
 from lightning_nrl._convex.linearized_step import Radius, Tangent
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._model.weight_grad import windows
@@ -28,8 +28,11 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import METHODS, Linearized
 from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.search import Fitness
+from lightning_nrl.tasks import Multiclass, Task
 
 
 def make(

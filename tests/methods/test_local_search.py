@@ -8,8 +8,9 @@ from toy_problems import make_problem
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
 
-from lightning_nrl import ConfigurationError, NeuRecoverLite, ParticleSwarm, Settings, repair_module
+from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
 from lightning_nrl._utils.state import snapshot
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.search import RandomStreams, SearchOrigin
 

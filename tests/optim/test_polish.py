@@ -31,12 +31,13 @@ from toy_problems import (
 )
 from toy_repairs import known, mlp, trained
 
-from lightning_nrl import ConfigurationError, Multiclass, Target, TensorSource
+from lightning_nrl import ConfigurationError, Target, TensorSource
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._optim.polish_result import PolishResult
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.problem import Problem
+from lightning_nrl.tasks import Multiclass
 
 
 def checked(problem: Problem, found: PolishResult) -> PolishResult:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import blobs, known, quick, trained
 
-from lightning_nrl import ConfigurationError, Gate, Outcome, Target, TensorSource, repair_module
+from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.calibration_bounds import limit_after
 from lightning_nrl.pipeline.line_search import GRID, STATES, Selection, find_strength
 from lightning_nrl.problem import Problem, Solution

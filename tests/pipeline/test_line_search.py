@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import (
-    ConfigurationError,
-    Gate,
-    Outcome,
-    TensorSource,
-    repair_module,
-)
+from lightning_nrl import ConfigurationError, Gate, TensorSource, repair_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.line_search import choose, find_strength, strength_path
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.report import StrengthPoint

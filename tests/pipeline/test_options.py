@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from lightning_nrl import BoundOptions, ConfigurationError, Fitness, Gate, NeuRecoverLite, SampleOptions, SearchOptions
+from lightning_nrl import BoundOptions, ConfigurationError, Gate, SampleOptions, SearchOptions
 from lightning_nrl.evaluation import Focal
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.pipeline.options import changed_options
+from lightning_nrl.search import Fitness
 
 
 def my_fitness(scores: Any, original: Any) -> Any:

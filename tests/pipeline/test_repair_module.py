@@ -14,24 +14,17 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import blobs, known, mlp, quick, right, trained, unseen
 
-from lightning_nrl import (
-    AllWeights,
-    ConfigurationError,
-    EvaluationError,
-    Fitness,
-    Gate,
-    Outcome,
-    Target,
-    TensorSource,
-    repair_module,
-)
+from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.localization import AllWeights
+from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline.baseline import evaluate_held_out
 from lightning_nrl.report import hash_tensors
+from lightning_nrl.search import Fitness
 
 
 def mute(scores: Any, original: Any) -> Tensor:

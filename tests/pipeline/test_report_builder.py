@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import AllWeights, repair_module
+from lightning_nrl import repair_module
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict, judge
+from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.report import Hashes, hash_tensors
 from lightning_nrl.tasks import Multiclass

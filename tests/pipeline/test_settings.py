@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nrl import (
-    AllWeights,
-    ConfigurationError,
-    Fitness,
-    Gate,
-    NeuRecoverLite,
-    ParticleSwarm,
-    SearchOptions,
-    Settings,
-    Target,
-)
+from lightning_nrl import ConfigurationError, Gate, ParticleSwarm, SearchOptions, Settings, Target
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
+from lightning_nrl.search import Fitness
 
 
 class ByHand:

@@ -7,7 +7,8 @@ import torch
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from lightning_nrl import ConfigurationError, EvaluationError, TensorSource
+from lightning_nrl import ConfigurationError, TensorSource
+from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toy_problems import normed, threshold
 
-from lightning_nrl import ConfigurationError, Multilabel, TensorSource, choose_share, interpolate
+from lightning_nrl import ConfigurationError, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.reference import choose_share, interpolate
 from lightning_nrl.reference.interpolation import ShareChoice, alignment
+from lightning_nrl.tasks import Multilabel
 
 
 def linear(weight: Any) -> nn.Linear:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from lightning_nrl import ConfigurationError, Oversampler
+from lightning_nrl import ConfigurationError
+from lightning_nrl.reference import Oversampler
 
 PASSED = torch.tensor([True, True, True, False, True])
 MARGIN = torch.tensor([8.0, 2.9, 10.0, -1.0, 8.0])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl import ConfigurationError, Multiclass, Predictions, Task
+from lightning_nrl import ConfigurationError
+from lightning_nrl.reference import Predictions
 from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher
+from lightning_nrl.tasks import Multiclass, Task
 
 TASK = Multiclass()
 X = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])

@@ -13,17 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
 
-from lightning_nrl import (
-    ConfigurationError,
-    Polish,
-    RepairReport,
-    SampleOptions,
-    Settings,
-    Target,
-    TensorSource,
-    repair_module,
-)
+from lightning_nrl import ConfigurationError, RepairReport, SampleOptions, Settings, Target, TensorSource, repair_module
 from lightning_nrl._tracking.scalars import outcome
+from lightning_nrl.methods import Polish
 from lightning_nrl.reference.old_model import OldModel
 from lightning_nrl.reference.predictions import Predictions
 

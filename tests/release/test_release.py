@@ -17,9 +17,10 @@ from ranks import on_ranks
 from repository import ROOT
 from toy_repairs import blobs, mlp, right, trained
 
-from lightning_nrl import ConfigurationError, OldModel, Predictions, Target, TensorSource
+from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.reference import Predictions
 from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
 from lightning_nrl.release.__main__ import main
 from lightning_nrl.report import hash_tensors

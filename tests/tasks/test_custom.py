@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nrl import ConfigurationError, Custom
+from lightning_nrl import ConfigurationError
+from lightning_nrl.tasks import Custom
 
 OUTPUT, TARGET = torch.tensor([[1.0, 2.0], [0.0, 5.0]]), torch.tensor([[1.0, 2.25], [0.0, 2.0]])
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
+from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task
 
 SHARES = st.sampled_from([0.1, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0])
 Sample = tuple[Task, Tensor, Tensor]

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nrl import ConfigurationError, Multiclass, Task
+from lightning_nrl import ConfigurationError
 from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl.tasks import Multiclass, Task
 
 LOGITS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
 LABELS = torch.tensor([0, 0, 1])

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nrl import ConfigurationError, Multilabel
+from lightning_nrl import ConfigurationError
+from lightning_nrl.tasks import Multilabel
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [1.0, -3.0, -0.25], [0.0, -1.0, -1.0]])
 LABELS = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 0, 0]])

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from lightning_nrl import ConfigurationError, Multiclass, Multilabel, Regression, Segmentation, Sequence
+from lightning_nrl import ConfigurationError
 from lightning_nrl import RegressionFreeRepair as Repair
-from lightning_nrl.tasks import parse_task
+from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, parse_task
 
 
 def test_names_stand_for_tasks_with_their_defaults() -> None:

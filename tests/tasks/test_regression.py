@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nrl import ConfigurationError, Regression
+from lightning_nrl import ConfigurationError
+from lightning_nrl.tasks import Regression
 
 OUTPUT = torch.tensor([[1.25, 2.0], [1.0, 4.0], [1.5, 2.0]])
 TARGET = torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]])

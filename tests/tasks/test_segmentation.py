@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_nrl import ConfigurationError, Segmentation
+from lightning_nrl import ConfigurationError
+from lightning_nrl.tasks import Segmentation
 
 # One logit a pixel, for class 1.
 LOGITS = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.5]]]])

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nrl import ConfigurationError, Sequence
+from lightning_nrl import ConfigurationError
+from lightning_nrl.tasks import Sequence
 
 # Two sequences of three tokens, the last of the second is padding.
 LOGITS = torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 0.5]], [[0.0, 0.25], [2.0, 1.0], [9.0, 0.0]]])

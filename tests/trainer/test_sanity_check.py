@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import AllWeights, ConfigurationError, NeuRecoverLite, Target
+from lightning_nrl import ConfigurationError, Target
 from lightning_nrl._trainer.sanity_check import rehearse
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:

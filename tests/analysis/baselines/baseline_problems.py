@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_nrl import Fitness, NeuRecoverLite, Target, TensorSource
+from lightning_nrl import Target, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.problem import Problem
+from lightning_nrl.search import Fitness
 
 
 def threshold(at: float) -> nn.Linear:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from lightning_nrl import SweepResult
+from lightning_nrl.analysis.sweep import SweepResult
 
 HOW_TO = ROOT / "docs" / "sweep.md"
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import ConfigurationError, Gate, SweepResult
+from lightning_nrl import ConfigurationError, Gate
 from lightning_nrl._tracking import sweep_rows, track_sweep
-from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run
+from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
 from lightning_nrl.evaluation.flip_counts import TargetCounts
 
 ASKED = ["setting", "fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles", "seed", "layer"]

@@ -15,22 +15,11 @@ from ranks import on_ranks
 from torch import Tensor, nn
 from toy_repairs import blobs, known, quick, right, trained, unseen
 
-from lightning_nrl import (
-    AllWeights,
-    ConfigurationError,
-    Gate,
-    Grid,
-    NeuRecoverLite,
-    Settings,
-    SweepResult,
-    Target,
-    TensorSource,
-    repair_module,
-    sweep_module,
-)
+from lightning_nrl import ConfigurationError, Gate, Grid, Settings, Target, TensorSource, repair_module
 from lightning_nrl._utils.state import holding
-from lightning_nrl.analysis.sweep import Run, recount, study
+from lightning_nrl.analysis.sweep import Run, SweepResult, recount, study, sweep_module
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.presets import paper_arguments
 from lightning_nrl.report import hash_tensors
 

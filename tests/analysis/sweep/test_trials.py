@@ -7,10 +7,11 @@ import pytest
 from ranks import on_ranks
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import ConfigurationError, Fitness, Grid, SweepResult, sweep_module
+from lightning_nrl import ConfigurationError, Grid
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.analysis.sweep import Run, Trials, regression_free_repairs, study
+from lightning_nrl.analysis.sweep import Run, SweepResult, Trials, regression_free_repairs, study, sweep_module
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.search import Fitness
 
 GRID = Grid(fitness=["eq1", Fitness("eq2")], alpha=[1, 8], n_weights=[4, 8, 12])
 

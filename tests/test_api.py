@@ -1,0 +1,91 @@
+"""docs/api.md lists what is public, package by package. `python tests/test_api.py` writes it anew."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import itertools
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+
+import lightning_nrl
+
+PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+MODULES = ("lightning_nrl.callback", "lightning_nrl.errors", "lightning_nrl.presets")
+"""Public modules at the root that are no packages."""
+INTRO = """# What is public
+
+Names by the package that they are imported from; `import lightning_nrl` has what most people need. Packages and modules
+that begin with an underscore, and names that are not listed, may change at any time.
+"""
+
+
+def public_modules() -> list[ModuleType]:
+    """The package itself, and every package inside whose name has no underscore."""
+    found = [lightning_nrl]
+    for module in pkgutil.walk_packages(lightning_nrl.__path__, "lightning_nrl."):
+        private = any(part.startswith("_") for part in module.name.split("."))
+        if not private and (module.ispkg or module.name in MODULES):
+            found.append(importlib.import_module(module.name))
+    return [module for module in found if getattr(module, "__all__", ())]
+
+
+def summary(module: ModuleType, name: str) -> str:
+    """The first line of the docstring, of a constant that of the text below it; empty if there is none."""
+    value = getattr(module, name)
+    if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
+        inherited = inspect.isclass(value) and "__doc__" not in vars(value)
+        return "" if inherited or not value.__doc__ else " ".join(value.__doc__.strip().split("\n\n")[0].split())
+    for path in Path(lightning_nrl.__file__).parent.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        if f"{name} = " not in source and f"{name}: " not in source:
+            continue
+        body = ast.parse(source).body
+        for node, after in itertools.pairwise(body):
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+            if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                return " ".join(str(after.value.value).strip().split("\n\n")[0].split())
+    return ""
+
+
+def page() -> str:
+    """What docs/api.md says."""
+    parts = [INTRO]
+    for module in public_modules():
+        rows = [f"| `{name}` | {summary(module, name)} |" for name in sorted(module.__all__, key=str.lower)]
+        first = (module.__doc__ or "").strip().splitlines()[0]
+        table = ["| name | what it is |", "|---|---|", *rows]
+        parts.append("\n".join([f"## `{module.__name__}`\n", f"{first}\n", *table]) + "\n")
+    return "\n".join(parts)
+
+
+def test_the_page_lists_what_is_public() -> None:
+    _, *sections = re.split(r"^## `([\w.]+)`$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = {
+        name: sorted(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+        for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    public = {module.__name__: sorted(module.__all__) for module in public_modules()}
+    assert listed == public, "run `python tests/test_api.py`"
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    without = [
+        f"{module.__name__}.{name}"
+        for module in public_modules()
+        for name in module.__all__
+        if not summary(module, name)
+    ]
+    assert not without
+
+
+def test_the_face_can_be_held() -> None:
+    assert len(lightning_nrl.__all__) <= 25
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
