@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,13 @@ def test_every_package_says_what_it_is_for(path: Path) -> None:
     if path.parent != PACKAGE:
         assert "In:" in text
         assert "Out:" in text
+
+
+def test_the_map_names_every_package_and_no_file_that_is_not_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for path in re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)`", page):
+        assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
+    picture = page.split("```")[1]
+    for path in PACKAGE.iterdir():
+        if path.is_dir() and (path / "__init__.py").exists():
+            assert f"{path.name}/" in picture, path.name

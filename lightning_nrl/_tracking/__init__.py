@@ -1,4 +1,8 @@
-"""Writing a repair to loggers: numbers to any of them, and to TensorBoard what else helps to judge it."""
+"""Writing a repair to loggers: numbers to any of them, and to TensorBoard what else helps to judge it.
+
+In: a report and the loggers of a trainer. Out: scalars, charts, text, a histogram, a row of hyperparameters. A logger
+that fails costs nothing but a warning.
+"""
 
 from lightning_nrl._tracking.loggers import track, track_numbers, track_release
 from lightning_nrl._tracking.scalars import (

@@ -47,7 +47,7 @@ def release(
             looked at them before.
         rules: what must hold, one or several: `instance`, `accuracy`, `tolerance:3`, `nfr:1%`, `slice-nfr:5%`,
             `slices`, `slices:count`, `protected:ids.csv`, with ` in SPLIT` behind it if it is for one split; or objects
-            of `lightning_nrl.gate`.
+            of `lightning_nrl.release`.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         seeds: what the data and the models depend on, to be noted in the report.

@@ -1,4 +1,7 @@
-"""What "passed" and "loss" mean for one sample: a `Task`, and those that there are."""
+"""What "passed" and "loss" mean for one sample: a `Task`, and those that there are.
+
+In: what the model gives, and the truth. Out: passed, loss and margin of each sample. All other packages ask a task.
+"""
 
 from lightning_nrl.tasks.custom import Custom
 from lightning_nrl.tasks.multiclass import Multiclass
