@@ -5,7 +5,6 @@ A gate looks at what became of every known sample, not only of those that the se
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,14 +14,24 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal
 
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "allowance", "judge", "read_number", "spared"]
-
-KINDS = ("instance", "accuracy", "tolerance:3", "tolerance:0.01", "tolerance:1%")
+__all__ = [
+    "GATES",
+    "Accuracy",
+    "Gate",
+    "Instance",
+    "Tolerance",
+    "Verdict",
+    "allowance",
+    "judge",
+    "read_number",
+    "spared",
+]
 
 
 @dataclass(frozen=True)
@@ -86,22 +95,17 @@ class Gate(ABC):
         if isinstance(gate, Gate):
             return gate
         kind, _, limit = str(gate).strip().lower().partition(":")
-        if kind == "instance" and not limit:
-            return Instance()
-        if kind == "accuracy" and not limit:
-            return Accuracy()
-        if kind == "tolerance" and limit:
-            return Tolerance(_number(limit.strip(), gate, argument))
-        near = difflib.get_close_matches(kind, [name.partition(":")[0] for name in KINDS], n=1)
-        meant = f", did you mean {near[0]!r}?" if near and near[0] != kind else "."
-        raise ConfigurationError(
-            explain(
-                f"`{argument}={gate!r}` is no gate{meant}",
-                f"write one of {list(KINDS)}, or pass a `Gate`.",
-            )
-        )
+        make = GATES.factory(argument, kind) if kind in GATES else None
+        if make is None or bool(limit) != (make is Tolerance):
+            raise GATES.unreadable(f"`{argument}={gate!r}`", kind)
+        return make(_number(limit.strip(), gate, argument)) if limit else make()
 
 
+GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
+"""The gates that text can name."""
+
+
+@GATES.register("instance")
 @dataclass(frozen=True)
 class Instance(Gate):
     """Not one known sample may break."""
@@ -117,6 +121,7 @@ class Instance(Gate):
         return "instance"
 
 
+@GATES.register("accuracy")
 @dataclass(frozen=True)
 class Accuracy(Gate):
     """No more known samples may break than are repaired."""
@@ -132,6 +137,7 @@ class Accuracy(Gate):
         return "accuracy"
 
 
+@GATES.register("tolerance", "tolerance:3", "tolerance:0.01", "tolerance:1%")
 @dataclass(frozen=True)
 class Tolerance(Gate):
     """A given number or share of the known samples that passed may break.
@@ -304,7 +310,7 @@ def _number(text: str, gate: str, argument: str) -> int | float:
         return read_number(text)
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(KINDS)}.")
+            explain(f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(GATES.forms)}.")
         ) from error
 
 

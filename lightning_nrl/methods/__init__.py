@@ -1,6 +1,6 @@
-"""How new weights are found: one method a file, a `Problem` in and a `Solution` out.
+"""How new weights are found: one method a file.
 
-`solve` runs a method or a searcher; `METHODS` has those that can be named. A new method is one file with a frozen
+In: a `Problem`. Out: a `Solution`. `solve` runs a method or a searcher; `METHODS` has those that can be named. A new method is one file with a frozen
 dataclass that is called with a problem, and a line in `method_registry.py`.
 """
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.tasks import Task
 
-__all__ = ["FocalDistillation", "MarginHinge", "OldAnswers", "Term", "parse_terms"]
+__all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "parse_terms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,11 @@ class Term(ABC):
         """
 
 
+TERMS: Registry[Term] = Registry("term", "term='focal_distillation'", lambda value: isinstance(value, Term))
+"""The terms that can be named."""
+
+
+@TERMS.register("focal_distillation")
 @dataclass(frozen=True)
 class FocalDistillation(Term):
     """Distils the replaced model, most of all where it is right (Yan et al. 2021, Positive-Congruent Training).
@@ -121,6 +127,7 @@ class FocalDistillation(Term):
         return self.weight * self.temperature**2 * focal * apart * known
 
 
+@TERMS.register("margin_hinge")
 @dataclass(frozen=True)
 class MarginHinge(Term):
     """Asks for a part of the margin that the replaced model had, on samples that it gets right.
@@ -170,9 +177,6 @@ class MarginHinge(Term):
         return self.weight * F.relu(torch.where(asked, goal - margin, torch.zeros_like(margin)))
 
 
-TERMS = {"focal_distillation": FocalDistillation, "margin_hinge": MarginHinge}
-
-
 def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     """Terms from what a user may write: names, terms, or several of them.
 
@@ -180,20 +184,13 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
         ConfigurationError: none, an unknown name, two of one name, or something else.
     """
     given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
-    found: list[Term] = []
-    for one in given:
-        if isinstance(one, str):
-            check_choice("term", one, list(TERMS))
-            found.append(TERMS[one]())
-        else:
-            check_kind("term", one, isinstance(one, Term), "term", "term='focal_distillation'")
-            found.append(one)
-    names = [one.name for one in found]
+    terms = tuple(TERMS.parse("term", one) for one in given)
+    names = [one.name for one in terms]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
             explain(f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own.")
         )
-    return tuple(found)
+    return terms
 
 
 def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:

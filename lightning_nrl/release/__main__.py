@@ -16,7 +16,7 @@ from lightning_nrl.errors import RepairError
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release.prediction_files import check_missing, pair_from_files, read_slices
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.release.rule_parsing import RULE_EXAMPLES, parse_rules
+from lightning_nrl.release.rule_parsing import RULES, parse_rules
 
 __all__ = ["main"]
 
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lightning_nrl.release", description=(__doc__ or "").splitlines()[0]
     )
-    rules = ", ".join(RULE_EXAMPLES).replace("%", "%%")
+    rules = ", ".join(RULES.forms).replace("%", "%%")
     parser.add_argument("old", help="predictions of the model in use, a CSV file with split,id,prediction,passed")
     parser.add_argument("new", help="predictions of the new model, likewise; such as predictions.csv of a ReleaseGate")
     parser.add_argument("--rule", action="append", help=f"what must hold, also several: {rules}")

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.gate.acceptance import read_number
 from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, Rule
 
-__all__ = ["RULE_EXAMPLES", "parse_rule", "parse_rules"]
+__all__ = ["RULES", "parse_rule", "parse_rules"]
 
-RULE_EXAMPLES = (
-    "instance",
-    "accuracy",
-    "tolerance:1%",
-    "nfr:1%",
-    "nfr:1%:99%",
-    "slice-nfr:5%",
-    "slices",
-    "slices:count",
-    "protected:ids.csv",
-)
+RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
+"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
@@ -44,7 +36,7 @@ def parse_rule(rule: Any) -> Rule:
     """A rule from text; a rule is given back as it is.
 
     Args:
-        rule: one of `RULE_EXAMPLES` with numbers of your own; all but `protected` may end with ` in SPLIT, SPLIT`.
+        rule: one of `RULES.forms` with numbers of your own; all but `protected` may end with ` in SPLIT, SPLIT`.
 
     Raises:
         ConfigurationError: it is none of these.
@@ -58,24 +50,43 @@ def parse_rule(rule: Any) -> Rule:
     text, _, named = str(rule).partition(" in ")
     kind, *given = (part.strip() for part in text.split(":"))
     splits = tuple(name.strip() for name in named.split(",")) if named else ()
-    if kind == "protected" and given:
-        return ProtectedIntact(str(rule).partition(":")[2].strip())
-    if kind in ("instance", "accuracy", "tolerance"):
-        return AtMostBroken(text, splits)
-    numbers = [_number(part, rule) for part in given if part != "count"]
-    if kind in ("nfr", "slice-nfr") and len(numbers) == len(given) and len(numbers) in (1, 2):
-        limit, confidence = numbers if len(numbers) == 2 else (numbers[0], 0.95)
-        return MaxNegativeFlipRate(limit, confidence, kind == "slice-nfr", splits)
-    if kind == "slices" and given == ["count"]:
-        return NoSliceWorse("count", splits=splits)
-    if kind == "slices" and len(numbers) == len(given) <= 1:
-        return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits)
-    names = [name.partition(":")[0] for name in RULE_EXAMPLES]
-    near = difflib.get_close_matches(kind, names, n=1)
-    meant = f", did you mean {near[0]!r}?" if near and near[0] != kind else "."
-    raise ConfigurationError(
-        explain(f"`rules`: {rule!r} is no rule{meant}", f"write one of {list(RULE_EXAMPLES)}, or a `Rule`.")
-    )
+    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
+    if made is None:
+        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
+    return made
+
+
+def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
+    return AtMostBroken(text.partition(" in ")[0], splits)
+
+
+RULES.register("instance")(_at_most_broken)
+RULES.register("accuracy")(_at_most_broken)
+RULES.register("tolerance", "tolerance:1%")(_at_most_broken)
+
+
+def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...], each_slice: bool = False) -> Rule | None:
+    numbers = [_number(part, text) for part in given]
+    if len(numbers) not in (1, 2):
+        return None
+    return MaxNegativeFlipRate(numbers[0], numbers[1] if len(numbers) == 2 else 0.95, each_slice, splits)
+
+
+RULES.register("nfr", "nfr:1%", "nfr:1%:99%")(_max_nfr)
+RULES.register("slice-nfr", "slice-nfr:5%")(partial(_max_nfr, each_slice=True))
+
+
+@RULES.register("slices", "slices", "slices:count")
+def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    if "count" in given:
+        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
+    numbers = [_number(part, text) for part in given]
+    return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
+
+
+@RULES.register("protected", "protected:ids.csv")
+def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    return ProtectedIntact(text.partition(":")[2].strip()) if given else None
 
 
 def _number(text: str, rule: Any) -> float:
@@ -83,5 +94,5 @@ def _number(text: str, rule: Any) -> float:
         return float(read_number(text))
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULE_EXAMPLES)}.")
+            explain(f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULES.forms)}.")
         ) from error

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.multilabel import Multilabel
 from lightning_nrl.tasks.segmentation import Segmentation
 from lightning_nrl.tasks.sequence import Sequence
 from lightning_nrl.tasks.task import Task
 
-__all__ = ["parse_task"]
+__all__ = ["TASKS", "parse_task"]
 
-NAMES: dict[str, type[Task]] = {
-    "multiclass": Multiclass,
-    "multilabel": Multilabel,
-    "segmentation": Segmentation,
-    "sequence": Sequence,
-}
-UNNAMED = {
+TASKS: Registry[Task] = Registry(
+    "Task",
+    "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
+    lambda value: isinstance(value, Task),
+)
+"""The tasks that a name alone says."""
+
+TASKS.register("multiclass")(Multiclass)
+TASKS.register("multilabel")(Multilabel)
+TASKS.register("segmentation")(Segmentation)
+TASKS.register("sequence")(Sequence)
+
+TASKS_WITH_ARGUMENTS = {
     "regression": "Regression(tolerance=0.1), in the units of the target",
     "custom": "Custom(passed=function, loss=function)",
 }
-"""What a name alone does not say."""
+"""Tasks that a name alone does not say, and what to write."""
 
 
 def parse_task(task: Any) -> Task:
@@ -38,12 +45,8 @@ def parse_task(task: Any) -> Task:
     """
     if task is None:
         return Multiclass()
-    if isinstance(task, str):
-        name = task.lower()
-        if name in UNNAMED:
-            raise ConfigurationError(explain(f"`task={task!r}` does not say enough.", f"write {UNNAMED[name]}."))
-        check_choice("task", name, tuple(NAMES))
-        return NAMES[name]()
-    example = "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours"
-    check_kind("task", task, isinstance(task, Task), "Task", example)
-    return task
+    name = task.lower() if isinstance(task, str) else task
+    if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
+        hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
+        raise ConfigurationError(explain(f"`task={task!r}` does not say enough.", hint))
+    return TASKS.parse("task", name)

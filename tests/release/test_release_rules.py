@@ -24,7 +24,7 @@ from lightning_nrl.release import (
     Rule,
 )
 from lightning_nrl.release.release_report import Identity, make_report
-from lightning_nrl.release.rule_parsing import RULE_EXAMPLES, parse_rule, parse_rules
+from lightning_nrl.release.rule_parsing import RULES, parse_rule, parse_rules
 from lightning_nrl.release.rules import sign_test
 from lightning_nrl.stats import upper_limit
 
@@ -199,7 +199,7 @@ def test_rules_are_read_from_what_they_are_shown_as(text: str, rule: Rule) -> No
 def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("ids.csv").write_text("split,id\ntest,1\n")
-    assert all(isinstance(parse_rule(kind), Rule) for kind in RULE_EXAMPLES)
+    assert all(isinstance(parse_rule(kind), Rule) for kind in RULES.forms)
 
 
 @pytest.mark.parametrize(
