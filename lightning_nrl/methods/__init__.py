@@ -1,7 +1,7 @@
 """How new weights are found: one method a file.
 
-In: a `Problem`. Out: a `Solution`. `solve` runs a method or a searcher; `METHODS` has those that can be named. A new method is one file with a frozen
-dataclass that is called with a problem, and a line in `method_registry.py`.
+In: a `Problem`. Out: a `Solution`. `solve` runs a method or a searcher; `METHODS` has those that can be named. A new
+method is one file with a frozen dataclass that is called with a problem, and a line in `method_registry.py`.
 """
 
 from lightning_nrl.methods.auto import Auto

@@ -40,7 +40,9 @@ __all__ = ["Methods", "compare_module", "parse_methods"]
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
 
-COMPARED: Registry[AnyMethod] = Registry(METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES))
+COMPARED_METHODS: Registry[AnyMethod] = Registry(
+    METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES)
+)
 """Methods and baselines by name."""
 
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
@@ -111,7 +113,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
         ConfigurationError: a name is unknown or there twice, or something is no method.
     """
     if methods is None:
-        methods = tuple(COMPARED)
+        methods = tuple(COMPARED_METHODS)
     if isinstance(methods, str):
         methods = (methods,)
     if not isinstance(methods, (Mapping, Sequence)):
@@ -123,7 +125,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
             explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
-    return {name: COMPARED.parse("methods", method) for name, method in zip(names, given, strict=True)}
+    return {name: COMPARED_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
 
 
 def _check_targets(before: SampleResults, settings: Settings) -> None:
