@@ -128,13 +128,15 @@ def _read_record(kind: type[Any], data: Mapping[str, object], path: str) -> Any:
 
 
 def _check_derived(record: object, others: Mapping[str, object], path: str) -> None:
-    """Refuses what is no field of a record, unless it follows from those that are."""
+    """Refuses what neither is a field of a record nor follows from its fields, and what does and is not there."""
     derived = to_plain(record.derived) if isinstance(record, Derives) else {}
     for name in sorted(others):
         if name not in derived:
             raise _error(_join(path, name), "it is not known what this is")
-        if not _same(derived[name], others[name]):
-            raise _wrong(_join(path, name), f"{_shown(derived[name])}, as the rest says", others[name])
+    for name in derived:
+        found = _item(others, name, path)
+        if not _same(derived[name], found):
+            raise _wrong(_join(path, name), f"{_shown(derived[name])}, as the rest says", found)
 
 
 def _same(expected: object, found: object) -> bool:

@@ -1,8 +1,10 @@
 """The gate: whether a repair may be kept, by what became of all known samples.
 
-In: what the model does before and after. Out: a `Verdict`, accepted or not, with the reason.
+In: what the model does before and after, and a `Gate`, which says how many samples may break. Out: a `Verdict`,
+accepted or not, with the reason.
 """
 
-from lightning_nrl.gate.acceptance import Accuracy, Gate, Instance, Tolerance, Verdict, judge, spared
+from lightning_nrl.gate.gates import Accuracy, Gate, Instance, Tolerance
+from lightning_nrl.gate.verdict import Verdict, check_protected, judge
 
-__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "judge", "spared"]
+__all__ = ["Accuracy", "Gate", "Instance", "Tolerance", "Verdict", "check_protected", "judge"]

@@ -13,17 +13,13 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import renumbered
-from lightning_nrl.pipeline.line_search import Selection
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
 from lightning_nrl.stats import SliceBounds, check_mix, weighted_bound
-from lightning_nrl.stats.binomial import limit_at_level
+from lightning_nrl.stats.post_selection import Selection, limit_after
 from lightning_nrl.stats.slice_bounds import Name
 
-__all__ = ["Groups", "bounds_after", "groups_of", "limit_after"]
-
-WALKED = 0.8
-"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+__all__ = ["Groups", "bounds_after", "groups_of"]
 
 
 @dataclass(frozen=True)
@@ -106,34 +102,6 @@ def bounds_after(
         weighted=weighted,
         warning=_warning(groups),
     )
-
-
-def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """An upper limit on the rate of broken samples that holds of weights which calibration data may have chosen.
-
-    Let a = 1 - confidence be what may fail. Where the data had no say, the limit is that of Clopper and Pearson at the
-    level a. Where they chose one of C sets of weights, each is given a / C (Bonferroni).
-
-    Where a limit of k broken samples was set, strengths are accepted one after the other from weak to strong while k at
-    most break. That is fixed-sequence testing of "more than the rate r break", r being the limit of Clopper and Pearson
-    of k: the p-value P(Bin(n, r) <= broken) is within the level exactly where no more than k broke (Learn then Test;
-    see `lightning_nrl.stats.choose`). These have four fifths of a together, and r is what holds of them; all else that
-    might have been taken, such as polished weights, shares the last fifth.
-
-    Args:
-        broken: calibration samples that the chosen weights break.
-        n: calibration samples that were right before.
-        selection: what say they had.
-        confidence: in (0, 1).
-
-    Returns:
-        A rate in (0, 1].
-    """
-    level = 1 - confidence
-    if selection.allowed is not None:
-        return limit_at_level(min(selection.allowed, n), n, level * WALKED)
-    rest = level * (1 - WALKED) if selection.walked else level
-    return limit_at_level(broken, n, rest / selection.states)
 
 
 def _check_mix(groups: Groups, calibration: SampleResults, mix: Mapping[Name, float]) -> None:

@@ -19,8 +19,9 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Gate
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
+from lightning_nrl.stats.post_selection import Selection
 
-__all__ = ["POINTS", "Calibration", "Selection", "Strength", "choose", "find_strength", "strength_path"]
+__all__ = ["POINTS", "Calibration", "Strength", "choose", "find_strength", "strength_path"]
 
 POINTS = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 """Strengths to be counted, the most telling first, since time may be short."""
@@ -56,23 +57,6 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What say calibration data had in which weights are taken.
-
-    Attributes:
-        states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they
-            had no say.
-        walked: whether strengths are accepted from weak to strong first, and these states are what there is beside.
-        allowed: how many calibration samples might break, a number fixed before they were looked at, if the strength
-            taken and all weaker ones of `GRID` keep within it; else None.
-    """
-
-    states: int = 1
-    walked: bool = False
-    allowed: int | None = None
-
-
-@dataclass(frozen=True)
 class Strength:
     """How far a repair goes.
 
@@ -86,7 +70,7 @@ class Strength:
     path: tuple[StrengthPoint, ...] = ()
     chosen: float | None = 1.0
     state: State = field(default_factory=dict)
-    selection: Selection = Selection()
+    selection: Selection = field(default_factory=Selection)
 
 
 def find_strength(

@@ -19,7 +19,7 @@ from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate import Gate, judge, spared
+from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.calibration_bounds import Groups, bounds_after
@@ -185,7 +185,7 @@ def _concluded(
             verdict = verdict if rest.accepted else rest
         later = {role: problem.evaluator.run(sources) for role, sources in others.items() if verdict.accepted}
         if "calibration" in later:
-            verdict = spared(verdict, account.aside["calibration"], later["calibration"])
+            verdict = check_protected(verdict, account.aside["calibration"], later["calibration"])
     old = {name: value for name, value in model.state_dict().items() if name in new}
     bounds = None
     if groups is not None and verdict.accepted:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.gate.acceptance import read_number
+from lightning_nrl.gate.gates import read_number
 from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, Rule
 

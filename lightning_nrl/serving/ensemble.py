@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.record import Record
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
@@ -94,7 +95,7 @@ class WeightPoint:
 
 
 @dataclass(frozen=True)
-class WeightChoice(Shown):
+class WeightChoice(Record, Shown):
     """A weight, and what others would do. `rich.print(choice)` shows it as a table.
 
     Attributes:

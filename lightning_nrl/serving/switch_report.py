@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.record import Record
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evaluation.flips import FlipCounts
@@ -72,7 +73,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class SwitchReport(Shown):
+class SwitchReport(Record, Shown):
     """A switch beside its two models. `rich.print(report)` shows it as tables.
 
     Attributes:

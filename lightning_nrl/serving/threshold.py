@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.record import Record
+from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
@@ -29,13 +31,13 @@ class ThresholdPoint:
         share: of the samples those that the new model answers, in [0, 1].
     """
 
-    threshold: float
+    threshold: float = field(metadata=null_is(-math.inf))
     counts: FlipCounts
     share: float
 
 
 @dataclass(frozen=True)
-class ThresholdChoice(Shown):
+class ThresholdChoice(Record, Shown):
     """A threshold, and what others would do. `rich.print(choice)` shows it as a table.
 
     Attributes:

@@ -6,7 +6,7 @@ the data have chosen among candidates.
 
 from lightning_nrl.stats.binomial import Bound, binomial_cdf, lower_limit, upper_limit
 from lightning_nrl.stats.mixes import MixCheck, check_mix
-from lightning_nrl.stats.selection import Choice, choose
+from lightning_nrl.stats.post_selection import Choice, Selection, choose, limit_after
 from lightning_nrl.stats.slice_bounds import SliceBounds, slice_bounds
 from lightning_nrl.stats.weighted import WeightedBound, weighted_bound
 
@@ -14,11 +14,13 @@ __all__ = [
     "Bound",
     "Choice",
     "MixCheck",
+    "Selection",
     "SliceBounds",
     "WeightedBound",
     "binomial_cdf",
     "check_mix",
     "choose",
+    "limit_after",
     "lower_limit",
     "slice_bounds",
     "upper_limit",

@@ -22,17 +22,17 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline.calibration_bounds import WALKED, limit_after
 from lightning_nrl.pipeline.line_search import GRID, Calibration, Strength, find_strength
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.search import Fitness
 from lightning_nrl.stats import binomial_cdf, upper_limit
 from lightning_nrl.stats.binomial import limit_at_level
+from lightning_nrl.stats.post_selection import ORDERED_LEVEL_SHARE, limit_after
 
 DRAWS, CONFIDENCE = 1000, 0.95
 N, ALLOWED = 915, 9
-LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * WALKED)
+LIMIT = limit_at_level(ALLOWED, N, (1 - CONFIDENCE) * ORDERED_LEVEL_SHARE)
 """What is said of a strength that a walk accepts: the rate of which 9 of 915 are the limit."""
 
 Rates = Callable[[float], float]

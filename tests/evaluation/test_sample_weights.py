@@ -28,7 +28,7 @@ from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate import judge, spared
+from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Polish
 from lightning_nrl.problem import Proposal, better
@@ -199,8 +199,8 @@ def test_the_gate_counts_by_weight_and_spares_the_protected() -> None:
     assert protected.status == "refused"
     assert protected.reason.endswith("Protected samples may not break, and would: 1 in train.")
     good = judge(before, flipped(before, 3), Gate.instance())
-    assert spared(good, before, flipped(before, 1)) == good
-    assert spared(good, before, flipped(before, 2)).status == "refused"
+    assert check_protected(good, before, flipped(before, 1)) == good
+    assert check_protected(good, before, flipped(before, 2)).status == "refused"
 
 
 def test_a_quota_that_is_not_met_is_a_reason() -> None:

@@ -20,11 +20,10 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.calibration_bounds import limit_after
-from lightning_nrl.pipeline.line_search import GRID, STATES, Selection, find_strength
+from lightning_nrl.pipeline.line_search import GRID, STATES, find_strength
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.report import RepairReport
-from lightning_nrl.stats import binomial_cdf, choose, upper_limit
+from lightning_nrl.stats import Selection, binomial_cdf, choose, limit_after, upper_limit
 from lightning_nrl.stats.binomial import limit_at_level
 
 WRONG = line(0.1, 0.3, 0.5, 0.95, 1.1, split="wrong")

@@ -15,7 +15,7 @@ from toy_repairs import known, quick, trained, unseen
 from lightning_nrl import Target, repair_module
 from lightning_nrl._utils.preserve import evaluating, preserve, random_state
 from lightning_nrl._utils.state import holding
-from lightning_nrl.gate.acceptance import Instance
+from lightning_nrl.gate import Instance
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.search import Fitness
 

@@ -1,13 +1,44 @@
-"""Choosing one of several candidates by calibration data so that what is said of the chosen one still holds."""
+"""Choosing one of several candidates by calibration data so that what is said of the chosen one still holds.
+
+`choose` tests candidates against a limit that was fixed before; `limit_after` is the limit that holds of weights which
+the data may have chosen. Both are Learn then Test (Angelopoulos et al. 2021), by fixed sequence or by Bonferroni.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_nrl.stats.binomial import binomial_cdf, check_confidence, check_counts, percent_up, show_confidence
+from lightning_nrl.stats.binomial import (
+    binomial_cdf,
+    check_confidence,
+    check_counts,
+    limit_at_level,
+    percent_up,
+    show_confidence,
+)
 
-__all__ = ["Choice", "choose"]
+__all__ = ["Choice", "Selection", "choose", "limit_after"]
+
+ORDERED_LEVEL_SHARE = 0.8
+"""The part of what may fail that is given to strengths accepted from weak to strong; the rest to all other weights."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What say calibration data had in which weights are taken.
+
+    Attributes:
+        states: how many sets of weights they might have chosen, in a number fixed before they were looked at; 1: they
+            had no say.
+        ordered: whether strengths are accepted from weak to strong first, and these states are what there is beside.
+        allowed: how many calibration samples might break, a number fixed before they were looked at, if the strength
+            taken and all weaker ones of the grid keep within it; else None.
+    """
+
+    states: int = 1
+    ordered: bool = False
+    allowed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,3 +106,31 @@ def choose(
     end = passes.index(False) if ordered and False in passes else len(passes)
     accepted = tuple(i for i in range(end) if passes[i])
     return Choice(limit, confidence, p_values, accepted, accepted[-1] if accepted else None)
+
+
+def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
+    """An upper limit on the rate of broken samples that holds of weights which calibration data may have chosen.
+
+    Let a = 1 - confidence be what may fail. Where the data had no say, the limit is that of Clopper and Pearson at the
+    level a. Where they chose one of C sets of weights, each is given a / C (Bonferroni).
+
+    Where a limit of k broken samples was set, strengths are accepted one after the other from weak to strong while k at
+    most break. That is fixed-sequence testing of "more than the rate r break", r being the limit of Clopper and Pearson
+    of k: the p-value P(Bin(n, r) <= broken) is within the level exactly where no more than k broke (Learn then Test;
+    see `lightning_nrl.stats.choose`). These have four fifths of a together, and r is what holds of them; all else that
+    might have been taken, such as polished weights, shares the last fifth.
+
+    Args:
+        broken: calibration samples that the chosen weights break.
+        n: calibration samples that were right before.
+        selection: what say they had.
+        confidence: in (0, 1).
+
+    Returns:
+        A rate in (0, 1].
+    """
+    level = 1 - confidence
+    if selection.allowed is not None:
+        return limit_at_level(min(selection.allowed, n), n, level * ORDERED_LEVEL_SHARE)
+    rest = level * (1 - ORDERED_LEVEL_SHARE) if selection.ordered else level
+    return limit_at_level(broken, n, rest / selection.states)

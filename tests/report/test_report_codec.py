@@ -1,0 +1,207 @@
+"""Whatever a damaged report says, it is read as it says it or refused by name; nothing else is raised."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_nrl._utils.record import Record
+from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
+from lightning_nrl.analysis.diagnosis import Binding, Check, Cost, Diagnosis, Doubt, LayerRoom, Mixing, TargetFinding
+from lightning_nrl.analysis.sweep import Run, SweepResult
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
+from lightning_nrl.release.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.release.rules import Finding
+from lightning_nrl.report import (
+    CalibrationBounds,
+    Hashes,
+    LocalizationReport,
+    RepairReport,
+    SearchReport,
+    SetAside,
+    SliceLimit,
+    SliceReport,
+    SplitReport,
+    Step,
+    StrengthPoint,
+    UpdateSplit,
+    WeightChange,
+)
+from lightning_nrl.serving.switch_report import SwitchReport, SwitchSplit, Timing
+from lightning_nrl.serving.threshold import ThresholdChoice, ThresholdPoint
+
+COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
+SPLIT = SplitReport("train", "known", COUNTS, (1, 2, 3, 4), (1, 2), (9,))
+VERSIONS = {"torch": "2.9.0"}
+REPORTS: dict[str, Record] = {
+    "repair": RepairReport(
+        status="repaired",
+        reason="2 of 4 pass now.",
+        layers=("head",),
+        target="all",
+        gate="instance",
+        task="Multiclass",
+        splits=(SPLIT,),
+        update=(UpdateSplit(SPLIT, SPLIT),),
+        candidate=(),
+        slices=(SliceReport("day", "known", COUNTS, quota=1), SliceReport("night", "unseen", COUNTS)),
+        set_aside=(SetAside("train", 3, 1, 0, "its label looks wrong"),),
+        localization=LocalizationReport(8, 20, {"localized": 8}),
+        search=SearchReport(3, "patience", 0.5, math.nan, {"best": [0.5, math.nan]}, 4),
+        steps=(Step("fit", 2, 1, 0.5),),
+        strength=(StrengthPoint(0.5, 1, FLIPS), StrengthPoint(1.0, 2, FLIPS, FLIPS, True, 1.5)),
+        chosen_strength=1.0,
+        bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1, (SliceLimit("day", 1, 3, 0.8),), {"day": 1.0}, 0.8),
+        change=WeightChange(3, 8, 0.5, math.nan, 0.25),
+        hashes=Hashes("a", "b"),
+        seed=3,
+        seconds={"search": 0.5},
+        versions=VERSIONS,
+        files={"json": "report.json"},
+        settings={"n_passed": None, "search": {"particles": 100, "speed": [0.2, None]}},
+    ),
+    "release": ReleaseReport(
+        status="refused",
+        findings=(Finding("instance", False, "test: 1 broke.", {"test": [9]}),),
+        rows=(ReleaseRow("test", "", FLIPS, 0.5, 0.75), ReleaseRow("test", "day", FlipCounts(0, 0, 0, 0), 1.0, 1.0)),
+        broken_ids={"test": [9]},
+        repaired_ids={"test": [1, 2]},
+        confidence=0.95,
+        new=Identity("Net", "a"),
+        old=Identity("old.csv"),
+        samples={"test": "b"},
+        task="Multiclass",
+        precision="float32 on cpu",
+        versions=VERSIONS,
+    ),
+    "comparison": Comparison(
+        (
+            Entry("convex", 0.5, (CurvePoint(1.0, 2, FLIPS, FLIPS),), CurvePoint(0.5, 1, FLIPS, FLIPS), 0.1),
+            Entry("none", 0.5, note="no proposal"),
+        ),
+        4,
+        "all",
+        "head",
+        3,
+        VERSIONS,
+    ),
+    "diagnosis": Diagnosis(
+        advice="Use the default.",
+        target="all",
+        task="Multiclass",
+        known={"samples": 8, "passed": 4, "failed": 4, "targeted": 2},
+        head="head",
+        targets=(TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25, 0.5), TargetFinding("train", 2, 0, 1, -1.5)),
+        binding=(Binding("train", 3, 1, 0.5, 2),),
+        check=Check(2, 4, 0.5, 1, 0.0, 0.5),
+        mixing=Mixing(2, (0, 1, 1), (1, 1, 2)),
+        doubts=(Doubt("train", 2, 0, 1, 0.75, 1.5),),
+        layers=(LayerRoom("head", "Linear", 8, 0.5, 0.25), LayerRoom("body", "Linear", 8, 0.5, math.inf)),
+        costs=(Cost("auto", 3.5, "a fit"),),
+        notes=("note",),
+        versions=VERSIONS,
+    ),
+    "sweep": SweepResult(
+        (
+            Run("a", "eq1", 4.0, False, None, 30, 20, 0, "head", 12, 9, 1.5, 3, 30, True, COUNTS, COUNTS, None, 0.5),
+            Run("b", "own", None, True, 8, None, 20, 1, "head", 0, 0, None, 0, 30, False, COUNTS),
+        ),
+        "all",
+        "head",
+        VERSIONS,
+    ),
+    "switch": SwitchReport(0.5, (SwitchSplit("test", FLIPS, FLIPS, 3),), Timing(8, "cpu", 3, 0.1, 0.2, 0.25)),
+    "threshold": ThresholdChoice(
+        ThresholdPoint(1.5, FLIPS, 0.5),
+        (ThresholdPoint(-math.inf, FLIPS, 1.0), ThresholdPoint(1.5, FLIPS, 0.5)),
+        "instance",
+    ),
+}
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value in plain values."""
+    inside = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [way for key, item in inside for way in ((*path, key), *places(item, (*path, key)))]
+
+
+def null_for_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: null_for_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [null_for_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_report_comes_back_as_it_was_written(name: str) -> None:
+    report = REPORTS[name]
+    text = report.to_json()
+    again = type(report).from_json(text)
+    assert again.to_json() == text
+    assert type(report).from_dict(report.to_dict()).to_json() == text
+    assert again.to_dict().keys() == report.to_dict().keys()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_no_key_may_be_missing_and_none_may_be_new(name: str) -> None:
+    report = REPORTS[name]
+    data = json.loads(report.to_json())
+    for key in data:
+        with pytest.raises(ConfigurationError, match=f"^{key}: this is missing"):
+            type(report).from_dict({other: value for other, value in data.items() if other != key})
+    with pytest.raises(ConfigurationError, match=r"^unheard_of: it is not known what this is"):
+        type(report).from_dict({**data, "unheard_of": 1})
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_report_is_refused_or_read_as_it_is(name: str, data: st.DataObject) -> None:
+    report = REPORTS[name]
+    damaged = deepcopy(json.loads(report.to_json()))
+    for _ in range(data.draw(st.integers(1, 2))):
+        *way, last = data.draw(st.sampled_from(places(damaged)))
+        place = damaged
+        for step in way:
+            place = place[step]
+        how = data.draw(st.sampled_from(["change", "delete", "add"]))
+        if how == "delete":
+            del place[last]
+        elif how == "add" and isinstance(place, dict):
+            place[data.draw(st.text(max_size=5))] = data.draw(VALUES)
+        else:
+            place[last] = data.draw(VALUES)
+    try:
+        again = type(report).from_dict(damaged)
+    except ConfigurationError:
+        return
+    assert json.loads(again.to_json()) == null_for_nan(damaged)
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_damaged_text_is_refused_or_read_as_it_is(name: str, data: st.DataObject) -> None:
+    report = REPORTS[name]
+    text = report.to_json()
+    at = data.draw(st.integers(0, len(text) - 1))
+    damaged = text[:at] + data.draw(st.text(max_size=2)) + text[at + data.draw(st.integers(0, 3)) :]
+    try:
+        again = type(report).from_json(damaged)
+    except ConfigurationError:
+        return
+    assert json.loads(again.to_json()) == json.loads(damaged)
