@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.logit_cache import logits_of
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, Part, load_batches
-from lightning_nrl._scoring.memory import is_out_of_memory
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch

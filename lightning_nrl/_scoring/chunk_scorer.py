@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor
 from lightning_nrl._scoring.head_scorer import HeadScorer, make_head_scorer, sum_passed
-from lightning_nrl._scoring.memory import none_if_out_of_memory
 from lightning_nrl._scoring.sample_layout import repeat_all
 from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.tasks import Task
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._scoring.head_scorer import is_plain_multiclass
-from lightning_nrl._scoring.memory import measure_allocations, none_if_out_of_memory
+from lightning_nrl._scoring.memory import measure_allocations
 from lightning_nrl._scoring.sparse_delta import LayerDelta
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.tasks import Task
 

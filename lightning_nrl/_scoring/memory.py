@@ -1,4 +1,4 @@
-"""How much memory scoring may take, how much a piece of work takes, and what to do when there is not enough."""
+"""How much memory scoring may take, and how much a piece of work takes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import os
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "is_out_of_memory", "measure_allocations", "none_if_out_of_memory"]
-
-T = TypeVar("T")
+__all__ = ["default_budget", "measure_allocations"]
 
 BUDGET_DIVISOR = 4
 """One part in so many of the free memory is the default budget."""
@@ -40,36 +38,6 @@ def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
     with meter:
         work()
     return storages.peak, storages.total
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    text = str(error)
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or ("out of memory" in text or "can't allocate memory" in text)
-
-
-def none_if_out_of_memory(
-    work: Callable[[], T], *, last_try: bool = False, free_cache: Callable[[], None] | None = None
-) -> T | None:
-    """What `work` gives; None if memory ran out, after what torch holds unused has been given back to the device.
-
-    Args:
-        work: what may not fit.
-        last_try: whether running out of memory is an error after all.
-        free_cache: gives it back; None: `torch.cuda.empty_cache`, where CUDA is in use.
-    """
-    try:
-        return work()
-    except (RuntimeError, MemoryError) as error:
-        if last_try or not is_out_of_memory(error):
-            raise
-    # Not in the handler: until it is left, the traceback holds what did not fit.
-    if free_cache is not None:
-        free_cache()
-    elif torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    return None
 
 
 @dataclass

@@ -7,6 +7,7 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -23,8 +24,9 @@ from lightning_nrl._model.weight_grad import (
     weight_gradients,
 )
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, repeatable_gradients, widest
-from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError, explain
+from lightning_nrl.errors import EvaluationError, ReplayError, check_choice, explain
 from lightning_nrl.localization.localization import Impact
 from lightning_nrl.tasks import Task
 
@@ -37,7 +39,7 @@ MAX_GRADIENT_ENTRIES = 2**24
 """Most gradient entries (samples x weights) that are held at once when each sample has its own."""
 
 SAMPLES_PER_PASS = 64
-"""Most samples that run forward and backward at once, as few as in a small training step."""
+"""Most samples that run forward and backward at once, as few as in a small training step; halved where memory ends."""
 
 
 class Replay(Protocol):
@@ -63,10 +65,7 @@ def check_aggregation(aggregation: str) -> None:
     Raises:
         ConfigurationError: it is not one of `Aggregation`.
     """
-    if aggregation not in get_args(Aggregation):
-        raise ConfigurationError(
-            explain(f"`aggregation={aggregation!r}` is unknown.", f"choose one of {list(get_args(Aggregation))}.")
-        )
+    check_choice("aggregation", aggregation, get_args(Aggregation))
 
 
 def measure(
@@ -101,15 +100,25 @@ def measure(
             dimension of its input.
     """
     check_aggregation(aggregation)
-    space = recording.space
-    sums = _Sums.zeros(space)
+    space, sums, size = recording.space, None, SAMPLES_PER_PASS
+    while sums is None:
+        work = partial(_sum_up, recording, task, rows_mask, aggregation, size)
+        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
+        sums = none_if_out_of_memory(work, last_try=size == 1)
+        size //= 2
+    return _mean(space, _Sums.of(space, (collective or Collective()).sum(sums.flat)))
+
+
+def _sum_up(recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, size: int) -> _Sums:
+    """Sums over this rank's marked samples, so many at once."""
+    sums = _Sums.zeros(recording.space)
     unchecked = aggregation == "per_sample"
     with repeatable_gradients():
-        for chunk in recording.chunks(SAMPLES_PER_PASS, rows_mask):
+        for chunk in recording.chunks(size, rows_mask):
             check = unchecked and len(chunk.rows) > 1
             unchecked = unchecked and not check
             _add(sums, recording, chunk, task, aggregation, check)
-    return _mean(space, _Sums.of(space, (collective or Collective()).sum(sums.flat)))
+    return sums
 
 
 class _Sums(NamedTuple):

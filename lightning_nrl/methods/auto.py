@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
@@ -13,7 +14,7 @@ from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.problem import Problem, Solution, better
+from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.report.stages import Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
@@ -70,9 +71,18 @@ class Auto:
         try:
             last = warm_started_search(problem, self.swarm, proposals, base=best.state)
         except (EmptyLocalizationError, ReplayError) as error:
-            note = str(error).partition("\n")[0].rstrip(".")
-            last = Solution(best, steps=(Step("swarm", best.repaired, best.broken, 0.0, f"not run: {note}"),))
+            last = _without_search(best, str(error).partition("\n")[0].rstrip("."))
+        except (RuntimeError, MemoryError) as error:
+            # Of several ranks the others would wait for this one for ever.
+            if problem.collective.world_size > 1 or not is_out_of_memory(error):
+                raise
+            last = _without_search(best, "out of memory")
         return replace(last, steps=(*steps, *last.steps), others=tuple(proposals))
+
+
+def _without_search(best: Proposal, reason: str) -> Solution:
+    """The best proposal as it is, with a line for the report."""
+    return Solution(best, steps=(Step("swarm", best.repaired, best.broken, 0.0, f"not run: {reason}"),))
 
 
 def _solutions(problem: Problem) -> Iterator[Solution]:

@@ -338,3 +338,49 @@ def test_order_of_samples_and_positions_matters_to_single_samples_alone(recorded
     torch.testing.assert_close(impact.backward, expected)
     with pytest.raises(ReplayError, match=r"`aggregation='per_sample'`.*'layer'` are not sample by sample"):
         measure(recording, Multiclass(), mask, aggregation="per_sample")
+
+
+class SmallMemory:
+    """A recording on a device that holds few samples at once."""
+
+    def __init__(self, recording, fits):
+        self.recording, self.space, self.fits, self.sizes = recording, recording.space, fits, []
+
+    def chunks(self, size=None, keep=None):
+        self.sizes.append(size)
+        self.recording.size = size
+        return self.recording.chunks(size, keep)
+
+    def replay(self, chunk, edit, copies=1):
+        if len(chunk.rows) > self.fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.recording.replay(chunk, edit, copies)
+
+
+@pytest.mark.parametrize("aggregation", ["mean_gradient", "per_sample"])
+def test_where_memory_runs_out_fewer_samples_run_at_once(recorded, aggregation):
+    model, x, y = small_network()
+    mask, recording = torch.ones(12) > 0, recorded(model.double(), x.double(), y)
+    whole = measure(recording, Multiclass(), mask, aggregation=aggregation)
+    small = SmallMemory(recording, fits=5)
+    pieces = measure(small, Multiclass(), mask, aggregation=aggregation)
+    assert small.sizes == [64, 32, 16, 8, 4]
+    torch.testing.assert_close(pieces.backward, whole.backward)
+    torch.testing.assert_close(pieces.forward, whole.forward)
+    assert pieces.n_samples == 12
+
+
+def test_where_not_even_one_sample_fits_that_is_said(recorded):
+    model, x, y = small_network()
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(SmallMemory(recorded(model, x, y), fits=0), Multiclass(), torch.ones(12) > 0)
+
+
+def test_a_default_device_of_the_user_s_makes_no_difference(recorded):
+    model, x, y = small_network()
+    recording, mask = recorded(model, x, y), torch.ones(12) > 0
+    chunks = list(recording.chunks(keep=mask))
+    recording.chunks = lambda size, keep: chunks
+    with torch.device("meta"):
+        impact = measure(recording, Multiclass(), mask)
+    assert impact.backward.device.type == impact.forward.device.type == "cpu"

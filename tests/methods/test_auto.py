@@ -16,6 +16,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 
@@ -139,3 +140,20 @@ def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
     assert one.parameters
     assert all(torch.equal(value, other.parameters[name]) for name, value in one.parameters.items())
     assert one.report.steps[-1].name == "swarm"
+
+
+class Greedy(ParticleSwarm):
+    """A searcher whose tensors do not fit."""
+
+    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Swarm:
+        raise torch.OutOfMemoryError("out of memory")
+
+
+def test_where_the_search_runs_out_of_memory_the_proposals_are_kept() -> None:
+    own = problem("0")
+    best = Linearized()(own).proposal
+    assert best is not None
+    solution = Auto(Greedy())(own)
+    assert solution.proposal is not None
+    assert solution.proposal.repaired == best.repaired
+    assert solution.steps[-1].note == "not run: out of memory"
