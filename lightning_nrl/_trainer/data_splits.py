@@ -9,10 +9,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
 from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, explain
 
 __all__ = ["DataRequest", "Found", "check_data", "find_data"]
@@ -66,12 +68,16 @@ class DataRequest:
     def _find_aside(
         self, argument: str, others: Mapping[str, Sequence[Found]], trainer: pl.Trainer, model: pl.LightningModule
     ) -> Found | None:
-        """Data of which no sample may be in others, by kind."""
+        """Data of which no sample should be in others, by kind.
+
+        Calibration data that have one are refused: they would void the bound. Of unseen data this is said later, where
+        they are counted, unless all of them are known.
+        """
         value = getattr(self, argument)
         if value is None:
             return None
         found = self._find(argument, (), trainer, model)
-        samples = sample_index(found[0])
+        samples = _identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
                 raise ConfigurationError(
@@ -80,9 +86,8 @@ class DataRequest:
                         "name a split that is used for nothing else.",
                     )
                 )
-            same = loader.dataset is found[0].dataset
-            common = int(torch.isin(samples, sample_index(loader)).sum()) if same else 0
-            if common:
+            common = int(is_among(samples, _identity(loader)).sum())
+            if common and (argument == "calibration" or common == len(samples)):
                 some = f"{common} of its {len(samples)} samples"
                 raise ConfigurationError(
                     explain(
@@ -210,4 +215,9 @@ def find_data(
 
 
 def _same_samples(a: DataLoader[Any], b: DataLoader[Any]) -> bool:
-    return a.dataset is b.dataset and torch.equal(sample_index(a), sample_index(b))
+    return torch.equal(_identity(a), _identity(b))
+
+
+def _identity(loader: DataLoader[Any]) -> Tensor:
+    """The samples of a loader, in order, as pairs of data set and place (`base_samples`)."""
+    return base_samples(loader.dataset, sample_index(loader))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from lightning_nrl._lightning import data_module_of, given_loaders, prepare_batch, sampler_of
 from lightning_nrl.data.batch import Adapter, Batch, unpack
+from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, DataWarning, explain
 
 __all__ = [
@@ -65,6 +66,11 @@ class LoaderSource:
     def batch_size(self) -> int:
         """Samples that the model runs on at once."""
         return self.loader.batch_size or 1
+
+    @property
+    def identity(self) -> Tensor:
+        """`n x 2`, the data set and the place that each sample comes from, seen through subsets and unions."""
+        return base_samples(self.loader.dataset, self.index)
 
     def __iter__(self) -> Iterator[Batch]:
         self.generator.manual_seed(self.seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["Adapter", "Batch", "Source", "apart", "unpack"]
+__all__ = ["Adapter", "Batch", "Source", "apart", "tensors_in", "unpack"]
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
@@ -130,6 +130,18 @@ def apart(
             yield batch.args, batch.kwargs, batch.target
         else:
             yield adapter(_moved(batch, device))
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested sequences and mappings, the latter in the order of their keys."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for name in sorted(tree, key=str):
+            yield from tensors_in(tree[name])
+    elif isinstance(tree, Sequence) and not isinstance(tree, str):
+        for item in tree:
+            yield from tensors_in(item)
 
 
 def _moved(x: Any, device: torch.device) -> Any:

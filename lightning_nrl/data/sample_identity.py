@@ -5,7 +5,6 @@ Either way a sample is told by two 64-bit numbers, a row of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.batch import Batch, Source, tensors_in
 from lightning_nrl.data.observed_source import ObservedSource
 
 __all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
@@ -97,10 +96,11 @@ def content_keys(batch: Batch) -> Tensor:
     """
     n = len(batch)
     total: Tensor | None = None
-    for place, x in enumerate(_tensors((batch.args, dict(batch.kwargs), batch.target))):
+    for place, x in enumerate(tensors_in((batch.args, batch.kwargs, batch.target))):
         if x.ndim == 0 or len(x) != n:
             continue
-        columns = x.detach().reshape(n, -1)
+        x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+        columns = x.reshape(n, -1)
         weights = _weights(place, columns.shape[1]).to(x.device)
         own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
         for some, weight in zip(
@@ -114,30 +114,19 @@ def content_keys(batch: Batch) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _weights(seed: int, n: int) -> Tensor:
-    """`2 x n` random int64 on the CPU."""
+    """`2 x n` random int64 on the CPU, the first ones the same whatever n is."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    halves = torch.randint(2**32, (2, 2, n), generator=generator, dtype=torch.int64, device="cpu")
-    return halves[0] * 2**32 + halves[1]
+    halves = torch.randint(2**32, (n, 2, 2), generator=generator, dtype=torch.int64, device="cpu")
+    return (halves[..., 0] * 2**32 + halves[..., 1]).T
 
 
 def _as_integers(x: Tensor) -> Tensor:
     """The bits of numbers as int64; -0.0 as 0.0."""
     if not x.is_floating_point():
-        return torch.view_as_real(x).flatten(1).double().view(torch.int64) if x.is_complex() else x.long()
+        return x.long()
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     whole = x if x.element_size() in kinds else x.float()
     return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for name in sorted(tree, key=str):
-            yield from _tensors(tree[name])
-    elif isinstance(tree, Sequence) and not isinstance(tree, str):
-        for item in tree:
-            yield from _tensors(item)
 
 
 def _length(dataset: Dataset[Any]) -> int:

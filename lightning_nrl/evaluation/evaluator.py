@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context, at_least_float32
-from lightning_nrl._utils.state import State, holding
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl._utils.state import State, device_of, holding
+from lightning_nrl.data.batch import Batch, Source, tensors_in
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind, explain
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -131,10 +131,15 @@ class Evaluator:
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         lowest = -1  # where the task has no classes
         for batch in source:
-            output = self.output(batch, forward)
-            self.task.check(output, batch.target)
-            lowest = -1 if self.task.label(batch.target) is None else 0
-            for name, column in _columns(batch, output, self.task, target).items():
+            try:
+                output = self.output(batch, forward)
+                self.task.check(output, batch.target)
+                lowest = -1 if self.task.label(batch.target) is None else 0
+                columns = _columns(batch, output, self.task, target)
+            except RuntimeError as error:
+                _explain_devices(source.split, batch, device_of(self.model), error)
+                raise
+            for name, column in columns.items():
                 parts[name].append(column)
         table = {
             name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()
@@ -148,6 +153,23 @@ class Evaluator:
                 )
             )
         return table
+
+
+def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
+    """Says so if a pass failed because the data do not lie where the model does.
+
+    Raises:
+        ConfigurationError: they do not.
+    """
+    held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
+    elsewhere = sorted(str(own) for own in held if own != device)
+    if elsewhere:
+        raise ConfigurationError(
+            explain(
+                f"`{split}` data lie on {' and '.join(elsewhere)}, the model on {device}.",
+                f"name the model's device: `TensorSource(..., device={str(device)!r})`.",
+            )
+        ) from error
 
 
 def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,11 +9,11 @@ from torch import Tensor
 
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
-from lightning_nrl.errors import DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
 from lightning_nrl.evaluation.label_issues import find_label_issues
 from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.pipeline.calibration_bounds import Groups, groups_of
+from lightning_nrl.pipeline.held_out import HeldOut, evaluate_held_out
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.sample_leaks import LeakCheck
 from lightning_nrl.pipeline.settings import Settings
@@ -22,7 +21,7 @@ from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.update import Update, look_back
 from lightning_nrl.report import Role
 
-__all__ = ["Baseline", "evaluate_baseline", "evaluate_held_out"]
+__all__ = ["Baseline", "evaluate_baseline"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Baseline:
         known: its results on known data; what is to be repaired is `targeted`, without what is set aside.
         before: the same, with those samples as `passed` that may not break; other than `known` only in an update that
             keeps no more than what the replaced model gets right.
-        held_out: its results on data that no search uses, by role.
+        held_out: data that no search uses, and its results on them, by role; roles without data are left out.
         set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
         groups: the slices of calibration and repair data; None without calibration data.
@@ -42,7 +41,7 @@ class Baseline:
 
     known: SampleResults
     before: SampleResults
-    held_out: Mapping[Role, SampleResults]
+    held_out: Mapping[Role, HeldOut]
     set_aside: Tensor
     update: Update | None = None
     groups: Groups | None = None
@@ -52,9 +51,10 @@ class Baseline:
 def evaluate_baseline(
     evaluator: Evaluator,
     known: Sequence[Source],
-    held_out: Mapping[Role, Sequence[Source]],
     settings: Settings,
     *,
+    unseen: Sequence[Source] = (),
+    calibration: Sequence[Source] = (),
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
@@ -63,8 +63,9 @@ def evaluate_baseline(
     Args:
         evaluator: the original model, in evaluation mode, and what judges it.
         known: data that the repair may look at.
-        held_out: data that no search uses, by role; none of them empty.
         settings: what is targeted, how much samples count, and what is set aside.
+        unseen: data that are only counted.
+        calibration: data to choose the strength by.
         clock: keeps the time of each pass.
         reference: the model that this one replaces.
 
@@ -73,16 +74,18 @@ def evaluate_baseline(
             known too.
         EvaluationError: losses are not finite; the samples are named.
     """
-    check = LeakCheck(known, held_out)
+    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
+    held_out = {role: sources for role, sources in roles.items() if sources}
+    leaks = LeakCheck(known, held_out)
     with clock.stage("collect"):
         before, set_aside = settings.samples.over(
-            evaluator, check.known, settings.target, everywhere=reference is not None
+            evaluator, leaks.known, settings.target, everywhere=reference is not None
         )
     others: dict[Role, SampleResults] = {}
-    for role, sources in check.held_out.items():
+    for role, sources in leaks.held_out.items():
         with clock.stage("unseen"):
             others[role] = evaluate_held_out(evaluator, sources, settings)
-    leaked = check.leaked(evaluator.collective)
+    leaked = leaks.leaked(evaluator.collective)
     groups = groups_of(known, before, others["calibration"], settings) if "calibration" in others else None
     check_losses(before)
     check_task(settings, before, evaluator.task)
@@ -97,34 +100,15 @@ def evaluate_baseline(
         with clock.stage("labels"):
             set_aside = find_label_issues(evaluator, known, before)
     same, before = own is before, _without(before, set_aside)
-    known_results = before if same else _without(own, set_aside)
-    return Baseline(known_results, before, others, set_aside, update, groups, leaked)
-
-
-def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
-    """The results on data that no search uses.
-
-    Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
-    because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
-
-    Args:
-        evaluator: the original model and what judges it.
-        sources: the data.
-        settings: say which failures are marked, and what samples count.
-
-    Warns:
-        DataWarning: the failures in the target are not marked.
-    """
-    try:
-        return settings.samples.over(evaluator, sources, settings.target, everywhere=True, known=False)[0]
-    except Exception as error:
-        # Where a rank fails, every other one is told so: they are all here, and try again only if all can.
-        if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
-            raise
-        warnings.warn(
-            f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
-        )
-    return settings.samples.over(evaluator, sources, known=False)[0]
+    return Baseline(
+        before if same else _without(own, set_aside),
+        before,
+        {role: HeldOut(held_out[role], results) for role, results in others.items()},
+        set_aside,
+        update,
+        groups,
+        leaked,
+    )
 
 
 def _without(results: SampleResults, set_aside: Tensor) -> SampleResults:

@@ -1,9 +1,9 @@
-"""The core: known data in, report and weights out. Knows nothing of Lightning and never writes to the live model."""
+"""The story of a repair: baseline, method, sparse patch, line search, verdict, report. It never writes to the model."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,26 +13,23 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, changed, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
-from lightning_nrl.data.batch import Source
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data import Source
 from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.quotas import needed
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
-from lightning_nrl.pipeline.baseline import evaluate_baseline
-from lightning_nrl.pipeline.calibration_bounds import Groups, bounds_after
+from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
+from lightning_nrl.pipeline.calibration_bounds import bounds_after
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
-from lightning_nrl.pipeline.line_search import Calibration, Strength, find_strength
+from lightning_nrl.pipeline.line_search import LineSearchResult, line_search
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.pipeline.sparsify import thin
-from lightning_nrl.problem import Problem, Solution, Training, better
+from lightning_nrl.pipeline.sparsify import sparsify
+from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.reference.update import Update
-from lightning_nrl.report import RepairReport, Role
+from lightning_nrl.report import RepairReport
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -45,7 +42,7 @@ class Outcome:
     """What came of a repair.
 
     Attributes:
-        report: the account of it.
+        report: what was done, and what came of it.
         parameters: whole repaired parameters and buffers by the names of the state dict, to be written into the model;
             None unless accepted.
         change: the change of each weight that differs, accepted or not; None if no candidate was found.
@@ -82,15 +79,16 @@ def repair_module(
     reference: Reference | None = None,
     observer: Observer | None = None,
 ) -> Outcome:
-    """Collects evidence, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
+    """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
     Args:
         model: the trained model on its device; it runs in evaluation mode. An `Evaluator` says what else there is to
             say of it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
         known: data that the repair may look at; all of it is what the gate judges by.
         settings: what to repair and how.
-        unseen: data that is only counted, before and after an accepted repair; its marks do not matter.
-        calibration: data that no search looks at, to choose the strength by; its marks do not matter.
+        unseen: data that is only counted, before and after an accepted repair; its marks do not matter. Samples of
+            them that are known too are named in the report.
+        calibration: data that no search uses, to choose the strength by; its marks do not matter.
         training: goes on with the training, for methods that do; None: they make steps of their own.
         reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
             what is to be repaired, as far as it is in the target.
@@ -100,108 +98,74 @@ def repair_module(
         The outcome. That there is nothing to repair, or no way to, is a report, not an exception.
 
     Raises:
-        ConfigurationError: the layer, the data, the target or the task cannot be used.
+        ConfigurationError: the layer, the data, the target or the task cannot be used, or calibration data are
+            known too.
         EvaluationError: the original model gives losses that are not finite; the samples are named.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
-    model, clock = evaluator.model, StageTimer(observer, settings.max_time)
+    clock = StageTimer(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
-    others: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
-    others = {role: sources for role, sources in others.items() if sources}
-    layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
-    with preserve(model):
-        found = evaluate_baseline(evaluator, known, others, settings, clock=clock, reference=reference)
-        before, update = found.before, found.update
-        account = ReportBuilder(
-            model,
-            layers[0],
-            settings,
-            evaluator.task,
-            found.known,
-            found.held_out,
-            clock.seconds,
-            update=update,
-            left_out=found.set_aside,
+    layers = find_scope(evaluator.model, settings.layer, include_bias=settings.localizer.include_bias)
+    with preserve(evaluator.model):
+        baseline = evaluate_baseline(
+            evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock, reference=reference
         )
-        if not before.targeted.any():
-            return Outcome(account.closed("nothing to repair", _nothing(found.known, known, settings.target, update)))
-        quotas, impossible = needed(before, settings.samples.quotas or {})
-        if impossible:
-            return _given_up(account, impossible)
+        builder = ReportBuilder(evaluator, layers[0], settings, baseline, clock.seconds)
+        if not baseline.before.targeted.any():
+            return Outcome(builder.without_candidate("nothing to repair", _nothing_targeted(baseline, known, settings)))
+        quotas, impossible = needed(baseline.before, settings.samples.quotas or {})
         problem = build_problem(
             evaluator,
             known,
-            before,
+            baseline.before,
             layers,
             settings,
             clock=clock,
             training=training,
-            update=update is not None,
+            update=baseline.update is not None,
             needed=quotas,
         )
-        if not problem.passed.any():
-            return _given_up(account, _nothing_passes(before, known))
-        try:
-            solution = _solved(problem, settings)
-        except EmptyLocalizationError as error:
-            return _given_up(account, str(error))
-        solution = _thinned(problem, solution, settings.bounds.sparse)
-        account = account.solved(solution, int(problem.passed.sum()))
-        proposal = solution.proposal
-        new = {} if proposal is None else changed(model, proposal.state)
-        if proposal is None or not new:
-            reason = solution.reason or "the search found nothing better than the original weights."
-            return Outcome(account.closed("not repaired", reason))
-        return _concluded(account, problem, new, proposal.after, others, found.groups)
+        obstacle = impossible or _nothing_passes(problem)
+        return _give_up(builder, obstacle) if obstacle else _repair(problem, builder)
 
 
-def _concluded(
-    account: ReportBuilder,
-    problem: Problem,
-    new: State,
-    after: SampleResults,
-    others: Mapping[Role, Sequence[Source]],
-    groups: Groups | None,
-) -> Outcome:
-    """How far to go, and whether the deployed model may have it."""
-    model, settings = problem.model, account.settings
-    sources, aside = others.get("calibration", ()), account.aside.get("calibration")
-    strength = _find_strength(problem, new, after, settings, None if aside is None else Calibration(sources, aside))
-    account = account.at(strength)
-    if strength.chosen is None:
-        return Outcome(account.closed("not repaired", f"no strength keeps within the limit ({settings.limit})."))
-    new = changed(model, strength.state)
-    if not new:
+def _repair(problem: Problem, builder: ReportBuilder) -> Outcome:
+    """From a problem to an outcome: method, sparse patch, line search, verdict."""
+    settings = builder.settings
+    try:
+        solution = _run_method(problem, settings)
+    except EmptyLocalizationError as error:
+        return _give_up(builder, str(error), stacklevel=4)
+    solution = _sparsified(problem, solution, settings.bounds.sparse)
+    builder = builder.solved(solution, int(problem.passed.sum()))
+    proposal = solution.proposal
+    patch = {} if proposal is None else changed(problem.model, proposal.state)
+    if proposal is None or not patch:
+        reason = solution.reason or "the search found nothing better than the original weights."
+        return Outcome(builder.without_candidate("not repaired", reason))
+    result = _search_strength(problem, patch, proposal, builder)
+    builder = builder.at(result)
+    if result.chosen is None:
+        reason = f"no strength keeps within the limit ({settings.limit})."
+        return Outcome(builder.without_candidate("not repaired", reason))
+    patch = changed(problem.model, result.state)
+    if not patch:
         # The polish of a weaker patch went all the way back, or the change is below what the weights resolve.
-        reason = f"at strength {strength.chosen:g} nothing is left of the change."
-        return Outcome(account.closed("not repaired", reason))
-    with problem.clock.stage("judge"), holding(model, new):
-        after = problem.evaluator.run(problem.known)
-        verdict = judge(problem.before, after, settings.gate, problem.needed)
-        if verdict.accepted and account.known is not problem.before:
-            # What only the new model gets right may break, but not for fewer regressions repaired.
-            rest = judge(account.known, after, Gate.accuracy())
-            verdict = verdict if rest.accepted else rest
-        later = {role: problem.evaluator.run(sources) for role, sources in others.items() if verdict.accepted}
-        if "calibration" in later:
-            verdict = check_protected(verdict, account.aside["calibration"], later["calibration"])
-    old = {name: value for name, value in model.state_dict().items() if name in new}
-    bounds = None
-    if groups is not None and verdict.accepted:
-        bounds = bounds_after(account.aside["calibration"], later["calibration"], groups, strength.selection, settings)
-    report = account.judged(verdict, old, new, after, later, bounds)
-    return Outcome(report, new if verdict.accepted else None, _change(old, new))
+        reason = f"at strength {result.chosen:g} nothing is left of the change."
+        return Outcome(builder.without_candidate("not repaired", reason))
+    report = _judged(problem, patch, builder)
+    old = problem.model.state_dict()
+    return Outcome(report, patch if report.status == "repaired" else None, _changes(old, patch))
 
 
-def _solved(problem: Problem, settings: Settings) -> Solution:
+def _run_method(problem: Problem, settings: Settings) -> Solution:
     """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
     solution = solve(settings.method, problem)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
-        after = problem.before if best is None else best.after
-        again = problem.steered(after)
-        if again is problem or problem.collective.any(problem.clock.left < began):
+        again = problem.steered(problem.before if best is None else best.after)
+        if again is problem or not problem.deadline.leaves(began):
             break
         problem, found = again, solve(settings.method, again)
         steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
@@ -210,55 +174,80 @@ def _solved(problem: Problem, settings: Settings) -> Solution:
     return solution
 
 
-def _thinned(problem: Problem, solution: Solution, loss: float | None) -> Solution:
+def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Solution:
     """The solution with as few changed weights as the user's loss of repairs allows."""
     if loss is None or solution.proposal is None:
         return solution
     with problem.clock.stage("sparse"):
-        thinned = thin(problem, solution.proposal, loss)
-    return replace(solution, proposal=thinned.proposal, steps=(*solution.steps, thinned.step))
+        proposal, step = sparsify(problem, solution.proposal, loss)
+    return replace(solution, proposal=proposal, steps=(*solution.steps, step))
 
 
-def _find_strength(
-    problem: Problem, new: State, after: SampleResults, settings: Settings, calibration: Calibration | None
-) -> Strength:
+def _search_strength(problem: Problem, patch: State, proposal: Proposal, builder: ReportBuilder) -> LineSearchResult:
+    settings = builder.settings
     with problem.clock.stage("strength"):
-        return find_strength(
+        return line_search(
             problem,
-            new,
+            patch,
             settings.gate,
-            calibration=calibration,
+            calibration=builder.baseline.held_out.get("calibration"),
             fixed=settings.bounds.strength,
             limit=settings.limit,
-            after=after,
+            after=proposal.after,
         )
 
 
-def _change(old: State, new: State) -> Tensor:
+def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairReport:
+    """The verdict on the deployed model with the patch in it, counted once more on all data, and the report."""
+    settings, baseline = builder.settings, builder.baseline
+    with problem.clock.stage("judge"), holding(problem.model, patch):
+        after = problem.evaluator.run(problem.known)
+        verdict = judge(problem.before, after, settings.gate, problem.needed)
+        if verdict.accepted and baseline.known is not problem.before:
+            # What only the new model gets right may break, but not for fewer regressions repaired.
+            rest = judge(baseline.known, after, Gate.accuracy())
+            verdict = verdict if rest.accepted else rest
+        held_out = baseline.held_out.items() if verdict.accepted else ()
+        later = {role: problem.evaluator.run(data.sources) for role, data in held_out}
+        if "calibration" in later:
+            verdict = check_protected(verdict, baseline.held_out["calibration"].before, later["calibration"])
+    bounds = None
+    if baseline.groups is not None and verdict.accepted:
+        before = baseline.held_out["calibration"].before
+        bounds = bounds_after(before, later["calibration"], baseline.groups, builder.line_search.selection, settings)
+    return builder.with_candidate(verdict, patch, after, later, bounds)
+
+
+def _changes(old: State, new: State) -> Tensor:
     """What was added to each weight that differs, on the CPU."""
     changes = [(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new]
     change = torch.cat(changes)
     return change[change != 0].float()
 
 
-def _nothing_passes(before: SampleResults, known: Sequence[Source]) -> str:
-    if not before.passed.any():
+def _nothing_passes(problem: Problem) -> str:
+    """Why there is nothing to keep, in words; empty if there is something."""
+    if problem.passed.any():
+        return ""
+    if not problem.before.passed.any():
         return "no known sample passes, so there is nothing to keep and nothing to compare with."
-    names = " and ".join(source.split for source in known if source.passed)
+    names = " and ".join(source.split for source in problem.known if source.passed)
     return f"no sample of {names} passes, so `n_passed` has nothing to draw from."
 
 
-def _nothing(before: SampleResults, known: Sequence[Source], target: Target, update: Update | None) -> str:
-    if update is not None:
+def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Settings) -> str:
+    """Why there is nothing to repair, in words."""
+    target = settings.target
+    if baseline.update is not None:
         return (
             f"no known sample in the target ({target}) that the replaced model gets right is wrong under the new one."
         )
-    failed = ~before.passed
-    counts = ", ".join(f"{int(failed[before.of(source.split)].sum())} in {source.split}" for source in known)
+    failed = ~baseline.known.passed
+    counts = ", ".join(f"{int(failed[baseline.known.of(source.split)].sum())} in {source.split}" for source in known)
     where = " and ".join(source.split for source in known if source.failed)
     return f"no failed sample of {where} is in the target ({target}); failures in all: {counts}."
 
 
-def _given_up(account: ReportBuilder, reason: str) -> Outcome:
-    warnings.warn(f"not repaired: {reason}", category=NotRepairedWarning, stacklevel=3)
-    return Outcome(account.closed("not repaired", reason))
+def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcome:
+    warnings.warn(f"not repaired: {reason}", category=NotRepairedWarning, stacklevel=stacklevel)
+    return Outcome(builder.without_candidate("not repaired", reason))

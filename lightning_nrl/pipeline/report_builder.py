@@ -1,4 +1,4 @@
-"""What a report needs, gathered while a repair goes on."""
+"""Makes the report of a repair from what its stages gave."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State
-from lightning_nrl.evaluation import DOUBTFUL
+from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
-from lightning_nrl.pipeline.line_search import Strength
+from lightning_nrl.pipeline.baseline import Baseline
+from lightning_nrl.pipeline.line_search import LineSearchResult
 from lightning_nrl.pipeline.report_parts import (
     localization_report,
     search_report,
@@ -28,7 +29,6 @@ from lightning_nrl.pipeline.report_parts import (
 )
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Solution
-from lightning_nrl.reference.update import Update
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,
@@ -41,56 +41,47 @@ from lightning_nrl.report import (
     UpdateSplit,
     hash_tensors,
 )
-from lightning_nrl.tasks import Task
 
 __all__ = ["ReportBuilder"]
 
 NOTHING: Mapping[Role, SampleResults] = MappingProxyType({})
-UNDECIDED = Strength(chosen=None)
+UNDECIDED = LineSearchResult(chosen=None)
 
 
 @dataclass(frozen=True)
 class ReportBuilder:
-    """A report in the making.
+    """What the stages of a repair gave so far.
 
     Attributes:
-        model: the original model.
+        evaluator: the original model and what judges it.
         space: the layers that are to be changed.
         settings: what was asked for.
-        task: what right and wrong mean.
-        known: the evidence that the repair looks at, before it.
-        aside: the evidence that no search looks at, before it, by role.
+        baseline: what the original model does on all data.
         seconds: wall time by stage, still growing.
         solution: what the method found, once it is over.
         n_passed: passed samples that it scored candidates on, |I_pos|.
-        strength: how far the repair goes, once that is known.
-        update: what the replaced model does, in an update.
-        left_out: `N` bool, known failed samples that are set aside; None: none.
+        line_search: how far the repair goes, once that is known.
     """
 
-    model: nn.Module
+    evaluator: Evaluator
     space: ParameterSpace
     settings: Settings
-    task: Task
-    known: SampleResults
-    aside: Mapping[Role, SampleResults]
+    baseline: Baseline
     seconds: Mapping[str, float]
     solution: Solution | None = None
     n_passed: int | None = None
-    strength: Strength = UNDECIDED
-    update: Update | None = None
-    left_out: Tensor | None = None
+    line_search: LineSearchResult = UNDECIDED
 
     def solved(self, solution: Solution, n_passed: int) -> ReportBuilder:
-        """The account after the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
+        """After the method; a swarm scores this many passed samples (|I_pos|) unless it says otherwise."""
         scored = n_passed if solution.n_passed is None else solution.n_passed
         return replace(self, solution=solution, n_passed=scored)
 
-    def at(self, strength: Strength) -> ReportBuilder:
-        """The account after the choice of a strength."""
-        return replace(self, strength=strength)
+    def at(self, result: LineSearchResult) -> ReportBuilder:
+        """After the choice of a strength."""
+        return replace(self, line_search=result)
 
-    def closed(self, status: Status, reason: str) -> RepairReport:
+    def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
         old = self._layers()
         layers, model = hash_tensors(old), self._hash_model({})
@@ -98,36 +89,35 @@ class ReportBuilder:
         slices = self._slices()
         return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes, slices=slices)
 
-    def judged(
+    def with_candidate(
         self,
         verdict: Verdict,
-        old: State,
         new: State,
         after: SampleResults,
-        aside: Mapping[Role, SampleResults] = NOTHING,
+        held_out: Mapping[Role, SampleResults] = NOTHING,
         bounds: CalibrationBounds | None = None,
     ) -> RepairReport:
         """The report of a candidate.
 
         Args:
             verdict: what the gate said.
-            old: the tensors that the candidate changes, as they are, by the names of the state dict.
-            new: likewise as the candidate has them.
-            after: the evidence on known data under the candidate.
-            aside: likewise on the data that no search looks at, if it was accepted.
+            new: the tensors that the candidate changes, as it has them, by the names of the state dict.
+            after: the results on known data under the candidate.
+            held_out: likewise on the data that no search uses, if it was accepted.
             bounds: what the calibration data say of it, if there are any and it was accepted.
         """
+        old = {name: value for name, value in self.evaluator.model.state_dict().items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
-        candidate = self._splits(after, aside)
+        candidate = self._splits(after, held_out)
         return self._report(
             verdict.status,
             verdict.reason,
             candidate if verdict.accepted else self._splits(),
             layers=_layers(new),
             candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
-            update=self._updates(after, aside) if verdict.accepted else self._updates(),
-            slices=self._slices(after, aside if verdict.accepted else NOTHING),
+            update=self._updates(after, held_out) if verdict.accepted else self._updates(),
+            slices=self._slices(after, held_out if verdict.accepted else NOTHING),
             change=weight_change(old, new),
             bounds=bounds,
             hashes=Hashes(before[0], now[0], before[1], now[1]),
@@ -150,17 +140,18 @@ class ReportBuilder:
             layers=layers or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
             target=str(self.settings.target),
             gate=str(self.settings.gate),
-            task=str(self.task),
+            task=str(self.evaluator.task),
             splits=splits,
             update=update,
             localization=None if found.localization is None else localization_report(found.localization),
             search=None
             if found.result is None
-            else search_report(found.result, int(self.known.targeted.sum()), self.n_passed),
+            else search_report(found.result, int(self.baseline.known.targeted.sum()), self.n_passed),
             steps=found.steps,
-            strength=self.strength.path,
-            chosen_strength=self.strength.chosen,
+            strength=self.line_search.path,
+            chosen_strength=self.line_search.chosen,
             set_aside=self._set_aside(),
+            leaked=self.baseline.leaked,
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=self.settings.plain(),
@@ -168,39 +159,41 @@ class ReportBuilder:
         )
 
     def _splits(
-        self, after: SampleResults | None = None, aside: Mapping[Role, SampleResults] = NOTHING
+        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
     ) -> tuple[SplitReport, ...]:
-        known = [split_report(split, "known", self.known, after) for split in self.known.splits]
+        before = self.baseline.known
+        known = [split_report(split, "known", before, after) for split in before.splits]
         others = [
-            split_report(split, role, evidence, aside.get(role))
-            for role, evidence in self.aside.items()
-            for split in evidence.splits
+            split_report(split, role, data.before, held_out.get(role))
+            for role, data in self.baseline.held_out.items()
+            for split in data.before.splits
         ]
         return (*known, *others)
 
     def _slices(
-        self, after: SampleResults | None = None, aside: Mapping[Role, SampleResults] = NOTHING
+        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
     ) -> tuple[SliceReport, ...]:
-        quotas = needed(self.known, self.settings.samples.quotas or {})[0]
-        known = slice_reports("known", self.known, after, quotas)
-        others = [slice_reports(role, before, aside.get(role)) for role, before in self.aside.items()]
+        before = self.baseline.known
+        quotas = needed(before, self.settings.samples.quotas or {})[0]
+        known = slice_reports("known", before, after, quotas)
+        others = [slice_reports(role, data.before, held_out.get(role)) for role, data in self.baseline.held_out.items()]
         return tuple(one for part in (known, *others) for one in part)
 
     def _set_aside(self) -> tuple[SetAside, ...]:
-        if self.left_out is None:
-            return ()
         why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
-        return set_aside_samples(self.known, self.left_out, why)
+        return set_aside_samples(self.baseline.known, self.baseline.set_aside, why)
 
     def _updates(
-        self, after: SampleResults | None = None, aside: Mapping[Role, SampleResults] = NOTHING
+        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
     ) -> tuple[UpdateSplit, ...]:
-        if self.update is None:
+        update = self.baseline.update
+        if update is None:
             return ()
-        before, now = {"known": self.known, **self.aside}, {"known": after, **aside}
+        before = {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
+        now = {"known": after, **held_out}
         return tuple(
             update_split(split, role, old, before[role], now.get(role))
-            for role, old in self.update.answers.items()
+            for role, old in update.answers.items()
             for split in old.splits
         )
 
@@ -209,7 +202,7 @@ class ReportBuilder:
 
     def _hash_model(self, changed: State) -> str:
         """Of the whole state dict with some tensors changed."""
-        return hash_tensors({**self.model.state_dict(), **changed})
+        return hash_tensors({**self.evaluator.model.state_dict(), **changed})
 
 
 def _layers(state: State) -> tuple[str, ...]:

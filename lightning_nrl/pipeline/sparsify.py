@@ -7,8 +7,7 @@ margins are to them, too, was no better at any size on the network that this was
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -20,35 +19,22 @@ from lightning_nrl._utils.state import State, changed
 from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.report.stages import Step
 
-__all__ = ["Thinned", "thin"]
+__all__ = ["sparsify"]
 
-FINE = 1.1
-"""The size is looked for until it is known up to this factor."""
+SIZE_TOLERANCE = 1.1
+"""The size is bisected until it is known up to this factor."""
 
-POLISHES = 4
+MAX_POLISHED_SIZES = 4
 """How many sizes are polished at most, each half of or twice the one before."""
 
-ROUNDING = 1e-9
-"""Of sums of weights."""
+GAIN_ROUNDING = 1e-9
+"""Of sums of sample weights."""
 
-SPARE = 3
-"""Passes over known data that are left for judging when time is over."""
-
-
-@dataclass(frozen=True)
-class Thinned:
-    """A patch with fewer changed weights.
-
-    Attributes:
-        proposal: the sparse patch; the one that was given if fewer weights do not do.
-        step: what was done, for the report.
-    """
-
-    proposal: Proposal
-    step: Step
+PASSES_TO_JUDGE = 3
+"""Passes over known data that time is kept for."""
 
 
-def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
+def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
     """Looks for the fewest changed weights that keep most repairs and break no more known samples.
 
     The size is found by bisection, each time by a real count of the repairs. Then what broke is polished away; in that
@@ -58,18 +44,21 @@ def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
         problem: what is to be repaired.
         proposal: the patch.
         loss: the share of its repaired targets that may be lost, by weight, from 0 to below 1.
+
+    Returns:
+        The sparse patch, or the one that was given if fewer weights do not do; and a line for the report.
     """
-    began = time.perf_counter()
-    patch = _Patch(problem, proposal.state)
+    began = problem.clock.now()
+    patch = _SortedPatch(problem, proposal.state)
     # As a decimal fraction: in binary, 70 % of 10 repairs would be less than 7.
     least: float = math.ceil((1 - Fraction(repr(float(loss)))) * proposal.repaired)
     if problem.before.weighted:
-        least = (1 - loss) * proposal.gain - ROUNDING
+        least = (1 - loss) * proposal.gain - GAIN_ROUNDING
     polishes = not bool(problem.before.margin.isnan().all())
     best, size = proposal, patch.size
     tried, found = _smallest(patch, proposal, least, None if polishes else proposal.harm)
     before = 0.0
-    for _ in range(POLISHES if polishes else 1):
+    for _ in range(MAX_POLISHED_SIZES if polishes else 1):
         if not 0 < tried < size or (polishes and patch.is_late()):
             break
         if polishes:
@@ -83,10 +72,10 @@ def thin(problem: Problem, proposal: Proposal, loss: float) -> Thinned:
         tried, before = int(factor * tried), factor
     note = f"{size:,} of {patch.total:,} weights differ"
     note += f", {patch.size:,} before" if size < patch.size else "; fewer do not do"
-    return Thinned(best, best.step(time.perf_counter() - began, note))
+    return best, best.step(problem.clock.now() - began, note)
 
 
-def _smallest(patch: _Patch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
+def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
     """The fewest changed weights with enough repairs, found by bisection of its logarithm.
 
     Args:
@@ -96,7 +85,7 @@ def _smallest(patch: _Patch, whole: Proposal, least: float, most_broken: float |
         most_broken: what the broken known samples may cost; None: anything.
     """
     low, high, best = 0, patch.size, whole
-    while high > max(low + 1, FINE * low) and not patch.is_late():
+    while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
         found = patch.proposal(middle)
         enough = found.gain >= least and found.missing <= whole.missing
@@ -107,7 +96,7 @@ def _smallest(patch: _Patch, whole: Proposal, least: float, most_broken: float |
     return high, best
 
 
-class _Patch:
+class _SortedPatch:
     """A patch taken apart: weights, those that changed most first, and buffers.
 
     Attributes:
@@ -167,7 +156,4 @@ class _Patch:
 
     def is_late(self) -> bool:
         """Whether little more than the time for judging is left; the same on every rank."""
-        clock = self.problem.clock
-        if clock.left == math.inf:
-            return False
-        return self.problem.collective.any(clock.left < SPARE * clock.one_pass)
+        return not self.problem.deadline.leaves(PASSES_TO_JUDGE * self.problem.clock.one_pass)

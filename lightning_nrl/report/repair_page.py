@@ -91,6 +91,7 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
     facts += [] if report.task == USUAL_TASK else [("right means", report.task)]
     if report.set_aside:
         facts.append(("set aside", f"{len(report.set_aside):,} failed samples, {report.set_aside[0].why}"))
+    facts += [(f"leak into {split}", f"{n:,} of its samples are known too") for split, n in report.leaked.items()]
     if report.localization is not None:
         facts.append(("weights searched", localization_text(report.localization)))
     if report.search is not None:

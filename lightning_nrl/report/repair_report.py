@@ -48,6 +48,8 @@ class RepairReport(Report):
         slices: what became of the samples of each slice and role; of refused weights what they would have done to known
             data. Empty where no slices were asked for.
         set_aside: failed samples in the target that were set aside, and why.
+        leaked: by unseen split, how many of its samples are known or calibration data too; splits without any are left
+            out.
         candidate: what the refused weights would have done to the known splits; empty if none were refused.
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
@@ -75,6 +77,7 @@ class RepairReport(Report):
     candidate: tuple[SplitReport, ...] = ()
     slices: tuple[SliceReport, ...] = ()
     set_aside: tuple[SetAside, ...] = ()
+    leaked: Mapping[str, int] = field(default_factory=dict)
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
     steps: tuple[Step, ...] = ()
@@ -90,7 +93,7 @@ class RepairReport(Report):
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "files", "settings"):
+        for name in ("leaked", "seconds", "files", "settings"):
             object.__setattr__(self, name, to_plain(getattr(self, name)))
 
     def pooled(self, role: Role) -> SplitReport | None:

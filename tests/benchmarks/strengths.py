@@ -1,6 +1,6 @@
 """How often the limit printed after a choice of strength is wrong: the true rate lies above it, in 1,000 draws.
 
-The strength is chosen by `find_strength`, and the limit is that of the report. What breaks at each strength is drawn
+The strength is chosen by `line_search`, and the limit is that of the report. What breaks at each strength is drawn
 from a world where the true rates are known. Run with `python tests/benchmarks/strengths.py`.
 """
 
@@ -22,7 +22,9 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline.line_search import GRID, Calibration, Strength, find_strength
+from lightning_nrl.pipeline.held_out import HeldOut
+from lightning_nrl.pipeline.line_search import LIMIT_STRENGTHS, LineSearchResult, line_search
+from lightning_nrl.pipeline.patch_path import PatchPath
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.search import Fitness
@@ -98,39 +100,28 @@ def _trial(chosen: str, world: str, rates: Rates, how: dict, draws: int, generat
 def _draw(rates: Rates, generator: np.random.Generator) -> dict[float, int]:
     """Samples that break at each strength: those that break at one break at all stronger ones."""
     luck = generator.random(N)
-    return {t: int((luck < rates(t)).sum()) for t in GRID}
+    return {t: int((luck < rates(t)).sum()) for t in LIMIT_STRENGTHS}
 
 
-def _chosen(broken: dict[float, int], how: dict) -> Strength:
+def _chosen(broken: dict[float, int], how: dict) -> LineSearchResult:
     with _counting(broken):
-        return find_strength(PROBLEM, PATCH, Gate.instance(), calibration=CALIBRATION, **how)
+        return line_search(PROBLEM, PATCH, Gate.instance(), calibration=CALIBRATION, **how)
 
 
 @contextmanager
 def _counting(broken: dict[float, int]) -> Iterator[None]:
     """What a forward pass would count is what was drawn. Nothing known breaks, so that no strength is polished."""
 
-    def aside(problem: Problem, state: State, calibration: Calibration) -> Flips:
-        k = broken[min(GRID, key=lambda t: abs(t - float(state["weight"])))]
+    def flips(held_out: HeldOut, evaluator: Evaluator, state: State) -> Flips:
+        k = broken[min(LIMIT_STRENGTHS, key=lambda t: abs(t - float(state["weight"])))]
         bad, none = torch.arange(N) < k, torch.zeros(N, dtype=torch.bool)
         return Flips(~bad, bad, none, none)
 
-    def count(
-        problem: Problem,
-        state: State,
-        strength: float,
-        calibration: Calibration | None,
-        after: SampleResults | None = None,
-    ) -> StrengthPoint:
-        repaired = round(100 * strength)
-        return StrengthPoint(
-            strength, repaired, FlipCounts(100, 0, repaired, 200), aside(problem, state, CALIBRATION).counts()
-        )
+    def count(path: PatchPath, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
+        repaired, drawn = round(100 * strength), flips(CALIBRATION, path.problem.evaluator, state)
+        return StrengthPoint(strength, repaired, FlipCounts(100, 0, repaired, 200), drawn.counts())
 
-    with (
-        patch("lightning_nrl.pipeline.line_search._count", count),
-        patch("lightning_nrl.pipeline.line_search._aside", aside),
-    ):
+    with patch.object(PatchPath, "_count", count), patch.object(HeldOut, "flips", flips):
         yield
 
 
@@ -145,14 +136,14 @@ class Scale(nn.Module):
         return torch.cat([x, self.weight.expand(len(x), 1) * 0], 1)
 
 
-def _problem() -> tuple[Problem, Calibration]:
+def _problem() -> tuple[Problem, HeldOut]:
     evaluator = Evaluator(Scale())
     known = [TensorSource(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]), split="known", passed=True, failed=True)]
     aside = [TensorSource(torch.ones(N, 1), torch.zeros(N, dtype=torch.int64), split="calibration")]
     before = evaluator.run(known)
     space, _ = find_scope(nn.Linear(1, 2))
     parts = (space, ("weight",), NeuRecoverLite(), Fitness(), before.passed)
-    return Problem(evaluator, known, before, *parts), Calibration(aside, evaluator.run(aside))
+    return Problem(evaluator, known, before, *parts), HeldOut(aside, evaluator.run(aside))
 
 
 PATCH: State = {"weight": torch.ones(1)}

@@ -212,3 +212,16 @@ def test_a_label_without_a_logit_is_refused() -> None:
     message = rf"there is a label {LOGITS.shape[1]}, and the model returned {LOGITS.shape[1]} logits a sample"
     with pytest.raises(ConfigurationError, match=message):
         Evaluator(nn.Identity()).run([labels])
+
+
+def test_data_that_lie_elsewhere_than_the_model_are_named() -> None:
+    evaluator = Evaluator(nn.Linear(3, 3, device="meta"))
+    message = r"`train` data lie on cpu, the model on meta\.\nHINT: .*`TensorSource\(\.\.\., device='meta'\)`"
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        evaluator.run([source()])
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_an_error_of_the_model_itself_stays_as_it_is() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Evaluator(nn.Linear(7, 3)).run([source()])

@@ -20,7 +20,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.line_search import GRID, STATES, find_strength
+from lightning_nrl.pipeline.line_search import LIMIT_STATES, LIMIT_STRENGTHS, line_search
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.report import RepairReport
 from lightning_nrl.stats import Selection, binomial_cdf, choose, limit_after, upper_limit
@@ -31,7 +31,7 @@ SAFE = line(1.2, 9, split="right", label=0)
 
 
 def test_the_limit_by_hand() -> None:
-    assert STATES == 26 + 19
+    assert LIMIT_STATES == 26 + 19
     assert limit_after(4, 908, Selection(), 0.95) == pytest.approx(upper_limit(4, 908), abs=1e-12)
     assert limit_after(4, 908, Selection(3), 0.95) == pytest.approx(limit_at_level(4, 908, 0.05 / 3), abs=1e-12)
     assert limit_after(4, 908, Selection(45, True, 9), 0.95) == pytest.approx(limit_at_level(9, 908, 0.04), abs=1e-12)
@@ -43,7 +43,7 @@ def test_the_limit_by_hand() -> None:
 @given(st.integers(50, 400), st.integers(0, 5), st.lists(st.integers(0, 9), min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allowed: int, counts: list[int]) -> None:
-    limit = limit_after(0, n, Selection(STATES, True, allowed), 0.95)
+    limit = limit_after(0, n, Selection(LIMIT_STATES, True, allowed), 0.95)
     end = next((i for i, k in enumerate(counts) if k > allowed), len(counts))
     assert choose(counts, n, limit, confidence=0.96).accepted == tuple(range(end))
 
@@ -54,30 +54,30 @@ def test_a_walk_up_to_a_count_is_a_fixed_sequence_test_of_its_limit(n: int, allo
         ({"fixed": 0.6}, 0.6, Selection()),
         # 1.1 is repaired from 1.15 on, and at 1.3 something known breaks: the data had a say in one step.
         ({}, 1.15, Selection(2)),
-        ({"limit": Gate.parse("tolerance:1")}, 0.7, Selection(STATES, True, 1)),
-        ({"limit": Gate.parse("tolerance:50%")}, 0.7, Selection(STATES, True, 1)),
+        ({"limit": Gate.parse("tolerance:1")}, 0.7, Selection(LIMIT_STATES, True, 1)),
+        ({"limit": Gate.parse("tolerance:50%")}, 0.7, Selection(LIMIT_STATES, True, 1)),
         # What it allows depends on what is repaired.
-        ({"limit": Gate.accuracy()}, 0.55, Selection(STATES)),
+        ({"limit": Gate.accuracy()}, 0.55, Selection(LIMIT_STATES)),
     ],
 )
 def test_what_say_calibration_data_had(how: Any, chosen: float, selection: Selection) -> None:
     own = problem(WRONG, SAFE if not how else line(0.9, 1.2, 1.25, 9, split="right", label=0))
     crossings = (0.7, 9) if not how else (0.57, 0.72, 9)
     data = aside(own, *([line(*crossings, label=0)]), *([line(9.0, split="wrong too")] if how else []))
-    found = find_strength(own, PATCH, Gate.instance(), calibration=data, **how)
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, **how)
     assert (found.chosen, found.selection) == (chosen, selection)
 
 
 def test_without_calibration_data_they_had_no_say() -> None:
-    assert find_strength(problem(WRONG, SAFE), PATCH, Gate.instance()).selection == Selection()
+    assert line_search(problem(WRONG, SAFE), PATCH, Gate.instance()).selection == Selection()
 
 
 def test_a_polished_strength_is_none_that_a_walk_accepts() -> None:
     own = problem(WRONG, line(0.9, 1.2, 1.25, 9, split="right", label=0))
     data = aside(own, line(0.57, 0.72, 9, 9.5, label=0))
-    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.tolerance(3))
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.tolerance(3))
     assert [point.polished for point in found.path if point.strength == found.chosen] == [True]
-    assert found.selection == Selection(STATES, True)
+    assert found.selection == Selection(LIMIT_STATES, True)
 
 
 class Window(Line):
@@ -100,20 +100,18 @@ def test_a_strength_beyond_a_weaker_one_that_breaks_more_is_none_that_a_walk_acc
     near = TensorSource(torch.tensor([[-1.0, -0.3], [1.0, -9.0]]), torch.tensor([0, 0]), split="near")
     limit = {"limit": Gate.instance()}
     own = windowed()
-    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, near), **limit)
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, near), **limit)
     # At 0.3, between two strengths of the path, a sample breaks that is right at both.
-    assert (found.chosen, found.selection) == (1.2, Selection(STATES, True))
+    assert (found.chosen, found.selection) == (1.2, Selection(LIMIT_STATES, True))
     far = TensorSource(torch.tensor([[-1.0, -9.0], [1.0, -9.0]]), torch.tensor([0, 0]), split="far")
-    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, far), **limit)
-    assert (found.chosen, found.selection) == (1.2, Selection(STATES, True, 0))
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, far), **limit)
+    assert (found.chosen, found.selection) == (1.2, Selection(LIMIT_STATES, True, 0))
 
 
 def test_without_time_for_a_walk_nothing_is_said_of_one() -> None:
     own = problem(WRONG, SAFE, clock=StageTimer(max_time=0))
-    found = find_strength(
-        own, PATCH, Gate.instance(), calibration=aside(own, line(2.0, label=0)), limit=Gate.instance()
-    )
-    assert (found.chosen, found.selection) == (1.0, Selection(STATES, True))
+    found = line_search(own, PATCH, Gate.instance(), calibration=aside(own, line(2.0, label=0)), limit=Gate.instance())
+    assert (found.chosen, found.selection) == (1.0, Selection(LIMIT_STATES, True))
 
 
 def test_the_limits_fail_no_more_often_than_they_say() -> None:
@@ -259,4 +257,4 @@ def test_a_mix_needs_calibration_data() -> None:
 
 
 def test_strengths_of_a_walk_are_those_of_the_path_where_both_have_them() -> None:
-    assert {1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3} <= set(GRID)
+    assert {1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3} <= set(LIMIT_STRENGTHS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,8 @@ from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.line_search import choose, find_strength, strength_path
+from lightning_nrl.pipeline.line_search import choose_strength, line_search
+from lightning_nrl.pipeline.patch_path import PatchPath
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.report import StrengthPoint
 
@@ -32,7 +32,7 @@ SAFE = line(1.2, 9, split="right", label=0)
 def test_the_path_by_hand() -> None:
     own = problem(WRONG, RIGHT)
     before = snapshot(own.model)
-    path = strength_path(own, PATCH, (1.0, 0.2, 0.6), calibration=aside(own, line(0.55, 0.7, label=0)))
+    path = PatchPath(own, PATCH, calibration=aside(own, line(0.55, 0.7, label=0))).count((1.0, 0.2, 0.6))
     assert path == (
         StrengthPoint(0.2, 1, FlipCounts(4, 0, 1, 4), FlipCounts(2, 0, 0, 0)),
         StrengthPoint(0.6, 3, FlipCounts(4, 0, 3, 2), FlipCounts(1, 1, 0, 0)),
@@ -47,45 +47,43 @@ def strengths(path: Sequence[StrengthPoint]) -> list[float]:
 
 def test_beyond_the_patch_it_stops_at_the_first_that_breaks_more_than_the_gate_allows() -> None:
     both = (1.0, 1.15, 1.3)
-    assert strengths(strength_path(problem(WRONG, RIGHT), PATCH, both)) == [1.0, 1.15]
-    assert strengths(strength_path(problem(WRONG, SAFE), PATCH, both)) == [1.0, 1.15, 1.3]
+    assert strengths(PatchPath(problem(WRONG, RIGHT), PATCH).count(both)) == [1.0, 1.15]
+    assert strengths(PatchPath(problem(WRONG, SAFE), PATCH).count(both)) == [1.0, 1.15, 1.3]
     two = Gate.tolerance(3)
-    assert strengths(strength_path(problem(WRONG, RIGHT), PATCH, both, gate=two)) == [1.0, 1.15, 1.3]
+    assert strengths(PatchPath(problem(WRONG, RIGHT), PATCH, gate=two).count(both)) == [1.0, 1.15, 1.3]
 
 
 @pytest.mark.parametrize(("left", "counted"), [(0.0, 1), (1e6, 7)])
 def test_where_time_is_short_fewer_points_are_counted(left: float, counted: int) -> None:
     clock = StageTimer(max_time=left)
     clock.seconds["collect"] = 1.0
-    assert len(strength_path(problem(WRONG, SAFE, clock=clock), PATCH)) == counted
+    assert len(PatchPath(problem(WRONG, SAFE, clock=clock), PATCH).count()) == counted
 
 
-def test_points_that_decide_nothing_take_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_that_decide_nothing_take_a_tenth_of_the_time() -> None:
     now = [1000.0]
-    monkeypatch.setattr("lightning_nrl.pipeline.line_search.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(StageTimer, "elapsed", property(lambda clock: now[0] - 1000))
-    own = problem(WRONG, SAFE)
-    own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
-    patched, count = own.evaluate(PATCH), []
-    monkeypatch.setattr("lightning_nrl.pipeline.line_search.FEW", 6)
-    for elapsed in (0, 21, 41, 1000):
+
+    def search(elapsed: float, samples: int = 6, calibration: TensorSource | None = None) -> int:
+        now[0] = 1000.0
+        own = problem(WRONG, SAFE, clock=StageTimer(now=lambda: now[0]))
+        patched = own.evaluate(PATCH)
+        data = None if calibration is None else aside(own, calibration)
+        own.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # one a split, two splits
         now[0] = 1000.0 + elapsed
-        count.append(len(find_strength(own, PATCH, Gate.instance(), after=patched).path))
+        gate = Gate.instance()
+        found = line_search(own, PATCH, gate, calibration=data, after=patched, full_curve_samples=samples)
+        return len(found.path)
+
+    count = [search(elapsed) for elapsed in (0, 21, 41, 1000)]
     assert count == [1, 4, 6, 7]  # 1 is known; 2.1 seconds are for three more, 4.1 for five, 100 for all
-    now[0] = 1000.0  # no time at all
-    found = find_strength(own, PATCH, Gate.instance(), calibration=aside(own, line(0.7, 9, label=0)), after=patched)
-    assert len(found.path) == 7
-    monkeypatch.setattr("lightning_nrl.pipeline.line_search.FEW", 7)
-    assert len(find_strength(own, PATCH, Gate.instance(), after=patched).path) == 7
+    assert search(0, calibration=line(0.7, 9, label=0)) == 7  # no time at all
+    assert search(0, samples=7) == 7
 
 
 @pytest.mark.parametrize("fixed", [0.3, 1.15, 1.2])
-def test_a_strength_that_was_asked_for_is_counted_even_without_time(
-    fixed: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_nrl.pipeline.line_search.FEW", 0)
-    monkeypatch.setattr(StageTimer, "elapsed", 0.0)
-    found = find_strength(problem(WRONG, SAFE), PATCH, Gate.instance(), fixed=fixed)
+def test_a_strength_that_was_asked_for_is_counted_even_without_time(fixed: float) -> None:
+    own = problem(WRONG, SAFE, clock=StageTimer(now=lambda: 1000.0))
+    found = line_search(own, PATCH, Gate.instance(), fixed=fixed, full_curve_samples=0)
     assert (found.chosen, strengths(found.path)) == (fixed, [fixed])
 
 
@@ -93,7 +91,7 @@ def test_what_is_known_of_the_patch_is_not_counted_again() -> None:
     own, runs = problem(WRONG, RIGHT), []
     after = own.evaluate(PATCH)
     own.model.register_forward_hook(lambda *_: runs.append(1))
-    assert strength_path(own, PATCH, (1.0,), after=after) == strength_path(own, PATCH, (1.0,))
+    assert PatchPath(own, PATCH).count((1.0,), after=after) == PatchPath(own, PATCH).count((1.0,))
     assert len(runs) == 2  # of the second of these, one a split
 
 
@@ -111,11 +109,11 @@ def test_a_step_beyond_is_taken_only_if_it_is_free(
 ) -> None:
     own = problem(WRONG, known_right)
     data = None if calibration is None else aside(own, calibration)
-    assert find_strength(own, PATCH, Gate.instance(), calibration=data).chosen == chosen
+    assert line_search(own, PATCH, Gate.instance(), calibration=data).chosen == chosen
 
 
 def test_without_a_count_of_the_patch_itself_it_is_taken() -> None:
-    assert choose([]) == 1.0
+    assert choose_strength([]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -125,7 +123,7 @@ def test_without_a_count_of_the_patch_itself_it_is_taken() -> None:
 def test_the_strongest_within_a_limit_is_found_on_a_finer_grid(limit: str, chosen: float) -> None:
     own = problem(WRONG, RIGHT)
     data = aside(own, line(0.57, 0.72, 9, label=0))
-    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.parse(limit))
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.parse(limit))
     assert found.chosen == chosen
     assert chosen in strengths(found.path)
     assert strengths(found.path) == sorted(set(strengths(found.path)))
@@ -145,14 +143,14 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
     before = evaluator.run([source], AllFailures())
     assert before.passed.tolist() == [False, True]
     own = replace(own, evaluator=evaluator, before=before, passed=before.passed)
-    found = find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.instance(), fixed=0.6)
+    found = line_search(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.instance(), fixed=0.6)
     (point,) = (point for point in found.path if point.strength == 0.6)
     assert point.polished
     assert point.known.broken == 0
     after = own.evaluate(found.state)
     assert int(after.passed.sum()) == point.known.repaired + point.known.kept
     assert strengths(found.path) == sorted({0.6, *strengths(found.path)})
-    assert find_strength(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[
+    assert line_search(own, {"weight": torch.tensor([[0.0], [2.0]])}, Gate.accuracy(), fixed=0.6).state[
         "weight"
     ].tolist() == [[0.0], [pytest.approx(1.2)]]
 
@@ -160,14 +158,14 @@ def test_a_point_on_the_way_that_breaks_something_is_polished() -> None:
 def test_no_strength_within_a_limit_is_none() -> None:
     own = problem(WRONG, SAFE)
     data = aside(own, line(0.01, label=0))
-    assert find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance()).chosen is None
+    assert line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance()).chosen is None
 
 
 def test_without_time_a_strength_that_was_counted_can_be_taken() -> None:
     clock = StageTimer(max_time=0)
     own = problem(WRONG, SAFE, clock=clock)
     data = aside(own, line(2.0, label=0))
-    found = find_strength(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance())
+    found = line_search(own, PATCH, Gate.instance(), calibration=data, limit=Gate.instance())
     assert strengths(found.path) == [1.0]
     assert found.chosen == 1.0
     assert torch.equal(found.state["weight"], PATCH["weight"])

@@ -10,19 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import on_ranks
 from torch import Tensor, nn
-from toy_repairs import blobs, known, mlp, quick, right, trained, unseen
+from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
-from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline.baseline import evaluate_held_out
 from lightning_nrl.report import hash_tensors
 from lightning_nrl.search import Fitness
 
@@ -120,26 +115,6 @@ def test_a_predicate_that_fails_on_unseen_data_does_not_stop_the_repair() -> Non
     assert outcome.report.status == "repaired"
     assert outcome.report.splits[2].targeted == 0
     assert outcome.report.splits[2].n == 80
-
-
-@dataclass(frozen=True)
-class Torn(TensorSource):
-    """Cannot be read."""
-
-    def __iter__(self) -> Iterator[Batch]:
-        raise OSError("a file is torn")
-
-
-def test_unseen_data_that_one_rank_cannot_read_stop_every_rank() -> None:
-    def run(collective: Collective) -> str:
-        later = [(Torn if collective.rank else TensorSource)(*blobs(8), split="later")]
-        with pytest.raises((OSError, EvaluationError)) as error:
-            evaluate_held_out(Evaluator(mlp(), collective=collective), later, quick())
-        return str(error.value)
-
-    first, second = on_ranks(2, run)
-    assert first.startswith("`later` data could not be read on another rank")
-    assert second == "a file is torn"
 
 
 def test_refused_weights_stay_out_and_the_report_says_what_they_would_do() -> None:

@@ -13,9 +13,9 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict, judge
 from lightning_nrl.localization import AllWeights
+from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.report import Hashes, hash_tensors
-from lightning_nrl.tasks import Multiclass
 
 
 class Aliased(nn.Module):
@@ -31,20 +31,23 @@ class Aliased(nn.Module):
         return self.exit(self.body(x))
 
 
-def account(model: nn.Module, layer: str, **settings: Any) -> ReportBuilder:
-    evidence = Evaluator(model).run(known())
-    space = find_layers(model, layer)
-    return ReportBuilder(model, space, quick(layer=layer, **settings), Multiclass(), evidence, {}, {"collect": 0.5})
+def builder(model: nn.Module, layer: str, **settings: Any) -> ReportBuilder:
+    evaluator = Evaluator(model)
+    results = evaluator.run(known())
+    baseline = Baseline(results, results, {}, torch.zeros_like(results.passed))
+    return ReportBuilder(
+        evaluator, find_layers(model, layer), quick(layer=layer, **settings), baseline, {"collect": 0.5}
+    )
 
 
 def judged(model: nn.Module, new: dict[str, Tensor], gate: Any = None) -> tuple[ReportBuilder, Verdict, SampleResults]:
-    own = account(model, "2")
+    own = builder(model, "2")
 
     def changed(x: Tensor) -> Tensor:
         return torch.func.functional_call(model, new, (x,))
 
     after = Evaluator(model).run(known(), forward=changed)
-    return own, judge(own.known, after, own.settings.gate), after
+    return own, judge(own.baseline.known, after, own.settings.gate), after
 
 
 def hashed(model: nn.Module) -> str:
@@ -65,9 +68,9 @@ def test_the_hash_after_is_that_of_the_written_model_under_all_its_names(layer: 
     assert list(outcome.parameters) == ["head.weight", "exit.weight"]
 
 
-def test_a_closed_account_has_unchanged_weights_and_what_was_reached() -> None:
+def test_a_repair_without_a_candidate_has_unchanged_weights_and_what_was_reached() -> None:
     model = trained()
-    report = account(model, "2").closed("nothing to repair", "no failures.")
+    report = builder(model, "2").without_candidate("nothing to repair", "no failures.")
     layers = hash_tensors({"2.weight": model[2].weight})
     assert report.hashes == Hashes(layers, layers, hashed(model), hashed(model))
     assert (report.localization, report.search, report.change) == (None, None, None)
@@ -82,7 +85,7 @@ def test_a_candidate_that_repairs_nothing_is_told_beside_the_model_as_it_is() ->
     model = trained()
     own, verdict, after = judged(model, {"2.weight": torch.zeros(3, 12)})
     assert verdict.status == "not repaired"
-    report = own.judged(verdict, {"2.weight": model[2].weight}, {"2.weight": torch.zeros(3, 12)}, after)
+    report = own.with_candidate(verdict, {"2.weight": torch.zeros(3, 12)}, after)
     assert sum(split.broken for split in report.candidate) == verdict.counts.broken > 0
     assert sum(split.broken for split in report.splits) == 0
     assert report.hashes.layers_after == report.hashes.layers_before
@@ -92,6 +95,6 @@ def test_a_candidate_that_repairs_nothing_is_told_beside_the_model_as_it_is() ->
 
 def test_a_layer_that_is_the_model_itself_goes_by_its_kind() -> None:
     model = nn.Linear(4, 3)
-    report = account(model, "auto").closed("not repaired", "a reason")
+    report = builder(model, "auto").without_candidate("not repaired", "a reason")
     assert report.layers == ("Linear",)
     assert report.hashes.layers_before == hash_tensors({"weight": model.weight})

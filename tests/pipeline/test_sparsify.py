@@ -19,8 +19,8 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline.sparsify import Thinned, thin
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.pipeline.sparsify import sparsify
+from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import Fitness
 
 FIRST = torch.zeros(2, 10)
@@ -63,8 +63,8 @@ def patch(**weights: float) -> State:
     return {"head.weight": torch.stack([FIRST[0], row]), "count": torch.ones(1)}
 
 
-def differing(found: Thinned) -> list[int]:
-    rows, columns = (found.proposal.state["head.weight"] != FIRST).nonzero().unbind(1)
+def differing(found: Proposal) -> list[int]:
+    rows, columns = (found.state["head.weight"] != FIRST).nonzero().unbind(1)
     assert rows.all()
     return columns.tolist()
 
@@ -73,11 +73,11 @@ def differing(found: Thinned) -> list[int]:
 def test_the_fewest_weights_that_keep_the_repairs(loss: float, kept: list[int]) -> None:
     own = problem()
     whole = own.propose("whole", patch(w3=2.0, w7=1.0))
-    found = thin(own, whole, loss)
+    found, step = sparsify(own, whole, loss)
     assert differing(found) == kept
-    assert found.proposal.state["count"] == 1
-    assert (found.proposal.repaired, found.proposal.broken) == (2 * len(kept), 0)
-    assert found.step.note == f"{len(kept)} of 20 weights differ, 10 before"
+    assert found.state["count"] == 1
+    assert (found.repaired, found.broken) == (2 * len(kept), 0)
+    assert step.note == f"{len(kept)} of 20 weights differ, 10 before"
 
 
 def test_a_share_is_counted_as_a_decimal_number() -> None:
@@ -90,8 +90,8 @@ def test_a_share_is_counted_as_a_decimal_number() -> None:
     space, scope = find_scope(model)
     own = Problem(Evaluator(model), [source], before, space, scope, NeuRecoverLite(), Fitness(), before.passed)
     row = torch.arange(10, 0, -1.0)
-    found = thin(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
-    assert found.proposal.repaired == 3
+    found, _ = sparsify(own, own.propose("whole", {"head.weight": torch.stack([torch.zeros(10), row])}), 0.7)
+    assert found.repaired == 3
 
 
 def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> None:
@@ -103,10 +103,10 @@ def test_what_fewer_weights_break_is_polished_away_by_these_weights_alone() -> N
     assert (
         own.propose("w7 alone", {"head.weight": FIRST + torch.eye(10)[[7]] * torch.tensor([[0.0], [2.0]])}).broken == 1
     )
-    found = thin(own, whole, 0.5)
-    assert (found.proposal.repaired, found.proposal.broken) == (2, 0)
+    found, _ = sparsify(own, whole, 0.5)
+    assert (found.repaired, found.broken) == (2, 0)
     assert differing(found) == [7]
-    assert 1.99 < found.proposal.state["head.weight"][1, 7] < 2.0
+    assert 1.99 < found.state["head.weight"][1, 7] < 2.0
 
 
 def test_where_fewer_do_not_do_the_patch_stays() -> None:
@@ -114,16 +114,16 @@ def test_where_fewer_do_not_do_the_patch_stays() -> None:
     both = FIRST.clone()
     both[1, [3, 7]] = 1.0
     whole = own.propose("whole", {"head.weight": both})
-    found = thin(own, whole, 0.0)
-    assert found.proposal is whole
-    assert found.step.note == "2 of 20 weights differ; fewer do not do"
+    found, step = sparsify(own, whole, 0.0)
+    assert found is whole
+    assert step.note == "2 of 20 weights differ; fewer do not do"
 
 
 def test_without_time_the_patch_stays() -> None:
     clock = StageTimer(max_time=0)
     own = problem(clock=clock)
     whole = own.propose("whole", patch(w3=2.0, w7=1.0))
-    assert thin(own, whole, 0.5).proposal is whole
+    assert sparsify(own, whole, 0.5)[0] is whole
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None
     )
     whole = WeightStats(seed)(own).proposal
     assert whole is not None
-    found = thin(own, whole, loss).proposal
+    found, _ = sparsify(own, whole, loss)
     recounted = own.propose("again", found.state)
     assert (recounted.repaired, recounted.broken) == (found.repaired, found.broken)
     assert found.repaired >= (1 - loss) * whole.repaired

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl._utils.state import State
+from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
@@ -28,9 +28,11 @@ from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import METHODS, AnyMethod, solve
+from lightning_nrl.pipeline.held_out import HeldOut
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
-from lightning_nrl.pipeline.line_search import Calibration, strength_path
+from lightning_nrl.pipeline.patch_path import PatchPath
 from lightning_nrl.pipeline.problem_builder import build_problem
+from lightning_nrl.pipeline.sample_leaks import LeakCheck
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Solution, Training
 from lightning_nrl.report import StrengthPoint
@@ -85,13 +87,16 @@ def compare_module(
     check_sources(known, unseen, settings)
     layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        collecting = StageTimer(observer)
+        collecting, leaks = StageTimer(observer), LeakCheck(known, {"unseen": unseen})
         with collecting.stage("collect"):
-            before, _ = SampleOptions(importance=settings.samples.importance).over(evaluator, known, settings.target)
+            before, _ = SampleOptions(importance=settings.samples.importance).over(
+                evaluator, leaks.known, settings.target
+            )
         check_losses(before)
         _check_targets(before, settings)
         problem = build_problem(evaluator, known, before, layers, settings, training=training)
-        later = Calibration(unseen, evaluator.run(unseen)) if unseen else None
+        later = HeldOut(unseen, evaluator.run(leaks.held_out["unseen"])) if unseen else None
+        leaks.leaked(evaluator.collective)
         entries: list[Entry] = []
         found: list[tuple[AnyMethod, Solution, float]] = []
         for name, method in chosen.items():
@@ -158,21 +163,22 @@ def _solved(
     return solution, earlier + time.perf_counter() - began
 
 
-def _entry(problem: Problem, unseen: Calibration | None, name: str, solution: Solution, seconds: float) -> Entry:
+def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Solution, seconds: float) -> Entry:
     """Counts what a method gave, and what lies between it and the original weights."""
     if solution.proposal is None:
         return Entry(name, seconds, note=solution.reason)
     new = solution.proposal.state
     later = FlipCounts(0, 0, 0, 0) if unseen is None else Flips.between(unseen.before, unseen.before).counts()
     start = CurvePoint(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
-    curve = (start, *map(_point, strength_path(problem, new, STRENGTHS, calibration=unseen)))
+    counted = PatchPath(problem, new).count(STRENGTHS)
+    curve = (start, *(_point(problem, unseen, new, point) for point in counted))
     began = time.perf_counter()
     scaled = _scaled(problem, unseen, new, curve)
     note = solution.steps[-1].note if solution.steps else ""
     return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
 
 
-def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Sequence[CurvePoint]) -> CurvePoint:
+def _scaled(problem: Problem, unseen: HeldOut | None, new: State, curve: Sequence[CurvePoint]) -> CurvePoint:
     """The largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
 
     Counts need not rise with the strength, so a larger one may be missed; this one was counted.
@@ -184,14 +190,17 @@ def _scaled(problem: Problem, unseen: Calibration | None, new: State, curve: Seq
     bottom, top = low.strength, above[0]
     while top - bottom > SCALING_STEP:
         middle = (bottom + top) / 2
-        (tried,) = strength_path(problem, new, (middle,))
+        tried = PatchPath(problem, new).point(middle)
         bottom, top = (bottom, middle) if tried.known.broken else (middle, top)
     if bottom == low.strength:
         return low
-    (found,) = strength_path(problem, new, (bottom,), calibration=unseen)
-    return _point(found)
+    return _point(problem, unseen, new, PatchPath(problem, new).point(bottom))
 
 
-def _point(counted: StrengthPoint) -> CurvePoint:
-    unseen = FlipCounts(0, 0, 0, 0) if counted.calibration is None else counted.calibration
-    return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, unseen)
+def _point(problem: Problem, unseen: HeldOut | None, new: State, counted: StrengthPoint) -> CurvePoint:
+    """A point of the curve, counted on unseen data too."""
+    later = FlipCounts(0, 0, 0, 0)
+    if unseen is not None:
+        state = between(problem.model.state_dict(), new, counted.strength)
+        later = unseen.flips(problem.evaluator, state).counts()
+    return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, later)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 from lightning_nrl._optim.distill import VISITS_PER_SAMPLE
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
 from lightning_nrl.methods.finetune_polish import POLISH
-from lightning_nrl.pipeline.line_search import POINTS
+from lightning_nrl.pipeline.patch_path import PATH_STRENGTHS
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Timings", "costs"]
 
-AROUND = 4 + len(POINTS)
+AROUND = 4 + len(PATH_STRENGTHS)
 """Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
 was found twice, and to count it at several strengths."""
 

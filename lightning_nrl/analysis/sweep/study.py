@@ -61,9 +61,7 @@ def study(
     _check_counting(base)
     _check_whole((*known, *calibration, *unseen))
     layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
-    roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
-    others = {role: sources for role, sources in roles.items() if sources}
-    found = evaluate_baseline(evaluator, known, others, base, clock=clock)
+    found = evaluate_baseline(evaluator, known, base, unseen=unseen, calibration=calibration, clock=clock)
     before = found.before
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
@@ -71,7 +69,8 @@ def study(
             explain(f"`known`: no sample {what} ({base.target}).", "give data on which there is something to repair.")
         )
     problem = build_problem(evaluator, known, before, layers, base, clock=clock)
-    data = {"known": (known, before), **{role: (others[role], evidence) for role, evidence in found.held_out.items()}}
+    data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, before)}
+    data |= {role: (own.sources, own.before) for role, own in found.held_out.items()}
     store = RunStore(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)
 

@@ -1,0 +1,102 @@
+"""Samples that are the same: one place of one data set, or one content."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+
+from lightning_nrl import TensorSource
+from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data import Batch
+from lightning_nrl.data.sample_identity import ContentRecorder, base_samples, content_keys, is_among
+
+X = torch.arange(20.0).view(10, 2)
+FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)
+
+
+def places(dataset: Dataset[Any], n: int) -> list[tuple[str, int]]:
+    names = {id(FIRST): "first", id(SECOND): "second"}
+    return [(names[own], at) for own, at in base_samples(dataset, torch.arange(n)).tolist()]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (Subset(FIRST, [3, 5]), [("first", 3), ("first", 5)]),
+        (Subset(FIRST, [-1, 0]), [("first", 9), ("first", 0)]),
+        (Subset(Subset(FIRST, [3, 5, 7]), [2, 0]), [("first", 7), ("first", 3)]),
+        (
+            ConcatDataset([Subset(FIRST, [3]), Subset(SECOND, [8, 9])]),
+            [("first", 3), ("second", 8), ("second", 9)],
+        ),
+        (Subset(ConcatDataset([FIRST, SECOND]), [9, 10]), [("first", 9), ("second", 0)]),
+    ],
+)
+def test_subsets_and_unions_are_seen_through(dataset: Dataset[Any], expected: list[tuple[str, int]]) -> None:
+    assert places(dataset, len(expected)) == expected
+
+
+def test_rows_are_found_as_a_whole() -> None:
+    rows = torch.tensor([[1, 2], [2, 1], [3, 3], [1, 2]])
+    assert is_among(rows, torch.tensor([[1, 2], [3, 4]])).tolist() == [True, False, False, True]
+    assert is_among(rows, torch.zeros(0, 2, dtype=torch.int64)).tolist() == [False] * 4
+
+
+def keys(*args: Tensor, target: Tensor | None = None, **kwargs: Tensor) -> list[list[int]]:
+    n = len(next(iter((*args, *kwargs.values()))))
+    return content_keys(Batch(args, torch.zeros(n) if target is None else target, torch.arange(n), kwargs)).tolist()
+
+
+def test_alike_to_the_bit_is_the_same_whatever_the_batch() -> None:
+    assert keys(X)[4:6] == keys(X[4:6])
+    assert len({tuple(key) for key in keys(X)}) == 10
+    assert keys(X.nextafter(X + 1))[3] != keys(X)[3]
+    assert keys(X, target=torch.arange(10))[1] != keys(X)[1]
+    assert keys(torch.tensor([[-0.0]])) == keys(torch.tensor([[0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.uint8, torch.bool, torch.complex64])
+def test_any_numbers_have_keys(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1, 0], [0, 1], [1, 0]]).to(dtype)
+    first, second, third = keys(x)
+    assert first == third != second
+
+
+def test_inputs_do_not_change_places_and_padding_does_not_count() -> None:
+    one, other = torch.tensor([[1, 2]]), torch.tensor([[3, 4]])
+    assert keys(one, other) != keys(other, one)
+    assert keys(a=one, b=other) == keys(b=other, a=one)
+    assert keys(torch.tensor([[5, 6, 0, 0]])) == keys(torch.tensor([[5, 6]]))
+
+
+def test_many_columns_are_taken_a_part_at_a_time() -> None:
+    x = torch.zeros(2, 40_000)
+    x[1, 39_999] = 1
+    first, second = keys(x)
+    assert first != second
+
+
+def test_a_second_pass_counts_alone_and_ranks_join_theirs() -> None:
+    source = TensorSource(X, torch.zeros(10), "all", batch_size=3)
+    alone = ContentRecorder(source)
+    for _ in range(2):
+        assert len(list(alone)) == 4
+    expected = keys(X)
+    assert alone.keys(Collective()).tolist() == expected
+
+    class Share(TensorSource):
+        def __iter__(self) -> Any:
+            return self.draw([self.index[rank::2] for rank in (self.extras[0][0].item(),)])
+
+    def run(collective: Collective) -> list[list[int]]:
+        rank = torch.full((10,), collective.rank)
+        recorder = ContentRecorder(Share(X, torch.zeros(10), "all", extras=(rank,)))
+        list(recorder)
+        return recorder.keys(collective).tolist()
+
+    assert on_ranks(2, run) == [expected] * 2
