@@ -2,8 +2,7 @@
 
 For a sample with features h and label y, the margin over class c is z_y - z_c + (D_y - D_c) h under a change D of the
 weights. Sought is the D that moves the logits of passed data least, in the mean square, while every passed sample keeps
-a share of its margin (hard) and targets get one (each at a price: the strength). Few of all pairs of a sample and a
-class ever matter, so those that are violated are added to the programme until there are none (cutting planes).
+a part of its margin (hard) and targets get one (each at a price: the strength).
 """
 
 from __future__ import annotations
@@ -14,34 +13,43 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from lightning_nrl._convex.cutting_planes import (
+    add_cutting_planes,
+    margins_over_rivals,
+    pair_gram,
+    pair_sides,
+    sum_of_pairs,
+)
 from lightning_nrl._convex.qp import solve_dual
 from lightning_nrl._utils.precision import widest
 
-__all__ = ["ConvexHead", "follow"]
+__all__ = ["KEPT_MARGIN_RATIO", "ConvexHead", "regularization_path"]
 
-SHARE = 0.5
-"""Of its margin, a passed sample keeps at least this share."""
+KEPT_MARGIN_RATIO = 0.5
+"""Of its margin, a passed sample keeps at least this part."""
 
-ENOUGH = 0.05
+MAX_KEPT_MARGIN = 0.05
 """A passed sample need not keep more than this, in units of the median margin of passed data."""
 
-GIVEN = 0.05
+HEAD_TARGET_MARGIN = 0.05
 """The margin that a repaired target gets, in the same units."""
 
-RIDGE = 1e-4
+HEAD_RIDGE = 1e-4
 """Added to the second moment of the features, in parts of its mean eigenvalue: directions that no passed sample shows
 are not free."""
 
-ROUNDS = 30
+MAX_PATH_ROUNDS = 31
 """Most rounds of cutting planes."""
 
-ADDED = 400
+PAIRS_PER_ROUND = 400
 """Most pairs that a round adds, the most violated first."""
 
-PRECISE = 1e-3
-"""A pair counts as violated if this share of the unit is missing; the last rest is scaled away exactly."""
+VIOLATION_TOLERANCE = 1e-3
+"""A pair counts as violated if this part of the unit is missing; the last rest is scaled away exactly."""
+
+LEAST_KEPT_MARGIN = 0.01
+"""What a passed sample keeps at least of the margin required, after that scaling."""
 
 
 @dataclass(frozen=True)
@@ -63,34 +71,30 @@ class ConvexHead:
     weight: Tensor | None = None
 
     @cached_property
-    def gaps(self) -> Tensor:
+    def margins(self) -> Tensor:
         """`N x C`: each sample's margin over each class, infinite over its own."""
-        return self.over(self.logits)
-
-    def over(self, logits: Tensor) -> Tensor:
-        """Margins of the true class over each class, `N x C`, infinite over itself."""
-        own = self.label[:, None]
-        return (logits.gather(1, own) - logits).scatter(1, own, torch.inf)
+        return margins_over_rivals(self.logits, self.label)
 
     @cached_property
     def unit(self) -> float:
         """The median margin of passed samples: what margins are measured in."""
-        return float(self.gaps.amin(1)[~self.targeted].median().clamp_min(1e-12))
+        return float(self.margins.amin(1)[~self.targeted].median().clamp_min(1e-12))
 
     @cached_property
-    def asked(self) -> Tensor:
+    def required(self) -> Tensor:
         """`N`, the margin that each sample is to have."""
-        keep = (SHARE * self.gaps.amin(1)).clamp(max=ENOUGH * self.unit)
-        return torch.where(self.targeted, GIVEN * self.unit, keep)
+        kept = (KEPT_MARGIN_RATIO * self.margins.amin(1)).clamp(max=MAX_KEPT_MARGIN * self.unit)
+        return torch.where(self.targeted, HEAD_TARGET_MARGIN * self.unit, kept)
 
     @cached_property
     def root(self) -> Tensor:
         """`d x d`: C^(-1/2), where C is the second moment of the features of passed data."""
-        kept = self.features[~self.targeted].to(widest(self.features.device))
-        moment = kept.T @ kept / len(kept)
+        passed = self.features[~self.targeted].to(widest(self.features.device))
+        moment = passed.T @ passed / len(passed)
         values, vectors = torch.linalg.eigh(moment)
-        values = values.clamp_min(0) + RIDGE * values.clamp_min(0).mean().clamp_min(1e-30)
-        return (vectors * values.rsqrt()) @ vectors.T
+        values = values.clamp_min(0) + HEAD_RIDGE * values.clamp_min(0).mean().clamp_min(1e-30)
+        root: Tensor = (vectors * values.rsqrt()) @ vectors.T
+        return root
 
     @cached_property
     def white(self) -> Tensor:
@@ -102,77 +106,79 @@ class ConvexHead:
         return self.logits + self.features @ change.T.to(self.features)
 
 
-@dataclass
-class _Pairs:
-    """The programme so far: pairs of a sample and a class, coded as sample * C + class, and their multipliers."""
-
-    code: Tensor
-    values: Tensor
-
-    def of(self, kept: Tensor) -> _Pairs:
-        return _Pairs(self.code[kept], self.values[kept])
-
-    def add(self, code: Tensor) -> _Pairs:
-        return _Pairs(torch.cat([self.code, code]), torch.cat([self.values, self.values.new_zeros(len(code))]))
-
-
-def follow(head: ConvexHead, strengths: Sequence[float], used: Tensor | None = None) -> Iterator[Tensor]:
+def regularization_path(head: ConvexHead, strengths: Sequence[float], used: Tensor | None = None) -> Iterator[Tensor]:
     """The best change at each strength, weakest first, each solved from the one before.
 
     Args:
         head: the layer on known samples.
         strengths: the price of a target's missing margin, from weak to strong, in units of what the median target
-            would take if it were alone.
+            would take if it were the only one.
         used: `N` bool, the samples that count; None: all.
 
     Yields:
         `C x d`, a change under which every passed sample that counts stays right, with what the scaling left of the
-        margin asked.
+        margin required.
     """
     used = torch.ones_like(head.targeted) if used is None else used
-    white = head.white
-    violated = head.asked[:, None] - head.gaps
-    first = violated.amax(1)[used & head.targeted]
-    alone = 2 * white[used & head.targeted].square().sum(1)
-    unit = float((first / alone).median())
-    pairs = _Pairs(torch.zeros(0, dtype=torch.int64, device=white.device), white.new_zeros(0))
+    missing = (head.required[:, None] - head.margins).amax(1)[used & head.targeted]
+    unit = float((missing / (2 * head.white[used & head.targeted].square().sum(1))).median())
+    programme = _PairProgramme(head, used)
     for strength in strengths:
-        change, pairs = _solve(head, pairs.of(pairs.values > 0), strength * unit)
-        for _ in range(ROUNDS):
-            missing = head.asked[:, None] - head.over(head.changed(change @ head.root))
-            missing[~used] = -torch.inf
-            missing.view(-1)[pairs.code] = -torch.inf
-            new = missing.flatten()
-            code = (new > PRECISE * head.unit).nonzero().flatten()
-            if not len(code):
-                break
-            code = code[new[code].argsort(descending=True, stable=True)[:ADDED]]
-            pairs = pairs.add(code)
-            change, pairs = _solve(head, pairs, strength * unit)
-        yield _scaled_back(head, change @ head.root, used)
+        programme.begin(strength * unit)
+        add_cutting_planes(programme, MAX_PATH_ROUNDS)
+        yield _scale_back(head, programme.change @ head.root, used)
 
 
-def _solve(head: ConvexHead, pairs: _Pairs, limit: float) -> tuple[Tensor, _Pairs]:
-    """The change in whitened weights, `C x d`, that the pairs of the programme ask for."""
-    white, n_classes = head.white, head.logits.shape[1]
-    sample, other = pairs.code // n_classes, pairs.code % n_classes
-    own, features = head.label[sample], white[sample]
-    asked = (head.asked[sample] - head.gaps.view(-1)[pairs.code]).to(white.dtype)
-    price = limit if head.weight is None else limit * head.weight[sample]
-    limits = torch.where(head.targeted[sample], price, torch.inf).to(white.dtype)
-    # GPUs multiply no matrices of whole numbers.
-    signs = (F.one_hot(own, n_classes) - F.one_hot(other, n_classes)).to(white.dtype)
-    solution = solve_dual((signs @ signs.T) * (features @ features.T), asked, limits, pairs.values)
-    pull = solution.values[:, None] * features
-    change = torch.zeros(n_classes, white.shape[1], dtype=white.dtype, device=white.device)
-    change.index_add_(0, own, pull).index_add_(0, other, -pull)
-    return change, _Pairs(pairs.code, solution.values)
+class _PairProgramme:
+    """The programme of one price under some pairs of a sample and a class.
+
+    Attributes:
+        change: `C x d`, the solution in whitened weights.
+    """
+
+    def __init__(self, head: ConvexHead, used: Tensor) -> None:
+        self.head, self.used, self.price = head, used, 0.0
+        device = head.white.device
+        self._code = torch.zeros(0, dtype=torch.int64, device=device)  # sample * C + class
+        self._multipliers = head.white.new_zeros(0)
+        self.change = head.white.new_zeros(head.logits.shape[1], head.white.shape[1])
+
+    def begin(self, price: float) -> None:
+        """Goes on at another price of a target's missing margin, with the pairs that bind."""
+        binding = self._multipliers > 0
+        self.price, self._code, self._multipliers = price, self._code[binding], self._multipliers[binding]
+
+    def solve(self) -> None:
+        """Finds the change that the pairs ask for."""
+        head, n_classes = self.head, self.head.logits.shape[1]
+        sample, rival = self._code // n_classes, self._code % n_classes
+        features = head.white[sample]
+        required = (head.required[sample] - head.margins.view(-1)[self._code]).to(features.dtype)
+        price = self.price if head.weight is None else self.price * head.weight[sample]
+        limit = torch.where(head.targeted[sample], price, torch.inf).to(features.dtype)
+        sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
+        self._multipliers = solve_dual(pair_gram(features, sides), required, limit, self._multipliers).values
+        self.change = sum_of_pairs(features, sides, self._multipliers)
+
+    def add_violated(self) -> bool:
+        """Adds the pairs that lack most of the margin required."""
+        head = self.head
+        new_margins = margins_over_rivals(head.changed(self.change @ head.root), head.label)
+        missing = head.required[:, None] - new_margins
+        missing[~self.used] = -torch.inf
+        lacking = missing.flatten()
+        lacking[self._code] = -torch.inf
+        code = (lacking > VIOLATION_TOLERANCE * head.unit).nonzero().flatten()
+        code = code[lacking[code].argsort(descending=True, stable=True)[:PAIRS_PER_ROUND]]
+        self._code = torch.cat([self._code, code])
+        self._multipliers = torch.cat([self._multipliers, self._multipliers.new_zeros(len(code))])
+        return len(code) > 0
 
 
-def _scaled_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
-    """The greatest share of a change that leaves every passed sample at least a hundredth of the margin asked."""
-    kept = used & ~head.targeted
-    old, new = head.gaps[kept], head.over(head.changed(change))[kept]
-    floor = 0.01 * head.asked[kept][:, None]
-    share = torch.where(new < floor, (old - floor) / (old - new), 1)
-    return change * float(share.amin().clamp(0, 1)) if share.numel() else change
+def _scale_back(head: ConvexHead, change: Tensor, used: Tensor) -> Tensor:
+    """The greatest part of a change that leaves every passed sample at least a hundredth of the margin required."""
+    passed = used & ~head.targeted
+    old, new = head.margins[passed], margins_over_rivals(head.changed(change), head.label)[passed]
+    floor = LEAST_KEPT_MARGIN * head.required[passed][:, None]
+    part = torch.where(new < floor, (old - floor) / (old - new), 1)
+    return change * float(part.amin().clamp(0, 1)) if part.numel() else change

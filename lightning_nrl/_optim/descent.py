@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.logit_cache import logits_of
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, Part, load_batches
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
@@ -120,23 +120,20 @@ class Descent:
 
     def _backward(self, parts: Sequence[Part], loss: Loss) -> bool:
         """Leaves the gradient of the loss over this rank's parts in the copies; whether memory sufficed for it."""
-        while True:
-            try:
-                with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
-                    for batch, rows in self._pieces(parts):
-                        loss(batch, rows, logits_of(self.problem, batch)).backward()
-                return True
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Not inside `except`, where the traceback holds what did not fit.
+
+        def work() -> bool:
+            with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
+                for batch, rows in self._pieces(parts):
+                    loss(batch, rows, logits_of(self.problem, batch)).backward()
+            return True
+
+        while none_if_out_of_memory(work) is None:
             self.optimizer.zero_grad()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
             most = min(self._samples_at_once, max(len(rows) for _, rows in parts))
             if most <= 1:
                 return False
             self._samples_at_once = most // 2
+        return True
 
     def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
         """The same samples, as many at once as have fitted in memory so far."""

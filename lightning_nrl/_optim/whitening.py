@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._model.layer_inputs import windows
 from lightning_nrl._model.layers import LayerRef
-from lightning_nrl._model.margin_grad import Call, by_sample, trace
-from lightning_nrl._model.weight_grad import bias_gradients, weight_gradients, windows
+from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
 from lightning_nrl._utils.state import State, holding
@@ -26,18 +26,15 @@ from lightning_nrl.problem import Problem
 
 __all__ = ["Slopes", "Whitening", "slopes", "whitened"]
 
-RIDGE = 0.1
+MOMENT_RIDGE = 0.1
 """Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
 they help the targets, and few samples beside them."""
 
-SAMPLES, POSITIONS = 1024, 128
+MAX_MOMENT_SAMPLES, MAX_MOMENT_POSITIONS = 1024, 128
 """Passed samples, and positions of a convolution in each of them, that a second moment is taken from."""
 
-WIDE = 2048
+MAX_FULL_MOMENT = 2048
 """Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
-
-PIECE = 2**24
-"""Most gradient entries (samples x weights) that are held before they are whitened."""
 
 
 class Slopes(NamedTuple):
@@ -96,7 +93,7 @@ def whitened(problem: Problem, most: int) -> Whitening:
     space, before = problem.space, problem.before
     passed = before.passed.nonzero().flatten()
     generator = torch.Generator().manual_seed(problem.seed)
-    drawn = passed[torch.randperm(len(passed), generator=generator)[:SAMPLES]]
+    drawn = passed[torch.randperm(len(passed), generator=generator)[:MAX_MOMENT_SAMPLES]]
     moments = [_empty(site) for site in space.sites]
     for _, calls in _traced(problem, drawn):
         for site, moment in zip(space.sites, moments, strict=True):
@@ -142,7 +139,7 @@ def slopes(problem: Problem, chosen: Tensor, whitening: Whitening, state: State)
     return Slopes(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
 
 
-def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[Call]]]]:
+def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:
     """Rows and calls of this rank's share of chosen samples; afterwards all ranks know whether gradients came.
 
     Raises:
@@ -152,8 +149,8 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     missed = dict.fromkeys(layers, False)
     for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
         for batch, at in parts:
-            _, calls = trace(problem.model, layers, batch, problem.task, problem.context)
-            missed |= {name: missed[name] or not by_sample(found, len(at)) for name, found in calls.items()}
+            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.context)
+            missed |= {name: missed[name] or not is_by_sample(found, len(at)) for name, found in calls.items()}
             if not any(missed.values()):
                 yield at, calls
     for name, missing in missed.items():
@@ -180,14 +177,12 @@ def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterat
             )
 
 
-def _of_site(site: LayerRef, calls: list[Call], n: int, outputs: Tensor, root: Tensor) -> Tensor:
-    layer, parts = site.module, []
-    for start in range(0, n, step := max(1, PIECE // site.size)):
-        pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
-        gradient = torch.stack([weight_gradients(layer, x, g).flatten(2)[:, outputs] for x, g in pieces]).sum(0)
+def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
+    parts = []
+    for weight, bias in sample_gradients(site.module, calls, n):
+        gradient = weight.flatten(2)[:, outputs]
         if _has_bias(site):
-            bias = torch.stack([bias_gradients(g)[:, outputs] for _, g in pieces]).sum(0)
-            gradient = torch.cat([gradient, bias[..., None]], 2)
+            gradient = torch.cat([gradient, bias[:, outputs, None]], 2)
         parts.append(_scaled(site, outputs, root, gradient))
     return torch.cat(parts)
 
@@ -211,13 +206,13 @@ def _empty(site: LayerRef) -> Tensor:
     """The sum of no moments: `groups x d x d`, or `groups x d` where that is too large."""
     groups = getattr(site.module, "groups", 1)
     d = site.module.weight[0].numel() + _has_bias(site)
-    shape = (groups, d) if d > WIDE else (groups, d, d)
+    shape = (groups, d) if d > MAX_FULL_MOMENT else (groups, d, d)
     return torch.zeros(shape, dtype=widest(site.module.weight.device), device=site.module.weight.device)
 
 
 def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
     with no_autocast(x.device):
-        seen = windows(site.module, x, POSITIONS).to(moment.dtype)
+        seen = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
         if _has_bias(site):
             seen = F.pad(seen, (0, 1), value=1.0)
         moment += seen.square().sum(1) if moment.ndim == 2 else seen.mT @ seen
@@ -228,6 +223,7 @@ def _root(moment: Tensor) -> Tensor:
     diagonal = moment if moment.ndim == 2 else moment.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1).clamp_min(1e-30)
     if moment.ndim == 2:
-        return (moment / mean[:, None] + RIDGE).rsqrt()
+        return (moment / mean[:, None] + MOMENT_RIDGE).rsqrt()
     values, vectors = torch.linalg.eigh(moment / mean[:, None, None])
-    return (vectors * (values.clamp_min(0) + RIDGE).rsqrt()[:, None, :]) @ vectors.mT
+    root: Tensor = (vectors * (values.clamp_min(0) + MOMENT_RIDGE).rsqrt()[:, None, :]) @ vectors.mT
+    return root

@@ -13,19 +13,19 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._model.layer_inputs import absolute_input, as_rows, uses_per_weight
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._model.weight_grad import (
-    absolute_input,
+from lightning_nrl._model.per_sample_grad import (
+    LayerCall,
+    OutputProbe,
     bias_gradient,
-    bias_gradients,
-    positions,
-    rows,
+    is_by_sample,
+    sample_gradients,
     weight_gradient,
-    weight_gradients,
 )
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
-from lightning_nrl._utils.precision import at_least_float32, no_autocast, repeatable_gradients, widest
+from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
 from lightning_nrl.errors import EvaluationError, ReplayError, check_choice, explain
 from lightning_nrl.localization.localization import Impact
 from lightning_nrl.tasks import Task
@@ -34,9 +34,6 @@ __all__ = ["Aggregation", "Replay", "check_aggregation", "measure"]
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
-
-MAX_GRADIENT_ENTRIES = 2**24
-"""Most gradient entries (samples x weights) that are held at once when each sample has its own."""
 
 SAMPLES_PER_PASS = 64
 """Most samples that run forward and backward at once, as few as in a small training step; halved where memory ends."""
@@ -142,13 +139,6 @@ class _Sums(NamedTuple):
         return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
 
 
-class _Call(NamedTuple):
-    """One call of a layer: its input and its output's loss gradient, `r x ...` in at least float32."""
-
-    input: Tensor
-    gradient: Tensor
-
-
 def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, aggregation: Aggregation, check: bool) -> None:
     """Adds the samples of one chunk to the sums."""
     n = len(chunk.rows)
@@ -159,65 +149,45 @@ def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, aggregation: Ag
         for i, site in enumerate(recording.space.sites):
             here = slice(site.offset, site.offset + site.size)
             for x, g in calls[i]:
-                count = positions(site.module, g)
+                count = uses_per_weight(site.module, g)
                 sums.input[here] += _flat(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
                 sums.positions[i] += count
             if aggregation == "mean_gradient":
                 for x, g in calls[i]:
                     sums.gradient[here] += _flat(site, weight_gradient(site.module, x, g), bias_gradient(g))
-            elif all(len(x) % n == len(g) % n == 0 for x, g in calls[i]):
+            elif not calls[i] or is_by_sample(calls[i], n):
                 sums.gradient[here] += _absolute_gradients(site, calls[i], n)
             else:
                 sums.strayed[i] += 1
 
 
-def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list[list[_Call]], Tensor]:
+def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list[list[LayerCall]], Tensor]:
     """Calls of each site, and if `check`, at which sites the rows of a sample are not those where its gradient is."""
     sites = recording.space.sites
-    seen: list[tuple[int, Tensor, Tensor]] = []
-
-    def add_zero(site: LayerRef, x: Tensor, output: Tensor) -> Tensor:
-        zero = torch.zeros_like(output, requires_grad=True)
-        # A copy, since the model may go on to change its own tensors in place.
-        seen.append((sites.index(site), x.detach().clone(), zero))
-        return output + zero
-
+    probe = OutputProbe({site.name: site.module for site in sites})
     with torch.enable_grad():
-        logits = recording.replay(chunk, add_zero)
+        logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
         with no_autocast(logits.device):
             losses = task.loss(logits, chunk.target)
-    if seen and not losses.requires_grad:
-        names = [sites[i].name for i, _, _ in seen]
+    if probe.called and not losses.requires_grad:
         raise ReplayError(
             explain(
-                f"`layer`: the loss has no gradient with respect to the outputs of {names}.",
+                f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
                 "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
             )
         )
-    zeros = [zero for _, _, zero in seen]
-    calls: list[list[_Call]] = [[] for _ in sites]
     strayed = torch.zeros(len(sites), dtype=torch.bool, device=losses.device)
-    each = torch.ones_like(losses)
     if check:
-        half = len(losses) // 2
-        first = each * (torch.arange(len(losses), device=losses.device) < half)
-        for (i, _, _), gradient in zip(seen, _gradients(losses, first, zeros), strict=True):
-            g = rows(sites[i].module, gradient)
-            strayed[i] |= (g[len(g) * half // len(losses) :].abs() > 0).any()
-    for (i, x, _), gradient in zip(seen, _gradients(losses, each, zeros), strict=True):
-        calls[i].append(_Call(*(at_least_float32(rows(sites[i].module, t)) for t in (x, gradient))))
-    return calls, strayed
+        half, order = len(losses) // 2, {site.name: i for i, site in enumerate(sites)}
+        first = (torch.arange(len(losses), device=losses.device) < half).to(losses.dtype)
+        for name, gradient in zip(probe.called, probe.gradients(losses, first, retain_graph=True), strict=True):
+            g = as_rows(sites[order[name]].module, gradient)
+            strayed[order[name]] |= (g[len(g) * half // len(losses) :].abs() > 0).any()
+    calls = probe.calls(losses)
+    return [calls[site.name] for site in sites], strayed
 
 
-def _gradients(losses: Tensor, each: Tensor, zeros: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gradients of the sum of `each * losses` with respect to the zeros."""
-    if not zeros:
-        return ()
-    with no_autocast(losses.device):
-        return torch.autograd.grad(losses, zeros, each, retain_graph=True, materialize_grads=True)
-
-
-def _absolute_gradients(site: LayerRef, calls: Sequence[_Call], n: int) -> Tensor:
+def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
     """Sum over samples of the absolute value of each sample's gradient over all calls of a site."""
     layer = site.module
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
@@ -225,10 +195,7 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[_Call], n: int) -> Tenso
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
         return _flat(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
-    for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // site.size)):
-        pieces = [[t.reshape(n, -1, *t.shape[1:])[start : start + step] for t in call] for call in calls]
-        weight = torch.stack([weight_gradients(layer, x, g) for x, g in pieces]).sum(0)
-        bias = torch.stack([bias_gradients(g) for _, g in pieces]).sum(0)
+    for weight, bias in sample_gradients(layer, calls, n):
         total = total + _flat(site, weight.abs().sum(0), bias.abs().sum(0))
     return total
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._convex.head import ConvexHead, follow
+from lightning_nrl._convex.head import ConvexHead, regularization_path
 from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
@@ -167,7 +167,8 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
         features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
     )
     fold = _folds(problem).to(device)[known]
-    paths = [follow(head, STRENGTHS), *(follow(head, STRENGTHS, fold != number) for number in range(FOLDS))]
+    paths = [regularization_path(head, STRENGTHS)]
+    paths += [regularization_path(head, STRENGTHS, fold != number) for number in range(FOLDS)]
     counts = before.finite_weight.to(device)[known]
     for change, *others in zip(*paths, strict=True):
         flipped = torch.zeros_like(head.targeted)

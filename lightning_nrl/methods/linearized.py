@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._convex.head import SHARE
+from lightning_nrl._convex.head import KEPT_MARGIN_RATIO
 from lightning_nrl._convex.linearized_step import Radius, Tangent
 from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl._optim.whitening import Whitening, slopes, whitened
@@ -112,7 +112,7 @@ class _Walk:
         before = problem.before
         self.problem, self.whitening = problem, whitening
         unit = float(before.margin[before.passed].median())
-        keep = (SHARE * before.margin).clamp(max=ENOUGH * unit)
+        keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=ENOUGH * unit)
         self.asked = torch.where(before.targeted, GIVEN * unit, keep)
         # Below what is asked, so that steps which fulfil it to rounding are not turned down.
         self.least = (keep / 2).clamp(max=SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN))

@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nrl._convex.head import ConvexHead, follow
-from lightning_nrl._convex.qp import solve_dual
+from lightning_nrl._convex.head import ConvexHead, regularization_path
 
 
 def head(seed: int = 0, n: int = 60, n_classes: int = 3) -> ConvexHead:
@@ -41,7 +38,7 @@ class Products(TorchDispatchMode):
 
 def test_all_matrices_are_of_numbers_that_a_gpu_multiplies() -> None:
     with Products() as products:
-        changes = list(follow(head(), (0.5, 8.0)))
+        changes = list(regularization_path(head(), (0.5, 8.0)))
     assert any(change.any() for change in changes)
     assert products.dtypes <= {torch.float32, torch.float64}
 
@@ -49,7 +46,7 @@ def test_all_matrices_are_of_numbers_that_a_gpu_multiplies() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> None:
     own, repaired = head(seed), []
-    for change in follow(own, (0.1, 1.0, 30.0)):
+    for change in regularization_path(own, (0.1, 1.0, 30.0)):
         now = own.changed(change).argmax(1) == own.label
         assert now[~own.targeted].all()
         repaired.append(int(now[own.targeted].sum()))
@@ -58,7 +55,7 @@ def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> N
 
 def test_without_a_target_that_counts_nothing_changes() -> None:
     own = head()
-    assert not any(change.any() for change in follow(own, (1.0, 4.0), ~own.targeted))
+    assert not any(change.any() for change in regularization_path(own, (1.0, 4.0), ~own.targeted))
 
 
 def test_features_are_whitened_once_however_many_paths_there_are() -> None:
@@ -66,37 +63,6 @@ def test_features_are_whitened_once_however_many_paths_there_are() -> None:
     white = own.white
     moment = white[~own.targeted].T @ white[~own.targeted] / int((~own.targeted).sum())
     torch.testing.assert_close(moment, torch.eye(5).double(), atol=0.05, rtol=0)
-    for path in (follow(own, (1.0,)), follow(own, (1.0,), torch.arange(60) % 2 > 0)):
+    for path in (regularization_path(own, (1.0,)), regularization_path(own, (1.0,), torch.arange(60) % 2 > 0)):
         next(path)
         assert own.white is white
-
-
-@settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 999), m=st.integers(1, 12), hard=st.booleans())
-def test_a_solution_fulfils_its_conditions(seed: int, m: int, hard: bool) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(m, 5, generator=generator).double()
-    # Asked of some x, so that hard rows do not contradict each other.
-    asked = rows @ torch.randn(5, generator=generator).double() - torch.rand(m, generator=generator)
-    limit = torch.rand(m, generator=generator).double()
-    if hard:
-        limit[::2] = torch.inf
-    found = solve_dual(rows @ rows.T, asked, limit)
-    assert found.feasible
-    assert found.solved
-    tolerance = 1e-5 * max(1.0, float(asked.abs().max()))
-    given = rows @ (rows.T @ found.values)
-    torch.testing.assert_close(found.slack, given - asked, atol=tolerance, rtol=0)
-    assert ((found.values >= 0) & (found.values <= limit * (1 + 1e-12))).all()
-    assert (found.slack[found.values < limit * (1 - 1e-9)] > -tolerance).all()
-    assert (found.slack[found.values > 0] < tolerance).all()
-
-
-def test_hard_rows_that_contradict_each_other_are_told() -> None:
-    rows = torch.tensor([[1.0], [-1.0]])
-    assert not solve_dual(rows @ rows.T, torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, torch.inf])).feasible
-
-
-def test_an_empty_programme_is_solved() -> None:
-    nothing = torch.zeros(0)
-    assert solve_dual(torch.zeros(0, 0), nothing, nothing).solved

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError
-from lightning_nrl.localization import impact as impact_module
 from lightning_nrl.localization import measure
 from lightning_nrl.tasks import Multiclass
 
@@ -153,7 +152,7 @@ def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch,
         model, x, y = convolution_data(layer)
     recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
     whole = measure(recording, Multiclass(), mask, aggregation="per_sample")
-    monkeypatch.setattr(impact_module, "MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
+    monkeypatch.setattr("lightning_nrl._model.per_sample_grad.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
     pieces = measure(recording, Multiclass(), mask, aggregation="per_sample")
     torch.testing.assert_close(pieces.backward, whole.backward)
 

@@ -18,8 +18,8 @@ from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import Target, TensorSource, repair_module
 from lightning_nrl._convex.linearized_step import Radius, Tangent
+from lightning_nrl._model.layer_inputs import windows
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._model.weight_grad import windows
 from lightning_nrl._optim.whitening import slopes, whitened
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
@@ -204,7 +204,7 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
-    monkeypatch.setattr("lightning_nrl._optim.whitening.WIDE", wide)
+    monkeypatch.setattr("lightning_nrl._optim.whitening.MAX_FULL_MOMENT", wide)
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)

@@ -14,7 +14,7 @@ from toy_repairs import known
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
-from lightning_nrl._model.margin_grad import trace
+from lightning_nrl._model.per_sample_grad import margin_calls
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl._utils.state import holding, snapshot
@@ -219,7 +219,7 @@ def test_gradients_are_repeatable_and_those_of_recurrent_layers_are_taken_withou
     (parts,) = load_batches(problem, [rows])
     descent.step(parts, lambda batch, rows, output: output.square().sum())
     assert problem.model.asked[-1] == (False, True)
-    trace(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.context)
+    margin_calls(problem.model, {"head": problem.model.head}, parts[0][0], problem.task, problem.context)
     assert problem.model.asked[-1] == (False, True)
     problem.evaluate({})
     assert problem.model.asked[-1] == (True, False)

@@ -25,9 +25,9 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     TargetFinding,
     Verdict,
 )
-from lightning_nrl.analysis.diagnosis.fixability import KEEP
-from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, look_at, sampled
-from lightning_nrl.analysis.diagnosis.layer_capacity import room, sketch
+from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
+from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_layer, sample_places
+from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.head_features import HeadFeatures, drawn, see
@@ -98,13 +98,13 @@ def _last_layer(
     failing = torch.zeros(len(seen.evidence), dtype=torch.bool)
     for source in known:
         failing[seen.evidence.of(source.split)] = source.failed
-    return look_at(layer, seen.features, seen.evidence, failing, seed, clock)
+    return analyze_last_layer(layer, seen.features, seen.evidence, failing, seed, clock)
 
 
 def _near(evidence: SampleResults, seed: int) -> Tensor:
     """Rows of some targets, and of the passed samples that are nearest to failing."""
     targets = evidence.targeted.nonzero().flatten()
-    targets = targets[sampled(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
+    targets = targets[sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
     nearness = torch.where(evidence.passed, evidence.margin.nan_to_num(torch.inf), torch.inf)
     passed = nearness.argsort(stable=True)[: min(LAYER_PASSED, int(evidence.passed.sum()))]
     return torch.cat([targets, passed])
@@ -116,9 +116,9 @@ def _rooms(
     if not evidence.targeted.any() or bool(evidence.margin[evidence.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
-    sketches = sketch(evaluator, chosen, seed=seed)
+    sketches = sketch_gradients(evaluator, chosen, seed=seed)
     norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
-    rooms = room(sketches, evidence.targeted[sketches.rows], norms, KEEP)
+    rooms = layer_capacities(sketches, evidence.targeted[sketches.rows], norms, REQUIRED_MARGIN)
     return tuple(
         LayerRoom(
             layer=name,
@@ -212,9 +212,9 @@ def _targets(evidence: SampleResults, last: LastLayer | None) -> tuple[TargetFin
         agreement = last.near.agreement.tolist()
         for at, yes, no, size in zip(
             last.tried.tolist(),
-            last.alone.fixable.tolist(),
-            last.alone.unfixable.tolist(),
-            (last.alone.size / last.alone.limit).tolist(),
+            last.fixability.fixable.tolist(),
+            last.fixability.unfixable.tolist(),
+            (last.fixability.size / last.fixability.limit).tolist(),
             strict=True,
         ):
             verdicts[at], change[at] = "yes" if yes else "no" if no else "undecided", size
@@ -234,7 +234,7 @@ def _targets(evidence: SampleResults, last: LastLayer | None) -> tuple[TargetFin
 
 
 def _binding(evidence: SampleResults, last: LastLayer) -> tuple[Binding, ...]:
-    count, places = last.alone.binds.sum(0), _Places(evidence)
+    count, places = last.fixability.binds.sum(0), _Places(evidence)
     order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
     found = []
     for row, targets in zip(last.passed[order].tolist(), count[order].tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""What the features before the last layer say of the targets: fixable alone, at what price, among which neighbours."""
+"""What the last layer's features say of the targets: which are fixable, at what price, among which neighbours."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Check
-from lightning_nrl.analysis.diagnosis.fixability import Alone, repair_alone
+from lightning_nrl.analysis.diagnosis.fixability import Fixability, LayerSamples, find_fixability
 from lightning_nrl.evaluation.head_features import Features
 from lightning_nrl.evaluation.neighbors import Neighbours, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["LastLayer", "look_at", "sampled"]
+__all__ = ["LastLayer", "analyze_last_layer", "sample_places"]
 
-MOST_TARGETS = 512
-"""Targets that are looked at alone, at most, drawn by chance from more."""
+MAX_TARGETS_TRIED = 512
+"""Targets that are tried one at a time, at most, drawn by chance from more."""
 
-WORK = 8e9
-"""Multiplications that one look at all passed samples may take: a second or so on one core."""
+MAX_MULTIPLICATIONS = 8e9
+"""Of one pass over all passed samples: a second or so on one core."""
 
-LEAST = 8
-"""Targets that are looked at alone, whatever it takes."""
+MIN_TARGETS_TRIED = 8
+"""Targets that are tried, whatever it takes."""
 
-CHECKED = 96
+MAX_FIXES_CHECKED = 96
 """Targets that can be fixed whose fixes are tried on samples held out, twice: enough for a mean."""
 
-COMPARED = 2_000
+MAX_PASSED_COMPARED = 2_000
 """Passed samples that are compared with their own neighbours."""
 
 
@@ -37,29 +37,18 @@ class LastLayer(NamedTuple):
     """Baseline on the CPU."""
 
     targets: Tensor  # T, rows of the evidence
-    tried: Tensor  # places among them that were looked at alone
-    alone: Alone  # of those, against the passed
+    tried: Tensor  # places among them that were tried one at a time
+    fixability: Fixability  # of those, against the passed
     passed: Tensor  # P, rows of the evidence
     check: Check | None
     near: Neighbours  # of the targets
     near_passed: Neighbours  # of some passed samples
     doubted: Tensor  # T bool, the label looks wrong
     lead: Tensor  # T, of the predicted class over the label
-    seconds: float  # to look at every target alone
+    seconds: float  # to try every target
 
 
-class _Samples(NamedTuple):
-    """What `repair_alone` takes, and which samples the data with failures hold."""
-
-    inputs: Tensor
-    logits: Tensor
-    label: Tensor
-
-    def at(self, where: Tensor) -> _Samples:
-        return _Samples(*(x[where] for x in self))
-
-
-def look_at(
+def analyze_last_layer(
     layer: nn.Linear, features: Features, evidence: SampleResults, failing: Tensor, seed: int, clock: StageTimer
 ) -> LastLayer | str:
     """All findings, or why there are none, in words.
@@ -77,37 +66,37 @@ def look_at(
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
         return "the task is not to give one label the largest logit."
     device, generator = features.inputs.device, torch.Generator().manual_seed(seed)
-    samples = _Samples(features.inputs, features.logits, label.to(device))
+    samples = LayerSamples(features.inputs, features.logits, label.to(device))
     # A tie passes by the order of classes alone: it has no margin to keep.
     top = features.logits.topk(2, dim=1).values
     kept = (passed & (top[:, 0] > top[:, 1]).cpu()).nonzero().flatten()
     targets = targeted.nonzero().flatten()
     if not len(targets) or not len(kept):
         return "there are no targets." if not len(targets) else "no known sample passes."
-    ones = samples.inputs.new_ones(len(label), 0 if layer.bias is None else 1)
-    affine = samples._replace(inputs=torch.cat([samples.inputs, ones], 1))
-    most = int(WORK / (2 * len(kept) * affine.inputs.shape[1] * affine.logits.shape[1]))
-    tried = sampled(len(targets), max(LEAST, min(MOST_TARGETS, most)), generator)
+    ones = samples.features.new_ones(len(label), 0 if layer.bias is None else 1)
+    affine = samples._replace(features=torch.cat([samples.features, ones], 1))
+    most = int(MAX_MULTIPLICATIONS / (2 * len(kept) * affine.features.shape[1] * affine.logits.shape[1]))
+    tried = sample_places(len(targets), max(MIN_TARGETS_TRIED, min(MAX_TARGETS_TRIED, most)), generator)
     with clock.stage("alone"):
         start = time.perf_counter()
-        alone = repair_alone(affine.at(kept.to(device)), affine.at(targets[tried].to(device)))
+        found = find_fixability(affine.at(kept.to(device)), affine.at(targets[tried].to(device)))
         seconds = (time.perf_counter() - start) * len(targets) / len(tried)
     with clock.stage("held out"):
-        fixed = tried[alone.fixable.cpu()]
-        chosen = targets[fixed[sampled(len(fixed), CHECKED, generator)]]
+        fixed = tried[found.fixable.cpu()]
+        chosen = targets[fixed[sample_places(len(fixed), MAX_FIXES_CHECKED, generator)]]
         check = _check(affine, kept, failing[features.rows][kept], chosen, targets, generator)
     with clock.stage("neighbours"):
         mine, theirs = samples.at(targets.to(device)), samples.at(kept.to(device))
-        near = neighbours(mine.inputs, mine.label, theirs.inputs, theirs.label)
-        some = sampled(len(kept), COMPARED, generator).to(device)
+        near = neighbours(mine.features, mine.label, theirs.features, theirs.label)
+        some = sample_places(len(kept), MAX_PASSED_COMPARED, generator).to(device)
         own = theirs.at(some)
-        near_passed = neighbours(own.inputs, own.label, theirs.inputs, theirs.label, itself=some)
+        near_passed = neighbours(own.features, own.label, theirs.features, theirs.label, itself=some)
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
     return LastLayer(
         features.rows[targets],
         tried,
-        alone.cpu(),
+        found.cpu(),
         features.rows[kept],
         check,
         Neighbours(*(x.cpu() for x in near)),
@@ -118,28 +107,28 @@ def look_at(
     )
 
 
-def sampled(n: int, most: int, generator: torch.Generator) -> Tensor:
+def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
     """Places of at most so many of n things, ascending."""
     return torch.arange(n) if n <= most else torch.randperm(n, generator=generator)[:most].sort().values
 
 
 def _check(
-    samples: _Samples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
+    samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
 ) -> Check | None:
     """Repairs targets that can be, twice, each time without one half of the passed samples that came with failures."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
         return None
-    device = samples.inputs.device
+    device = samples.features.device
     halves = with_failures[torch.randperm(len(with_failures), generator=generator)].chunk(2)
     broken, repaired = torch.zeros(len(chosen)), torch.zeros(len(chosen))
     own = chosen[:, None] == targets
     for half in halves:
         rest = torch.ones(len(kept), dtype=torch.bool)
         rest[half] = False
-        alone = repair_alone(samples.at(kept[rest].to(device)), samples.at(chosen.to(device)))
-        broken += (~_right(alone.change, samples.at(kept[half].to(device)))).sum(1).cpu()
-        repaired += (_right(alone.change, samples.at(targets.to(device))).cpu() & ~own).sum(1) / len(halves)
+        found = find_fixability(samples.at(kept[rest].to(device)), samples.at(chosen.to(device)))
+        broken += (~_right(found.change, samples.at(kept[half].to(device)))).sum(1).cpu()
+        repaired += (_right(found.change, samples.at(targets.to(device))).cpu() & ~own).sum(1) / len(halves)
     return Check(
         repairs=len(chosen),
         passed=len(with_failures),
@@ -150,9 +139,9 @@ def _check(
     )
 
 
-def _right(change: Tensor, samples: _Samples) -> Tensor:
+def _right(change: Tensor, samples: LayerSamples) -> Tensor:
     """`T x n`, which samples each change of the weights gives the right label."""
     found = [
-        (samples.logits + torch.einsum("nd,cd->nc", samples.inputs, one)).argmax(1) == samples.label for one in change
+        (samples.logits + torch.einsum("nd,cd->nc", samples.features, one)).argmax(1) == samples.label for one in change
     ]
     return torch.stack(found)

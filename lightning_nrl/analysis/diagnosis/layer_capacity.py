@@ -1,4 +1,4 @@
-"""Which layer has room for a repair: how free it is to help targets and harm no passed sample, to first order.
+"""Each layer's capacity for a repair: how free it is to help targets and harm no passed sample, to first order.
 
 The gradient of a target's margin in a layer's weights says how the layer could help it, those of near passed samples
 say what would harm them. Only inner products count (a Gram matrix a layer), so that the gradients of large layers are
@@ -13,40 +13,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl._convex.batched_qp import ascend
+from lightning_nrl._convex.qp import solve_dual
 from lightning_nrl._model.layers import Layer, layers_of
-from lightning_nrl._model.margin_grad import Call, by_sample, trace
-from lightning_nrl._model.weight_grad import weight_gradients
+from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import no_autocast
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 
-__all__ = ["Room", "Sketches", "room", "sketch"]
+__all__ = ["GradientSketches", "LayerCapacity", "layer_capacities", "sketch_gradients"]
 
-SKETCH = 16_384
+SKETCH_SIZE = 16_384
 """Numbers that a sample's gradient is kept in, where the layer has more weights."""
 
-PIECE = 2**24
-"""Most gradient entries (samples x weights) that are held at once."""
+MAX_RELATIVE_CHANGE = 10.0
+"""A change that is so many times as large as the layer is none."""
 
 
-class Sketches(NamedTuple):
+class GradientSketches(NamedTuple):
     """Margin gradients of samples, layer by layer."""
 
     rows: Tensor  # n int64, ascending
     margin: Tensor  # n
-    layers: dict[str, Tensor]  # n x (weights or SKETCH), of the layers that tell samples apart
+    layers: dict[str, Tensor]  # n x (weights or SKETCH_SIZE), of the layers that tell samples apart
 
 
-class Room(NamedTuple):
+class LayerCapacity(NamedTuple):
     """A layer's freedom to help each of the targets."""
 
     share: Tensor  # T, from 0 to 1: of what a small change could gain for it, what is left if no passed one may lose
     change: Tensor  # T, norm of the smallest change that would repair it, in parts of the layer's; infinite if none
 
 
-def sketch(evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, seed: int = 0) -> Sketches:
+def sketch_gradients(
+    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, seed: int = 0
+) -> GradientSketches:
     """Gradients of samples' margins in the weights of every layer.
 
     Args:
@@ -61,11 +62,11 @@ def sketch(evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, see
     rows, margins = [], []
     parts: dict[str, list[Tensor]] = {name: [] for name in layers}
     for batch, at in batches:
-        margin, calls = trace(evaluator.model, layers, batch, evaluator.task, evaluator.context)
+        margin, calls = margin_calls(evaluator.model, layers, batch, evaluator.task, evaluator.context)
         rows.append(at)
         margins.append(margin.detach().float().cpu())
         for name in list(parts):
-            if by_sample(calls[name], len(at)):
+            if is_by_sample(calls[name], len(at)):
                 parts[name].append(_sketched(name, layers[name], calls[name], len(at), seed))
             else:
                 del parts[name]
@@ -74,11 +75,13 @@ def sketch(evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, see
     all_rows, all_margins = (_joined(x, collective) for x in (rows, margins))
     order = all_rows.argsort()
     found = {name: x[order.to(x.device)] for name, x in found.items() if len(x)}
-    return Sketches(all_rows[order], all_margins[order], found)
+    return GradientSketches(all_rows[order], all_margins[order], found)
 
 
 @torch.no_grad()
-def room(sketches: Sketches, targets: Tensor, norms: Mapping[str, float], keep: float) -> dict[str, Room]:
+def layer_capacities(
+    sketches: GradientSketches, targets: Tensor, norms: Mapping[str, float], keep: float
+) -> dict[str, LayerCapacity]:
     """What each layer can do for each target while no passed sample's margin falls below `keep`, to first order.
 
     Args:
@@ -102,33 +105,28 @@ def room(sketches: Sketches, targets: Tensor, norms: Mapping[str, float], keep: 
         bounds.append((asked / length)[rows])
     gram, bound = torch.cat(grams), torch.cat(bounds)
     among, against = gram[:, 1:, 1:].contiguous(), -gram[:, 1:, 0]
-    lost = ascend(among, against, torch.zeros_like(against)).value if len(p) else torch.zeros(len(gram))
-    needed = ascend(gram, bound, torch.zeros_like(bound), limit=0.5 * FAR**2).value
+    lost = solve_dual(among, against).value if len(p) else torch.zeros(len(gram))
+    needed = solve_dual(gram, bound, max_value=0.5 * MAX_RELATIVE_CHANGE**2).value
     share, change = (1 - 2 * lost).clamp(0, 1).sqrt(), (2 * needed.clamp_min(0)).sqrt()
-    change = torch.where(change > FAR, torch.inf, change)
+    change = torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change)
     return {
-        name: Room(*(x.float() for x in pair))
+        name: LayerCapacity(*(x.float() for x in pair))
         for name, *pair in zip(sketches.layers, share.split(len(t)), change.split(len(t)), strict=True)
     }
 
 
-FAR = 10.0
-"""A change that is so many times as large as the layer is none."""
-
-
-def _sketched(name: str, layer: Layer, calls: Sequence[Call], n: int, seed: int) -> Tensor:
-    """`n x (weights or SKETCH)`, the gradient of each sample's margin in a layer's weight."""
+def _sketched(name: str, layer: Layer, calls: Sequence[LayerCall], n: int, seed: int) -> Tensor:
+    """`n x (weights or SKETCH_SIZE)`, the gradient of each sample's margin in a layer's weight."""
     size = layer.weight.numel()
     generator = torch.Generator().manual_seed(seed)
-    bucket = torch.randint(SKETCH, (size,), generator=generator).to(layer.weight.device)
+    bucket = torch.randint(SKETCH_SIZE, (size,), generator=generator).to(layer.weight.device)
     sign = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(layer.weight.device, torch.float32)
     parts = []
     with torch.no_grad(), no_autocast(layer.weight.device):
-        for start in range(0, n, step := max(1, PIECE // size)):
-            pieces = [[t.unflatten(0, (n, -1))[start : start + step] for t in call] for call in calls]
-            gradient = torch.stack([weight_gradients(layer, x, g).flatten(1) for x, g in pieces]).sum(0)
-            if size > SKETCH:
-                gradient = torch.zeros(len(gradient), SKETCH, device=gradient.device).index_add_(
+        for weight, _ in sample_gradients(layer, calls, n):
+            gradient = weight.flatten(1)
+            if size > SKETCH_SIZE:
+                gradient = torch.zeros(len(gradient), SKETCH_SIZE, device=gradient.device).index_add_(
                     1, bucket, gradient.float() * sign
                 )
             parts.append(gradient)

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_nrl._convex.qp import solve_dual
-from lightning_nrl.analysis.diagnosis.fixability import KEEP, NEARLY, RIDGE, repair_alone
+from lightning_nrl.analysis.diagnosis.fixability import (
+    FEATURE_RIDGE,
+    FULFILLED_FRACTION,
+    REQUIRED_MARGIN,
+    Fixability,
+    LayerSamples,
+    find_fixability,
+)
 
 SCORE = torch.tensor([-0.1, -1.0, 1.0])
 """Class 1 where SCORE @ x > 0, else class 0."""
@@ -19,19 +26,19 @@ PASSED = math.sqrt(3) * torch.eye(3)
 """Three passed samples, one an axis, of classes 0, 0 and 1. Their second moment is the identity."""
 
 
-def samples(x: Tensor, label: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def samples(x: Tensor, label: list[int]) -> LayerSamples:
     score = x @ SCORE
-    return x, torch.stack([-score / 2, score / 2], 1), torch.tensor(label)
+    return LayerSamples(x, torch.stack([-score / 2, score / 2], 1), torch.tensor(label))
 
 
-def alone(*x: list[float]) -> object:
-    return repair_alone(samples(PASSED, [0, 0, 1]), samples(torch.tensor(x), [1] * len(x)))
+def fixability_of(*x: list[float]) -> Fixability:
+    return find_fixability(samples(PASSED, [0, 0, 1]), samples(torch.tensor(x), [1] * len(x)))
 
 
 def test_the_smallest_change_where_no_passed_sample_is_in_the_way() -> None:
     # The score of (1, 1, 1) is -0.1 and has to rise by 0.101: by v = 0.101 / 3 on each axis. Each class takes half of
     # it, so the logits change by |v| / sqrt(2) = 0.101 / sqrt(6), root mean square. No passed sample changes sides.
-    found = alone([1.0, 1.0, 1.0])
+    found = fixability_of([1.0, 1.0, 1.0])
     assert found.fixable.tolist() == [True]
     assert found.size.tolist() == [pytest.approx(0.101 / math.sqrt(6), rel=1e-4)]
     assert found.binds.tolist() == [[False, False, False]]
@@ -42,10 +49,10 @@ def test_the_smallest_change_where_no_passed_sample_is_in_the_way() -> None:
 
 def test_a_passed_sample_that_binds_is_named() -> None:
     # The score of (1, 1, 1/2) is -0.6. Alone v = 0.601 / 2.25 (1, 1, 1/2) would do, but the first passed sample allows
-    # v_1 <= 0.1 - KEEP / sqrt(3). The other two axes give the rest, in proportion 1 : 1/2.
-    found = alone([1.0, 1.0, 0.5])
-    first = 0.1 - KEEP / math.sqrt(3)
-    second = (0.6 + KEEP - first) / 1.25
+    # v_1 <= 0.1 - REQUIRED_MARGIN / sqrt(3). The other two axes give the rest, in proportion 1 : 1/2.
+    found = fixability_of([1.0, 1.0, 0.5])
+    first = 0.1 - REQUIRED_MARGIN / math.sqrt(3)
+    second = (0.6 + REQUIRED_MARGIN - first) / 1.25
     v = [first, second, second / 2]
     assert found.fixable.tolist() == [True]
     assert found.binds.tolist() == [[True, False, False]]
@@ -55,7 +62,7 @@ def test_a_passed_sample_that_binds_is_named() -> None:
 
 def test_what_cannot_be_fixed_is_proved() -> None:
     # (1, 0, 0) fails and its multiple passes as the other class: no change tells them apart.
-    found = alone([1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
+    found = fixability_of([1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     assert found.unfixable.tolist() == [True, False]
     assert found.fixable.tolist() == [False, True]
     assert found.binds.tolist() == [[True, False, False], [False, False, False]]
@@ -64,7 +71,7 @@ def test_what_cannot_be_fixed_is_proved() -> None:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def problems(draw: st.DrawFn) -> tuple[LayerSamples, LayerSamples]:
     """Random features; labels are what a random layer says, other ones for the targets."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     classes, width = draw(st.integers(2, 4)), draw(st.integers(2, 6))
@@ -72,23 +79,24 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tens
     logits = x @ torch.randn(width, classes, generator=generator)
     label = logits.argmax(1)
     label[:4] = (label[:4] + 1) % classes
-    return (x[4:], logits[4:], label[4:]), (x[:4], logits[:4], label[:4])
+    whole = LayerSamples(x, logits, label)
+    return whole.at(torch.arange(4, len(x))), whole.at(torch.arange(4))
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems())
 def test_a_fix_repairs_its_target_and_breaks_no_passed_sample(
-    problem: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    problem: tuple[LayerSamples, LayerSamples],
 ) -> None:
     passed, targets = problem
-    found = repair_alone(passed, targets)
+    found = find_fixability(passed, targets)
     assert not (found.fixable & found.unfixable).any()
     for at in found.fixable.nonzero().flatten().tolist():
-        for x, logits, label in (passed, tuple(part[at : at + 1] for part in targets)):
+        for x, logits, label in (passed, targets.at(torch.tensor([at]))):
             assert torch.equal((logits + x @ found.change[at].T).argmax(1), label)
 
 
-def smallest(passed: tuple[Tensor, ...], target: tuple[Tensor, ...], root: Tensor, share: float = 1.0) -> float:
+def smallest(passed: LayerSamples, target: LayerSamples, root: Tensor, share: float = 1.0) -> float:
     """The smallest change under all rows at once, each of which is to give this share of what is asked of it."""
     rows, asked = [], []
     for features, logits, label in (passed, target):
@@ -98,35 +106,37 @@ def smallest(passed: tuple[Tensor, ...], target: tuple[Tensor, ...], root: Tenso
                 row[y], row[rival] = h, -h
                 rows.append(row.flatten())
                 margin = float(z[y] - z[rival])
-                asked.append(share * (min(KEEP, 0.5 * margin) if features is passed[0] else KEEP) - margin)
+                asked.append(
+                    share * (min(REQUIRED_MARGIN, 0.5 * margin) if features is passed[0] else REQUIRED_MARGIN) - margin
+                )
     a, b = torch.stack(rows), torch.tensor(asked, dtype=torch.float64)
     other = solve_dual(a @ a.T, b, torch.full_like(b, torch.inf))
-    return float((a.T @ other.values).norm()) if other.feasible and other.solved else math.inf
+    return float((a.T @ other.values).norm()) if other.is_feasible and other.is_solved else math.inf
 
 
 @settings(max_examples=10, deadline=None)
 @given(problems())
 def test_another_solver_with_all_rows_at_once_agrees(
-    problem: tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    problem: tuple[LayerSamples, LayerSamples],
 ) -> None:
-    passed, targets = (tuple(x.double() if x.is_floating_point() else x for x in part) for part in problem)
+    passed, targets = (LayerSamples(*(x.double() if x.is_floating_point() else x for x in part)) for part in problem)
     x, logits, _ = passed
     best = logits.topk(2).values
     # A tenth of what is asked of a smaller margin is less than the other solver resolves.
     assume(float((best[:, 0] - best[:, 1]).amin()) > 1e-4)
-    found, moment = repair_alone(passed, targets), x.T @ x / len(x)
+    found, moment = find_fixability(passed, targets), x.T @ x / len(x)
     # With fewer passed samples than features there are directions that never occur.
-    moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+    moment.diagonal().add_(FEATURE_RIDGE * moment.diagonal().mean())
     root = torch.linalg.inv(torch.linalg.cholesky(moment)).T
     # Its tolerance is 1e-7 of the most that a row asks; rows along such a feature are up to 1,000 times as long.
     resolved = 1e-6 * found.limit
     for at in range(4):
-        target = tuple(part[at : at + 1] for part in targets)
+        target = targets.at(torch.tensor([at]))
         size = smallest(passed, target, root)
         if found.unfixable[at]:
             assert size > 0.99 * found.limit
         if size < 0.5 * found.limit:
             assert found.fixable[at]
             # The optimum under some of the rows, and all of them give nearly what is asked.
-            least = smallest(passed, target, root, NEARLY)
+            least = smallest(passed, target, root, FULFILLED_FRACTION)
             assert 0.998 * least - resolved <= found.size[at].item() <= 1.002 * size + resolved

@@ -7,11 +7,10 @@ import math
 import pytest
 import torch
 
-from lightning_nrl._convex.batched_qp import ascend
 from lightning_nrl.analysis.diagnosis import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
 from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
-from lightning_nrl.analysis.diagnosis.layer_capacity import Sketches, room
+from lightning_nrl.analysis.diagnosis.layer_capacity import GradientSketches, layer_capacities
 from lightning_nrl.evaluation.neighbors import doubtful, neighbours
 from lightning_nrl.methods import METHODS
 from lightning_nrl.report.formatting import rough_percent, rough_time
@@ -49,26 +48,16 @@ def test_a_label_is_doubted_if_neighbours_agree_and_the_model_is_as_sure_as_usua
     assert found.tolist() == [doubted]
 
 
-def test_programmes_by_hand() -> None:
-    # Rows x >= 1 and y >= 2: |v|^2 / 2 = 2.5. Rows x >= 1 and -x >= 0: none, so the value passes any limit.
-    gram = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, -1.0], [-1.0, 1.0]]], dtype=torch.float64)
-    bound = torch.tensor([[1.0, 2.0], [1.0, 0.0]], dtype=torch.float64)
-    found = ascend(gram, bound, torch.zeros_like(bound), limit=100.0)
-    assert found.duals[0].tolist() == pytest.approx([1, 2])
-    assert found.value[0].item() == pytest.approx(2.5)
-    assert found.value[1] > 100
-
-
 def test_the_layer_that_can_tell_samples_apart_has_room() -> None:
     # Two layers with one target (margin -2) and one passed sample (margin 2). In the first their gradients are at an
     # angle of 135 degrees: of the target's gain sin(135) is left, and -2 + 2 (v_1 + v_2) is to become 0.001 at the
     # least |v|: by 1.0005 / 2 on both axes, which the passed sample survives. In the other they are opposite.
-    sketches = Sketches(
+    sketches = GradientSketches(
         torch.tensor([0, 1]),
         torch.tensor([-2.0, 2.0]),
         {"tells": torch.tensor([[2.0, 2.0], [-2.0, 0.0]]), "cannot": torch.tensor([[1.0, 0.0], [-1.0, 0.0]])},
     )
-    found = room(sketches, torch.tensor([True, False]), {"tells": 1.0, "cannot": 1.0}, keep=1e-3)
+    found = layer_capacities(sketches, torch.tensor([True, False]), {"tells": 1.0, "cannot": 1.0}, keep=1e-3)
     assert found["tells"].share.item() == pytest.approx(math.sqrt(0.5), abs=1e-4)
     assert found["tells"].change.item() == pytest.approx(1.0005 / 2 * math.sqrt(2), rel=1e-4)
     assert found["cannot"].share.item() == pytest.approx(0, abs=1e-4)

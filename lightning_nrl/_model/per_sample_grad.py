@@ -1,0 +1,191 @@
+"""Gradients of samples in the weights of layers, from one forward and one backward pass of a batch.
+
+A zero that asks for its gradient is added to each layer's output (`OutputProbe`). The gradient of these zeros and the
+layers' inputs give the gradient of every weight, summed or sample by sample, whether or not the weights ask for one
+themselves; captum's `_utils/sample_gradient.py` does the same by module hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._model.layer_inputs import CONVOLUTION_WEIGHT_GRAD, as_rows, pad_input
+from lightning_nrl._model.layers import Convolution, Layer
+from lightning_nrl._utils.precision import Context, at_least_float32, no_autocast, repeatable_gradients
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.tasks import Task
+
+__all__ = [
+    "LayerCall",
+    "OutputProbe",
+    "bias_gradient",
+    "is_by_sample",
+    "margin_calls",
+    "sample_gradients",
+    "weight_gradient",
+]
+
+MAX_GRADIENT_ENTRIES = 2**24
+"""Most entries (samples x weights) of gradients that are held at once."""
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer, both as rows (see `layer_inputs`), at least float32."""
+
+    input: Tensor  # r x ...
+    gradient: Tensor  # r x ..., at the layer's output
+
+
+class OutputProbe:
+    """Adds a zero that asks for its gradient to the output of layers, and keeps what went in.
+
+    Args:
+        layers: by name.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.layers = layers
+        self._seen: list[tuple[str, Tensor, Tensor]] = []
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the layers in the order in which they were called."""
+        return [name for name, *_ in self._seen]
+
+    def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        """The output of one call, to be used in place of it."""
+        zero = torch.zeros_like(output, requires_grad=True)
+        # A copy, since the model may go on to change its own tensors in place.
+        self._seen.append((name, x.detach().clone(), zero))
+        return output + zero
+
+    def hooked(self) -> AbstractContextManager[Any]:
+        """Inside, every call of the layers as modules is probed; not functions that are given their weights."""
+
+        def hook_of(name: str) -> Any:
+            return lambda module, args, output: self.add_zero(name, args[0], output)
+
+        stack = ExitStack()
+        for name, layer in self.layers.items():
+            stack.callback(layer.register_forward_hook(hook_of(name)).remove)
+        return stack
+
+    def gradients(self, values: Tensor, weights: Tensor, *, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """Gradients of the sum of `weights * values`, `n` each, at the output of each call."""
+        zeros = [zero for *_, zero in self._seen]
+        if not zeros or not values.requires_grad:
+            return ()
+        with no_autocast(values.device):
+            return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
+
+    def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
+        """The calls of each layer, with gradients of the sum of values; none if gradients do not reach the probe."""
+        calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
+        gradients = self.gradients(values, torch.ones_like(values))
+        for (name, x, _), gradient in zip(self._seen, gradients, strict=bool(gradients)):
+            calls[name].append(LayerCall(*(at_least_float32(as_rows(self.layers[name], t)) for t in (x, gradient))))
+        return calls
+
+    def not_batch_first(self, n: int) -> set[str]:
+        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance.
+
+        Such a call may have as many rows for each sample, but not one sample after the other.
+        """
+        return {name for name, x, _ in self._seen if len(x) % n}
+
+
+def margin_calls(
+    model: nn.Module, layers: Mapping[str, Layer], batch: Batch, task: Task, context: Context
+) -> tuple[Tensor, dict[str, list[LayerCall]]]:
+    """The margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
+
+    There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
+
+    Args:
+        model: in evaluation mode. Its weights need not ask for gradients, and get none.
+        layers: by name.
+        batch: as large as memory allows in training.
+        task: has margins.
+        context: entered around the forward pass.
+
+    Raises:
+        ConfigurationError: the task has no margin.
+    """
+    probe = OutputProbe(layers)
+    with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
+        with context():
+            output = task.logits(model(*batch.args, **batch.kwargs))
+        margin = task.margin(output, batch.target)
+        if margin is None:
+            raise ConfigurationError(
+                explain(
+                    f"`task`: {type(task).__name__} has no margin, so there are no gradients of it.",
+                    "give the task a `margin`.",
+                )
+            )
+        calls = probe.calls(margin)
+    for name in probe.not_batch_first(len(margin)):
+        calls[name] = []
+    return margin, calls
+
+
+def is_by_sample(calls: Sequence[LayerCall], n: int) -> bool:
+    """Whether a layer was called, each time with as many rows for each of `n` samples."""
+    return bool(calls) and all(len(x) % n == len(g) % n == 0 for x, g in calls)
+
+
+def sample_gradients(layer: Layer, calls: Sequence[LayerCall], n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of the weight, `m x weight shape`, and of the bias, `m x out`, of each of `n` samples over all calls.
+
+    They come in blocks of as many samples as `MAX_GRADIENT_ENTRIES` allows.
+    """
+    size = layer.weight.numel() + (0 if layer.bias is None else layer.bias.numel())
+    for start in range(0, n, step := max(1, MAX_GRADIENT_ENTRIES // size)):
+        block = [[torch.unflatten(t, 0, (n, -1))[start : start + step] for t in call] for call in calls]
+        weight = torch.stack([_weight_gradients(layer, x, g) for x, g in block]).sum(0)
+        # `m x p x out...`
+        bias = torch.stack([g.transpose(1, 2).flatten(2).sum(2) for _, g in block]).sum(0)
+        yield weight, bias
+
+
+def weight_gradient(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the weight, from the layer's input `r x ...` and the gradient of its output `r x ...`."""
+    if isinstance(layer, nn.Linear):
+        return gradient.T @ x
+    return _kernel_gradient(layer, x, gradient)
+
+
+def bias_gradient(gradient: Tensor) -> Tensor:
+    """The gradient of the bias, from that of the output, `r x out...`."""
+    return gradient.transpose(0, 1).flatten(1).sum(1)
+
+
+def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the weight for each sample, `m x weight shape`, from the same as `m x p x ...`.
+
+    A convolution takes each sample as a group of its own, so that one call of the gradient kernel serves them all.
+    """
+    if isinstance(layer, nn.Linear):
+        return torch.bmm(gradient.mT, x)
+    m = len(x)
+    x, gradient = (t.transpose(0, 1).flatten(1, 2) for t in (x, gradient))
+    return torch.unflatten(_kernel_gradient(layer, x, gradient, samples=m), 0, (m, -1))
+
+
+def _kernel_gradient(layer: Convolution, x: Tensor, gradient: Tensor, samples: int = 1) -> Tensor:
+    """The kernel gradient; with several samples side by side in the channels, one behind the other in dimension 0."""
+    out, *kernel = layer.weight.shape
+    return CONVOLUTION_WEIGHT_GRAD[x.ndim](
+        pad_input(layer, x),
+        (samples * out, *kernel),
+        gradient,
+        stride=layer.stride,
+        dilation=layer.dilation,
+        groups=samples * layer.groups,
+    )
