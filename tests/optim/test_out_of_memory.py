@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from toy_problems import make_problem, same, together
 from toy_repairs import known, trained
 
-from lightning_nrl import Multiclass
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.mini_batches import load_batches
@@ -22,6 +21,7 @@ from lightning_nrl._utils.state import snapshot
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
+from lightning_nrl.tasks import Multiclass
 
 ROWS = torch.arange(100)
 
@@ -75,7 +75,7 @@ def test_a_sample_that_does_not_fit_ends_the_steps_and_changes_nothing() -> None
     problem = make_problem(trained(), known(), task=Cramped(0))
     descent = Descent(problem, {}, partial(torch.optim.SGD, lr=0.01))
     (parts,) = load_batches(problem, [ROWS])
-    with pytest.raises(DeviceMemoryError, match="single sample does not fit[\\s\\S]*HINT"):
+    with pytest.raises(DeviceMemoryError, match=r"single sample does not fit[\s\S]*HINT"):
         descent.step(parts, loss)
     assert same(descent.state(), {name: value.detach() for name, value in problem.model.named_parameters()})
 
