@@ -106,8 +106,7 @@ def make_chunk_scorers(
 def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
     """How many rows to run at once, by what a few of them take; the same on every run."""
     few = next(iter(scorer.cache.split(scorer.chunk, 2)))
-    space = scorer.cache.space
-    original = space.flat()[scorer.where.to(space.device)]
+    original = scorer.deltas[0].original
 
     def measure(p: int) -> tuple[int, int]:
         return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True))
@@ -119,7 +118,7 @@ def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
     together = len(few) * (8 if scorer.cache.is_replayable(scorer.chunk) else 1)
     peak_of_row, total_of_row = peak / together, (total_of_8 - total_of_4) / (4 * len(few))
     fitting = int(budget / max(1, peak_of_row))
-    if space.device.type != "cpu" or not y_bytes:
+    if original.device.type != "cpu" or not y_bytes:
         return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
     wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
     wanted = min(max(wanted, CPU_CACHE_BYTES // y_bytes), 8 * CPU_CACHE_BYTES // y_bytes)

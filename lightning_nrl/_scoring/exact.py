@@ -41,7 +41,7 @@ class ExactBatch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is remembered."""
+        """Bytes of what is kept."""
         return sum(group.nbytes for group in self.cache.groups)
 
     @property

@@ -122,7 +122,7 @@ class SwarmScorer:
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
         """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
-        seen = 0
+        n_scored = 0
         for role, scorers in ((1, group.passed), (0, group.failed)):
             for scorer in scorers:
                 chosen = values if alive is None else values[alive]
@@ -134,8 +134,8 @@ class SwarmScorer:
                     if loss is not None:
                         sums[2 + role, which] += loss
                 if role == 1 and alive is not None and limit is not None:
-                    seen += len(scorer.chunk)
-                    broken = sums[5, alive] if self.weighted else seen - sums[1, alive]
+                    n_scored += len(scorer.chunk)
+                    broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
                     alive = alive[broken <= limit[alive]]
         if alive is not None:
             given_up = torch.ones(len(values), dtype=torch.bool, device=values.device)
@@ -191,7 +191,7 @@ def make_scorer(
             on average; None: all alike.
 
     Returns:
-        A scorer of candidates, with `by_sample` for a look at single samples.
+        A scorer of candidates, `by_sample` says what becomes of single samples.
 
     Raises:
         ConfigurationError: numbers of swarms that do not agree.
@@ -210,26 +210,27 @@ def make_scorer(
     tables = [x.expand(s, -1) if x.ndim == 1 else x for x in (where, failed, passed)]
     counts = torch.stack([mask[:, cache.rows].sum(1) for mask in tables[1:]])
     n_failed, n_passed = collective.sum(counts)
-    groups = []
     equal = _equal_swarms(tables)
     room = budget // 4 // (2 * len(equal))
+    groups = []
     for swarms in equal:
-        own, mask_failed, mask_passed = (table[swarms[0]] for table in tables)
-        columns = slice(None) if bool((own >= 0).all()) else (own >= 0).nonzero().flatten().to(device)
-        first = _most_fragile(mask_passed, fragility)
-        own = own[own >= 0]
+        own_where, own_failed, own_passed = (table[swarms[0]] for table in tables)
+        is_own = own_where >= 0
+        own_where = own_where[is_own]
         make = partial(
             make_chunk_scorers,
             cache,
-            make_layer_deltas(cache.space, own),
-            own,
+            make_layer_deltas(cache.space, own_where),
+            own_where,
             task=task,
             budget=budget - budget // 4,
             reserve=reserve,
             weight=weight,
         )
-        fragile, others = make(first, room=room // 4), make(mask_passed & ~first, room=room - room // 4)
-        groups.append(SwarmGroup(swarms, columns, make(mask_failed, room=room), [*fragile, *others]))
+        first = _most_fragile(own_passed, fragility)
+        fragile, others = make(first, room=room // 4), make(own_passed & ~first, room=room - room // 4)
+        columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
+        groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
     return SwarmScorer(
         cache,
         tuple(groups),

@@ -55,7 +55,7 @@ class QuittingScorer(Protocol):
 
     @property
     def gives_up(self) -> bool:
-        """Whether it does; if not, it may be told all the same."""
+        """Whether it does; if not, `most_broken` has no effect."""
         ...
 
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:

@@ -327,7 +327,7 @@ class Problem:
         """`k` places and `p x k` values: the original first, then ones that are further and further off."""
         g = torch.Generator().manual_seed(seed)
         where = torch.randperm(self.space.size, generator=g)[:k].sort().values
-        original = self.space.flat()[where].double()
+        original = self.space.flat().cpu()[where].double()
         steps = torch.linspace(0, scale, p, dtype=torch.float64).unsqueeze(1)
         values = original + steps * torch.randn(p, len(where), generator=g, dtype=torch.float64)
         return where, values.to(self.space.dtype)
