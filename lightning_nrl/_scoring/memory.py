@@ -33,9 +33,8 @@ def default_budget(device: torch.device) -> int:
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
-    meter = AllocationMeter()
-    meter.storages = storages = AllocatedStorages()
-    with meter:
+    storages = AllocatedStorages()
+    with AllocationMeter(storages):
         work()
     return storages.peak, storages.total
 
@@ -79,7 +78,9 @@ class AllocatedStorages:
 class AllocationMeter(TorchDispatchMode):
     """Inside, follows the storages of all tensors that operations return."""
 
-    storages: AllocatedStorages
+    def __init__(self, storages: AllocatedStorages) -> None:
+        TorchDispatchMode.__init__(self)
+        self.storages = storages
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
