@@ -22,7 +22,7 @@ from lightning_nrl.localization import Localization
 from lightning_nrl.methods.known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search", "search_deadline"]
 
@@ -149,7 +149,7 @@ def _search(
     elites: Tensor | None,
 ) -> SearchResult:
     space, before = recording.space, problem.before
-    passed_loss = getattr(goal.fitness, "uses_passed_loss", True)
+    passed_loss = needs_passed_loss(goal.fitness)
     scorer = make_scorer(
         recording,
         where,

@@ -19,18 +19,18 @@ from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, explain
 
-__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "per_swarm"]
+__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
 
 Number = float | Tensor
 
-KINDS = ("lexicographic", "eq1", "eq2")
+FITNESS_KINDS = ("lexicographic", "eq1", "eq2")
 LOSS_TERMS = ("bounded", "inverse_ratio", "as_printed")
-INFEASIBLE = ("ranked", "zero")
+INFEASIBLE_RANKINGS = ("ranked", "zero")
 
-FLOOR = -(2.0**20)
+FEASIBLE_FLOOR = -(2.0**20)
 """Under perfect intact, feasible candidates are never ranked below this and infeasible ones never above it."""
 
 
@@ -95,9 +95,9 @@ class Fitness:
     infeasible: Literal["ranked", "zero"] = "ranked"
 
     def __post_init__(self) -> None:
-        check_choice("fitness.kind", self.kind, KINDS)
+        check_choice("fitness.kind", self.kind, FITNESS_KINDS)
         check_choice("fitness.loss_term", self.loss_term, LOSS_TERMS)
-        check_choice("fitness.infeasible", self.infeasible, INFEASIBLE)
+        check_choice("fitness.infeasible", self.infeasible, INFEASIBLE_RANKINGS)
         for name in ("alpha", "beta", "delta"):
             value = getattr(self, name)
             finite = isinstance(value, Real) and math.isfinite(value)
@@ -132,7 +132,9 @@ class Fitness:
             return ranked
         if not self.perfect_intact:
             return None
-        return torch.where(value >= FLOOR, 0.0, ((FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0))
+        return torch.where(
+            value >= FEASIBLE_FLOOR, 0.0, ((FEASIBLE_FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0)
+        )
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """The fitness of each candidate.
@@ -166,13 +168,18 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
     return math.inf if alpha * n_failed == 0 else n_passed / (alpha * n_failed)
 
 
-def per_swarm(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """One function for S swarms that each have a fitness of their own.
+def needs_passed_loss(fitness: FitnessFunction) -> bool:
+    """Whether `Scores.loss_passed` matters to a fitness; it may to any function that is no `Fitness`."""
+    return not isinstance(fitness, Fitness) or fitness.uses_passed_loss
 
-    Swarms that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
+
+def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
+    """One function for S searches that each have a fitness of their own.
+
+    Searches that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
 
     Args:
-        fitness: one a swarm.
+        fitness: one a search.
         device: where the scores will lie.
     """
     if all(one == fitness[0] for one in fitness):
@@ -182,22 +189,22 @@ def per_swarm(fitness: Sequence[Fitness], device: torch.device) -> FitnessFuncti
         kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible), []).append(row)
     groups = [_Group.of(fitness, rows, device) for rows in kinds.values()]
 
-    def together(scores: Scores, original: Scores) -> Tensor:
+    def grouped(scores: Scores, original: Scores) -> Tensor:
         if len(groups) == 1:
-            return _evaluate(groups[0].how, scores, original, *groups[0].numbers)
+            return _evaluate(groups[0].settings, scores, original, *groups[0].numbers)
         value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
-        for how, rows, numbers in groups:
-            value[rows] = _evaluate(how, _rows(scores, rows), _rows(original, rows), *numbers)
+        for settings, rows, numbers in groups:
+            value[rows] = _evaluate(settings, _rows(scores, rows), _rows(original, rows), *numbers)
         return value
 
-    return together
+    return grouped
 
 
 class _Group(NamedTuple):
-    """Swarms whose fitness differs in numbers alone."""
+    """Searches whose fitness differs in numbers alone."""
 
-    how: Fitness
-    rows: Tensor  # n int64, which swarms
+    settings: Fitness
+    rows: Tensor  # n int64, which searches
     numbers: tuple[Tensor, Tensor, Tensor]  # alpha, beta, delta, n x 1 each
 
     @classmethod
@@ -205,12 +212,18 @@ class _Group(NamedTuple):
         def column(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=widest(device), device=device)[:, None]
 
-        mine = [fitness[row] for row in rows]
-        numbers = column([f.alpha for f in mine]), column([f.beta for f in mine]), column([f.delta for f in mine])
-        return cls(mine[0], torch.tensor(rows, device=device), numbers)
+        members = [fitness[row] for row in rows]
+        numbers = (
+            column([f.alpha for f in members]),
+            column([f.beta for f in members]),
+            column([f.delta for f in members]),
+        )
+        return cls(members[0], torch.tensor(rows, device=device), numbers)
 
 
-def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number) -> Tensor:
+def _evaluate(
+    settings: Fitness, scores: Scores, original: Scores, alpha: Number, beta: Number, delta: Number
+) -> Tensor:
     dtype = widest(scores.patched.device)
     intact = scores.intact.to(dtype)
     gain = scores.patched.to(dtype) if scores.gain is None else scores.gain.to(dtype)
@@ -228,19 +241,19 @@ def _evaluate(how: Fitness, scores: Scores, original: Scores, alpha: Number, bet
         fall = (before - loss) / (before.abs() + delta)
         return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - broken * (scores.n_failed + 1)
 
-    if how.kind == "lexicographic":
+    if settings.kind == "lexicographic":
         value = lexicographic()
     else:
         value = gain / scores.n_failed + alpha * (intact / scores.n_passed)
-        if how.kind == "eq1":
-            value = value + _loss_term(how.loss_term, loss_failed, before_failed, delta)
-            value = value + _loss_term(how.loss_term, loss_passed, before_passed, delta)
+        if settings.kind == "eq1":
+            value = value + _loss_term(settings.loss_term, loss_failed, before_failed, delta)
+            value = value + _loss_term(settings.loss_term, loss_passed, before_passed, delta)
         else:
-            value = value + beta * _loss_term(how.loss_term, loss_failed, before_failed, delta)
-    if how.perfect_intact and how.infeasible == "zero":
+            value = value + beta * _loss_term(settings.loss_term, loss_failed, before_failed, delta)
+    if settings.perfect_intact and settings.infeasible == "zero":
         value = value.masked_fill(broken > 0, 0.0)
-    elif how.perfect_intact and how.kind != "lexicographic":
-        value = torch.where(broken > 0, FLOOR + lexicographic(), value.clamp(min=FLOOR))
+    elif settings.perfect_intact and settings.kind != "lexicographic":
+        value = torch.where(broken > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
     return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
 
 

@@ -18,7 +18,7 @@ from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError, explain
-from lightning_nrl.search.fitness import Fitness, FitnessFunction, per_swarm
+from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
 from lightning_nrl.search.init_stats import WeightStats, search_dtype
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.rng import RandomStreams
@@ -124,7 +124,7 @@ def search_many(
     n_searches, n_weights = original.shape
     _check(n_searches, n_weights, seeds, fitness, sizes)
     _check_elites(original, elites, method.n_candidates)
-    value = per_swarm(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
+    value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
     streams = RandomStreams.seeded(seeds, original.device, sizes)
     origin = _origin(original, stats, sizes, elites)
 

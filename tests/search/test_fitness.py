@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search.fitness import FLOOR, Fitness, exchange_rate, per_swarm
+from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness, exchange_rate, fitness_per_search
 
 BEFORE = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 2.0, 0.5)), n_failed=4, n_passed=10)
 
@@ -82,7 +82,7 @@ def test_perfect_intact_ranked_orders_the_infeasible_below_the_feasible():
     for kind in ("eq1", "eq2", "lexicographic"):
         value = Fitness(kind, perfect_intact=True)(candidates, BEFORE)[0]
         assert (value.diff() < 0).all(), kind
-    assert Fitness("eq1", perfect_intact=True)(candidates, BEFORE)[0, 0] == FLOOR
+    assert Fitness("eq1", perfect_intact=True)(candidates, BEFORE)[0, 0] == FEASIBLE_FLOOR
 
 
 def test_a_loss_that_is_not_finite_is_worst_of_all():
@@ -136,7 +136,7 @@ def test_each_swarm_by_its_own_fitness():
     n_passed = torch.arange(4, 10)[:, None]
     after = Scores(*columns, n_failed=4, n_passed=n_passed)
     before = Scores(*(column[:, :1] for column in columns), n_failed=4, n_passed=n_passed)
-    value = per_swarm(mixed, torch.device("cpu"))(after, before)
+    value = fitness_per_search(mixed, torch.device("cpu"))(after, before)
     for s, how in enumerate(mixed):
         alone = [
             Scores(*(c[s : s + 1] for c in x), n_failed=4, n_passed=int(n_passed[s]))
@@ -150,12 +150,12 @@ def test_swarms_that_differ_in_numbers_alone():
     after = Scores(
         *(torch.cat([x, x]) for x in (AFTER.patched, AFTER.intact, AFTER.loss_failed, AFTER.loss_passed)), 4, 10
     )
-    value = per_swarm(mixed, torch.device("cpu"))(after, BEFORE)
+    value = fitness_per_search(mixed, torch.device("cpu"))(after, BEFORE)
     assert torch.equal(value, torch.cat([how(AFTER, BEFORE) for how in mixed]))
 
 
 def test_equal_fitness_is_shared():
-    assert per_swarm([Fitness("eq1")] * 3, torch.device("cpu")) == Fitness("eq1")
+    assert fitness_per_search([Fitness("eq1")] * 3, torch.device("cpu")) == Fitness("eq1")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64])
