@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -12,16 +13,53 @@ from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError, explain
 
-__all__ = ["TrainingBudget", "TrainingTrial"]
+__all__ = ["CannotTrainError", "TrainingBudget", "TrainingTrial", "check_ranks"]
 
+Result = TypeVar("Result")
 WARM_UP, TIMED = 3, 10
 """Batches before the pace is even, and batches that it is measured on."""
 TRIAL = 0.1
 """Share of the time that measuring the pace may take."""
 RESERVE = 0.1
 """Share of the time that is kept for a pace slower than it was measured."""
+
+
+class CannotTrainError(RepairError):
+    """The training cannot go on; the message says why."""
+
+
+def check_ranks(collective: Collective, error: Exception | None = None, *, is_over: bool = False) -> bool:
+    """Where ranks that train meet: before they exchange anything else, at the end, and when one of them fails.
+
+    Every meeting exchanges the same three numbers, so that a rank that fails anywhere meets the others wherever they
+    wait next, and all of them leave the training in one way.
+
+    Args:
+        collective: the ranks that train.
+        error: why this rank cannot go on; a `CannotTrainError` if the repair can do without the training.
+        is_over: whether the time of this rank is over.
+
+    Returns:
+        Whether the time of any rank is over.
+
+    Raises:
+        CannotTrainError: a rank cannot train, and the repair can do without.
+        OtherRankError: another rank fails with an error that ends the repair.
+    """
+    stuck = isinstance(error, CannotTrainError)
+    fatal = error is not None and not stuck
+    n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
+    if n_fatal and not fatal:
+        raise OtherRankError(explain("the training that goes on failed on another rank.", "look at its own error."))
+    if error is not None:
+        raise error
+    if n_stuck:
+        raise CannotTrainError("it cannot on another rank")
+    return bool(n_over)
 
 
 class TrainingBudget(Callback):
@@ -36,6 +74,28 @@ class TrainingBudget(Callback):
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
         self._done = 0
+        self._has_met_failure = False
+
+    def on_all_ranks(self, work: Callable[[], Result]) -> Result:
+        """What a part of the training gives. All ranks come to the end of it, or none does.
+
+        Raises:
+            CannotTrainError: memory ran out, or an argument does not fit, on any rank.
+            OtherRankError: another rank failed in another way.
+            Exception: whatever else work raises on this rank.
+        """
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            if self._has_met_failure:
+                raise  # the rank that failed has met this one already
+            failure = error
+        if failure is not None and (isinstance(failure, ConfigurationError) or is_out_of_memory(failure)):
+            # Without its traceback, which holds what did not fit.
+            failure = CannotTrainError(str(failure).partition("\n")[0])
+        check_ranks(self._collective, failure)
+        return result
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -47,6 +107,7 @@ class TrainingBudget(Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Averages gradients over ranks; those that are accumulated are the same on all ranks, and stay so."""
         if self._collective.world_size > 1:
+            self._meet()
             _average_gradients(pl_module, self._collective)
 
     @override
@@ -57,8 +118,15 @@ class TrainingBudget(Callback):
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
             self._clock.tell(self._done, total, 0, 0)
-        if math.isfinite(self._end) and self._collective.any(self._is_over(pl_module.device)):
+        if math.isfinite(self._end) and self._meet(is_over=self._is_over(pl_module.device)):
             trainer.should_stop = True
+
+    def _meet(self, is_over: bool = False) -> bool:
+        try:
+            return check_ranks(self._collective, is_over=is_over)
+        except RepairError:
+            self._has_met_failure = True
+            raise
 
     def _is_over(self, device: torch.device) -> bool:
         return time.perf_counter() > self._end

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._lightning import callbacks_of, data_module_of
-from lightning_nrl._trainer.budget import TrainingBudget, TrainingTrial
+from lightning_nrl._trainer.budget import CannotTrainError, TrainingBudget, TrainingTrial
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, find_loader, worker_settings
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import ConfigurationError, TrainingWarning, explain
+from lightning_nrl.errors import TrainingWarning, explain
 
 __all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]
 
@@ -73,7 +74,12 @@ class ContinuedTraining:
 
     @property
     def obstacle(self) -> str:
-        """Why training cannot go on, in words; empty if it can. Reads two samples and trains nothing."""
+        """Why training cannot go on, on whatever rank, in words; empty if it can. Reads two samples, trains nothing."""
+        ranks = Collective.current(self.model.device)
+        found = ranks.all_or_none(self._obstacle_here, "known data could not be read on another rank.")
+        return ranks.first_text(found)
+
+    def _obstacle_here(self) -> str:
         if any(isinstance(callback, ModelPruning) for callback in callbacks_of(self.trainer)):
             return "pruned weights would not stay 0"
         if isinstance(self.trained_on, (Mapping, list, tuple)):
@@ -113,7 +119,7 @@ class ContinuedTraining:
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 return self._trained(end, seed, clock, start or {}, weight, folder)
-        except (_StuckError, ConfigurationError, torch.cuda.OutOfMemoryError) as error:
+        except CannotTrainError as error:
             self._warn(str(error).partition("\n")[0])
             return None
 
@@ -149,29 +155,33 @@ class ContinuedTraining:
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(
-        self, course: TrainingBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
+        self, budget: TrainingBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
     ) -> State:
         """The state of a copy after training."""
         outer = self.trainer
-        data = data_module_of(outer)
-        live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
-        shared = (outer, data, *outer.loggers, *(source.loader.dataset for source in self.known))
+
+        def copies() -> tuple[pl.LightningModule, pl.Trainer, DataLoader[Any]]:
+            live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+            shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
+            try:
+                model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
+                trainer = inner_trainer(outer, budget, epochs=epochs, folder=folder)
+            except Exception as error:
+                why = f"it or its trainer cannot be copied ({type(error).__name__}: {error})"
+                raise CannotTrainError(why) from error
+            return model, trainer, self._loader(seed, weight)
+
         with random_state(), torch.enable_grad():
             for seed_global in (torch.manual_seed, np.random.seed, random.seed):
                 # Ranks drop out and augment each in its own way.
                 seed_global((seed + outer.global_rank) % 2**32)
-            try:
-                model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
-                trainer = inner_trainer(outer, course, epochs=epochs, folder=folder)
-            except Exception as error:
-                raise _StuckError(f"it or its trainer cannot be copied ({type(error).__name__}: {error})") from error
-            loader = self._loader(seed, weight)
-            if data is None:
-                trainer.fit(model, loader)
-            else:
-                trainer.fit(model, datamodule=copied_data_module(data, loader))
+            # A fit waits for all ranks when it begins.
+            model, trainer, loader = budget.on_all_ranks(copies)
+            data = data_module_of(outer)
+            given = {"train_dataloaders": loader} if data is None else {"datamodule": copied_data_module(data, loader)}
+            budget.on_all_ranks(partial(trainer.fit, model, **given))
         state = snapshot(model)
-        del model, trainer, loader
+        del model, trainer, loader, given
         gc.collect()  # they refer to each other, and may be large
         return state
 
@@ -267,10 +277,6 @@ class Shuffled(Sampler[int]):
 
     def __len__(self) -> int:
         return self._n // self._world_size
-
-
-class _StuckError(Exception):
-    """The training cannot go on; the message says why."""
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,7 +13,7 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
+from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.settings import Settings
@@ -57,9 +57,15 @@ def rehearse(
         failed = known & (torch.arange(len(few)) % 2 == 0)
         batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
         # What these few samples say of the weights does not matter yet, nor what is worth a warning.
-        with warnings.catch_warnings(), suppress(EmptyLocalizationError, EvaluationError):
-            warnings.simplefilter("ignore")
-            recording = record(
-                model, batches, space, task, known, context=evaluator.context, budget=settings.search.budget
-            )
-            settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=evaluator.collective)
+        budget = settings.search.budget
+        work = partial(record, model, batches, space, task, known, context=evaluator.context, budget=budget)
+        ranks = evaluator.collective
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
+                settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=ranks)
+        except OtherRankError:
+            raise
+        except (EmptyLocalizationError, EvaluationError):
+            return

@@ -10,11 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_nrl.errors import OtherRankError, explain
+from lightning_nrl import errors
+from lightning_nrl.errors import OtherRankError, RepairError, explain
 
 __all__ = ["Collective"]
 
 Result = TypeVar("Result")
+PACKAGE_ERRORS: dict[str, type[RepairError]] = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
+}
+"""Those that a rank can raise for another one."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +83,24 @@ class Collective:
         """Whether the flag is set on any rank."""
         return bool(self.sum(torch.tensor([flag])).item())
 
+    def first_text(self, text: str) -> str:
+        """The text of the first rank that has one; empty if none has. The same on every rank."""
+        rows = self.gather(torch.tensor(list(text.encode()), dtype=torch.uint8))
+        texts = (bytes(row.tolist()).decode() for row in rows)
+        return next(filter(None, texts), "")
+
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
         """What work gives on this rank. If one rank fails all do, so that none waits for ever.
+
+        They fail in one way, so that all go on where the error is caught: an error of this package is raised on every
+        rank. Where a rank has any other error, each raises its own, and those without one an `OtherRankError`.
 
         Args:
             work: exchanges nothing.
             failed: what to say where another rank failed.
 
         Raises:
-            OtherRankError: another rank failed.
+            OtherRankError: another rank failed, and not with an error of this package.
             Exception: whatever work raises on this rank.
         """
         error: Exception | None = None
@@ -94,13 +108,22 @@ class Collective:
             result = work()
         except Exception as caught:
             error = caught
-        another = self.any(error is not None)
-        if error is not None:
+        if not self.any(error is not None):
+            return result
+        kind = None if error is None else _package_error(error)
+        elsewhere = OtherRankError(explain(failed, "look at that rank's own error."))
+        if self.any(error is not None and kind is None):
+            raise elsewhere if error is None or kind is not None else error
+        name, _, message = self.first_text("" if kind is None else f"{kind.__name__}\n{error}").partition("\n")
+        if error is not None and type(error).__name__ == name:
             raise error
-        if another:
-            raise OtherRankError(explain(failed, "look at that rank's own error."))
-        return result
+        raise PACKAGE_ERRORS[name](message) from (error or elsewhere)
 
     def agreed(self, values: Tensor) -> Tensor:
         """The first rank's values on every rank, whatever rounding did elsewhere."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
+
+
+def _package_error(error: Exception) -> type[RepairError] | None:
+    """The class of this package that an error is of, the nearest one; None for any other error."""
+    return next((kind for kind in type(error).mro() if PACKAGE_ERRORS.get(kind.__name__) is kind), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor
 
@@ -19,8 +20,12 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     Args:
         problem: says which data, layers and how much memory.
         keep: `N` bool by row of the evidence, the samples to record.
+
+    Raises:
+        ReplayError: on every rank, if on one: a layer is never called, or the rest of the network cannot be replayed.
     """
-    return record(
+    work = partial(
+        record,
         problem.model,
         _batches(problem),
         problem.space,
@@ -29,6 +34,7 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
         context=problem.context,
         budget=half_budget(problem),
     )
+    return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
 
 
 def half_budget(problem: Problem) -> int | None:

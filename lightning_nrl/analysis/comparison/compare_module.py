@@ -21,6 +21,7 @@ from lightning_nrl.errors import (
     ConfigurationError,
     EmptyLocalizationError,
     EvaluationError,
+    OtherRankError,
     ReplayError,
     explain,
 )
@@ -158,6 +159,8 @@ def _solved(
                 solution = method(problem)
         else:
             solution = solve(method, problem)
+    except OtherRankError:
+        raise  # that rank does not go on
     except (ConfigurationError, EmptyLocalizationError, ReplayError, EvaluationError) as error:
         solution = Solution(None, str(error).partition("\n")[0])
     return solution, earlier + time.perf_counter() - began

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import on_ranks
 from torch import Tensor, multiprocessing
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.errors import EvaluationError, OtherRankError, ReplayError
 
 CPU = torch.device("cpu")
 
@@ -133,3 +135,35 @@ def test_one_process_counts_bools_too() -> None:
 def test_one_process_leaves_tensors_on_their_device() -> None:
     alone = Collective.current(torch.device("cuda", 0))
     assert alone.sum(torch.ones(2, device="cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ({}, ["done", "done", "done"]),
+        ({1: ReplayError("no\nway")}, ["ReplayError: no\nway"] * 3),
+        ({1: ReplayError("b"), 2: EvaluationError("c")}, ["ReplayError: b"] * 3),
+        ({1: OSError("b")}, ["OtherRankError", "OSError: b", "OtherRankError"]),
+        ({1: OSError("b"), 2: ReplayError("c")}, ["OtherRankError", "OSError: b", "OtherRankError"]),
+    ],
+)
+def test_where_one_rank_fails_all_fail_in_one_way(errors: dict[int, Exception], expected: list[str]) -> None:
+    def outcome(collective: Collective) -> str:
+        def task() -> str:
+            if collective.rank in errors:
+                raise errors[collective.rank]
+            return "done"
+
+        try:
+            return collective.all_or_none(task, "it failed elsewhere.")
+        except OtherRankError:
+            return "OtherRankError"
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    assert on_ranks(3, outcome) == expected
+
+
+def test_the_first_rank_that_has_a_text_says_it_to_all() -> None:
+    assert on_ranks(3, lambda ranks: ranks.first_text(["", "é", "no"][ranks.rank])) == ["é"] * 3
+    assert Collective().first_text("") == ""
