@@ -8,7 +8,7 @@ from toy_problems import make_problem
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
 
-from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
+from lightning_nrl import ConfigurationError, ParticleSwarm, SearchOptions, Settings, repair_module
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import LocalSearch
@@ -18,7 +18,7 @@ SWARM = ParticleSwarm(particles=12, iterations=12)
 
 
 def settings(method: object, **more: object) -> Settings:
-    arguments = {"layer": "2", "localizer": NeuRecoverLite(n_weights=12), "method": method}
+    arguments = {"layer": "2", "search": SearchOptions(localizer=NeuRecoverLite(n_weights=12)), "method": method}
     return Settings(**(arguments | more))  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
 __all__ = ["BatchSearch", "RunRequest", "SearchOutcome", "batches"]
 
@@ -162,7 +162,7 @@ class BatchSearch:
             passed,
             problem.task,
             budget=half_budget(problem),
-            passed_loss=getattr(fitness[0], "uses_passed_loss", True),
+            passed_loss=needs_passed_loss(fitness[0]),
             fragility=before.loss,
             weight=before.finite_weight if before.weighted else None,
         )
