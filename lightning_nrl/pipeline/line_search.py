@@ -85,7 +85,7 @@ def line_search(
         if len(problem.before) > full_curve_samples:
             deadline = problem.deadline.within(CURVE_TIME_SHARE * problem.clock.elapsed)
     points = path.count(strengths, after=after, deadline=deadline)
-    if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.cost_aside) for p in points):
+    if limit is None and fixed is None and any(p.strength == 1 and math.isinf(p.calibration_cost) for p in points):
         # Anything may break but what is protected.
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
@@ -108,7 +108,11 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
     if chosen is None:
         return 1.0
     for point in _free(path):
-        if point.calibration is not None and point.cost_aside <= chosen.cost_aside and point.worth > chosen.worth:
+        if (
+            point.calibration is not None
+            and point.calibration_cost <= chosen.calibration_cost
+            and point.worth > chosen.worth
+        ):
             chosen = point
     return chosen.strength
 

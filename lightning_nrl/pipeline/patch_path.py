@@ -131,7 +131,7 @@ class PatchPath:
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
-        return known and point.cost_aside <= limit.allowed(point.calibration)
+        return known and point.calibration_cost <= limit.allowed(point.calibration)
 
     def takes_time(self, strength: float) -> bool:
         """Whether a strength has to be counted first, or polished."""
@@ -145,14 +145,16 @@ class PatchPath:
         problem, before = self.problem, self.problem.before
         flips = Flips.between(before, problem.evaluate(state) if after is None else after)
         calibration: FlipCounts | None = None
-        harm_aside: float | None = None
+        calibration_harm: float | None = None
         if self.calibration is not None:
             held_out = self.calibration.flips(problem.evaluator, state)
             calibration = held_out.counts()
             weighted = self.calibration.before.weighted
-            harm_aside = self.calibration.before.harm(held_out.broken) if weighted else None
+            calibration_harm = self.calibration.before.harm(held_out.broken) if weighted else None
         repaired = flips.repaired & before.targeted
-        point = StrengthPoint(strength, int(repaired.sum()), flips.counts(), calibration, harm_aside=harm_aside)
+        point = StrengthPoint(
+            strength, int(repaired.sum()), flips.counts(), calibration, calibration_harm=calibration_harm
+        )
         if not before.weighted:
             return point
         return replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))

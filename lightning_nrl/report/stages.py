@@ -96,7 +96,7 @@ class StrengthPoint:
         polished: whether the weights were polished there, and the counts are those after it.
         gain: what the repaired targets are worth; None: as many as they are.
         harm: what the broken known samples cost; likewise.
-        harm_aside: what the broken calibration samples cost; likewise.
+        calibration_harm: what the broken calibration samples cost; likewise.
     """
 
     strength: float
@@ -106,7 +106,7 @@ class StrengthPoint:
     polished: bool = False
     gain: float | None = None
     harm: float | None = None
-    harm_aside: float | None = None
+    calibration_harm: float | None = None
 
     @property
     def worth(self) -> float:
@@ -119,10 +119,10 @@ class StrengthPoint:
         return self.known.broken if self.harm is None else self.harm
 
     @property
-    def cost_aside(self) -> float:
+    def calibration_cost(self) -> float:
         """What the broken calibration samples cost; 0 without any."""
-        if self.harm_aside is not None:
-            return self.harm_aside
+        if self.calibration_harm is not None:
+            return self.calibration_harm
         return 0 if self.calibration is None else self.calibration.broken
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.stats.slice_bounds import Column, Name, read_column
 
 __all__ = ["MixCheck", "check_mix"]
 
-SIGNIFICANT = 0.01
+Counts = NDArray[Any]
+
+SIGNIFICANCE_LEVEL = 0.01
 """Mixes differ if mixes as different as these come from one and the same population with a smaller probability."""
 
-EXPECTED = 5
+MIN_EXPECTED_COUNT = 5
 """Expected counts in a cell of the table from which on the chi-squared distribution fits (Cochran 1954)."""
 
-DRAWS = 1999
+RANDOM_TABLES = 1999
 """Random tables where it does not fit."""
 
 
@@ -42,14 +46,14 @@ class MixCheck:
     @property
     def differs(self) -> bool:
         """Whether the mixes differ significantly (p < 0.01)."""
-        return self.p_value < SIGNIFICANT
+        return self.p_value < SIGNIFICANCE_LEVEL
 
     @property
     def warning(self) -> str:
         """What to bear in mind; empty if the mixes do not differ.
 
         It names the slices that account for most of the difference: those that come up more often in the other data,
-        the largest difference first, until half of what they have more is told.
+        the largest difference first, until half of what they have more is named.
         """
         if not self.differs:
             return ""
@@ -105,22 +109,23 @@ def check_mix(calibration: Column, other: Column) -> MixCheck:
     return MixCheck(here, there, statistic, _p_value(statistic, counts, expected))
 
 
-def _chi_squared(row: np.ndarray, expected: np.ndarray) -> np.ndarray:
+def _chi_squared(row: Counts, expected: Counts) -> Counts:
     """Pearson's statistic from the second row of the table, `... x slices`; in the first the difference is opposite."""
-    return ((row - expected[1]) ** 2 * (1 / expected).sum(0)).sum(-1)
+    found: Counts = ((row - expected[1]) ** 2 * (1 / expected).sum(0)).sum(-1)
+    return found
 
 
-def _p_value(statistic: float, counts: np.ndarray, expected: np.ndarray) -> float:
+def _p_value(statistic: float, counts: Counts, expected: Counts) -> float:
     if counts.shape[1] == 1:
         return 1.0
-    if expected.min() >= EXPECTED:
+    if expected.min() >= MIN_EXPECTED_COUNT:
         half = torch.tensor([counts.shape[1] - 1, statistic], dtype=torch.float64) / 2
         return float(torch.special.gammaincc(half[0], half[1]))
     generator = np.random.default_rng(0)
     smaller = int(counts.sum(1).argmin())
-    drawn = generator.multivariate_hypergeometric(counts.sum(0), int(counts[smaller].sum()), DRAWS)
+    drawn = generator.multivariate_hypergeometric(counts.sum(0), int(counts[smaller].sum()), RANDOM_TABLES)
     as_large = _chi_squared(drawn, expected[[1 - smaller, smaller]]) >= statistic * (1 - 1e-9)
-    return float(as_large.sum() + 1) / (DRAWS + 1)
+    return float(as_large.sum() + 1) / (RANDOM_TABLES + 1)
 
 
 def _percent(share: float) -> str:

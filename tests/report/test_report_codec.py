@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from lightning_nrl._utils.record import Record
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
-from lightning_nrl.analysis.diagnosis import Binding, Check, Cost, Diagnosis, Doubt, LayerRoom, Mixing, TargetFinding
+from lightning_nrl.analysis.diagnosis import (
+    Binding,
+    Cost,
+    Diagnosis,
+    DoubtfulLabel,
+    HeldOutCheck,
+    LayerCapacity,
+    NeighbourMixing,
+    TargetFinding,
+)
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
@@ -100,10 +109,10 @@ REPORTS: dict[str, Record] = {
         head="head",
         targets=(TargetFinding("train", 1, 0, 1, -0.5, "yes", 0.25, 0.5), TargetFinding("train", 2, 0, 1, -1.5)),
         binding=(Binding("train", 3, 1, 0.5, 2),),
-        check=Check(2, 4, 0.5, 1, 0.0, 0.5),
-        mixing=Mixing(2, (0, 1, 1), (1, 1, 2)),
-        doubts=(Doubt("train", 2, 0, 1, 0.75, 1.5),),
-        layers=(LayerRoom("head", "Linear", 8, 0.5, 0.25), LayerRoom("body", "Linear", 8, 0.5, math.inf)),
+        check=HeldOutCheck(2, 4, 0.5, 1, 0.0, 0.5),
+        mixing=NeighbourMixing(2, (0, 1, 1), (1, 1, 2)),
+        doubts=(DoubtfulLabel("train", 2, 0, 1, 0.75, 1.5),),
+        layers=(LayerCapacity("head", "Linear", 8, 0.5, 0.25), LayerCapacity("body", "Linear", 8, 0.5, math.inf)),
         costs=(Cost("auto", 3.5, "a fit"),),
         notes=("note",),
         versions=VERSIONS,

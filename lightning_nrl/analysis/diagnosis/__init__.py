@@ -7,24 +7,24 @@ from lightning_nrl.analysis.diagnosis.diagnose_module import diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnosis_plot import draw_diagnosis
 from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
-    Check,
     Cost,
     Diagnosis,
-    Doubt,
-    LayerRoom,
-    Mixing,
+    DoubtfulLabel,
+    HeldOutCheck,
+    LayerCapacity,
+    NeighbourMixing,
     TargetFinding,
 )
 from lightning_nrl.analysis.diagnosis.diagnosis_tables import page_of_diagnosis
 
 __all__ = [
     "Binding",
-    "Check",
     "Cost",
     "Diagnosis",
-    "Doubt",
-    "LayerRoom",
-    "Mixing",
+    "DoubtfulLabel",
+    "HeldOutCheck",
+    "LayerCapacity",
+    "NeighbourMixing",
     "TargetFinding",
     "diagnose_module",
     "draw_diagnosis",

@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
+from lightning_nrl.analysis.diagnosis.diagnosis_result import (
+    Cost,
+    DoubtfulLabel,
+    HeldOutCheck,
+    LayerCapacity,
+    NeighbourMixing,
+    TargetFinding,
+)
 from lightning_nrl.report.formatting import rough_percent, rough_time
 
 __all__ = ["advise"]
@@ -17,7 +24,7 @@ WORTH = 2.0
 """Others repaired for each one broken from which on a repair of the last layer is worth its unseen breaks."""
 
 NEAR = 4.0
-"""Times the roomiest layer's change that the last layer may need: both are medians over few targets."""
+"""Times the easiest_layer layer's change that the last layer may need: both are medians over few targets."""
 
 FAR = 0.5
 """A change of a layer by half of its norm is no small one: the first-order figures do not hold there."""
@@ -26,10 +33,10 @@ FAR = 0.5
 def advise(
     known: Mapping[str, int],
     targets: Sequence[TargetFinding],
-    check: Check | None,
-    mixing: Mixing | None,
-    doubts: Sequence[Doubt],
-    layers: Sequence[LayerRoom],
+    check: HeldOutCheck | None,
+    mixing: NeighbourMixing | None,
+    doubts: Sequence[DoubtfulLabel],
+    layers: Sequence[LayerCapacity],
     head: str | None,
     costs: Sequence[Cost],
 ) -> str:
@@ -43,7 +50,7 @@ def advise(
     return _labels(known["targeted"], doubts) + _method(targets, check, mixing, layers, head, costs)
 
 
-def _labels(n: int, doubts: Sequence[Doubt]) -> str:
+def _labels(n: int, doubts: Sequence[DoubtfulLabel]) -> str:
     if len(doubts) < max(1, DOUBTED * n):
         return ""
     return (
@@ -54,9 +61,9 @@ def _labels(n: int, doubts: Sequence[Doubt]) -> str:
 
 def _method(
     targets: Sequence[TargetFinding],
-    check: Check | None,
-    mixing: Mixing | None,
-    layers: Sequence[LayerRoom],
+    check: HeldOutCheck | None,
+    mixing: NeighbourMixing | None,
+    layers: Sequence[LayerCapacity],
     head: str | None,
     costs: Sequence[Cost],
 ) -> str:
@@ -87,7 +94,7 @@ def _method(
     return f"Get more data like the targets and train on it: no layer repairs them by a small change. {last}{mixed}"
 
 
-def _against(head: str | None, enough: bool, worth: bool, check: Check | None) -> str:
+def _against(head: str | None, enough: bool, worth: bool, check: HeldOutCheck | None) -> str:
     """Why the last layer is not advised."""
     if not enough:
         return f"the last layer ({head}) is not enough"
@@ -98,7 +105,7 @@ def _against(head: str | None, enough: bool, worth: bool, check: Check | None) -
     return f"the last layer ({head}) would have to change much more than others"
 
 
-def _last_layer(alone: int, tried: int, check: Check | None) -> str:
+def _last_layer(alone: int, tried: int, check: HeldOutCheck | None) -> str:
     if not tried:
         return ""
     text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions"
@@ -110,7 +117,7 @@ def _last_layer(alone: int, tried: int, check: Check | None) -> str:
     return f"{text}."
 
 
-def _change(own: LayerRoom | None, best: LayerRoom | None) -> str:
+def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:
     if best is None or best.change == math.inf:
         return ""
     text = f"A typical target needs a change of {best.layer} by {rough_percent(best.change)} of its norm"

@@ -19,9 +19,9 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
     Cost,
     Diagnosis,
-    Doubt,
-    LayerRoom,
-    Mixing,
+    DoubtfulLabel,
+    LayerCapacity,
+    NeighbourMixing,
     TargetFinding,
     Verdict,
 )
@@ -84,7 +84,7 @@ def diagnose_module(
         some = f"{len(seen.features.rows):,} of {len(evidence):,} known samples, those nearest to failing"
         notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
-    return _told(evidence, settings, evaluator.task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
+    return _diagnosis(evidence, settings, evaluator.task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
 
 
 def _last_layer(
@@ -112,7 +112,7 @@ def _near(evidence: SampleResults, seed: int) -> Tensor:
 
 def _rooms(
     evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], evidence: SampleResults, seed: int
-) -> tuple[LayerRoom, ...]:
+) -> tuple[LayerCapacity, ...]:
     if not evidence.targeted.any() or bool(evidence.margin[evidence.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
@@ -120,7 +120,7 @@ def _rooms(
     norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
     rooms = layer_capacities(sketches, evidence.targeted[sketches.rows], norms, REQUIRED_MARGIN)
     return tuple(
-        LayerRoom(
+        LayerCapacity(
             layer=name,
             kind=type(layers[name]).__name__,
             weights=layers[name].weight.numel(),
@@ -154,13 +154,13 @@ def _head_seconds(layer: nn.Linear, n: int = 1024) -> float:
     return (time.perf_counter() - start) / n
 
 
-def _told(
+def _diagnosis(
     evidence: SampleResults,
     settings: Settings,
     task: Task,
     head: str | None,
     last: LastLayer | str,
-    rooms: tuple[LayerRoom, ...],
+    rooms: tuple[LayerCapacity, ...],
     prices: tuple[Cost, ...],
     clock: StageTimer,
     notes: tuple[str, ...],
@@ -243,18 +243,18 @@ def _binding(evidence: SampleResults, last: LastLayer) -> tuple[Binding, ...]:
     return tuple(found)
 
 
-def _mixing(last: LastLayer) -> Mixing:
+def _mixing(last: LastLayer) -> NeighbourMixing:
     k = min(NEIGHBOURS, max(1, len(last.passed) - 1))
     shares = (near.agreement[~near.agreement.isnan()] for near in (last.near, last.near_passed))
     groups = ((share * k).round().long().bincount(minlength=k + 1).tolist() for share in shares)
-    return Mixing(k, *(tuple(group) for group in groups))
+    return NeighbourMixing(k, *(tuple(group) for group in groups))
 
 
-def _doubts(evidence: SampleResults, last: LastLayer) -> tuple[Doubt, ...]:
+def _doubts(evidence: SampleResults, last: LastLayer) -> tuple[DoubtfulLabel, ...]:
     places, found = _Places(evidence), []
     for at in last.doubted.nonzero().flatten().tolist():
         row = int(last.targets[at])
         label, prediction = int(evidence.label[row]), int(evidence.prediction[row])
         agreed, lead = float(last.near.share[at]), float(last.lead[at])
-        found.append(Doubt(places.split[row], places.id[row], label, prediction, agreed, lead))
+        found.append(DoubtfulLabel(places.split[row], places.id[row], label, prediction, agreed, lead))
     return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))

@@ -113,7 +113,7 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
     """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
-    best = diagnosis.roomiest
+    best = diagnosis.easiest_layer
     layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
     shown = set(sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS])
     layers = [layer for layer in layers if layer in shown or layer.layer == diagnosis.head]

@@ -11,7 +11,17 @@ from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.analysis.figures import Plotted
 from lightning_nrl.report import Report, installed_versions
 
-__all__ = ["Binding", "Check", "Cost", "Diagnosis", "Doubt", "LayerRoom", "Mixing", "TargetFinding", "Verdict"]
+__all__ = [
+    "Binding",
+    "Cost",
+    "Diagnosis",
+    "DoubtfulLabel",
+    "HeldOutCheck",
+    "LayerCapacity",
+    "NeighbourMixing",
+    "TargetFinding",
+    "Verdict",
+]
 
 Verdict = Literal["yes", "no", "undecided", "not tried"]
 
@@ -63,7 +73,7 @@ class Binding:
 
 
 @dataclass(frozen=True)
-class Check:
+class HeldOutCheck:
     """What repairs of one target do to samples that they were not told of: an exchange rate for the last layer.
 
     Attributes:
@@ -91,7 +101,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Mixing:
+class NeighbourMixing:
     """How many of their `k` nearest passed samples have a sample's own label, before the last layer.
 
     Attributes:
@@ -112,7 +122,7 @@ class Mixing:
 
 
 @dataclass(frozen=True)
-class Doubt:
+class DoubtfulLabel:
     """A target whose label looks wrong.
 
     Attributes:
@@ -133,7 +143,7 @@ class Doubt:
 
 
 @dataclass(frozen=True)
-class LayerRoom:
+class LayerCapacity:
     """How much room a layer has, to first order, on a sample of targets and of near passed samples.
 
     Attributes:
@@ -197,10 +207,10 @@ class Diagnosis(Report, Plotted):
     head: str | None = None
     targets: tuple[TargetFinding, ...] = ()
     binding: tuple[Binding, ...] = ()
-    check: Check | None = None
-    mixing: Mixing | None = None
-    doubts: tuple[Doubt, ...] = ()
-    layers: tuple[LayerRoom, ...] = ()
+    check: HeldOutCheck | None = None
+    mixing: NeighbourMixing | None = None
+    doubts: tuple[DoubtfulLabel, ...] = ()
+    layers: tuple[LayerCapacity, ...] = ()
     costs: tuple[Cost, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -211,7 +221,7 @@ class Diagnosis(Report, Plotted):
         return sum(target.fixable == fixable for target in self.targets)
 
     @property
-    def roomiest(self) -> LayerRoom | None:
+    def easiest_layer(self) -> LayerCapacity | None:
         """The layer that repairs a target by the smallest change of itself; None if no layer was looked at."""
         return min(self.layers, key=lambda layer: layer.change, default=None)
 

@@ -154,7 +154,7 @@ def _layers(diagnosis: Diagnosis, most: int) -> Table:
         Row(
             layer.layer,
             (layer.kind, f"{layer.weights:,}", rough_percent(layer.room), rough_percent(layer.change)),
-            "gain" if layer == diagnosis.roomiest else "",
+            "gain" if layer == diagnosis.easiest_layer else "",
         )
         for layer in shown
     ]

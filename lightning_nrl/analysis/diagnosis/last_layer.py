@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Check
+from lightning_nrl.analysis.diagnosis.diagnosis_result import HeldOutCheck
 from lightning_nrl.analysis.diagnosis.fixability import Fixability, LayerSamples, find_fixability
 from lightning_nrl.evaluation.head_features import Features
 from lightning_nrl.evaluation.neighbors import Neighbours, doubtful, neighbours
@@ -40,7 +40,7 @@ class LastLayer(NamedTuple):
     tried: Tensor  # places among them that were tried one at a time
     fixability: Fixability  # of those, against the passed
     passed: Tensor  # P, rows of the evidence
-    check: Check | None
+    check: HeldOutCheck | None
     near: Neighbours  # of the targets
     near_passed: Neighbours  # of some passed samples
     doubted: Tensor  # T bool, the label looks wrong
@@ -114,7 +114,7 @@ def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:
 
 def _check(
     samples: LayerSamples, kept: Tensor, failing: Tensor, chosen: Tensor, targets: Tensor, generator: torch.Generator
-) -> Check | None:
+) -> HeldOutCheck | None:
     """Repairs targets that can be, twice, each time without one half of the passed samples that came with failures."""
     with_failures = failing.nonzero().flatten()
     if len(with_failures) < 2 or not len(chosen):
@@ -129,7 +129,7 @@ def _check(
         found = find_fixability(samples.at(kept[rest].to(device)), samples.at(chosen.to(device)))
         broken += (~_right(found.change, samples.at(kept[half].to(device)))).sum(1).cpu()
         repaired += (_right(found.change, samples.at(targets.to(device))).cpu() & ~own).sum(1) / len(halves)
-    return Check(
+    return HeldOutCheck(
         repairs=len(chosen),
         passed=len(with_failures),
         broken=float(broken.mean()),

@@ -84,7 +84,7 @@ def test_the_layer_that_can_tell_samples_apart_is_advised() -> None:
     # Of weights (1, 0) and margins 2 x'w the target needs -2 (1 + v_1 + v_2) = 0.001: v = -1.0005 / 2 on each axis.
     assert (first.layer, first.change) == ("first", pytest.approx(1.0005 / 2**0.5, rel=1e-4))
     assert (head.layer, head.change, head.room) == ("head", float("inf"), pytest.approx(0, abs=1e-3))
-    assert found.roomiest == first
+    assert found.easiest_layer == first
 
 
 def test_a_wrong_label_is_found() -> None:

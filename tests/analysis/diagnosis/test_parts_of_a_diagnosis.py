@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_nrl.analysis.diagnosis import Check, Cost, Doubt, LayerRoom, Mixing, TargetFinding
+from lightning_nrl.analysis.diagnosis import HeldOutCheck, Cost, DoubtfulLabel, LayerCapacity, NeighbourMixing, TargetFinding
 from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis.layer_capacity import GradientSketches, layer_capacities
@@ -101,10 +101,10 @@ def test_numbers_in_words() -> None:
 
 KNOWN = {"samples": 100, "passed": 90, "failed": 10, "targeted": 4}
 COSTS = tuple(Cost(method, 10.0, "") for method in ("convex", "linearized", "auto"))
-DEEP, HEAD = LayerRoom("conv", "Conv2d", 9, 0.7, 0.01), LayerRoom("head", "Linear", 9, 0.5, 0.03)
-FAR_HEAD = LayerRoom("head", "Linear", 9, 0.1, 0.09)
-HARMLESS, HARMFUL = Check(4, 9, 0.1, 3, 1.0, 0.9), Check(4, 9, 2.0, 3, 1.0, 0.1)
-DOUBT = Doubt("new", 7, 0, 1, 1.0, 3.0)
+DEEP, HEAD = LayerCapacity("conv", "Conv2d", 9, 0.7, 0.01), LayerCapacity("head", "Linear", 9, 0.5, 0.03)
+FAR_HEAD = LayerCapacity("head", "Linear", 9, 0.1, 0.09)
+HARMLESS, HARMFUL = HeldOutCheck(4, 9, 0.1, 3, 1.0, 0.9), HeldOutCheck(4, 9, 2.0, 3, 1.0, 0.1)
+DOUBT = DoubtfulLabel("new", 7, 0, 1, 1.0, 3.0)
 
 
 def targets(*fixable: str, margin: float = -1.0) -> list[TargetFinding]:
@@ -121,21 +121,31 @@ def targets(*fixable: str, margin: float = -1.0) -> list[TargetFinding]:
         (targets(*4 * ["yes"]), HARMLESS, [], [DEEP, FAR_HEAD], "Use the default, method='auto', on the whole"),
         (targets(*4 * ["not tried"]), None, [], [], "Use the default, method='auto', about 10 s."),
         (targets(*4 * ["yes"]), HARMLESS, [DOUBT], [DEEP, HEAD], "Look at labels first: those of 1 of 4 targets"),
-        (targets(*4 * ["no"]), None, [], [LayerRoom("conv", "Conv2d", 9, 0.0, 0.8)], "Get more data like the targets"),
         (
             targets(*4 * ["no"]),
             None,
             [],
-            [LayerRoom("conv", "Conv2d", 9, 0, math.inf)],
+            [LayerCapacity("conv", "Conv2d", 9, 0.0, 0.8)],
+            "Get more data like the targets",
+        ),
+        (
+            targets(*4 * ["no"]),
+            None,
+            [],
+            [LayerCapacity("conv", "Conv2d", 9, 0, math.inf)],
             "Get more data like the targets",
         ),
         (targets(*4 * ["not tried"], margin=math.nan), None, [], [], "Use method='auto', which is the swarm here"),
     ],
 )
 def test_the_advice_follows_the_figures(
-    found: list[TargetFinding], check: Check | None, doubts: list[Doubt], layers: list[LayerRoom], words: str
+    found: list[TargetFinding],
+    check: HeldOutCheck | None,
+    doubts: list[DoubtfulLabel],
+    layers: list[LayerCapacity],
+    words: str,
 ) -> None:
-    mixing = Mixing(2, (4, 0, 0), (0, 0, 9))
+    mixing = NeighbourMixing(2, (4, 0, 0), (0, 0, 9))
     assert advise(KNOWN, found, check, mixing, doubts, layers, "head", COSTS).startswith(words)
 
 
@@ -154,7 +164,7 @@ def test_the_advice_follows_the_figures(
     ],
 )
 def test_why_the_last_layer_is_not_advised(
-    found: list[TargetFinding], check: Check | None, layers: list[LayerRoom], words: str
+    found: list[TargetFinding], check: HeldOutCheck | None, layers: list[LayerCapacity], words: str
 ) -> None:
     assert f"about 10 s: {words}" in advise(KNOWN, found, check, None, [], layers, "head", COSTS)
 

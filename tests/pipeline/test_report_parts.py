@@ -9,8 +9,8 @@ from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics import functional
-from lightning_nrl.pipeline.report_parts import split_report
-from lightning_nrl.report import SplitReport, pool
+from lightning_nrl.pipeline.report_parts import split_report, weight_change
+from lightning_nrl.report import SplitReport, WeightChange, pool
 
 
 def evidence(passed: str, targeted: str = "", loss: float = 0.5) -> SampleResults:
@@ -109,3 +109,22 @@ def test_numbers_are_named_and_counts_stay_whole() -> None:
 def test_pooled_splits_add_up_without_ids() -> None:
     pooled = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
     assert pooled == SplitReport("all", "known", TargetCounts(3, 1, 4, 1, 3, 2))
+
+
+def test_change_between_two_layers() -> None:
+    old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
+    new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
+    assert weight_change(old, new) == WeightChange(changed=3, total=5, l2=3.0, relative=0.6, largest=2.0)
+
+
+def test_change_of_half_precision_is_measured_in_full() -> None:
+    old = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
+    new = {"a": torch.full((1000,), 100.5, dtype=torch.bfloat16)}
+    assert weight_change(old, new).l2 == pytest.approx(0.5 * math.sqrt(1000))
+
+
+def test_no_change_and_no_norm() -> None:
+    zero = {"a": torch.zeros(2)}
+    change = weight_change(zero, zero)
+    assert (change.changed, change.l2, change.largest) == (0, 0.0, 0.0)
+    assert math.isnan(change.relative)

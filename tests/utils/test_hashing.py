@@ -1,34 +1,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 
 import pytest
 import torch
 
-from lightning_nrl.pipeline.report_parts import weight_change
-from lightning_nrl.report import WeightChange, hash_tensors
+from lightning_nrl._utils.hashing import hash_tensors
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64)
-
-
-def test_change_between_two_layers() -> None:
-    old = {"a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]), "b": torch.tensor([0.0])}
-    new = {"b": torch.tensor([1.0]), "a": torch.tensor([[3.0, 2.0], [0.0, 2.0]])}
-    assert weight_change(old, new) == WeightChange(changed=3, total=5, l2=3.0, relative=0.6, largest=2.0)
-
-
-def test_change_of_half_precision_is_measured_in_full() -> None:
-    old = {"a": torch.full((1000,), 100.0, dtype=torch.bfloat16)}
-    new = {"a": torch.full((1000,), 100.5, dtype=torch.bfloat16)}
-    assert weight_change(old, new).l2 == pytest.approx(0.5 * math.sqrt(1000))
-
-
-def test_no_change_and_no_norm() -> None:
-    zero = {"a": torch.zeros(2)}
-    change = weight_change(zero, zero)
-    assert (change.changed, change.l2, change.largest) == (0, 0.0, 0.0)
-    assert math.isnan(change.relative)
 
 
 def test_hash_is_sha256_of_name_dtype_shape_and_bytes() -> None:
