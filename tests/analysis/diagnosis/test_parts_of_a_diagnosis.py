@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from lightning_nrl.analysis.diagnosis import HeldOutCheck, Cost, DoubtfulLabel, LayerCapacity, NeighbourMixing, TargetFinding
+from lightning_nrl.analysis.diagnosis import (
+    Cost,
+    DoubtfulLabel,
+    HeldOutCheck,
+    LayerCapacity,
+    NeighbourMixing,
+    TargetFinding,
+)
 from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis.layer_capacity import GradientSketches, layer_capacities
