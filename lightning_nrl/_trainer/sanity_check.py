@@ -46,7 +46,7 @@ def rehearse(
     model, task = evaluator.model, evaluator.task
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        few, _ = settings.samples.columns().over(evaluator, sources, settings.target)
+        few, _ = settings.samples.columns().evaluate(evaluator, sources, settings.target)
         if reference is not None:
             # Without its cache, which is for all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference

@@ -149,7 +149,7 @@ def ask(
         with preserve(model):
             new = evaluator.run([told], forward=probe)
         answers = reference.answers(evaluator, [source], new)
-    names, group = told.whole(collective)
+    names, group = told.gathered(collective)
     rows = torch.searchsorted(source.index, mine)
     return Replaced(
         loader,

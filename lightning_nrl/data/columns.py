@@ -64,11 +64,13 @@ def find_column(argument: str, value: Any) -> Column:
     """
     if isinstance(value, Target):
         return value
+    if isinstance(value, str) and (":" in value or "." in value):
+        return import_function(argument, value)
     if isinstance(value, (str, int)) and not isinstance(value, bool):
-        is_address = isinstance(value, str) and (":" in value or "." in value)
-        return import_function(argument, value) if is_address else Field(value)  # type: ignore[arg-type]
+        return Field(value)
     if callable(value) and not isinstance(value, type):
-        return value
+        function: Callable[[Any], Any] = value
+        return function
     raise ConfigurationError(
         explain(
             f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",

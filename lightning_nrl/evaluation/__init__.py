@@ -7,7 +7,7 @@ of samples and quotas of slices are columns of that table.
 
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_options import DOUBTFUL, Focal, SampleOptions
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.sample_weights import DOUBTFUL, Focal, SampleOptions
 
 __all__ = ["DOUBTFUL", "Evaluator", "FlipCounts", "Flips", "Focal", "SampleOptions", "SampleResults"]

@@ -16,9 +16,9 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator, Forward
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["Features", "HeadFeatures", "drawn", "see"]
+__all__ = ["Features", "HeadFeatures", "collect_features", "drawn"]
 
-MOST = 20_000
+MAX_SAMPLES = 20_000
 """Samples whose features are looked at, at most: all failed, then the passed that are nearest to failing."""
 
 
@@ -39,7 +39,9 @@ class HeadFeatures(NamedTuple):
 
 
 @torch.no_grad()
-def see(evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target) -> HeadFeatures:
+def collect_features(
+    evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, target: Target
+) -> HeadFeatures:
     """Runs the model over known data; where these are many, once more over the samples that matter most.
 
     Args:
@@ -49,7 +51,7 @@ def see(evaluator: Evaluator, known: Sequence[Source], head: nn.Linear | None, t
         target: which failures are to be repaired.
     """
     collective = evaluator.collective
-    few = sum(len(source.index) for source in known) <= MOST
+    few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
     with _watching(head if few else None) as watch:
         evidence = evaluator.run(known, target, forward=watch.judged(evaluator))
@@ -135,7 +137,7 @@ def _gathered(watch: _Watch, mine: Tensor, collective: Collective) -> Features |
 
 
 def _matter(evidence: SampleResults) -> Tensor:
-    """Rows of the targets, of the other failures, and of the passed by rising margin, `MOST` of them, ascending."""
+    """`MAX_SAMPLES` rows, ascending: of targets, of other failures, and of passed samples by rising margin."""
     rank = torch.where(evidence.passed, evidence.margin.nan_to_num(torch.inf), -1.0)
     rank = torch.where(evidence.targeted, -2.0, rank)
-    return rank.argsort(stable=True)[:MOST].sort().values
+    return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values

@@ -11,7 +11,7 @@ from lightning_nrl._model.layers import last_linear
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.head_features import see
+from lightning_nrl.evaluation.head_features import collect_features
 from lightning_nrl.evaluation.neighbors import doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -30,7 +30,7 @@ def find_label_issues(evaluator: Evaluator, known: Sequence[Source], evidence: S
         evidence: what the model does on them.
     """
     found = torch.zeros_like(evidence.passed)
-    features = see(evaluator, known, last_linear(evaluator.model)[1], AllFailures()).features
+    features = collect_features(evaluator, known, last_linear(evaluator.model)[1], AllFailures()).features
     if features is None:
         return found
     label, passed, targeted = (x[features.rows] for x in (evidence.label, evidence.passed, evidence.targeted))

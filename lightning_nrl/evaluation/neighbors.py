@@ -13,10 +13,10 @@ __all__ = ["NEIGHBOURS", "Neighbours", "doubtful", "neighbours"]
 NEIGHBOURS = 10
 """Passed samples that a sample is compared with."""
 
-PIECE = 2**24
+MAX_SIMILARITIES = 2**24
 """Most similarities that are held at once."""
 
-AGREED = 0.9
+AGREEMENT_SHARE = 0.9
 """Share of the neighbours that must have the predicted class before a label is doubted."""
 
 
@@ -58,7 +58,7 @@ def neighbours(
         )
     classes = int(torch.cat([label, passed_label]).max()) + 1
     counts = []
-    for at in torch.arange(len(left), device=left.device).split(max(1, PIECE // len(right))):
+    for at in torch.arange(len(left), device=left.device).split(max(1, MAX_SIMILARITIES // len(right))):
         likeness = left[at] @ right.T
         if itself is not None:
             likeness.scatter_(1, itself[at, None], -torch.inf)
@@ -89,5 +89,5 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
     usual = torch.full((logits.shape[1],), torch.inf, dtype=top.dtype, device=top.device)
     for c in passed_label.unique().tolist():
         usual[c] = (top[:, 0] - top[:, 1])[passed_label == c].median()
-    agreed = (near.label == prediction) & (near.share >= AGREED) & (prediction != label)
+    agreed = (near.label == prediction) & (near.share >= AGREEMENT_SHARE) & (prediction != label)
     return agreed & (lead >= usual[prediction])

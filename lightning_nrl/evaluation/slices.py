@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.observed_source import ObservedSource
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.tasks import Task
@@ -21,12 +22,12 @@ __all__ = ["SliceRecorder", "Slices", "renumbered"]
 
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
-MOST = 200
+MAX_SLICES = 200
 """Slices, each with its own curves: more are most likely ids."""
 
 
-class SliceRecorder:
-    """A source that notes in passing which slice each sample is in.
+class SliceRecorder(ObservedSource):
+    """A source that notes which slice each sample is in.
 
     Args:
         source: whose batches are handed on.
@@ -36,34 +37,35 @@ class SliceRecorder:
     """
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
-        self.source, self.slices, self.task, self.argument = source, slices, task, argument
-        self.found: list[tuple[int, str]] = []
+        super().__init__(source)
+        self.slices, self.task, self.argument = slices, task, argument
+        self.begin()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+    def begin(self) -> None:
+        """Forgets an earlier pass."""
+        self._named: list[tuple[int, str]] = []
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.source:
-            if self.slices is not None:
-                names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
-                pairs = zip(batch.position.tolist(), names, strict=True)
-                self.found += [(at, name) for at, name in pairs if name is not None]
-            yield batch
+    def observe(self, batch: Batch) -> None:
+        """Notes the slices of a batch."""
+        if self.slices is not None:
+            names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
+            pairs = zip(batch.position.tolist(), names, strict=True)
+            self._named += [(at, name) for at, name in pairs if name is not None]
 
-    def whole(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
+    def gathered(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
-        mine = json.dumps(sorted({name for _, name in self.found})).encode()
+        mine = json.dumps(sorted({name for _, name in self._named})).encode()
         lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
-        if len(names) > MOST:
+        if len(names) > MAX_SLICES:
             raise ConfigurationError(
                 explain(
                     f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
-                    f"return one of at most {MOST} names or numbers for each sample.",
+                    f"return one of at most {MAX_SLICES} names or numbers for each sample.",
                 )
             )
         number = {name: i for i, name in enumerate(names)}
-        rows = torch.tensor([[at, number[name]] for at, name in self.found], dtype=torch.int64).view(-1, 2)
+        rows = torch.tensor([[at, number[name]] for at, name in self._named], dtype=torch.int64).view(-1, 2)
         rows = torch.cat(collective.gather(rows))
         group = torch.full((len(self.source.index),), -1)
         group[rows[:, 0]] = rows[:, 1]

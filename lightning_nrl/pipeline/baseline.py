@@ -78,7 +78,7 @@ def evaluate_baseline(
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
     with clock.stage("collect"):
-        before, set_aside = settings.samples.over(
+        before, set_aside = settings.samples.evaluate(
             evaluator, leaks.known, settings.target, everywhere=reference is not None
         )
     others: dict[Role, SampleResults] = {}

@@ -47,7 +47,7 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
         DataWarning: the failures in the target are not marked.
     """
     try:
-        return settings.samples.over(evaluator, sources, settings.target, everywhere=True, known=False)[0]
+        return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
         # Where a rank fails, every other one is told so: they are all here, and try again only if all can.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
@@ -55,4 +55,4 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
         warnings.warn(
             f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
         )
-    return settings.samples.over(evaluator, sources, known=False)[0]
+    return settings.samples.evaluate(evaluator, sources, known=False)[0]

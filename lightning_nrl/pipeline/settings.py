@@ -119,7 +119,8 @@ def _plain(value: Any) -> Any:
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value):
         return {"class": type(value).__name__, **{name: _plain(item) for name, item in _fields(value).items()}}
-    if type(value).__repr__ is object.__repr__:
+    shown: Any = type(value).__repr__
+    if shown is object.__repr__:
         own = getattr(value, "__dict__", {}).items()
         simple = {name: item for name, item in own if item is None or isinstance(item, (bool, int, float, str))}
         return {"class": type(value).__name__, **simple}

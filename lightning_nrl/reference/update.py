@@ -10,8 +10,8 @@ import torch
 
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.sample_weights import Keep
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import Role
 

@@ -93,7 +93,8 @@ class Custom(Task):
             self._check_signs(found["passed"], found["margin"].detach())
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
-        return self._functions["passed"](output, target)
+        passed: Tensor = self._functions["passed"](output, target)
+        return passed
 
     def loss(self, output: Tensor, target: Any) -> Tensor:
         return at_least_float32(self._functions["loss"](output, target))

@@ -64,7 +64,7 @@ def counted(
     labels = torch.arange(n) % 2
     source = TensorSource(torch.zeros(n, 1), labels, "new", passed=True, failed=True, extras=extras, batch_size=4)
 
-    return importance.over(Evaluator(model), [source], Target.all(), **how)
+    return importance.evaluate(Evaluator(model), [source], Target.all(), **how)
 
 
 WEIGHTS = torch.tensor([1.0, 9.0, 2.0, 9.0, 3.0, 9.0])
@@ -355,14 +355,14 @@ def test_a_quota_that_cannot_be_met_ends_early_and_says_so() -> None:
 def test_samples_of_two_processes_have_the_same_weights() -> None:
     def gather(problem: Any) -> list[float]:
         spec = SampleOptions(importance=lambda batch: batch[1] + 1.0, slices=1)
-        found, _ = spec.over(problem.evaluator, problem.known, Target.all())
+        found, _ = spec.evaluate(problem.evaluator, problem.known, Target.all())
         return [*found.weight.tolist(), *found.group.tolist()]
 
     one, two = together(trained(), known(n=30), gather)
     assert one == two
     alone = SampleOptions(importance=lambda batch: batch[1] + 1.0, slices=1)
     model = trained().eval()
-    found, _ = alone.over(Evaluator(model), known(n=30), Target.all())
+    found, _ = alone.evaluate(Evaluator(model), known(n=30), Target.all())
     assert one == [*found.weight.tolist(), *found.group.tolist()]
 
 

@@ -90,7 +90,7 @@ def compare_module(
     with preserve(model):
         collecting, leaks = StageTimer(observer), LeakCheck(known, {"unseen": unseen})
         with collecting.stage("collect"):
-            before, _ = SampleOptions(importance=settings.samples.importance).over(
+            before, _ = SampleOptions(importance=settings.samples.importance).evaluate(
                 evaluator, leaks.known, settings.target
             )
         check_losses(before)

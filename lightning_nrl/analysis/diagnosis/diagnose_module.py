@@ -30,7 +30,7 @@ from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_
 from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.head_features import HeadFeatures, drawn, see
+from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
 from lightning_nrl.evaluation.neighbors import NEIGHBOURS
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
@@ -71,7 +71,7 @@ def diagnose_module(
     head, layer = last_linear(evaluator.model)
     with preserve(evaluator.model):
         with clock.stage("collect"):
-            seen = see(evaluator, known, layer, settings.target)
+            seen = collect_features(evaluator, known, layer, settings.target)
         evidence = seen.evidence
         check_losses(evidence)
         last = _last_layer(layer, seen, known, settings.seed, clock)
