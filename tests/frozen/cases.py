@@ -945,8 +945,8 @@ def _release(folder: Path) -> Any:
 def _release_of_numbers() -> Any:
     parts, network, loss = data.regression()
     old, new = (data.fitted(network, *parts[0], seed=seed, steps=30, loss=loss) for seed in (0, 1))
-    given = {"task": names.Regression(tolerance=0.5)}
-    return names.release(new, old, [source(*parts[1], "test")], "tolerance:20%", **given)
+    judged = names.Evaluator(new, names.Regression(tolerance=0.5))
+    return names.release(judged, old, [source(*parts[1], "test")], "tolerance:20%")
 
 
 @case("release-gate")
