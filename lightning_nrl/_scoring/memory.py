@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["default_budget", "measure_allocations"]
@@ -55,12 +54,14 @@ class AllocatedStorages:
     peak: int = 0
     total: int = 0
 
-    def follow(self, x: Tensor, existing: Collection[int]) -> None:
-        """Notes a tensor, unless it is a view of a storage that was there before, one of `existing`."""
+    def follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
+        """Notes what an operation made of the given tensors, unless it is a view of what was there before."""
         key, size = _storage_of(x)
-        if not key or (key in existing and key not in self.users):
+        if not key:
             return
         if key not in self.users:
+            if any(_storage_of(a)[0] == key for a in given):
+                return
             self.users[key] = 0
             self.held += size
             self.total += size
@@ -84,11 +85,10 @@ class AllocationMeter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        existing = {_storage_of(x)[0] for x in given}
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor) and not any(x is a for a in given):
-                self.storages.follow(x, existing)
+        given = [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())]
+        for x in _tensors((out,)):
+            if not any(x is a for a in given):
+                self.storages.follow(x, given)
         return out
 
 
@@ -99,3 +99,12 @@ def _storage_of(x: Tensor) -> tuple[int, int]:
         return storage.data_ptr(), storage.nbytes()
     except (RuntimeError, NotImplementedError):
         return 0, 0
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, also those in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
