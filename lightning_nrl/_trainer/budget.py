@@ -117,7 +117,7 @@ class TrainingBudget(Callback):
         self._done += 1
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
-            self._clock.tell(self._done, total, 0, 0)
+            self._clock.tell(self._done, total)
         if math.isfinite(self._end) and self._meet(is_over=self._is_over(pl_module.device)):
             trainer.should_stop = True
 

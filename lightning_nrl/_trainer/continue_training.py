@@ -53,8 +53,8 @@ class ContinuedTraining:
         known: the known splits.
         epochs: at most so many.
         left_out: kinds of callbacks that the module may ask for and does not get.
+        trained_on: the loader that the model was trained on, as the user gave it; None: the trainer is asked for it.
         modes: the training flag of each part of the model.
-        trained_on: the loader that the model was trained on, as the user gave it.
     """
 
     trainer: pl.Trainer
@@ -62,15 +62,16 @@ class ContinuedTraining:
     known: Sequence[LoaderSource]
     epochs: int = EPOCHS
     left_out: tuple[type, ...] = ()
+    trained_on: Any = field(default=None, repr=False)
     modes: tuple[bool, ...] = field(init=False, repr=False)
-    trained_on: Any = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         whole = self.model.training
         modes = tuple(module.training or not whole for module in self.model.modules())
         object.__setattr__(self, "modes", modes)
-        # Asked once only: a data module may make its data anew every time.
-        object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
+        if self.trained_on is None:
+            # Once only: a data module may make its data anew every time.
+            object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
 
     @property
     def obstacle(self) -> str:

@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_loader, find_loader, make_source, sample_index
+from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, SplitLoaders, check_loader, make_source, sample_index
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, explain
 
-__all__ = ["DataRequest", "Found", "check_data", "find_data"]
+__all__ = ["DataRequest", "Found", "FoundData", "check_data", "find_data"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
+
+
+class FoundData(NamedTuple):
+    """The data of a repair; None where there are none."""
+
+    passed: Found
+    failed: Found
+    unseen: Found | None
+    calibration: Found | None
 
 
 @dataclass(frozen=True)
@@ -41,32 +49,26 @@ class DataRequest:
 
     def __post_init__(self) -> None:
         for argument in ("passed", "failed", "unseen", "calibration"):
-            aside = argument in ("unseen", "calibration")
-            names = SPLITS if aside else ("auto", *SPLITS)
-            object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=aside))
+            held_out = argument in ("unseen", "calibration")
+            names = SPLITS if held_out else ("auto", *SPLITS)
+            object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=held_out))
 
-    def find(self, trainer: pl.Trainer, model: pl.LightningModule) -> tuple[Found, Found, Found | None]:
-        """The data loaders and names of the passed, the failed and the unseen data.
-
-        Raises:
-            ConfigurationError: there is no such data, it cannot be read by index, or the unseen data are known too.
-        """
-        passed = self._find("passed", ("train",), trainer, model)
-        failed = self._find("failed", ("repair", "val"), trainer, model)
-        return passed, failed, self._find_aside("unseen", {"known": (passed, failed)}, trainer, model)
-
-    def find_calibration(self, trainer: pl.Trainer, model: pl.LightningModule) -> Found | None:
-        """The data loader and name of the calibration data, if there are any.
+    def find(self, loaders: SplitLoaders) -> FoundData:
+        """The data loaders and names of all data.
 
         Raises:
-            ConfigurationError: as in `find`, or they are the unseen data.
+            ConfigurationError: there is no such data, it cannot be read by index, or the unseen or calibration data
+                are used for something else too.
         """
-        passed, failed, unseen = self.find(trainer, model)
-        others = {"known": (passed, failed), "unseen": () if unseen is None else (unseen,)}
-        return self._find_aside("calibration", others, trainer, model)
+        passed = self._find("passed", ("train",), loaders)
+        failed = self._find("failed", ("repair", "val"), loaders)
+        others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
+        unseen = self._find_held_out("unseen", others, loaders)
+        others["unseen"] = () if unseen is None else (unseen,)
+        return FoundData(passed, failed, unseen, self._find_held_out("calibration", others, loaders))
 
-    def _find_aside(
-        self, argument: str, others: Mapping[str, Sequence[Found]], trainer: pl.Trainer, model: pl.LightningModule
+    def _find_held_out(
+        self, argument: str, others: Mapping[str, Sequence[Found]], loaders: SplitLoaders
     ) -> Found | None:
         """Data of which no sample should be in others, by kind.
 
@@ -76,7 +78,7 @@ class DataRequest:
         value = getattr(self, argument)
         if value is None:
             return None
-        found = self._find(argument, (), trainer, model)
+        found = self._find(argument, (), loaders)
         samples = _identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
@@ -98,20 +100,12 @@ class DataRequest:
         return found
 
     def sources(
-        self,
-        trainer: pl.Trainer,
-        model: pl.LightningModule,
-        *,
-        adapter: Adapter,
-        seed: int,
-        limit: int | None,
-        whole: bool = False,
-    ) -> tuple[list[LoaderSource], list[LoaderSource]]:
-        """The known and the unseen splits, ready to be read.
+        self, loaders: SplitLoaders, *, adapter: Adapter, seed: int, limit: int | None, whole: bool = False
+    ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
+        """The known, the unseen and the calibration splits, ready to be read.
 
         Args:
-            trainer: in the middle of a fit.
-            model: its module.
+            loaders: of a trainer in the middle of a fit.
             adapter: takes a batch apart.
             seed: for random transforms of the data sets.
             limit: read only this many batches of each.
@@ -120,39 +114,20 @@ class DataRequest:
         Raises:
             ConfigurationError: as in `find`.
         """
+        trainer, model = loaders.trainer, loaders.model
         make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
-        passed, failed, unseen = self.find(trainer, model)
+        found = self.find(loaders)
+        passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
             known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
-        return known, [] if unseen is None else [make(*unseen)]
+        unseen, calibration = ([] if one is None else [make(*one)] for one in (found.unseen, found.calibration))
+        return known, unseen, calibration
 
-    def calibration_sources(
-        self,
-        trainer: pl.Trainer,
-        model: pl.LightningModule,
-        *,
-        adapter: Adapter,
-        seed: int,
-        limit: int | None,
-        whole: bool = False,
-    ) -> list[LoaderSource]:
-        """The calibration data, ready to be read; see `sources` for the arguments.
-
-        Raises:
-            ConfigurationError: as in `find_calibration`.
-        """
-        if self.calibration is None:
-            return []
-        found = self.find_calibration(trainer, model)
-        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
-        return [] if found is None else [make(*found)]
-
-    def _find(self, argument: str, automatic: tuple[str, ...], trainer: pl.Trainer, model: pl.LightningModule) -> Found:
-        value = getattr(self, argument)
+    def _find(self, argument: str, automatic: tuple[str, ...], loaders: SplitLoaders) -> Found:
         optional = argument in ("unseen", "calibration")
-        return find_data(argument, value, trainer, model, automatic=automatic, optional=optional)
+        return find_data(argument, getattr(self, argument), loaders, automatic=automatic, optional=optional)
 
 
 def check_data(
@@ -179,8 +154,7 @@ def check_data(
 def find_data(
     argument: str,
     value: str | DataLoader[Any],
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    loaders: SplitLoaders,
     *,
     automatic: Sequence[str] = (),
     optional: bool = False,
@@ -190,8 +164,7 @@ def find_data(
     Args:
         argument: its name.
         value: a data loader, the name of a split, or `auto`.
-        trainer: in the middle of a fit.
-        model: its module.
+        loaders: of a trainer in the middle of a fit.
         automatic: the splits that `auto` stands for; the first that is there.
         optional: whether None would do instead.
 
@@ -202,7 +175,7 @@ def find_data(
         return value, argument
     splits = automatic if value == "auto" else (value,)
     for split in splits:
-        loader = find_loader(split, trainer, model)
+        loader = loaders.get(split)
         if loader is not None and loader != []:
             return check_loader(loader, split), split
     without = f", or do without: `{argument}=None`" if optional else ""

@@ -22,6 +22,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, explain
 
 __all__ = [
     "LoaderSource",
+    "SplitLoaders",
     "batch_size_of",
     "check_loader",
     "find_loader",
@@ -220,6 +221,26 @@ def check_loader(loader: Any, split: str) -> DataLoader[Any]:
             explain(f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples.")
         )
     return loader
+
+
+@dataclass(frozen=True)
+class SplitLoaders:
+    """A trainer's data loaders, each asked for once: a data module may make its data anew every time.
+
+    Attributes:
+        trainer: in the middle of a fit.
+        model: its module.
+    """
+
+    trainer: pl.Trainer
+    model: pl.LightningModule
+    _loaders: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, split: str) -> Any:
+        """The data loader of a split; None where there is none, see `find_loader`."""
+        if split not in self._loaders:
+            self._loaders[split] = find_loader(split, self.trainer, self.model)
+        return self._loaders[split]
 
 
 def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:

@@ -70,16 +70,17 @@ class RepairProgress:
             if self._open:
                 line.begin(self._open[-1])
 
-    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
+    def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Shows how far the search is; between stages there is no line to show it on.
 
         Args:
             done: iterations made.
             total: iterations at most.
-            repaired: failed samples that the best candidate so far repairs.
-            broken: passed samples that it breaks.
+            repaired: failed samples that the best candidate so far repairs; None where nobody has counted them.
+            broken: passed samples that it breaks; likewise.
         """
-        self.show(done, total, f"{repaired} repaired, {broken} broken")
+        counts = ((repaired, "repaired"), (broken, "broken"))
+        self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
 
     def show(self, done: int, total: int, note: str) -> None:
         """Shows how far a stage is, and what else is to be said of it.
@@ -164,7 +165,8 @@ class _RichLine:
         self._task = self._progress.add_task(text, total=float("inf") if self._lightning is not None else None)
 
     def show(self, done: int, total: int, note: str) -> None:
-        self._progress.update(self._task, completed=done, total=total, description=f"{self._text} ({note})")
+        description = f"{self._text} ({note})" if note else self._text
+        self._progress.update(self._task, completed=done, total=total, description=description)
         # Lightning's display is not drawn until it is told to.
         self._progress.refresh()
 

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
+from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
@@ -94,7 +94,7 @@ class TrainerRequest:
         self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, limit: int | None, whole: bool
     ) -> TrainedModel:
         how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": limit, "whole": whole}
-        known, unseen = self.data.sources(trainer, model, **how)
-        calibration = self.data.calibration_sources(trainer, model, **how)
-        training = ContinuedTraining(trainer, model, known, epochs, left_out=self.left_out)
+        loaders = SplitLoaders(trainer, model)
+        known, unseen, calibration = self.data.sources(loaders, **how)
+        training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
         return TrainedModel(model, known, unseen, calibration, training, make_evaluator(trainer, model, self.task))

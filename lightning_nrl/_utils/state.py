@@ -32,11 +32,14 @@ def device_of(model: nn.Module) -> torch.device:
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
     """The tensors of a state that differ from the live ones; a tensor under several names comes under each of them.
 
+    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU.
+
     Raises:
         ConfigurationError: a name is not in the model, or has another shape there.
     """
     live = _checked(model, state)
-    new = {id(live[name]): value for name, value in state.items() if not torch.equal(live[name], value)}
+    pairs = ((live[name], value) for name, value in state.items())
+    new = {id(own): value for own, value in pairs if not torch.equal(own, value.to(own.device))}
     return {name: new[id(value)] for name, value in live.items() if id(value) in new}
 
 

@@ -26,8 +26,8 @@ class Observer(Protocol):
         """Entered around a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""
         ...
 
-    def search(self, done: int, total: int, repaired: int, broken: int) -> None:
-        """After some steps of a stage: how many of how many, and the best candidate's counts."""
+    def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
+        """After some steps of a stage: how many of how many, and the best candidate's counts where there are any."""
         ...
 
 
@@ -131,7 +131,7 @@ class StageTimer:
             spent = self.seconds[name] + self.now() - start - inner
             self.seconds[name] = round(spent, 3)
 
-    def tell(self, done: int, total: int, repaired: int, broken: int) -> None:
-        """Inside a stage: how many steps of how many were made, and the best candidate's counts."""
+    def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
+        """Inside a stage: how many steps of how many were made, and the best candidate's counts, if there are any."""
         if self.observer:
             self.observer.search(done, total, repaired, broken)

@@ -19,7 +19,7 @@ from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
 from lightning_nrl._trainer.data_splits import Found, check_data, find_data
-from lightning_nrl._trainer.loaders import LoaderSource, find_loader, make_source
+from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
@@ -229,22 +229,21 @@ class WeightInterpolation(Callback):
         """Data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
         counted = training = None
-        if self.share == "auto" or self._counts(trainer, pl_module):
-            counted = make(*self._find("calibration", trainer, pl_module))
+        loaders = SplitLoaders(trainer, pl_module)
+        if self.share == "auto" or self._counts(loaders):
+            counted = make(*self._find("calibration", loaders))
         if self.share not in (0, 1) and batch_norms(pl_module):
-            training = make(*self._find("statistics", trainer, pl_module))
+            training = make(*self._find("statistics", loaders))
         return counted, training
 
-    def _counts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    def _counts(self, loaders: SplitLoaders) -> bool:
         """Whether there are calibration data."""
         given = self.calibration
-        return given is not None and (
-            not isinstance(given, str) or find_loader(given, trainer, pl_module) not in (None, [])
-        )
+        return given is not None and (not isinstance(given, str) or loaders.get(given) not in (None, []))
 
-    def _find(self, argument: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Found:
+    def _find(self, argument: str, loaders: SplitLoaders) -> Found:
         try:
-            return find_data(argument, getattr(self, argument), trainer, pl_module)
+            return find_data(argument, getattr(self, argument), loaders)
         except ConfigurationError as error:
             found = str(error).partition("\nHINT:")[0]
             hint = f"give one DataLoader over a data set with an index as `{argument}=`"

@@ -19,7 +19,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_nrl import ConfigurationError, RepairReport, Target
+from lightning_nrl import ConfigurationError, RepairReport, Target, repair
 
 
 def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:
@@ -355,3 +355,35 @@ def test_calibration_data_are_counted_and_limit_the_strength(tmp_path: Path) -> 
     ]
     assert report.splits[2].broken == 0
     assert_true(report, "val", model, data.val_dataloader().dataset)
+
+
+class Asked(Digits):
+    """Counts how often each of its loaders is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, int] = {}
+
+    def count(self, split: str, loader: DataLoader) -> DataLoader:
+        self.asked[split] = self.asked.get(split, 0) + 1
+        return loader
+
+    def train_dataloader(self) -> DataLoader:
+        return self.count("train", super().train_dataloader())
+
+    def val_dataloader(self) -> DataLoader:
+        return self.count("val", super().val_dataloader())
+
+    def repair_dataloader(self) -> DataLoader:
+        return self.count("repair", super().repair_dataloader())
+
+    def test_dataloader(self) -> DataLoader:
+        return self.count("test", super().test_dataloader())
+
+
+def test_each_loader_is_asked_for_once_a_pass(tmp_path: Path, trained: Classifier) -> None:
+    data = Asked()
+    callback = quick_repair(unseen="test", calibration="val")
+    repair(quiet_trainer(tmp_path), trained, datamodule=data, callback=callback)
+    # A pass before, over a batch of each, and the repair itself; and Lightning's own fit, which makes no step.
+    assert data.asked == {"train": 3, "val": 2, "repair": 2, "test": 2}

@@ -173,3 +173,18 @@ def test_manual_optimisation_is_repaired_too(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, repair, max_epochs=1).fit(model, datamodule=Digits())
     assert repair.report.layers == ("inner.network.3",)
     assert repair.report.splits[1].kept + repair.report.splits[1].repaired == int(right(model, Digits().repair).sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_after_a_fit_on_a_gpu_the_model_can_be_saved_and_validated(tmp_path: Path) -> None:
+    repair, model = quick_repair(), Classifier()
+    trainer = quiet_trainer(tmp_path, repair, accelerator="gpu", max_epochs=1)
+    trainer.fit(model, datamodule=Digits())
+    assert repair.report.status == "repaired"
+    # Lightning has moved the model to the CPU.
+    trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
+    saved = [torch.load(path, weights_only=True) for path in (tmp_path / "later.ckpt", repair.repaired_model_path)]
+    for name, value in saved[1]["state_dict"].items():
+        assert torch.equal(saved[0]["state_dict"][name].cpu(), value.cpu())
+    trainer.validate(model, datamodule=Digits(), verbose=False)

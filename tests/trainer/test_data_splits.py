@@ -10,7 +10,7 @@ from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.loaders import make_source
+from lightning_nrl._trainer.loaders import SplitLoaders, make_source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ConfigurationError
 
@@ -38,13 +38,13 @@ def test_calibration_data_that_are_known_too_are_refused(way: str) -> None:
     known, held_out, common = WAYS[way]
     request = DataRequest(loader(known), loader(FAILED), calibration=loader(held_out))
     with pytest.raises(ConfigurationError, match=f"`calibration`: {common} of its {len(held_out)} samples are in"):
-        request.find_calibration(TRAINER, MODEL)
+        request.find(SplitLoaders(TRAINER, MODEL))
 
 
 def test_a_sampler_says_which_samples_are_meant() -> None:
     first, second = (loader(DATA, sampler=SubsetRandomSampler(range(*own))) for own in ((0, 10), (10, 20)))
     request = DataRequest(first, loader(FAILED), calibration=second)
-    assert request.find_calibration(TRAINER, MODEL) == (second, "calibration")
+    assert request.find(SplitLoaders(TRAINER, MODEL)).calibration == (second, "calibration")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -53,9 +53,9 @@ def test_unseen_data_are_refused_only_if_all_of_them_are_known(way: str) -> None
     request = DataRequest(loader(known), loader(FAILED), unseen=loader(held_out))
     if common == len(held_out):
         with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
-            request.find(TRAINER, MODEL)
+            request.find(SplitLoaders(TRAINER, MODEL))
         return
-    found = request.find(TRAINER, MODEL)[2]
+    found = request.find(SplitLoaders(TRAINER, MODEL)).unseen
     assert found is not None
     sources = [make_source(own, "split", trainer=TRAINER, model=MODEL) for own in (loader(known), found[0])]
     assert all(isinstance(source, Identified) for source in sources)
@@ -64,5 +64,7 @@ def test_unseen_data_are_refused_only_if_all_of_them_are_known(way: str) -> None
 
 def test_two_loaders_of_the_same_samples_are_one_split() -> None:
     first, second = (loader(Subset(DATA, [4, 6])) for _ in range(2))
-    known, _ = DataRequest(first, second).sources(TRAINER, MODEL, adapter=lambda raw: raw, seed=0, limit=None)
+    known, _ = DataRequest(first, second).sources(
+        SplitLoaders(TRAINER, MODEL), adapter=lambda raw: raw, seed=0, limit=None
+    )
     assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]

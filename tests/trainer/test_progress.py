@@ -188,6 +188,8 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
             with RepairProgress(trainer) as progress:
                 progress.search(1, 2, repaired=0, broken=0)  # no stage, no line: nothing happens
                 with progress.stage("fit"):
+                    progress.search(1, 2)  # nobody has counted
+                    self.look(progress)
                     with progress.stage("judge"):
                         progress.search(1, 2, repaired=3, broken=0)
                         self.look(progress)
@@ -197,7 +199,11 @@ def test_a_stage_inside_another_takes_its_place_and_gives_it_back(
     nesting = Nesting()
     fit(tmp_path, [bar(), nesting])
     if bar is RichProgressBar:
-        assert [task[0] for task in nesting.tasks] == ["Repair: judge (3 repaired, 0 broken)", "Repair: fit"]
+        assert [task[0] for task in nesting.tasks] == [
+            "Repair: fit",
+            "Repair: judge (3 repaired, 0 broken)",
+            "Repair: fit",
+        ]
         assert not any("Repair" in text for text in nesting.after)
     else:
         shown = capsys.readouterr().out
