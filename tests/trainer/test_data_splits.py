@@ -64,7 +64,6 @@ def test_unseen_data_are_refused_only_if_all_of_them_are_known(way: str) -> None
 
 def test_two_loaders_of_the_same_samples_are_one_split() -> None:
     first, second = (loader(Subset(DATA, [4, 6])) for _ in range(2))
-    known, _ = DataRequest(first, second).sources(
-        SplitLoaders(TRAINER, MODEL), adapter=lambda raw: raw, seed=0, limit=None
-    )
+    loaders = SplitLoaders(TRAINER, MODEL)
+    known, *_ = DataRequest(first, second).sources(loaders, adapter=lambda raw: raw, seed=0, limit=None)
     assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]
