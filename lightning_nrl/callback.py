@@ -37,7 +37,7 @@ from lightning_nrl.presets import with_paper_row
 from lightning_nrl.problem import Method
 from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.report import RepairReport
-from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search import Searcher
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["RegressionFreeRepair"]
@@ -95,7 +95,7 @@ class RegressionFreeRepair(Callback):
         target: Target | None = None,
         layer: str | list[str] = "auto",
         gate: str | Gate = "instance",
-        method: str | Method | ParticleSwarm = "auto",
+        method: str | Method | Searcher[Any] = "auto",
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
         unseen: str | DataLoader | None = None,

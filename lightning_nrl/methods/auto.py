@@ -45,7 +45,7 @@ class Auto:
     """
 
     trains: ClassVar[bool] = True
-    swarm: Searcher[Any] = field(default_factory=ParticleSwarm)
+    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=ParticleSwarm)
 
     def __post_init__(self) -> None:
         fits = isinstance(self.swarm, Searcher)

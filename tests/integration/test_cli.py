@@ -9,10 +9,12 @@ import pytest
 import yaml
 from digit_models import Classifier, Digits
 from pytorch_lightning.cli import LightningCLI
+from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Auto
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multilabel, Regression, Segmentation, Sequence, Task
 
@@ -188,3 +190,23 @@ def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) 
 def test_a_task_of_functions_is_given_by_addresses(tmp_path: Path) -> None:
     words = "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
     assert str(repair_of(cli(tmp_path, words, run=False)).task) == "Custom: passed by torch:eq"
+
+
+OWN_SEARCHER = "{class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}"
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        (OWN_SEARCHER, RandomLocalSearch(iterations=3)),
+        (
+            "{class_path: lightning_nrl.methods.Auto, init_args: {swarm: "
+            "{class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 9}}}}",
+            Auto(ParticleSwarm(particles=9)),
+        ),
+        ("{class_path: lightning_nrl.methods.Auto}", Auto()),
+    ],
+    ids=["own searcher", "swarm within auto", "auto"],
+)
+def test_a_searcher_may_stand_in_a_file(tmp_path: Path, method: str, expected: Any) -> None:
+    assert repair_of(cli(tmp_path, f"method: {method}", run=False)).settings.method == expected
