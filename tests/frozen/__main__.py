@@ -9,8 +9,9 @@ samples broke or were repaired, and a hash of the weights, to the bit. Times, ve
 have to be on the same machine, with `OMP_NUM_THREADS=1`.
 
 `names.py` is the only file that imports the package. After names or signatures have changed, edit that file and no
-other. Words that differ on purpose, such as the name of a class in the settings of a report, go into `renames.json`,
-old word to new word. A comparison prints every other difference and exits with 1 if there is any.
+other. What differs on purpose goes into `renames.json`: words, such as the name of a class in the settings of a report,
+old to new, and keys that were added, with the value that says nothing. A comparison prints every other difference and
+exits with 1 if there is any.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from pytorch_lightning import seed_everything
 
-from .plain import clean, differences, renamed, written
+from .plain import clean, differences, renamed, without, written
 
 RENAMES = Path(__file__).parent / "renames.json"
 
@@ -71,8 +72,8 @@ def run(only: list[str], show: bool) -> tuple[dict[str, Any], list[str]]:
 def compare(a: Path, b: Path, renames: Path) -> int:
     """Prints what differs; gives how much that is."""
     before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (a, b))
-    words = json.loads(renames.read_text(encoding="utf-8"))
-    before = {case: renamed(value, words) for case, value in before.items()}
+    intended = json.loads(renames.read_text(encoding="utf-8"))
+    before, after = renamed(before, intended["renamed"]), without(after, intended["added"])
     found = list(differences(before, after))
     for path, old, new in found:
         case, _, inside = path[1:].partition("/")

@@ -88,9 +88,20 @@ def renamed(value: Any, renames: Mapping[str, str]) -> Any:
             return words.sub(lambda found: renames[found[1]], value)
         if isinstance(value, dict):
             return {walk(key): walk(item) for key, item in value.items()}
-        return [walk(item) for item in value] if isinstance(value, list) else value
+        if not isinstance(value, list):
+            return value
+        found = [walk(item) for item in value]
+        # What was in the order of its names is so after renaming.
+        return sorted(found) if all(isinstance(item, str) for item in value) and value == sorted(value) else found
 
     return walk(value)
+
+
+def without(value: Any, added: Mapping[str, Any]) -> Any:
+    """A value without the keys that were added on purpose, where they hold what says nothing."""
+    if isinstance(value, dict):
+        return {key: without(item, added) for key, item in value.items() if key not in added or item != added[key]}
+    return [without(item, added) for item in value if item not in list(added)] if isinstance(value, list) else value
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
