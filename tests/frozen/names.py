@@ -44,8 +44,7 @@ from lightning_nrl.reference import (
     choose_share,
     interpolate,
 )
-from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact
-from lightning_nrl.release import release as release_models
+from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, release
 from lightning_nrl.release.__main__ import main as release_command
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
@@ -281,7 +280,7 @@ def _is_old(column: str) -> bool:
 
 
 def report_dict(report: Any) -> dict[str, Any]:
-    """AllWeights that a report says; settings and files are kept apart."""
+    """Everything that a report says; settings and files are kept apart."""
     found = {key: value for key, value in report.to_dict().items() if key not in ("settings", "files")}
     # Samples that are known too are looked for now; no case has any.
     if not found["leaked"]:
@@ -337,9 +336,3 @@ def sweep_page(result: Any) -> list[str]:
     """The lines of a sweep as it is shown, without times."""
     runs = tuple(replace(run, seconds=0.0) for run in result.runs)
     return replace(result, runs=runs, versions={}).render(160).splitlines()
-
-
-def release(new: nn.Module, old: Any, data: Any, rules: Any = "instance", *, task: Any = None, **given: Any) -> Any:
-    """The decision on a release, in plain PyTorch."""
-    judged = new if task is None else Evaluator(new, parse_task(task))
-    return release_models(judged, old, data, rules, **given)
