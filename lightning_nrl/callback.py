@@ -18,7 +18,7 @@ from lightning_nrl._trainer.artifacts import base_folder, publish, with_files
 from lightning_nrl._trainer.continue_training import epochs_of
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.sanity_check import rehearse
+from lightning_nrl._trainer.sanity_check import run_sanity_check
 from lightning_nrl._trainer.trained_model import TrainerRequest
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import starting_weights
@@ -183,7 +183,7 @@ class RegressionFreeRepair(Callback):
         base_folder(self.dirpath, trainer)
         with self.request.sample(trainer, pl_module) as few:
             sources = [*few.known, *chain(few.unseen, few.calibration)]
-            rehearse(few.evaluator, sources, self.settings, reference=self.reference)
+            run_sanity_check(few.evaluator, sources, self.settings, reference=self.reference)
             trains = getattr(self.settings.method, "trains", False)
             if self.reference is None and self.settings.layer == "auto" and trains:
                 few.training.warn()

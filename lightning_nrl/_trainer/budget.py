@@ -20,11 +20,11 @@ from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 __all__ = ["CannotTrainError", "TrainingBudget", "TrainingTrial", "check_ranks"]
 
 Result = TypeVar("Result")
-WARM_UP, TIMED = 3, 10
+WARM_UP_BATCHES, TIMED_BATCHES = 3, 10
 """Batches before the pace is even, and batches that it is measured on."""
-TRIAL = 0.1
+TRIAL_TIME_SHARE = 0.1
 """Share of the time that measuring the pace may take."""
-RESERVE = 0.1
+RESERVED_TIME_SHARE = 0.1
 """Share of the time that is kept for a pace slower than it was measured."""
 
 
@@ -142,7 +142,7 @@ class TrainingTrial(TrainingBudget):
 
     def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()
-        super().__init__(began + TRIAL * (end - began), collective)
+        super().__init__(began + TRIAL_TIME_SHARE * (end - began), collective)
         self._ends: list[float] = []
         self._epoch = 0
 
@@ -157,16 +157,16 @@ class TrainingTrial(TrainingBudget):
         if len(self._ends) < 2:
             return 0
         started = self._ends[1] - self._ends[0]
-        even = self._ends[WARM_UP:] if len(self._ends) > WARM_UP + 1 else self._ends
+        even = self._ends[WARM_UP_BATCHES:] if len(self._ends) > WARM_UP_BATCHES + 1 else self._ends
         batch = (even[-1] - even[0]) / (len(even) - 1)
-        left = (end - time.perf_counter()) * (1 - RESERVE) - started
+        left = (end - time.perf_counter()) * (1 - RESERVED_TIME_SHARE) - started
         return int(left / max(batch * self._epoch, 1e-9))
 
     def _is_over(self, device: torch.device) -> bool:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self._ends.append(time.perf_counter())
-        return len(self._ends) > WARM_UP + TIMED or super()._is_over(device)
+        return len(self._ends) > WARM_UP_BATCHES + TIMED_BATCHES or super()._is_over(device)
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ __all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]
 
 EPOCHS = 20
 """Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
-FEWEST = 3
+FEWEST_EPOCHS = 3
 """A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
 
 
@@ -149,7 +149,7 @@ class ContinuedTraining:
             self._fit(pace, epochs, seed, start, weight, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
-        if epochs < min(FEWEST, self.epochs):
+        if epochs < min(FEWEST_EPOCHS, self.epochs):
             return None
         state = self._fit(TrainingBudget(end, collective, clock), epochs, seed, start, weight, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}

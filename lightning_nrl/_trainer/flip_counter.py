@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nrl._trainer.validation_flips import Replaced
+from lightning_nrl._trainer.validation_flips import ReferenceResults
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.metrics.rates import UPDATE_RATES
 
-__all__ = ["Count", "values_of"]
+__all__ = ["FlipCounter", "values_of"]
 
 
-class Count:
+class FlipCounter:
     """What one validation has found so far, on the device; nothing waits for it before the end."""
 
-    def __init__(self, known: Replaced, device: torch.device) -> None:
+    def __init__(self, known: ReferenceResults, device: torch.device) -> None:
         self.known = known
         n = len(known.passed)
         self.new = torch.zeros(n, dtype=torch.bool, device=device)

@@ -31,7 +31,7 @@ from typing_extensions import override
 from lightning_nrl._lightning import release_copy, shared_with_copies
 from lightning_nrl._utils.state import State, write
 
-__all__ = ["LEFT_OUT", "Silent", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
+__all__ = ["LEFT_OUT", "NullLogger", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
 
 LEFT_OUT: tuple[type, ...] = (
     BatchSizeFinder,
@@ -118,7 +118,7 @@ def inner_trainer(outer: pl.Trainer, callback: Callback, *, epochs: int, folder:
         gradient_clip_algorithm=outer.gradient_clip_algorithm,
         accumulate_grad_batches=outer.accumulate_grad_batches,
         callbacks=[callback],
-        logger=[Silent(folder) for _ in outer.loggers],
+        logger=[NullLogger(folder) for _ in outer.loggers],
         limit_val_batches=0,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -144,25 +144,25 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-class Nowhere:
+class NullExperiment:
     """Takes whatever is done to it and does nothing, as an experiment that nobody reads."""
 
-    def __getattr__(self, name: str) -> Nowhere:
+    def __getattr__(self, name: str) -> NullExperiment:
         if name.startswith("__"):
             raise AttributeError(name)
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Nowhere:
+    def __call__(self, *args: Any, **kwargs: Any) -> NullExperiment:
         return self
 
-    def __getitem__(self, key: Any) -> Nowhere:
+    def __getitem__(self, key: Any) -> NullExperiment:
         return self
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
 
-class Silent(Logger):
+class NullLogger(Logger):
     """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`.
 
     Args:
@@ -194,9 +194,9 @@ class Silent(Logger):
         return self._folder
 
     @property
-    def experiment(self) -> Nowhere:
+    def experiment(self) -> NullExperiment:
         """Takes whatever the module tells it."""
-        return Nowhere()
+        return NullExperiment()
 
     @override
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
@@ -207,7 +207,7 @@ class Silent(Logger):
         pass
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(Nowhere(), name)
+        return getattr(NullExperiment(), name)
 
 
 def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:

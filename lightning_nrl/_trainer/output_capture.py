@@ -20,16 +20,16 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 
 
 @dataclass
-class _Heard:
+class _RecordedCalls:
     """All that hooks hold, so that a copy of the model copies little more than itself."""
 
     active: bool = False
     calls: dict[str, list[Call]] = field(default_factory=dict)
 
 
-def _hear(heard: _Heard, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-    if heard.active:
-        heard.calls[name].append((args, kwargs, output))
+def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    if recorded.active:
+        recorded.calls[name].append((args, kwargs, output))
 
 
 class Outputs:
@@ -39,28 +39,28 @@ class Outputs:
     """
 
     def __init__(self) -> None:
-        self._heard = _Heard()
+        self._recorded = _RecordedCalls()
         self._handles: dict[str, RemovableHandle] = {}
 
     def watch(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
         """Listens to parts by their dotted names; an empty one is the module itself. Earlier names go first."""
         for name in names:
             if name not in self._handles:
-                self._heard.calls[name] = []
-                hook = partial(_hear, self._heard, name)
+                self._recorded.calls[name] = []
+                hook = partial(_record_call, self._recorded, name)
                 self._handles[name] = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 
     def leave(self) -> None:
         """Listens no more."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._heard = {}, _Heard()
+        self._handles, self._recorded = {}, _RecordedCalls()
 
     def begin(self) -> None:
         """A batch begins."""
-        for calls in self._heard.calls.values():
+        for calls in self._recorded.calls.values():
             calls.clear()
-        self._heard.active = True
+        self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
         """A batch ends.
@@ -84,9 +84,9 @@ class Outputs:
         Args:
             redirected: whether the whole step ran inside a call of the module that has ended too, as under `ddp`.
         """
-        self._heard.active = False
+        self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
-        for name, calls in self._heard.calls.items():
+        for name, calls in self._recorded.calls.items():
             # The call around the step ends last, with what the step returned.
             made = calls[:-1] if redirected and not name else list(calls)
             calls.clear()

@@ -19,11 +19,11 @@ from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference
 
-__all__ = ["rehearse"]
+__all__ = ["run_sanity_check"]
 
 
 @torch.no_grad()
-def rehearse(
+def run_sanity_check(
     evaluator: Evaluator,
     sources: Sequence[Source],
     settings: Settings,

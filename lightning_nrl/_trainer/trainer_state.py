@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_nrl._lightning import callbacks_of, reading_checkpoints, set_callbacks
-from lightning_nrl._trainer.inner_trainer import LEFT_OUT, Silent
+from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl.errors import TrainingWarning, explain
@@ -85,7 +85,7 @@ def untracked(trainer: pl.Trainer) -> Iterator[None]:
     stay = [c for c in callbacks if isinstance(c, (Checkpoint, ProgressBar)) or not isinstance(c, LEFT_OUT)]
     try:
         with tempfile.TemporaryDirectory() as folder:
-            trainer.loggers = [Silent(folder) for _ in loggers]
+            trainer.loggers = [NullLogger(folder) for _ in loggers]
             set_callbacks(trainer, stay)
             yield
     finally:

@@ -31,13 +31,13 @@ from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["Replaced", "ask", "is_known", "validation_loader"]
+__all__ = ["ReferenceResults", "evaluate_reference", "is_known", "validation_loader"]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 @dataclass(frozen=True, eq=False)
-class Replaced:
+class ReferenceResults:
     """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU.
 
     Attributes:
@@ -102,7 +102,7 @@ def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[
     return loader, None if most == float("inf") else int(most)
 
 
-def ask(
+def evaluate_reference(
     reference: Reference,
     trainer: pl.Trainer,
     model: pl.LightningModule,
@@ -111,7 +111,7 @@ def ask(
     slices: Slices | None = None,
     task: Task,
     adapter: Adapter,
-) -> Replaced:
+) -> ReferenceResults:
     """Asks the replaced model about the validation data, with one pass of each model. All are left as found.
 
     Args:
@@ -151,7 +151,7 @@ def ask(
         answers = reference.answers(evaluator, [source], new)
     names, group = told.gathered(collective)
     rows = torch.searchsorted(source.index, mine)
-    return Replaced(
+    return ReferenceResults(
         loader,
         batches,
         (0, *accumulate(map(len, batches))),
@@ -164,7 +164,7 @@ def ask(
     )
 
 
-def is_known(known: Replaced, trainer: pl.Trainer, dataloader: int) -> bool:
+def is_known(known: ReferenceResults, trainer: pl.Trainer, dataloader: int) -> bool:
     """Whether the data that are to be validated are still those that the replaced model was asked about."""
     loader, most = validation_loader(trainer, dataloader)
     if loader is known.loader:

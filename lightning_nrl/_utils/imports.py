@@ -11,7 +11,7 @@ from lightning_nrl.errors import ConfigurationError, explain
 
 __all__ = ["import_function"]
 
-HINT = "write `package.module:function`, with a module that Python can import from here."
+ADDRESS_HINT = "write `package.module:function`, with a module that Python can import from here."
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -39,8 +39,8 @@ def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[
 def _at(argument: str, address: str) -> Any:
     module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
     if not module or not name:
-        raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", HINT))
+        raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", ADDRESS_HINT))
     try:
         return operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigurationError(explain(f"`{argument}={address!r}` was not found: {error}.", HINT)) from error
+        raise ConfigurationError(explain(f"`{argument}={address!r}` was not found: {error}.", ADDRESS_HINT)) from error

@@ -15,8 +15,8 @@ __all__ = ["Context", "at_least_float32", "no_autocast", "repeatable_gradients",
 Context = Callable[[], AbstractContextManager[Any]]
 """Is entered around every forward pass, such as autocast."""
 
-LOCK = Lock()
-FOUND: list[tuple[bool, bool, bool]] = []
+CUDNN_LOCK = Lock()
+CUDNN_SETTINGS: list[tuple[bool, bool, bool]] = []
 """How cuDNN was set when each thread that is inside came in."""
 
 
@@ -46,14 +46,14 @@ def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
     """
     cudnn: Any = torch.backends.cudnn
     recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with LOCK:
-        FOUND.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
+    with CUDNN_LOCK:
+        CUDNN_SETTINGS.append((cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
         cudnn.enabled, cudnn.deterministic, cudnn.benchmark = cudnn.enabled and not recurrent, True, False
     try:
         yield
     finally:
-        with LOCK:
-            before = FOUND.pop()
+        with CUDNN_LOCK:
+            before = CUDNN_SETTINGS.pop()
             # Of several threads the last one sets all back.
-            if not FOUND:
+            if not CUDNN_SETTINGS:
                 cudnn.enabled, cudnn.deterministic, cudnn.benchmark = before

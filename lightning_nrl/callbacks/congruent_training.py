@@ -29,7 +29,7 @@ from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.reference.loss_terms import Term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher, Teaches
+from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["PositiveCongruentTraining", "regression_loss"]
@@ -95,7 +95,7 @@ class PositiveCongruentTraining(Callback):
         self.task = parse_task(task)
         self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
         self._wrapped, self._outputs, self._held = Wrapped(), Outputs(), ExitStack()
-        self._teacher: Teaches | None = None
+        self._teacher: ReferenceTeacher | None = None
         self._called = False
 
     @override
@@ -222,7 +222,7 @@ class PositiveCongruentTraining(Callback):
         self._outputs.watch(pl_module, probe.parts or ())
         self._teacher = teacher
 
-    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Teaches:
+    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceTeacher:
         if isinstance(self.reference, Predictions):
             assert self.index is not None
             return PredictedTeacher(self.reference, "train", self.task, self.index)

@@ -13,10 +13,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._trainer.flip_counter import Count, values_of
+from lightning_nrl._trainer.flip_counter import FlipCounter, values_of
 from lightning_nrl._trainer.output_capture import Outputs
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._trainer.validation_flips import Replaced, ask, is_known
+from lightning_nrl._trainer.validation_flips import ReferenceResults, evaluate_reference, is_known
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
@@ -85,8 +85,8 @@ class RegressionMetrics(Callback):
         self.task = parse_task(task)
         self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
         self._outputs = Outputs()
-        self._replaced: Replaced | None = None
-        self._count: Count | None = None
+        self._replaced: ReferenceResults | None = None
+        self._count: FlipCounter | None = None
         self._warned = False
 
     @override
@@ -118,7 +118,7 @@ class RegressionMetrics(Callback):
         # Data loaders may be made anew while training.
         if known is None or not is_known(known, trainer, self.dataloader):
             known = self._ask(trainer, pl_module)
-        self._count = Count(known, pl_module.device)
+        self._count = FlipCounter(known, pl_module.device)
 
     @override
     def on_validation_batch_start(
@@ -161,14 +161,14 @@ class RegressionMetrics(Callback):
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Replaced:
+    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceResults:
         means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._replaced = ask(self.reference, trainer, pl_module, **means)
+        known = self._replaced = evaluate_reference(self.reference, trainer, pl_module, **means)
         self._outputs.watch(pl_module, known.parts)
         return known
 
     def _logits(self, output: Any, n: int) -> Tensor | None:
-        """Those in what was heard, if they are of `n` samples."""
+        """Those in what was recorded, if they are of `n` samples."""
         if output is not None:
             with suppress(ConfigurationError):
                 logits = self.task.logits(output)

@@ -30,8 +30,8 @@ from lightning_nrl.data.batch import Adapter, unpack
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind, explain
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
+    ACCURACY_TOLERANCE,
     OTHERWISE,
-    TOLERANCE,
     ShareChoice,
     alignment,
     check_share,
@@ -43,7 +43,7 @@ from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["WeightInterpolation"]
 
-ALIKE = 0.5
+MIN_COSINE = 0.5
 """Weights with a smaller cosine did not begin at the old ones: those of two random beginnings have about 0."""
 
 
@@ -97,7 +97,7 @@ class WeightInterpolation(Callback):
         self,
         reference: nn.Module | str | Path | State | Reference,
         share: float | Literal["auto"] = "auto",
-        tolerance: float = TOLERANCE,
+        tolerance: float = ACCURACY_TOLERANCE,
         calibration: str | DataLoader | None = "val",
         statistics: str | DataLoader = "train",
         batches: int | None = None,
@@ -164,7 +164,7 @@ class WeightInterpolation(Callback):
             if training is not None:
                 estimate_statistics(evaluator, training)
         cosine = alignment(fitting("reference", self._old, pl_module), pl_module)
-        if cosine < ALIKE:
+        if cosine < MIN_COSINE:
             rank_zero_warn(
                 explain(
                     f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between "

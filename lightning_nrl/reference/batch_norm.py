@@ -21,9 +21,9 @@ from lightning_nrl.evaluation import Evaluator
 
 __all__ = ["batch_norms", "estimate_statistics"]
 
-BATCH_SIZE = 256
+DEFAULT_BATCH_SIZE = 256
 """Samples at once from a source that does not say how many."""
-FEWEST = 4
+FEWEST_SAMPLES_AT_ONCE = 4
 """Samples at once at least: with fewer, a batch of one could be left on some rank, which batch norm refuses."""
 
 
@@ -101,7 +101,7 @@ def estimate_statistics(
 def _drawn(source: Source, batches: int | None, seed: int, collective: Collective) -> Iterator[Any]:
     """This rank's samples in random order, in batches of about one size, as many as on every other rank."""
     mine = source.positions
-    size = max(int(getattr(source, "batch_size", 0) or BATCH_SIZE), FEWEST)
+    size = max(int(getattr(source, "batch_size", 0) or DEFAULT_BATCH_SIZE), FEWEST_SAMPLES_AT_ONCE)
     most = int(torch.cat(collective.gather(torch.tensor([len(mine)]))).max())
     order = mine[torch.randperm(len(mine), generator=torch.Generator().manual_seed(seed))]
     parts = [part for part in order.tensor_split(max(-(-most // size), 1)) if len(part)]

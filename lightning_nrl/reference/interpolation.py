@@ -24,9 +24,9 @@ from lightning_nrl.report.formatting import percent
 
 __all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
 
-SHARES = tuple(step / 20 for step in range(11))
+DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
-TOLERANCE = 0.005
+ACCURACY_TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
 OTHERWISE = "combine other models in their outputs: see `lightning_nrl.serving`"
 """For a hint: what there is for two architectures."""
@@ -156,8 +156,8 @@ def choose_share(
     data: Data,
     training: Data | None = None,
     *,
-    tolerance: float | None = TOLERANCE,
-    shares: Sequence[float] = SHARES,
+    tolerance: float | None = ACCURACY_TOLERANCE,
+    shares: Sequence[float] = DEFAULT_SHARES,
     batches: int | None = None,
     seed: int = 0,
     adapter: Adapter = unpack,

@@ -17,15 +17,15 @@ from lightning_nrl.reference.old_model import Classes, table_of
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["ModelTeacher", "PredictedTeacher", "Teaches"]
+__all__ = ["ModelTeacher", "PredictedTeacher", "ReferenceTeacher"]
 
-SAME = 0.02
+OUTPUT_TOLERANCE = 0.02
 """Outputs of the same samples differ by less than this part of the largest one, in any precision and batch size."""
 Index = Callable[[Any], Any]
 """The data-set positions of the samples of a raw batch, `n` whole numbers."""
 
 
-class Teaches:
+class ReferenceTeacher:
     """Says what the replaced model makes of a batch."""
 
     def __call__(
@@ -46,7 +46,7 @@ class Teaches:
         raise NotImplementedError
 
 
-class ModelTeacher(Teaches):
+class ModelTeacher(ReferenceTeacher):
     """Runs the replaced model, in evaluation mode and without gradients.
 
     Args:
@@ -106,7 +106,7 @@ class ModelTeacher(Teaches):
             return
         self._is_checked = True
         apart, size = (known.float() - output.float()).abs().nan_to_num().max(), output.float().abs().nan_to_num().max()
-        if bool(apart > SAME * size):
+        if bool(apart > OUTPUT_TOLERANCE * size):
             self.index = None
             warnings.warn(
                 explain(
@@ -141,7 +141,7 @@ class ModelTeacher(Teaches):
         return output
 
 
-class PredictedTeacher(Teaches):
+class PredictedTeacher(ReferenceTeacher):
     """Knows from a file which samples the replaced model gets right, and nothing else.
 
     Args:

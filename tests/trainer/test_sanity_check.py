@@ -6,7 +6,7 @@ from torch import nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Target
-from lightning_nrl._trainer.sanity_check import rehearse
+from lightning_nrl._trainer.sanity_check import run_sanity_check
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
@@ -15,7 +15,7 @@ from lightning_nrl.localization import AllWeights, NeuRecoverLite
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:
     model = nn.Sequential(*trained(), Counting())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rehearse(Evaluator(model), known(), quick(layer=["0", "2"]))
+    run_sanity_check(Evaluator(model), known(), quick(layer=["0", "2"]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training and not module._forward_hooks for module in model.modules())
 
@@ -46,7 +46,7 @@ class Detour(nn.Module):
 
 def test_a_layer_that_is_never_called_is_found() -> None:
     with pytest.raises(ReplayError, match="`layer='unused'` is never called"):
-        rehearse(Evaluator(Detour()), known(), quick())
+        run_sanity_check(Evaluator(Detour()), known(), quick())
 
 
 class Detached(nn.Module):
@@ -63,22 +63,22 @@ class Detached(nn.Module):
 
 def test_a_loss_without_a_gradient_is_found_where_localisation_needs_one() -> None:
     with pytest.raises(ReplayError, match="the loss has no gradient with respect to the outputs of"):
-        rehearse(Evaluator(Detached()), known(), quick())
-    rehearse(Evaluator(Detached()), known(), quick(localizer=AllWeights()))
+        run_sanity_check(Evaluator(Detached()), known(), quick())
+    run_sanity_check(Evaluator(Detached()), known(), quick(localizer=AllWeights()))
 
 
 def test_an_empty_localisation_of_a_few_samples_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
-    rehearse(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
+    run_sanity_check(Evaluator(trained()), known(n=2), quick(localizer=NeuRecoverLite(n_g=36)))
     assert not recwarn
 
 
 def test_a_target_that_does_not_fit_is_found() -> None:
     wrong = Target.where(lambda batch: batch[0], name="inputs")
     with pytest.raises(ConfigurationError, match="`target`: the predicate of 'where inputs' returned"):
-        rehearse(Evaluator(trained()), known(), quick(target=wrong))
+        run_sanity_check(Evaluator(trained()), known(), quick(target=wrong))
 
 
 def test_logits_that_do_not_fit_are_found() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Unflatten(1, (3, 1)))
     with pytest.raises(ConfigurationError, match="`task`: multiclass needs logits"):
-        rehearse(Evaluator(model), known(), quick())
+        run_sanity_check(Evaluator(model), known(), quick())
