@@ -16,6 +16,7 @@ from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trac
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import holding
 from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.tasks import Task
 
 __all__ = ["EditableModel", "Inputs", "LayerEdit", "edit_outputs"]
@@ -31,16 +32,27 @@ class EditableModel:
     """The model under repair, as it is deployed.
 
     Attributes:
-        model: the model in evaluation mode.
+        evaluator: the model in evaluation mode, and what judges it.
         space: its repaired layers.
-        task: finds the logits in what it returns.
-        context: entered around every forward pass, such as autocast.
     """
 
-    model: nn.Module
+    evaluator: Evaluator
     space: ParameterSpace
-    task: Task
-    context: Context
+
+    @property
+    def model(self) -> nn.Module:
+        """The module itself."""
+        return self.evaluator.model
+
+    @property
+    def task(self) -> Task:
+        """Finds the logits in what the module returns."""
+        return self.evaluator.task
+
+    @property
+    def context(self) -> Context:
+        """Entered around every forward pass."""
+        return self.evaluator.context
 
     @property
     def sites(self) -> dict[str, LayerRef]:

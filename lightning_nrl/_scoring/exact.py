@@ -8,11 +8,10 @@ Elsewhere, and where nothing can be replayed, the whole model is run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
@@ -20,9 +19,8 @@ from lightning_nrl._scoring.editable_model import EditableModel, Inputs
 from lightning_nrl._scoring.recording import find_group, find_whole_group
 from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.sparse_delta import layer_output
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["ExactBatch", "exact_batches"]
 
@@ -65,21 +63,14 @@ class ExactBatch:
 
 
 def exact_batches(
-    model: nn.Module,
-    batches: Iterable[tuple[Batch, Tensor]],
-    space: ParameterSpace,
-    task: Task,
-    *,
-    context: Context = nullcontext,
+    evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
     """Runs the model over data, one batch after the other.
 
     Args:
-        model: the model in evaluation mode.
+        evaluator: the model in evaluation mode, and what finds the logits in what it returns.
         batches: each with its samples' rows in the evidence, `n` int64 on the CPU.
         space: the layers that are to have other weights.
-        task: finds the logits in what the model returns.
-        context: entered around every forward pass, such as autocast.
 
     Yields:
         What is needed to run each again, on the model's device.
@@ -87,7 +78,7 @@ def exact_batches(
     Raises:
         ReplayError: a layer that is never called.
     """
-    editable = EditableModel(model, space, task, context)
+    editable = EditableModel(evaluator, space)
     own = {name: parameter.detach() for site in space.sites for name, parameter in site.parameters.items()}
     known: list[ReplayGroup] = []
     for batch, rows in batches:

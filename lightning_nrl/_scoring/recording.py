@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache
@@ -22,10 +21,9 @@ from lightning_nrl._scoring.plan_search import find_replay_plan, same_values
 from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_batch
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import PerformanceWarning, explain
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["find_group", "find_whole_group", "record"]
 
@@ -34,24 +32,20 @@ OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model
 
 @torch.no_grad()
 def record(
-    model: nn.Module,
+    evaluator: Evaluator,
     batches: Iterable[tuple[Batch, Tensor]],
     space: ParameterSpace,
-    task: Task,
     keep: Tensor,
     *,
-    context: Context = nullcontext,
     budget: int | None = None,
 ) -> ActivationCache:
     """Runs the model once over known data and keeps what a repair of the given layers needs of it.
 
     Args:
-        model: the model in evaluation mode.
+        evaluator: the model in evaluation mode, and what finds the logits in what it returns.
         batches: this rank's batches, each with its samples' rows in the evidence, `n` int64 on the CPU.
         space: the repaired layers.
-        task: finds the logits in what the model returns.
         keep: `N` bool by row of the evidence, which samples are wanted.
-        context: entered around every forward pass, such as autocast.
         budget: bytes that may be held on the model's device; what comes after them is held on the CPU. By default half
             of what is free on a GPU, and no limit elsewhere.
 
@@ -61,7 +55,7 @@ def record(
     Raises:
         ReplayError: a layer that is never called.
     """
-    cache = ActivationCache(EditableModel(model, space, task, context), [], torch.zeros(0, dtype=torch.int64))
+    cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
     budget = _default_budget(space.device) if budget is None else budget
     held, device = 0, space.device
     for batch, rows in batches:

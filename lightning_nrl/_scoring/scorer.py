@@ -17,7 +17,7 @@ from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.tasks import Task
+from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
 
@@ -160,9 +160,8 @@ def make_scorer(
     where: Tensor,
     failed: Tensor,
     passed: Tensor,
-    task: Task,
+    evaluator: Evaluator,
     *,
-    collective: Collective | None = None,
     budget: int | None = None,
     passed_loss: bool = True,
     fragility: Tensor | None = None,
@@ -177,8 +176,7 @@ def make_scorer(
             fewer than K.
         failed: `N` bool by row of the evidence, I_neg; or `S x N`, that of each swarm.
         passed: `N` bool by row of the evidence, I_pos; or `S x N`, that of each swarm.
-        task: says what passed and loss mean.
-        collective: the ranks that share the work.
+        evaluator: says what passed and loss mean, and which ranks share the work.
         budget: bytes that scoring may take on the device beside the recording; by default a share of what is free.
         passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
             candidate of a call can break are not computed.
@@ -196,7 +194,7 @@ def make_scorer(
     Raises:
         ConfigurationError: numbers of swarms that do not agree.
     """
-    collective = collective or Collective()
+    task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
     budget = default_budget(device) if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()

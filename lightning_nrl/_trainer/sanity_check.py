@@ -58,13 +58,13 @@ def run_sanity_check(
         batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
         # What these few samples say of the weights does not matter yet, nor what is worth a warning.
         budget = settings.search.budget
-        work = partial(record, model, batches, space, task, known, context=evaluator.context, budget=budget)
+        work = partial(record, evaluator, batches, space, known, budget=budget)
         ranks = evaluator.collective
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
-                settings.localizer(recording, task, failed=failed, passed=known & ~failed, collective=ranks)
+                settings.localizer(recording, evaluator, failed=failed, passed=known & ~failed)
         except OtherRankError:
             raise
         except (EmptyLocalizationError, EvaluationError):

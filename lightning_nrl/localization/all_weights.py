@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Replay
 from lightning_nrl.localization.localization import Localization
 from lightning_nrl.localization.localizer import LOCALIZERS
-from lightning_nrl.tasks import Task
 
 __all__ = ["AllWeights"]
 
@@ -27,9 +26,7 @@ class AllWeights:
 
     include_bias: bool = False
 
-    def __call__(
-        self, recording: Replay, task: Task, *, failed: Tensor, passed: Tensor, collective: Collective | None = None
-    ) -> Localization:
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """All weights, as the set operation would give them if they mattered for the failed data alone."""
         total = recording.space.size
         weights = torch.arange(total, device=recording.space.device)

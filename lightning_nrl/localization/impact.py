@@ -23,10 +23,10 @@ from lightning_nrl._model.per_sample_grad import (
     sample_gradients,
     weight_gradient,
 )
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
 from lightning_nrl.errors import EvaluationError, ReplayError, check_choice, explain
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.localization import Impact
 from lightning_nrl.tasks import Task
 
@@ -67,11 +67,10 @@ def check_aggregation(aggregation: str) -> None:
 
 def measure(
     recording: Replay,
-    task: Task,
+    evaluator: Evaluator,
     rows_mask: Tensor,
     *,
     aggregation: Aggregation = "mean_gradient",
-    collective: Collective | None = None,
 ) -> Impact:
     """Backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
@@ -82,10 +81,9 @@ def measure(
 
     Args:
         recording: the model on the known data of this rank.
-        task: gives each sample's loss.
+        evaluator: what gives each sample's loss, and the ranks that share the data.
         rows_mask: `N` bool, the samples to measure on, by row of the evidence.
         aggregation: how the gradients of many samples become one number.
-        collective: the ranks that share the data.
 
     Returns:
         Impacts in the order of the weight space, on its device, in float64 (float32 where the device has no float64).
@@ -99,11 +97,11 @@ def measure(
     check_aggregation(aggregation)
     space, sums, size = recording.space, None, SAMPLES_PER_PASS
     while sums is None:
-        work = partial(_sum_up, recording, task, rows_mask, aggregation, size)
+        work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, size)
         # Ranks exchange nothing here: each may do with fewer samples at once by itself.
         sums = none_if_out_of_memory(work, last_try=size == 1)
         size //= 2
-    return _mean(space, _Sums.of(space, (collective or Collective()).sum(sums.flat)))
+    return _mean(space, _Sums.of(space, evaluator.collective.sum(sums.flat)))
 
 
 def _sum_up(recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, size: int) -> _Sums:

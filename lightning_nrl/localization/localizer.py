@@ -6,11 +6,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Replay
 from lightning_nrl.localization.localization import Localization
-from lightning_nrl.tasks import Task
 
 __all__ = ["LOCALIZERS", "Localizer"]
 
@@ -24,17 +23,14 @@ class Localizer(Protocol):
         """Whether biases may be chosen too: the weight space is made accordingly."""
         ...
 
-    def __call__(
-        self, recording: Replay, task: Task, *, failed: Tensor, passed: Tensor, collective: Collective | None = None
-    ) -> Localization:
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Localises.
 
         Args:
             recording: the model on the known data of this rank.
-            task: gives each sample's loss.
+            evaluator: what gives each sample's loss, and the ranks that share the data.
             failed: `N` bool, the samples to be repaired (I_neg), by row of the evidence.
             passed: `N` bool, the samples to be kept (I_pos).
-            collective: the ranks that share the data.
 
         Raises:
             EmptyLocalizationError: no weight can be chosen.

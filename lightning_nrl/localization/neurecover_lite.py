@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Replay, check_aggregation, measure
 from lightning_nrl.localization.localization import Impact, Localization
 from lightning_nrl.localization.localizer import LOCALIZERS
-from lightning_nrl.tasks import Task
 
 __all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
 
@@ -52,13 +51,10 @@ class NeuRecoverLite:
         _check(self.n_weights, self.n_g)
         check_aggregation(self.aggregation)
 
-    def __call__(
-        self, recording: Replay, task: Task, *, failed: Tensor, passed: Tensor, collective: Collective | None = None
-    ) -> Localization:
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Measures both impacts and localises; see `measure` for the arguments and `localize` for the rest."""
         of_failed, of_passed = (
-            measure(recording, task, rows, aggregation=self.aggregation, collective=collective)
-            for rows in (failed, passed)
+            measure(recording, evaluator, rows, aggregation=self.aggregation) for rows in (failed, passed)
         )
         return localize(of_failed, of_passed, n_weights=self.n_weights, n_g=self.n_g)
 

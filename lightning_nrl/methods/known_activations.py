@@ -26,12 +26,10 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     """
     work = partial(
         record,
-        problem.model,
+        problem.evaluator,
         _batches(problem),
         problem.space,
-        problem.task,
         keep,
-        context=problem.context,
         budget=half_budget(problem),
     )
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")

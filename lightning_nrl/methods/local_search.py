@@ -122,9 +122,7 @@ def localize_and_search(
     space, clock = problem.space, problem.clock
     with clock.stage("localize"):
         recording = record_known(problem, problem.before.targeted | goal.passed | goal.constrained)
-        localization = problem.localizer(
-            recording, problem.task, failed=goal.failed, passed=goal.passed, collective=problem.collective
-        )
+        localization = problem.localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
     where = localization.weights.to(space.device)
     with clock.stage("search"):
         known = None if elites is None else elites(where, searcher.n_candidates // 2)
@@ -155,8 +153,7 @@ def _search(
         where,
         before.targeted,
         goal.constrained,
-        problem.task,
-        collective=problem.collective,
+        problem.evaluator,
         budget=half_budget(problem),
         passed_loss=passed_loss,
         fragility=before.loss,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
 
 RUNS = 7
 
@@ -62,7 +62,7 @@ def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> A
     """All samples recorded, in batches of 100."""
     rows = torch.arange(len(x)).split(100)
     batches = [(Batch((x[r],), y[r], r), r) for r in rows]
-    return record(model, batches, space, Multiclass(), torch.ones(len(x), dtype=torch.bool))
+    return record(Evaluator(model), batches, space, torch.ones(len(x), dtype=torch.bool))
 
 
 def compare(runs: Sequence[Callable[[], object]], times: int = RUNS) -> list[list[float]]:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 
 def lean(weight: Tensor, bias: Tensor, where: Tensor, values: Tensor, x: Tensor, y: Tensor, failed: Tensor) -> Tensor:
@@ -42,7 +45,7 @@ def main() -> None:
         for name, scale in (("spread widely", 1.0), ("near the original", 0.02)):
             values = space.flat()[where] + scale * torch.randn(100, 50)
             full, counts = (
-                make_scorer(recording, where, failed, ~failed, Multiclass(), passed_loss=flag) for flag in (True, False)
+                make_scorer(recording, where, failed, ~failed, EVALUATOR, passed_loss=flag) for flag in (True, False)
             )
             weight, bias = model.weight.detach(), model.bias.detach()
             lean_s, full_s, counts_s = compare(

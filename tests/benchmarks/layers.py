@@ -13,13 +13,17 @@ from collections.abc import Callable
 
 import torch
 from bench import ResNet27, milliseconds, ratio, recorded, show
+from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl._scoring.forward_trace import with_cached_outputs
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 P, K = 100, 300
 LAYERS = {
@@ -82,7 +86,7 @@ def main() -> None:
             ("few channels", torch.arange(K) + kernel),
         ):
             values = space.flat()[where] + 0.1 * torch.randn(P, K)
-            scorer = make_scorer(recording, where, failed, ~failed, Multiclass())
+            scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR)
             floors, ours, wholes = [], [], []
             scorer(values[:5].unsqueeze(0))
             for _ in range(5):

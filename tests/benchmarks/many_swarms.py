@@ -15,9 +15,12 @@ from torch import nn
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search import ParticleSwarm, WeightStats, search_many
 from lightning_nrl.search.fitness import Fitness
-from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 SETTINGS, SEEDS, PARTICLES, ITERATIONS = 66, 10, 200, 100
 FAILED, PASSED, SAMPLED = 150, 3000, 500
@@ -43,7 +46,7 @@ def study(settings: int, seeds: int, particles: int, iterations: int, sampled: i
         row[FAILED + torch.randperm(PASSED)[:sampled]] = True
     kinds = [Fitness(("eq1", "eq2")[s % 2], alpha=4.0 + s % 5, perfect_intact=s % 3 == 0) for s in range(swarms)]
     began = time.perf_counter()
-    scorer = make_scorer(recording, where, failed, passed, Multiclass())
+    scorer = make_scorer(recording, where, failed, passed, EVALUATOR)
     search_many(
         scorer,
         space.flat()[where.clamp_min(0)],

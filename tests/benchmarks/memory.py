@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import torch
 from bench import ResNet27, recorded, show
+from torch import nn
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
 from lightning_nrl._scoring.memory import measure_allocations
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 
 def main() -> None:
@@ -30,7 +34,7 @@ def main() -> None:
             peaks = []
             for p in (100, 400, 1600):
                 values = (space.flat()[where] + 0.1 * torch.randn(p, len(where))).unsqueeze(0)
-                scorer = make_scorer(recording, where, failed, ~failed, Multiclass(), budget=budget)
+                scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR, budget=budget)
                 kept = sum(part.nbytes for part in (*scorer.groups[0].failed, *scorer.groups[0].passed))
                 peaks.append(kept + measure_allocations(lambda s=scorer, v=values: s(v))[0])
             row = [f"{peak / 2**20:.1f} MiB" for peak in peaks]

@@ -16,8 +16,11 @@ from torch.nn import functional as F
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search import ParticleSwarm, SearchResult, WeightStats, search
-from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 
 def trained() -> nn.Module:
@@ -59,7 +62,7 @@ def main() -> None:
         space = find_layers(model, layer)
         recording = recorded(model, space, x, y)
         where = torch.randperm(space.size)[:64].sort().values
-        scorer = make_scorer(recording, where, failed, right, Multiclass(), fragility=loss)
+        scorer = make_scorer(recording, where, failed, right, EVALUATOR, fragility=loss)
 
         def run(gives_up: bool, scorer=scorer, space=space, where=where) -> SearchResult:  # type: ignore[no-untyped-def]
             return search(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_layers
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
 
@@ -63,5 +64,5 @@ def recorded():
 
 
 @pytest.fixture
-def weighted() -> Task:
-    return Weighted()
+def weighted() -> Evaluator:
+    return Evaluator(nn.Identity(), Weighted())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,11 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, EvaluationError, ReplayError
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import measure
-from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -101,14 +106,14 @@ def test_backward_of_several_layers_is_that_of_autograd(recorded, layer, aggrega
     model, x, y = convolution_data(layer)
     recording = recorded(model, x, y, ["0", "3"], include_bias=True, size=3)
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], dtype=torch.bool)
-    impact = measure(recording, Multiclass(), mask, aggregation=aggregation)
+    impact = measure(recording, EVALUATOR, mask, aggregation=aggregation)
     torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
 
 
 @pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
 def test_forward_is_the_mean_of_what_each_weight_alone_passes_on(recorded, layer):
     model, x, y = convolution_data(layer)
-    impact = measure(recorded(model, x, y, "0"), Multiclass(), torch.ones(len(x), dtype=torch.bool))
+    impact = measure(recorded(model, x, y, "0"), EVALUATOR, torch.ones(len(x), dtype=torch.bool))
     weight = layer.weight.detach()
     alone = []
     for i in range(weight.numel()):
@@ -137,7 +142,7 @@ def test_positions_and_calls_of_a_layer_count_together(recorded, aggregation):
     torch.manual_seed(0)
     model, x, y = Tokens().double(), torch.randn(6, 3, 4, dtype=torch.float64), torch.arange(6) % 4
     mask = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
-    impact = measure(recorded(model, x, y, include_bias=True), Multiclass(), mask, aggregation=aggregation)
+    impact = measure(recorded(model, x, y, include_bias=True), EVALUATOR, mask, aggregation=aggregation)
     torch.testing.assert_close(impact.backward, autograd_oracle(model, x[mask], y[mask], aggregation))
     second = torch.tanh(model.mix(x[mask])).detach()
     mean = (x[mask].abs().mean((0, 1)) + second.abs().mean((0, 1))) / 2
@@ -151,9 +156,9 @@ def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch,
     if not isinstance(layer, nn.Linear):
         model, x, y = convolution_data(layer)
     recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
-    whole = measure(recording, Multiclass(), mask, aggregation="per_sample")
+    whole = measure(recording, EVALUATOR, mask, aggregation="per_sample")
     monkeypatch.setattr("lightning_nrl._model.per_sample_grad.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
-    pieces = measure(recording, Multiclass(), mask, aggregation="per_sample")
+    pieces = measure(recording, EVALUATOR, mask, aggregation="per_sample")
     torch.testing.assert_close(pieces.backward, whole.backward)
 
 
@@ -168,9 +173,9 @@ def test_order_and_chunks_do_not_matter(recorded, aggregation):
     model, x, y = small_network()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     mask = torch.arange(12) % 3 > 0
-    one = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask, aggregation=aggregation)
+    one = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, mask, aggregation=aggregation)
     other_recording = recorded(model, x[order], y[order], ["0", "2"], size=2)
-    other = measure(other_recording, Multiclass(), mask[order], aggregation=aggregation)
+    other = measure(other_recording, EVALUATOR, mask[order], aggregation=aggregation)
     torch.testing.assert_close(one.backward, other.backward, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(one.forward, other.forward, rtol=1e-5, atol=1e-8)
 
@@ -189,8 +194,8 @@ def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
 
     for share in (slice(3, 8), slice(8, 12), slice(0, 3)):
         recording = recorded(model, x[share], y[share], size=3)
-        ranks = measure(recording, Multiclass(), mask[share], aggregation=aggregation, collective=Ranks())
-    alone = measure(recorded(model, x, y), Multiclass(), mask, aggregation=aggregation)
+        ranks = measure(recording, replace(EVALUATOR, collective=Ranks()), mask[share], aggregation=aggregation)
+    alone = measure(recorded(model, x, y), EVALUATOR, mask, aggregation=aggregation)
     torch.testing.assert_close(ranks.backward, alone.backward, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(ranks.forward, alone.forward, rtol=1e-5, atol=1e-8)
     assert ranks.n_samples == 9
@@ -199,10 +204,10 @@ def test_ranks_add_up_also_one_without_marked_samples(recorded, aggregation):
 def test_frozen_model_is_measured_and_left_as_it_was(recorded):
     model, x, y = small_network()
     mask = torch.ones(12, dtype=torch.bool)
-    free = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask)
+    free = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, mask)
     model.requires_grad_(False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    frozen = measure(recorded(model, x, y, ["0", "2"]), Multiclass(), mask)
+    frozen = measure(recorded(model, x, y, ["0", "2"]), EVALUATOR, mask)
     assert torch.equal(free.backward, frozen.backward)
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -212,7 +217,7 @@ def test_gradients_of_the_model_and_cudnn_flags_are_left_alone(recorded, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     model, x, y = small_network()
     with torch.no_grad():
-        measure(recorded(model, x, y), Multiclass(), torch.ones(12) > 0)
+        measure(recorded(model, x, y), EVALUATOR, torch.ones(12) > 0)
         assert not torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())
     assert torch.backends.cudnn.benchmark
@@ -250,9 +255,9 @@ def test_autocast_does_not_reach_the_sums(recorded, aggregation):
     model, x, y = convolution_data(nn.Conv2d(4, 6, 3, padding=1))
     recording = recorded(FullWidth(model.float()), x.float(), y, ["model.0", "model.3"])
     mask = torch.ones(len(x), dtype=torch.bool)
-    exact = measure(recording, Multiclass(), mask, aggregation=aggregation)
+    exact = measure(recording, EVALUATOR, mask, aggregation=aggregation)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = measure(recording, Multiclass(), mask, aggregation=aggregation)
+        mixed = measure(recording, EVALUATOR, mask, aggregation=aggregation)
     assert torch.equal(mixed.backward, exact.backward)
     assert torch.equal(mixed.forward, exact.forward)
 
@@ -278,22 +283,22 @@ def test_only_marked_samples_need_a_finite_loss(recorded):
     model, x, y = small_network()
     mask = torch.ones(12, dtype=torch.bool)
     mask[3] = False
-    clean = measure(recorded(model, x, y, ["0", "2"], size=12), Multiclass(), mask)
+    clean = measure(recorded(model, x, y, ["0", "2"], size=12), EVALUATOR, mask)
     x[3] = torch.nan
-    spoilt = measure(recorded(model, x, y, ["0", "2"], size=12), Multiclass(), mask)
+    spoilt = measure(recorded(model, x, y, ["0", "2"], size=12), EVALUATOR, mask)
     assert torch.equal(clean.backward, spoilt.backward)
     with pytest.raises(EvaluationError, match="not finite"):
-        measure(recorded(model, x, y), Multiclass(), ~mask)
+        measure(recorded(model, x, y), EVALUATOR, ~mask)
 
 
 def test_no_sample_is_refused(recorded):
     with pytest.raises(EvaluationError, match="no sample"):
-        measure(recorded(*small_network()), Multiclass(), torch.zeros(12, dtype=torch.bool))
+        measure(recorded(*small_network()), EVALUATOR, torch.zeros(12, dtype=torch.bool))
 
 
 def test_unknown_aggregation_is_refused(recorded):
     with pytest.raises(ConfigurationError, match=r"`aggregation='median'`.*\n.*per_sample"):
-        measure(recorded(*small_network()), Multiclass(), torch.ones(12) > 0, aggregation="median")
+        measure(recorded(*small_network()), EVALUATOR, torch.ones(12) > 0, aggregation="median")
 
 
 def test_layer_that_is_never_called_is_refused(recorded):
@@ -301,7 +306,7 @@ def test_layer_that_is_never_called_is_refused(recorded):
     model.idle = nn.Linear(5, 4)
     model.forward = model[0].forward
     with pytest.raises(ReplayError, match="`layer='idle'` is never called"):
-        measure(recorded(model, *small_network()[1:], layer="idle"), Multiclass(), torch.ones(12) > 0)
+        measure(recorded(model, *small_network()[1:], layer="idle"), EVALUATOR, torch.ones(12) > 0)
 
 
 def test_detached_output_is_refused(recorded):
@@ -314,7 +319,7 @@ def test_detached_output_is_refused(recorded):
             return self.layer(x).detach()
 
     with pytest.raises(ReplayError, match="has no gradient"):
-        measure(recorded(Model(), *small_network()[1:]), Multiclass(), torch.ones(12) > 0)
+        measure(recorded(Model(), *small_network()[1:]), EVALUATOR, torch.ones(12) > 0)
 
 
 class TimeFirst(nn.Module):
@@ -332,11 +337,11 @@ class TimeFirst(nn.Module):
 def test_order_of_samples_and_positions_matters_to_single_samples_alone(recorded, steps):
     model, x, y = TimeFirst(steps).double(), *small_network()[1:]
     recording, mask = recorded(model, x.double(), y, include_bias=True, size=12), torch.ones(12, dtype=torch.bool)
-    impact = measure(recording, Multiclass(), mask)
+    impact = measure(recording, EVALUATOR, mask)
     expected = autograd_oracle(model, x.double(), y, "mean_gradient")
     torch.testing.assert_close(impact.backward, expected)
     with pytest.raises(ReplayError, match=r"`aggregation='per_sample'`.*'layer'` are not sample by sample"):
-        measure(recording, Multiclass(), mask, aggregation="per_sample")
+        measure(recording, EVALUATOR, mask, aggregation="per_sample")
 
 
 class SmallMemory:
@@ -360,9 +365,9 @@ class SmallMemory:
 def test_where_memory_runs_out_fewer_samples_run_at_once(recorded, aggregation):
     model, x, y = small_network()
     mask, recording = torch.ones(12) > 0, recorded(model.double(), x.double(), y)
-    whole = measure(recording, Multiclass(), mask, aggregation=aggregation)
+    whole = measure(recording, EVALUATOR, mask, aggregation=aggregation)
     small = SmallMemory(recording, fits=5)
-    pieces = measure(small, Multiclass(), mask, aggregation=aggregation)
+    pieces = measure(small, EVALUATOR, mask, aggregation=aggregation)
     assert small.sizes == [64, 32, 16, 8, 4]
     torch.testing.assert_close(pieces.backward, whole.backward)
     torch.testing.assert_close(pieces.forward, whole.forward)
@@ -372,7 +377,7 @@ def test_where_memory_runs_out_fewer_samples_run_at_once(recorded, aggregation):
 def test_where_not_even_one_sample_fits_that_is_said(recorded):
     model, x, y = small_network()
     with pytest.raises(torch.OutOfMemoryError):
-        measure(SmallMemory(recorded(model, x, y), fits=0), Multiclass(), torch.ones(12) > 0)
+        measure(SmallMemory(recorded(model, x, y), fits=0), EVALUATOR, torch.ones(12) > 0)
 
 
 def test_a_default_device_of_the_user_s_makes_no_difference(recorded):
@@ -381,5 +386,5 @@ def test_a_default_device_of_the_user_s_makes_no_difference(recorded):
     chunks = list(recording.chunks(keep=mask))
     recording.chunks = lambda size, keep: chunks
     with torch.device("meta"):
-        impact = measure(recording, Multiclass(), mask)
+        impact = measure(recording, EVALUATOR, mask)
     assert impact.backward.device.type == impact.forward.device.type == "cpu"

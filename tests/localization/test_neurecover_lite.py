@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import (
     AllWeights,
     Impact,
@@ -19,7 +20,9 @@ from lightning_nrl.localization import (
     measure,
     set_sizes,
 )
-from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 
 def impact(backward: list[float], forward: list[float]) -> Impact:
@@ -191,8 +194,8 @@ def toy_recording(recorded):
 def test_localizer_measures_failed_and_passed(recorded, aggregation):
     recording, failed = toy_recording(recorded), torch.arange(40) < 9
     localizer: Localizer = NeuRecoverLite(n_weights=20, aggregation=aggregation, include_bias=True)
-    found = localizer(recording, Multiclass(), failed=failed, passed=~failed)
-    of_failed, of_passed = (measure(recording, Multiclass(), m, aggregation=aggregation) for m in (failed, ~failed))
+    found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
+    of_failed, of_passed = (measure(recording, EVALUATOR, m, aggregation=aggregation) for m in (failed, ~failed))
     expected = localize(of_failed, of_passed, n_weights=20)
     assert torch.equal(found.weights, expected.weights)
     assert (found.n_g, found.requested, found.sizes) == (expected.n_g, 20, expected.sizes)
@@ -201,7 +204,7 @@ def test_localizer_measures_failed_and_passed(recorded, aggregation):
 def test_everything_takes_all_weights(recorded):
     recording, failed = toy_recording(recorded), torch.arange(40) < 9
     localizer: Localizer = AllWeights(include_bias=True)
-    found = localizer(recording, Multiclass(), failed=failed, passed=~failed)
+    found = localizer(recording, EVALUATOR, failed=failed, passed=~failed)
     assert found.weights.tolist() == list(range(6 * 16 + 16 + 16 * 4 + 4))
     assert found.requested is None
     assert found.sizes["localized"] == found.sizes["total"] == 180

@@ -10,8 +10,11 @@ from torch.nn import functional as F
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecoverLite, measure
-from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 LAYERS = ["stem.0", "block.1", "head"]
 
@@ -55,7 +58,7 @@ def recording_of(
     rows = torch.arange(len(x)).split(size)
     batches = [(Batch((x[r],), y[r], r), r) for r in rows]
     space = find_layers(model, layer, include_bias=True)
-    return record(model, batches, space, Multiclass(), torch.ones(len(x), dtype=torch.bool))
+    return record(Evaluator(model), batches, space, torch.ones(len(x), dtype=torch.bool))
 
 
 def gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, layers: list[str]) -> torch.Tensor:
@@ -71,7 +74,7 @@ def gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor, layers: list[s
 def test_backward_is_that_of_autograd_through_the_whole_model(layers, aggregation):
     model, x, y = known(Residual())
     mask = torch.arange(150) % 4 == 0
-    impact = measure(recording_of(model, x, y, layers), Multiclass(), mask, aggregation=aggregation)
+    impact = measure(recording_of(model, x, y, layers), EVALUATOR, mask, aggregation=aggregation)
     each = gradients(model, x[mask], y[mask], layers)
     expected = each.mean(0).abs() if aggregation == "mean_gradient" else each.abs().mean(0)
     torch.testing.assert_close(impact.backward, expected)
@@ -84,7 +87,7 @@ def test_a_model_that_cannot_be_replayed_is_measured_as_a_whole(aggregation):
     model, x, y = known(Recurrent())
     recording = recording_of(model, x, y, ["step"])
     assert recording.fallback_reason is not None
-    impact = measure(recording, Multiclass(), y == 1, aggregation=aggregation)
+    impact = measure(recording, EVALUATOR, y == 1, aggregation=aggregation)
     each = gradients(model, x[y == 1], y[y == 1], ["step"])
     expected = each.mean(0).abs() if aggregation == "mean_gradient" else each.abs().mean(0)
     torch.testing.assert_close(impact.backward, expected)
@@ -94,7 +97,7 @@ def test_measuring_twice_gives_the_same_and_leaves_the_recording():
     model, x, y = known(Residual())
     recording = recording_of(model, x, y, LAYERS)
     mask = y == 2
-    once, again = (measure(recording, Multiclass(), mask) for _ in range(2))
+    once, again = (measure(recording, EVALUATOR, mask) for _ in range(2))
     assert torch.equal(once.backward, again.backward)
     assert torch.equal(once.forward, again.forward)
 
@@ -106,7 +109,7 @@ def test_order_of_the_data_does_not_change_what_is_localised(aggregation):
     order = torch.randperm(150, generator=torch.Generator().manual_seed(1))
     localizer = NeuRecoverLite(n_weights=25, aggregation=aggregation, include_bias=True)
     one, other = (
-        localizer(recording_of(model, x[o], y[o], LAYERS, size), Multiclass(), failed=failed[o], passed=~failed[o])
+        localizer(recording_of(model, x[o], y[o], LAYERS, size), EVALUATOR, failed=failed[o], passed=~failed[o])
         for o, size in ((torch.arange(150), 40), (order, 31))
     )
     assert torch.equal(one.weights, other.weights)

@@ -46,7 +46,7 @@ class Nowhere:
 
     include_bias: bool = False
 
-    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+    def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
         raise EmptyLocalizationError("`localizer` leaves no weight at N_g = 5 of 36.\nHINT: another layer.")
 
 

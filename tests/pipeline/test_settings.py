@@ -25,7 +25,7 @@ class ByHand:
         self.strength = 0.5
         self._model = torch.nn.Linear(1, 1)
 
-    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+    def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
         raise NotImplementedError
 
 
@@ -40,7 +40,7 @@ class Learned:
     inner: ParticleSwarm = field(default_factory=ParticleSwarm)
     limit: float = math.inf
 
-    def __call__(self, recording: Any, task: Any, **rest: Any) -> Any:
+    def __call__(self, recording: Any, evaluator: Any, **rest: Any) -> Any:
         raise NotImplementedError
 
 

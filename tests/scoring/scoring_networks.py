@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from lightning_nrl._model.layers import ParameterSpace, find_layers
 from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
 
 
@@ -311,9 +314,11 @@ class Problem:
             return (), {k: v[rows] for k, v in self.data.items()}
         return tuple(v[rows] for v in self.data), {}
 
-    def recording(self, *sizes: int, keep: Tensor | None = None, **options: Any) -> ActivationCache:
+    def recording(
+        self, *sizes: int, keep: Tensor | None = None, context: Context = nullcontext, **options: Any
+    ) -> ActivationCache:
         keep = torch.ones(len(self.target), dtype=torch.bool) if keep is None else keep
-        return record(self.model, self.batches(*sizes), self.space, Multiclass(), keep, **options)
+        return record(Evaluator(self.model, context=context), self.batches(*sizes), self.space, keep, **options)
 
     @torch.no_grad()
     def oracle(self, where: Tensor, values: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 WIDTH = 4
 BLOCKS = (
@@ -90,7 +93,7 @@ def test_same_predictions_and_losses(
     recording = problem.recording(4, 5)
     assert recording.fallback_reason is None
     mask = torch.arange(n) % 2 == 0
-    outcome = make_scorer(recording, where, mask, ~mask, Multiclass()).by_sample(values)
+    outcome = make_scorer(recording, where, mask, ~mask, EVALUATOR).by_sample(values)
     logits = problem.oracle(where, values, outcome.rows)
     target = problem.target[outcome.rows].repeat(p)
     loss = F.cross_entropy(logits.flatten(0, 1), target, reduction="none").view(p, n).double()

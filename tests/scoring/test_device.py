@@ -9,10 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from scoring_networks import REPLAYED, Problem, make_problem
+from torch import nn
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 N = 4289
 GPU = torch.device("cuda")
@@ -47,7 +51,7 @@ def test_an_iteration_never_waits_for_the_device_whatever_samples_weigh(name: st
     where, values = problem.candidates(9, 6)
     failed = torch.arange(N) % 3 == 0
     weight = torch.arange(N, dtype=torch.float64)
-    scorer = make_scorer(problem.recording(N), where, failed, ~failed, Multiclass(), weight=weight)
+    scorer = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR, weight=weight)
     values = values.to(GPU).unsqueeze(0)
     with no_waits():
         scores = scorer(values)
@@ -58,7 +62,7 @@ def test_all_samples_in_front_of_a_last_layer_are_one_chunk() -> None:
     problem = on_gpu("head")
     where, _ = problem.candidates(1, 6)
     failed = torch.arange(N) % 3 == 0
-    (group,) = make_scorer(problem.recording(N), where, failed, ~failed, Multiclass()).groups
+    (group,) = make_scorer(problem.recording(N), where, failed, ~failed, EVALUATOR).groups
     assert (len(group.failed), len(group.passed)) == (1, 1)
 
 
@@ -73,8 +77,7 @@ def test_a_recording_that_does_not_fit_keeps_its_beginning_on_the_device_and_pin
     assert [group.rows[0].tolist() for group in parted.groups] == [[0, 1, 2, 3], [4, 5, 6, 7, 8, 9, 10, 11]]
     assert all(x.is_pinned() for parts in parted.groups[1].parts for x in parts)
     expected, actual = (
-        make_scorer(cache, where, failed, ~failed, Multiclass())(values.to(GPU).unsqueeze(0))
-        for cache in (whole, parted)
+        make_scorer(cache, where, failed, ~failed, EVALUATOR)(values.to(GPU).unsqueeze(0)) for cache in (whole, parted)
     )
     assert actual.patched.tolist() == expected.patched.tolist()
     assert actual.intact.tolist() == expected.intact.tolist()

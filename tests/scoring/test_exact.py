@@ -10,6 +10,7 @@ from scoring_networks import REPLAYED, WHOLE, Case, make_problem
 from torch import Tensor, nn
 
 from lightning_nrl._scoring.exact import exact_batches
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
 
 CASES = {**REPLAYED, **{name: case for name, (case, _) in WHOLE.items()}}
@@ -22,7 +23,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, autocast: bool = False
     batches = problem.batches(5, 5, 3)
     where, values = problem.candidates(3, 7)
     replayed = []
-    found = exact_batches(problem.model, batches, problem.space, Multiclass(), context=context)
+    found = exact_batches(Evaluator(problem.model, context=context), batches, problem.space)
     for (batch, rows), exact in zip(batches, found, strict=True):
         assert torch.equal(exact.chunk.rows, rows)
         assert torch.equal(exact.chunk.target, batch.target)

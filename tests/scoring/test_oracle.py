@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from scoring_networks import REPLAYED, WHOLE, Case, Problem, make_problem
+from torch import nn
 
 from lightning_nrl._scoring import ActivationCache, make_scorer
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -19,7 +24,7 @@ def check(
     where, values = problem.candidates(p, k, seed)
     n = len(problem.target)
     failed = torch.arange(n) % 3 == 0
-    scorer = make_scorer(recording, where, failed, ~failed, Multiclass())
+    scorer = make_scorer(recording, where, failed, ~failed, EVALUATOR)
     logits = problem.oracle(where, values).flatten(0, 1)
     target = problem.target.repeat(p)
     passed = Multiclass().passed(logits, target).view(p, n)
@@ -66,7 +71,7 @@ def test_under_autocast_as_the_model_is_deployed(name: str) -> None:
     assert recording.fallback_reason is None
     where, values = problem.candidates(7, 9)
     everyone = torch.ones(40, dtype=torch.bool)
-    outcome = make_scorer(recording, where, everyone, ~everyone, Multiclass()).by_sample(values)
+    outcome = make_scorer(recording, where, everyone, ~everyone, EVALUATOR).by_sample(values)
     with context():
         logits = problem.oracle(where, values).float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), problem.target.repeat(7), reduction="none")

@@ -11,7 +11,7 @@ from lightning_nrl._model.layers import LayerRef, find_layers
 from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ReplayError
-from lightning_nrl.tasks import Multiclass
+from lightning_nrl.evaluation import Evaluator
 
 
 def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def test_batches_of_other_shapes_get_a_group_of_their_own() -> None:
     xs = [torch.randn(4, 2, 9), torch.randn(3, 2, 7), torch.randn(2, 2, 9)]
     rows = list(torch.arange(9).split([4, 3, 2]))
     batches = [(Batch((x,), torch.zeros(len(x), dtype=torch.int64), r), r) for x, r in zip(xs, rows, strict=True)]
-    recording = record(model, batches, find_layers(model, "0"), Multiclass(), torch.ones(9, dtype=torch.bool))
+    recording = record(Evaluator(model), batches, find_layers(model, "0"), torch.ones(9, dtype=torch.bool))
     assert [group.rows[0].tolist() for group in recording.groups] == [[0, 1, 2, 3, 7, 8], [4, 5, 6]]
     with torch.no_grad():
         torch.testing.assert_close(replayed(recording)[1], torch.cat([model(x) for x in xs]))
@@ -148,7 +148,7 @@ def test_a_layer_that_is_never_called_is_refused() -> None:
     batch = Batch((torch.randn(3, 2, 4),), torch.zeros(3, dtype=torch.int64), torch.arange(3))
     space = find_layers(model, "attention.out_proj")
     with pytest.raises(ReplayError, match=r"never called .*\nHINT: name a layer that is called"):
-        record(model, [(batch, torch.arange(3))], space, Multiclass(), torch.ones(3, dtype=torch.bool))
+        record(Evaluator(model), [(batch, torch.arange(3))], space, torch.ones(3, dtype=torch.bool))
 
 
 def test_a_module_shared_by_both_sides_of_the_layer_is_remembered_only_before_it() -> None:

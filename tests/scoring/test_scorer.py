@@ -20,7 +20,11 @@ from lightning_nrl._scoring import Scores, make_scorer, record
 from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass, Task
+
+EVALUATOR = Evaluator(nn.Identity())
+"""Of a recording its task and its ranks matter alone."""
 
 N = 24
 FAILED = torch.arange(N) % 3 == 0
@@ -36,7 +40,7 @@ def linear(weight: Tensor, x: Tensor, target: list[int]) -> Problem:
 def test_by_hand() -> None:
     problem = linear(torch.eye(2), torch.tensor([[2.0, 1.0], [1.0, 3.0], [1.0, 0.0]]), [1, 1, 0])
     failed = torch.tensor([True, False, False])
-    scorer = make_scorer(problem.recording(3), torch.tensor([2]), failed, ~failed, Multiclass())
+    scorer = make_scorer(problem.recording(3), torch.tensor([2]), failed, ~failed, EVALUATOR)
     scores = scorer(torch.tensor([[[0.0], [0.75], [2.0]]]))  # second logit: x1 + value * x0
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
     assert scores.intact.tolist() == [[2.0, 2.0, 1.0]]
@@ -54,7 +58,7 @@ def test_of_equal_logits_the_first_wins(classes: int, changed: list[int]) -> Non
     problem = linear(torch.ones(classes, 1), x, list(range(classes)))
     where = torch.tensor([c for c in changed if c < classes])
     everyone = torch.ones(classes, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(classes), where, everyone, everyone, Multiclass())
+    scorer = make_scorer(problem.recording(classes), where, everyone, everyone, EVALUATOR)
     values = torch.stack([torch.full((len(where),), v) for v in (1.0, 1.0 + 2**-23, 1.0 - 2**-24)])
     expected = problem.oracle(where, values).argmax(2) == torch.arange(classes)
     assert torch.equal(scorer.by_sample(values).passed[:, :classes], expected)
@@ -70,7 +74,7 @@ def test_small_whole_numbers_are_exact_down_to_ties(seed: int, k: int, classes: 
     where = torch.randperm(weight.numel(), generator=g)[:k]
     values = torch.randint(-2, 3, (6, len(where)), generator=g).float()
     mask = torch.arange(30) % 2 == 0
-    scorer = make_scorer(problem.recording(30), where, mask, ~mask, Multiclass(), passed_loss=passed_loss)
+    scorer = make_scorer(problem.recording(30), where, mask, ~mask, EVALUATOR, passed_loss=passed_loss)
     hits = problem.oracle(where, values).argmax(2) == problem.target
     scores = scorer(values.unsqueeze(0))
     assert scores.patched[0].tolist() == hits[:, mask].sum(1).tolist()
@@ -83,7 +87,7 @@ def test_samples_left_out_are_certain(seed: int, scale: float) -> None:
     problem = make_problem(REPLAYED["head"], n=N, seed=seed % 7)
     where, values = problem.candidates(20, 12, seed, scale)
     none = torch.zeros(N, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(N), where, none, ~none, Multiclass(), passed_loss=False)
+    scorer = make_scorer(problem.recording(N), where, none, ~none, EVALUATOR, passed_loss=False)
     (chunk_scorer,) = scorer.groups[0].passed
     assert chunk_scorer.head is not None
     passes, fails = chunk_scorer.head.decided(values)
@@ -97,7 +101,7 @@ def test_near_the_original_most_samples_are_left_out() -> None:
     problem = make_problem(REPLAYED["head"], n=200)
     where, values = problem.candidates(20, 12, 0, scale=1e-3)
     none = torch.zeros(200, dtype=torch.bool)
-    scorer = make_scorer(problem.recording(200), where, none, ~none, Multiclass(), passed_loss=False)
+    scorer = make_scorer(problem.recording(200), where, none, ~none, EVALUATOR, passed_loss=False)
     head = scorer.groups[0].passed[0].head
     assert head is not None
     passes, fails = head.decided(values)
@@ -113,7 +117,7 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
         recording = problem.recording(7, 17)
     where, values = problem.candidates(9, 6)
     scores = [
-        make_scorer(recording, where, FAILED, ~FAILED, Multiclass(), budget=b)(values.unsqueeze(0))
+        make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR, budget=b)(values.unsqueeze(0))
         for b in (budget, 1 << 30)
     ]
     for field in ("patched", "intact"):
@@ -125,7 +129,7 @@ def test_any_budget_gives_the_same(name: str, budget: int) -> None:
 def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(9, 6)
-    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())
+    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)
     expected = scorer(values.unsqueeze(0))
     run, sizes = ChunkScorer.outputs, []
 
@@ -144,7 +148,7 @@ def test_out_of_memory_halves_the_block_and_carries_on(monkeypatch: pytest.Monke
 def test_other_errors_are_not_taken_for_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(2, 6)
-    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())
+    scorer = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)
     monkeypatch.setattr(Multiclass, "loss", lambda *a: (_ for _ in ()).throw(RuntimeError("other")))
     with pytest.raises(RuntimeError, match="other"):
         scorer(values.unsqueeze(0))
@@ -159,14 +163,14 @@ def test_a_swarm_among_many_scores_as_alone(name: str) -> None:
     wheres = torch.stack([where, where, torch.where(torch.arange(8) % 2 == 0, where, -1)])
     failed = torch.stack([FAILED, FAILED, torch.arange(N) < 5])
     passed = torch.stack([~FAILED, ~FAILED, torch.arange(N) > 9])
-    together = make_scorer(recording, wheres, failed, passed, Multiclass())
+    together = make_scorer(recording, wheres, failed, passed, EVALUATOR)
     assert len(together.groups) == 2
     scores = together(values)
     assert isinstance(scores.n_failed, Tensor)
     assert scores.n_failed.tolist() == [[8], [8], [5]]
     for s in range(3):
         own = wheres[s] >= 0
-        alone = make_scorer(recording, wheres[s][own], failed[s], passed[s], Multiclass())(values[s : s + 1, :, own])
+        alone = make_scorer(recording, wheres[s][own], failed[s], passed[s], EVALUATOR)(values[s : s + 1, :, own])
         for field in ("patched", "intact", "loss_failed", "loss_passed"):
             torch.testing.assert_close(getattr(scores, field)[s : s + 1], getattr(alone, field), rtol=1e-6, atol=0)
 
@@ -175,7 +179,7 @@ def test_swarms_that_do_not_agree_in_number_are_refused() -> None:
     problem = make_problem(REPLAYED["head"], n=N)
     where = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ConfigurationError, match=r"for \[2, 3\] swarms"):
-        make_scorer(problem.recording(N), where, FAILED.expand(3, N), ~FAILED, Multiclass())
+        make_scorer(problem.recording(N), where, FAILED.expand(3, N), ~FAILED, EVALUATOR)
 
 
 class TwoRanks(Collective):
@@ -189,8 +193,8 @@ def test_counts_are_sums_over_ranks() -> None:
     problem = make_problem(REPLAYED["head"], n=N)
     where, values = problem.candidates(4, 6)
     recording = problem.recording(N)
-    one = make_scorer(recording, where, FAILED, ~FAILED, Multiclass())(values.unsqueeze(0))
-    two = make_scorer(recording, where, FAILED, ~FAILED, Multiclass(), collective=TwoRanks())(values.unsqueeze(0))
+    one = make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR)(values.unsqueeze(0))
+    two = make_scorer(recording, where, FAILED, ~FAILED, replace(EVALUATOR, collective=TwoRanks()))(values.unsqueeze(0))
     assert (two.patched.tolist(), two.n_failed) == ((2 * one.patched).tolist(), 16)
     torch.testing.assert_close(two.loss_failed, one.loss_failed)
 
@@ -199,7 +203,7 @@ def test_a_rank_without_samples_adds_nothing() -> None:
     problem = make_problem(REPLAYED["middle linear"], n=N)
     where, values = problem.candidates(4, 6)
     recording = problem.recording(N, keep=torch.zeros(N, dtype=torch.bool))
-    scorer = make_scorer(recording, where, FAILED, ~FAILED, Multiclass())
+    scorer = make_scorer(recording, where, FAILED, ~FAILED, EVALUATOR)
     scores = scorer(values.unsqueeze(0))
     assert (scores.patched.tolist(), scores.loss_passed.tolist()) == ([[0.0] * 4], [[0.0] * 4])
     assert scorer.by_sample(values).passed.shape == (4, 0)
@@ -210,7 +214,7 @@ def test_candidates_that_are_not_numbers_have_no_finite_loss(name: str) -> None:
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(3, 6)
     values[1, 0], values[2] = torch.nan, 1e30
-    scores = make_scorer(problem.recording(N), where, FAILED, ~FAILED, Multiclass())(values.unsqueeze(0))
+    scores = make_scorer(problem.recording(N), where, FAILED, ~FAILED, EVALUATOR)(values.unsqueeze(0))
     logits = problem.oracle(where, values)
     expected = torch.stack([F.cross_entropy(x[FAILED], problem.target[FAILED]) for x in logits])
     assert scores.loss_failed[0].isnan().tolist() == expected.isnan().tolist()
@@ -233,9 +237,11 @@ def test_tasks_of_the_user_see_outputs_and_nested_targets(name: str) -> None:
     wanted = torch.linspace(-1, 1, N)
     (batch, rows), *_ = problem.batches(N)
     batches = [(type(batch)(batch.args, {"wanted": wanted}, rows), rows)]
-    recording = record(problem.model, batches, problem.space, Positive(), torch.ones(N, dtype=torch.bool))
+    recording = record(
+        evaluator := Evaluator(problem.model, Positive()), batches, problem.space, torch.ones(N, dtype=torch.bool)
+    )
     where, values = problem.candidates(5, 6)
-    scores: Scores = make_scorer(recording, where, FAILED, ~FAILED, Positive())(values.unsqueeze(0))
+    scores: Scores = make_scorer(recording, where, FAILED, ~FAILED, evaluator)(values.unsqueeze(0))
     first = problem.oracle(where, values)[..., 0]
     assert scores.patched[0].tolist() == (first >= 0)[:, FAILED].sum(1).tolist()
     expected = (first - wanted).square()[:, ~FAILED].mean(1)
@@ -249,7 +255,7 @@ def test_without_losses_of_passed_samples_the_rest_is_the_same() -> None:
         recording = problem.recording(N)
         make: Callable[..., Any] = make_scorer
         full, lean = (
-            make(recording, where, FAILED, ~FAILED, Multiclass(), passed_loss=flag)(values.unsqueeze(0))
+            make(recording, where, FAILED, ~FAILED, EVALUATOR, passed_loss=flag)(values.unsqueeze(0))
             for flag in (True, False)
         )
         assert torch.equal(full.intact, lean.intact)
@@ -277,7 +283,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
     problem = linear(torch.eye(3), torch.tensor([[2.0, 1.0, 0.0], [1.0, 3.0, 0.0], [1.0, 0.0, 0.5]]), [])
     problem = replace(problem, target=target)
     failed = torch.tensor([True, False, False])
-    scores = make_scorer(problem.recording(3), torch.tensor([3]), failed, ~failed, task)(
+    scores = make_scorer(problem.recording(3), torch.tensor([3]), failed, ~failed, replace(EVALUATOR, task=task))(
         torch.tensor([[[0.0], [0.75], [2.0]]])  # second logit: x1 + value * x0
     )
     assert scores.patched.tolist() == [[0.0, 1.0, 1.0]]
@@ -293,7 +299,7 @@ def test_only_who_breaks_more_than_told_is_given_up(
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))
-    arguments = (problem.recording(7, 17), where, FAILED, ~FAILED, Multiclass())
+    arguments = (problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR)
     scorer = make_scorer(*arguments, passed_loss=passed_loss, fragility=fragility)
     whole = make_scorer(*arguments, passed_loss=passed_loss)(values.unsqueeze(0))
     broken = whole.n_passed - whole.intact
@@ -315,7 +321,7 @@ def test_the_most_fragile_samples_come_first() -> None:
     where, _ = problem.candidates(9, 2)
     mask = torch.arange(200) % 20 == 0
     fragility = torch.arange(200) % 150 * 1.0
-    scorer = make_scorer(problem.recording(200), where, mask, ~mask, Multiclass(), fragility=fragility)
+    scorer = make_scorer(problem.recording(200), where, mask, ~mask, EVALUATOR, fragility=fragility)
     rows = [part.chunk.rows for part in scorer.groups[0].passed]
     assert len(torch.cat(rows).unique()) == 190
     assert fragility[rows[0]].min() >= fragility[torch.cat(rows[1:])].max()
@@ -336,7 +342,15 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
     where, values = problem.candidates(3, 6)
     reserve = torch.rand(N, generator=torch.Generator().manual_seed(0))
     scorers = [
-        make_scorer(problem.recording(N), where, FAILED, ~FAILED, task, passed_loss=passed_loss, reserve=x)
+        make_scorer(
+            problem.recording(N),
+            where,
+            FAILED,
+            ~FAILED,
+            replace(EVALUATOR, task=task),
+            passed_loss=passed_loss,
+            reserve=x,
+        )
         for x in (reserve, None)
     ]
     kept, plain = (scorer(values.unsqueeze(0)) for scorer in scorers)

@@ -110,7 +110,7 @@ class BatchSearch:
         recording = self.recording
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
             localized = setting.localizer(
-                recording, problem.task, failed=problem.before.targeted, passed=problem.before.passed
+                recording, problem.evaluator, failed=problem.before.targeted, passed=problem.before.passed
             )
         self._localized.append((setting.localizer, localized))
         return localized
@@ -160,7 +160,7 @@ class BatchSearch:
             where,
             before.targeted,
             passed,
-            problem.task,
+            problem.evaluator,
             budget=half_budget(problem),
             passed_loss=needs_passed_loss(fitness[0]),
             fragility=before.loss,

@@ -75,7 +75,7 @@ class Recount:
         batches = (
             (batch, self.before.rows(source.split, batch.position)) for source in self.sources for batch in source
         )
-        for batch in exact_batches(problem.model, batches, problem.space, problem.task, context=problem.context):
+        for batch in exact_batches(problem.evaluator, batches, problem.space):
             free -= batch.nbytes
             if free < 0:
                 self.kept = None
