@@ -23,7 +23,7 @@ from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver, SweepProg
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials, chosen
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -118,14 +118,7 @@ class Study:
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
         """What all ranks have worked out together; where one raises, all do."""
-        error: Exception | None = None
-        own: dict[str, StoredRun] = {}
-        try:
-            own = work()
-        except Exception as caught:
-            error = caught
-        if self.collective.any(error is not None):
-            raise error or RepairError("another rank could not make its runs of the sweep.")
+        own = self.collective.all_or_none(work, "another rank could not make its runs of the sweep.")
         return exchanged(own, self.collective)
 
     def explore(self, grid: Grid, trials: Trials, seeds: Sequence[int]) -> SweepResult:
