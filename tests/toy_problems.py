@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State, between, holding, snapshot
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -111,6 +113,11 @@ def together(
         return work(make_problem(models[collective.rank], share, collective=collective, **rest))
 
     return on_ranks(world_size, run)
+
+
+def in_seconds(problem: Problem, seconds: float) -> Deadline:
+    """A deadline so many seconds from now."""
+    return Deadline(time.perf_counter() + seconds, problem.collective)
 
 
 def threshold(at: float) -> State:

@@ -7,7 +7,6 @@ mined: those that are right by a wide margin, before and now, are left out of mo
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from functools import partial
 
@@ -17,8 +16,8 @@ from torch import Tensor
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
 from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
-from lightning_nrl._optim.target_schedule import is_late
 from lightning_nrl._utils.state import State
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning, explain
 from lightning_nrl.problem import Problem
@@ -39,7 +38,7 @@ PACE_STEPS = 4
 """Steps that are timed, after a first one, to find how many there is time for."""
 
 
-def distill(problem: Problem, *, seconds: float = math.inf) -> State:
+def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
     """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
@@ -48,14 +47,14 @@ def distill(problem: Problem, *, seconds: float = math.inf) -> State:
     Args:
         problem: the original model and what it does on known data. The task needs no margin; without one no sample is
             easy.
-        seconds: how long it may take. How many steps there are is chosen by the time of the first ones, the same on
-            every rank, and the schedule ends with them.
+        deadline: when it has to be over; None: when it is done. How many steps there are is chosen by the time of the
+            first ones, the same on every rank, and the schedule ends with them.
 
     Returns:
         The parameters of the scope; the original ones if there is no time for a step. They are those of the last step
         that fitted, with a warning, if a single sample does not fit in memory.
     """
-    run = _Distillation(problem, time.perf_counter() + seconds)
+    run = _Distillation(problem, deadline or Deadline())
     rows = torch.arange(len(problem.before))
     try:
         while run.epoch(rows):
@@ -78,7 +77,7 @@ class _Distillation:
         planned: how many that will be.
     """
 
-    def __init__(self, problem: Problem, deadline: float) -> None:
+    def __init__(self, problem: Problem, deadline: Deadline) -> None:
         before = problem.before
         self.problem, self.deadline = problem, deadline
         self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
@@ -96,14 +95,14 @@ class _Distillation:
         """Steps on these rows in random order; whether there is time for another epoch."""
         batches = shuffled_batches(rows, self._generator)
         measured: list[tuple[Tensor, Tensor]] = []
-        start, began = self.visits, time.perf_counter()
+        start, began = self.visits, self.deadline.now()
         for number, (batch, parts) in enumerate(zip(batches, load_batches(self.problem, batches), strict=True)):
             if number == 1 and not start:
                 # The first step also warms up.
-                start, began = self.visits, time.perf_counter()
+                start, began = self.visits, self.deadline.now()
             if number == 1 + PACE_STEPS:
                 self._plan(start, began)
-            if self.visits >= self.planned or is_late(self.problem, self.deadline):
+            if self.visits >= self.planned or self.deadline.is_over():
                 return False
             cosine = math.cos(math.pi * (self.visits / self.planned))
             self.descent.step(parts, partial(self._loss, measured), rate=DISTILL_RATE * (1 + cosine) / 2)
@@ -130,9 +129,8 @@ class _Distillation:
 
     def _plan(self, start: int, began: float) -> None:
         """How many samples there is time for, by the pace since then; the first rank's answer."""
-        now = time.perf_counter()
-        if math.isfinite(self.deadline) and self.visits > start:
-            more = max(0.0, self.deadline - now) * (self.visits - start) / (now - began)
+        if self.deadline.is_set and self.visits > start:
+            more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
             planned = min(VISITS_PER_SAMPLE * len(self.margin), self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
 

@@ -22,7 +22,6 @@ that are still not right.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from enum import Enum, auto
 from functools import partial
@@ -34,8 +33,9 @@ from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.polish_result import PolishResult, better_of
 from lightning_nrl._optim.scale_back import scale_back
-from lightning_nrl._optim.target_schedule import TargetSchedule, is_late
+from lightning_nrl._optim.target_schedule import TargetSchedule
 from lightning_nrl._utils.state import State, between, snapshot
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -102,7 +102,7 @@ def polish(
     problem: Problem,
     state: State,
     *,
-    seconds: float = math.inf,
+    deadline: Deadline | None = None,
     masks: Mapping[str, Tensor] | None = None,
     after: SampleResults | None = None,
     insist: bool = False,
@@ -115,7 +115,7 @@ def polish(
     Args:
         problem: the original model, what it does on known data, and which parameters may move.
         state: any new weights for it.
-        seconds: how long it may take; the least is a few forward passes over all known data.
+        deadline: when it has to be over, save for a few forward passes over known data; None: when it is done.
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
         insist: whether the steps go on for failing targets too, however far from being right these are; else only for
@@ -125,7 +125,7 @@ def polish(
         ConfigurationError: the task has no margins.
     """
     check_needs(NEEDS, problem.before, problem.task)
-    run = _Polish(problem, state, time.perf_counter() + seconds, masks, after, insist)
+    run = _Polish(problem, state, deadline or Deadline(), masks, after, insist)
     phase = Phase.START
     while phase is not Phase.DONE:
         phase = run.advance(phase)
@@ -147,7 +147,7 @@ class _Polish:
         self,
         problem: Problem,
         state: State,
-        deadline: float,
+        deadline: Deadline,
         masks: Mapping[str, Tensor] | None,
         after: SampleResults | None,
         insist: bool,
@@ -176,7 +176,7 @@ class _Polish:
         self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted)
         if not self.active_set.open.any():
             self._keep(self.state)
-            if not self._may_insist_again or is_late(self.problem, self._end_of_rounds):
+            if not self._may_insist_again or self._end_of_rounds.is_over():
                 return Phase.DONE
             self.targets.insist_again(self.active_set, self._end_of_rounds)
         if self.active_set.hopeless.any():
@@ -212,7 +212,7 @@ class _Polish:
         return self._after_round()
 
     def _after_round(self) -> Phase:
-        if is_late(self.problem, self._end_of_rounds):
+        if self._end_of_rounds.is_over():
             return self._stop_steps()
         return Phase.STEP if self._rounds_left else Phase.RETREAT
 
@@ -242,14 +242,14 @@ class _Polish:
         return Phase.DONE
 
     @property
-    def _end_of_rounds(self) -> float:
+    def _end_of_rounds(self) -> Deadline:
         """When rounds must end, so that the way back can be counted."""
-        return self._deadline - RESERVED_PASSES * self._one_pass
+        return self._deadline.earlier(RESERVED_PASSES * self._one_pass)
 
     @property
     def _may_insist_again(self) -> bool:
         """Whether targets were let go, as happens only where time is limited."""
-        return math.isfinite(self._deadline) and not self.targets.insists_on_all
+        return self._deadline.is_set and not self.targets.insists_on_all
 
     def _renew_rounds(self) -> None:
         self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
@@ -263,7 +263,7 @@ class _Polish:
 
     def _count(self, state: State) -> SampleResults:
         """What the model does on all known data under a state; how long that took is kept."""
-        began = time.perf_counter()
+        began = self._deadline.now()
         after = self.problem.evaluate(state)
-        self._one_pass = time.perf_counter() - began
+        self._one_pass = self._deadline.now() - began
         return after

@@ -6,8 +6,8 @@ import torch
 
 from lightning_nrl._optim.active_set import ActiveSet
 from lightning_nrl._optim.polish_result import PolishResult
-from lightning_nrl._optim.target_schedule import is_late
 from lightning_nrl._utils.state import State, between, snapshot
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.problem import Problem
 
 __all__ = ["scale_back"]
@@ -18,7 +18,7 @@ MAX_COUNTS = 6
 """Counts of all known samples, each of which may show others that are broken there."""
 
 
-def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: int, deadline: float) -> PolishResult:
+def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: int, deadline: Deadline) -> PolishResult:
     """The furthest of some states between the original weights and these that breaks nothing.
 
     What is broken says by bisection how far to go back. Then all known samples are counted; what else is broken there
@@ -30,7 +30,7 @@ def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: in
         active_set: margins under `state`.
         state: where the way begins.
         rounds: of steps that led there, for the result.
-        deadline: by `time.perf_counter`.
+        deadline: after it only one more state is counted.
     """
     original, strength = snapshot(problem.model), 1.0
     rows = active_set.broken.nonzero().flatten()
@@ -43,7 +43,7 @@ def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: in
             else:
                 low = middle
         strength = low if len(rows) else high
-        if not strength or (counts and is_late(problem, deadline)):
+        if not strength or (counts and deadline.is_over()):
             break
         scaled = between(original, state, strength)
         after = problem.evaluate(scaled)

@@ -24,7 +24,7 @@ from lightning_nrl._utils.state import State, holding
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.problem import Problem
 
-__all__ = ["Slopes", "Whitening", "slopes", "whitened"]
+__all__ = ["MarginGradients", "Whitening", "fit_whitening", "margin_gradients"]
 
 MOMENT_RIDGE = 0.1
 """Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
@@ -37,7 +37,7 @@ MAX_FULL_MOMENT = 2048
 """Windows with more weights are whitened weight by weight: a square root of their whole moment would take minutes."""
 
 
-class Slopes(NamedTuple):
+class MarginGradients(NamedTuple):
     """Gradients of margins, whitened."""
 
     rows: Tensor  # m int64, of the evidence, ascending
@@ -81,8 +81,8 @@ class Whitening:
 
 
 @torch.no_grad()
-def whitened(problem: Problem, most: int) -> Whitening:
-    """Whitens the layers of a problem by passed data, with at most about `most` coordinates.
+def fit_whitening(problem: Problem, max_size: int) -> Whitening:
+    """Whitens the layers of a problem by passed data, with at most about `max_size` coordinates.
 
     Where the layers have more weights, each keeps the output channels through which targets can be moved most: those
     with the greatest squared gradients of their margins.
@@ -102,19 +102,19 @@ def whitened(problem: Problem, most: int) -> Whitening:
     roots = tuple(_root(problem.collective.sum(moment)) for moment in moments)
     outputs = tuple(torch.arange(len(site.module.weight), device=space.device) for site in space.sites)
     whole = Whitening(space.sites, outputs, roots)
-    if whole.size <= most:
+    if whole.size <= max_size:
         return whole
     useful = [torch.zeros(len(o), device=space.device) for o in outputs]
     for _, found in _gradients(problem, before.targeted.nonzero().flatten(), whole):
         for total, part in zip(useful, found, strict=True):
             total += part.square().sum((0, 2))
-    kept = [max(1, int(most / whole.size * len(o))) for o in outputs]
+    kept = [max(1, int(max_size / whole.size * len(o))) for o in outputs]
     order = [problem.collective.agreed(problem.collective.sum(u).argsort(descending=True)) for u in useful]
     return Whitening(space.sites, tuple(o[:n].sort().values for o, n in zip(order, kept, strict=True)), roots)
 
 
 @torch.no_grad()
-def slopes(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> Slopes:
+def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> MarginGradients:
     """Gradients of the margins of chosen samples, the same on every rank.
 
     Args:
@@ -136,7 +136,7 @@ def slopes(problem: Problem, chosen: Tensor, whitening: Whitening, state: State)
     own_rows = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
     all_rows = torch.cat(problem.collective.gather(own_rows))
     order = all_rows.argsort()
-    return Slopes(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
+    return MarginGradients(all_rows[order], torch.cat(problem.collective.gather(own))[order.to(device)])
 
 
 def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str, list[LayerCall]]]]:

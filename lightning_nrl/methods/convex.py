@@ -25,20 +25,20 @@ from lightning_nrl.report.stages import Step
 __all__ = ["Convex"]
 
 STRENGTHS = tuple(2.0**power for power in range(-4, 6))
-"""What a target's missing margin may cost, in units of what the median target would take if it were alone."""
+"""What a target's missing margin may cost, in units of what the median target would take if it were the only one."""
 
-FOLDS = 4
+N_FOLDS = 4
 """Of the samples that came in with the failed ones, each is held out once."""
 
-PRICE = 1
+REGRESSION_PRICE = 1
 """Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
 break, so that the whole of it repairs several times as many."""
 
-SHARES = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
-"""Shares of a change that are tried on the deployed model: rounding may differ from that of the recording."""
+DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
+"""Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
 
 
-class _Held(NamedTuple):
+class _HeldOutFlips(NamedTuple):
     """What a change did to samples that it was not made from."""
 
     gained: int  # targets that were repaired
@@ -138,7 +138,7 @@ def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] |
 
 
 @torch.no_grad()
-def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_Held]]:
+def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_HeldOutFlips]]:
     """The change at each strength, `C x d`, and what it did to held-out samples.
 
     One rank solves for all of them.
@@ -152,7 +152,9 @@ def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tens
             changes[i], held[i] = change, torch.tensor(found)
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
-    return list(changes[: int(made)]), [_Held(int(a), int(b), c, d) for a, b, c, d in held[: int(made)].tolist()]
+    return list(changes[: int(made)]), [
+        _HeldOutFlips(int(a), int(b), c, d) for a, b, c, d in held[: int(made)].tolist()
+    ]
 
 
 def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float]]:
@@ -168,7 +170,7 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
     )
     fold = _folds(problem).to(device)[known]
     paths = [regularization_path(head, STRENGTHS)]
-    paths += [regularization_path(head, STRENGTHS, fold != number) for number in range(FOLDS)]
+    paths += [regularization_path(head, STRENGTHS, fold != number) for number in range(N_FOLDS)]
     counts = before.finite_weight.to(device)[known]
     for change, *others in zip(*paths, strict=True):
         flipped = torch.zeros_like(head.targeted)
@@ -193,16 +195,16 @@ def _folds(problem: Problem) -> Tensor:
     generator = torch.Generator().manual_seed(problem.seed)
     for kind in (before.passed, before.targeted):
         which = (here & kind).nonzero().flatten()
-        fold[which] = torch.randperm(len(which), generator=generator) % FOLDS
+        fold[which] = torch.randperm(len(which), generator=generator) % N_FOLDS
     return fold
 
 
-def _best(held: list[_Held], points: list[Proposal]) -> int:
+def _best(held: list[_HeldOutFlips], points: list[Proposal]) -> int:
     """Where slices lack the fewest repairs, what held-out samples speak for most.
 
     Of equals one that repairs a target at all, then the weakest.
     """
-    worth = [one.gain - PRICE * one.harm for one in held]
+    worth = [one.gain - REGRESSION_PRICE * one.harm for one in held]
     return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
 
 
@@ -220,7 +222,7 @@ def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, s
 
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
     """The greatest share of a change that breaks nothing when the deployed model runs with it."""
-    for share in SHARES:
+    for share in DEPLOYED_FRACTIONS:
         proposal = problem.propose("convex", _state(problem, share * change))
         if not proposal.broken:
             return (proposal if proposal.repaired else None), share

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +15,17 @@ from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["FineTunePolish"]
 
-POLISH = 12.0
+POLISH_PASSES = 12.0
 """Passes over known data that a polish takes; so much time is kept for it."""
-JUDGE = 3.0
-"""Passes that are left when it is over: what the fit did is counted, the result is judged, unseen data are counted."""
 
-WAY = 0.9
+FIT_STRENGTH = 0.9
 """How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
 
 
@@ -65,22 +63,22 @@ class FineTunePolish:
             ConfigurationError: the task has no margins.
         """
         check_needs(self.needs, problem.before, problem.task)
-        clock, one_pass = problem.clock, problem.clock.one_pass
-        end = clock.elapsed + self.share * clock.left
+        clock = problem.clock
+        fit_deadline = problem.deadline_of_method(self.share).earlier(POLISH_PASSES * clock.one_pass)
         began = time.perf_counter()
         with clock.stage("fit"):
-            found = _fitted(problem, end - (POLISH + JUDGE) * one_pass)
+            found = _fitted(problem, fit_deadline)
             if found is None:
                 reason = f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`."
                 return Solution(None, reason)
-            state, how = between(problem.model.state_dict(), found[0], WAY), found[1]
+            state, how = between(problem.model.state_dict(), found[0], FIT_STRENGTH), found[1]
             fitted = problem.propose("fit", state)
         steps = [fitted.step(time.perf_counter() - began, how)]
         began = time.perf_counter()
         with clock.stage("polish"):
             # What comes after it can do without time, a polish that is cut short loses most of what was repaired.
-            seconds = _left(problem, clock.elapsed + clock.left - JUDGE * one_pass)
-            polished = polish(problem.steered(fitted.after), state, seconds=seconds, after=fitted.after)
+            deadline = problem.deadline_of_method()
+            polished = polish(problem.steered(fitted.after), state, deadline=deadline, after=fitted.after)
         proposal = problem.counted("polish", polished.state, polished.after)
         steps.append(proposal.step(time.perf_counter() - began, polished.note))
         if not proposal.repaired:
@@ -89,29 +87,21 @@ class FineTunePolish:
         return Solution(proposal, steps=tuple(steps), others=(fitted,))
 
 
-def _fitted(problem: Problem, end: float) -> tuple[State, str] | None:
-    """Weights that repair, and in words how they came about; None if the clock is at the end before they did."""
-    seconds = _left(problem, end)
+def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
+    """Weights that repair, and in words how they came about; None if there is no time for it."""
+    seconds = deadline.agreed_seconds_left()
     if seconds > 0 and problem.whole and problem.training is not None:
-        weight = _repeats(problem)
+        weight = _visits_per_epoch(problem)
         train = problem.training if weight is None else partial(problem.training, weight=weight)
         state = train(seconds=seconds, seed=problem.seed, clock=problem.clock)
         if state is not None:
             return state, "continued training"
-        seconds = _left(problem, end)
-    return (distill(problem, seconds=seconds), "distilled steps") if seconds > 0 else None
+        seconds = deadline.agreed_seconds_left()
+    return (distill(problem, deadline=deadline), "distilled steps") if seconds > 0 else None
 
 
-def _repeats(problem: Problem) -> Tensor | None:
+def _visits_per_epoch(problem: Problem) -> Tensor | None:
     """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
     before = problem.before
     weight = torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
     return weight if bool((weight != 1).any()) else None
-
-
-def _left(problem: Problem, end: float) -> float:
-    """Seconds until the clock is there; the first rank's."""
-    seconds = end - problem.clock.elapsed
-    if math.isinf(seconds) or problem.collective.world_size == 1:
-        return seconds
-    return float(problem.collective.agreed(torch.tensor(seconds, dtype=torch.float64)))

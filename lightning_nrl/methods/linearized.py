@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._convex.head import KEPT_MARGIN_RATIO
-from lightning_nrl._convex.linearized_step import Radius, Tangent
+from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
 from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
-from lightning_nrl._optim.whitening import Whitening, slopes, whitened
+from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
@@ -26,36 +26,33 @@ from lightning_nrl.report.stages import Step
 
 __all__ = ["Linearized"]
 
-ENOUGH, GIVEN = 0.2, 0.2
+MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 """A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
 More than for a last layer, since gradients err."""
 
-ROUNDS = 10
+MAX_LINEARIZATIONS = 10
 """Linearisations at most; 3 to 6 were enough where all could be repaired."""
 
-STALLED = 2
+MAX_STALLED_LINEARIZATIONS = 2
 """Rounds in a row without a further repair, after which it ends."""
 
-ROWS = 1000
+MAX_ROWS = 1000
 """Samples of one programme: at most half of them targets, the rest the passed samples that are or came nearest to the
 border. Its time grows with their square."""
 
-ENTRIES = 2**27
+MAX_PROGRAMME_ENTRIES = 2**27
 """Gradient entries (samples x weights) of one programme: half a GiB in float32. Larger layers move in part."""
 
 CORRECTIONS = 2
 """Solutions with the same gradients, corrected by what the one before broke."""
 
-SHARES = (0.5, 0.25)
-"""Shares of a step that are tried where the whole of it breaks something."""
+STEP_FRACTIONS = (0.5, 0.25)
+"""Fractions of a step that are tried where the whole of it breaks something."""
 
-BROKEN = 3
-"""Repairs that a regression outweighs when the walk goes on from weights that break something for the moment."""
+REGRESSION_COST = 3
+"""Repairs that a regression outweighs when the next step goes on from weights that break something for the moment."""
 
-JUDGE = 3.0
-"""Passes over known data that are left for judging when it is over."""
-
-PASSES = 5.0
+FIRST_ROUND_PASSES = 5.0
 """Passes that the first round is expected to take."""
 
 
@@ -71,35 +68,37 @@ class Linearized:
     needs: ClassVar[tuple[Need, ...]] = ("margins",)
 
     def __call__(self, problem: Problem) -> Solution:
-        """Walks from the original weights.
+        """Steps from the original weights.
 
         Raises:
             ConfigurationError: the task has no margins, or their gradients do not reach a layer.
         """
         check_needs(self.needs, problem.before, problem.task)
-        clock = problem.clock
-        if _is_late(problem, PASSES * problem.clock.one_pass):
+        clock, deadline = problem.clock, problem.deadline_of_method()
+        if not deadline.leaves(FIRST_ROUND_PASSES * clock.one_pass):
             return Solution(None, f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`.")
-        entries = ENTRIES if problem.budget is None else min(ENTRIES, problem.budget // 8)
+        entries = MAX_PROGRAMME_ENTRIES if problem.budget is None else min(MAX_PROGRAMME_ENTRIES, problem.budget // 8)
         with clock.stage("linearize"):
-            whitening = whitened(problem, max(1, entries // min(ROWS, len(problem.before))))
-        walk = _Walk(problem, whitening)
-        targets, took = int(problem.before.targeted.sum()), PASSES * problem.clock.one_pass
-        while len(walk.steps) < ROUNDS and walk.stalled < STALLED and walk.repaired < targets:
-            if _is_late(problem, took):
+            whitening = fit_whitening(problem, max(1, entries // min(MAX_ROWS, len(problem.before))))
+        run = _TrustRegionSteps(problem, whitening)
+        targets, took = int(problem.before.targeted.sum()), FIRST_ROUND_PASSES * problem.clock.one_pass
+        while (
+            len(run.steps) < MAX_LINEARIZATIONS and run.stalled < MAX_STALLED_LINEARIZATIONS and run.repaired < targets
+        ):
+            if not deadline.leaves(took):
                 break
             began = time.perf_counter()
-            if not walk.round():
+            if not run.round():
                 return Solution(None, "no margin of a target depends on the layer's weights.")
             took = time.perf_counter() - began
-        steps = tuple(walk.steps)
-        if not walk.found:
+        steps = tuple(run.steps)
+        if not run.found:
             return Solution(None, "no step along the gradients repairs a target without a regression.", steps)
-        *others, proposal = walk.found
+        *others, proposal = run.found
         return Solution(proposal, steps=steps, others=tuple(others))
 
 
-class _Walk:
+class _TrustRegionSteps:
     """From the original weights, round by round.
 
     Attributes:
@@ -112,13 +111,13 @@ class _Walk:
         before = problem.before
         self.problem, self.whitening = problem, whitening
         unit = float(before.margin[before.passed].median())
-        keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=ENOUGH * unit)
-        self.asked = torch.where(before.targeted, GIVEN * unit, keep)
-        # Below what is asked, so that steps which fulfil it to rounding are not turned down.
+        keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
+        self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
+        # Below what is required, so that steps which fulfil it to rounding are not turned down.
         self.least = (keep / 2).clamp(max=SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN))
         self.after, self.closest = before, before.margin
         self.change: Tensor | None = None
-        self.radius, self.price = Radius(), 0.0
+        self.radius, self.price = TrustRadius(), 0.0
         self.found: list[Proposal] = []
         self.steps: list[Step] = []
         self.stalled = 0
@@ -137,20 +136,20 @@ class _Walk:
         """Linearises, solves and steps; False where no target's margin depends on the weights."""
         began = time.perf_counter()
         with self.problem.clock.stage("linearize"):
-            self.problem.clock.tell(len(self.steps), ROUNDS, self.repaired, 0)
-            tangent, rows, here = self._linearized()
-        self.price = self.price or tangent.price()
+            self.problem.clock.tell(len(self.steps), MAX_LINEARIZATIONS, self.repaired, 0)
+            linearized, rows, here = self._linearized()
+        self.price = self.price or linearized.price()
         if not self.price:
             return False
-        tries, note = self._tried(tangent, rows, here)
+        tries, note = self._tried(linearized, rows, here)
         clean = [one for one in tries if self._is_clean(one[0].after)]
         step = tries[-1][1] - here
         if not clean:
-            self.radius.missed(step)
+            self.radius.shrink(step)
         elif len(tries) == 1:
-            self.radius.kept(step)
+            self.radius.grow(step)
         elif len(tries) > 1 + CORRECTIONS:
-            self.radius.shortened(step)
+            self.radius.limit_to(step)
         best = max(clean or tries, key=lambda one: self._worth(one[0]))
         if clean or self._worth(best[0]) >= self.gain:
             self.after, self.change = best[0].after, best[1]
@@ -161,45 +160,47 @@ class _Walk:
         self.steps.append(best[0].step(time.perf_counter() - began, f"{len(rows):,} gradients, {note}"))
         return True
 
-    def _linearized(self) -> tuple[Tangent, Tensor, Tensor]:
+    def _linearized(self) -> tuple[LinearizedMargins, Tensor, Tensor]:
         """The programme at the present weights, its rows in the evidence, and where it is."""
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
-        found = slopes(self.problem, self._near(), self.whitening, state)
+        found = margin_gradients(self.problem, self._near(), self.whitening, state)
         device, rows = found.values.device, found.rows
-        margin, asked = (x[rows].to(found.values) for x in (_margins(self.after), self.asked))
+        margin, required = (x[rows].to(found.values) for x in (_margins(self.after), self.required))
         targeted = self.problem.before.targeted[rows].to(device)
         before = self.problem.before
         weight = before.weight[rows].to(found.values) if before.weighted else None
-        return Tangent(found.values, margin, asked, targeted, weight), rows, change.to(found.values)
+        return LinearizedMargins(found.values, margin, required, targeted, weight), rows, change.to(found.values)
 
     def _near(self) -> Tensor:
         """Rows of the samples of a programme: those nearest to the border, targets that weigh more from further off."""
         before, margin = self.problem.before, _margins(self.after)
         targets, passed = before.targeted.nonzero().flatten(), before.passed.nonzero().flatten()
         distance = margin[targets].abs() / before.weight[targets].to(margin)
-        targets = targets[distance.argsort(stable=True)[: ROWS // 2]]
+        targets = targets[distance.argsort(stable=True)[: MAX_ROWS // 2]]
         closest = torch.minimum(self.closest, margin)[passed]
-        passed = passed[closest.argsort(stable=True)[: ROWS - len(targets)]]
+        passed = passed[closest.argsort(stable=True)[: MAX_ROWS - len(targets)]]
         return torch.cat([targets, passed]).sort().values
 
-    def _tried(self, tangent: Tangent, rows: Tensor, here: Tensor) -> tuple[list[tuple[Proposal, Tensor]], str]:
+    def _tried(
+        self, linearized: LinearizedMargins, rows: Tensor, here: Tensor
+    ) -> tuple[list[tuple[Proposal, Tensor]], str]:
         """Proposals and where they are, until one breaks nothing, and in words how far that was."""
         tries: list[tuple[Proposal, Tensor]] = []
         error = start = None
         for number in range(1 + CORRECTIONS):
             with self.problem.clock.stage("solve"):
-                step, start = tangent.step(self.price, error, start)
+                step, start = linearized.step(self.price, error, start)
                 step = self.problem.collective.agreed(self.radius.within(step))
             tries.append(self._proposed(here + step))
             if self._is_clean(tries[-1][0].after):
                 return tries, "the whole step" + (f", corrected {number} times" if number else "")
-            real = _margins(tries[-1][0].after)[rows].to(tangent.margin)
-            error = real - tangent.promised(step)
-        for share in SHARES:
-            tries.append(self._proposed(here + share * step))
+            real = _margins(tries[-1][0].after)[rows].to(linearized.margin)
+            error = real - linearized.predicted(step)
+        for fraction in STEP_FRACTIONS:
+            tries.append(self._proposed(here + fraction * step))
             if self._is_clean(tries[-1][0].after):
-                return tries, f"{share:.0%} of the step"
+                return tries, f"{fraction:.0%} of the step"
         return tries, "still breaking some"
 
     def _proposed(self, change: Tensor) -> tuple[Proposal, Tensor]:
@@ -214,15 +215,10 @@ class _Walk:
         return not bool((self.problem.before.passed & ~right).any())
 
     def _worth(self, proposal: Proposal) -> float:
-        return proposal.gain - BROKEN * proposal.harm
+        return proposal.gain - REGRESSION_COST * proposal.harm
 
 
 def _margins(evidence: SampleResults) -> Tensor:
     """Margins, far below 0 where the model gave something that is not finite."""
     finite = evidence.margin.isfinite() & evidence.loss.isfinite()
     return torch.where(finite, evidence.margin, -1e6)
-
-
-def _is_late(problem: Problem, seconds: float) -> bool:
-    """Whether on any rank no time is left for work of so many seconds and for judging."""
-    return problem.collective.any(problem.clock.left < seconds + JUDGE * problem.clock.one_pass)

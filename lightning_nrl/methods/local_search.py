@@ -26,9 +26,6 @@ from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search", "search_deadline"]
 
-FINAL_PASSES = 3
-"""Passes over known data that are left for judging when the time of a search is over."""
-
 
 @dataclass(frozen=True)
 class SearchGoal:
@@ -134,7 +131,7 @@ def localize_and_search(
 
 def search_deadline(problem: Problem, seconds: float) -> Deadline:
     """When a search has to end: it has had its seconds, or those of the repair run out."""
-    return problem.deadline.earlier(FINAL_PASSES * problem.clock.one_pass).within(seconds)
+    return problem.deadline_of_method().within(seconds)
 
 
 @torch.no_grad()

@@ -20,9 +20,6 @@ from lightning_nrl.report.stages import Step
 
 __all__ = ["Polish"]
 
-JUDGE = 3.0
-"""Passes over known data that are left when it is over: the result is judged, unseen data are counted."""
-
 
 @dataclass(frozen=True, eq=False)
 class Polish:
@@ -60,8 +57,7 @@ class Polish:
                 layer that may change; or the task has no margins.
         """
         check_needs(self.needs, problem.before, problem.task)
-        clock, one_pass = problem.clock, problem.clock.one_pass
-        end = clock.elapsed + self.share * clock.left
+        clock, deadline = problem.clock, problem.deadline_of_method(self.share)
         steps: tuple[Step, ...] = ()
         others: tuple[Proposal, ...] = ()
         state: State = {}
@@ -74,9 +70,8 @@ class Polish:
                 steps, others = (given.step(time.perf_counter() - began, "as they came"),), (given,)
         with clock.stage("polish"):
             began = time.perf_counter()
-            seconds, insist = end - clock.elapsed - JUDGE * one_pass, self.new is None
             after = others[0].after if others else problem.before
-            polished = polish(problem, state, seconds=seconds, after=after, insist=insist)
+            polished = polish(problem, state, deadline=deadline, after=after, insist=self.new is None)
         proposal = problem.counted("polish", polished.state, polished.after)
         steps = (*steps, proposal.step(time.perf_counter() - began, polished.note))
         if not proposal.repaired:

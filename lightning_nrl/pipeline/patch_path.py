@@ -107,7 +107,7 @@ class PatchPath:
         """The weights at a strength, polished if it lies before the patch and breaks more than the gate allows."""
         state = self.state(strength)
         if strength < 1 and not self.within_gate(self.point(strength)) and self.has_margins:
-            state = polish(self.problem, state, seconds=self.problem.clock.left).state
+            state = polish(self.problem, state, deadline=self.problem.deadline).state
             self.counted[strength] = replace(self._count(state, strength), polished=True)
         return state
 

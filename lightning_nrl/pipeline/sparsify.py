@@ -30,9 +30,6 @@ MAX_POLISHED_SIZES = 4
 GAIN_ROUNDING = 1e-9
 """Of sums of sample weights."""
 
-PASSES_TO_JUDGE = 3
-"""Passes over known data that time is kept for."""
-
 
 def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposal, Step]:
     """Looks for the fewest changed weights that keep most repairs and break no more known samples.
@@ -151,9 +148,9 @@ class _SortedPatch:
         """The same after a polish in which only these weights move."""
         masks = {name: mask for name, mask in self.masks(size).items() if mask.any()}
         problem = replace(self.problem, scope=tuple(masks))
-        found = polish(problem, self.state(size), masks=masks, seconds=problem.clock.left)
+        found = polish(problem, self.state(size), masks=masks, deadline=problem.deadline)
         return problem.counted("sparse", found.state, found.after)
 
     def is_late(self) -> bool:
         """Whether little more than the time for judging is left; the same on every rank."""
-        return not self.problem.deadline.leaves(PASSES_TO_JUDGE * self.problem.clock.one_pass)
+        return self.problem.deadline_of_method().is_over()

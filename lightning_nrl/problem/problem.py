@@ -25,6 +25,9 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["Problem"]
 
+JUDGING_PASSES = 3
+"""Passes over known data after a method: its result is judged, unseen data are counted."""
+
 LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
 
@@ -93,6 +96,10 @@ class Problem:
     def deadline(self) -> Deadline:
         """When the repair must be over, agreed upon over ranks."""
         return self.clock.deadline(self.collective)
+
+    def deadline_of_method(self, share: float = 1.0) -> Deadline:
+        """When a method must be over that takes a share of the time that is left; `JUDGING_PASSES` come after it."""
+        return self.deadline.within(share * self.clock.left).earlier(JUDGING_PASSES * self.clock.one_pass)
 
     def evaluate(self, state: State) -> SampleResults:
         """What the deployed model does on all known data under a state: one forward pass over them."""

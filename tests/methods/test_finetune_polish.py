@@ -27,7 +27,7 @@ from toy_repairs import known, trained
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._optim import distill as fit_module
 from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import FineTunePolish
 from lightning_nrl.methods import finetune_polish as module
 from lightning_nrl.problem import Problem, Solution
@@ -98,7 +98,7 @@ def test_how_far_back_a_polish_had_to_go_is_said(monkeypatch: pytest.MonkeyPatch
     model = trained().eval()
     problem = make_problem(model, known(), training=Training(retrained(model)), clock=StageTimer(max_time=60))
     polish = module.polish
-    monkeypatch.setattr(module, "polish", lambda *args, **rest: polish(*args, **{**rest, "seconds": 0}))
+    monkeypatch.setattr(module, "polish", lambda *args, **rest: polish(*args, **{**rest, "deadline": Deadline(0.0)}))
     solution = checked(problem, FineTunePolish()(problem))
     assert solution.steps[1].note.startswith("1 round, then back to ")
     assert solution.steps[1].note.endswith("% of the way")
@@ -136,9 +136,9 @@ def test_it_takes_its_share_of_the_time(share: float, expected: float, monkeypat
     problem.clock.seconds["collect"] = 1.0
     polish = module.polish
 
-    def listen(*args: Any, seconds: float, **rest: Any) -> Any:
-        given["polish"] = seconds
-        return polish(*args, seconds=seconds, **rest)
+    def listen(*args: Any, deadline: Deadline, **rest: Any) -> Any:
+        given["polish"] = deadline.seconds_left
+        return polish(*args, deadline=deadline, **rest)
 
     monkeypatch.setattr(module, "polish", listen)
     checked(problem, FineTunePolish(share)(problem))

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import Target, TensorSource, repair_module
-from lightning_nrl._convex.linearized_step import Radius, Tangent
+from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
 from lightning_nrl._model.layer_inputs import windows
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._optim.whitening import slopes, whitened
+from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import snapshot
@@ -208,11 +208,11 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)
-    whitening = whitened(problem, 10**6)
+    whitening = fit_whitening(problem, 10**6)
     assert whitening.size == problem.space.size
     assert whitening.roots[0].ndim == (3 if wide == 2048 else 2)
     change = 1e-6 * torch.randn(whitening.size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = slopes(problem, torch.arange(60), whitening, {})
+    found = margin_gradients(problem, torch.arange(60), whitening, {})
 
     def margins(state: Any) -> Tensor:
         weights = {**snapshot(model), **state}
@@ -224,10 +224,10 @@ def test_slopes_are_gradients_in_whitened_coordinates(
 
 def test_a_layer_that_is_too_large_moves_in_the_channels_that_help_most() -> None:
     problem = make(Images(), [TensorSource(*images(), "all", passed=True, failed=True)], "3")
-    few = whitened(problem, 80)
+    few = fit_whitening(problem, 80)
     assert few.size <= 80
-    whole = whitened(problem, 10**6)
-    found = slopes(problem, problem.before.targeted.nonzero().flatten(), whole, {})
+    whole = fit_whitening(problem, 10**6)
+    found = margin_gradients(problem, problem.before.targeted.nonzero().flatten(), whole, {})
     help_of = found.values.unflatten(1, (6, -1)).square().sum((0, 2))
     assert few.outputs[0].tolist() == sorted(help_of.argsort(descending=True)[:2].tolist())
     moved = few.state(torch.ones(few.size))["3.weight"] != problem.model[3].weight
@@ -236,30 +236,32 @@ def test_a_layer_that_is_too_large_moves_in_the_channels_that_help_most() -> Non
 
 def test_whitened_steps_of_one_length_move_passed_outputs_alike() -> None:
     problem = make(plane(), on_the_axis())
-    (root,) = whitened(problem, 10).roots
+    (root,) = fit_whitening(problem, 10).roots
     # Second moment diag(1, 0), scaled to diag(2, 0), plus a tenth.
     torch.testing.assert_close(root[0].float(), torch.diag(torch.tensor([2.1, 0.1]).rsqrt()))
 
 
 def test_a_tangent_step_by_hand() -> None:
     slopes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    tangent = Tangent(slopes, torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([True, False]))
+    tangent = LinearizedMargins(
+        slopes, torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor([True, False])
+    )
     assert tangent.price() == 2.0
     torch.testing.assert_close(tangent.step(2.0)[0], torch.tensor([2.0, 0.0]))
     torch.testing.assert_close(tangent.step(1.5)[0], torch.tensor([1.5, 0.0]))  # all that it may cost
     again, _ = tangent.step(2.0, error=torch.tensor([0.5, -3.0]))
     torch.testing.assert_close(again, torch.tensor([1.5, 2.0]))  # asked for what it lacked, not for what it had over
-    torch.testing.assert_close(tangent.promised(again), torch.tensor([0.5, 4.0]))
+    torch.testing.assert_close(tangent.predicted(again), torch.tensor([0.5, 4.0]))
 
 
 def test_a_radius_follows_what_steps_did() -> None:
-    step, radius = torch.tensor([3.0, 4.0]), Radius()
+    step, radius = torch.tensor([3.0, 4.0]), TrustRadius()
     assert radius.within(step) is step
-    radius.missed(step)
+    radius.shrink(step)
     torch.testing.assert_close(radius.within(step), step / 4)
-    radius.kept(radius.within(step))
+    radius.grow(radius.within(step))
     torch.testing.assert_close(radius.within(step), step / 2)
-    radius.shortened(torch.tensor([1.0, 0.0]))
+    radius.limit_to(torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(radius.within(step), step / 5)
 
 

@@ -30,7 +30,7 @@ from toy_repairs import known, mlp, trained
 
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.methods import METHODS
 from lightning_nrl.methods import polish_weights as module
 from lightning_nrl.methods.polish_weights import Polish
@@ -198,9 +198,9 @@ def test_time_is_left_for_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -
     problem, given, polish = on_a_line(clock=StageTimer(max_time=100)), [], module.polish
     problem.clock.seconds["collect"] = 2.0
 
-    def listen(*args: Any, seconds: float, **rest: Any) -> Any:
-        given.append(seconds)
-        return polish(*args, seconds=seconds, **rest)
+    def listen(*args: Any, deadline: Deadline, **rest: Any) -> Any:
+        given.append(deadline.seconds_left)
+        return polish(*args, deadline=deadline, **rest)
 
     monkeypatch.setattr(module, "polish", listen)
     Polish(threshold(0.65))(problem)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from toy_problems import Marginless, cast, left_alone, make_problem, normed, same, together
+from toy_problems import Marginless, cast, in_seconds, left_alone, make_problem, normed, same, together
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
@@ -19,7 +19,7 @@ from lightning_nrl._optim import distill as module
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._utils.state import State, snapshot
-from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.problem import Problem
 
 
@@ -182,14 +182,13 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
 @pytest.mark.parametrize("seconds", [0, -1])
 def test_without_time_the_weights_stay(seconds: float) -> None:
     problem = make_problem(trained().half(), cast(known(), torch.float16))
-    assert same(distill(problem, seconds=seconds), snapshot(problem.model))
+    assert same(distill(problem, deadline=in_seconds(problem, seconds)), snapshot(problem.model))
 
 
 @pytest.mark.parametrize("seconds", [8.0, 20.0, 100.0])
 def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now, rates = [0.0], []
     monkeypatch.setattr(module, "EASY_FRACTION", 1.1)
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     step = Descent.step
 
     def timed(self: Descent, parts: Any, loss: Any, *, rate: float) -> None:
@@ -199,7 +198,8 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Descent, "step", timed)
     # 1,280 samples are ten steps an epoch; in all there are six epochs.
-    distill(make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:]), seconds=seconds)
+    problem = make_problem(trained(), known(n=900)[:1] + known(n=760, seed=1)[1:])
+    distill(problem, deadline=Deadline(seconds, now=lambda: now[0]))
     assert now[0] <= seconds
     assert len(rates) == min(60, seconds - 2)
     assert rates == sorted(rates, reverse=True)
@@ -209,7 +209,7 @@ def test_the_schedule_ends_with_the_time(seconds: float, monkeypatch: pytest.Mon
 
 def test_ranks_take_as_many_steps_as_the_first_has_time_for() -> None:
     def work(problem: Problem) -> State:
-        return distill(problem, seconds=1e6 if problem.collective.rank else 0.05)
+        return distill(problem, deadline=in_seconds(problem, 1e6 if problem.collective.rank else 0.05))
 
     first, second = together(trained(), known(), work)
     assert same(first, second)

@@ -17,6 +17,7 @@ from toy_problems import (
     barely,
     broken,
     cast,
+    in_seconds,
     jittered,
     left_alone,
     make_problem,
@@ -35,6 +36,7 @@ from lightning_nrl import ConfigurationError, Target, TensorSource
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._optim.polish_result import PolishResult
 from lightning_nrl._utils.state import snapshot
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.problem import Problem
 from lightning_nrl.tasks import Multiclass
@@ -226,7 +228,9 @@ def test_masked_weights_stay_as_they_are(seconds: float) -> None:
     new["0.weight"] = torch.where(mask, new["0.weight"], old["0.weight"])
     given = problem.propose("given", {"0.weight": new["0.weight"]})
     assert given.broken > 0
-    found = checked(problem, polish(problem, given.state, masks={"0.weight": mask}, seconds=seconds))
+    found = checked(
+        problem, polish(problem, given.state, masks={"0.weight": mask}, deadline=in_seconds(problem, seconds))
+    )
     after = found.state["0.weight"]
     assert torch.equal(after[~mask], old["0.weight"][~mask])
     assert not torch.equal(after[mask], new["0.weight"][mask])
@@ -268,15 +272,14 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit() -> None:
 def test_without_time_there_is_a_step_back() -> None:
     problem = make_problem(trained(), known())
     new = retrained(problem.model)
-    found = checked(problem, polish(problem, new, seconds=0))
+    found = checked(problem, polish(problem, new, deadline=in_seconds(problem, 0)))
     assert found.rounds == 1
     assert 0 < found.strength < 1
 
 
-def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_time_is_kept() -> None:
     problem = on_a_line()
     now, forwards = [0.0], 1.0
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
     def pass_time(*args: Any) -> None:
         now[0] += forwards
@@ -285,7 +288,7 @@ def test_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     took = {}
     for seconds in (0, 30, 100, 1000):
         now[0] = 0.0
-        found = checked(problem, polish(problem, threshold(-3.0), seconds=seconds))
+        found = checked(problem, polish(problem, threshold(-3.0), deadline=Deadline(seconds, now=lambda: now[0])))
         took[seconds] = found.rounds
     assert took[0] == 1
     assert took[0] < took[30] < took[100] <= took[1000]
@@ -345,14 +348,14 @@ def test_targets_that_contradict_what_passes_are_let_go(dtype: torch.dtype) -> N
     assert 50 <= found.repaired <= 55
 
 
-def test_where_time_is_short_some_of_many_are_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_time_is_short_some_of_many_are_repaired() -> None:
     problem, now, found = crowded(), [0.0], {}
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
     problem.model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 1.0))
     for seconds in (100, 500, 3_000):
         now[0] = 0.0
         found[seconds] = checked(
-            problem, polish(problem, {}, after=problem.before, insist=True, seconds=seconds)
+            problem,
+            polish(problem, {}, after=problem.before, insist=True, deadline=Deadline(seconds, now=lambda: now[0])),
         ).repaired
         assert now[0] < seconds + 60  # a round more at the most, and the way back
     assert 0 < found[100] < found[500] < found[3_000] == 60
@@ -392,7 +395,9 @@ def test_ranks_stop_together_when_the_time_of_one_is_over() -> None:
     model = trained().eval()
     new = retrained(model)
     first, second = together(
-        model, known(), lambda problem: polish(problem, new, seconds=0 if problem.collective.rank else 1e6)
+        model,
+        known(),
+        lambda problem: polish(problem, new, deadline=in_seconds(problem, 0 if problem.collective.rank else 1e6)),
     )
     assert same(first.state, second.state)
     assert (first.rounds, first.broken) == (second.rounds, 0) == (1, 0)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lightning_nrl._optim.distill import VISITS_PER_SAMPLE
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
-from lightning_nrl.methods.finetune_polish import POLISH
+from lightning_nrl.methods.finetune_polish import POLISH_PASSES
 from lightning_nrl.pipeline.patch_path import PATH_STRENGTHS
 from lightning_nrl.search import ParticleSwarm
 
@@ -58,7 +58,7 @@ def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
         if pace.alone is not None:
             found.append(Cost("convex", around + SOLVES * pace.alone, "exact programmes for the last Linear"))
         found.append(Cost("linearized", around + LINEAR * pace.one_pass, "some steps of one layer"))
-        fit = (epochs or VISITS_PER_SAMPLE) * STEP * pace.one_pass + POLISH * pace.one_pass
+        fit = (epochs or VISITS_PER_SAMPLE) * STEP * pace.one_pass + POLISH_PASSES * pace.one_pass
         how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))
