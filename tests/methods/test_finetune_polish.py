@@ -37,7 +37,7 @@ from lightning_nrl.problem import Problem, Solution
 def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "VISITS_PER_SAMPLE", 12)
     monkeypatch.setattr(fit_module, "DISTILL_RATE", 0.01)
-    monkeypatch.setattr(module, "WAY", 1.0)
+    monkeypatch.setattr(module, "FIT_STRENGTH", 1.0)
 
 
 class Training:
@@ -86,7 +86,7 @@ def test_training_goes_on_and_is_polished() -> None:
 
 
 def test_a_part_of_what_was_fitted_is_polished(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WAY", 0.5)
+    monkeypatch.setattr(module, "FIT_STRENGTH", 0.5)
     solution = FineTunePolish()(on_a_line(training=Training(threshold(0.55))))
     assert solution.steps[0].broken == 0
     assert solution.proposal is not None
@@ -161,12 +161,14 @@ def test_without_time_the_reason_is_said(share: float, max_time: float) -> None:
 
 
 def test_where_training_took_all_the_time_in_vain_that_is_said() -> None:
+    now = [0.0]
+
     class Slow(Training):
         def __call__(self, **rest: Any) -> State | None:
-            rest["clock"]._began -= 100
+            now[0] += 100
             return super().__call__(**rest)
 
-    problem = make_problem(trained(), known(), training=Slow(None), clock=StageTimer(max_time=50))
+    problem = make_problem(trained(), known(), training=Slow(None), clock=StageTimer(max_time=50, now=lambda: now[0]))
     solution = FineTunePolish()(problem)
     assert solution.proposal is None
     assert solution.reason.startswith("no time was left for a repair after 10")
