@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -17,28 +15,22 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._trainer.artifacts import base_folder, publish, with_files
 from lightning_nrl._trainer.continue_training import epochs_of
 from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.sanity_check import run_sanity_check
-from lightning_nrl._trainer.trained_model import TrainerRequest
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy, warn_without_step
+from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import starting_weights
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import NotRepairedWarning, check_kind, explain
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS
-from lightning_nrl.pipeline.input_checks import check_limit
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
-from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
 from lightning_nrl.presets import with_paper_row
 from lightning_nrl.problem import Method
-from lightning_nrl.reference.old_model import Reference, parse_reference
+from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Searcher
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.tasks import Task
 
 __all__ = ["RegressionFreeRepair"]
 
@@ -98,8 +90,8 @@ class RegressionFreeRepair(Callback):
         method: str | Method | Searcher[Any] = "auto",
         task: str | Task | None = None,
         reference: nn.Module | str | Path | State | Reference | None = None,
-        unseen: str | DataLoader | None = None,
-        calibration: str | DataLoader | None = None,
+        unseen: str | DataLoader[Any] | None = None,
+        calibration: str | DataLoader[Any] | None = None,
         data: DataOptions | None = None,
         samples: SampleOptions | None = None,
         search: SearchOptions | None = None,
@@ -121,13 +113,9 @@ class RegressionFreeRepair(Callback):
             bounds=BoundOptions() if bounds is None else bounds,
             samples=SampleOptions() if samples is None else samples,
         )
-        check_limit(self.settings, calibration is not None)
         self.data = DataOptions() if data is None else data
-        check_kind("data", self.data, isinstance(self.data, DataOptions), "DataOptions", "data=DataOptions(...)")
-        splits = DataRequest(self.data.passed, self.data.failed, unseen, calibration)
         left_out = (RegressionFreeRepair, WeightInterpolation)
-        self.request = TrainerRequest(splits, self.data.unpack, seed, parse_task(task), left_out)
-        self.reference = parse_reference(reference)
+        self.repair = TrainerRepair.parse(self.settings, self.data, unseen, calibration, task, reference, left_out)
         self.dirpath = dirpath
         self.verbose = verbose
         self.report: RepairReport | None = None
@@ -150,11 +138,6 @@ class RegressionFreeRepair(Callback):
             ConfigurationError: Table II has no such row.
         """
         return cls(**with_paper_row(row, arguments))
-
-    @property
-    def task(self) -> Task:
-        """What passed and loss mean."""
-        return self.request.task
 
     @property
     def repaired_model_path(self) -> str:
@@ -181,27 +164,19 @@ class RegressionFreeRepair(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
-        with self.request.sample(trainer, pl_module) as few:
-            sources = [*few.known, *chain(few.unseen, few.calibration)]
-            run_sanity_check(few.evaluator, sources, self.settings, reference=self.reference)
-            trains = getattr(self.settings.method, "trains", False)
-            if self.reference is None and self.settings.layer == "auto" and trains:
-                few.training.warn()
+        self.repair.check(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.run(trainer, pl_module)
+        with starting_weights(self.data.start_from, trainer, pl_module) as start:
+            outcome = self.attempt(trainer, pl_module)
+            self.finish(trainer, pl_module, outcome)
+            start.keep = outcome.parameters is not None
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._ran:
-            rank_zero_warn(
-                explain(
-                    "no repair was made, because no training step ran (training was complete, skipped or stopped).",
-                    "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
-                ),
-                category=NotRepairedWarning,
-            )
+            warn_without_step()
 
     @override
     def on_save_checkpoint(
@@ -212,7 +187,7 @@ class RegressionFreeRepair(Callback):
         That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
         layer holds the repaired weights: weight averaging would save its average instead.
         """
-        if self._parameters is not None and (self._pending or self._is_live(pl_module)):
+        if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
             state = checkpoint["state_dict"]
             for name, value in self._parameters.items():
                 state[name] = value.to(state.get(name, value).device, copy=True)
@@ -226,34 +201,10 @@ class RegressionFreeRepair(Callback):
         if "report" in state_dict:
             self.report = RepairReport.from_json(state_dict["report"])
 
-    def run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Repairs, saves, logs, and last of all writes the repaired weights into the model."""
-        with starting_weights(self.data.start_from, trainer, pl_module) as start:
-            outcome = self.attempt(trainer, pl_module)
-            self.finish(trainer, pl_module, outcome)
-            start.keep = outcome.parameters is not None
-
     def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> Outcome:
-        """Searches a repair. The model, the trainer and the random state are left as found.
-
-        Args:
-            trainer: in the middle of a fit.
-            pl_module: its module.
-            epochs: how many the model was trained for; None: those of this fit.
-        """
+        """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._ran = True
-        epochs = epochs_of(trainer) if epochs is None else epochs
-        with self.request.opened(trainer, pl_module, epochs) as trained:
-            return repair_module(
-                trained.evaluator,
-                trained.known,
-                self.settings,
-                unseen=trained.unseen,
-                calibration=trained.calibration,
-                training=trained.training,
-                reference=self.reference,
-                observer=trained.observer,
-            )
+        return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
@@ -267,6 +218,3 @@ class RegressionFreeRepair(Callback):
         finally:
             self._pending = False
         outcome.write(pl_module)
-
-    def _is_live(self, pl_module: pl.LightningModule) -> bool:
-        return not changed(pl_module, self._parameters or {})

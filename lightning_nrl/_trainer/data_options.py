@@ -7,10 +7,10 @@ from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
+from lightning_nrl._trainer.callback_arguments import parse_adapter
 from lightning_nrl._trainer.data_splits import check_data
 from lightning_nrl._trainer.loaders import SPLITS
-from lightning_nrl._utils.imports import import_function
-from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import check_choice
 
 __all__ = ["DataOptions"]
@@ -44,7 +44,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         for name in ("passed", "failed"):
             object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
-        adapter = unpack if self.adapter is None else import_function("adapter", self.adapter)
+        adapter = parse_adapter(self.adapter)
         object.__setattr__(self, "adapter", adapter)
         check_choice("start_from", self.start_from, ("last", "best"))
 

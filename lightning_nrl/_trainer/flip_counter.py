@@ -10,23 +10,23 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.metrics.rates import UPDATE_RATES
 
-__all__ = ["FlipCounter", "values_of"]
+__all__ = ["FlipCounter", "metrics_of"]
 
 
 class FlipCounter:
     """What one validation has found so far, on the device; nothing waits for it before the end."""
 
-    def __init__(self, known: ReferenceResults, device: torch.device) -> None:
-        self.known = known
-        n = len(known.passed)
+    def __init__(self, reference: ReferenceResults, device: torch.device) -> None:
+        self.reference = reference
+        n = len(reference.passed)
         self.new = torch.zeros(n, dtype=torch.bool, device=device)
-        self.seen = torch.zeros(n, dtype=torch.bool, device=device)
-        self.label = known.label.to(device)
-        self.strays = torch.zeros((), dtype=torch.int64, device=device)
+        self.counted = torch.zeros(n, dtype=torch.bool, device=device)
+        self.label = reference.label.to(device)
+        self.label_mismatches = torch.zeros((), dtype=torch.int64, device=device)
 
     def size(self, batch_idx: int) -> int:
         """How many samples a batch should have; 0 where there should be no such batch."""
-        starts = self.known.starts
+        starts = self.reference.starts
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
@@ -43,11 +43,11 @@ class FlipCounter:
                     "validate the same samples each time; a collate function must neither drop nor add any.",
                 )
             )
-        rows = slice(*self.known.starts[batch_idx : batch_idx + 2])
+        rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
         self.new[rows] = right.to(self.new.device)
-        self.seen[rows] = True
+        self.counted[rows] = True
         if label is not None:
-            self.strays += (label.to(self.label.device) != self.label[rows]).sum()
+            self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """The names of the slices, and `1 + S x 4`, kept, broken, repaired and failing, of all and of each slice.
@@ -55,14 +55,14 @@ class FlipCounter:
         Raises:
             ConfigurationError: samples had other labels than when the replaced model was asked about them.
         """
-        known, new = self.known, self.new.cpu()
-        old, counted = known.passed, known.once & self.seen.cpu()
+        known, new = self.reference, self.new.cpu()
+        old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
         flips = torch.zeros(len(known.names) + 1, 4, dtype=torch.int64)
         # Samples in no slice go into the first row, which is then that of all.
         flips.index_add_(0, known.group + 1, masks.long())
         flips[0] = masks.sum(0)
-        total = collective.sum(torch.cat([flips.flatten(), self.strays.cpu()[None]]))
+        total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
         if total[-1]:
             raise ConfigurationError(
                 explain(
@@ -73,7 +73,7 @@ class FlipCounter:
         return known.names, total[:-1].view(-1, 4)
 
 
-def values_of(flips: Tensor) -> list[dict[str, float]]:
+def metrics_of(flips: Tensor) -> list[dict[str, float]]:
     """All metrics of each row of `S x 4` counts; what is undefined is NaN."""
     wide = flips.double()
     n = wide.sum(1)

@@ -14,13 +14,16 @@ from lightning_nrl._trainer.output_capture import Call, is_same
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.tasks import Task
 
-__all__ = ["Forwarded", "Wrapped", "added", "forwarded"]
+__all__ = ["ForwardPass", "StepWrapper", "add_to_loss", "find_forward_pass"]
 
-ONE_LINE = "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` (from `lightning_nrl`)."
+ONE_LINE = (
+    "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
+    "(`from lightning_nrl.callbacks import regression_loss`)."
+)
 """What a user can do where the term cannot be added from outside."""
 
 
-class Wrapped:
+class StepWrapper:
     """The `training_step` of a module, wrapped for the time of a batch.
 
     Not longer, since copies of a module that are made between batches would keep calling the original.
@@ -30,13 +33,13 @@ class Wrapped:
         self._module: pl.LightningModule | None = None
         self._own: dict[str, Any] = {}
 
-    def put(self, module: pl.LightningModule, around: Callable[..., Any]) -> None:
+    def wrap(self, module: pl.LightningModule, around: Callable[..., Any]) -> None:
         """From now on `training_step(*args)` is `around(training_step, *args)`."""
-        self.take_off()
+        self.unwrap()
         self._module, self._own = module, {k: v for k, v in vars(module).items() if k == "training_step"}
         module.training_step = partial(around, module.training_step)  # type: ignore[method-assign]
 
-    def take_off(self) -> None:
+    def unwrap(self) -> None:
         """The module's own again, if it is not already."""
         if self._module is not None:
             vars(self._module).pop("training_step", None)
@@ -44,7 +47,7 @@ class Wrapped:
         self._module, self._own = None, {}
 
 
-class Forwarded(NamedTuple):
+class ForwardPass(NamedTuple):
     """The forward pass of a training step: what went in, and the logits that came out."""
 
     args: tuple[Any, ...]
@@ -52,9 +55,9 @@ class Forwarded(NamedTuple):
     logits: Tensor
 
 
-def forwarded(
+def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
-) -> Forwarded:
+) -> ForwardPass:
     """The one call of a step that is about its batch.
 
     Args:
@@ -73,7 +76,9 @@ def forwarded(
         with suppress(ConfigurationError):
             logits = task.logits(output)
             if logits.ndim and len(logits) == n:
-                found.append((Forwarded(tuple(given), named, logits), is_same(given, args) and is_same(named, kwargs)))
+                found.append(
+                    (ForwardPass(tuple(given), named, logits), is_same(given, args) and is_same(named, kwargs))
+                )
     plain = [call for call, same in found if same]
     if len(plain) == 1:
         return plain[0]
@@ -89,7 +94,7 @@ def forwarded(
     raise ConfigurationError(explain(f"{what}, so it is not known which output the term is for.", ONE_LINE))
 
 
-def added(result: Any, term: Tensor) -> Any:
+def add_to_loss(result: Any, term: Tensor) -> Any:
     """What a training step returned, with a term added to its loss.
 
     Args:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._lightning import is_compiled, original_module
 
-__all__ = ["Call", "Outputs", "Probe", "is_same"]
+__all__ = ["Call", "OutputCapture", "Probe", "is_same"]
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and what came of them."""
@@ -32,7 +32,7 @@ def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: A
         recorded.calls[name].append((args, kwargs, output))
 
 
-class Outputs:
+class OutputCapture:
     """Listens to a module and to parts of it, between `begin` and `end`.
 
     The module is listened to all the time, since code that `torch.compile` has made does not see hooks that come later.
@@ -42,7 +42,7 @@ class Outputs:
         self._recorded = _RecordedCalls()
         self._handles: dict[str, RemovableHandle] = {}
 
-    def watch(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
+    def attach(self, model: nn.Module, names: Iterable[str] = ("",)) -> None:
         """Listens to parts by their dotted names; an empty one is the module itself. Earlier names go first."""
         for name in names:
             if name not in self._handles:
@@ -50,7 +50,7 @@ class Outputs:
                 hook = partial(_record_call, self._recorded, name)
                 self._handles[name] = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 
-    def leave(self) -> None:
+    def detach(self) -> None:
         """Listens no more."""
         for handle in self._handles.values():
             handle.remove()

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelPruning
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_nrl._lightning import averaging_callbacks, callbacks_of
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError, NotRepairedWarning, explain
 
-__all__ = ["check_namespace", "check_order", "check_strategy"]
+__all__ = ["check_namespace", "check_order", "check_strategy", "warn_without_step"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
@@ -92,3 +93,14 @@ def check_order(
                 hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
             )
         )
+
+
+def warn_without_step() -> None:
+    """Says that a fit without a training step leaves nothing repaired."""
+    rank_zero_warn(
+        explain(
+            "no repair was made, because no training step ran (training was complete, skipped or stopped).",
+            "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
+        ),
+        category=NotRepairedWarning,
+    )

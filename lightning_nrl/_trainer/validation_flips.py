@@ -31,7 +31,7 @@ from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["ReferenceResults", "evaluate_reference", "is_known", "validation_loader"]
+__all__ = ["ReferenceResults", "evaluate_reference", "is_same_validation", "validation_loader"]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -143,13 +143,13 @@ def evaluate_reference(
             **worker_settings(loader),
         )
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
-        told = SliceRecorder(source, slices, task)
+        recorder = SliceRecorder(source, slices, task)
         evaluator = make_evaluator(trainer, model, task)
         probe = Probe(model)
         with preserve(model):
-            new = evaluator.run([told], forward=probe)
+            new = evaluator.run([recorder], forward=probe)
         answers = reference.answers(evaluator, [source], new)
-    names, group = told.gathered(collective)
+    names, group = recorder.gathered(collective)
     rows = torch.searchsorted(source.index, mine)
     return ReferenceResults(
         loader,
@@ -157,14 +157,14 @@ def evaluate_reference(
         (0, *accumulate(map(len, batches))),
         answers.passed[rows],
         new.label[rows],
-        _once(everyone)[collective.rank],
+        _first_occurrences(everyone)[collective.rank],
         group[rows],
         names,
         probe.parts or (),
     )
 
 
-def is_known(known: ReferenceResults, trainer: pl.Trainer, dataloader: int) -> bool:
+def is_same_validation(known: ReferenceResults, trainer: pl.Trainer, dataloader: int) -> bool:
     """Whether the data that are to be validated are still those that the replaced model was asked about."""
     loader, most = validation_loader(trainer, dataloader)
     if loader is known.loader:
@@ -189,7 +189,7 @@ def _order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     )
 
 
-def _once(everyone: Sequence[Tensor]) -> list[Tensor]:
+def _first_occurrences(everyone: Sequence[Tensor]) -> list[Tensor]:
     """Rank by rank, which samples are there for the first time: batch by batch as they are validated side by side."""
     when = torch.cat([torch.arange(len(mine)) * len(everyone) + rank for rank, mine in enumerate(everyone)])
     order = when.argsort()

@@ -11,21 +11,20 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import callbacks_of, data_module_of, trainer_of, validating
-from lightning_nrl._trainer.inner_trainer import copied_module
-from lightning_nrl._trainer.loaders import find_loader, length_of
-from lightning_nrl._trainer.loss_injection import ONE_LINE, Wrapped, added, forwarded
-from lightning_nrl._trainer.output_capture import Outputs, Probe
+from lightning_nrl._lightning import callbacks_of, trainer_of, validating
+from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
+from lightning_nrl._trainer.loaders import length_of
+from lightning_nrl._trainer.loss_injection import ONE_LINE, StepWrapper, add_to_loss, find_forward_pass
+from lightning_nrl._trainer.output_capture import OutputCapture, Probe
+from lightning_nrl._trainer.reference_copy import reference_module
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.imports import import_function
-from lightning_nrl._utils.preserve import evaluating, preserve
-from lightning_nrl._utils.state import State, write
-from lightning_nrl.data.batch import Adapter, unpack
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.reference.loss_terms import Term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
@@ -89,19 +88,17 @@ class PositiveCongruentTraining(Callback):
         if isinstance(found, Predictions) and self.index is None:
             hint = "give `index=f`, f(batch) -> data-set positions, or the model itself."
             raise ConfigurationError(explain("`reference`: predictions are found by the index of a sample.", hint))
-        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
-        check_kind("prefix", prefix, fits, "name", "prefix='regression'")
-        self.prefix = prefix.rstrip("/")
+        self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
-        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
-        self._wrapped, self._outputs, self._held = Wrapped(), Outputs(), ExitStack()
+        self.adapter = parse_adapter(adapter)
+        self._step, self._outputs, self._held = StepWrapper(), OutputCapture(), ExitStack()
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_namespace(trainer)
-        self._forget()
+        self._release()
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
@@ -111,7 +108,7 @@ class PositiveCongruentTraining(Callback):
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
             raise ConfigurationError(explain("`reference` is the very model that is trained.", hint))
-        self._outputs.watch(pl_module)
+        self._outputs.attach(pl_module)
 
     @override
     def on_train_batch_start(
@@ -119,38 +116,38 @@ class PositiveCongruentTraining(Callback):
     ) -> None:
         if self._teacher is None:
             try:
-                self._begin(trainer, pl_module, batch)
+                self._check_first_batch(trainer, pl_module, batch)
             except BaseException:
-                self._forget()
+                self._release()
                 raise
 
         def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self._around(pl_module, batch, step, *args, **kwargs)
+            return self._step_with_terms(pl_module, batch, step, *args, **kwargs)
 
-        self._wrapped.put(pl_module, around)
+        self._step.wrap(pl_module, around)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._wrapped.take_off()
+        self._step.unwrap()
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A batch that was skipped has no end.
-        self._wrapped.take_off()
+        self._step.unwrap()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._forget()
+        self._release()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._forget()
+        self._release()
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._forget()
+        self._release()
 
     def loss(self, pl_module: pl.LightningModule, batch: Any, output: Any) -> Tensor:
         """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
@@ -158,7 +155,7 @@ class PositiveCongruentTraining(Callback):
         self._called = True
         return self._loss(pl_module, args, kwargs, target, batch, self.task.logits(output))
 
-    def _around(
+    def _step_with_terms(
         self, pl_module: pl.LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         self._called = False
@@ -174,8 +171,8 @@ class PositiveCongruentTraining(Callback):
                 explain("`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE)
             )
         plain, named, target = self.adapter(batch)
-        call = forwarded(name, calls, plain, named, length_of(target), self.task)
-        return added(result, self._loss(pl_module, call.args, call.kwargs, target, batch, call.logits))
+        call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
+        return add_to_loss(result, self._loss(pl_module, call.args, call.kwargs, target, batch, call.logits))
 
     def _loss(
         self,
@@ -195,11 +192,11 @@ class PositiveCongruentTraining(Callback):
         return torch.stack(list(means.values())).sum()
 
     @torch.no_grad()
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _check_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Both models on the first batch: whatever does not fit is found before anything is trained."""
         args, kwargs, target = self.adapter(batch)
         probe = Probe(pl_module)
-        teacher = self._make(trainer, pl_module)
+        teacher = self._make_teacher(trainer, pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
@@ -219,23 +216,20 @@ class PositiveCongruentTraining(Callback):
                             "return one number a sample.",
                         )
                     )
-        self._outputs.watch(pl_module, probe.parts or ())
+        self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 
-    def _make(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceTeacher:
+    def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceTeacher:
         if isinstance(self.reference, Predictions):
             assert self.index is not None
             return PredictedTeacher(self.reference, "train", self.task, self.index)
-        old, given = self.reference, self.reference.model
-        model = given if isinstance(given, nn.Module) else _copy(trainer, pl_module, given)
-        home = next((x.device for x in (*model.parameters(), *model.buffers())), pl_module.device)
-        self._held.callback(model.to, home)
-        self._held.enter_context(evaluating(model.to(pl_module.device)))
+        old = self.reference
+        model = reference_module(trainer, pl_module, old.model, self._held)
         return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
 
-    def _forget(self) -> None:
-        self._wrapped.take_off()
-        self._outputs.leave()
+    def _release(self) -> None:
+        self._step.unwrap()
+        self._outputs.detach()
         self._held.close()
         self._teacher, self._called = None, False
 
@@ -267,25 +261,3 @@ def regression_loss(module: pl.LightningModule, batch: Any, output: Any) -> Tens
             if isinstance(callback, PositiveCongruentTraining):
                 return callback.loss(module, batch, output)
     return torch.zeros((), device=module.device)
-
-
-def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | Path) -> pl.LightningModule:
-    """A module of the same architecture with other weights."""
-    state = fitting("reference", read_state("reference", given), module)
-    data = find_loader("train", trainer, module)
-    dataset = data.dataset if isinstance(data, DataLoader) else None
-    shared = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
-    modes = [False for _ in module.modules()]
-    try:
-        new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
-    except Exception as error:
-        raise ConfigurationError(
-            explain(
-                f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
-                f"({type(error).__name__}: {error}).",
-                "load the old model yourself and give the module.",
-            )
-        ) from error
-    write(new, state)
-    new.trainer = trainer
-    return new

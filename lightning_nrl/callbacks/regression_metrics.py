@@ -13,15 +13,15 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._trainer.flip_counter import FlipCounter, values_of
-from lightning_nrl._trainer.output_capture import Outputs
+from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
+from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
+from lightning_nrl._trainer.output_capture import OutputCapture
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._trainer.validation_flips import ReferenceResults, evaluate_reference, is_known
+from lightning_nrl._trainer.validation_flips import ReferenceResults, evaluate_reference, is_same_validation
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_kind, explain
@@ -76,17 +76,15 @@ class RegressionMetrics(Callback):
             raise ConfigurationError(explain("`reference=None`: there is nothing to compare with.", hint))
         self.reference = found
         self.slices: Any = None if slices is None else find_column("slices", slices)
-        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
-        check_kind("prefix", prefix, fits, "name", "prefix='regression'")
-        self.prefix = prefix.rstrip("/")
+        self.prefix = parse_prefix(prefix, "regression")
         whole = isinstance(dataloader, int) and not isinstance(dataloader, bool) and dataloader >= 0
         check_kind("dataloader", dataloader, whole, "number from 0", "dataloader=0")
         self.dataloader = dataloader
         self.task = parse_task(task)
-        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
-        self._outputs = Outputs()
-        self._replaced: ReferenceResults | None = None
-        self._count: FlipCounter | None = None
+        self.adapter = parse_adapter(adapter)
+        self._outputs = OutputCapture()
+        self._reference_results: ReferenceResults | None = None
+        self._counter: FlipCounter | None = None
         self._warned = False
 
     @override
@@ -94,37 +92,37 @@ class RegressionMetrics(Callback):
         check_namespace(trainer)
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if stage in ("fit", "validate"):
-            self._forget()
-            self._outputs.watch(pl_module)
+            self._reset()
+            self._outputs.attach(pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._forget()
+        self._reset()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._forget()
+        self._reset()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.limit_val_batches != 0:
-            self._ask(trainer, pl_module)
+            self._evaluate_reference(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        known = self._replaced
+        known = self._reference_results
         # Data loaders may be made anew while training.
-        if known is None or not is_known(known, trainer, self.dataloader):
-            known = self._ask(trainer, pl_module)
-        self._count = FlipCounter(known, pl_module.device)
+        if known is None or not is_same_validation(known, trainer, self.dataloader):
+            known = self._evaluate_reference(trainer, pl_module)
+        self._counter = FlipCounter(known, pl_module.device)
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._count is not None and dataloader_idx == self.dataloader:
+        if self._counter is not None and dataloader_idx == self.dataloader:
             self._outputs.begin()
 
     @override
@@ -137,50 +135,50 @@ class RegressionMetrics(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._count is None or dataloader_idx != self.dataloader:
+        if self._counter is None or dataloader_idx != self.dataloader:
             return
         args, kwargs, target = self.adapter(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
-        logits = self._logits(output, self._count.size(batch_idx))
+        logits = self._logits(output, self._counter.size(batch_idx))
         if logits is None:
-            self._warn()
+            self._warn_once()
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(pl_module(*args, **kwargs))
         right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
-        self._count.add(batch_idx, right, self.task.label(target))
+        self._counter.add(batch_idx, right, self.task.label(target))
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._count is None:
+        if self._counter is None:
             return
-        names, counts = self._count.counts(Collective.current(pl_module.device))
-        self._count = None
+        names, counts = self._counter.counts(Collective.current(pl_module.device))
+        self._counter = None
         tags = (self.prefix, *(f"{self.prefix}/{name}" for name in names))
-        rows = zip(tags, values_of(counts), strict=True)
+        rows = zip(tags, metrics_of(counts), strict=True)
         found = {f"{tag}/{key}": value for tag, values in rows for key, value in values.items()}
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _ask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceResults:
+    def _evaluate_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceResults:
         means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
-        known = self._replaced = evaluate_reference(self.reference, trainer, pl_module, **means)
-        self._outputs.watch(pl_module, known.parts)
+        known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
+        self._outputs.attach(pl_module, known.parts)
         return known
 
     def _logits(self, output: Any, n: int) -> Tensor | None:
-        """Those in what was recorded, if they are of `n` samples."""
+        """Those in what was captured, if they are of `n` samples."""
         if output is not None:
             with suppress(ConfigurationError):
                 logits = self.task.logits(output)
                 return logits if logits.ndim and len(logits) == n else None
         return None
 
-    def _forget(self) -> None:
-        self._outputs.leave()
-        self._replaced = self._count = None
+    def _reset(self) -> None:
+        self._outputs.detach()
+        self._reference_results = self._counter = None
         self._warned = False
 
-    def _warn(self) -> None:
+    def _warn_once(self) -> None:
         if not self._warned:
             self._warned = True
             rank_zero_warn(

@@ -17,13 +17,13 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import base_folder, file_names, output_folder, show, write_report
+from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
-from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
@@ -91,8 +91,8 @@ class ReleaseGate(Callback):
         check_kind("splits", splits, named, "list of names", "splits=['suite', 'test']")
         self.splits = splits
         self.task = parse_task(task)
-        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
-        check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")
+        self.adapter = parse_adapter(adapter)
+        check_seed(seed)
         self.seed = seed
         self.dirpath = dirpath
         self.verbose = verbose
@@ -167,13 +167,15 @@ class ReleaseGate(Callback):
     def _sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]
     ) -> list[LoaderSource]:
-        loaders = _named(trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders, stage, self.splits)
+        loaders = _loaders_by_name(
+            trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders, stage, self.splits
+        )
         limit = batch_limit(trainer)
         how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "limit": limit}
         return [make_source(loader, name, seed=self.seed, **how) for name, loader in loaders.items()]
 
 
-def _named(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
+def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:
     """The data loaders by the names of their splits.
 
     Raises:

@@ -18,15 +18,15 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
+from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter, parse_prefix
 from lightning_nrl._trainer.data_splits import Found, check_data, find_data
 from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
-from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
-from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind, explain
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
@@ -98,8 +98,8 @@ class WeightInterpolation(Callback):
         reference: nn.Module | str | Path | State | Reference,
         share: float | Literal["auto"] = "auto",
         tolerance: float = ACCURACY_TOLERANCE,
-        calibration: str | DataLoader | None = "val",
-        statistics: str | DataLoader = "train",
+        calibration: str | DataLoader[Any] | None = "val",
+        statistics: str | DataLoader[Any] = "train",
         batches: int | None = None,
         prefix: str = "interpolation",
         task: str | Task | None = None,
@@ -108,7 +108,7 @@ class WeightInterpolation(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.reference = _with_weights(reference)
+        self.reference = _model_with_weights(reference)
         if share != "auto":
             check_share(share)
         self.share = share
@@ -122,16 +122,14 @@ class WeightInterpolation(Callback):
         whole = batches is None or (isinstance(batches, int) and not isinstance(batches, bool) and batches > 0)
         check_kind("batches", batches, whole, "number from 1", "batches=100, or None for all of them")
         self.batches = batches
-        fits = isinstance(prefix, str) and bool(prefix.strip("/"))
-        check_kind("prefix", prefix, fits, "name", "prefix='interpolation'")
-        self.prefix = prefix.rstrip("/")
+        self.prefix = parse_prefix(prefix, "interpolation")
         self.task = parse_task(task)
-        self.adapter: Adapter = unpack if adapter is None else import_function("adapter", adapter)
-        check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")
+        self.adapter = parse_adapter(adapter)
+        check_seed(seed)
         self.seed = seed
         self.verbose = verbose
         self.choice: ShareChoice | None = None
-        self._old: Mapping[str, Any] = {}
+        self._reference_state: Mapping[str, Any] = {}
         self._changed = False
 
     @override
@@ -148,8 +146,8 @@ class WeightInterpolation(Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Read now and kept, since training may overwrite the very file.
-        self._old = read_state("reference", self.reference.model)
-        fitting("reference", self._old, pl_module, OTHERWISE)
+        self._reference_state = read_state("reference", self.reference.model)
+        fitting("reference", self._reference_state, pl_module, OTHERWISE)
         self.choice, self._changed = None, False
 
     @override
@@ -163,7 +161,7 @@ class WeightInterpolation(Callback):
                     evaluator.run([counted])
             if training is not None:
                 estimate_statistics(evaluator, training)
-        cosine = alignment(fitting("reference", self._old, pl_module), pl_module)
+        cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
             rank_zero_warn(
                 explain(
@@ -184,24 +182,24 @@ class WeightInterpolation(Callback):
             if counted is None:
                 assert self.share != "auto"
                 share = float(self.share)
-                state: State = interpolate(self._old, evaluator, share, training, **how) if share else {}
+                state: State = interpolate(self._reference_state, evaluator, share, training, **how) if share else {}
                 numbers = {"share": share}
             else:
                 if self.share == "auto":
                     how["tolerance"] = self.tolerance
                 else:
                     how |= {"tolerance": None, "shares": [self.share]}
-                self.choice = choose_share(self._old, evaluator, counted, training, **how)
+                self.choice = choose_share(self._reference_state, evaluator, counted, training, **how)
                 state, numbers = self.choice.state, _numbers(self.choice)
-            self._tell(trainer, numbers)
+            self._log(trainer, numbers)
             write(pl_module, state)
-            self._old, self._changed = {}, bool(state)
+            self._reference_state, self._changed = {}, bool(state)
             start.keep = self._changed
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Where it was stopped before its first step, another work than training was done.
-        if self._old and not trainer.should_stop:
+        if self._reference_state and not trainer.should_stop:
             rank_zero_warn(
                 explain(
                     "the weights were not interpolated, because no training step ran (it was complete or skipped).",
@@ -209,11 +207,11 @@ class WeightInterpolation(Callback):
                 ),
                 category=TrainingWarning,
             )
-        self._old = {}
+        self._reference_state = {}
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._old = {}
+        self._reference_state = {}
 
     @override
     def on_save_checkpoint(
@@ -252,7 +250,7 @@ class WeightInterpolation(Callback):
                 hint = f"{hint}, or {do_without}"
             raise ConfigurationError(explain(found, f"{hint}.")) from error
 
-    def _tell(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
+    def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
         tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}
         if trainer.is_global_zero:
             track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")
@@ -261,7 +259,7 @@ class WeightInterpolation(Callback):
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tags.items()})
 
 
-def _with_weights(reference: Any) -> OldModel:
+def _model_with_weights(reference: Any) -> OldModel:
     """The replaced model, if it has weights that go with those of the new one as they are."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):

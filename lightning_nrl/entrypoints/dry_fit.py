@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from lightning_nrl._lightning import callbacks_of
 from lightning_nrl._trainer.continue_training import EPOCHS, epochs_of, epochs_saved
-from lightning_nrl._trainer.trained_model import TrainedModel
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import borrowed, untracked
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError, RepairError, explain
@@ -58,7 +58,7 @@ def dry_fit(
     results: list[Result] = []
 
     def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
-        with callback.request.opened(trainer, module, epochs, whole=whole) as trained:
+        with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
             results.append(work(trained))
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):

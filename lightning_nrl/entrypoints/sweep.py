@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
 from lightning_nrl._tracking import track_sweep
-from lightning_nrl._trainer.trained_model import TrainedModel
+from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import starting_weights
 from lightning_nrl.analysis.sweep import (
     Seeds,

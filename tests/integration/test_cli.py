@@ -184,12 +184,12 @@ def test_the_configuration_that_is_printed_can_be_read_again(
     ],
 )
 def test_tasks_have_names_and_arguments(tmp_path: Path, words: str, task: Task) -> None:
-    assert repair_of(cli(tmp_path, f"task: {words}", run=False)).task == task
+    assert repair_of(cli(tmp_path, f"task: {words}", run=False)).repair.task == task
 
 
 def test_a_task_of_functions_is_given_by_addresses(tmp_path: Path) -> None:
     words = "task: {class_path: lightning_nrl.tasks.Custom, init_args: {passed: 'torch:eq', loss: 'torch:dist'}}"
-    assert str(repair_of(cli(tmp_path, words, run=False)).task) == "Custom: passed by torch:eq"
+    assert str(repair_of(cli(tmp_path, words, run=False)).repair.task) == "Custom: passed by torch:eq"
 
 
 OWN_SEARCHER = "{class_path: toy_searcher.RandomLocalSearch, init_args: {iterations: 3}}"

@@ -58,10 +58,10 @@ def assert_same(a: Any, b: Any) -> None:
 class Witness(RegressionFreeRepair):
     """A repair that looks at everything before and after, also when it fails."""
 
-    def run(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.before = picture(trainer, pl_module)
         try:
-            super().run(trainer, pl_module)
+            super().on_train_end(trainer, pl_module)
         finally:
             self.after = picture(trainer, pl_module)
 

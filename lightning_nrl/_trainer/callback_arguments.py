@@ -1,0 +1,38 @@
+"""Arguments that several callbacks have, checked and read."""
+
+from __future__ import annotations
+
+from lightning_nrl._utils.imports import import_function
+from lightning_nrl.data.batch import Adapter, unpack
+from lightning_nrl.errors import check_kind
+
+__all__ = ["check_seed", "parse_adapter", "parse_prefix"]
+
+
+def parse_adapter(adapter: str | Adapter | None) -> Adapter:
+    """What takes batches apart: a function, its address, or by default `unpack`.
+
+    Raises:
+        ConfigurationError: there is no such function.
+    """
+    return unpack if adapter is None else import_function("adapter", adapter)
+
+
+def parse_prefix(prefix: str, default: str) -> str:
+    """What tags begin with, without a slash at the end.
+
+    Raises:
+        ConfigurationError: it is empty or no text.
+    """
+    fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+    check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
+    return prefix.rstrip("/")
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what is no seed.
+
+    Raises:
+        ConfigurationError: it is no whole number from 0 to 2^32 - 1.
+    """
+    check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")

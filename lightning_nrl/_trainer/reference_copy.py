@@ -1,0 +1,63 @@
+"""The replaced model beside the one that is trained: a module of its own, on the same device."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_nrl._lightning import data_module_of
+from lightning_nrl._trainer.inner_trainer import copied_module
+from lightning_nrl._trainer.loaders import find_loader
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.preserve import evaluating
+from lightning_nrl._utils.state import State, write
+from lightning_nrl.errors import ConfigurationError, explain
+
+__all__ = ["reference_module"]
+
+
+def reference_module(
+    trainer: pl.Trainer, module: pl.LightningModule, given: nn.Module | State | str | Path, held: ExitStack
+) -> nn.Module:
+    """The replaced model on the device of the new one, in evaluation mode until `held` is closed.
+
+    Args:
+        trainer: in the middle of a fit.
+        module: the new model, of which a copy gets the old weights where no module was given.
+        given: the replaced model, its weights, or the path of its checkpoint.
+        held: gives a module back to where it was, in the mode that it had.
+
+    Raises:
+        ConfigurationError: the weights do not fit, or the new model cannot be copied.
+    """
+    model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
+    home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
+    held.callback(model.to, home)
+    held.enter_context(evaluating(model.to(module.device)))
+    return model
+
+
+def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | Path) -> pl.LightningModule:
+    """A module of the same architecture with other weights."""
+    state = fitting("reference", read_state("reference", given), module)
+    data = find_loader("train", trainer, module)
+    dataset = data.dataset if isinstance(data, DataLoader) else None
+    shared = [trainer, data_module_of(trainer), *trainer.loggers, data, dataset]
+    modes = [False for _ in module.modules()]
+    try:
+        new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
+    except Exception as error:
+        raise ConfigurationError(
+            explain(
+                f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
+                f"({type(error).__name__}: {error}).",
+                "load the old model yourself and give the module.",
+            )
+        ) from error
+    write(new, state)
+    new.trainer = trainer
+    return new

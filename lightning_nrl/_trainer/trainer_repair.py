@@ -1,0 +1,156 @@
+"""A repair in the middle of a fit: the trained module and its data as a trainer holds them, given to the core."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_nrl._lightning import batch_limit, validating
+from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining
+from lightning_nrl._trainer.data_options import DataOptions
+from lightning_nrl._trainer.data_splits import DataRequest
+from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, warn_if_random
+from lightning_nrl._trainer.progress import RepairProgress
+from lightning_nrl._trainer.sanity_check import run_sanity_check
+from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Adapter
+from lightning_nrl.errors import check_kind
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.pipeline.input_checks import check_limit
+from lightning_nrl.pipeline.repair_module import Outcome, repair_module
+from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.reference.old_model import Reference, parse_reference
+from lightning_nrl.tasks import Task, parse_task
+
+__all__ = ["TrainedModel", "TrainerRepair"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained module and its data, as they are inside a fit.
+
+    Attributes:
+        model: on its device.
+        known: the data that a repair may look at.
+        unseen: the data that are only counted.
+        calibration: the data that no search looks at, to choose the strength by.
+        training: would go on with the training.
+        evaluator: the module as its trainer runs it.
+        observer: shows progress; None: nothing does.
+    """
+
+    model: pl.LightningModule
+    known: list[LoaderSource]
+    unseen: list[LoaderSource]
+    calibration: list[LoaderSource]
+    training: ContinuedTraining
+    evaluator: Evaluator
+    observer: RepairProgress | None = None
+
+
+@dataclass(frozen=True)
+class TrainerRepair:
+    """What a repair inside a trainer is: settings for the core, and how its data are found among the trainer's.
+
+    Attributes:
+        settings: what to repair and how.
+        task: what passed and loss mean.
+        reference: the model that is replaced, in an update.
+        data: which of the trainer's data are known, unseen and for calibration.
+        adapter: takes a batch apart.
+        left_out: kinds of callbacks that the module may ask for, and that a training that goes on does not get.
+    """
+
+    settings: Settings
+    task: Task
+    reference: Reference | None
+    data: DataRequest
+    adapter: Adapter
+    left_out: tuple[type, ...]
+
+    @classmethod
+    def parse(
+        cls,
+        settings: Settings,
+        data: DataOptions,
+        unseen: str | DataLoader[Any] | None,
+        calibration: str | DataLoader[Any] | None,
+        task: str | Task | None,
+        reference: nn.Module | str | Path | State | Reference | None,
+        left_out: tuple[type, ...],
+    ) -> TrainerRepair:
+        """Reads what a user gives to `RegressionFreeRepair`.
+
+        Raises:
+            ConfigurationError: one of them cannot be used, or needs calibration data and there are none.
+        """
+        check_limit(settings, calibration is not None)
+        check_kind("data", data, isinstance(data, DataOptions), "DataOptions", "data=DataOptions(...)")
+        splits = DataRequest(data.passed, data.failed, unseen, calibration)
+        return cls(settings, parse_task(task), parse_reference(reference), splits, data.unpack, left_out)
+
+    def check(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+        """A repair in small before training, on one batch of each split; warns if training could not go on for it.
+
+        Raises:
+            ConfigurationError: the data, the layer, the target, the task, the method or the reference do not fit.
+        """
+        with random_state(), validating(trainer):
+            few = self._trained(trainer, model, EPOCHS, limit=1, whole=False)
+            sources = [*few.known, *few.unseen, *few.calibration]
+            run_sanity_check(few.evaluator, sources, self.settings, reference=self.reference)
+            trains = getattr(self.settings.method, "trains", False)
+            if self.reference is None and self.settings.layer == "auto" and trains:
+                few.training.warn()
+
+    def run(self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int) -> Outcome:
+        """Searches a repair. The model, the trainer and the random state are left as found; see `opened`."""
+        with self.opened(trainer, model, epochs) as trained:
+            return repair_module(
+                trained.evaluator,
+                trained.known,
+                self.settings,
+                unseen=trained.unseen,
+                calibration=trained.calibration,
+                training=trained.training,
+                reference=self.reference,
+                observer=trained.observer,
+            )
+
+    @contextmanager
+    def opened(
+        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, whole: bool = False
+    ) -> Iterator[TrainedModel]:
+        """The model with all its data, in a `fast_dev_run` a few batches of them; random states stay as they are.
+
+        Args:
+            trainer: in the middle of a fit. Inside it says that it validates, and shows progress.
+            model: its module.
+            epochs: how many the model was trained for.
+            whole: whether each rank reads all of the data.
+
+        Raises:
+            ConfigurationError: the data cannot be used.
+        """
+        with random_state(), validating(trainer), RepairProgress(trainer) as progress:
+            found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
+            warn_if_random(found.known)
+            yield replace(found, observer=progress)
+
+    def _trained(
+        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, limit: int | None, whole: bool
+    ) -> TrainedModel:
+        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.settings.seed, "limit": limit, "whole": whole}
+        loaders = SplitLoaders(trainer, model)
+        known, unseen, calibration = self.data.sources(loaders, **how)
+        training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
+        return TrainedModel(model, known, unseen, calibration, training, make_evaluator(trainer, model, self.task))
