@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
+import lightning_nrl._trainer.artifacts
 import lightning_nrl._utils.timing
-import lightning_nrl.callback
 import lightning_nrl.methods.known_activations
-import lightning_nrl.pipeline.repair_module
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -79,13 +79,15 @@ class Frozen(Classifier):
         self.network[1].eval().requires_grad_(False)
 
 
+# A function has the name of its module, so that the module is found by its path.
+CORE = import_module("lightning_nrl.pipeline.repair_module")
 STAGES = {
-    "collect": (lightning_nrl.pipeline.baseline.Evaluator, "run"),
+    "collect": (CORE, "evaluate_baseline"),
     "record": (lightning_nrl.methods.known_activations, "record"),
-    "judge": (lightning_nrl.pipeline.repair_module, "judge"),
-    "report": (lightning_nrl.callback, "write_report"),
-    "track": (lightning_nrl.callback, "track"),
-    "show": (lightning_nrl.callback, "headline"),
+    "judge": (CORE, "judge"),
+    "report": (lightning_nrl._trainer.artifacts, "write_report"),
+    "track": (lightning_nrl._trainer.artifacts, "track"),
+    "show": (lightning_nrl._trainer.artifacts, "headline"),
 }
 
 
