@@ -60,7 +60,8 @@ def solve_dual(
             each of them must have a solution.
 
     Returns:
-        The solution, computed in float64 on the CPU, on the device of `gram` and in its dtype.
+        The solution, computed in float64 on the CPU: `values` on the device of `gram` and in its dtype, the rest on the
+        CPU, so that it can be looked at without a wait.
     """
     device, dtype = gram.device, gram.dtype
     g, b = (x.to("cpu", torch.float64) for x in (gram, required))
@@ -73,4 +74,4 @@ def solve_dual(
         a, solved, feasible = solve_one(g, b, limits, a)
         value = b @ a - 0.5 * (a @ (g @ a))
         is_solved, is_feasible = torch.tensor(solved), torch.tensor(feasible)
-    return DualSolution(a.to(device, dtype), value.to(device, dtype), is_solved.to(device), is_feasible.to(device))
+    return DualSolution(a.to(device, dtype), value, is_solved, is_feasible)

@@ -170,7 +170,7 @@ class _FixProgramme:
             max_value=0.5 * self.limit**2,
         )
         self._rows = rows._replace(multiplier=solution.values)
-        self._is_beyond = ~solution.is_feasible
+        self._is_beyond = (~solution.is_feasible).to(self._going.device)
         self._solution = sum_of_pairs(x, sides, solution.values)
 
     def add_violated(self) -> bool:
