@@ -1,4 +1,4 @@
-"""What "passed" and "loss" mean for one sample. AllWeights else in the package asks a `Task`."""
+"""What "passed" and "loss" mean for one sample. Everything else in the package asks a `Task`."""
 
 from __future__ import annotations
 

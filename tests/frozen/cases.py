@@ -1,7 +1,7 @@
 """What is frozen: each case makes calls with fixed seeds and returns what came of them.
 
 A case is called in an empty folder of its own, with the random states seeded. What it returns is written by
-`plain.clean`. AllWeights of the package comes from `names.py`.
+`plain.clean`. Everything of the package comes from `names.py`.
 """
 
 from __future__ import annotations

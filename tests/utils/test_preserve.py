@@ -37,7 +37,7 @@ class Counting(nn.Module):
 
 
 def network() -> nn.Sequential:
-    """AllWeights that a careless look would change: norms, dropout, own counters, frozen parts, modes and gradients."""
+    """Everything that a careless look would change: norms, dropout, own counters, frozen parts, modes and gradients."""
     model = nn.Sequential(trained()[0], nn.BatchNorm1d(12), nn.ReLU(), Counting(), nn.Dropout(0.5), trained()[2])
     model.train()
     model[1].eval()
