@@ -336,6 +336,7 @@ def test_json_is_read_back_and_csv_has_a_line_for_every_point(tmp_path: Path) ->
 def test_the_picture_names_every_curve_and_no_name_lies_over_another(tmp_path: Path) -> None:
     figure = COMPARISON.plot(tmp_path / "comparison.png")
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+    figure.draw_without_rendering()  # saving has left the sizes of text at another resolution than their places
     panels = figure.axes
     assert [panel.get_title(loc="left") for panel in panels] == ["known samples", "unseen samples"]
     for panel in panels:
