@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.problem import Problem
@@ -33,7 +34,7 @@ class LogitCache:
 
     def __init__(self, n_samples: int | None = None) -> None:
         self.has_varied = False
-        self._n_samples = n_samples
+        self._n_samples, self._max_bytes = n_samples, MAX_CACHED_BYTES
         self._known = torch.zeros(n_samples or 0, dtype=torch.bool)
         self._table: Tensor | None = None
 
@@ -67,14 +68,21 @@ class LogitCache:
             self.has_varied = True
             return
         rows = self._rows_for(int(index.max()) + 1)
-        if rows * logits[0].numel() * logits.element_size() > MAX_CACHED_BYTES:
+        if rows * logits[0].numel() * logits.element_size() > min(self._max_bytes, MAX_CACHED_BYTES):
             return
-        if self._table is None:
-            self._table = logits.new_empty(rows, *logits.shape[1:])
-        elif rows > len(self._table):
-            self._table = torch.cat([self._table, self._table.new_empty(rows - len(self._table), *logits.shape[1:])])
+        table = self._table
+        if table is None or rows > len(table):
+            more = (rows - (0 if table is None else len(table)), *logits.shape[1:])
+            parts = [] if table is None else [table]
+            like = logits if table is None else table
+            table = none_if_out_of_memory(lambda: torch.cat([*parts, like.new_empty(more)]))
+            if table is None:
+                # What is there stays, no more is kept.
+                self._max_bytes = 0
+                return
+            self._table = table
         self._known = torch.cat([self._known, self._known.new_zeros(rows - len(self._known))])
-        self._table[index.to(logits.device, non_blocking=True)] = logits.to(self._table.dtype)
+        table[index.to(table.device, non_blocking=True)] = logits.to(table.device, table.dtype)
         self._known[index] = True
 
     def _rows_for(self, least: int) -> int:

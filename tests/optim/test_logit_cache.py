@@ -10,7 +10,7 @@ from toy_problems import make_problem
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.logit_cache import Teacher, logits_of
+from lightning_nrl._optim.logit_cache import LogitCache, Teacher, logits_of
 from lightning_nrl.problem import Problem
 
 
@@ -86,3 +86,33 @@ def test_outputs_are_computed_in_the_context_of_the_deployed_model() -> None:
     problem = make_problem(two_weights(), [numbers(1, 2)], context=lambda: torch.autocast("cpu", torch.bfloat16))
     batch, _ = parts_of(problem, 0)[0]
     assert logits_of(problem, batch).dtype == torch.bfloat16
+
+
+def test_where_the_device_has_no_memory_for_them_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, runs = teacher_problem()
+    teacher = Teacher(problem, STATES, WHICH)
+    batch, rows = parts_of(problem, 2, 1)[0]
+
+    def full(self: torch.Tensor, *size: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", full)
+        assert teacher(batch, rows).tolist() == [[30.0, 0.0], [2.0, 0.0]]
+    assert teacher(batch, rows).tolist() == [[30.0, 0.0], [2.0, 0.0]]
+    assert runs == [2, 2, 2, 2]
+
+
+def test_a_cache_without_a_number_of_samples_grows() -> None:
+    cache = LogitCache()
+    assert cache.get(torch.tensor([0])) is None
+    cache.put(torch.tensor([1]), torch.tensor([[1.0, 2.0]]))
+    cache.put(torch.tensor([9, 0]), torch.tensor([[9.0, 9.0], [0.0, 1.0]]))
+    found = cache.get(torch.tensor([9, 1, 0]))
+    assert found is not None
+    assert found.tolist() == [[9.0, 9.0], [1.0, 2.0], [0.0, 1.0]]
+    assert cache.get(torch.tensor([2])) is None
+    assert cache.get(torch.tensor([99])) is None
+    assert cache.get(torch.tensor([1]), torch.Size([1, 3])) is None
+    cache.put(torch.tensor([2]), torch.zeros(1, 3))
+    assert cache.has_varied
