@@ -27,7 +27,15 @@ __all__ = [
 
 
 class RepairError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of everything that this package raises on purpose.
+
+    Args:
+        problem: what was found; it names the argument.
+        hint: what to do about it.
+    """
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(explain(problem, hint) if hint else problem)
 
 
 class ConfigurationError(RepairError, ValueError):

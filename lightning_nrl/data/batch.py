@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["Adapter", "Batch", "Source", "apart", "tensors_in", "unpack"]
 
@@ -97,21 +97,19 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
         target_key = next((key for key in TARGET_KEYS if key in raw), None)
         if target_key is None:
             raise ConfigurationError(
-                explain(f"`adapter`: a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}.", hint)
+                f"`adapter`: a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}.", hint
             )
         input_key = next((key for key in INPUT_KEYS if key in raw), None)
         if input_key is not None:
             return (raw[input_key],), {}, raw[target_key]
         rest = {key: value for key, value in raw.items() if key != target_key and isinstance(value, Tensor)}
         if not rest:
-            raise ConfigurationError(
-                explain(f"`adapter`: a batch with the keys {keys} has no tensor beside the target.", hint)
-            )
+            raise ConfigurationError(f"`adapter`: a batch with the keys {keys} has no tensor beside the target.", hint)
         return (), rest, raw[target_key]
     if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) >= 2:
         return (raw[0],), {}, raw[1]
     raise ConfigurationError(
-        explain(f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.", hint)
+        f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.", hint
     )
 
 

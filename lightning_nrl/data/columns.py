@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["Column", "Field", "find_column", "numbers"]
 
@@ -72,10 +72,8 @@ def find_column(argument: str, value: Any) -> Column:
         function: Callable[[Any], Any] = value
         return function
     raise ConfigurationError(
-        explain(
-            f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",
-            "give a key or a place in the batch, a function of the batch, its address, or a Target.",
-        )
+        f"`{argument}`: a value of type {type(value).__name__} is no column of a batch.",
+        "give a key or a place in the batch, a function of the batch, its address, or a Target.",
     )
 
 
@@ -89,18 +87,14 @@ def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -
         found = column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:
         raise ConfigurationError(
-            explain(
-                f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-                "it is asked with a batch as the data loader gives it; what a model makes of a sample is not there.",
-            )
+            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            "it is asked with a batch as the data loader gives it; what a model makes of a sample is not there.",
         ) from error
     values = found.detach().cpu() if isinstance(found, Tensor) else np.asarray(found)
     kind = values.dtype.kind if isinstance(values, np.ndarray) else "c" if values.is_complex() else "f"
     if tuple(values.shape) != (len(batch),) or kind not in "biuf":
         raise ConfigurationError(
-            explain(
-                f"`{argument}` gave {type(found).__name__} {list(values.shape)} for a batch of {len(batch)} samples.",
-                "give one number or bool for each sample.",
-            )
+            f"`{argument}` gave {type(found).__name__} {list(values.shape)} for a batch of {len(batch)} samples.",
+            "give one number or bool for each sample.",
         )
     return torch.as_tensor(values).double()

@@ -152,10 +152,8 @@ class Confusion(Target):
         object.__setattr__(self, "predicted", _class_number("predicted", self.predicted))
         if self.true == self.predicted:
             raise ConfigurationError(
-                explain(
-                    f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
-                    f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
-                )
+                f"`target`: confusion {self} is no failure, the true and the predicted class are the same.",
+                f"give two classes, or choose every failure of the class with `Target.label({self.true})`.",
             )
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
@@ -190,10 +188,8 @@ class Where(Target):
             found = function(batch.raw)
         except Exception as error:
             raise TargetError(
-                explain(
-                    f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
-                    "it is called with the whole batch as the data loader gives it, extras included.",
-                )
+                f"`target`: the predicate of '{self}' raised {type(error).__name__}: {error}",
+                "it is called with the whole batch as the data loader gives it, extras included.",
             ) from error
         return _one_bool_a_sample(self, found, len(batch))
 
@@ -270,10 +266,8 @@ def _check_targets(kind: str, *targets: Any) -> None:
     for target in targets:
         if not isinstance(target, Target):
             raise ConfigurationError(
-                explain(
-                    f"`target`: {kind} was given {target!r}, which is no Target.",
-                    "combine what `Target.label(k)`, `Target.where(predicate)` and the like give.",
-                )
+                f"`target`: {kind} was given {target!r}, which is no Target.",
+                "combine what `Target.label(k)`, `Target.where(predicate)` and the like give.",
             )
 
 
@@ -284,7 +278,7 @@ def _class_number(argument: str, value: Any) -> int:
         number = -1
     if number < 0:
         raise ConfigurationError(
-            explain(f"`target`: `{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
+            f"`target`: `{argument}={value!r}` is no class.", "give a class as a whole number from 0."
         )
     return number
 
@@ -292,10 +286,8 @@ def _class_number(argument: str, value: Any) -> int:
 def _classes(target: Target, classes: Tensor | None) -> Tensor:
     if classes is None:
         raise TargetError(
-            explain(
-                f"`target`: '{target}' asks for classes, and the task has none.",
-                "choose samples with `Target.where(predicate)` or `Target.all()`.",
-            )
+            f"`target`: '{target}' asks for classes, and the task has none.",
+            "choose samples with `Target.where(predicate)` or `Target.all()`.",
         )
     return classes
 
@@ -309,10 +301,8 @@ def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
     else:
         what = f"{type(found).__name__}{f' of length {len(found)}' if hasattr(found, '__len__') else ''}"
     raise TargetError(
-        explain(
-            f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
-            f"return one bool a sample: here a bool tensor, array or list of length {n}.",
-        )
+        f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
+        f"return one bool a sample: here a bool tensor, array or list of length {n}.",
     )
 
 

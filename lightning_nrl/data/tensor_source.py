@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["TensorSource"]
 
@@ -85,7 +85,7 @@ class TensorSource:
         _check_samples({"targets": self.targets, **named})
         if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
             raise ConfigurationError(
-                explain(f"`batch_size={self.batch_size!r}` is no number of samples.", "give a whole number from 1.")
+                f"`batch_size={self.batch_size!r}` is no number of samples.", "give a whole number from 1."
             )
 
     def __len__(self) -> int:
@@ -135,15 +135,11 @@ def _check_samples(named: Mapping[str, Any]) -> None:
         if not isinstance(x, Tensor) or x.ndim == 0:
             found = "tensor without dimensions" if isinstance(x, Tensor) else type(x).__name__
             raise ConfigurationError(
-                explain(
-                    f"`{name}` is a {found}, not a tensor of samples.",
-                    "give tensors whose first dimension counts samples; `torch.as_tensor` converts arrays and lists.",
-                )
+                f"`{name}` is a {found}, not a tensor of samples.",
+                "give tensors whose first dimension counts samples; `torch.as_tensor` converts arrays and lists.",
             )
         if len(x) != len(named["targets"]):
             raise ConfigurationError(
-                explain(
-                    f"`{name}` has {len(x)} samples, `targets` has {len(named['targets'])}.",
-                    "the first dimension of each must count the same samples.",
-                )
+                f"`{name}` has {len(x)} samples, `targets` has {len(named['targets'])}.",
+                "the first dimension of each must count the same samples.",
             )

@@ -16,7 +16,7 @@ from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.batch import Batch, Source, tensors_in
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -109,10 +109,7 @@ class Evaluator:
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
             raise ConfigurationError(
-                explain(
-                    f"`sources` has the splits {list(splits)}.",
-                    "give at least one source, each with a name of its own.",
-                )
+                f"`sources` has the splits {list(splits)}.", "give at least one source, each with a name of its own."
             )
         tables = []
         for source in sources:
@@ -147,10 +144,8 @@ class Evaluator:
         unlabelled = source.index[table["position"][table["label"] < lowest]].tolist()
         if unlabelled:
             raise EvaluationError(
-                explain(
-                    f"`{source.split}` data: {len(unlabelled)} samples have labels below 0 ({unlabelled[:10]}).",
-                    "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
-                )
+                f"`{source.split}` data: {len(unlabelled)} samples have labels below 0 ({unlabelled[:10]}).",
+                "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
             )
         return table
 
@@ -165,10 +160,8 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:
         raise ConfigurationError(
-            explain(
-                f"`{split}` data lie on {' and '.join(elsewhere)}, the model on {device}.",
-                f"name the model's device: `TensorSource(..., device={str(device)!r})`.",
-            )
+            f"`{split}` data lie on {' and '.join(elsewhere)}, the model on {device}.",
+            f"name the model's device: `TensorSource(..., device={str(device)!r})`.",
         ) from error
 
 
@@ -179,7 +172,7 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
     loss = _checked("loss", task.loss(output, batch.target), n, task)
     if passed.dtype != torch.bool:
         raise ConfigurationError(
-            explain(f"`task`: `passed` of {type(task).__name__} gave {passed.dtype}.", "return one bool a sample.")
+            f"`task`: `passed` of {type(task).__name__} gave {passed.dtype}.", "return one bool a sample."
         )
     unknown = torch.full_like(passed, -1, dtype=torch.int64)
     margin = task.margin(output, batch.target)
@@ -205,10 +198,8 @@ def _checked(name: str, column: Tensor, n: int, task: Task) -> Tensor:
     if column.shape == (n,):
         return column
     raise ConfigurationError(
-        explain(
-            f"`task`: `{name}` of {type(task).__name__} gave {list(column.shape)} for a batch of {n} samples.",
-            f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
-        )
+        f"`task`: `{name}` of {type(task).__name__} gave {list(column.shape)} for a batch of {n} samples.",
+        f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
     )
 
 
@@ -220,9 +211,7 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
     order = position.argsort()
     if not torch.equal(position[order], torch.arange(len(source.index))):
         raise EvaluationError(
-            explain(
-                f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
-                "over all ranks each must come once; a collate function must neither drop nor add samples.",
-            )
+            f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
+            "over all ranks each must come once; a collate function must neither drop nor add samples.",
         )
     return {"index": source.index, **{name: column[order] for name, column in whole.items()}}

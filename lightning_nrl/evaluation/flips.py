@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import EvaluationError, explain
+from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -39,10 +39,8 @@ class Flips:
         """
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
-                explain(
-                    f"evidence before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
-                    "collect both from the same data, without shuffling.",
-                )
+                f"evidence before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                "collect both from the same data, without shuffling.",
             )
         old, new = _right(before), _right(after)
         return cls(kept=old & new, broken=old & ~new, repaired=~old & new, failing=~old & ~new)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["Quota", "below", "checked_quotas", "needed", "normalised", "raised"]
@@ -29,7 +29,7 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
     """
     hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
     if not isinstance(quotas, Mapping):
-        raise ConfigurationError(explain(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint))
+        raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
     found: dict[str, int | float] = {}
     for name, quota in quotas.items():
         number: Any = quota
@@ -42,7 +42,7 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
         whole = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
         share = isinstance(number, Real) and not isinstance(number, Integral) and 0 < float(number) <= 1
         if not whole and not share:
-            raise ConfigurationError(explain(f"`quotas`: {quota!r} for {name!r} is no quota.", hint))
+            raise ConfigurationError(f"`quotas`: {quota!r} for {name!r} is no quota.", hint)
         found[str(name)] = int(number) if whole else float(number)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
@@ -36,10 +36,8 @@ def check_needs(
     name = type(task).__name__
     if "margins" in needs and len(evidence) and bool(evidence.margin.isnan().all()):
         raise ConfigurationError(
-            explain(
-                f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
-                "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
-            )
+            f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
+            "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
         )
     if "classes" in needs and bool((evidence.label < 0).any()):
-        raise ConfigurationError(explain(f"{by} needs a class for each sample, the task {name} has none.", hint))
+        raise ConfigurationError(f"{by} needs a class for each sample, the task {name} has none.", hint)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl.data import Source, Target
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import Quota, checked_quotas
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -55,9 +55,7 @@ class Focal:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.gamma, Real) and math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ConfigurationError(
-                explain(f"`Focal.gamma={self.gamma!r}` is out of range.", "give a finite number from 0.")
-            )
+            raise ConfigurationError(f"`Focal.gamma={self.gamma!r}` is out of range.", "give a finite number from 0.")
 
     def weigh(self, results: SampleResults) -> Tensor:
         """`N` float64, above 0 wherever the loss is."""
@@ -110,10 +108,8 @@ class SampleOptions:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
                 raise ConfigurationError(
-                    explain(
-                        f"`quotas={self.quotas!r}` needs slices, and there are none.",
-                        "say with `slices` which slice each sample is in.",
-                    )
+                    f"`quotas={self.quotas!r}` needs slices, and there are none.",
+                    "say with `slices` which slice each sample is in.",
                 )
 
     def columns(self) -> SampleOptions:

@@ -16,7 +16,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch, Source
 from lightning_nrl.data.columns import Column, numbers
 from lightning_nrl.data.observed_source import ObservedSource
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import renumbered
@@ -82,11 +82,9 @@ def with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResul
     wrong = results.targeted & ~(importance.isfinite() & (importance > 0))
     if wrong.any():
         raise ConfigurationError(
-            explain(
-                f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
-                f"({_some(results, wrong)}).",
-                "give finite numbers above 0; leave failures that do not count out of the `target`.",
-            )
+            f"`importance` is {float(importance[wrong][0])} for {int(wrong.sum())} failed samples "
+            f"({_some(results, wrong)}).",
+            "give finite numbers above 0; leave failures that do not count out of the `target`.",
         )
     return normalised(replace(results, weight=torch.where(results.targeted, importance, results.weight)))
 
@@ -105,11 +103,8 @@ def breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
     wrong = results.passed & ~((cost >= 1) & (cost.isinf() | (cost == cost.round())))
     if wrong.any():
         raise ConfigurationError(
-            explain(
-                f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples "
-                f"({_some(results, wrong)}).",
-                "give bools, or whole numbers from 1: how many other samples it counts for; infinity protects.",
-            )
+            f"`protected` is {float(cost[wrong][0])} for {int(wrong.sum())} passed samples ({_some(results, wrong)}).",
+            "give bools, or whole numbers from 1: how many other samples it counts for; infinity protects.",
         )
     return torch.where(results.passed, cost, 1.0)
 
@@ -137,19 +132,15 @@ def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequ
     named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
     if not named and len(splits) != 1 and strict:
         raise ConfigurationError(
-            explain(
-                f"`{argument}`: the ids may be of any of {list(splits)}.",
-                f"say of which: `{argument}={{{splits[0]!r}: ...}}`."
-                if splits
-                else "mark the data that have failures.",
-            )
+            f"`{argument}`: the ids may be of any of {list(splits)}.",
+            f"say of which: `{argument}={{{splits[0]!r}: ...}}`." if splits else "mark the data that have failures.",
         )
     tables = value if named else {split: value for split in splits[:1] if strict}
     for split, own in tables.items():
         if split not in results.splits:
             if strict and argument != "protected":
                 raise ConfigurationError(
-                    explain(f"`{argument}` names the split {split!r}.", f"there are {list(results.splits)}.")
+                    f"`{argument}` names the split {split!r}.", f"there are {list(results.splits)}."
                 )
             continue
         pairs = own.items() if isinstance(own, Mapping) else ((i, 1.0) for i in own)
@@ -158,10 +149,8 @@ def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequ
         for index, number in pairs:
             if index not in place:
                 raise ConfigurationError(
-                    explain(
-                        f"`{argument}`: {split!r} data have no sample {index!r}.",
-                        "ids are positions in the data set, as reports give them.",
-                    )
+                    f"`{argument}`: {split!r} data have no sample {index!r}.",
+                    "ids are positions in the data set, as reports give them.",
                 )
             values[start + place[index]] = float(number)
     return values

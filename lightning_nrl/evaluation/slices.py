@@ -15,7 +15,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.observed_source import ObservedSource
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
 __all__ = ["SliceRecorder", "Slices", "renumbered"]
@@ -59,10 +59,8 @@ class SliceRecorder(ObservedSource):
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
         if len(names) > MAX_SLICES:
             raise ConfigurationError(
-                explain(
-                    f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
-                    f"return one of at most {MAX_SLICES} names or numbers for each sample.",
-                )
+                f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
+                f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
         number = {name: i for i, name in enumerate(names)}
         rows = torch.tensor([[at, number[name]] for at, name in self._named], dtype=torch.int64).view(-1, 2)
@@ -83,16 +81,14 @@ def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) ->
     except Exception as error:
         hint = "it is called with a batch of the data loader; what a model makes of a sample is no slice."
         raise ConfigurationError(
-            explain(f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint)
+            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint
         ) from error
     values = found.tolist() if hasattr(found, "tolist") else found
     fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
     if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):
         raise ConfigurationError(
-            explain(
-                f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
-                "return one name, whole number or bool for each sample.",
-            )
+            f"`{argument}` returned {type(found).__name__} {str(found)[:60]} for a batch of {len(batch)} samples.",
+            "return one name, whole number or bool for each sample.",
         )
     own = str(slices) if isinstance(slices, Target) else getattr(slices, "__name__", "chosen")
     return [_tag(own, value) for value in values]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind
 from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -47,24 +47,20 @@ def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: S
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
             raise ConfigurationError(
-                explain(
-                    f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
-                    f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
-                )
+                f"`{argument}`: found {_kinds(sources)}, not a list of sources.",
+                f"write `{argument}=[TensorSource(inputs, targets, split=...)]`.",
             )
     names = [source.split for source in (*known, *unseen)]
     if len(set(names)) < len(names):
-        raise ConfigurationError(explain(f"the data have the splits {names}.", "give each split a name of its own."))
+        raise ConfigurationError(f"the data have the splits {names}.", "give each split a name of its own.")
     if not any(source.failed for source in known):
         raise ConfigurationError(
-            explain("`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired.")
+            "`known`: no source is marked `failed`.", "mark the one whose failures are to be repaired."
         )
     if settings.search.n_passed is not None and not any(source.passed for source in known):
         raise ConfigurationError(
-            explain(
-                f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
-                "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
-            )
+            f"`n_passed={settings.search.n_passed}`: no known source is marked `passed`.",
+            "mark the one that they are drawn from, or leave `n_passed` out to score every known passed sample.",
         )
 
 
@@ -84,10 +80,8 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
         if value is not None and not calibrated:
             shown = repr(str(value)) if name == "limit" else "..."
             raise ConfigurationError(
-                explain(
-                    f"`{name}={shown}` needs calibration data, and there are none.",
-                    f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
-                )
+                f"`{name}={shown}` needs calibration data, and there are none.",
+                f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
             )
 
 
@@ -118,10 +112,8 @@ def check_losses(before: SampleResults) -> None:
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
         raise EvaluationError(
-            explain(
-                f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
-                "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
-            )
+            f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
+            "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
         )
 
 

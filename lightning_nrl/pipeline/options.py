@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.search.fitness import Fitness
@@ -99,10 +99,8 @@ class BoundOptions:
             object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:
                 raise ConfigurationError(
-                    explain(
-                        f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
-                        "give one of them.",
-                    )
+                    f"`strength={self.strength!r}` and `limit={str(self.limit)!r}` both say how far to go.",
+                    "give one of them.",
                 )
 
 
@@ -126,7 +124,7 @@ def check_whole(argument: str, value: object, least: int, most: int | None = Non
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
         limits = f"from {least}" + (f" to {most}" if most is not None else "")
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}."))
+        raise ConfigurationError(f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}.")
 
 
 def check_real(
@@ -147,4 +145,4 @@ def check_real(
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and least <= number <= most and above < number < below):
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", hint))
+        raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

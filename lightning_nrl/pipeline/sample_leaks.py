@@ -62,11 +62,9 @@ class LeakCheck:
                 what = f"{len(ids):,} of the {len(again):,} samples of `{source.split}` are"
                 if role == "calibration":
                     raise ConfigurationError(
-                        explain(
-                            f"`calibration`: {what} known data too ({some}).",
-                            "leave them out, from one or the other: a bound holds only of samples that nothing "
-                            "has looked at.",
-                        )
+                        f"`calibration`: {what} known data too ({some}).",
+                        "leave them out, from one or the other: a bound holds only of samples that nothing "
+                        "has looked at.",
                     )
                 found[source.split] = len(ids)
                 warnings.warn(

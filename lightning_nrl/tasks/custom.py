@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Custom", "Judge"]
@@ -72,23 +72,17 @@ class Custom(Task):
                 found[name] = function(output, target)
             except Exception as error:
                 raise ConfigurationError(
-                    explain(
-                        f"`Custom.{name}` raised {type(error).__name__}: {error}",
-                        f"it is called with the model's output, here {list(output.shape)}, and the batch's target.",
-                    )
+                    f"`Custom.{name}` raised {type(error).__name__}: {error}",
+                    f"it is called with the model's output, here {list(output.shape)}, and the batch's target.",
                 ) from error
             if not isinstance(found[name], Tensor) or found[name].shape != output.shape[:1]:
                 what = list(found[name].shape) if isinstance(found[name], Tensor) else type(found[name]).__name__
                 raise ConfigurationError(
-                    explain(
-                        f"`Custom.{name}` gave {what} for a batch of {len(output)} samples.",
-                        f"return one value a sample, a tensor [{len(output)}].",
-                    )
+                    f"`Custom.{name}` gave {what} for a batch of {len(output)} samples.",
+                    f"return one value a sample, a tensor [{len(output)}].",
                 )
         if found["passed"].dtype != torch.bool:
-            raise ConfigurationError(
-                explain(f"`Custom.passed` gave {found['passed'].dtype}.", "return a bool for each sample.")
-            )
+            raise ConfigurationError(f"`Custom.passed` gave {found['passed'].dtype}.", "return a bool for each sample.")
         if "margin" in found:
             self._check_signs(found["passed"], found["margin"].detach())
 
@@ -109,11 +103,9 @@ class Custom(Task):
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ConfigurationError(
-                explain(
-                    f"`Custom.margin` gave {float(margin[row]):.4g} for a sample that "
-                    f"{'passed' if passed[row] else 'did not pass'} ({int(wrong.sum())} such in a batch).",
-                    "a margin is above 0 where a sample passed and below 0 where it did not; or leave it out.",
-                )
+                f"`Custom.margin` gave {float(margin[row]):.4g} for a sample that "
+                f"{'passed' if passed[row] else 'did not pass'} ({int(wrong.sum())} such in a batch).",
+                "a margin is above 0 where a sample passed and below 0 where it did not; or leave it out.",
             )
 
 

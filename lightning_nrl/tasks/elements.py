@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Elements", "ElementsTask"]
@@ -64,10 +64,8 @@ class ElementsTask(Task):
             return target.long()
         found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
         raise ConfigurationError(
-            explain(
-                f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {found}.",
-                "give a class number for each element, or pass an `adapter` that does.",
-            )
+            f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {found}.",
+            "give a class number for each element, or pass an `adapter` that does.",
         )
 
     def check(self, output: Tensor, target: Any) -> None:
@@ -77,28 +75,21 @@ class ElementsTask(Task):
         name = type(self).__name__
         if (len(logits), *logits.shape[2:]) != label.shape:
             raise ConfigurationError(
-                explain(
-                    f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
-                    self._shapes_hint(output, label),
-                )
+                f"`task`: {name} got logits {list(output.shape)} for labels {list(label.shape)}.",
+                self._shapes_hint(output, label),
             )
         classes, counts = logits.shape[1], label != self.ignore_index
         wrong = counts & ((label < 0) | (label >= classes))
         if wrong.any():
             raise ConfigurationError(
-                explain(
-                    f"`task`: there is a label {int(label[wrong][0])}, and the model returned {classes} logits an "
-                    "element.",
-                    f"labels are from 0 to {classes - 1}; set `ignore_index` if that one means no class.",
-                )
+                f"`task`: there is a label {int(label[wrong][0])}, and the model returned {classes} logits an element.",
+                f"labels are from 0 to {classes - 1}; set `ignore_index` if that one means no class.",
             )
         empty = int((~counts.flatten(1).any(1)).sum())
         if empty:
             raise ConfigurationError(
-                explain(
-                    f"`task`: {empty} samples of a batch have the label {self.ignore_index} (ignored) everywhere.",
-                    "leave samples without any label out of the data.",
-                )
+                f"`task`: {empty} samples of a batch have the label {self.ignore_index} (ignored) everywhere.",
+                "leave samples without any label out of the data.",
             )
 
     def loss(self, output: Tensor, target: Any) -> Tensor:

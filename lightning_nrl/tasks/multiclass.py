@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Multiclass"]
@@ -24,10 +24,8 @@ class Multiclass(Task):
         label, classes = self.label(target), output.shape[1]
         if len(label) and int(label.max()) >= classes:
             raise ConfigurationError(
-                explain(
-                    f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
-                    f"labels are whole numbers from 0 to {classes - 1}; pass an `adapter` that makes them so.",
-                )
+                f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
+                f"labels are whole numbers from 0 to {classes - 1}; pass an `adapter` that makes them so.",
             )
 
     def passed(self, output: Tensor, target: Tensor) -> Tensor:
@@ -50,10 +48,8 @@ class Multiclass(Task):
     def prediction(self, output: Tensor) -> Tensor:
         if output.ndim != 2 or output.shape[1] < 2:
             raise ConfigurationError(
-                explain(
-                    f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
-                    "return one logit for each of two or more classes, or pass a `Task` that fits as `task=`.",
-                )
+                f"`task`: multiclass needs logits [samples, classes], the model returned {list(output.shape)}.",
+                "return one logit for each of two or more classes, or pass a `Task` that fits as `task=`.",
             )
         return output.argmax(1)
 
@@ -61,9 +57,7 @@ class Multiclass(Task):
         if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
             found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
-                explain(
-                    f"`task`: multiclass needs whole labels [samples], found {found}.",
-                    "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
-                )
+                f"`task`: multiclass needs whole labels [samples], found {found}.",
+                "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
             )
         return target.long()

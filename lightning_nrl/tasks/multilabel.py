@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Multilabel"]
@@ -47,14 +47,12 @@ class Multilabel(Task):
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Real) or not 0 < self.threshold < 1:
             raise ConfigurationError(
-                explain(
-                    f"`Multilabel.threshold={self.threshold!r}` is no probability.",
-                    "give a number between 0 and 1; 0.5 stands for a logit of 0.",
-                )
+                f"`Multilabel.threshold={self.threshold!r}` is no probability.",
+                "give a number between 0 and 1; 0.5 stands for a logit of 0.",
             )
         if not isinstance(self.wrong, int) or isinstance(self.wrong, bool) or self.wrong < 0:
             raise ConfigurationError(
-                explain(f"`Multilabel.wrong={self.wrong!r}` is no number of labels.", "give a whole number from 0.")
+                f"`Multilabel.wrong={self.wrong!r}` is no number of labels.", "give a whole number from 0."
             )
 
     def __str__(self) -> str:
@@ -68,27 +66,21 @@ class Multilabel(Task):
         if not isinstance(target, Tensor) or target.shape != output.shape:
             found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
-                explain(
-                    f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, found {found}.",
-                    "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
-                )
+                f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, found {found}.",
+                "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
             )
         known = self._known(target)
         other = (target != 0) & (target != 1) & known
         if other.any():
             raise ConfigurationError(
-                explain(
-                    f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
-                    "set `ignore_index` if that one means not known.",
-                )
+                f"`task`: multilabel found a label {target[other][0].item():g}, neither 0 nor 1.",
+                "set `ignore_index` if that one means not known.",
             )
         fewest = int(known.sum(1).min()) if len(known) else output.shape[1]
         if fewest <= self.wrong:
             raise ConfigurationError(
-                explain(
-                    f"`Multilabel.wrong={self.wrong}`, and a sample has {fewest} known labels, so none need be right.",
-                    "leave such samples out of the data, or give a smaller number.",
-                )
+                f"`Multilabel.wrong={self.wrong}`, and a sample has {fewest} known labels, so none need be right.",
+                "leave such samples out of the data, or give a smaller number.",
             )
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
@@ -128,8 +120,6 @@ def _mean(each: Tensor, known: Tensor) -> Tensor:
 def _check_logits(output: Tensor) -> None:
     if output.ndim != 2 or not output.shape[1]:
         raise ConfigurationError(
-            explain(
-                f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
-                "return one logit for each label, or pass a `Task` that fits as `task=`.",
-            )
+            f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
+            "return one logit for each label, or pass a `Task` that fits as `task=`.",
         )

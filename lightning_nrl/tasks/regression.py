@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
 __all__ = ["Regression"]
@@ -52,10 +52,8 @@ class Regression(Task):
             size = float(value) if number else math.nan
             if not 0 <= size < math.inf or (name == "tolerance" and size == 0):
                 raise ConfigurationError(
-                    explain(
-                        f"`Regression.{name}={value!r}` is out of range.",
-                        f"give a number {least}, in the units of the target.",
-                    )
+                    f"`Regression.{name}={value!r}` is out of range.",
+                    f"give a number {least}, in the units of the target.",
                 )
 
     def __str__(self) -> str:
@@ -67,25 +65,19 @@ class Regression(Task):
         if not isinstance(target, Tensor) or target.is_complex():
             found = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
-                explain(
-                    f"`task`: regression needs a tensor of numbers as target, found {found}.",
-                    "pass an `adapter` that gives one.",
-                )
+                f"`task`: regression needs a tensor of numbers as target, found {found}.",
+                "pass an `adapter` that gives one.",
             )
         if output.shape[:1] != target.shape[:1] or output.numel() != target.numel() or not output.ndim:
             raise ConfigurationError(
-                explain(
-                    f"`task`: regression got outputs {list(output.shape)} for targets {list(target.shape)}.",
-                    "the model must return one number for each number of the target.",
-                )
+                f"`task`: regression got outputs {list(output.shape)} for targets {list(target.shape)}.",
+                "the model must return one number for each number of the target.",
             )
         wrong = int((~target.isfinite()).sum())
         if wrong:
             raise ConfigurationError(
-                explain(
-                    f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
-                    "leave samples without a known truth out of the data.",
-                )
+                f"`task`: {wrong} numbers of a batch's target are NaN or infinite.",
+                "leave samples without a known truth out of the data.",
             )
 
     def passed(self, output: Tensor, target: Any) -> Tensor:

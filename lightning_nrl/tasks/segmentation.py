@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.elements import Elements, ElementsTask
 
 __all__ = ["Segmentation"]
@@ -67,14 +67,14 @@ class Segmentation(ElementsTask):
         number = isinstance(self.iou, Real) and not isinstance(self.iou, bool)
         if not number or not 0 < self.iou <= 1:
             raise ConfigurationError(
-                explain(f"`Segmentation.iou={self.iou!r}` is no threshold.", "give a number above 0 and at most 1.")
+                f"`Segmentation.iou={self.iou!r}` is no threshold.", "give a number above 0 and at most 1."
             )
         if self.classes is None:
             return
         listed = isinstance(self.classes, (list, tuple)) and bool(self.classes)
         if not listed or not all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.classes):
             raise ConfigurationError(
-                explain(f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,).")
+                f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,)."
             )
         object.__setattr__(self, "classes", tuple(self.classes))
 
@@ -87,10 +87,8 @@ class Segmentation(ElementsTask):
         n_classes = self.classes_first(output).shape[1]
         if self.classes is not None and max(self.classes) >= n_classes:
             raise ConfigurationError(
-                explain(
-                    f"`Segmentation.classes={self.classes!r}`, and the model returned {n_classes} logits a pixel.",
-                    f"give classes from 0 to {n_classes - 1}.",
-                )
+                f"`Segmentation.classes={self.classes!r}`, and the model returned {n_classes} logits a pixel.",
+                f"give classes from 0 to {n_classes - 1}.",
             )
 
     def passed(self, output: Tensor, target: Any) -> Tensor:
@@ -124,11 +122,8 @@ class Segmentation(ElementsTask):
     def classes_first(self, output: Tensor) -> Tensor:
         if output.ndim < 3 or output.shape[1] < 1:
             raise ConfigurationError(
-                explain(
-                    f"`task`: Segmentation needs logits [samples, classes, ...], the model returned "
-                    f"{list(output.shape)}.",
-                    "return one logit for each class and pixel; for two classes one logit a pixel will do.",
-                )
+                f"`task`: Segmentation needs logits [samples, classes, ...], the model returned {list(output.shape)}.",
+                "return one logit for each class and pixel; for two classes one logit a pixel will do.",
             )
         # The sigmoid of a logit is the softmax of 0 and that logit.
         return F.pad(output, (0, 0) * (output.ndim - 2) + (1, 0)) if output.shape[1] == 1 else output

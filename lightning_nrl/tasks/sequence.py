@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.elements import ElementsTask
 
 __all__ = ["Sequence"]
@@ -51,14 +51,12 @@ class Sequence(ElementsTask):
         number = isinstance(self.share, Real) and not isinstance(self.share, bool)
         if not number or not 0 < self.share <= 1:
             raise ConfigurationError(
-                explain(f"`Sequence.share={self.share!r}` is no share.", "give a number above 0 and at most 1.")
+                f"`Sequence.share={self.share!r}` is no share.", "give a number above 0 and at most 1."
             )
         if self.class_dim not in (-1, 1):
             raise ConfigurationError(
-                explain(
-                    f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",
-                    "write -1 for logits [samples, tokens, classes], 1 for [samples, classes, tokens].",
-                )
+                f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",
+                "write -1 for logits [samples, tokens, classes], 1 for [samples, classes, tokens].",
             )
 
     def __str__(self) -> str:
@@ -80,10 +78,8 @@ class Sequence(ElementsTask):
         if output.ndim < 3 or output.shape[self.class_dim] < 2:
             shape = "[samples, tokens, classes]" if self.class_dim == -1 else "[samples, classes, tokens]"
             raise ConfigurationError(
-                explain(
-                    f"`task`: Sequence needs logits {shape}, the model returned {list(output.shape)}.",
-                    "return one logit for each token and each of two or more classes, or set `class_dim`.",
-                )
+                f"`task`: Sequence needs logits {shape}, the model returned {list(output.shape)}.",
+                "return one logit for each token and each of two or more classes, or set `class_dim`.",
             )
         return output.movedim(self.class_dim, 1)
 

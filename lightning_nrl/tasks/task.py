@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["Task"]
 
@@ -52,10 +52,8 @@ class Task(ABC):
         if isinstance(found, Tensor):
             return found
         raise ConfigurationError(
-            explain(
-                f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
-                "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
-            )
+            f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
+            "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
         )
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:

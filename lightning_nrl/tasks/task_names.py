@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.multilabel import Multilabel
 from lightning_nrl.tasks.segmentation import Segmentation
@@ -48,5 +48,5 @@ def parse_task(task: Any) -> Task:
     name = task.lower() if isinstance(task, str) else task
     if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
         hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
-        raise ConfigurationError(explain(f"`task={task!r}` does not say enough.", hint))
+        raise ConfigurationError(f"`task={task!r}` does not say enough.", hint)
     return TASKS.parse("task", name)
