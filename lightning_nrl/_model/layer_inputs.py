@@ -63,10 +63,8 @@ def absolute_input(layer: Layer, x: Tensor) -> Tensor:
 def windows(layer: Layer, x: Tensor, max_positions: int = 2**62) -> Tensor:
     """What one output is a weighted sum of, in the order of the weights: `groups x (r * positions) x weights`.
 
-    Args:
-        layer: a Linear has one position, a convolution one for each place of its kernel.
-        x: its input, `r x ...`.
-        max_positions: about how many positions of a row are taken, evenly spread; all if there are fewer.
+    A Linear has one position, a convolution one for each place of its kernel; of these about `max_positions` of a row
+    of `x`, `r x ...`, are taken, evenly spread.
     """
     if isinstance(layer, nn.Linear):
         return x[None]

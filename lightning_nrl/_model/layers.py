@@ -31,19 +31,12 @@ Layer = nn.Linear | Convolution
 
 @dataclass(frozen=True)
 class LayerRef:
-    """One layer to be repaired.
+    """One layer to be repaired."""
 
-    Attributes:
-        name: its dotted name in the model; empty if the model itself is the layer.
-        module: the live layer.
-        offset: where its weights start in the flat vector.
-        include_bias: whether its bias is part of the vector, behind its weight.
-    """
-
-    name: str
-    module: Layer
-    offset: int
-    include_bias: bool = False
+    name: str  # dotted, in the model; empty if the model itself is the layer
+    module: Layer  # the live layer
+    offset: int  # where its weights start in the flat vector
+    include_bias: bool = False  # whether its bias is part of the vector, behind its weight
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -105,13 +98,10 @@ class ParameterSpace:
 
 
 def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
-    """Resolves layer names.
+    """Resolves layer names: a dotted name, several of them, or `auto`.
 
-    Args:
-        model: the model whose layers are meant.
-        layer: a dotted name, several of them, or `auto`: the last Linear in the order of registration that
-            is not frozen; where all are, the last; where there is none, likewise the last convolution.
-        include_bias: whether biases may be changed too.
+    `auto` is the last Linear in the order of registration that is not frozen; where all are, the last; where there is
+    none, likewise the last convolution. `include_bias` says whether biases may be changed too.
 
     Raises:
         ConfigurationError: an unknown name (the nearest ones are given), a layer twice, a kind that cannot be repaired,
@@ -136,16 +126,10 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
 def find_scope(
     model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
-    """What may change: the layers whose weights can be searched, and all parameters that training may move.
+    """What may change: the layers whose weights can be searched, and names of all parameters that training may move.
 
-    Args:
-        model: the model that is meant.
-        layer: as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
-            for all of its parameters. `auto` lets training move all parameters that are not frozen.
-        include_bias: whether biases may be searched too.
-
-    Returns:
-        The layers, and names of parameters in the order of the model.
+    `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
+    for all of its parameters. `auto` lets training move all parameters that are not frozen.
 
     Raises:
         ConfigurationError: as for `find_layers`.
@@ -163,11 +147,7 @@ def find_scope(
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
-    """One name or several as a list.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
+    """One name or several as a list; a `ConfigurationError` if there is none."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))

@@ -43,11 +43,7 @@ class LayerCall(NamedTuple):
 
 
 class OutputProbe:
-    """Adds a zero that asks for its gradient to the output of layers, and keeps what went in.
-
-    Args:
-        layers: by name.
-    """
+    """Adds a zero that asks for its gradient to the output of layers, and keeps what went in."""
 
     def __init__(self, layers: Mapping[str, Layer]) -> None:
         self.layers = layers
@@ -106,13 +102,7 @@ def margin_calls(
     """The margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
 
     There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
-
-    Args:
-        model: in evaluation mode. Its weights need not ask for gradients, and get none.
-        layers: by name.
-        batch: as large as memory allows in training.
-        task: has margins.
-        context: entered around the forward pass.
+    The batch may be as large as memory allows in training; weights need not ask for gradients, and get none.
 
     Raises:
         ConfigurationError: the task has no margin.

@@ -26,19 +26,12 @@ __all__ = ["ActivationCache", "Chunk"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some samples of one group.
+    """Some samples of one group."""
 
-    Attributes:
-        group: which group.
-        samples: their places in it, on the device where it is kept.
-        rows: their rows in the evidence, `n` int64 on the CPU.
-        target: their truth, on the model's device.
-    """
-
-    group: int
-    samples: slice | Tensor
-    rows: Tensor
-    target: Any
+    group: int  # which group
+    samples: slice | Tensor  # their places in it, on the device where it is kept
+    rows: Tensor  # n int64 on the CPU, in the evidence
+    target: Any  # their truth, on the model's device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,18 +39,12 @@ class Chunk:
 
 @dataclass
 class ActivationCache:
-    """Known data, ready to be run again from the first repaired layer on.
+    """Known data, ready to be run again from the first repaired layer on."""
 
-    Attributes:
-        model: the model, its repaired layers, the task and the context of its passes.
-        rows: rows of the recorded samples in the evidence, `n` int64 on the CPU, in the order they are kept.
-        fallback_reason: why some samples are run through the whole model; None if none is.
-    """
-
-    model: EditableModel
+    model: EditableModel  # with its repaired layers, the task and the context of its passes
     groups: list[ReplayGroup]
-    rows: Tensor
-    fallback_reason: str | None = None
+    rows: Tensor  # n int64 on the CPU, rows of the samples in the evidence, in the order they are kept
+    fallback_reason: str | None = None  # why some samples are run through the whole model; None if none is
 
     @property
     def space(self) -> ParameterSpace:
@@ -65,12 +52,7 @@ class ActivationCache:
         return self.model.space
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """The recorded samples, group by group.
-
-        Args:
-            size: at most so many samples a chunk; None gives a group at once.
-            keep: `N` bool by row of the evidence, which samples are wanted; None for all.
-        """
+        """The recorded samples that `keep`, `N` bool by row of the evidence, marks, group by group, `size` at most."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]
@@ -119,18 +101,16 @@ class ActivationCache:
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
-        """Runs what comes after the first site.
+        """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
+
+        Differentiable in what `edit` returns if gradients are on.
 
         Args:
             chunk: `n` samples.
-            edit: `edit(site, input, output)` is called at every site and gives the output to go on with, samples in the
-                first dimension. At the site that the model calls first, input and output are the recorded ones of `n`
-                samples and must not be changed in place; what it returns has `copies * n`, copy by copy. At later sites
-                everything has `copies * n`.
+            edit: gives the output of each site to go on with, samples in the first dimension. At the site that is
+                called first, input and output are the recorded ones of `n` samples and must not be changed in place;
+                what it returns has `copies * n`, as everything has at later sites.
             copies: how often each sample is run.
-
-        Returns:
-            Logits of `copies * n` samples, copy by copy. Differentiable in what `edit` returns if gradients are on.
 
         Raises:
             ReplayError: several copies of samples that can only be run as a whole; use `rerun` for those.
@@ -149,16 +129,7 @@ class ActivationCache:
         return self.model.edited_logits(group.inputs(stored), edit)
 
     def rerun(self, chunk: Chunk, where: Tensor, values: Tensor) -> Tensor:
-        """Runs the whole model on samples that are not replayable, once a candidate.
-
-        Args:
-            chunk: `n` samples.
-            where: `K` int64, flat positions of the changed weights.
-            values: `P x K`.
-
-        Returns:
-            Logits of `P * n` samples, candidate by candidate.
-        """
+        """The whole model's logits of `P * n` samples, candidate by candidate, of values `P x K` at flat positions."""
         group = self.groups[chunk.group]
         inputs = group.inputs(group.take(chunk.samples, self.space.device))
         return torch.cat([self.model.logits(inputs, self.space.changed(where, v)) for v in values])

@@ -28,14 +28,12 @@ OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
 class LazyDelta:
     """What differs, before it is computed: a sum of products, whose factors an affine operation can still be put into.
 
-    Attributes:
-        onto: `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own;
-            each channel's sum is first multiplied by a factor, `U`, unless that is None.
-        scale: the factor so far.
+    `onto(base, scale)` adds the sum to a base `U x n x ...` and gives `U x P x n x ...` in memory of its own; each
+    channel's sum is first multiplied by a factor, `U`, unless that is None.
     """
 
     onto: Callable[[Tensor, Tensor | None], Tensor]
-    scale: Tensor | None = None
+    scale: Tensor | None = None  # the factor so far
 
     def times(self, factor: Tensor) -> LazyDelta:
         """The same, each channel times a factor, `U`."""
@@ -55,24 +53,15 @@ def _no_units(device: torch.device) -> Tensor:
 
 
 class CandidateTensor(Tensor):
-    """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`.
+    """`P` candidates' versions of `n` samples, candidate by candidate: to the outside a tensor `P * n x ...`."""
 
-    Attributes:
-        base: `n x ...`, what all candidates have where they do not differ. Never changed in place.
-        axis: the dimension of `base`, counted from the front, that counts channels.
-        units: channels that differ, `U` int64, each once.
-        copies: P.
-        pending: what is added to the base in those channels, not yet computed; None once it is.
-        materialized: the whole tensor, once something has asked for it; from then on it alone counts.
-    """
-
-    base: Tensor
-    axis: int
-    units: Tensor
-    copies: int
-    pending: LazyDelta | None
-    computed: Tensor | None
-    materialized: Tensor | None
+    base: Tensor  # n x ..., what all have where they do not differ; never changed in place
+    axis: int  # the dimension of base, from the front, that counts channels
+    units: Tensor  # U int64, channels that differ, each once
+    copies: int  # P
+    pending: LazyDelta | None  # what is added to the base in those channels; None once it is computed
+    computed: Tensor | None  # P x n x ..., those channels with it; see `changed`
+    materialized: Tensor | None  # the whole tensor, once something has asked for it; from then on it alone counts
 
     @staticmethod
     def __new__(

@@ -26,35 +26,20 @@ T = TypeVar("T")
 
 @dataclass
 class ChunkScorer:
-    """`n` samples with all that does not depend on the candidates.
+    """`n` samples with all that does not depend on the candidates."""
 
-    Attributes:
-        cache: where they come from.
-        chunk: the samples.
-        deltas: the change of each site.
-        where: flat positions of the changed weights.
-        task: says what passed and loss mean.
-        rows: how many rows, candidates times samples, are run at once. Halved for good when memory runs out.
-        reserve: `n`, the margin that a sample must keep to pass, on the device of the weights; None: any.
-        weight: `n`, what each sample counts, likewise; None: all alike.
-        total_weight: what all samples count together.
-        is_head: whether the samples are in front of a last layer whose output is the model's.
-        gathered: what the first site's change needs to know of the samples, if there is room to keep it.
-        head: the samples in front of that last layer, if there is room to keep that.
-    """
-
-    cache: ActivationCache
+    cache: ActivationCache  # where they come from
     chunk: Chunk
-    deltas: tuple[LayerDelta, ...]
-    where: Tensor
+    deltas: tuple[LayerDelta, ...]  # the change of each site
+    where: Tensor  # flat positions of the changed weights
     task: Task
-    rows: int
-    reserve: Tensor | None = None
-    weight: Tensor | None = None
-    total_weight: float = 0.0
-    is_head: bool = False
-    gathered: GatheredInputs | None = None
-    head: HeadScorer | None = None
+    rows: int  # candidates times samples that are run at once; halved for good when memory runs out
+    reserve: Tensor | None = None  # n, the margin that a sample must keep to pass; None: any
+    weight: Tensor | None = None  # n, what each sample counts; None: all alike
+    total_weight: float = 0.0  # what all samples count together
+    is_head: bool = False  # whether the samples are in front of a last layer whose output is the model's
+    gathered: GatheredInputs | None = None  # what the first site's change needs of the samples, if there is room
+    head: HeadScorer | None = None  # the samples in front of that last layer, if there is room
 
     @property
     def nbytes(self) -> int:
@@ -72,27 +57,14 @@ class ChunkScorer:
         self.head = head if head.nbytes <= room else None
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Runs candidates.
-
-        Args:
-            values: `P x K`.
-            with_loss: whether losses are asked for.
-
-        Yields:
-            Which candidates, their passes `p x n` bool, their losses `p x n` or None.
-        """
+        """Runs candidates `P x K`: which of them, their passes `p x n` bool, and if asked for their losses `p x n`."""
         for part, (passed, loss) in self._blocks(values, partial(self._run, with_loss=with_loss)):
             yield part, passed, loss
 
     def sums(
         self, values: Tensor, with_loss: bool = True
     ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
-        """The same summed over the samples.
-
-        Yields:
-            Which candidates, how many samples pass, what these weigh or None without weights, and the sum of all
-            losses, weighted where there are weights, or None; `p` each.
-        """
+        """The same summed over the samples, `p` each: how many pass, what these weigh, the sum of (weighted) losses."""
 
         def work(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
             # To leave decided samples out, the host has to learn which those are.

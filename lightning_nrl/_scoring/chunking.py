@@ -52,7 +52,7 @@ def make_chunk_scorers(
         task: says what passed and loss mean.
         budget: bytes that running a block may take.
         room: bytes that may be kept from one call to the next.
-        reserve: `N` float by row of the evidence, the margin that each must keep to pass; None: any.
+        reserve: `N` by row of the evidence, the margin that each must keep to pass; None: any.
         weight: `N` float64 by row of the evidence, what each counts; None: all alike.
     """
     device = cache.space.device

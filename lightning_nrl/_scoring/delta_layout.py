@@ -24,19 +24,12 @@ MIN_SHARE_OF_ALL_UNITS = 0.9
 
 @dataclass(frozen=True)
 class UnitBucket:
-    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay.
+    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay."""
 
-    Attributes:
-        columns: which of the K values each weight is, `u x m` int64; K stands for a weight that stays.
-        kernel_index: its place in the unit's flattened kernel, `u x m` int64.
-        channels: input channels that the weights meet, ascending, int64.
-        channel: which of them each weight meets, `u x m` int64.
-    """
-
-    columns: Tensor
-    kernel_index: Tensor
-    channels: Tensor
-    channel: Tensor
+    columns: Tensor  # u x m int64, which of the K values each weight is; K: it stays
+    kernel_index: Tensor  # u x m int64, its place in the unit's flattened kernel
+    channels: Tensor  # int64, input channels that the weights meet, ascending
+    channel: Tensor  # u x m int64, which of them each weight meets
 
     def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
         """For each weight the input of a Linear that it meets, `u x copies x m x R`."""
@@ -47,11 +40,7 @@ class UnitBucket:
     def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
         """For each weight the padded input at its place in the kernel, at every output position.
 
-        Args:
-            conv: the layer.
-            x: its input, `copies * n x C x ...`.
-            out: the sizes of its output behind the channels.
-            copies: how often each sample is there, candidate by candidate.
+        `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
         """
         u, m = self.kernel_index.shape
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -73,17 +62,11 @@ class UnitBucket:
 
 @dataclass(frozen=True)
 class DeltaLayout:
-    """Changed weights of one layer.
+    """Changed weights of one layer."""
 
-    Attributes:
-        units: the output units that have some, `U` int64, bucket by bucket.
-        buckets: the units by how many changed weights they have.
-        bias: for each unit which of the K values is its bias, `U` int64; K where the bias stays.
-    """
-
-    units: Tensor
-    buckets: tuple[UnitBucket, ...]
-    bias: Tensor
+    units: Tensor  # U int64, the output units that have some, bucket by bucket
+    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
+    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
 
     def to(self, device: torch.device) -> DeltaLayout:
         """The same on a device, in one transfer."""
@@ -98,12 +81,7 @@ class DeltaLayout:
 
 
 def make_delta_layout(site: LayerRef, where: Tensor) -> DeltaLayout:
-    """Sorts the changed weights of a layer.
-
-    Args:
-        site: the layer.
-        where: `K` int64 on the CPU, places in the layer's flat weights, each once; others lie outside of it.
-    """
+    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
     k, out = len(where), site.weight_shape[0]
     size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
     is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)

@@ -29,15 +29,10 @@ LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class EditableModel:
-    """The model under repair, as it is deployed.
+    """The model under repair, as it is deployed."""
 
-    Attributes:
-        evaluator: the model in evaluation mode, and what judges it.
-        space: its repaired layers.
-    """
-
-    evaluator: Evaluator
-    space: ParameterSpace
+    evaluator: Evaluator  # the model in evaluation mode, and what judges it
+    space: ParameterSpace  # its repaired layers
 
     @property
     def model(self) -> nn.Module:

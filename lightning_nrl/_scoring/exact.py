@@ -27,15 +27,10 @@ __all__ = ["ExactBatch", "exact_batches"]
 
 @dataclass(frozen=True)
 class ExactBatch:
-    """One batch, ready to be run under other weights.
+    """One batch, ready to be run under other weights."""
 
-    Attributes:
-        cache: a recording of this batch alone.
-        chunk: all of it: rows and targets.
-    """
-
-    cache: ActivationCache
-    chunk: Chunk
+    cache: ActivationCache  # a recording of this batch alone
+    chunk: Chunk  # all of it: rows and targets
 
     @property
     def nbytes(self) -> int:
@@ -65,15 +60,9 @@ class ExactBatch:
 def exact_batches(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], space: ParameterSpace
 ) -> Iterator[ExactBatch]:
-    """Runs the model over data, one batch after the other.
+    """Runs the model over data, batch by batch: what is needed to run each again, on the model's device.
 
-    Args:
-        evaluator: the model in evaluation mode, and what finds the logits in what it returns.
-        batches: each with its samples' rows in the evidence, `n` int64 on the CPU.
-        space: the layers that are to have other weights.
-
-    Yields:
-        What is needed to run each again, on the model's device.
+    Each batch comes with its samples' rows in the evidence, `n` int64 on the CPU.
 
     Raises:
         ReplayError: a layer that is never called.

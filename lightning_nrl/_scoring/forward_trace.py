@@ -28,36 +28,21 @@ OutputEdit = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class ForwardTrace:
-    """What a forward pass had done when it first called a repaired layer, and what that layer then gave.
+    """What a forward pass had done when it first called a repaired layer, and what that layer then gave."""
 
-    Attributes:
-        calls: the frontier: names of the outermost modules that were done, in order, a name once a call.
-        outputs: what each of them returned.
-        layer_order: the repaired layers in the order of their calls, a name once a call.
-        layer_shapes: the shape of each of their outputs.
-        input: the first layer's input.
-        output: the first layer's output, before any hook of the user.
-    """
-
-    calls: list[str] = field(default_factory=list)
-    outputs: list[Any] = field(default_factory=list)
-    layer_order: list[str] = field(default_factory=list)
-    layer_shapes: list[torch.Size] = field(default_factory=list)
-    input: Tensor | None = None
-    output: Tensor | None = None
+    calls: list[str] = field(default_factory=list)  # the frontier in order, a name once a call
+    outputs: list[Any] = field(default_factory=list)  # what each of them returned
+    layer_order: list[str] = field(default_factory=list)  # repaired layers in the order of their calls, once a call
+    layer_shapes: list[torch.Size] = field(default_factory=list)  # of their outputs
+    input: Tensor | None = None  # the first layer's
+    output: Tensor | None = None  # the first layer's, before any hook of the user
 
 
 @contextmanager
 def trace_forward(
     model: nn.Module, sites: Mapping[str, nn.Module], keep: Callable[[str], bool] = lambda name: True
 ) -> Iterator[ForwardTrace]:
-    """Watches the forward pass that is run inside.
-
-    Args:
-        model: the whole model.
-        sites: the repaired layers by name.
-        keep: whether the values of a module's outputs are needed; of others only shapes are noted, as meta tensors.
-    """
+    """Watches the pass that is run inside; of modules that are not to `keep` only shapes are noted, as meta tensors."""
     trace = ForwardTrace()
     open_calls: list[list[tuple[str, Any]]] = [[]]
 
@@ -119,13 +104,6 @@ def with_cached_outputs(
     result: Callable[[], Tensor],
 ) -> Iterator[None]:
     """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
-
-    Args:
-        calls: names of the frontier's modules in the order of their calls.
-        modules: the frontier's modules by name.
-        outputs: what each call returns.
-        first: the first repaired layer.
-        result: what stands in for it.
 
     Raises:
         ReplayError: from inside, if the pass does not call the frontier in the recorded order.

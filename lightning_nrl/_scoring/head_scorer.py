@@ -32,34 +32,21 @@ class HeadScorer:
     """Samples in front of a last layer whose output is the model's: `n` samples, `U` classes with changed weights.
 
     Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
-    exponentials, and the largest logit before and after the true class, since arg max takes the first of equals.
-
-    Attributes:
-        delta: the change of the layer.
-        gathered: what it needs to know of the samples.
-        rivals: `U x 1 x n`, old logits of the changed classes, minus infinity for the true one.
-        true_unit: `1 x 1 x n` int64, place of the true class among the changed ones, 0 if it does not change.
-        true_logit: `n`, the true class's old logit, less the reserve.
-        true_changes: `n`, 1 if the true class changes, else 0.
-        fixed_max: `n`, the largest logit of the classes that do not change, the true one left out.
-        fixed_sum: `n`, their exponentials, relative to `fixed_max`, summed.
-        fixed_max_before: `n`, the largest of them before the true class.
-        is_before: `U x 1 x n` bool, which changed classes come before the true one.
-        reserve: `n`, how far above all others the true class must be for a sample to pass; None: not at all. It has no
-            part in the loss.
+    exponentials, and the largest logit before and after the true class, since arg max takes the first of equals. The
+    reserve has no part in the loss.
     """
 
-    delta: LayerDelta
-    gathered: GatheredInputs
-    rivals: Tensor
-    true_unit: Tensor
-    true_logit: Tensor
-    true_changes: Tensor
-    fixed_max: Tensor
-    fixed_sum: Tensor
-    fixed_max_before: Tensor
-    is_before: Tensor
-    reserve: Tensor | None = None
+    delta: LayerDelta  # the change of the layer
+    gathered: GatheredInputs  # what it needs to know of the samples
+    rivals: Tensor  # U x 1 x n, old logits of the changed classes, -inf for the true one
+    true_unit: Tensor  # 1 x 1 x n int64, place of the true class among the changed ones, 0 if it does not change
+    true_logit: Tensor  # n, the true class's old logit, less the reserve
+    true_changes: Tensor  # n, 1 if the true class changes, else 0
+    fixed_max: Tensor  # n, the largest logit of the classes that do not change, the true one left out
+    fixed_sum: Tensor  # n, their exponentials, relative to fixed_max, summed
+    fixed_max_before: Tensor  # n, the largest of them before the true class
+    is_before: Tensor  # U x 1 x n bool, which changed classes come before the true one
+    reserve: Tensor | None = None  # n, how far above all others the true class must be to pass; None: not at all
 
     @property
     def nbytes(self) -> int:
@@ -138,14 +125,7 @@ class HeadScorer:
         )
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """How many samples each candidate, `P x K`, passes, and what these weigh, `P` each.
-
-        Samples that are decided are not computed.
-
-        Args:
-            values: `P x K`.
-            weight: `n`; None: no weights are asked for.
-        """
+        """How many samples each candidate, `P x K`, passes, and what these weigh; decided ones are not computed."""
         pass_all, fail_all = self.decided(values)
         undecided = (~(pass_all | fail_all)).nonzero().flatten()
         if len(undecided) > MAX_UNDECIDED_SHARE * len(pass_all):
@@ -168,15 +148,7 @@ def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | 
 def make_head_scorer(
     delta: LayerDelta, gathered: GatheredInputs, y: Tensor, target: Tensor, reserve: Tensor | None = None
 ) -> HeadScorer:
-    """Prepares samples for `HeadScorer.evaluate`.
-
-    Args:
-        delta: the change of the last layer, some units of it.
-        gathered: what it needs to know of the samples.
-        y: `n x C`, logits under the weights as they are.
-        target: `n` int64, true classes.
-        reserve: `n`, the margin that a sample must keep to pass; None: any.
-    """
+    """Prepares samples with old logits `y`, `n x C`, of which some change, true classes and margins to keep, `n`."""
     n, c = y.shape
     units, true = delta.units, target.unsqueeze(1)
     place = torch.full((c,), -1, device=y.device).index_copy(0, units, torch.arange(len(units), device=y.device))

@@ -40,19 +40,12 @@ def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
 
 @dataclass
 class AllocatedStorages:
-    """Storages that operations made, until they are freed.
+    """Storages that operations made, until they are freed."""
 
-    Attributes:
-        users: how many tensors share each, by address.
-        held: bytes of all of them.
-        peak: the most that was held at any one time.
-        total: bytes of all that were ever made.
-    """
-
-    users: dict[int, int] = field(default_factory=dict)
-    held: int = 0
-    peak: int = 0
-    total: int = 0
+    users: dict[int, int] = field(default_factory=dict)  # how many tensors share each, by address
+    held: int = 0  # bytes of all of them
+    peak: int = 0  # the most that was held at any one time
+    total: int = 0  # bytes of all that were ever made
 
     def follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
         """Notes what an operation made of the given tensors, unless it is a view of what was there before."""

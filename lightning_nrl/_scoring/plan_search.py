@@ -18,21 +18,16 @@ from lightning_nrl._scoring.forward_trace import ForwardTrace, with_cached_outpu
 from lightning_nrl._scoring.replay_plan import LeafSpec, ReplayPlan, flatten_trace
 from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
 from lightning_nrl._scoring.sparse_delta import edit_layers, layer_output, make_layer_deltas
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.errors import ReplayError
 
 __all__ = ["find_replay_plan", "may_use_tf32", "same_values"]
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
-    """Finds out how passes like this one are resumed.
+    """A plan for passes like this one, of `n` samples, that gave the whole model's logits for changed weights.
 
-    Args:
-        model: the model.
-        inputs: what it is called with, `n` samples.
-        n: how many.
-
-    Returns:
-        A plan that gave the same logits as the whole model for changed weights, or why there is none, in words.
+    If there is none, why not, in words.
 
     Raises:
         ReplayError: a site is never called.
@@ -73,6 +68,8 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         try:
             problem = _check_all(model, plan, stored, few, small) or _check_few(model, plan, stored, few, small)
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
+            if is_out_of_memory(error):  # which says nothing of the model
+                raise
             problem = f"resuming it failed: {error}".splitlines()[0]
         if not problem:
             return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
@@ -177,7 +174,9 @@ def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list
             found: Iterator[Tensor | None] = iter([None] * len(wanted))
             if logits.requires_grad:
                 found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))
-    except (RuntimeError, ReplayError):
+    except (RuntimeError, ReplayError) as error:
+        if is_out_of_memory(error):
+            raise
         return [True] * len(leaves)
     return [next(found) is not None if f else True for f in floats]
 

@@ -39,18 +39,15 @@ def record(
     *,
     budget: int | None = None,
 ) -> ActivationCache:
-    """Runs the model once over known data and keeps what a repair of the given layers needs of it.
+    """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
 
     Args:
         evaluator: the model in evaluation mode, and what finds the logits in what it returns.
-        batches: this rank's batches, each with its samples' rows in the evidence, `n` int64 on the CPU.
+        batches: this rank's, each with its samples' rows in the evidence, `n` int64 on the CPU.
         space: the repaired layers.
         keep: `N` bool by row of the evidence, which samples are wanted.
-        budget: bytes that may be held on the model's device; what comes after them is held on the CPU. By default half
-            of what is free on a GPU, and no limit elsewhere.
-
-    Returns:
-        The recording. If samples have to be run as a whole a warning says why.
+        budget: bytes that may be held on the model's device, the rest goes to the CPU; None: half of what is free on a
+            GPU, and no limit elsewhere.
 
     Raises:
         ReplayError: a layer that is never called.
@@ -89,17 +86,7 @@ def record(
 def find_group(
     cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
 ) -> tuple[ReplayGroup, list[Tensor]]:
-    """Runs a batch.
-
-    Args:
-        cache: what is recorded so far; a new group is added where the batch needs one.
-        inputs: what the model is called with.
-        n: samples.
-        device: where a new group keeps its tensors.
-
-    Returns:
-        The group that the batch belongs to, and the tensors to be stored of it.
-    """
+    """Runs `n` samples: the group that they belong to, added where none is like it, and what to store of them."""
     model = cache.model
     plans = [group.plan for group in cache.groups if group.plan is not None]
     live = {name for plan in plans for name in plan.live_calls}

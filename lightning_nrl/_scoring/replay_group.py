@@ -26,27 +26,16 @@ STORED_TENSOR = _StoredTensor()
 
 @dataclass
 class ReplayGroup:
-    """Passes that look alike.
+    """Passes that look alike. Of `parts`, `targets` and `rows` one entry is left when recording is over."""
 
-    Attributes:
-        plan: how they are resumed; None if they are run as a whole.
-        layouts: where the samples are in each stored tensor.
-        device: where the stored tensors are kept.
-        spec: the shape of the tree of model inputs, if they are run as a whole.
-        constants: what stands in that tree where no stored tensor does.
-        parts: for each stored tensor the batches that make it up; one when recording is over.
-        targets: trees of truths, a batch each, on the CPU; one when recording is over.
-        rows: rows in the evidence, a batch each; one when recording is over.
-    """
-
-    plan: ReplayPlan | None
-    layouts: list[SampleLayout]
-    device: torch.device
-    spec: pytree.TreeSpec | None = None
-    constants: list[Any] = field(default_factory=list)
-    parts: list[list[Tensor]] = field(default_factory=list)
-    targets: list[Any] = field(default_factory=list)
-    rows: list[Tensor] = field(default_factory=list)
+    plan: ReplayPlan | None  # how they are resumed; None: they are run as a whole
+    layouts: list[SampleLayout]  # where the samples are in each stored tensor
+    device: torch.device  # where the stored tensors are kept
+    spec: pytree.TreeSpec | None = None  # the tree of model inputs, if they are run as a whole
+    constants: list[Any] = field(default_factory=list)  # what stands in it where no stored tensor does
+    parts: list[list[Tensor]] = field(default_factory=list)  # of each stored tensor, batch by batch
+    targets: list[Any] = field(default_factory=list)  # trees of truths, batch by batch, on the CPU
+    rows: list[Tensor] = field(default_factory=list)  # in the evidence, batch by batch
 
     @property
     def nbytes(self) -> int:
@@ -62,11 +51,7 @@ class ReplayGroup:
         self.rows.append(rows)
 
     def concatenate(self, pin: bool = False) -> None:
-        """Ends the recording.
-
-        Args:
-            pin: whether what is kept goes into page-locked memory, from where a GPU takes it without a wait.
-        """
+        """Ends the recording; page-locked (`pin`) memory is what a GPU takes without a wait."""
         for parts, layout in zip(self.parts, self.layouts, strict=True):
             whole = parts[0] if len(parts) == 1 else torch.cat(parts, layout.dim)
             parts.clear()  # so that memory is held once

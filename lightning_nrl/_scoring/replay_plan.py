@@ -21,19 +21,12 @@ __all__ = ["LeafSpec", "ReplayPlan", "flatten_trace"]
 
 @dataclass(frozen=True)
 class LeafSpec:
-    """One leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant.
+    """One leaf of the tree that a resumed pass needs: a tensor of all samples, or a constant."""
 
-    Attributes:
-        layout: where its samples are; None for a constant.
-        live: whether its values matter; else only its shape does.
-        value: the constant; of a tensor of samples, one sample.
-        repeats: whether it is needed once a copy; the first site's input and output are not.
-    """
-
-    layout: SampleLayout | None
-    live: bool
-    value: Any
-    repeats: bool = True
+    layout: SampleLayout | None  # where its samples are; None for a constant
+    live: bool  # whether its values matter; else only its shape does
+    value: Any  # the constant, or one sample of a tensor of samples
+    repeats: bool = True  # whether each copy needs it; the first site's input and output are not
 
     @property
     def stored(self) -> bool:
@@ -64,25 +57,15 @@ class LeafSpec:
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """How passes of one shape are resumed.
+    """How passes of one shape are resumed."""
 
-    Attributes:
-        calls: the frontier, see `ForwardTrace`.
-        modules: its modules by name.
-        first: the site that is called first.
-        dims: for each site the dimension of its output that counts samples.
-        spec: the shape of the tree `(inputs, outputs of the frontier, input and output of the first site)`.
-        leaves: what that tree holds.
-        is_last_layer: whether the first site's output is what the model returns, so that nothing has to be run.
-    """
-
-    calls: tuple[str, ...]
-    modules: Mapping[str, nn.Module]
-    first: LayerRef
-    dims: Mapping[str, int]
-    spec: pytree.TreeSpec
-    leaves: tuple[LeafSpec, ...]
-    is_last_layer: bool = False
+    calls: tuple[str, ...]  # the frontier, see ForwardTrace
+    modules: Mapping[str, nn.Module]  # its modules by name
+    first: LayerRef  # the site that is called first
+    dims: Mapping[str, int]  # for each site the dimension of its output that counts samples
+    spec: pytree.TreeSpec  # of the tree (inputs, outputs of the frontier, input and output of the first site)
+    leaves: tuple[LeafSpec, ...]  # what that tree holds
+    is_last_layer: bool = False  # whether the first site's output is what the model returns: nothing has to be run
 
     @property
     def live_calls(self) -> frozenset[str]:
@@ -108,18 +91,10 @@ class ReplayPlan:
     def resume(
         self, model: EditableModel, stored: Sequence[Tensor], n: int, edit: LayerEdit, copies: int = 1
     ) -> Tensor:
-        """Runs what comes after the first site.
+        """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
 
-        Args:
-            model: the model.
-            stored: the stored tensors of `n` samples.
-            n: samples.
-            edit: called at every site with samples in the first dimension; at the first site with the recorded input
-                and output of `n` samples, at later ones with those of `copies * n`.
-            copies: how many times `n` samples the first edit returns.
-
-        Returns:
-            Logits of `copies * n` samples, copy by copy.
+        `edit` is called at every site with samples in the first dimension: at the first one with the recorded input and
+        output of `n` samples, of which it returns `copies`, at later ones with those of `copies * n`.
         """
         if self.is_last_layer:
             x, y = (t.to(model.space.device) for t in stored[-2:])

@@ -15,15 +15,10 @@ __all__ = ["SampleLayout", "index_all", "index_batch", "infer_layout", "repeat_a
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """Where the samples are in a tensor.
+    """Where the samples are in a tensor; `m` is above 1 where the model folds, say, frames into the batch."""
 
-    Attributes:
-        dim: the dimension that counts samples, `m` entries a sample one after the other.
-        m: entries a sample; more than 1 where the model folds another dimension into the batch, such as frames.
-    """
-
-    dim: int
-    m: int = 1
+    dim: int  # the dimension that counts samples
+    m: int = 1  # entries a sample, one after the other
 
     def take(self, x: Tensor, samples: Tensor | slice) -> Tensor:
         """The chosen samples; a view if a slice chooses them."""
@@ -49,13 +44,10 @@ class SampleLayout:
 
 
 def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
-    """Where the samples are, from a tensor's shapes in two passes with different numbers of samples.
-
-    Returns:
-        The layout, or None if the shape does not depend on the number of samples.
+    """Where the samples are, from shapes for two numbers of samples; None if the shape does not depend on them.
 
     Raises:
-        ValueError: the shape depends on it in a way that no layout describes.
+        ValueError: it depends on them in a way that no layout describes.
     """
     if len(small) != len(large):
         raise ValueError(f"{list(small)} became {list(large)}")

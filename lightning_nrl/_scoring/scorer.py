@@ -27,72 +27,47 @@ N_MOST_FRAGILE = 128
 
 @dataclass(frozen=True)
 class SampleScores:
-    """What each candidate does on each of this rank's samples.
+    """What each candidate does on each of this rank's samples, all on the CPU."""
 
-    Attributes:
-        rows: rows of the samples in the evidence, `n` int64 on the CPU.
-        passed: `P x n` bool on the CPU.
-        loss: `P x n` on the CPU.
-    """
-
-    rows: Tensor
-    passed: Tensor
-    loss: Tensor
+    rows: Tensor  # n int64, in the evidence
+    passed: Tensor  # P x n bool
+    loss: Tensor  # P x n
 
 
 @dataclass(frozen=True)
 class SwarmGroup:
-    """Swarms that search the same weights on the same samples. Each is run on its own, so that it scores as if alone.
+    """Swarms that search the same weights on the same samples. Each is run on its own, to score as if alone."""
 
-    Attributes:
-        swarms: which swarms.
-        columns: which of the K values are theirs; a slice if all are.
-        failed: samples of I_neg, in chunks.
-        passed: samples of I_pos, in chunks.
-    """
-
-    swarms: tuple[int, ...]
-    columns: Tensor | slice
-    failed: list[ChunkScorer]
-    passed: list[ChunkScorer]
+    swarms: tuple[int, ...]  # which ones
+    columns: Tensor | slice  # which of the K values are theirs; a slice if all are
+    failed: list[ChunkScorer]  # samples of I_neg
+    passed: list[ChunkScorer]  # samples of I_pos
 
 
 @dataclass(frozen=True)
 class SwarmScorer:
     """Scores candidates on recorded data; see `make_scorer`.
 
-    Attributes:
-        cache: the known data of this rank.
-        groups: swarms with equal weights and samples together.
-        n_failed: |I_neg| over all ranks, a number or `S x 1`.
-        n_passed: |I_pos| over all ranks, a number or `S x 1`.
-        collective: the ranks that share the work.
-        passed_loss: whether losses on I_pos are asked for.
-        gives_up: whether candidates that break too many are scored no further when told how many that is. Not where the
-            host would have to wait for a device to learn who they are.
-        weighted: whether samples have weights.
-        least: the least weight of a sample of I_neg.
+    Candidates that break too many are given up only where the host need not wait for a device to learn who they are.
     """
 
-    cache: ActivationCache
-    groups: tuple[SwarmGroup, ...]
-    n_failed: int | Tensor
-    n_passed: int | Tensor
-    collective: Collective
-    passed_loss: bool
-    gives_up: bool = False
-    weighted: bool = False
-    least: float = 1.0
+    cache: ActivationCache  # the known data of this rank
+    groups: tuple[SwarmGroup, ...]  # swarms with equal weights and samples together
+    n_failed: int | Tensor  # |I_neg| over all ranks, a number or S x 1
+    n_passed: int | Tensor  # |I_pos| over all ranks, likewise
+    collective: Collective  # the ranks that share the work
+    passed_loss: bool  # whether losses on I_pos are asked for
+    gives_up: bool = False  # whether candidates that break too many are scored no further when told how many that is
+    weighted: bool = False  # whether samples have weights
+    least: float = 1.0  # the least weight of a sample of I_neg
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
-        """Scores candidates on all ranks' samples.
+        """Scores candidates, `S x P x K`, on all ranks' samples.
 
-        Args:
-            values: `S x P x K`.
-            most_broken: `S x P`, how many samples of I_pos a candidate may break; None for any number. One that breaks
-                more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which
-                all may break fewer than none is not scored.
+        `most_broken`, `S x P`, is how many samples of I_pos a candidate may break; None for any number. One that breaks
+        more is given up if `gives_up` says so: its losses are NaN and its counts mean nothing. A swarm of which all may
+        break fewer than none is not scored.
         """
         device = self.cache.space.device
         values = values.to(device)
@@ -168,28 +143,23 @@ def make_scorer(
     reserve: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> SwarmScorer:
-    """Prepares the scoring of candidates.
+    """Prepares the scoring of candidates; `N` is by row of the evidence.
 
     Args:
         cache: the known data of this rank.
         where: `K` int64, flat positions of the localised weights; or `S x K`, those of each swarm, -1 where a swarm has
             fewer than K.
-        failed: `N` bool by row of the evidence, I_neg; or `S x N`, that of each swarm.
-        passed: `N` bool by row of the evidence, I_pos; or `S x N`, that of each swarm.
+        failed: `N` bool, I_neg; or `S x N`, that of each swarm.
+        passed: I_pos, likewise.
         evaluator: says what passed and loss mean, and which ranks share the work.
-        budget: bytes that scoring may take on the device beside the recording; by default a share of what is free.
+        budget: bytes that scoring may take beside the recording; None: a share of what is free on the device.
         passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
             candidate of a call can break are not computed.
-        fragility: `N` float by row of the evidence, such as the original loss: the samples of I_pos with the
-            highest are scored first, so that candidates that break too many are given up early. None: in the order of
-            the recording.
-        reserve: `N` float by row of the evidence, the margin that each sample must keep to count as passing; it needs a
-            task with margins. None: any.
-        weight: `N` float64 by row of the evidence, finite, what each sample of I_neg and I_pos counts, those of I_neg 1
-            on average; None: all alike.
-
-    Returns:
-        A scorer of candidates, `by_sample` says what becomes of single samples.
+        fragility: `N`, such as the original loss: the samples of I_pos with the highest are scored first, so that
+            candidates that break too many are given up early. None: in the order of the recording.
+        reserve: `N`, the margin that each sample must keep to count as passing; the task needs margins. None: any.
+        weight: `N` float64, finite, what each sample of I_neg and I_pos counts, 1 on average for I_neg; None: all
+            alike.
 
     Raises:
         ConfigurationError: numbers of swarms that do not agree.

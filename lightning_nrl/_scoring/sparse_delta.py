@@ -30,18 +30,11 @@ HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class GatheredInputs:
-    """What the change of a layer needs to know of some samples.
+    """What the change of a layer needs to know of some samples; `B` is 1 if all candidates have one input, else `P`."""
 
-    Attributes:
-        x: for each bucket the input values that the changed weights meet, `u x B x m x R` with `R` output positions of
-            all samples; `B` is 1 if all candidates have the same input, else `P`.
-        base: the units' old outputs, `B x n x U x ...`, float32 in half precisions.
-        rounded: the same as the layer gave them.
-    """
-
-    x: tuple[Tensor, ...]
-    base: Tensor
-    rounded: Tensor
+    x: tuple[Tensor, ...]  # a bucket: u x B x m x R, what changed weights meet at R output positions of all samples
+    base: Tensor  # B x n x U x ..., the units' old outputs, float32 in half precisions
+    rounded: Tensor  # the same as the layer gave them
 
     @property
     def nbytes(self) -> int:
@@ -74,18 +67,16 @@ class LayerDelta:
     def output(
         self, values: Tensor, x: Tensor, y: Tensor, copies: int = 1, gathered: GatheredInputs | None = None
     ) -> Tensor:
-        """The layer's output under each candidate.
+        """The layer's output under candidates `P x K`: `P * n` samples in memory of their own, candidate by candidate.
+
+        A `CandidateTensor` if the input is the same for all candidates and some units do not change.
 
         Args:
-            values: `P x K`, new values of the changed weights.
+            values: the new values of the changed weights.
             x: the layer's input, `copies * n` samples.
-            y: the layer's output under the weights as they are, as many samples as `x`.
+            y: its output under the weights as they are, as many.
             copies: 1 if the input is the same for all candidates, P if it goes candidate by candidate.
             gathered: what `gather(x, y, copies)` gave, if it was kept.
-
-        Returns:
-            `P * n` samples, candidate by candidate, in memory of its own. If the input is the same for all candidates
-            and some units do not change, a `CandidateTensor`.
         """
         p, dim = values.shape[0], self.unit_dim % y.ndim
         if not self.units.shape[0]:
@@ -188,13 +179,7 @@ def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
-    """What `ReplayPlan.resume` calls at each site to run candidates `P x K` on the same samples.
-
-    Args:
-        deltas: the change of each site.
-        values: `P x K`.
-        gathered: what the first site's change needs to know of the samples, if it was kept.
-    """
+    """What `ReplayPlan.resume` calls at each site for candidates `P x K`; `gathered` is the first site's, if kept."""
     by_site = {id(delta.site): delta for delta in deltas}
     first = True
 
@@ -210,15 +195,7 @@ def edit_layers(
 
 
 def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta, ...]:
-    """The change of each site.
-
-    Args:
-        space: all sites.
-        where: `K` int64, flat positions of the changed weights, each once.
-
-    Returns:
-        One change a site, in the order of the sites; a site without changed weights has one without units.
-    """
+    """The change of each site, in their order; `where` is `K` int64, flat positions that change, each once."""
     original, where = space.flat()[where.to(space.device)], where.cpu()
     layouts = [make_delta_layout(site, where - site.offset).to(space.device) for site in space.sites]
     return tuple(
