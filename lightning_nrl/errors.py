@@ -106,10 +106,7 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
     known = "one of " + ", ".join(repr(choice) for choice in choices)
     raise ConfigurationError(
-        explain(
-            f"`{argument}={value!r}` is unknown.",
-            f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}.",
-        )
+        f"`{argument}={value!r}` is unknown.", f"did you mean {near[0]!r}? It is {known}." if near else f"use {known}."
     )
 
 
@@ -127,4 +124,4 @@ def check_kind(argument: str, value: object, fits: bool, kind: str, example: str
         ConfigurationError: the value does not fit.
     """
     if not fits or isinstance(value, type):
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is no {kind}.", f"write {example}."))
+        raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")

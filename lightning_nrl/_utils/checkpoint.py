@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.state import State
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["fitting", "read_state"]
 
@@ -35,17 +35,13 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
         # What is no such file raises whatever comes of reading its bytes as instructions.
         text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
         raise ConfigurationError(
-            explain(
-                f"`{argument}`: {str(given)!r} cannot be read ({type(error).__name__}: {text}).",
-                "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
-            )
+            f"`{argument}`: {str(given)!r} cannot be read ({type(error).__name__}: {text}).",
+            "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
         ) from error
     if not isinstance(found, Mapping):
         raise ConfigurationError(
-            explain(
-                f"`{argument}`: {str(given)!r} holds a {type(found).__name__}.",
-                "give a Lightning checkpoint or a file with a state dict.",
-            )
+            f"`{argument}`: {str(given)!r} holds a {type(found).__name__}.",
+            "give a Lightning checkpoint or a file with a state dict.",
         )
     return _state_in(found)
 
@@ -77,10 +73,8 @@ def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: 
             found = f"`{argument}` lacks {name!r}" if wrong else f"`{argument}` has {name!r}, which is not in the model"
         others = len(wrong) + len(more) - 1
         raise ConfigurationError(
-            explain(
-                f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-                f"give weights of the same architecture, or {otherwise}.",
-            )
+            f"{found}; {others} more tensors do not fit." if others else f"{found}.",
+            f"give weights of the same architecture, or {otherwise}.",
         )
     return {name: given[name].detach().to(value.device, value.dtype) for name, value in own.items()}
 

@@ -14,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from lightning_nrl._utils.serialize import Derives, flat_kind, hints_of, to_plain, written_fields
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["from_plain", "parse_json"]
 
@@ -47,7 +47,7 @@ def parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
         hint = "give what `to_json` has written."
-        raise ConfigurationError(explain(f"this is no strict JSON: {error}.", hint)) from error
+        raise ConfigurationError(f"this is no strict JSON: {error}.", hint) from error
 
 
 def _read(kind: Any, value: object, path: str, null: float = math.nan) -> Any:
@@ -193,7 +193,7 @@ def _shown(value: object) -> str:
 
 
 def _error(path: str, problem: str) -> ConfigurationError:
-    return ConfigurationError(explain(f"{path or 'the file'}: {problem}.", "give what `to_json` has written."))
+    return ConfigurationError(f"{path or 'the file'}: {problem}.", "give what `to_json` has written.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
-from lightning_nrl.errors import OtherRankError, RepairError, explain
+from lightning_nrl.errors import OtherRankError, RepairError
 
 __all__ = ["Collective"]
 
@@ -111,7 +111,7 @@ class Collective:
         if not self.any(error is not None):
             return result
         kind = None if error is None else _package_error(error)
-        elsewhere = OtherRankError(explain(failed, "look at that rank's own error."))
+        elsewhere = OtherRankError(failed, "look at that rank's own error.")
         if self.any(error is not None and kind is None):
             raise elsewhere if error is None or kind is not None else error
         name, _, message = self.first_text("" if kind is None else f"{kind.__name__}\n{error}").partition("\n")

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["import_function"]
 
@@ -28,10 +28,8 @@ def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[
     found = _at(argument, value) if isinstance(value, str) else value
     if not callable(found):
         raise ConfigurationError(
-            explain(
-                f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
-                "give a function, or its address as text, `package.module:function`.",
-            )
+            f"`{argument}`: a value of type {type(found).__name__} cannot be called.",
+            "give a function, or its address as text, `package.module:function`.",
         )
     return found
 
@@ -39,8 +37,8 @@ def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[
 def _at(argument: str, address: str) -> Any:
     module, _, name = address.partition(":") if ":" in address else address.rpartition(".")
     if not module or not name:
-        raise ConfigurationError(explain(f"`{argument}={address!r}` is no address.", ADDRESS_HINT))
+        raise ConfigurationError(f"`{argument}={address!r}` is no address.", ADDRESS_HINT)
     try:
         return operator.attrgetter(name)(importlib.import_module(module))
     except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigurationError(explain(f"`{argument}={address!r}` was not found: {error}.", ADDRESS_HINT)) from error
+        raise ConfigurationError(f"`{argument}={address!r}` was not found: {error}.", ADDRESS_HINT) from error

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 
 __all__ = ["Registry"]
 
@@ -112,5 +112,5 @@ class Registry(Generic[T]):
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(
-            explain(f"{found} is no {self.kind}{meant}", f"write one of {list(self.forms)}, or {self.example}.")
+            f"{found} is no {self.kind}{meant}", f"write one of {list(self.forms)}, or {self.example}."
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["State", "between", "changed", "device_of", "holding", "snapshot", "write"]
 
@@ -117,7 +117,5 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
     for name, value in state.items():
         if name not in live or live[name].shape != value.shape:
             found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
-            raise ConfigurationError(
-                explain(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
-            )
+            raise ConfigurationError(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
     return live

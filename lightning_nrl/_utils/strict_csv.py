@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["Line", "read_csv"]
 
@@ -47,7 +47,7 @@ class Line(NamedTuple):
 
     def refused(self, found: str) -> ConfigurationError:
         """The error that names this line."""
-        return ConfigurationError(explain(f"{self.where}: {found}.", self.hint))
+        return ConfigurationError(f"{self.where}: {found}.", self.hint)
 
 
 def read_csv(
@@ -71,7 +71,7 @@ def read_csv(
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise ConfigurationError(explain(f"{name} cannot be read ({error}).", hint)) from error
+        raise ConfigurationError(f"{name} cannot be read ({error}).", hint) from error
     numbered = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1)]
     if comment and numbered[0][1].startswith(comment):
         del numbered[0]
@@ -83,7 +83,7 @@ def read_csv(
         try:
             (values,) = csv.reader([text], strict=True)
         except (csv.Error, ValueError) as error:
-            raise ConfigurationError(explain(f"{where} cannot be read ({error}).", hint)) from error
+            raise ConfigurationError(f"{where} cannot be read ({error}).", hint) from error
         if header is None:
             header = _header(where, values, columns, hint)
             continue
@@ -92,12 +92,12 @@ def read_csv(
             raise line.refused(f"{len(values)} values for {len(header)} columns")
         yield line
     if header is None:
-        raise ConfigurationError(explain(f"{name} is empty.", hint))
+        raise ConfigurationError(f"{name} is empty.", hint)
 
 
 def _header(where: str, header: list[str], columns: Sequence[str], hint: str) -> list[str]:
     missing = [column for column in columns if column not in header]
     if missing or len(set(header)) < len(header):
         problem = f"the column {missing[0]!r} is missing" if missing else "a column is there twice"
-        raise ConfigurationError(explain(f"{where}: {problem} (found {header}).", hint))
+        raise ConfigurationError(f"{where}: {problem} (found {header}).", hint)
     return header

@@ -9,7 +9,7 @@ from fractions import Fraction
 from numbers import Integral, Real
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flip_counts import FlipCounts
 
 __all__ = ["GATES", "Accuracy", "Gate", "Instance", "Tolerance", "allowance", "read_number"]
@@ -174,7 +174,7 @@ def _number(text: str, gate: str, argument: str) -> int | float:
         return read_number(text)
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(GATES.forms)}.")
+            f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(GATES.forms)}."
         ) from error
 
 
@@ -184,8 +184,6 @@ def _checked_limit(limit: int | float) -> int | float:
     if isinstance(limit, Real) and not isinstance(limit, Integral) and 0 <= limit <= 1:
         return float(limit)
     raise ConfigurationError(
-        explain(
-            f"`limit={limit!r}` is no tolerance.",
-            "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
-        )
+        f"`limit={limit!r}` is no tolerance.",
+        "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.metrics.rates import RATES, flip_rates
 
 __all__ = [
@@ -30,10 +30,8 @@ def _flips_validate(argument: str, preds: Tensor, target: Tensor) -> None:
     logits = preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape
     if not (classes or logits):
         raise ConfigurationError(
-            explain(
-                f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
-                "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
-            )
+            f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
+            "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
         )
 
 

@@ -16,7 +16,7 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, Source, apart, unpack
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 
 __all__ = ["batch_norms", "estimate_statistics"]
@@ -93,7 +93,7 @@ def estimate_statistics(
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
             raise ConfigurationError(
-                explain("`data`: no batch came to estimate batch norm statistics from.", "give data with samples.")
+                "`data`: no batch came to estimate batch norm statistics from.", "give data with samples."
             )
         return _averaged(layers, collective)
 

@@ -15,7 +15,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
 from lightning_nrl.data.batch import Adapter, Source, apart, unpack
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
@@ -220,15 +220,13 @@ def choose_share(
         right, again = _judged(evaluator, mixed, data, adapter)
         if collective.any(not torch.equal(label, again)):
             raise ConfigurationError(
-                explain(
-                    "`data`: a second pass gave other samples than the first.",
-                    "give a source, a list of batches or a DataLoader that does not shuffle.",
-                )
+                "`data`: a second pass gave other samples than the first.",
+                "give a source, a list of batches or a DataLoader that does not shuffle.",
             )
         counts = FlipCounts.of(was_right, right)
         total = collective.sum(torch.tensor([counts.kept, counts.broken, counts.repaired, counts.failing]))
         if not int(total.sum()):
-            raise ConfigurationError(explain("`data`: there is no sample.", "give data to choose the share on."))
+            raise ConfigurationError("`data`: there is no sample.", "give data to choose the share on.")
         curve.append(SharePoint(share, FlipCounts(*total.tolist())))
     # In counts: the difference of two shares that are each rounded could be a hair too large.
     most, alone = max(point.counts.right for point in curve), curve[0].counts
@@ -279,10 +277,8 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
     layers = batch_norms(evaluator.model)
     if layers and training is None:
         raise ConfigurationError(
-            explain(
-                f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
-                "give the data that the new model was trained on, best without augmentation.",
-            )
+            f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
+            "give the data that the new model was trained on, best without augmentation.",
         )
     if not layers or training is None:
         return {}

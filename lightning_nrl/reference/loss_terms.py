@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task
 
 __all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "parse_terms"]
@@ -99,24 +99,20 @@ class FocalDistillation(Term):
         _check_numbers(self, above=("weight", "temperature"), least=("base", "focus"))
         if self.base + self.focus == 0:
             raise ConfigurationError(
-                explain("`base=0` and `focus=0`: the term is always 0.", "give one of them a number above 0.")
+                "`base=0` and `focus=0`: the term is always 0.", "give one of them a number above 0."
             )
 
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
         if old.output is None:
             raise ConfigurationError(
-                explain(
-                    "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
-                    "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
-                )
+                "`reference`: predictions alone cannot be distilled, which takes the old model's logits.",
+                "give the model or its checkpoint, or use `term=MarginHinge(most=1.0)`.",
             )
         taught = output if old.columns is None else output[:, old.columns]
         if taught.shape != old.output.shape:
             raise ConfigurationError(
-                explain(
-                    f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
-                    "say which old class is which new one: `OldModel(old, classes=...)`.",
-                )
+                f"`reference`: the old model returned {list(old.output.shape)}, the new one {list(taught.shape)}.",
+                "say which old class is which new one: `OldModel(old, classes=...)`.",
             )
         taught, teacher = at_least_float32(taught), at_least_float32(old.output)
         known = teacher.isfinite()[:, None].flatten(1).all(1)
@@ -159,17 +155,13 @@ class MarginHinge(Term):
         margin = task.margin(output, target)
         if margin is None:
             raise ConfigurationError(
-                explain(
-                    f"`term`: {type(task).__name__} has no margins.",
-                    "use `FocalDistillation()`, or a `task` whose `margin` gives a number.",
-                )
+                f"`term`: {type(task).__name__} has no margins.",
+                "use `FocalDistillation()`, or a `task` whose `margin` gives a number.",
             )
         if old.margin is None and math.isinf(self.most):
             raise ConfigurationError(
-                explain(
-                    "`reference`: predictions alone do not say what margin is to be kept.",
-                    "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
-                )
+                "`reference`: predictions alone do not say what margin is to be kept.",
+                "name it, `term=MarginHinge(most=1.0)`, or give the model or its checkpoint.",
             )
         goal = torch.full_like(margin, self.most) if old.margin is None else (self.share * old.margin).to(margin)
         goal = goal.clamp(max=self.most)
@@ -188,7 +180,7 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
     names = [one.name for one in terms]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            explain(f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own.")
+            f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
         )
     return terms
 

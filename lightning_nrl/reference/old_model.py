@@ -14,7 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
@@ -75,9 +75,7 @@ class OldModel:
         fits = isinstance(self.model, (nn.Module, Mapping, str, Path))
         check_kind("reference", self.model, fits, "model", "OldModel(model), 'old.ckpt' or a state dict")
         if isinstance(self.model, (str, Path)) and not Path(self.model).is_file():
-            raise ConfigurationError(
-                explain(f"`reference={str(self.model)!r}` is not there.", "give the path of a checkpoint.")
-            )
+            raise ConfigurationError(f"`reference={str(self.model)!r}` is not there.", "give the path of a checkpoint.")
         if isinstance(self.model, Mapping):
             state = read_state("reference", self.model).items()
             copied = {name: value.detach().clone() if isinstance(value, Tensor) else value for name, value in state}
@@ -169,10 +167,8 @@ def table_of(classes: Classes | None) -> dict[int, int] | None:
         table = {i: classes[1].index(name) for i, name in enumerate(classes[0]) if name in classes[1]} if whole else {}
     if not whole or not table or len(set(table.values())) < len(table):
         raise ConfigurationError(
-            explain(
-                f"`classes={classes!r}` does not say which old class is which new one.",
-                "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
-            )
+            f"`classes={classes!r}` does not say which old class is which new one.",
+            "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
         )
     return table
 
@@ -182,9 +178,7 @@ def _mapped(task: Task, classes: Classes | None) -> Task:
     if table is None:
         return task
     if not isinstance(task, Multiclass):
-        raise ConfigurationError(
-            explain(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
-        )
+        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
     return _MappedMulticlass(table)
 
 

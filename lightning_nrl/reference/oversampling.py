@@ -13,7 +13,7 @@ from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, apart, unpack
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["Oversampler"]
@@ -51,10 +51,8 @@ class Oversampler(Sampler[int]):
         check_kind("oversample", oversample, whole, "number from 1", "oversample=3")
         if margin is not None and margin.shape != passed.shape:
             raise ConfigurationError(
-                explain(
-                    f"`margin` has the shape {list(margin.shape)}, `passed` {list(passed.shape)}.",
-                    "give one margin a sample.",
-                )
+                f"`margin` has the shape {list(margin.shape)}, `passed` {list(passed.shape)}.",
+                "give one margin a sample.",
             )
         hard = ~passed.cpu()
         if margin is not None and bool(passed.any()):

@@ -13,7 +13,7 @@ from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
@@ -129,17 +129,15 @@ class Predictions:
             if missing:
                 there = ", ".join(f"`{name}`" for name in self.splits) or "none at all"
                 raise ConfigurationError(
-                    explain(
-                        f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
-                        f"({missing[:5]}); there are those of {there}.",
-                        "give one for each known and unseen sample; ids are positions in the data set.",
-                    )
+                    f"`reference`: {len(missing):,} of {len(ids):,} samples of `{split}` have no prediction "
+                    f"({missing[:5]}); there are those of {there}.",
+                    "give one for each known and unseen sample; ids are positions in the data set.",
                 )
             for i, at in enumerate(ids, start):
                 prediction, right = rows[at]
                 if right is None and int(like.label[i]) < 0:
                     raise ConfigurationError(
-                        explain("`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0.")
+                        "`reference`: the task has no classes to compare.", "add a column `passed`, 1 or 0."
                     )
                 said[i] = prediction
                 passed[i] = right if right is not None and int(like.label[i]) < 0 else prediction == int(like.label[i])

@@ -73,7 +73,7 @@ class ModelTeacher(ReferenceTeacher):
         self.classes = table_of(classes)
         if self.classes is not None and not isinstance(task, Multiclass):
             raise ConfigurationError(
-                explain(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
+                f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out."
             )
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
@@ -126,17 +126,13 @@ class ModelTeacher(ReferenceTeacher):
             output = self.task.logits(self.model(*args, **kwargs))
         except Exception as error:
             raise ConfigurationError(
-                explain(
-                    f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
-                    "give it inputs of its own with `OldModel(old, adapter=...)`.",
-                )
+                f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",
+                "give it inputs of its own with `OldModel(old, adapter=...)`.",
             ) from error
         if not output.ndim or len(output) != n:
             raise ConfigurationError(
-                explain(
-                    f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
-                    "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
-                )
+                f"`reference`: the old model returned {list(output.shape)} for a batch of {n} samples.",
+                "it must count the same samples; give it inputs of its own with `OldModel(old, adapter=...)`.",
             )
         return output
 
@@ -159,7 +155,7 @@ class PredictedTeacher(ReferenceTeacher):
         if not rows:
             there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
             raise ConfigurationError(
-                explain(f"`reference`: no predictions of `{split}`; there are those of {there}.", "give them too.")
+                f"`reference`: no predictions of `{split}`; there are those of {there}.", "give them too."
             )
         self.task, self.index, self.split = task, index, split
         ids, said = torch.tensor(list(rows)), [prediction for prediction, _ in rows.values()]
@@ -178,7 +174,7 @@ class PredictedTeacher(ReferenceTeacher):
         if missing or (label is None and bool((right < 0).any())):
             found = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
             raise ConfigurationError(
-                explain(f"`reference`: {found} `{self.split}`.", "give one for each; ids are data-set positions.")
+                f"`reference`: {found} `{self.split}`.", "give one for each; ids are data-set positions."
             )
         passed = right.bool() if label is None else said == label.to(said.device)
         return OldAnswers(passed.to(like.device))
@@ -194,17 +190,13 @@ def rows_of(index: Index, raw: Any, n: int) -> Tensor:
         found = torch.as_tensor(index(raw))
     except Exception as error:
         raise ConfigurationError(
-            explain(
-                f"`index` raised {type(error).__name__}: {error}.",
-                "it is called with a batch as the data loader gives it, and returns data-set positions.",
-            )
+            f"`index` raised {type(error).__name__}: {error}.",
+            "it is called with a batch as the data loader gives it, and returns data-set positions.",
         ) from error
     if found.shape != (n,) or found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
         raise ConfigurationError(
-            explain(
-                f"`index` returned {found.dtype} {list(found.shape)} for {n} samples.",
-                "return the data-set position of each sample, whole numbers from 0.",
-            )
+            f"`index` returned {found.dtype} {list(found.shape)} for {n} samples.",
+            "return the data-set position of each sample, whole numbers from 0.",
         )
     return found.long()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -108,7 +108,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(
-            explain(f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these.")
+            f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these."
         )
     return tuple(asked) or tuple(there)
 

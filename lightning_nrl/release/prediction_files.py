@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_nrl._utils.strict_csv import read_csv
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release.model_pair import ModelPair, check_splits
@@ -69,11 +69,9 @@ def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] =
     for split, ids in missing.items():
         if ids and split not in allowed:
             raise ConfigurationError(
-                explain(
-                    f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
-                    f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
-                    f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
-                )
+                f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
+                f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
             )
     return {split: len(ids) for split, ids in missing.items() if ids}
 
@@ -84,7 +82,7 @@ def _table(predictions: Predictions) -> SampleResults:
     if unknown or not rows:
         problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
         raise ConfigurationError(
-            explain(f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0.")
+            f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
         )
     passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
     nothing = torch.full((len(rows),), -1)

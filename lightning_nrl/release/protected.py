@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.targets import Predicate, Target
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, Rule
 
@@ -47,9 +47,7 @@ class ProtectedIntact(Rule):
     def __post_init__(self) -> None:
         if self.ids is None and self.where is None:
             raise ConfigurationError(
-                explain(
-                    "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
-                )
+                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
             )
         target = self.where if self.where is None or isinstance(self.where, Target) else Target.where(self.where)
         object.__setattr__(self, "where", target)
@@ -68,7 +66,7 @@ class ProtectedIntact(Rule):
         for split in self._ids(splits):
             if split not in splits:
                 raise ConfigurationError(
-                    explain(f"`ids` names the split {split!r}, the data have {list(splits)}.", "name one of these.")
+                    f"`ids` names the split {split!r}, the data have {list(splits)}.", "name one of these."
                 )
 
     def check(self, pair: ModelPair) -> Finding:
@@ -86,9 +84,7 @@ class ProtectedIntact(Rule):
             return found
         if len(splits) != 1:
             raise ConfigurationError(
-                explain(
-                    f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
-                )
+                f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
             )
         return {splits[0]: found[""]}
 
@@ -100,19 +96,15 @@ class ProtectedIntact(Rule):
             missing = wanted[~torch.isin(wanted, there)].tolist()
             if missing:
                 raise ConfigurationError(
-                    explain(
-                        f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
-                        "give positions in the data set; what is not there cannot be checked.",
-                    )
+                    f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
+                    "give positions in the data set; what is not there cannot be checked.",
                 )
             chosen[rows] |= torch.isin(there, wanted)
         for target in self.targets:
             if not pair.marked[target].any():
                 raise ConfigurationError(
-                    explain(
-                        f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
-                        "give data that have such samples, or leave the rule out.",
-                    )
+                    f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
+                    "give data that have such samples, or leave the rule out.",
                 )
             chosen |= pair.marked[target]
         return chosen
@@ -134,5 +126,5 @@ def read_ids(path: str | Path) -> dict[str, list[int]]:
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
     if not found:
-        raise ConfigurationError(explain(f"`ids={str(path)!r}` holds no sample.", HINT))
+        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", HINT)
     return found

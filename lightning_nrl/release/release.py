@@ -12,7 +12,7 @@ from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
@@ -75,10 +75,8 @@ def release(
     sources = [data] if isinstance(data, Source) else data
     if not isinstance(sources, Sequence) or not sources or not all(isinstance(source, Source) for source in sources):
         raise ConfigurationError(
-            explain(
-                f"`data`: found a {type(data).__name__}, not a list of sources.",
-                "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
-            )
+            f"`data`: found a {type(data).__name__}, not a list of sources.",
+            "write `data=[TensorSource(inputs, targets, split='test')]`, or use the callback `ReleaseGate`.",
         )
     _, report = judge_pair(
         Evaluator.of(new),
@@ -129,7 +127,7 @@ def check_reference(argument: str, old: Any) -> Reference:
     found = parse_reference(old)
     if found is None:
         hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-        raise ConfigurationError(explain(f"`{argument}=None`: there is nothing to compare with.", hint))
+        raise ConfigurationError(f"`{argument}=None`: there is nothing to compare with.", hint)
     return found
 
 

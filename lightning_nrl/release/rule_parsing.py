@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.gate.gates import read_number
 from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, Rule
@@ -26,9 +26,7 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
     """
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
     if not isinstance(listed, (list, tuple)) or not listed:
-        raise ConfigurationError(
-            explain(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
-        )
+        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
     return tuple(parse_rule(rule) for rule in listed)
 
 
@@ -94,5 +92,5 @@ def _number(text: str, rule: Any) -> float:
         return float(read_number(text))
     except ValueError as error:
         raise ConfigurationError(
-            explain(f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULES.forms)}.")
+            f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULES.forms)}."
         ) from error

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.release.model_pair import ModelPair, check_splits
@@ -298,10 +298,8 @@ def _accuracies(counts: FlipCounts) -> str:
 def _check_sliced(rule: Rule, sliced: bool) -> None:
     if not sliced:
         raise ConfigurationError(
-            explain(
-                f"the rule `{rule}` needs slices, and `slices` is not given.",
-                "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
-            )
+            f"the rule `{rule}` needs slices, and `slices` is not given.",
+            "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.record import Record
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
@@ -64,10 +64,8 @@ class WeightedEnsemble(TwoModels):
         super().__init__(classes)
         if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
             raise ConfigurationError(
-                explain(
-                    f"`weight={weight!r}` is no share of the old model.",
-                    "give a number from 0 to 1, or what `choose_weight(...).weight` says.",
-                )
+                f"`weight={weight!r}` is no share of the old model.",
+                "give a number from 0 to 1, or what `choose_weight(...).weight` says.",
             )
         self.register_buffer("weight", torch.tensor(float(weight), dtype=torch.float32))
         self.hold(old, new)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 
 __all__ = [
     "UNKNOWN",
@@ -112,10 +112,8 @@ class ClassMapping(nn.Module):
                 "it is not given" if self.classes is None else f"it maps {mapped}, the highest to {self._needed - 1}"
             )
             raise ConfigurationError(
-                explain(
-                    f"`classes`: the old model has {old.shape[1]} classes, the new one {new.shape[1]}, and {given}.",
-                    "give `classes={index in the old output: index in the new output, ...}` for every old class.",
-                )
+                f"`classes`: the old model has {old.shape[1]} classes, the new one {new.shape[1]}, and {given}.",
+                "give `classes={index in the old output: index in the new output, ...}` for every old class.",
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -255,10 +253,8 @@ def check_logits(argument: str, logits: Any) -> None:
         return
     found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
     raise ConfigurationError(
-        explain(
-            f"`{argument}`: the switch needs logits [samples, classes], found {found}.",
-            "give floats, one for each of two or more classes; wrap a model whose forward returns something else.",
-        )
+        f"`{argument}`: the switch needs logits [samples, classes], found {found}.",
+        "give floats, one for each of two or more classes; wrap a model whose forward returns something else.",
     )
 
 
@@ -276,10 +272,8 @@ def checked_classes(classes: Classes) -> list[int]:
     fits = all(isinstance(index, Integral) and not isinstance(index, bool) and int(index) >= 0 for index in found)
     if not found or not fits or len(set(found)) < len(found):
         raise ConfigurationError(
-            explain(
-                f"`classes={classes!r}` does not give each class of the old model an index of its own.",
-                "give `{0: 0, 1: 2, ...}`, from each index in the old output, counted from 0, to that in the new one.",
-            )
+            f"`classes={classes!r}` does not give each class of the old model an index of its own.",
+            "give `{0: 0, 1: 2, ...}`, from each index in the old output, counted from 0, to that in the new one.",
         )
     return [int(index) for index in found]
 
@@ -287,10 +281,8 @@ def checked_classes(classes: Classes) -> list[int]:
 def _checked_threshold(threshold: float) -> float:
     if not isinstance(threshold, Real) or isinstance(threshold, bool) or math.isnan(threshold):
         raise ConfigurationError(
-            explain(
-                f"`threshold={threshold!r}` is no number of logits.",
-                "give one from 0, such as 1.0, or what `choose_threshold(...).threshold` says.",
-            )
+            f"`threshold={threshold!r}` is no number of logits.",
+            "give one from 0, such as 1.0, or what `choose_threshold(...).threshold` says.",
         )
     return float(threshold)
 

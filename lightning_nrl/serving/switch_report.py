@@ -16,7 +16,7 @@ from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.record import Record
 from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.metrics.rates import RATES
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Shown, Table
@@ -129,10 +129,10 @@ def report_switch(
     """
     check_kind("switch", switch, isinstance(switch, MarginSwitch), "switch", "switch=MarginSwitch(old, new, threshold)")
     if not isinstance(runs, int) or runs < 1:
-        raise ConfigurationError(explain(f"`runs={runs!r}` is no number of runs.", "give a whole number from 1."))
+        raise ConfigurationError(f"`runs={runs!r}` is no number of runs.", "give a whole number from 1.")
     first = batch or next((batch for source in sources for batch in source), None)
     if first is None:
-        raise ConfigurationError(explain("`sources` hold no sample.", "give at least one split with samples."))
+        raise ConfigurationError("`sources` hold no sample.", "give at least one split with samples.")
     with preserve(switch):
         splits = tuple(_count(switch, source, context) for source in sources)
         timing = _time(switch, first, runs, context)

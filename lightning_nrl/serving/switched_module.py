@@ -13,7 +13,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.serving.margin_switch import Classes, SwitchRule
 
 __all__ = ["SwitchedModule"]
@@ -54,9 +54,7 @@ class SwitchedModule(LightningModule):
         check_kind("new", new, isinstance(new, LightningModule), "LightningModule", "new=<a LightningModule>")
         if isinstance(new, SwitchedModule):
             raise ConfigurationError(
-                explain(
-                    "`new` is a `SwitchedModule` itself.", "give the new module alone; `old` may be a `SwitchedModule`."
-                )
+                "`new` is a `SwitchedModule` itself.", "give the new module alone; `old` may be a `SwitchedModule`."
             )
         served: Self = _blank(type(new))
         return served
@@ -112,10 +110,8 @@ class SwitchedModule(LightningModule):
         state = checkpoint["state_dict"]
         if "margin_switch.threshold" not in state:
             raise ConfigurationError(
-                explain(
-                    "`checkpoint_path` holds a checkpoint without a switch.",
-                    "load it with its own class, and pass both modules to `SwitchedModule(old, new, threshold)`.",
-                )
+                "`checkpoint_path` holds a checkpoint without a switch.",
+                "load it with its own class, and pass both modules to `SwitchedModule(old, new, threshold)`.",
             )
         classes = state.get("margin_switch.classes")
         served = SwitchedModule(old, new, classes=None if classes is None else classes.tolist())
@@ -128,10 +124,8 @@ class SwitchedModule(LightningModule):
         """Refuses to be trained."""
         if stage == "fit":
             raise ConfigurationError(
-                explain(
-                    "`model`: a `SwitchedModule` cannot be trained.",
-                    "fit the new module alone, and put it behind a switch afterwards.",
-                )
+                "`model`: a `SwitchedModule` cannot be trained.",
+                "fit the new module alone, and put it behind a switch afterwards.",
             )
         super().setup(stage)
 
@@ -168,11 +162,9 @@ class SwitchedModule(LightningModule):
     def _check_asked(self, step: str) -> None:
         if not self._was_asked:
             raise ConfigurationError(
-                explain(
-                    f"`new`: its `{step}` never called `self(...)`, so the new model answered alone, not the switch.",
-                    f"call `self(...)` in `{step}`, or put a `MarginSwitch` in place of the network that it calls, "
-                    "such as `served.net = MarginSwitch(old.net, new.net, threshold)`.",
-                )
+                f"`new`: its `{step}` never called `self(...)`, so the new model answered alone, not the switch.",
+                f"call `self(...)` in `{step}`, or put a `MarginSwitch` in place of the network that it calls, "
+                "such as `served.net = MarginSwitch(old.net, new.net, threshold)`.",
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.record import Record
 from lightning_nrl._utils.serialize import null_is
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
@@ -115,9 +115,7 @@ def choose_threshold(
     """
     gate = gate_of(limit)
     if not isinstance(points, int) or points < 3:
-        raise ConfigurationError(
-            explain(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
-        )
+        raise ConfigurationError(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
     was_right, predicted, labels = judged(old, new, labels, ClassMapping(classes))
     new = new.cpu()
     now_right, margin = predicts(new, labels), margin_over(new, predicted)
@@ -172,10 +170,8 @@ def judged(old: Tensor, new: Tensor, labels: Tensor, rule: ClassMapping) -> tupl
         if not isinstance(given, Tensor) or given.shape[:1] != labels.shape or not len(labels):
             found = f"is {list(given.shape)}" if isinstance(given, Tensor) else f"is a {type(given).__name__}"
             raise ConfigurationError(
-                explain(
-                    f"`{argument}` {found}, `labels` has {len(labels)} samples.",
-                    "give tensors of the same samples, at least one.",
-                )
+                f"`{argument}` {found}, `labels` has {len(labels)} samples.",
+                "give tensors of the same samples, at least one.",
             )
     old, new = old.cpu(), new.cpu()
     if old.ndim == 1 and not old.is_floating_point():
@@ -183,11 +179,9 @@ def judged(old: Tensor, new: Tensor, labels: Tensor, rule: ClassMapping) -> tupl
         predicted = _mapped(old.long(), rule.classes)
         if not 0 <= int(predicted.min()) <= int(predicted.max()) < new.shape[1]:
             raise ConfigurationError(
-                explain(
-                    f"`old` predicts classes {int(predicted.min())}...{int(predicted.max())}, `new` has logits of "
-                    f"{new.shape[1]}.",
-                    "give classes counted from 0, and `classes` where the new model numbers them differently.",
-                )
+                f"`old` predicts classes {int(predicted.min())}...{int(predicted.max())}, `new` has logits of "
+                f"{new.shape[1]}.",
+                "give classes counted from 0, and `classes` where the new model numbers them differently.",
             )
         return predicted == labels, predicted, labels
     rule.check(old, new)
@@ -200,10 +194,8 @@ def _mapped(predictions: Tensor, classes: Tensor | None) -> Tensor:
         return predictions
     if not 0 <= int(predictions.min()) <= int(predictions.max()) < len(classes):
         raise ConfigurationError(
-            explain(
-                f"`classes` has {len(classes)}, `old` holds {int(predictions.min())}...{int(predictions.max())}.",
-                "give an index in the new output for every class of the old model, counted from 0.",
-            )
+            f"`classes` has {len(classes)}, `old` holds {int(predictions.min())}...{int(predictions.max())}.",
+            "give an index in the new output for every class of the old model, counted from 0.",
         )
     return classes[predictions]
 

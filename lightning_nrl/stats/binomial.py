@@ -10,7 +10,7 @@ from numbers import Real
 from operator import index
 from typing import SupportsIndex
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
     "Bound",
@@ -180,10 +180,8 @@ def check_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
     found = _count("broken", broken), _count("n", n)
     if found[0] > found[1]:
         raise ConfigurationError(
-            explain(
-                f"`broken={found[0]}` is more than `n={found[1]}`.",
-                "count as broken only what was right before, and give the number of those as `n`.",
-            )
+            f"`broken={found[0]}` is more than `n={found[1]}`.",
+            "count as broken only what was right before, and give the number of those as `n`.",
         )
     return found
 
@@ -194,7 +192,7 @@ def _count(argument: str, value: SupportsIndex) -> int:
     except TypeError:
         found = -1
     if found < 0:
-        raise ConfigurationError(explain(f"`{argument}={value!r}` is no count.", "give a whole number from 0."))
+        raise ConfigurationError(f"`{argument}={value!r}` is no count.", "give a whole number from 0.")
     return found
 
 
@@ -207,5 +205,5 @@ def check_confidence(confidence: float, argument: str = "confidence") -> float:
     if isinstance(confidence, Real) and 0 < confidence < 1:
         return float(confidence)
     raise ConfigurationError(
-        explain(f"`{argument}={confidence!r}` is no share between 0 and 1.", "write 0.95 for 95 %, for instance.")
+        f"`{argument}={confidence!r}` is no share between 0 and 1.", "write 0.95 for 95 %, for instance."
     )

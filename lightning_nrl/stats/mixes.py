@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.stats.slice_bounds import Column, Name, read_column
 
 __all__ = ["MixCheck", "check_mix"]
@@ -92,13 +92,11 @@ def check_mix(calibration: Column, other: Column) -> MixCheck:
     columns = read_column("calibration", calibration), read_column("other", other)
     for argument, column in zip(("calibration", "other"), columns, strict=True):
         if len(column) == 0:
-            raise ConfigurationError(explain(f"`{argument}` is empty.", "give at least one sample."))
+            raise ConfigurationError(f"`{argument}` is empty.", "give at least one sample.")
     if (columns[0].dtype.kind == "U") != (columns[1].dtype.kind == "U"):
         raise ConfigurationError(
-            explain(
-                f"`calibration` is a column of {columns[0].dtype} and `other` of {columns[1].dtype}.",
-                "give names in both or numbers in both.",
-            )
+            f"`calibration` is a column of {columns[0].dtype} and `other` of {columns[1].dtype}.",
+            "give names in both or numbers in both.",
         )
     names, which = np.unique(np.concatenate(columns), return_inverse=True)
     split = len(columns[0])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.stats.binomial import Bound, check_confidence, show_confidence
 
 __all__ = ["Column", "Name", "SliceBounds", "read_column", "slice_bounds"]
@@ -47,9 +47,7 @@ class SliceBounds:
         """
         if broken.keys() != n.keys():
             raise ConfigurationError(
-                explain(
-                    f"`broken` has the slices {list(broken)} and `n` has {list(n)}.", "count both of the same slices."
-                )
+                f"`broken` has the slices {list(broken)} and `n` has {list(n)}.", "count both of the same slices."
             )
         level = 1 - check_confidence(confidence)
         if simultaneous:
@@ -96,13 +94,11 @@ def slice_bounds(
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (len(column),):
             found = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ConfigurationError(
-                explain(f"`{argument}`: {found} for {len(column)} slices.", "give a bool tensor, one value a sample.")
+                f"`{argument}`: {found} for {len(column)} slices.", "give a bool tensor, one value a sample."
             )
     if (wrong := int((broken & ~passed).sum())) > 0:
         raise ConfigurationError(
-            explain(
-                f"`broken`: {wrong:,} of its samples are not in `passed`.", "only what was right before can be broken."
-            )
+            f"`broken`: {wrong:,} of its samples are not in `passed`.", "only what was right before can be broken."
         )
     names, which = np.unique(column, return_inverse=True)
     bad, right = (
@@ -124,8 +120,6 @@ def read_column(argument: str, column: Column) -> np.ndarray:
     if found.ndim == 1 and (found.dtype.kind in "biuU" or len(found) == 0):
         return found
     raise ConfigurationError(
-        explain(
-            f"`{argument}`: {found.dtype} {list(found.shape)} is no column of slices.",
-            "give one name or whole number a sample.",
-        )
+        f"`{argument}`: {found.dtype} {list(found.shape)} is no column of slices.",
+        "give one name or whole number a sample.",
     )

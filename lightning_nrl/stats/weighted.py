@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.stats.binomial import check_confidence, limit_at_level, percent_up, show_confidence
 from lightning_nrl.stats.slice_bounds import Name, SliceBounds
 
@@ -127,9 +127,7 @@ def check_shares(argument: str, shares: Mapping[Name, float]) -> None:
     if not all(isinstance(share, Real) and 0 <= share <= 1 for share in numbers) or not _is_one(numbers):
         found = f"{dict(shares)}" if isinstance(shares, Mapping) else f"{shares!r}"
         total = f": their sum is {math.fsum(numbers):g}" if all(isinstance(share, Real) for share in numbers) else ""
-        raise ConfigurationError(
-            explain(f"`{argument}={found}` are no shares{total}.", "give numbers in [0, 1] that sum to 1.")
-        )
+        raise ConfigurationError(f"`{argument}={found}` are no shares{total}.", "give numbers in [0, 1] that sum to 1.")
 
 
 def _is_one(shares: Sequence[float]) -> bool:
@@ -139,17 +137,13 @@ def _is_one(shares: Sequence[float]) -> bool:
 def _check_shares(slices: SliceBounds, shares: Mapping[Name, float]) -> None:
     if shares.keys() != slices.bounds.keys():
         raise ConfigurationError(
-            explain(
-                f"`shares` has the slices {list(shares)}, the calibration data have {list(slices.bounds)}.",
-                "give a share to each slice, 0 to one that is not expected; of a slice without calibration samples "
-                "nothing can be said.",
-            )
+            f"`shares` has the slices {list(shares)}, the calibration data have {list(slices.bounds)}.",
+            "give a share to each slice, 0 to one that is not expected; of a slice without calibration samples "
+            "nothing can be said.",
         )
     check_shares("shares", shares)
     if unknown := [name for name, share in shares.items() if share > 0 and slices[name].n == 0]:
         raise ConfigurationError(
-            explain(
-                f"`shares`: no calibration sample of {unknown} was right before.",
-                "give calibration samples of these slices, or leave them out of the mix.",
-            )
+            f"`shares`: no calibration sample of {unknown} was right before.",
+            "give calibration samples of these slices, or leave them out of the mix.",
         )
