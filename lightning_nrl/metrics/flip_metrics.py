@@ -30,20 +30,11 @@ class FlipMetric(Metric):
 
     All of them have the same state, so a `MetricCollection` updates it once for all (compute groups).
 
-    As input to ``forward`` and ``update`` the metric accepts the following input:
-
-    - ``old_preds`` (:class:`~torch.Tensor`): the old model's classes ``(N, ...)``, or its logits ``(N, C, ...)``.
-    - ``new_preds`` (:class:`~torch.Tensor`): the new model's, likewise.
-    - ``target`` (:class:`~torch.Tensor`): the true classes ``(N, ...)``.
-
-    As output of ``forward`` and ``compute`` the metric returns the rate as a :class:`~torch.Tensor`; where it is
-    undefined, NaN.
+    ``forward`` and ``update`` take what :meth:`update` says; ``forward`` and ``compute`` give the rate, NaN where it is
+    undefined.
 
     Args:
         kwargs: of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
-
-    Raises:
-        ConfigurationError: in ``update``, if the shapes do not fit together.
     """
 
     rate: ClassVar[Rate]
@@ -81,25 +72,17 @@ class FlipMetric(Metric):
         return self.rate(self.flips)
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Any = None) -> Any:
-        """Plots one value or several (needs matplotlib).
+        """A figure and its axes (needs matplotlib) of what `compute` or `forward` gave, or a list of such.
 
         Args:
-            val: what `compute` or `forward` gave, or a list of such; None calls `compute`.
+            val: these values; None calls `compute`.
             ax: the axes to draw on; None makes new ones.
-
-        Returns:
-            A figure and its axes.
         """
         return self._plot(val, ax)
 
 
 class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
-    r"""Compute the `negative flip rate`: the share of all samples that the update breaks (Yan et al., CVPR 2021).
-
-    .. math::
-        \text{NFR} = \frac{\text{broken}}{N}
-
-    Input, output and errors are those of :class:`FlipMetric`.
+    """The share of all samples that the update breaks: `broken / N` (Yan et al., CVPR 2021).
 
     Example:
         >>> from torch import tensor
@@ -110,77 +93,48 @@ class NegativeFlipRate(FlipMetric, rate="negative_flip_rate"):
 
 
 class PositiveFlipRate(FlipMetric, rate="positive_flip_rate"):
-    r"""Compute the `positive flip rate`: the share of all samples that the update repairs.
-
-    .. math::
-        \text{PFR} = \frac{\text{repaired}}{N}
-
-    The gain that stands against the negative flip rate. Input, output and errors are those of :class:`FlipMetric`.
-    """
+    """The share of all samples that the update repairs: `repaired / N`, the gain that stands against the NFR."""
 
 
 class NegativeFlipImpact(FlipMetric, rate="negative_flip_impact"):
-    r"""Compute the `negative flip impact`: the share of the new model's errors that are regressions.
+    """The share of the new model's errors that are regressions: `broken / (broken + failing)`.
 
-    .. math::
-        \text{NFI} = \frac{\text{broken}}{\text{broken} + \text{failing}}
-
-    Of two models of equal accuracy it names the one whose errors are news to its users. Input, output and errors are
-    those of :class:`FlipMetric`; NaN where the new model makes no error.
+    Of two models of equal accuracy it names the one whose errors are news to its users. NaN where the new model makes
+    no error.
     """
 
 
 class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
-    r"""Compute the `relative negative flip rate`: NFR against that of two models that err independently.
+    """NFR against that of two models that err independently: `NFR / ((1 - ER_old) * ER_new)` (Yan et al., CVPR 2021).
 
-    .. math::
-        \text{NFR}_\text{rel} = \frac{\text{NFR}}{(1 - \text{ER}_\text{old}) \cdot \text{ER}_\text{new}}
-
-    Where :math:`\text{ER}` are the error rates of the two models (Yan et al., CVPR 2021). It is a number from 0; 1 is
-    what independent errors give. It compares updates of different accuracy. Input, output and errors are those of
-    :class:`FlipMetric`; NaN where the old model gets nothing right or the new one everything.
+    ER are the error rates of the two models. A number from 0; 1 is what independent errors give. It compares updates of
+    different accuracy. NaN where the old model gets nothing right or the new one everything.
     """
 
 
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):
-    r"""Compute the `backward trust compatibility`: the share of what was right that stays right.
+    """The share of what was right that stays right: `kept / (kept + broken)` (Srivastava et al., KDD 2020).
 
-    .. math::
-        \text{BTC} = \frac{\text{kept}}{\text{kept} + \text{broken}}
-
-    After Srivastava et al., KDD 2020. Input, output and errors are those of :class:`FlipMetric`; 1 where the old model
-    got nothing right, since then nothing could break.
+    1 where the old model got nothing right, since then nothing could break.
     """
 
 
 class BackwardErrorCompatibility(FlipMetric, rate="backward_error_compatibility"):
-    r"""Compute the `backward error compatibility`: the share of the new model's errors that the old one made too.
+    """The share of the new model's errors that are old ones: `failing / (broken + failing)` (Srivastava, KDD 2020).
 
-    .. math::
-        \text{BEC} = \frac{\text{failing}}{\text{broken} + \text{failing}}
-
-    After Srivastava et al., KDD 2020. Input, output and errors are those of :class:`FlipMetric`; NaN where the new
-    model makes no error.
+    NaN where the new model makes no error.
     """
 
 
 class RepairRate(FlipMetric, rate="repair_rate"):
-    r"""Compute the `repair rate`: the share of what was wrong that is now right.
+    """The share of what was wrong that is now right: `repaired / (repaired + failing)` (Sohn et al., Arachne).
 
-    .. math::
-        \text{RR} = \frac{\text{repaired}}{\text{repaired} + \text{failing}}
-
-    After Sohn et al., Arachne. Give it the targeted samples alone for the rate within I_neg. Input, output and errors
-    are those of :class:`FlipMetric`; NaN where the old model got nothing wrong.
+    Give it the targeted samples alone for the rate within I_neg. NaN where the old model got nothing wrong.
     """
 
 
 class BreakRate(FlipMetric, rate="break_rate"):
-    r"""Compute the `break rate`: the share of what was right that is now wrong.
+    """The share of what was right that is now wrong: `broken / (kept + broken)` (Sohn et al., Arachne).
 
-    .. math::
-        \text{BR} = \frac{\text{broken}}{\text{kept} + \text{broken}}
-
-    After Sohn et al., Arachne. It is 1 - BTC, save where nothing was right before. Input, output and errors are those
-    of :class:`FlipMetric`; NaN where the old model got nothing right.
+    It is 1 - BTC, save that it is NaN where the old model got nothing right.
     """

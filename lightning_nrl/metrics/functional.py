@@ -1,7 +1,7 @@
 """How two versions of a model differ, sample by sample: the rates of an update as functions of predictions.
 
-Each is an update, which counts kept, broken, repaired and failing samples, and a compute, which is that of the table
-of rates (:data:`lightning_nrl.metrics.rates.RATES`).
+Each counts kept, broken, repaired and failing samples and looks up its formula in the table of rates
+(:data:`lightning_nrl.metrics.rates.RATES`). Formulas, sources and what is undefined: the metrics of the same names.
 """
 
 from __future__ import annotations
@@ -58,10 +58,7 @@ def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Te
 
 
 def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `negative flip rate`: the share of all samples that the update breaks (Yan et al., CVPR 2021).
-
-    .. math::
-        \text{NFR} = \frac{\text{broken}}{N}
+    """The share of all samples that the update breaks; see :class:`~lightning_nrl.metrics.NegativeFlipRate`.
 
     Args:
         old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
@@ -83,12 +80,7 @@ def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> 
 
 
 def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `positive flip rate`: the share of all samples that the update repairs.
-
-    .. math::
-        \text{PFR} = \frac{\text{repaired}}{N}
-
-    Arguments, result and errors are those of :func:`negative_flip_rate`.
+    """The share of all samples that the update repairs; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -99,13 +91,7 @@ def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> 
 
 
 def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `negative flip impact`: the share of the new model's errors that are regressions.
-
-    .. math::
-        \text{NFI} = \frac{\text{broken}}{\text{broken} + \text{failing}}
-
-    Of two models of equal accuracy it names the one whose errors are news to its users. Arguments and errors are those
-    of :func:`negative_flip_rate`. NaN where the new model makes no error.
+    """The share of the new model's errors that are regressions; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -116,14 +102,7 @@ def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -
 
 
 def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `relative negative flip rate`: NFR against that of two models that err independently.
-
-    .. math::
-        \text{NFR}_\text{rel} = \frac{\text{NFR}}{(1 - \text{ER}_\text{old}) \cdot \text{ER}_\text{new}}
-
-    with the error rates :math:`\text{ER}` of the two models (Yan et al., CVPR 2021). 1 is what independent errors give,
-    0 no regression; it compares updates of different accuracy. Arguments and errors are those of
-    :func:`negative_flip_rate`. NaN where the old model gets nothing right or the new one everything.
+    """NFR against that of two models that err independently; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -134,13 +113,7 @@ def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Te
 
 
 def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `backward trust compatibility`: the share of what was right that stays right.
-
-    .. math::
-        \text{BTC} = \frac{\text{kept}}{\text{kept} + \text{broken}}
-
-    (Srivastava et al., KDD 2020.) Arguments and errors are those of :func:`negative_flip_rate`. 1 where the old model
-    got nothing right, since then nothing could break.
+    """The share of what was right that stays right; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -151,13 +124,7 @@ def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: T
 
 
 def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `backward error compatibility`: the share of the new model's errors that the old one made too.
-
-    .. math::
-        \text{BEC} = \frac{\text{failing}}{\text{broken} + \text{failing}}
-
-    (Srivastava et al., KDD 2020.) Arguments and errors are those of :func:`negative_flip_rate`. NaN where the new model
-    makes no error.
+    """The share of the new model's errors that are old ones; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -168,13 +135,7 @@ def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: T
 
 
 def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `repair rate`: the share of what was wrong that is now right (Sohn et al., Arachne).
-
-    .. math::
-        \text{RR} = \frac{\text{repaired}}{\text{repaired} + \text{failing}}
-
-    Arguments and errors are those of :func:`negative_flip_rate`. Give the targeted samples alone for the rate
-    within I_neg. NaN where the old model got nothing wrong.
+    """The share of what was wrong that is now right; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor
@@ -185,13 +146,7 @@ def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
 
 
 def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    r"""Compute the `break rate`: the share of what was right that is now wrong (Sohn et al., Arachne).
-
-    .. math::
-        \text{BR} = \frac{\text{broken}}{\text{kept} + \text{broken}}
-
-    Arguments and errors are those of :func:`negative_flip_rate`. It is 1 - BTC, save that it is NaN where the old model
-    got nothing right.
+    """The share of what was right that is now wrong; arguments as for :func:`negative_flip_rate`.
 
     Example:
         >>> from torch import tensor

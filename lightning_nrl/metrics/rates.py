@@ -1,7 +1,8 @@
-"""The one table of rates of an update: name, formula and source of each, and the function that computes it.
+"""The one table of rates of an update: the name, the meaning and the formula of each.
 
 Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines. Reports,
-the release gate, TensorBoard, the counting of validations and the switch read this table.
+the release gate, TensorBoard, the counting of validations and the switch read this table. Where the rates come from
+stands with the metrics (`flip_metrics`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +20,31 @@ from lightning_nrl.evaluation.flip_counts import FlipCounts
 __all__ = ["RATES", "UPDATE_RATES", "Rate", "flip_rates", "rates_of"]
 
 
+class _Flips(NamedTuple):
+    """The four counts, each a tensor `...`, and sums of them."""
+
+    kept: Tensor
+    broken: Tensor
+    repaired: Tensor
+    failing: Tensor
+
+    @property
+    def n(self) -> Tensor:
+        return self.kept + self.broken + self.repaired + self.failing
+
+    @property
+    def right_before(self) -> Tensor:
+        return self.kept + self.broken
+
+    @property
+    def wrong_before(self) -> Tensor:
+        return self.repaired + self.failing
+
+    @property
+    def wrong_now(self) -> Tensor:
+        return self.broken + self.failing
+
+
 @dataclass(frozen=True)
 class Rate:
     """One rate of an update.
@@ -25,24 +52,20 @@ class Rate:
     Attributes:
         name: in words, joined by `_`: the name of its function and in reports.
         short: in lower case, its tag in logs.
-        formula: in the counts.
         meaning: the formula in words.
-        source: author and year; empty where none is needed.
         higher_is_better: whether a better update has a higher one.
-        compute: of kept, broken, repaired and failing, each a tensor `...`, to the rate, `...`; 0/0 is NaN.
+        compute: of the counts to the rate, `...`; 0/0 is NaN.
     """
 
     name: str
     short: str
-    formula: str
     meaning: str
-    source: str
     higher_is_better: bool
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    compute: Callable[[_Flips], Tensor]
 
     def __call__(self, flips: Tensor) -> Tensor:
         """The rate of counts `... x 4`, kept, broken, repaired and failing."""
-        return self.compute(*flips.unbind(-1))
+        return self.compute(_Flips(*flips.unbind(-1)))
 
     def of(self, counts: FlipCounts) -> float:
         """The rate of one set of counts, in double precision."""
@@ -60,88 +83,25 @@ class Rate:
         return f"{self.name.replace('_', ' ')}: {self.meaning}"
 
 
-def _relative_nfr(kept: Tensor, broken: Tensor, repaired: Tensor, failing: Tensor) -> Tensor:
-    return broken / (broken + failing) / ((kept + broken) / (kept + broken + repaired + failing))
+def _relative(c: _Flips) -> Tensor:
+    """The negative flip rate over (1 - error rate before) * error rate after."""
+    return c.broken / c.wrong_now / (c.right_before / c.n)
 
 
-def _btc(kept: Tensor, broken: Tensor, repaired: Tensor, failing: Tensor) -> Tensor:
-    # Where nothing was right before, nothing could break.
-    return torch.where(kept + broken == 0, 1.0, kept / (kept + broken))
+def _btc(c: _Flips) -> Tensor:
+    """1 where nothing was right before, since then nothing could break."""
+    return torch.where(c.right_before == 0, 1.0, c.kept / c.right_before)
 
 
 _ALL = (
-    Rate(
-        "negative_flip_rate",
-        "nfr",
-        "broken / N",
-        "broken of all",
-        "Yan et al. 2021",
-        False,
-        lambda kept, broken, repaired, failing: broken / (kept + broken + repaired + failing),
-    ),
-    Rate(
-        "positive_flip_rate",
-        "pfr",
-        "repaired / N",
-        "repaired of all",
-        "",
-        True,
-        lambda kept, broken, repaired, failing: repaired / (kept + broken + repaired + failing),
-    ),
-    Rate(
-        "negative_flip_impact",
-        "nfi",
-        "broken / (broken + failing)",
-        "broken of those wrong now",
-        "",
-        False,
-        lambda kept, broken, repaired, failing: broken / (broken + failing),
-    ),
-    Rate(
-        "relative_negative_flip_rate",
-        "relative_nfr",
-        "NFR / ((1 - error rate before) * error rate after)",
-        "1 if old and new errors were independent",
-        "Yan et al. 2021",
-        False,
-        _relative_nfr,
-    ),
-    Rate(
-        "backward_trust_compatibility",
-        "btc",
-        "kept / (kept + broken)",
-        "kept of those right before",
-        "Srivastava et al. 2020",
-        True,
-        _btc,
-    ),
-    Rate(
-        "backward_error_compatibility",
-        "bec",
-        "failing / (broken + failing)",
-        "failing of those wrong now",
-        "Srivastava et al. 2020",
-        True,
-        lambda kept, broken, repaired, failing: failing / (broken + failing),
-    ),
-    Rate(
-        "repair_rate",
-        "rr",
-        "repaired / (repaired + failing)",
-        "repaired of those wrong before",
-        "Sohn et al. 2023",
-        True,
-        lambda kept, broken, repaired, failing: repaired / (repaired + failing),
-    ),
-    Rate(
-        "break_rate",
-        "br",
-        "broken / (kept + broken)",
-        "broken of those right before",
-        "Sohn et al. 2023",
-        False,
-        lambda kept, broken, repaired, failing: broken / (kept + broken),
-    ),
+    Rate("negative_flip_rate", "nfr", "broken of all", False, lambda c: c.broken / c.n),
+    Rate("positive_flip_rate", "pfr", "repaired of all", True, lambda c: c.repaired / c.n),
+    Rate("negative_flip_impact", "nfi", "broken of those wrong now", False, lambda c: c.broken / c.wrong_now),
+    Rate("relative_negative_flip_rate", "relative_nfr", "1 if old and new errors were independent", False, _relative),
+    Rate("backward_trust_compatibility", "btc", "kept of those right before", True, _btc),
+    Rate("backward_error_compatibility", "bec", "failing of those wrong now", True, lambda c: c.failing / c.wrong_now),
+    Rate("repair_rate", "rr", "repaired of those wrong before", True, lambda c: c.repaired / c.wrong_before),
+    Rate("break_rate", "br", "broken of those right before", False, lambda c: c.broken / c.right_before),
 )
 RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 """All rates by name."""
@@ -153,19 +113,16 @@ UPDATE_RATES: tuple[Rate, ...] = tuple(
 
 
 def flip_rates(flips: Tensor) -> dict[str, Tensor]:
-    """All rates by name.
+    """All rates by name, one tensor `...` a rate; undefined ones are NaN.
 
     Args:
         flips: `... x 4`, kept, broken, repaired, failing; floats keep their precision, integers give float32.
-
-    Returns:
-        One tensor `...` a rate. Undefined ones are NaN.
     """
     return {name: rate(flips) for name, rate in RATES.items()}
 
 
 def rates_of(counts: FlipCounts) -> dict[str, float]:
-    """All rates of one set of counts by name, in double precision. Undefined ones are NaN."""
+    """All rates of one set of counts by name, in double precision; undefined ones are NaN."""
     return {name: float(rate) for name, rate in flip_rates(_tensor(counts)).items()}
 
 
