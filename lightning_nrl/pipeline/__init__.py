@@ -1,4 +1,4 @@
-"""A repair from end to end, without Lightning: baseline, method, line search, sparse patch, verdict, report.
+"""A repair from end to end, without Lightning: baseline, method, sparse patch, line search, verdict, report.
 
 In: a model, its known data and `Settings`. Out: an `Outcome`, the report and the repaired weights. The live model is
 left as it is found.
