@@ -16,8 +16,47 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import evaluating
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.reference.old_model import OldModel, parse_reference
+from lightning_nrl.reference.predictions import Predictions
 
-__all__ = ["reference_module"]
+__all__ = ["parse_teacher", "parse_with_weights", "reference_module"]
+
+
+def parse_teacher(reference: object) -> OldModel | Predictions:
+    """The replaced model, if it can be asked for outputs.
+
+    Raises:
+        ConfigurationError: there is none, or it only says which samples it gets right.
+    """
+    found = parse_reference(reference)
+    if not isinstance(found, (OldModel, Predictions)):
+        hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
+        what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
+        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+    return found
+
+
+def parse_with_weights(reference: object) -> OldModel:
+    """The replaced model, if it has weights that go with those of the new one as they are.
+
+    Raises:
+        ConfigurationError: there is none, it has no weights, or other inputs or outputs than the new model.
+    """
+    found = parse_reference(reference)
+    if not isinstance(found, OldModel):
+        what = "there is nothing to go back to" if found is None else "it has no weights"
+        hint = "give a checkpoint, a module, a state dict or an OldModel."
+        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+    for name in ("adapter", "classes"):
+        if getattr(found, name) is not None:
+            raise ConfigurationError(
+                explain(
+                    f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
+                    "only weights of one architecture with one meaning lie between each other; to combine such models, "
+                    "see `lightning_nrl.serving`.",
+                )
+            )
+    return found
 
 
 def reference_module(

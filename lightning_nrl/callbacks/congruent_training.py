@@ -18,15 +18,15 @@ from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefi
 from lightning_nrl._trainer.loaders import length_of
 from lightning_nrl._trainer.loss_injection import ONE_LINE, StepWrapper, add_to_loss, find_forward_pass
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
-from lightning_nrl._trainer.reference_copy import reference_module
+from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.reference.loss_terms import Term, parse_terms
-from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
+from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
 from lightning_nrl.tasks import Task, parse_task
@@ -77,15 +77,10 @@ class PositiveCongruentTraining(Callback):
         adapter: str | Adapter | None = None,
     ) -> None:
         super().__init__()
-        found = parse_reference(reference)
-        if not isinstance(found, (OldModel, Predictions)):
-            hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
-            what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
-            raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
-        self.reference: OldModel | Predictions = found
+        self.reference = parse_teacher(reference)
         self.terms = parse_terms(term)
         self.index = None if index is None else import_function("index", index)
-        if isinstance(found, Predictions) and self.index is None:
+        if isinstance(self.reference, Predictions) and self.index is None:
             hint = "give `index=f`, f(batch) -> data-set positions, or the model itself."
             raise ConfigurationError(explain("`reference`: predictions are found by the index of a sample.", hint))
         self.prefix = parse_prefix(prefix, "regression")
@@ -195,8 +190,7 @@ class PositiveCongruentTraining(Callback):
     def _check_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Both models on the first batch: whatever does not fit is found before anything is trained."""
         args, kwargs, target = self.adapter(batch)
-        probe = Probe(pl_module)
-        teacher = self._make_teacher(trainer, pl_module)
+        probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:
                 output = probe(*args, **kwargs)
@@ -208,14 +202,7 @@ class PositiveCongruentTraining(Callback):
             self.task.check(logits, target)
             old = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                value = term(self.task, logits, target, old)
-                if value.shape != (len(logits),):
-                    raise ConfigurationError(
-                        explain(
-                            f"`term`: {term.name} gave {list(value.shape)} for {len(logits)} samples.",
-                            "return one number a sample.",
-                        )
-                    )
+                check_term(term, term(self.task, logits, target, old), len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 

@@ -19,8 +19,10 @@ from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
 from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter, parse_prefix
-from lightning_nrl._trainer.data_splits import Found, check_data, find_data
+from lightning_nrl._trainer.data_splits import check_data
+from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
 from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, make_source
+from lightning_nrl._trainer.reference_copy import parse_with_weights
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
@@ -38,7 +40,7 @@ from lightning_nrl.reference.interpolation import (
     choose_share,
     interpolate,
 )
-from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
+from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["WeightInterpolation"]
@@ -108,7 +110,7 @@ class WeightInterpolation(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        self.reference = _model_with_weights(reference)
+        self.reference = parse_with_weights(reference)
         if share != "auto":
             check_share(share)
         self.share = share
@@ -190,7 +192,7 @@ class WeightInterpolation(Callback):
                 else:
                     how |= {"tolerance": None, "shares": [self.share]}
                 self.choice = choose_share(self._reference_state, evaluator, counted, training, **how)
-                state, numbers = self.choice.state, _numbers(self.choice)
+                state, numbers = self.choice.state, choice_numbers(self.choice)
             self._log(trainer, numbers)
             write(pl_module, state)
             self._reference_state, self._changed = {}, bool(state)
@@ -226,29 +228,11 @@ class WeightInterpolation(Callback):
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
         """Data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
-        counted = training = None
-        loaders = SplitLoaders(trainer, pl_module)
-        if self.share == "auto" or self._counts(loaders):
-            counted = make(*self._find("calibration", loaders))
-        if self.share not in (0, 1) and batch_norms(pl_module):
-            training = make(*self._find("statistics", loaders))
-        return counted, training
-
-    def _counts(self, loaders: SplitLoaders) -> bool:
-        """Whether there are calibration data."""
-        given = self.calibration
-        return given is not None and (not isinstance(given, str) or loaders.get(given) not in (None, []))
-
-    def _find(self, argument: str, loaders: SplitLoaders) -> Found:
-        try:
-            return find_data(argument, getattr(self, argument), loaders)
-        except ConfigurationError as error:
-            found = str(error).partition("\nHINT:")[0]
-            hint = f"give one DataLoader over a data set with an index as `{argument}=`"
-            if argument == "calibration":
-                do_without = "a number as `share=` with `calibration=None`" if self.share == "auto" else "None"
-                hint = f"{hint}, or {do_without}"
-            raise ConfigurationError(explain(found, f"{hint}.")) from error
+        loaders, chosen = SplitLoaders(trainer, pl_module), self.share == "auto"
+        counted = find_calibration(self.calibration, loaders, needed=chosen)
+        fixed = self.share in (0, 1) or not batch_norms(pl_module)
+        training = None if fixed else find_one("statistics", self.statistics, loaders)
+        return None if counted is None else make(*counted), None if training is None else make(*training)
 
     def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
         tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}
@@ -257,33 +241,3 @@ class WeightInterpolation(Callback):
             if self.verbose and self.choice is not None:
                 show(self.choice)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in tags.items()})
-
-
-def _model_with_weights(reference: Any) -> OldModel:
-    """The replaced model, if it has weights that go with those of the new one as they are."""
-    found = parse_reference(reference)
-    if not isinstance(found, OldModel):
-        what = "there is nothing to go back to" if found is None else "it has no weights"
-        hint = "give a checkpoint, a module, a state dict or an OldModel."
-        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
-    for name in ("adapter", "classes"):
-        if getattr(found, name) is not None:
-            raise ConfigurationError(
-                explain(
-                    f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
-                    "only weights of one architecture with one meaning lie between each other; to combine such models, "
-                    "see `lightning_nrl.serving`.",
-                )
-            )
-    return found
-
-
-def _numbers(choice: ShareChoice) -> dict[str, float]:
-    before, after = choice.curve[0], choice.chosen
-    return {
-        "share": choice.share,
-        "accuracy_before": before.accuracy,
-        "accuracy": after.accuracy,
-        "nfr_before": before.negative_flip_rate,
-        "nfr": after.negative_flip_rate,
-    }

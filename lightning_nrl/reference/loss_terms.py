@@ -21,7 +21,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task
 
-__all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "parse_terms"]
+__all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "check_term", "parse_terms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,18 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
             f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
         )
     return terms
+
+
+def check_term(term: Term, value: Tensor, n: int) -> None:
+    """Refuses a term that does not give one number for each of `n` samples.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if value.shape != (n,):
+        raise ConfigurationError(
+            explain(f"`term`: {term.name} gave {list(value.shape)} for {n} samples.", "return one number a sample.")
+        )
 
 
 def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:

@@ -1,0 +1,58 @@
+"""Data for an interpolation: to choose the share by, to estimate statistics of batch norm from; and its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lightning_nrl._trainer.data_splits import Found, find_data
+from lightning_nrl._trainer.loaders import SplitLoaders
+from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.reference.interpolation import ShareChoice
+
+__all__ = ["choice_numbers", "find_calibration", "find_one"]
+
+
+def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
+    """The calibration data; None where there are none and none are needed.
+
+    Args:
+        given: the name of a split, a data loader, or None.
+        loaders: of a trainer in the middle of a fit.
+        needed: whether a share is to be chosen by them.
+
+    Raises:
+        ConfigurationError: they are needed and not there, or cannot be read by index.
+    """
+    missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
+    if missing and not needed:
+        return None
+    do_without = "a number as `share=` with `calibration=None`" if needed else "None"
+    return find_one("calibration", given, loaders, f", or {do_without}")
+
+
+def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
+    """The one data loader that is meant, and its name.
+
+    Raises:
+        ConfigurationError: it is not there, or cannot be read by index.
+    """
+    try:
+        return find_data(argument, given, loaders)
+    except ConfigurationError as error:
+        found = str(error).partition("\nHINT:")[0]
+        hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."
+        raise ConfigurationError(explain(found, hint)) from error
+
+
+def choice_numbers(choice: ShareChoice) -> dict[str, float]:
+    """What is logged of a choice: accuracy and negative flip rate on calibration data, before and after."""
+    before, after = choice.curve[0], choice.chosen
+    return {
+        "share": choice.share,
+        "accuracy_before": before.accuracy,
+        "accuracy": after.accuracy,
+        "nfr_before": before.negative_flip_rate,
+        "nfr": after.negative_flip_rate,
+    }
