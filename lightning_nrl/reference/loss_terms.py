@@ -193,7 +193,7 @@ def check_term(term: Term, value: Tensor, n: int) -> None:
     """
     if value.shape != (n,):
         raise ConfigurationError(
-            explain(f"`term`: {term.name} gave {list(value.shape)} for {n} samples.", "return one number a sample.")
+            f"`term`: {term.name} gave {list(value.shape)} for {n} samples.", "return one number a sample."
         )
 
 
