@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
+from numbers import Real
 
 __all__ = [
     "ConfigurationError",
@@ -22,6 +24,8 @@ __all__ = [
     "TrainingWarning",
     "check_choice",
     "check_kind",
+    "check_real",
+    "check_whole",
     "explain",
 ]
 
@@ -111,17 +115,43 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_kind(argument: str, value: object, fits: bool, kind: str, example: str) -> None:
-    """Refuses a value of another kind than the argument's, and a class where an object of it is meant.
-
-    Args:
-        argument: its name.
-        value: what was given.
-        fits: whether that is of the kind.
-        kind: its name.
-        example: what to write instead.
+    """Refuses a value that does not fit its argument, and a class where an object of it is meant.
 
     Raises:
-        ConfigurationError: the value does not fit.
+        ConfigurationError: as above; it names the kind and gives the example.
     """
     if not fits or isinstance(value, type):
         raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", f"write {example}.")
+
+
+def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
+    """Refuses what is no whole number from `least` to `most`.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
+        limits = f"from {least}" + (f" to {most}" if most is not None else "")
+        raise ConfigurationError(f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}.")
+
+
+def check_real(
+    argument: str,
+    value: object,
+    kind: str,
+    hint: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuses what is no finite number within limits.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and least <= number <= most and above < number < below):
+        raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

@@ -15,7 +15,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Column", "Field", "find_column", "numbers"]
+__all__ = ["Column", "Field", "column_values", "find_column", "numbers"]
 
 Column = Callable[[Any], Any] | Target
 """Takes a batch as the data loader gave it and gives one value a sample; or a target, which gives bools."""
@@ -54,10 +54,8 @@ class Field:
 def find_column(argument: str, value: Any) -> Column:
     """The column that an argument stands for.
 
-    Args:
-        argument: its name.
-        value: a key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
-            (`package.module:function`), or a target. Text with a colon or a dot is an address.
+    A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
+    (`package.module:function`), or a target. Text with a colon or a dot is an address.
 
     Raises:
         ConfigurationError: it is none of these.
@@ -77,19 +75,28 @@ def find_column(argument: str, value: Any) -> Column:
     )
 
 
+def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
+    """What a column gives for a batch.
+
+    Raises:
+        ConfigurationError: it raises.
+    """
+    try:
+        return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
+    except Exception as error:
+        raise ConfigurationError(
+            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            "it is called with a batch as the data loader gives it; what a model makes of a sample is not there.",
+        ) from error
+
+
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
     """The column of a batch as `n` float64 on the CPU; of bools 1 and 0.
 
     Raises:
         ConfigurationError: the column cannot be had, or is not one number or bool a sample.
     """
-    try:
-        found = column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
-    except Exception as error:
-        raise ConfigurationError(
-            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            "it is asked with a batch as the data loader gives it; what a model makes of a sample is not there.",
-        ) from error
+    found = column_values(argument, column, batch, label)
     values = found.detach().cpu() if isinstance(found, Tensor) else np.asarray(found)
     kind = values.dtype.kind if isinstance(values, np.ndarray) else "c" if values.is_complex() else "f"
     if tuple(values.shape) != (len(batch),) or kind not in "biuf":

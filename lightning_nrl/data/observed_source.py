@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
 
 __all__ = ["ObservedSource"]
@@ -20,36 +22,16 @@ class ObservedSource:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-
-    @property
-    def split(self) -> str:
-        """The source's own."""
-        return self.source.split
-
-    @property
-    def passed(self) -> bool:
-        """The source's own."""
-        return self.source.passed
-
-    @property
-    def failed(self) -> bool:
-        """The source's own."""
-        return self.source.failed
-
-    @property
-    def index(self) -> Tensor:
-        """The source's own."""
-        return self.source.index
-
-    @property
-    def positions(self) -> Tensor:
-        """The source's own."""
-        return self.source.positions
+        self.split, self.passed, self.failed = source.split, source.passed, source.failed
+        self.index, self.positions = source.index, source.positions
+        self._rows: list[Tensor] = []
+        self.begin()
 
     def __iter__(self) -> Iterator[Batch]:
         self.begin()
         for batch in self.source:
             self.observe(batch)
+            self._rows.append(batch.position)
             yield batch
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
@@ -58,8 +40,21 @@ class ObservedSource:
 
     def begin(self) -> None:
         """Is called when a pass begins: what was noted of an earlier one is forgotten."""
-        raise NotImplementedError
+        self._rows = []
 
     def observe(self, batch: Batch) -> None:
-        """Is shown each batch of a pass, in order."""
+        """Notes what matters of a batch; batches come in order."""
         raise NotImplementedError
+
+    def in_order(self, noted: Sequence[Tensor], empty: Tensor, collective: Collective) -> Tensor:
+        """What was noted of all ranks' samples, on the CPU, in the order of the source.
+
+        Args:
+            noted: a tensor for each batch of the last pass, one row a sample.
+            empty: no rows, for a rank without batches.
+            collective: the ranks that share the source.
+        """
+        mine = torch.cat(list(noted)).cpu() if noted else empty
+        position = torch.cat(self._rows) if self._rows else torch.zeros(0, dtype=torch.int64)
+        values, order = (torch.cat(collective.gather(x)) for x in (mine, position))
+        return values[order.argsort()]

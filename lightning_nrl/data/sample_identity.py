@@ -1,6 +1,6 @@
 """Which samples of two data sets are the same: by data set and index where these are known, else by their content.
 
-Either way a sample is told by two 64-bit numbers, a row of a tensor.
+Either way a sample is known by two 64-bit numbers, a row of a tensor.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data.batch import Batch, Source, tensors_in
+from lightning_nrl.data.batch import Batch, tensors_in
 from lightning_nrl.data.observed_source import ObservedSource
 
 __all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
@@ -34,18 +34,14 @@ class Identified(Protocol):
 
 
 def base_samples(dataset: Dataset[Any], index: Tensor) -> Tensor:
-    """Samples as pairs of the data set that they come from and their place in it, seen through subsets and unions.
+    """`n x 2` int64, the innermost data set of each sample and its place there, through subsets and unions.
 
-    Args:
-        dataset: a data set, a `Subset` of one, a `ConcatDataset` of several, and so on.
-        index: `n` int64, places in it.
-
-    Returns:
-        `n x 2` int64. The first number means something in this process alone.
+    The first number means something in this process alone. `index` is `n` int64, places in `dataset`.
     """
     if isinstance(dataset, Subset):
         inner = torch.as_tensor(list(dataset.indices), dtype=torch.int64)[index]
-        return base_samples(dataset.dataset, torch.where(inner < 0, inner + _length(dataset.dataset), inner))
+        length = len(dataset.dataset)  # type: ignore[arg-type]
+        return base_samples(dataset.dataset, torch.where(inner < 0, inner + length, inner))
     if isinstance(dataset, ConcatDataset):
         ends = torch.tensor(dataset.cumulative_sizes)
         part = torch.searchsorted(ends, index, right=True)
@@ -66,26 +62,18 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
 class ContentRecorder(ObservedSource):
     """A source that notes a key of each sample's content, without waiting for the device."""
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(source)
-        self._keys: list[Tensor] = []
-        self._positions: list[Tensor] = []
-
     def begin(self) -> None:
         """Forgets the keys of an earlier pass."""
-        self._keys, self._positions = [], []
+        super().begin()
+        self._keys: list[Tensor] = []
 
     def observe(self, batch: Batch) -> None:
         """Notes the keys of a batch."""
         self._keys.append(content_keys(batch))
-        self._positions.append(batch.position)
 
     def keys(self, collective: Collective) -> Tensor:
         """`n x 2` int64 over all ranks, in the order of the source, on the CPU."""
-        mine = torch.cat(self._keys).cpu() if self._keys else torch.zeros(0, 2, dtype=torch.int64)
-        position = torch.cat(self._positions) if self._positions else torch.zeros(0, dtype=torch.int64)
-        keys, order = (torch.cat(collective.gather(x)) for x in (mine, position))
-        return keys[order.argsort()]
+        return self.in_order(self._keys, torch.zeros(0, 2, dtype=torch.int64), collective)
 
 
 def content_keys(batch: Batch) -> Tensor:
@@ -103,9 +91,7 @@ def content_keys(batch: Batch) -> Tensor:
         columns = x.reshape(n, -1)
         weights = _weights(place, columns.shape[1]).to(x.device)
         own = torch.zeros(n, 2, dtype=torch.int64, device=x.device)
-        for some, weight in zip(
-            torch.split(columns, COLUMNS_AT_ONCE, 1), torch.split(weights, COLUMNS_AT_ONCE, 1), strict=True
-        ):
+        for some, weight in zip(*(x.split(COLUMNS_AT_ONCE, 1) for x in (columns, weights)), strict=True):
             numbers = _as_integers(some)
             own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
         total = own if total is None else total + own.to(total.device)
@@ -127,7 +113,3 @@ def _as_integers(x: Tensor) -> Tensor:
     kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     whole = x if x.element_size() in kinds else x.float()
     return (whole + 0.0).contiguous().view(kinds[whole.element_size()]).long()
-
-
-def _length(dataset: Dataset[Any]) -> int:
-    return len(dataset)  # type: ignore[arg-type]

@@ -95,12 +95,8 @@ class Target(ABC):
 
     def __bool__(self) -> bool:
         """Refused: `a and b` would silently give `b`, `a or b` would give `a`."""
-        raise TypeError(
-            explain(
-                "`target`: a Target is neither true nor false.",
-                "combine targets with `&`, `|` and `~`.",
-            )
-        )
+        problem = "`target`: a Target is neither true nor false."
+        raise TypeError(explain(problem, "combine targets with `&`, `|` and `~`."))
 
 
 @dataclass(frozen=True)
@@ -180,10 +176,10 @@ class Where(Target):
     name: str | None = None
 
     def __post_init__(self) -> None:
-        self._function()
+        import_function("predicate", self.predicate)
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        function = self._function()
+        function = import_function("predicate", self.predicate)
         try:
             found = function(batch.raw)
         except Exception as error:
@@ -204,19 +200,20 @@ class Where(Target):
             return f"where lambda of line {code.co_firstlineno}"
         return f"where {name}"
 
-    def _function(self) -> Predicate:
-        return import_function("predicate", self.predicate)
-
 
 @dataclass(frozen=True)
-class And(Target):
-    """Samples that both targets choose."""
+class TargetPair(Target):
+    """Two targets, combined."""
 
     left: Target
     right: Target
 
     def __post_init__(self) -> None:
-        _check_targets("And", self.left, self.right)
+        _check_targets(type(self).__name__, self.left, self.right)
+
+
+class And(TargetPair):
+    """Samples that both targets choose."""
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return self.left.select(batch, label, prediction) & self.right.select(batch, label, prediction)
@@ -225,15 +222,8 @@ class And(Target):
         return f"{_grouped(self.left, Or)} and {_grouped(self.right, Or)}"
 
 
-@dataclass(frozen=True)
-class Or(Target):
+class Or(TargetPair):
     """Samples that at least one of two targets chooses."""
-
-    left: Target
-    right: Target
-
-    def __post_init__(self) -> None:
-        _check_targets("Or", self.left, self.right)
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return self.left.select(batch, label, prediction) | self.right.select(batch, label, prediction)
@@ -293,8 +283,12 @@ def _classes(target: Target, classes: Tensor | None) -> Tensor:
 
 
 def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
-    mask = _bools(found)
-    if mask is not None and mask.shape == (n,):
+    mask = found
+    if isinstance(found, np.ndarray) and found.dtype == np.bool_:
+        mask = torch.from_numpy(found)
+    elif isinstance(found, (list, tuple)) and all(isinstance(x, (bool, np.bool_)) for x in found):
+        mask = torch.tensor(found, dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (n,):
         return mask.cpu()
     if isinstance(found, (Tensor, np.ndarray)):
         what = f"{found.dtype} {list(found.shape)}"
@@ -304,14 +298,3 @@ def _one_bool_a_sample(target: Target, found: Any, n: int) -> Tensor:
         f"`target`: the predicate of '{target}' returned {what} for a batch of {n} samples.",
         f"return one bool a sample: here a bool tensor, array or list of length {n}.",
     )
-
-
-def _bools(found: Any) -> Tensor | None:
-    """The answer of a predicate as a bool tensor; None if it is not made of bools."""
-    if isinstance(found, Tensor):
-        return found if found.dtype == torch.bool else None
-    if isinstance(found, np.ndarray):
-        return torch.from_numpy(found) if found.dtype == np.bool_ else None
-    if isinstance(found, (list, tuple)) and all(isinstance(x, (bool, np.bool_)) for x in found):
-        return torch.tensor(found, dtype=torch.bool)
-    return None

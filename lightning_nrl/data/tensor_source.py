@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_whole
 
 __all__ = ["TensorSource"]
 
@@ -40,7 +40,7 @@ class TensorSource:
         Class 1 begins at 0, so the model is wrong on one of the new samples. Nothing that it gets right may break.
 
         >>> import torch
-        >>> from lightning_nrl import Settings, TensorSource, repair_module
+        >>> from lightning_nrl import SearchOptions, Settings, TensorSource, repair_module
         >>> from lightning_nrl.localization import AllWeights
         >>> x = torch.tensor([[-2.0, 1.0], [-1.0, 1.0], [1.0, 1.0], [2.0, 1.0]])
         >>> new = torch.tensor([[0.5, 1.0], [3.0, 1.0]])
@@ -53,7 +53,7 @@ class TensorSource:
         ...         TensorSource(x, torch.tensor([0, 0, 1, 1]), split="train", passed=True),
         ...         TensorSource(new, torch.tensor([1, 1]), split="new", failed=True),
         ...     ],
-        ...     settings=Settings(localizer=AllWeights()),
+        ...     settings=Settings(search=SearchOptions(localizer=AllWeights())),
         ... )
         >>> for split in outcome.report.splits:
         ...     print(f"{split.split}: {split.repaired} repaired, {split.broken} broken")
@@ -75,18 +75,14 @@ class TensorSource:
     device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.inputs, Mapping):
-            named = {f"inputs[{name!r}]": x for name, x in self.inputs.items()}
-        elif isinstance(self.inputs, tuple):
-            named = {f"inputs[{i}]": x for i, x in enumerate(self.inputs)}
+        if isinstance(self.inputs, (Mapping, tuple)):
+            items = self.inputs.items() if isinstance(self.inputs, Mapping) else enumerate(self.inputs)
+            named = {f"inputs[{name!r}]": x for name, x in items}
         else:
             named = {"inputs": self.inputs}
         named |= {f"extras[{i}]": x for i, x in enumerate(self.extras)}
         _check_samples({"targets": self.targets, **named})
-        if not isinstance(self.batch_size, int) or isinstance(self.batch_size, bool) or self.batch_size < 1:
-            raise ConfigurationError(
-                f"`batch_size={self.batch_size!r}` is no number of samples.", "give a whole number from 1."
-            )
+        check_whole("batch_size", self.batch_size, 1)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -118,9 +114,8 @@ class TensorSource:
 
         inputs: Any = _map(take, self.inputs)
         target, extras = take(self.targets), [take(extra) for extra in self.extras]
-        args, kwargs = (
-            ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-        )
+        kwargs = inputs if isinstance(inputs, dict) else {}
+        args = () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
         return Batch(args, target, position, kwargs, raw=(inputs, target, *extras))
 
 

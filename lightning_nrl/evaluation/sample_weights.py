@@ -26,45 +26,29 @@ __all__ = ["ColumnRecorder", "breaking_costs", "values_by_id", "with_repair_wort
 
 
 class ColumnRecorder(ObservedSource):
-    """A source that notes columns of its batches.
-
-    Args:
-        source: whose batches are handed on.
-        columns: by name.
-        task: knows the labels.
-    """
+    """A source that notes columns of its batches; the task knows the labels."""
 
     def __init__(self, source: Source, columns: Mapping[str, Column], task: Task) -> None:
-        super().__init__(source)
         self.columns, self.task = columns, task
-        self.begin()
+        super().__init__(source)
 
     def begin(self) -> None:
         """Forgets an earlier pass."""
+        super().begin()
         self._values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
-        self._positions: list[Tensor] = []
 
     def observe(self, batch: Batch) -> None:
         """Notes the columns of a batch."""
         for name, column in self.columns.items():
             self._values[name].append(numbers(name, column, batch, self.task.label(batch.target)))
-        self._positions.append(batch.position)
 
     def gathered(self, name: str, collective: Collective) -> Tensor:
         """The column of all ranks in the order of the source, float64."""
-        mine = torch.cat(self._values[name]) if self._values[name] else torch.zeros(0, dtype=torch.float64)
-        position = torch.cat(self._positions) if self._positions else torch.zeros(0, dtype=torch.int64)
-        values, order = (torch.cat(collective.gather(x)) for x in (mine, position))
-        return values[order.argsort()]
+        return self.in_order(self._values[name], torch.zeros(0, dtype=torch.float64), collective)
 
 
 def with_slices(results: SampleResults, slices: Sequence[tuple[tuple[str, ...], Tensor]]) -> SampleResults:
-    """The results with the slices of all splits, a slice of one name being the same one.
-
-    Args:
-        results: of all splits.
-        slices: for each split the names of its slices, and the number of each sample's.
-    """
+    """The results with the slices of all splits, from each split's names of slices and number of each sample's."""
     names = tuple(sorted({name for own, _ in slices for name in own}))
     return replace(results, names=names, group=torch.cat([renumbered(own, group, names) for own, group in slices]))
 
@@ -72,12 +56,8 @@ def with_slices(results: SampleResults, slices: Sequence[tuple[tuple[str, ...], 
 def with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResults:
     """The results whose targets weigh as much as they are worth, 1 on average.
 
-    Args:
-        results: with targets.
-        importance: `N`, above 0 and finite for every target.
-
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: the importance, `N`, of a target is not above 0 and finite.
     """
     wrong = results.targeted & ~(importance.isfinite() & (importance > 0))
     if wrong.any():
@@ -110,11 +90,11 @@ def breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
 
 
 def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool) -> Tensor:
-    """`N` float64 from ids, alone or by split, with values or not; 1 or 0 where nothing is said.
+    """`N` float64 from ids, by themselves or by split, with values or not; 1 or 0 where nothing is said.
 
     Args:
         argument: its name.
-        value: what was given.
+        value: ids, such as `[3, 5]`, `{3: 2.0}` or `{"train": [3, 5]}`.
         results: of the samples that the ids are of.
         splits: which splits ids without a name may be of.
         strict: whether every id and split has to be there.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.columns import column_values
 from lightning_nrl.data.observed_source import ObservedSource
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
@@ -27,22 +28,15 @@ MAX_SLICES = 200
 
 
 class SliceRecorder(ObservedSource):
-    """A source that notes which slice each sample is in.
-
-    Args:
-        source: whose batches are handed on.
-        slices: which slice each sample is in; None: in none.
-        task: knows the labels.
-        argument: what `slices` was given as, for an error.
-    """
+    """A source that notes which slice each sample is in: with None in none. `argument` is for errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
-        super().__init__(source)
         self.slices, self.task, self.argument = slices, task, argument
-        self.begin()
+        super().__init__(source)
 
     def begin(self) -> None:
         """Forgets an earlier pass."""
+        super().begin()
         self._named: list[tuple[int, str]] = []
 
     def observe(self, batch: Batch) -> None:
@@ -76,13 +70,7 @@ def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tenso
 
 
 def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
-    try:
-        found = slices.select(batch, label, None) if isinstance(slices, Target) else slices(batch.raw)
-    except Exception as error:
-        hint = "it is called with a batch of the data loader; what a model makes of a sample is no slice."
-        raise ConfigurationError(
-            f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}", hint
-        ) from error
+    found = column_values(argument, slices, batch, label)
     values = found.tolist() if hasattr(found, "tolist") else found
     fits = isinstance(values, (list, tuple)) and len(values) == len(batch)
     if not fits or not all(value is None or isinstance(value, (str, int, np.integer, np.bool_)) for value in values):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.stats.binomial import check_confidence
 from lightning_nrl.stats.weighted import check_shares
 
-__all__ = ["BoundOptions", "SearchOptions", "changed_options", "check_real", "check_whole"]
+__all__ = ["BoundOptions", "SearchOptions", "changed_options"]
 
 
 @dataclass(frozen=True)
@@ -113,36 +111,3 @@ def changed_options(options: Any) -> dict[str, Any]:
 
 def _same(value: Any, default: Any) -> bool:
     return value is default or (type(value) is type(default) and bool(value == default))
-
-
-def check_whole(argument: str, value: object, least: int, most: int | None = None) -> None:
-    """Refuses what is no whole number from `least` to `most`.
-
-    Raises:
-        ConfigurationError: as above.
-    """
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):  # type: ignore[operator]
-        limits = f"from {least}" + (f" to {most}" if most is not None else "")
-        raise ConfigurationError(f"`{argument}={value!r}` is out of range.", f"give a whole number {limits}.")
-
-
-def check_real(
-    argument: str,
-    value: object,
-    kind: str,
-    hint: str,
-    *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = math.inf,
-    below: float = math.inf,
-) -> None:
-    """Refuses what is no finite number within limits.
-
-    Raises:
-        ConfigurationError: as above.
-    """
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (math.isfinite(number) and least <= number <= most and above < number < below):
-        raise ConfigurationError(f"`{argument}={value!r}` is no {kind}.", hint)

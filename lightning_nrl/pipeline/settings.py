@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import layer_names
 from lightning_nrl.data.targets import AllFailures, Target
-from lightning_nrl.errors import check_kind
+from lightning_nrl.errors import check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer
 from lightning_nrl.methods import METHODS, AnyMethod, Auto
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, check_real, check_whole
+from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.search.fitness import Fitness
 
 __all__ = ["Settings"]

@@ -50,13 +50,9 @@ class Custom(Task):
     """
 
     def __init__(self, passed: str | Judge, loss: str | Judge, margin: str | Judge | None = None) -> None:
-        self._functions = {
-            name: import_function(f"Custom.{name}", function)
-            for name, function in (("passed", passed), ("loss", loss), ("margin", margin))
-            if function is not None
-        }
-        given = {"passed": passed, "loss": loss, "margin": margin}
-        self._names = {name: f if isinstance(f, str) else _address(f) for name, f in given.items() if f is not None}
+        given = {"passed": passed, "loss": loss, **({} if margin is None else {"margin": margin})}
+        self._functions = {name: import_function(f"Custom.{name}", function) for name, function in given.items()}
+        self._names = {name: f if isinstance(f, str) else _address(f) for name, f in given.items()}
 
     def __repr__(self) -> str:
         return f"Custom({', '.join(f'{name}={address!r}' for name, address in self._names.items())})"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task
+from lightning_nrl.tasks.task import Task, class_divergence, described, masked_mean
 
 __all__ = ["Elements", "ElementsTask"]
 
@@ -35,7 +35,7 @@ class Elements(NamedTuple):
 
     def mean(self, values: Tensor) -> Tensor:
         """`n`, the mean of `n x E` values over the elements that are not ignored; 0 where all are."""
-        return torch.where(self.counts, values, 0.0).sum(1) / self.counts.sum(1).clamp_min(1)
+        return masked_mean(values, self.counts)
 
 
 class ElementsTask(Task):
@@ -62,9 +62,8 @@ class ElementsTask(Task):
         """
         if isinstance(target, Tensor) and not target.is_floating_point() and target.ndim > 1:
             return target.long()
-        found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
         raise ConfigurationError(
-            f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {found}.",
+            f"`task`: {type(self).__name__} needs whole labels [samples, ...], found {described(target)}.",
             "give a class number for each element, or pass an `adapter` that does.",
         )
 
@@ -101,10 +100,8 @@ class ElementsTask(Task):
 
         Those that the target ignores have no part in it.
         """
-        logits = self.classes_first(output).flatten(2)
-        new, old = (F.log_softmax(at_least_float32(x), 1) for x in (logits, self.classes_first(teacher).flatten(2)))
-        apart = F.kl_div(new, old, reduction="none", log_target=True).sum(1)
-        return apart.mean(1) if target is None else self.elements(output, target).mean(apart)
+        each = class_divergence(*(self.classes_first(x).flatten(2) for x in (output, teacher)))
+        return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
     def elements(self, output: Tensor, target: Any) -> Elements:
         """The samples taken apart; shapes that `check` has not seen must fit."""

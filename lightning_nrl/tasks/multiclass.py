@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task
+from lightning_nrl.tasks.task import Task, class_divergence, described
 
 __all__ = ["Multiclass"]
 
@@ -42,8 +42,7 @@ class Multiclass(Task):
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
         """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`."""
-        new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
-        return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
+        return class_divergence(output, teacher)
 
     def prediction(self, output: Tensor) -> Tensor:
         if output.ndim != 2 or output.shape[1] < 2:
@@ -55,9 +54,8 @@ class Multiclass(Task):
 
     def label(self, target: Tensor) -> Tensor:
         if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
-            found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
-                f"`task`: multiclass needs whole labels [samples], found {found}.",
+                f"`task`: multiclass needs whole labels [samples], found {described(target)}.",
                 "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
             )
         return target.long()

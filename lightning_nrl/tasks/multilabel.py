@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task
+from lightning_nrl.errors import ConfigurationError, check_real, check_whole
+from lightning_nrl.tasks.task import Task, described, masked_mean
 
 __all__ = ["Multilabel"]
 
@@ -45,15 +44,9 @@ class Multilabel(Task):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Real) or not 0 < self.threshold < 1:
-            raise ConfigurationError(
-                f"`Multilabel.threshold={self.threshold!r}` is no probability.",
-                "give a number between 0 and 1; 0.5 stands for a logit of 0.",
-            )
-        if not isinstance(self.wrong, int) or isinstance(self.wrong, bool) or self.wrong < 0:
-            raise ConfigurationError(
-                f"`Multilabel.wrong={self.wrong!r}` is no number of labels.", "give a whole number from 0."
-            )
+        hint = "give a number between 0 and 1; 0.5 stands for a logit of 0."
+        check_real("Multilabel.threshold", self.threshold, "probability", hint, above=0, below=1)
+        check_whole("Multilabel.wrong", self.wrong, 0)
 
     def __str__(self) -> str:
         at = "" if self.threshold == 0.5 else f" at a threshold of {self.threshold:.4g}"
@@ -62,9 +55,13 @@ class Multilabel(Task):
 
     def check(self, output: Tensor, target: Any) -> None:
         """Refuses shapes that do not fit, and labels other than 0, 1 and the ignored value."""
-        _check_logits(output)
+        if output.ndim != 2 or not output.shape[1]:
+            raise ConfigurationError(
+                f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
+                "return one logit for each label, or pass a `Task` that fits as `task=`.",
+            )
         if not isinstance(target, Tensor) or target.shape != output.shape:
-            found = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+            found = described(target)
             raise ConfigurationError(
                 f"`task`: multilabel needs labels of the shape of the logits, {list(output.shape)}, found {found}.",
                 "give 1 or 0 for each label, or pass an `adapter` or a `task` that fits.",
@@ -89,7 +86,7 @@ class Multilabel(Task):
     def loss(self, output: Tensor, target: Any) -> Tensor:
         output, known = at_least_float32(output), self._known(target)
         each = F.binary_cross_entropy_with_logits(output, (target == 1).to(output), reduction="none")
-        return _mean(each, known)
+        return masked_mean(each, known)
 
     def margin(self, output: Tensor, target: Any) -> Tensor:
         """How far logits are on the right side of the threshold, `n`: the least, the allowed wrong ones left out."""
@@ -104,22 +101,9 @@ class Multilabel(Task):
         new, old = at_least_float32(output), at_least_float32(teacher)
         there = old.sigmoid() * (F.logsigmoid(old) - F.logsigmoid(new))
         absent = (-old).sigmoid() * (F.logsigmoid(-old) - F.logsigmoid(-new))
-        apart = (there + absent).clamp_min(0)
-        return apart.mean(1) if target is None else _mean(apart, self._known(target))
+        divergence = (there + absent).clamp_min(0)
+        return divergence.mean(1) if target is None else masked_mean(divergence, self._known(target))
 
     def _known(self, target: Tensor) -> Tensor:
         # As floats, since a byte cannot be -100.
         return target.float() != self.ignore_index
-
-
-def _mean(each: Tensor, known: Tensor) -> Tensor:
-    """`n`, over the known labels of each sample."""
-    return torch.where(known, each, 0.0).sum(1) / known.sum(1).clamp_min(1)
-
-
-def _check_logits(output: Tensor) -> None:
-    if output.ndim != 2 or not output.shape[1]:
-        raise ConfigurationError(
-            f"`task`: multilabel needs logits [samples, labels], the model returned {list(output.shape)}.",
-            "return one logit for each label, or pass a `Task` that fits as `task=`.",
-        )

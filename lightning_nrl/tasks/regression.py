@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task
+from lightning_nrl.errors import ConfigurationError, check_real
+from lightning_nrl.tasks.task import Task, described
 
 __all__ = ["Regression"]
 
@@ -46,15 +44,9 @@ class Regression(Task):
     relative: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("tolerance", "above 0"), ("relative", "from 0")):
-            value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            size = float(value) if number else math.nan
-            if not 0 <= size < math.inf or (name == "tolerance" and size == 0):
-                raise ConfigurationError(
-                    f"`Regression.{name}={value!r}` is out of range.",
-                    f"give a number {least}, in the units of the target.",
-                )
+        hint = "give a number above 0, in the units of the target."
+        check_real("Regression.tolerance", self.tolerance, "tolerance", hint, above=0)
+        check_real("Regression.relative", self.relative, "share of the target", "give a number from 0.", least=0)
 
     def __str__(self) -> str:
         more = f" + {self.relative:.4g} of the target" if self.relative else ""
@@ -63,9 +55,8 @@ class Regression(Task):
     def check(self, output: Tensor, target: Any) -> None:
         """Refuses targets that are no finite numbers, or not one for each output."""
         if not isinstance(target, Tensor) or target.is_complex():
-            found = str(target.dtype) if isinstance(target, Tensor) else type(target).__name__
             raise ConfigurationError(
-                f"`task`: regression needs a tensor of numbers as target, found {found}.",
+                f"`task`: regression needs a tensor of numbers as target, found {described(target)}.",
                 "pass an `adapter` that gives one.",
             )
         if output.shape[:1] != target.shape[:1] or output.numel() != target.numel() or not output.ndim:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.elements import Elements, ElementsTask
 
 __all__ = ["Segmentation"]
@@ -64,11 +63,8 @@ class Segmentation(ElementsTask):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        number = isinstance(self.iou, Real) and not isinstance(self.iou, bool)
-        if not number or not 0 < self.iou <= 1:
-            raise ConfigurationError(
-                f"`Segmentation.iou={self.iou!r}` is no threshold.", "give a number above 0 and at most 1."
-            )
+        hint = "give a number above 0 and at most 1."
+        check_real("Segmentation.iou", self.iou, "threshold", hint, above=0, most=1)
         if self.classes is None:
             return
         listed = isinstance(self.classes, (list, tuple)) and bool(self.classes)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.elements import ElementsTask
 
 __all__ = ["Sequence"]
@@ -24,7 +23,7 @@ class Sequence(ElementsTask):
     certain token, the allowed number of wrong ones left out.
 
     Attributes:
-        share: of the tokens, ignored ones aside, that must be right, above 0 to 1.
+        share: of the tokens that are not ignored, how many must be right, above 0 to 1.
         class_dim: the dimension of the classes in the logits: -1 for `n x T x C`, 1 for `n x C x T`. Labels are
             `n x T`.
         ignore_index: the label of tokens that do not count, such as padding.
@@ -48,11 +47,7 @@ class Sequence(ElementsTask):
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        number = isinstance(self.share, Real) and not isinstance(self.share, bool)
-        if not number or not 0 < self.share <= 1:
-            raise ConfigurationError(
-                f"`Sequence.share={self.share!r}` is no share.", "give a number above 0 and at most 1."
-            )
+        check_real("Sequence.share", self.share, "share", "give a number above 0 and at most 1.", above=0, most=1)
         if self.class_dim not in (-1, 1):
             raise ConfigurationError(
                 f"`Sequence.class_dim={self.class_dim!r}` is neither -1 nor 1.",

@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Task"]
+__all__ = ["Task", "class_divergence", "described", "masked_mean"]
 
 
 class Task(ABC):
@@ -92,3 +94,19 @@ class Task(ABC):
     def __str__(self) -> str:
         """What right means, in words, as reports print it."""
         return type(self).__name__
+
+
+def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
+    """The Kullback-Leibler divergence of class probabilities from a teacher's, `n x ...` of `n x C x ...` logits."""
+    new, old = (F.log_softmax(at_least_float32(x), 1) for x in (output, teacher))
+    return F.kl_div(new, old, reduction="none", log_target=True).sum(1)
+
+
+def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
+    """`n`, the mean of `n x E` values over those that count, `n x E` bool; 0 where none does."""
+    return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
+
+
+def described(value: Any) -> str:
+    """What was found where another tensor was expected, for an error."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

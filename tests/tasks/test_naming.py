@@ -12,10 +12,10 @@ from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation
 def test_names_stand_for_tasks_with_their_defaults() -> None:
     assert parse_task("multilabel") == Multilabel()
     assert parse_task("Segmentation") == Segmentation()
-    assert Repair(task="sequence").task == Sequence()
+    assert Repair(task="sequence").repair.task == Sequence()
     assert type(parse_task(None)) is type(parse_task("multiclass")) is Multiclass
     given = Regression(tolerance=2.0)
-    assert Repair(task=given).task is given
+    assert Repair(task=given).repair.task is given
 
 
 @pytest.mark.parametrize(
