@@ -58,9 +58,8 @@ class Evaluator:
     collective: Collective = field(default_factory=Collective)
 
     def __post_init__(self) -> None:
-        check_kind(
-            "model", self.model, isinstance(self.model, nn.Module), "torch module", "model=torch.nn.Linear(2, 2)"
-        )
+        is_module = isinstance(self.model, nn.Module)
+        check_kind("model", self.model, is_module, "torch module", "model=torch.nn.Linear(2, 2)")
         check_kind("task", self.task, isinstance(self.task, Task), "Task", "task=Multiclass()")
 
     @classmethod
@@ -69,12 +68,7 @@ class Evaluator:
         return model if isinstance(model, Evaluator) else cls(model)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
-        """The logits of a batch.
-
-        Args:
-            batch: on the model's device.
-            forward: called in place of the model, such as one that also notes what a layer is given.
-        """
+        """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""
         with self.context():
             return self.task.logits((forward or self.model)(*batch.args, **batch.kwargs))
 
@@ -97,9 +91,6 @@ class Evaluator:
             everywhere: whether the failed samples of all sources are marked, not only of those whose failures are
                 candidates for repair.
             forward: called in place of the model.
-
-        Returns:
-            The results, on the CPU.
 
         Raises:
             ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
@@ -151,11 +142,7 @@ class Evaluator:
 
 
 def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
-    """Says so if a pass failed because the data do not lie where the model does.
-
-    Raises:
-        ConfigurationError: they do not.
-    """
+    """Raises a `ConfigurationError` if a pass failed because the data do not lie where the model does."""
     held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
     elsewhere = sorted(str(own) for own in held if own != device)
     if elsewhere:
@@ -166,41 +153,31 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
 
 
 def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) -> Table:
-    n = len(batch)
-    label, prediction = task.label(batch.target), task.prediction(output)
-    passed = _checked("passed", task.passed(output, batch.target), n, task)
-    loss = _checked("loss", task.loss(output, batch.target), n, task)
+    n, name_of_task = len(batch), type(task).__name__
+    label, prediction, margin = task.label(batch.target), task.prediction(output), task.margin(output, batch.target)
+    passed, loss = task.passed(output, batch.target), task.loss(output, batch.target)
+    given = {"passed": passed, "loss": loss, "label": label, "prediction": prediction, "margin": margin}
+    for name, column in given.items():
+        # Other shapes would be spread out silently, such as `n x 1` against `n`.
+        if column is not None and column.shape != (n,):
+            raise ConfigurationError(
+                f"`task`: `{name}` of {name_of_task} gave {list(column.shape)} for a batch of {n} samples.",
+                f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
+            )
     if passed.dtype != torch.bool:
-        raise ConfigurationError(
-            f"`task`: `passed` of {type(task).__name__} gave {passed.dtype}.", "return one bool a sample."
-        )
-    unknown = torch.full_like(passed, -1, dtype=torch.int64)
-    margin = task.margin(output, batch.target)
-    if target is None:
-        targeted = torch.zeros_like(passed)
-    else:
-        targeted = ~passed & target.select(batch, label, prediction).to(passed.device)
+        problem = f"`task`: `passed` of {name_of_task} gave {passed.dtype}."
+        raise ConfigurationError(problem, "return one bool a sample.")
+    unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
+    chosen = torch.zeros_like(passed) if target is None else target.select(batch, label, prediction).to(passed.device)
     return {
         "position": batch.position,
-        "label": unknown if label is None else _checked("label", label, n, task).long(),
-        "prediction": unknown if prediction is None else _checked("prediction", prediction, n, task).long(),
-        "loss": at_least_float32(loss),
-        "margin": torch.full_like(at_least_float32(loss), torch.nan)
-        if margin is None
-        else at_least_float32(_checked("margin", margin, n, task)),
+        "label": unknown if label is None else label.long(),
+        "prediction": unknown if prediction is None else prediction.long(),
+        "loss": loss,
+        "margin": torch.full_like(loss, torch.nan) if margin is None else at_least_float32(margin),
         "passed": passed,
-        "targeted": targeted,
+        "targeted": ~passed & chosen,
     }
-
-
-def _checked(name: str, column: Tensor, n: int, task: Task) -> Tensor:
-    """Refuses what would be spread out silently, such as `n x 1` against `n`."""
-    if column.shape == (n,):
-        return column
-    raise ConfigurationError(
-        f"`task`: `{name}` of {type(task).__name__} gave {list(column.shape)} for a batch of {n} samples.",
-        f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
-    )
 
 
 def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:

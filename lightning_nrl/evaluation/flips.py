@@ -39,10 +39,10 @@ class Flips:
         """
         if before.splits != after.splits or before.sizes != after.sizes or not torch.equal(before.index, after.index):
             raise EvaluationError(
-                f"evidence before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
+                f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
                 "collect both from the same data, without shuffling.",
             )
-        old, new = _right(before), _right(after)
+        old, new = (results.passed & results.loss.isfinite() for results in (before, after))
         return cls(kept=old & new, broken=old & ~new, repaired=~old & new, failing=~old & ~new)
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
@@ -51,20 +51,9 @@ class Flips:
 
     def target_counts(self, targeted: Tensor, rows: Tensor | slice = slice(None)) -> TargetCounts:
         """The same, with what became of the failed samples that were to be repaired, `N` bool."""
-        counts = self.counts(rows)
-        return TargetCounts(
-            counts.kept,
-            counts.broken,
-            counts.repaired,
-            counts.failing,
-            targeted=int(targeted[rows].sum()),
-            repaired_in_target=int((self.repaired & targeted)[rows].sum()),
-        )
+        masks = (self.kept, self.broken, self.repaired, self.failing, targeted, self.repaired & targeted)
+        return TargetCounts(*(int(mask[rows].sum()) for mask in masks))
 
 
-def _right(evidence: SampleResults) -> Tensor:
-    return evidence.passed & evidence.loss.isfinite()
-
-
-def _shape(evidence: SampleResults) -> str:
-    return ", ".join(f"{split}: {size:,}" for split, size in zip(evidence.splits, evidence.sizes, strict=True))
+def _shape(results: SampleResults) -> str:
+    return ", ".join(f"{split}: {size:,}" for split, size in zip(results.splits, results.sizes, strict=True))

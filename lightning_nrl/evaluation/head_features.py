@@ -44,11 +44,7 @@ def collect_features(
 ) -> HeadFeatures:
     """Runs the model over known data; where these are many, once more over the samples that matter most.
 
-    Args:
-        evaluator: the model and what passed and margin mean. All ranks get the same features.
-        known: this rank's share of the splits.
-        head: the last Linear; None if there is none.
-        target: which failures are to be repaired.
+    All ranks get the same features. `head` is the last Linear; None if there is none.
     """
     collective = evaluator.collective
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
@@ -64,9 +60,8 @@ def collect_features(
         for batch, rows in drawn(known, evidence, _matter(evidence)):
             evaluator.output(batch, watch.judged(evaluator))
             parts.append(rows)
-    return HeadFeatures(
-        evidence, _gathered(watch, torch.cat(parts) if parts else torch.zeros(0).long(), collective), seconds
-    )
+    mine = torch.cat(parts) if parts else torch.zeros(0).long()
+    return HeadFeatures(evidence, _gathered(watch, mine, collective), seconds)
 
 
 def drawn(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["NEIGHBOURS", "Neighbours", "doubtful", "neighbours"]
+from lightning_nrl._model.layers import last_linear
+from lightning_nrl.data.batch import Source
+from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.head_features import collect_features
+from lightning_nrl.evaluation.sample_results import SampleResults
+
+__all__ = ["NEIGHBOURS", "Neighbours", "doubtful", "find_label_issues", "neighbours"]
 
 NEIGHBOURS = 10
 """Passed samples that a sample is compared with."""
@@ -52,10 +60,8 @@ def neighbours(
     left, right = (F.normalize(x - middle, dim=1) for x in (inputs, passed))
     k = min(k, len(passed) - (itself is not None))
     if k < 1 or not len(inputs):
-        nothing = torch.full_like(label, -1)
-        return Neighbours(
-            torch.full_like(label, torch.nan, dtype=torch.float32), nothing, torch.zeros_like(label).float()
-        )
+        agreement = torch.full_like(label, torch.nan, dtype=torch.float32)
+        return Neighbours(agreement, torch.full_like(label, -1), torch.zeros_like(agreement))
     classes = int(torch.cat([label, passed_label]).max()) + 1
     counts = []
     for at in torch.arange(len(left), device=left.device).split(max(1, MAX_SIMILARITIES // len(right))):
@@ -74,14 +80,8 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
     """Samples whose label looks wrong, `n` bool: neighbours and model agree on another class, and the model is sure.
 
     Sure means: by as large a lead over the given label as it has, at the median, over the runner-up where it is right
-    about that class. So there is no threshold to choose.
-
-    Args:
-        near: the neighbours of the samples.
-        label: `n` int64, the given labels.
-        logits: `n x C`.
-        passed_logits: `P x C`.
-        passed_label: `P` int64.
+    about that class. So there is no threshold to choose. Shapes: `label` is `n` int64, `logits` `n x C`, those of the
+    passed samples `P` and `P x C`.
     """
     prediction = logits.argmax(1)
     lead = (logits.gather(1, prediction[:, None]) - logits.gather(1, label[:, None]))[:, 0]
@@ -91,3 +91,26 @@ def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Ten
         usual[c] = (top[:, 0] - top[:, 1])[passed_label == c].median()
     agreed = (near.label == prediction) & (near.share >= AGREEMENT_SHARE) & (prediction != label)
     return agreed & (lead >= usual[prediction])
+
+
+def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: SampleResults) -> Tensor:
+    """Targets whose label the model and the nearest passed samples agree to be another, `N` bool.
+
+    One pass over the known data, or over those that matter most of very many. None is found where no Linear layer gives
+    the logits. `results` are what the model does on this rank's share of the splits.
+    """
+    found = torch.zeros_like(results.passed)
+    features = collect_features(evaluator, known, last_linear(evaluator.model)[1], AllFailures()).features
+    if features is None:
+        return found
+    label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
+    right = features.logits.argmax(1).cpu() == label
+    targets, kept = (targeted & ~right).nonzero().flatten(), (passed & right).nonzero().flatten()
+    if not len(targets) or not len(kept):
+        return found
+    device = features.inputs.device
+    label, mine, theirs = label.to(device), targets.to(device), kept.to(device)
+    near = neighbours(features.inputs[mine], label[mine], features.inputs[theirs], label[theirs])
+    doubted = doubtful(near, label[mine], features.logits[mine], features.logits[theirs], label[theirs])
+    found[features.rows[targets[doubted.cpu()]]] = True
+    return found

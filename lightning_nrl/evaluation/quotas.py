@@ -64,23 +64,13 @@ def needed(before: SampleResults, quotas: Mapping[str, Quota]) -> tuple[dict[str
 
 
 def below(before: SampleResults, repaired: Tensor, needed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Slices that lack repairs: how many targets of each are repaired, and how many ought to be.
-
-    Args:
-        before: the original model on known data.
-        repaired: `N` bool, samples that pass now.
-        needed: how many targets ought to be repaired, by slice.
-    """
-    found = {}
-    for name, need in needed.items():
-        got = int((before.targeted & repaired & _inside(before, name)).sum())
-        if got < need:
-            found[name] = got, need
-    return found
+    """Slices that lack repairs: how many targets of each pass now (`repaired`, `N` bool), and how many ought to."""
+    got = {name: int((before.targeted & repaired & _inside(before, name)).sum()) for name in needed}
+    return {name: (got[name], need) for name, need in needed.items() if got[name] < need}
 
 
 def raised(before: SampleResults, names: Collection[str], factor: float) -> SampleResults:
-    """The evidence with the targets of some slices weighing so much more, all of them again 1 on average."""
+    """The results with the targets of some slices weighing so much more, all of them again 1 on average."""
     inside = torch.zeros_like(before.targeted)
     for name in names:
         inside |= _inside(before, name)
@@ -89,7 +79,7 @@ def raised(before: SampleResults, names: Collection[str], factor: float) -> Samp
 
 
 def normalised(before: SampleResults) -> SampleResults:
-    """The evidence with weights of targets that are 1 on average, and of other failures 1."""
+    """The results with weights of targets that are 1 on average, and of other failures 1."""
     targeted = before.targeted
     mean = before.weight[targeted].mean() if targeted.any() else 1.0
     weight = torch.where(targeted, before.weight / mean, torch.where(before.passed, before.weight, 1.0))

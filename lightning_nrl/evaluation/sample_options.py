@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from lightning_nrl.data import Source, Target
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import Quota, checked_quotas
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -54,8 +52,7 @@ class Focal:
     gamma: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.gamma, Real) and math.isfinite(self.gamma) and self.gamma >= 0):
-            raise ConfigurationError(f"`Focal.gamma={self.gamma!r}` is out of range.", "give a finite number from 0.")
+        check_real("Focal.gamma", self.gamma, "exponent", "give a finite number from 0.", least=0)
 
     def weigh(self, results: SampleResults) -> Tensor:
         """`N` float64, above 0 wherever the loss is."""
@@ -113,7 +110,7 @@ class SampleOptions:
                 )
 
     def columns(self) -> SampleOptions:
-        """What of it is said by columns of batches, for a look at a few samples."""
+        """What of it is said by columns of batches, for a check on a few samples."""
         names = ("importance", "protected", "set_aside")
         own = {name: getattr(self, name) for name in names if self._is_column(name, getattr(self, name))}
         return SampleOptions(slices=self.slices, **own)

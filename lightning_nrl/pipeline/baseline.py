@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
-from lightning_nrl.evaluation.label_issues import find_label_issues
+from lightning_nrl.evaluation.neighbors import find_label_issues
 from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.pipeline.calibration_bounds import Groups, groups_of
 from lightning_nrl.pipeline.held_out import HeldOut, evaluate_held_out
