@@ -1,8 +1,8 @@
-"""Limits on what an accepted repair breaks in data to come, from calibration data that may have chosen its strength."""
+"""Upper limits on what an accepted repair breaks in data to come, from calibration data that may choose strength."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,8 @@ class Groups:
 
     Attributes:
         names: of the slices.
-        calibration: `N` int64, a number for each calibration sample; -1: in none.
-        repair: `M` int64, likewise for each sample of the data whose failures may be repaired.
+        calibration: `N` int64, the slice of each calibration sample, by its place among `names`; -1: in none.
+        repair: `M` int64, likewise for the known samples of the data whose failures may be repaired.
     """
 
     names: tuple[str, ...]
@@ -38,97 +38,79 @@ class Groups:
 
 
 def groups_of(known: Sequence[Source], before: SampleResults, calibration: SampleResults, settings: Settings) -> Groups:
-    """The slices of calibration and of repair data.
-
-    Args:
-        known: all known sources; those marked `failed` are the repair data.
-        before: the original model on them.
-        calibration: likewise on calibration data.
-        settings: whether slices are told apart, and which mix of them is expected.
+    """The slices of calibration data and of the known data whose failures may be repaired.
 
     Raises:
         ConfigurationError: the expected mix is not about the slices of the calibration data.
     """
-    failed = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
+    tables = (calibration, before)
     if settings.samples.slices is not None:
         names = tuple(sorted({*calibration.names, *before.names}))
-        here, there = (renumbered(table.names, table.group, names) for table in (calibration, before))
+        numbers = [renumbered(table.names, table.group, names) for table in tables]
     else:
-        classes = torch.cat([calibration.label, before.label]).unique()
+        classes = torch.cat([table.label for table in tables]).unique()
         classes = classes[classes >= 0]
         names = tuple(map(str, classes.tolist()))
-        here, there = (_classes(table.label, classes) for table in (calibration, before))
-    found = Groups(names, here, there[failed])
+        numbers = [_class_numbers(table.label, classes) for table in tables]
+    repairable = torch.cat([torch.full((len(source.index),), source.failed) for source in known])
+    groups = Groups(names, numbers[0], numbers[1][repairable])
     if settings.bounds.mix is not None:
-        _check_mix(found, calibration, _mix(settings))
-    return found
+        # Before the repair, whose work would be lost if it came to light at the end.
+        nothing_broken = torch.zeros_like(calibration.passed)
+        try:
+            weighted_bound(_slice_bounds(groups, nothing_broken, calibration.passed, 0.95), _mix(settings))
+        except ConfigurationError as error:
+            raise ConfigurationError(str(error).replace("`shares`", "`mix`")) from error
+    return groups
 
 
 def bounds_after(
     before: SampleResults, after: SampleResults, groups: Groups, selection: Selection, settings: Settings
 ) -> CalibrationBounds:
-    """The limits that hold of the accepted model.
+    """The limits that hold of the accepted model, from both models' results on calibration data.
 
     The one on all samples is that of `limit_after`. Those of slices, all together, and that under a mix hold for each
     set of weights that might have been chosen: each of C has the C-th part of what may fail (Bonferroni).
-
-    Args:
-        before: the original model on calibration data.
-        after: the accepted one.
-        groups: the slices.
-        selection: what say the calibration data had.
-        settings: the confidence, the slices and the mix.
     """
-    flips = Flips.between(before, after)
-    counts = flips.counts()
-    sure = 1 - (1 - settings.bounds.confidence) / selection.states
-    passed = flips.kept | flips.broken
-    slices = _slices(groups, flips.broken, passed, sure) if groups.names else None
-    shown = slices is not None and (settings.samples.slices is not None or settings.bounds.mix is not None)
-    weighted = (
-        weighted_bound(slices, _mix(settings), sure).upper if slices is not None and settings.bounds.mix else None
-    )
+    flips, options = Flips.between(before, after), settings.bounds
+    counts, confidence = flips.counts(), 1 - (1 - options.confidence) / selection.states
+    limits: tuple[SliceLimit, ...] = ()
+    weighted: float | None = None
+    if groups.names and (settings.samples.slices is not None or options.mix is not None):
+        slices = _slice_bounds(groups, flips.broken, flips.kept | flips.broken, confidence)
+        limits = tuple(SliceLimit(str(name), b.broken, b.n, b.upper) for name, b in slices.bounds.items())
+        weighted = weighted_bound(slices, _mix(settings), confidence).upper if options.mix else None
     return CalibrationBounds(
         broken=counts.broken,
         n=counts.passed,
-        confidence=settings.bounds.confidence,
-        upper=limit_after(counts.broken, counts.passed, selection, settings.bounds.confidence),
+        confidence=options.confidence,
+        upper=limit_after(counts.broken, counts.passed, selection, options.confidence),
         states=selection.states,
         allowed=selection.allowed,
-        slices=tuple(SliceLimit(str(name), b.broken, b.n, b.upper) for name, b in slices.bounds.items())
-        if slices is not None and shown
-        else (),
+        slices=limits,
         mix=None if weighted is None else {str(name): share for name, share in _mix(settings).items()},
         weighted=weighted,
-        warning=_warning(groups),
+        warning=_mix_warning(groups),
     )
 
 
-def _check_mix(groups: Groups, calibration: SampleResults, mix: Mapping[Name, float]) -> None:
-    """Before the repair, whose work would be lost if it came to light at the end."""
-    nothing = torch.zeros_like(calibration.passed)
-    try:
-        weighted_bound(_slices(groups, nothing, calibration.passed, 0.95), mix)
-    except ConfigurationError as error:
-        raise ConfigurationError(str(error).replace("`shares`", "`mix`")) from error
+def _slice_bounds(groups: Groups, broken: Tensor, passed: Tensor, confidence: float) -> SliceBounds:
+    """Of the slices that calibration samples are in; `broken` and `passed` are `N` bool."""
+    members = {name: groups.calibration == number for number, name in enumerate(groups.names)}
+    n_broken: dict[Name, int] = {name: int((broken & own).sum()) for name, own in members.items() if own.any()}
+    n_passed: dict[Name, int] = {name: int((passed & own).sum()) for name, own in members.items() if own.any()}
+    return SliceBounds.of(n_broken, n_passed, confidence)
 
 
-def _slices(groups: Groups, broken: Tensor, passed: Tensor, confidence: float) -> SliceBounds:
-    rows = {name: groups.calibration == i for i, name in enumerate(groups.names)}
-    there = {name: own for name, own in rows.items() if own.any()}
-    bad: dict[Name, int] = {name: int((broken & own).sum()) for name, own in there.items()}
-    right: dict[Name, int] = {name: int((passed & own).sum()) for name, own in there.items()}
-    return SliceBounds.of(bad, right, confidence)
+def _mix_warning(groups: Groups) -> str:
+    """What there is to say of calibration and repair data that mix slices otherwise; empty if nothing."""
+    calibration, repair = (
+        [groups.names[i] for i in own[own >= 0].tolist()] for own in (groups.calibration, groups.repair)
+    )
+    return check_mix(calibration, repair).warning if calibration and repair else ""
 
 
-def _warning(groups: Groups) -> str:
-    here, there = (group[group >= 0].tolist() for group in (groups.calibration, groups.repair))
-    if not here or not there:
-        return ""
-    return check_mix([groups.names[i] for i in here], [groups.names[i] for i in there]).warning
-
-
-def _classes(label: Tensor, classes: Tensor) -> Tensor:
+def _class_numbers(label: Tensor, classes: Tensor) -> Tensor:
     """Each label's place among ascending classes; -1 where the task has none."""
     return torch.where(label < 0, -1, torch.searchsorted(classes, label.contiguous()))
 

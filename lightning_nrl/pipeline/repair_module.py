@@ -145,7 +145,7 @@ def _repair(problem: Problem, builder: ReportBuilder) -> Outcome:
         reason = solution.reason or "the search found nothing better than the original weights."
         return Outcome(builder.without_candidate("not repaired", reason))
     result = _search_strength(problem, patch, proposal, builder)
-    builder = builder.at(result)
+    builder = replace(builder, line_search=result)
     if result.chosen is None:
         reason = f"no strength keeps within the limit ({settings.limit})."
         return Outcome(builder.without_candidate("not repaired", reason))
@@ -220,8 +220,7 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
 
 def _changes(old: State, new: State) -> Tensor:
     """What was added to each weight that differs, on the CPU."""
-    changes = [(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new]
-    change = torch.cat(changes)
+    change = torch.cat([(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new])
     return change[change != 0].float()
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
@@ -34,7 +32,6 @@ from lightning_nrl.report import (
     Hashes,
     RepairReport,
     Role,
-    SetAside,
     SliceReport,
     SplitReport,
     Status,
@@ -77,17 +74,11 @@ class ReportBuilder:
         scored = n_passed if solution.n_passed is None else solution.n_passed
         return replace(self, solution=solution, n_passed=scored)
 
-    def at(self, result: LineSearchResult) -> ReportBuilder:
-        """After the choice of a strength."""
-        return replace(self, line_search=result)
-
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
-        old = self._layers()
+        old = {name: value for site in self.space.sites for name, value in site.parameters.items()}
         layers, model = hash_tensors(old), self._hash_model({})
-        hashes = Hashes(layers, layers, model, model)
-        slices = self._slices()
-        return self._report(status, reason, self._splits(), update=self._updates(), hashes=hashes, slices=slices)
+        return self._report(status, reason, NOTHING, hashes=Hashes(layers, layers, model, model))
 
     def with_candidate(
         self,
@@ -109,15 +100,14 @@ class ReportBuilder:
         old = {name: value for name, value in self.evaluator.model.state_dict().items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
-        candidate = self._splits(after, held_out)
+        results: Mapping[Role, SampleResults] = {"known": after, **held_out}
+        refused = [split for split in self._splits(results) if split.role == "known" and not verdict.accepted]
         return self._report(
             verdict.status,
             verdict.reason,
-            candidate if verdict.accepted else self._splits(),
-            layers=_layers(new),
-            candidate=() if verdict.accepted else tuple(split for split in candidate if split.role == "known"),
-            update=self._updates(after, held_out) if verdict.accepted else self._updates(),
-            slices=self._slices(after, held_out if verdict.accepted else NOTHING),
+            results if verdict.accepted else NOTHING,
+            layers=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in new)),
+            candidate=tuple(refused),
             change=weight_change(old, new),
             bounds=bounds,
             hashes=Hashes(before[0], now[0], before[1], now[1]),
@@ -127,30 +117,30 @@ class ReportBuilder:
         self,
         status: Status,
         reason: str,
-        splits: tuple[SplitReport, ...],
+        after: Mapping[Role, SampleResults],
         layers: tuple[str, ...] = (),
-        update: tuple[UpdateSplit, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        found = self.solution or Solution(None)
-        reason = f"{reason} {update_text(update)}".rstrip()
+        """The report, with what the model does on all data after the repair; nothing where the weights stay."""
+        found, update = self.solution or Solution(None), self._updates(after)
+        n_failed = int(self.baseline.known.targeted.sum())
+        why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
         return RepairReport(
             status=status,
-            reason=reason,
+            reason=f"{reason} {update_text(update)}".rstrip(),
             layers=layers or tuple(site.name or type(site.module).__name__ for site in self.space.sites),
             target=str(self.settings.target),
             gate=str(self.settings.gate),
             task=str(self.evaluator.task),
-            splits=splits,
+            splits=self._splits(after),
+            slices=self._slices(after),
             update=update,
             localization=None if found.localization is None else localization_report(found.localization),
-            search=None
-            if found.result is None
-            else search_report(found.result, int(self.baseline.known.targeted.sum()), self.n_passed),
+            search=None if found.result is None else search_report(found.result, n_failed, self.n_passed),
             steps=found.steps,
             strength=self.line_search.path,
             chosen_strength=self.line_search.chosen,
-            set_aside=self._set_aside(),
+            set_aside=set_aside_samples(self.baseline.known, self.baseline.set_aside, why),
             leaked=self.baseline.leaked,
             seed=self.settings.seed,
             seconds=dict(self.seconds),
@@ -158,53 +148,34 @@ class ReportBuilder:
             **rest,
         )
 
-    def _splits(
-        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
-    ) -> tuple[SplitReport, ...]:
-        before = self.baseline.known
-        known = [split_report(split, "known", before, after) for split in before.splits]
-        others = [
-            split_report(split, role, data.before, held_out.get(role))
-            for role, data in self.baseline.held_out.items()
-            for split in data.before.splits
-        ]
-        return (*known, *others)
+    @property
+    def _before(self) -> dict[Role, SampleResults]:
+        """What the original model does, known data first."""
+        return {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
 
-    def _slices(
-        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
-    ) -> tuple[SliceReport, ...]:
-        before = self.baseline.known
-        quotas = needed(before, self.settings.samples.quotas or {})[0]
-        known = slice_reports("known", before, after, quotas)
-        others = [slice_reports(role, data.before, held_out.get(role)) for role, data in self.baseline.held_out.items()]
-        return tuple(one for part in (known, *others) for one in part)
-
-    def _set_aside(self) -> tuple[SetAside, ...]:
-        why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
-        return set_aside_samples(self.baseline.known, self.baseline.set_aside, why)
-
-    def _updates(
-        self, after: SampleResults | None = None, held_out: Mapping[Role, SampleResults] = NOTHING
-    ) -> tuple[UpdateSplit, ...]:
-        update = self.baseline.update
-        if update is None:
-            return ()
-        before = {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
-        now = {"known": after, **held_out}
+    def _splits(self, after: Mapping[Role, SampleResults]) -> tuple[SplitReport, ...]:
         return tuple(
-            update_split(split, role, old, before[role], now.get(role))
-            for role, old in update.answers.items()
-            for split in old.splits
+            split_report(split, role, before, after.get(role))
+            for role, before in self._before.items()
+            for split in before.splits
         )
 
-    def _layers(self) -> dict[str, Tensor]:
-        return {name: value for site in self.space.sites for name, value in site.parameters.items()}
+    def _slices(self, after: Mapping[Role, SampleResults]) -> tuple[SliceReport, ...]:
+        quotas = needed(self.baseline.known, self.settings.samples.quotas or {})[0]
+        return tuple(
+            report
+            for role, before in self._before.items()
+            for report in slice_reports(role, before, after.get(role), quotas if role == "known" else {})
+        )
+
+    def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
+        update = self.baseline.update
+        return tuple(
+            update_split(split, role, old, self._before[role], after.get(role))
+            for role, old in (update.answers.items() if update is not None else ())
+            for split in old.splits
+        )
 
     def _hash_model(self, changed: State) -> str:
         """Of the whole state dict with some tensors changed."""
         return hash_tensors({**self.evaluator.model.state_dict(), **changed})
-
-
-def _layers(state: State) -> tuple[str, ...]:
-    """Dotted names of the layers that a state changes, in order; the model itself has no name."""
-    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in state))

@@ -37,13 +37,7 @@ __all__ = [
 
 
 def split_report(split: str, role: Role, before: SampleResults, after: SampleResults | None = None) -> SplitReport:
-    """Counts what became of the samples of one split.
-
-    Args:
-        split: the name of a split that both tables have.
-        role: what was allowed to look at it.
-        before: the original model; its `targeted` marks I_neg.
-        after: the model after the repair; None if its weights are unchanged.
+    """Counts what became of the samples of one split that both tables have; without `after` the weights are unchanged.
 
     Raises:
         EvaluationError: the tables are not about the same samples in the same order.
@@ -62,18 +56,7 @@ def split_report(split: str, role: Role, before: SampleResults, after: SampleRes
 def update_split(
     split: str, role: Role, old: SampleResults, trained: SampleResults, now: SampleResults | None = None
 ) -> UpdateSplit:
-    """Counts one split of an update.
-
-    Args:
-        split: its name.
-        role: what was allowed to look at it.
-        old: what the replaced model does.
-        trained: what the new one does as training left it.
-        now: what it does now; None if its weights are unchanged.
-
-    Raises:
-        EvaluationError: the tables are not about the same samples in the same order.
-    """
+    """Counts one split of an update: the replaced model, the new one as training left it, and as it is now."""
     first = split_report(split, role, old, trained)
     return UpdateSplit(first, first if now is None else split_report(split, role, old, now))
 
@@ -92,14 +75,7 @@ def update_text(splits: Sequence[UpdateSplit]) -> str:
 def slice_reports(
     role: Role, before: SampleResults, after: SampleResults | None = None, quotas: Mapping[str, int] | None = None
 ) -> tuple[SliceReport, ...]:
-    """Counts what became of the samples of each slice; samples in no slice are left out.
-
-    Args:
-        role: of the data.
-        before: the original model, with slices; its `targeted` marks I_neg.
-        after: the model after the repair; None if its weights are unchanged.
-        quotas: by slice.
-    """
+    """Counts what became of the samples of each slice; samples in no slice are left out."""
     flips = Flips.between(before, before if after is None else after)
     return tuple(
         SliceReport(name, role, flips.target_counts(before.targeted, before.group == number), (quotas or {}).get(name))
