@@ -74,14 +74,7 @@ def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int
 
 @rank_zero_only
 def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, what: str) -> None:
-    """Writes numbers to every logger, on rank zero.
-
-    Args:
-        numbers: by tag.
-        loggers: any number of any kind. One that raises is warned of and left, the others go on.
-        step: the global step of training.
-        what: they are of, for the warning.
-    """
+    """Writes numbers by tag to every logger, on rank zero; `what` they are of is for the warning."""
 
     def write(logger: Logger) -> None:
         logger.log_metrics(numbers, step=step)

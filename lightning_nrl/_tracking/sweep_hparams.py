@@ -35,11 +35,7 @@ def track_sweep(
 ) -> None:
     """Writes a sweep to the HParams tab of every TensorBoard logger, on rank zero; other loggers have no such thing.
 
-    Args:
-        result: the sweep.
-        loggers: such as `trainer.loggers`. One that raises is warned of and left, the others go on.
-        each: what becomes a row: a `setting`, by the means of its runs, or every `run`.
-        name: the first part of every tag, and of the names of the sub-runs.
+    A row is a `setting`, by the means of its runs, or every `run`. `name` is the first part of every tag and sub-run.
     """
     rows = sweep_rows(result, each, name)
     for logger in loggers:

@@ -23,17 +23,10 @@ FIRST = ("accepted", "known_repaired_in_target", "known_broken", "unseen_repaire
 def write_extras(
     report: RepairReport, writer: SummaryWriter, *, step: int, change: Tensor | None, name: str = "repair"
 ) -> None:
-    """Writes what only TensorBoard shows.
+    """Writes what only TensorBoard shows, for a writer of the run in which the scalars are; arguments as of `track`.
 
     Layout and hyperparameters go to a sub-run: TensorBoard reads but one of each from a run, and training may have its
     own. Layouts of several runs are shown together; of hyperparameters only the columns of the first run that has any.
-
-    Args:
-        report: the account of the repair.
-        writer: of the run in which the scalars are.
-        step: the global step of training.
-        change: the change of every searched weight; None if there was no candidate.
-        name: the first part of every tag, and the name of the sub-run.
     """
     writer.add_text(f"{name}/report", report.to_markdown(), step)
     if change is not None and change.numel():

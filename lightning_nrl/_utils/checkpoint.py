@@ -16,14 +16,10 @@ __all__ = ["fitting", "read_state"]
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """The state dict of a module, inside a checkpoint, or in a file.
-
-    Args:
-        argument: its name, for messages.
-        given: a module, a state dict, a Lightning checkpoint as a dict, or the path of one of the last two.
+    """The state dict of a module, inside a checkpoint, or in a file, which is read without running code of its own.
 
     Raises:
-        ConfigurationError: the file cannot be read without running code of its own, or holds something else.
+        ConfigurationError: the file cannot be read, or holds something else.
     """
     if isinstance(given, nn.Module):
         return given.state_dict()
@@ -50,13 +46,7 @@ OTHERWISE = "the module itself where another architecture will do"
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
-    """Tensors in the dtypes and on the device of a model's own.
-
-    Args:
-        argument: what they were given as.
-        new: the tensors by name.
-        model: has the names and shapes.
-        otherwise: what else might be given, for the hint.
+    """Tensors in the dtypes and on the device of a model's own; `otherwise` says for the hint what else might be given.
 
     Raises:
         ConfigurationError: a tensor is missing, has another shape, or is not in the model.

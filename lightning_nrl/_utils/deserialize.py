@@ -25,11 +25,7 @@ LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads what `to_plain` gives of a dataclass.
-
-    Args:
-        kind: the dataclass, of dataclasses, tuples, sequences, mappings, literals, optionals, text and numbers.
-        data: plain values; a null or NaN in place of a number is NaN.
+    """Reads what `to_plain` gives of a dataclass; a null or NaN in place of a number is NaN.
 
     Raises:
         ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest.
@@ -38,11 +34,7 @@ def from_plain(kind: type[T], data: object) -> T:
 
 
 def parse_json(text: str) -> Any:
-    """Plain values of strict JSON: no key twice in an object, no NaN or Infinity.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """Plain values of strict JSON: no key twice in an object, no NaN or Infinity (else a `ConfigurationError`)."""
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:

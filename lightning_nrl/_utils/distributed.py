@@ -40,9 +40,8 @@ class Collective:
     def current(cls, device: torch.device) -> Collective:
         """The default process group if there is one, else a single process.
 
-        Args:
-            device: the model's. Tensors are exchanged there, except where the group cannot take them (gloo, MPI;
-                MPS, for which there is no backend): then on the CPU.
+        Tensors are exchanged on the model's device, except where the group cannot take them (gloo, MPI; MPS, for which
+        there is no backend): then on the CPU.
         """
         if not (dist.is_available() and dist.is_initialized()):
             return cls(device=device)
@@ -90,18 +89,11 @@ class Collective:
         return next(filter(None, texts), "")
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
-        """What work gives on this rank. If one rank fails all do, so that none waits for ever.
+        """What work gives on this rank; it exchanges nothing. If one rank fails all do, so that none waits for ever.
 
         They fail in one way, so that all go on where the error is caught: an error of this package is raised on every
-        rank. Where a rank has any other error, each raises its own, and those without one an `OtherRankError`.
-
-        Args:
-            work: exchanges nothing.
-            failed: what to say where another rank failed.
-
-        Raises:
-            OtherRankError: another rank failed, and not with an error of this package.
-            Exception: whatever work raises on this rank.
+        rank. Where a rank has any other error, each raises its own, and those without one an `OtherRankError` that says
+        what `failed`.
         """
         error: Exception | None = None
         try:

@@ -13,13 +13,9 @@ __all__ = ["hash_tensors"]
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, the same on every device and in every order of the names.
+    """SHA-256 in hexadecimal digits over names, dtypes, shapes and bytes of the tensors of a state dict.
 
-    Args:
-        tensors: such as a state dict; what is no tensor in it is left out. Strides do not matter.
-
-    Returns:
-        64 hexadecimal digits.
+    It is the same on every device, in every order of the names and with any strides; what is no tensor is left out.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):

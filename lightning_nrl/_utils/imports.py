@@ -15,12 +15,9 @@ ADDRESS_HINT = "write `package.module:function`, with a module that Python can i
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that an argument stands for.
+    """The function that an argument stands for: itself, or that at its address, as text.
 
-    Args:
-        argument: its name.
-        value: a function, which is given back, or its address, `package.module:function` or with a dot for the colon;
-            what follows a colon may reach into a class.
+    An address is `package.module:function`, or with a dot for the colon; what follows a colon may reach into a class.
 
     Raises:
         ConfigurationError: there is no such function.

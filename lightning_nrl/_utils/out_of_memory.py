@@ -24,10 +24,8 @@ def none_if_out_of_memory(
 ) -> T | None:
     """What `work` gives; None if memory ran out, after what torch holds unused has been given back to the device.
 
-    Args:
-        work: what may not fit.
-        last_try: whether running out of memory is an error after all.
-        free_cache: gives it back; None: `torch.cuda.empty_cache`, where CUDA is in use.
+    That is done by `torch.cuda.empty_cache`, where CUDA is in use, or by `free_cache`. In the `last_try` running out of
+    memory is an error after all.
     """
     try:
         return work()

@@ -41,8 +41,7 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
 def repeatable_gradients(model: nn.Module | None = None) -> Iterator[None]:
     """The same gradients in every run: cuDNN's faster kernels add in any order.
 
-    Args:
-        model: in evaluation mode, where cuDNN has no gradients of recurrent layers: one with such layers does without.
+    In evaluation mode cuDNN has no gradients of recurrent layers, so a `model` with such layers does without it.
     """
     cudnn: Any = torch.backends.cudnn
     recurrent = model is not None and any(isinstance(module, nn.RNNBase) for module in model.modules())

@@ -64,12 +64,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
-    """Brings modules into training or evaluation mode, each by its own `train()`, where it is in the other one.
-
-    Args:
-        modules: outer ones before inner ones, as `nn.Module.modules` gives them.
-        flags: what `training` is to be.
-    """
+    """Brings modules, outer ones first, into training or evaluation mode, each by its own `train()` where it is not."""
     for module, training in zip(modules, flags, strict=True):
         if module.training != training:
             module.train(training)
@@ -105,12 +100,7 @@ def random_state() -> Iterator[None]:
 
 
 class _TensorSnapshot:
-    """The parameters or the buffers of one module, without those of its children, and a copy of their values.
-
-    Args:
-        tensors: by name, as the module holds them.
-        is_copied: which ones may be written to.
-    """
+    """The parameters or the buffers of one module, without those of its children, and a copy of their values."""
 
     def __init__(self, tensors: dict[str, Any], is_copied: Callable[[Tensor], bool]) -> None:
         self._tensors = tensors

@@ -37,11 +37,7 @@ class Record(Derives):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Reads what `to_json` gives; a null in place of a number is NaN.
-
-        Raises:
-            ConfigurationError: as of `from_dict`, or it is no strict JSON.
-        """
+        """Reads what `to_json` gives; a null in place of a number is NaN. Raises what `from_dict` does."""
         return from_plain(cls, parse_json(text))
 
 

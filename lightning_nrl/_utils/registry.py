@@ -45,12 +45,8 @@ class Registry(Generic[T]):
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
         """A decorator that gives a class or a function a name; as a call, `register(name)(factory)`.
 
-        Args:
-            name: not taken yet.
-            forms: how it is written where text says more than the name, such as `tolerance:1%`.
-
-        Raises:
-            ValueError: the name is taken.
+        `forms` are how it is written where text says more than the name, such as `tolerance:1%`. A `ValueError` if the
+        name is taken.
         """
 
         def add(factory: Factory) -> Factory:
@@ -76,11 +72,7 @@ class Registry(Generic[T]):
         return (*self._forms, *(form for other in self._include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
-        """What makes the object of a name.
-
-        Raises:
-            ConfigurationError: the name is unknown; the nearest is given.
-        """
+        """What makes the object of a name; for an unknown one a `ConfigurationError` with the nearest."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
@@ -88,10 +80,6 @@ class Registry(Generic[T]):
 
     def parse(self, argument: str, value: Any) -> T:
         """The object of a name, with its default settings; an object is given back as it is.
-
-        Args:
-            argument: what the value was given as, for messages.
-            value: a name or an object.
 
         Raises:
             ConfigurationError: the name is unknown (the nearest is given), or the value is no such object.
@@ -103,12 +91,7 @@ class Registry(Generic[T]):
         return made
 
     def unreadable(self, found: str, name: str) -> ConfigurationError:
-        """The error for text that says more than a name and cannot be read.
-
-        Args:
-            found: the argument and its value, for the message.
-            name: the part of the text that should be a name.
-        """
+        """The error for text (`found`: argument and value) that says more than a `name` and cannot be read."""
         near = difflib.get_close_matches(name, tuple(self), n=1)
         meant = f", did you mean {near[0]!r}?" if near and near[0] != name else "."
         return ConfigurationError(

@@ -32,10 +32,8 @@ def device_of(model: nn.Module) -> torch.device:
 def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
     """The tensors of a state that differ from the live ones; a tensor under several names comes under each of them.
 
-    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU.
-
-    Raises:
-        ConfigurationError: a name is not in the model, or has another shape there.
+    The state may lie elsewhere than the model: after a fit on a GPU, Lightning moves the model to the CPU. A
+    `ConfigurationError` where a name is not in the model, or has another shape there.
     """
     live = _checked(model, state)
     pairs = ((live[name], value) for name, value in state.items())
@@ -47,11 +45,8 @@ def changed(model: nn.Module, state: State) -> dict[str, Tensor]:
 def holding(model: nn.Module, state: State) -> Iterator[None]:
     """Inside, the model runs with these tensors; afterwards with its own again, the very same objects.
 
-    A tensor that several modules share is replaced in all of them. `torch.func.functional_call` would leave new
-    weights behind in a layer that the model holds under two names.
-
-    Raises:
-        ConfigurationError: a name is not in the model, or has another shape there.
+    A tensor that several modules share is replaced in all of them. `torch.func.functional_call` would leave new weights
+    behind in a layer that the model holds under two names. Raises what `changed` does.
     """
     live = _checked(model, state)
     new = {id(live[name]): value for name, value in state.items()}
@@ -72,11 +67,7 @@ def holding(model: nn.Module, state: State) -> Iterator[None]:
 
 @torch.no_grad()
 def write(model: nn.Module, state: State) -> None:
-    """Copies tensors into the model for good.
-
-    Raises:
-        ConfigurationError: a name is not in the model, or has another shape there; nothing was written.
-    """
+    """Copies tensors into the model for good, or none of them where `changed` would raise."""
     live = _checked(model, state)
     for name, value in state.items():
         live[name].copy_(value)
@@ -84,13 +75,10 @@ def write(model: nn.Module, state: State) -> None:
 
 @torch.no_grad()
 def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
-    """The state at a strength t from old (0) to new (1), and beyond: old + t (new - old).
+    """The state at a strength t from old (0) to new (1), and beyond: old + t (new - old), by the names of `new`.
 
-    Args:
-        old: has at least the names of `new`.
-        new: the names that come out. What is not floating point, such as a count of batches, is that of `new` from
-            t = 1/2 on. Variances of batch norm stay at or above 0.
-        strength: t. At 0 and 1 the tensors are, bit for bit, those of `old` and `new`.
+    At 0 and 1 the tensors are, bit for bit, those of `old` and `new`. What is not floating point, such as a count of
+    batches, is that of `new` from t = 1/2 on. Variances of batch norm stay at or above 0.
     """
     if strength in (0.0, 1.0):
         return {name: (new if strength else old)[name] for name in new}

@@ -24,22 +24,14 @@ class Line(NamedTuple):
     values: dict[str, str]
 
     def whole_number(self, column: str) -> int:
-        """The value of a column as a whole number from 0 to 2^63 - 1.
-
-        Raises:
-            ConfigurationError: it is none.
-        """
+        """The value of a column as a whole number from 0 to 2^63 - 1; else a `ConfigurationError`."""
         text = self.values[column].strip(" ")
         if not WHOLE_NUMBER.fullmatch(text) or int(text) > LARGEST_INT64:
             raise self.refused(f"`{column}` is {text[:40]!r}, not a whole number from 0 on")
         return int(text)
 
     def flag(self, column: str) -> bool:
-        """The value of a column that is 0 or 1.
-
-        Raises:
-            ConfigurationError: it is neither.
-        """
+        """The value of a column that is 0 or 1; else a `ConfigurationError`."""
         text = self.values[column].strip(" ")
         if text not in ("0", "1"):
             raise self.refused(f"`{column}` is {text[:40]!r}, neither 0 nor 1")
@@ -53,13 +45,13 @@ class Line(NamedTuple):
 def read_csv(
     argument: str, path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), comment: str = ""
 ) -> Iterator[Line]:
-    """Reads a CSV file with a header, line by line; empty lines are left out.
+    """Reads a CSV file in UTF-8 with a header, line by line; empty lines are left out.
 
     A value never spans lines, so that a stray quote costs the line that it is in and not those behind it.
 
     Args:
         argument: what the file was given as.
-        path: of the file, in UTF-8.
+        path: of the file.
         columns: that must be there.
         optional: columns that may be there; where they are not, their value is empty. Further columns are ignored.
         comment: how a first line begins that is no part of the table.

@@ -36,9 +36,8 @@ class Deadline:
     """When work has to be over. Ranks ask in step and all get one answer, so that none goes on alone.
 
     Attributes:
-        end: that time, in seconds of the clock; infinite where there is no limit, and then nothing is exchanged.
+        end: in seconds of the clock `now`; infinite where there is no limit, and then nothing is exchanged.
         collective: the ranks that work together.
-        now: the clock.
     """
 
     end: float = math.inf
@@ -82,9 +81,7 @@ class StageTimer:
     """Seconds spent in each stage, in the order of the stages; passes on to an observer what it should know.
 
     Args:
-        observer: is told how it goes.
         max_time: seconds that the whole repair may take from now on; None: as long as it takes.
-        now: the clock.
 
     Attributes:
         seconds: wall time by stage; a stage that is entered again adds to its own.

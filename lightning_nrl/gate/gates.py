@@ -159,11 +159,7 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
 
 
 def read_number(text: str) -> int | float:
-    """A whole number, or a share, also in percent.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A whole number, or a share, also in percent; else a `ValueError`."""
     if text.endswith("%"):
         return float(Fraction(text[:-1].strip()) / 100)
     return int(text) if text.lstrip("+-").isdigit() else float(text)

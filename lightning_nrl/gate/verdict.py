@@ -53,16 +53,14 @@ def judge(
     """Judges a candidate by what became of all known samples, whether or not the search was scored on them.
 
     A candidate that repairs no targeted sample is not accepted, whatever else it repairs: it does not do what it was
-    made for, and every change of weights is a risk on unseen data.
+    made for, and every change of weights is a risk on unseen data. The verdict is the same on every rank if the tables
+    are.
 
     Args:
         before: the original model on all known data; its `targeted` marks what was to be repaired.
         after: the candidate on the same data, from a real forward pass of the deployed module.
         gate: how many known samples may break. One that counts for several counts as so many; a protected one may not.
         needed: how many targets of a slice must be repaired, by its name.
-
-    Returns:
-        The verdict, the same on every rank if the tables are.
 
     Raises:
         EvaluationError: the tables are not about the same samples in the same order.

@@ -241,24 +241,16 @@ def choose_share(
 
 
 def check_share(share: object, argument: str = "share") -> None:
-    """Refuses what is no number from 0 to 1.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """A `ConfigurationError` for what is no number from 0 to 1."""
     fits = isinstance(share, Real) and not isinstance(share, bool) and 0 <= share <= 1  # type: ignore[operator]
     check_kind(argument, share, fits, "share", "a number from 0 to 1")
 
 
 def alignment(old: State, new: nn.Module) -> float:
-    """The cosine of the angle between the weights of two models, in [-1, 1].
+    """The cosine of the angle between the weights of two models, a state and a module, in [-1, 1].
 
-    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models. It is
-    1 for a copy, and about 0 for two models that began at different random weights.
-
-    Args:
-        old: the state of one; has the names of the other.
-        new: the other.
+    Of parameters with two dimensions or more: those with one, such as scales of norms, are alike in all models. It is 1
+    for a copy, and about 0 for two models that began at different random weights.
     """
     sums = []
     for name, weight in new.named_parameters():

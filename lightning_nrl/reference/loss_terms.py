@@ -170,11 +170,7 @@ class MarginHinge(Term):
 
 
 def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
-    """Terms from what a user may write: names, terms, or several of them.
-
-    Raises:
-        ConfigurationError: none, an unknown name, two of one name, or something else.
-    """
+    """Terms from names, terms, or several; a `ConfigurationError` for none, two of one name, or something else."""
     given: list[Any] = list(term) if isinstance(term, (list, tuple)) else [term]
     terms = tuple(TERMS.parse("term", one) for one in given)
     names = [one.name for one in terms]

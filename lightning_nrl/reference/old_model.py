@@ -97,11 +97,7 @@ class OldModel:
         return answer
 
     def weights(self, model: nn.Module) -> State:
-        """Its state dict; of weights alone in the dtypes and on the device of a model of the same architecture.
-
-        Raises:
-            ConfigurationError: the weights cannot be read, or do not fit the model.
-        """
+        """Its state dict; of weights alone in the dtypes and on the device of a model of the same architecture."""
         if isinstance(self.model, nn.Module):
             return self.model.state_dict()
         return fitting("reference", read_state("reference", self.model), model)
@@ -122,11 +118,7 @@ class OldModel:
 
 
 def parse_reference(reference: Any) -> Reference | None:
-    """A reference from what a user may write: a path, a module, a state dict, predictions, or nothing.
-
-    Raises:
-        ConfigurationError: it is none of these, or the file is not there.
-    """
+    """A reference from what a user may write: a path, a module, a state dict, predictions, or nothing."""
     if reference is None or (isinstance(reference, Reference) and not isinstance(reference, type)):
         return reference
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".csv":
@@ -151,11 +143,7 @@ class _Adapted:
 
 
 def table_of(classes: Classes | None) -> dict[int, int] | None:
-    """Old class numbers to new ones.
-
-    Raises:
-        ConfigurationError: `classes` is no mapping, or two old classes are one new class.
-    """
+    """Old class numbers to new ones; a `ConfigurationError` if two old classes are one new class."""
     if classes is None:
         return None
     if isinstance(classes, Mapping):

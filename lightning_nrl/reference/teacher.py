@@ -31,7 +31,7 @@ class ReferenceTeacher:
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
-        """The answers for `n` samples.
+        """The answers for the `n` samples of a batch.
 
         Args:
             args: what the new model was called with.
@@ -39,26 +39,18 @@ class ReferenceTeacher:
             target: the truth.
             raw: the batch as the data loader gave it.
             like: the new model's logits, first dimension `n`.
-
-        Raises:
-            ConfigurationError: the replaced model or the index does not fit the batch.
         """
         raise NotImplementedError
 
 
 class ModelTeacher(ReferenceTeacher):
-    """Runs the replaced model, in evaluation mode and without gradients.
+    """Runs the replaced model, on the device of the new one, in evaluation mode and without gradients.
 
     Args:
-        model: on the device of the new one.
-        task: what passed means.
         adapter: takes a raw batch apart for it; None: it gets the inputs that the new model got.
         classes: which of its classes are which of the new model (see `lightning_nrl.OldModel`).
         index: where samples are always the same, which ones a raw batch has: each is asked about once, as long as there
             is room (256 MiB). None: every batch is asked about.
-
-    Raises:
-        ConfigurationError: classes are mapped for a task that has none.
     """
 
     def __init__(
@@ -138,17 +130,7 @@ class ModelTeacher(ReferenceTeacher):
 
 
 class PredictedTeacher(ReferenceTeacher):
-    """Knows from a file which samples the replaced model gets right, and nothing else.
-
-    Args:
-        predictions: those of one split are used.
-        split: its name.
-        task: what passed means.
-        index: which samples a raw batch has.
-
-    Raises:
-        ConfigurationError: there are none of that split.
-    """
+    """Knows from a file, of one split, which samples the replaced model gets right, and nothing else."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:
         rows = predictions.splits.get(split, {})
@@ -181,11 +163,7 @@ class PredictedTeacher(ReferenceTeacher):
 
 
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
-    """The positions that a function gives for a raw batch, `n` int64.
-
-    Raises:
-        ConfigurationError: it raises, or gives something else.
-    """
+    """The positions that a function gives for a raw batch, `n` int64; a `ConfigurationError` for anything else."""
     try:
         found = torch.as_tensor(index(raw))
     except Exception as error:

@@ -43,13 +43,7 @@ def look_back(
     sources: Mapping[Role, Sequence[Source]],
     evidence: Mapping[Role, SampleResults],
 ) -> Update:
-    """Asks the replaced model, once.
-
-    Args:
-        reference: the replaced model.
-        evaluator: the new one, on its device, and what judges both.
-        sources: the data by role, this rank's share.
-        evidence: what the new model does on them.
+    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them.
 
     Raises:
         ConfigurationError: the replaced model or its predictions do not fit the data.

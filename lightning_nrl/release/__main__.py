@@ -22,11 +22,7 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Judges, prints and writes; gives the exit status, which is 1 for a refusal and for nothing else.
-
-    Args:
-        arguments: of the command line; None: those of the process.
-    """
+    """Judges, prints and writes; gives the exit status, which is 1 for a refusal and for nothing else."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_nrl.release", description=(__doc__ or "").splitlines()[0]
     )

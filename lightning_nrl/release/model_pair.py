@@ -100,11 +100,7 @@ def evaluate_pair(
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
-    """The splits that are asked for; all if none is named.
-
-    Raises:
-        ConfigurationError: one is not there.
-    """
+    """The splits that are asked for, all if none is named; a `ConfigurationError` if one is not there."""
     unknown = [name for name in asked if name not in there]
     if unknown:
         raise ConfigurationError(

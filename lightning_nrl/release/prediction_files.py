@@ -20,15 +20,10 @@ Slices = Mapping[tuple[str, int], str]
 
 
 def pair_from_files(old: Predictions, new: Predictions, slices: Slices | None = None) -> ModelPair:
-    """What two models did on the samples that the new one has predictions for.
-
-    Args:
-        old: of the model in use; it needs each of these samples.
-        new: of the new model. Both need `passed`.
-        slices: which slice each sample is in; samples that are not there are in none.
+    """What two models did on the samples that the new one has predictions for; those in no slice have none.
 
     Raises:
-        ConfigurationError: samples are missing, or of one it is not known whether it was right.
+        ConfigurationError: samples are missing in `old`, or of one it is not known whether it was right.
     """
     after = _table(new)
     samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
@@ -56,13 +51,8 @@ def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
     """How many samples have old predictions and no new ones, by split; what is left out could be what broke.
 
-    Args:
-        old: of the model in use.
-        new: of the new model.
-        allowed: splits of which samples may be missing.
-
     Raises:
-        ConfigurationError: samples are missing of a split that is not named, or a split is named that does not exist.
+        ConfigurationError: samples are missing of a split that is not `allowed`, or such a split does not exist.
     """
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))

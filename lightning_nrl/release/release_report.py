@@ -190,10 +190,8 @@ def make_report(
 ) -> ReleaseReport:
     """Asks every rule, and writes down what was found.
 
-    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %.
-
-    Raises:
-        ConfigurationError: a rule asks for what the data do not have.
+    The confidence of the limits in the rows is that of the first `MaxNegativeFlipRate` among the rules, else 95 %. A
+    `ConfigurationError` if a rule asks for what the data do not have.
     """
     findings = tuple(rule.check(pair) for rule in rules)
     confidence = next((rule.confidence for rule in rules if isinstance(rule, MaxNegativeFlipRate)), 0.95)

@@ -19,11 +19,7 @@ RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinst
 
 
 def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
-    """Rules from what a user may write: one, or several.
-
-    Raises:
-        ConfigurationError: there is none, or one cannot be read.
-    """
+    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
     listed = [rules] if isinstance(rules, (str, Rule)) else rules
     if not isinstance(listed, (list, tuple)) or not listed:
         raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
@@ -31,13 +27,9 @@ def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
 
 
 def parse_rule(rule: Any) -> Rule:
-    """A rule from text; a rule is given back as it is.
+    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
 
-    Args:
-        rule: one of `RULES.forms` with numbers of your own; all but `protected` may end with ` in SPLIT, SPLIT`.
-
-    Raises:
-        ConfigurationError: it is none of these.
+    All but `protected` may end with ` in SPLIT, SPLIT`. What cannot be read is a `ConfigurationError`.
 
     Example:
         >>> parse_rule("nfr:1%:99% in test")

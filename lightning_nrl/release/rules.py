@@ -56,14 +56,11 @@ class Rule(ABC):
         """The rule, as text."""
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        """Refuses data for which the rule has no meaning, before any model runs.
+        """Refuses data for which the rule has no meaning, before any model runs, by a `ConfigurationError`.
 
         Args:
             splits: the names of the splits.
             sliced: whether slices are told apart.
-
-        Raises:
-            ConfigurationError: as above.
         """
         return None
 

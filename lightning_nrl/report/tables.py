@@ -177,12 +177,7 @@ def calibration_facts(bounds: CalibrationBounds) -> tuple[Fact, ...]:
 
 
 def id_facts(splits: Sequence[SplitReport], where: str) -> tuple[Fact, ...]:
-    """Which samples were broken and repaired, by split: data-set positions, the first few.
-
-    Args:
-        splits: the splits that are meant.
-        where: where all of them can be read.
-    """
+    """Which samples were broken and repaired, by split: the first few data-set positions, and `where` all are."""
     broken = [(f"broken in {split.split}", list_ids(split.broken_ids, where)) for split in splits]
     repaired = [(f"repaired in {split.split}", list_ids(split.repaired_ids, where)) for split in splits]
     return (*broken, *repaired)

@@ -28,25 +28,17 @@ class WeightedEnsemble(TwoModels):
     """Two models as one: the logarithm of `(1 - weight) softmax(new) + weight softmax(old)`.
 
     Where both models are unsure they hold each other back, so an ensemble of the old and the new model breaks fewer
-    samples than the new one alone, often without losing accuracy. Both models run on every sample, so it costs the time
-    and the memory of both.
-
-    - `weight=0` answers as the new model does, `weight=1` as the old one.
-    - It is made for deployment: both models are put into evaluation mode, and `train()` leaves them there.
-    - Nothing waits for the device, and no branch is taken on data, so it can be traced and exported.
+    samples than the new one alone, often without losing accuracy. `weight=0` answers as the new model does, `weight=1`
+    as the old one. What else `MarginSwitch` says of running, training and exporting two models holds here too.
 
     Args:
         old: the model in use; its forward returns logits `n x C_old`.
         new: its update, called with the same arguments; logits `n x C`.
-        weight: of the old model, in [0, 1]; `choose_weight` finds one.
+        weight: of the old model, in [0, 1]; `choose_weight` finds one. Later a buffer, float32.
         classes: as for `MarginSwitch`. The old model gives classes that it does not know the probability 0.
 
-    Attributes:
-        weight: float32, a buffer.
-
     Raises:
-        ConfigurationError: the weight is not in [0, 1], `classes` does not number every old class, or `old` or `new` is
-            no module. When run: if the outputs are no logits, or their classes do not fit together.
+        ConfigurationError: the weight is not in [0, 1]; or see `MarginSwitch`.
 
     Example:
         >>> old, new = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)

@@ -85,10 +85,6 @@ class ClassMapping(nn.Module):
     def side_by_side(self, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
         """Both models' logits with the same classes, `n x C`, in the dtype that holds both.
 
-        Args:
-            old: the old model's, `n x C_old`.
-            new: the new model's, `n x C`.
-
         Raises:
             ConfigurationError: these are no logits, or their classes do not fit together.
         """
@@ -99,11 +95,7 @@ class ClassMapping(nn.Module):
         return self.mapped(old, new.shape[1]).to(dtype), new.to(dtype)
 
     def check(self, old: Any, new: Any) -> None:
-        """Whether both outputs are logits, and of as many classes as they should be.
-
-        Raises:
-            ConfigurationError: they are not.
-        """
+        """A `ConfigurationError` unless both outputs are logits, and of as many classes as they should be."""
         check_logits("old", old)
         check_logits("new", new)
         mapped = new.shape[1] if self.classes is None else self.classes.shape[0]
@@ -124,12 +116,7 @@ class ClassMapping(nn.Module):
 class SwitchRule(ClassMapping):
     """The decision alone, without the models: a threshold, and how classes are numbered.
 
-    Args:
-        threshold: logits, any number but NaN.
-        classes: see `MarginSwitch`.
-
-    Attributes:
-        threshold: float32, a buffer. It stays float32 when the module is converted to half precision.
+    The threshold is a float32 buffer, in logits; it stays float32 when the module is converted to half precision.
     """
 
     threshold: Tensor
@@ -144,18 +131,7 @@ class SwitchRule(ClassMapping):
         return predicts(new, predicted) | (margin_over(new, predicted) > self.threshold)
 
     def choose(self, old: Tensor, new: Tensor) -> Tensor:
-        """The logits that are served.
-
-        Args:
-            old: the old model's, `n x C_old`.
-            new: the new model's, `n x C`.
-
-        Returns:
-            `n x C`, of the dtype that holds both.
-
-        Raises:
-            ConfigurationError: these are no logits, or their classes do not fit together.
-        """
+        """The logits that are served, `n x C`, of the dtype that holds both; errors are those of `side_by_side`."""
         old, both = self.side_by_side(old, new)
         return torch.where(self.is_served(old, both)[:, None], both, old)
 
@@ -174,11 +150,7 @@ class TwoModels(ClassMapping):
     new: nn.Module
 
     def hold(self, old: nn.Module, new: nn.Module) -> None:
-        """Takes the models in.
-
-        Raises:
-            ConfigurationError: one of them is no module.
-        """
+        """Takes the models in; a `ConfigurationError` if one of them is no module."""
         for argument, model in (("old", old), ("new", new)):
             check_kind(argument, model, isinstance(model, nn.Module), "module", f"{argument}=<an `nn.Module`>")
         self.old, self.new = old, new
@@ -244,11 +216,7 @@ class MarginSwitch(SwitchRule, TwoModels):
 
 
 def check_logits(argument: str, logits: Any) -> None:
-    """Refuses what is no tensor of logits.
-
-    Raises:
-        ConfigurationError: it is not `n x C` with at least two classes.
-    """
+    """A `ConfigurationError` for what is no tensor of logits `n x C` with at least two classes."""
     if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.is_floating_point():
         return
     found = f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -259,11 +227,7 @@ def check_logits(argument: str, logits: Any) -> None:
 
 
 def checked_classes(classes: Classes) -> list[int]:
-    """The new index of each old class, in the order of the old ones.
-
-    Raises:
-        ConfigurationError: an old class is left out, or two have the same index.
-    """
+    """The new index of each old class, in the order of the old ones; each needs one of its own."""
     found: list[Any] = []
     if isinstance(classes, Mapping):
         found = [classes.get(i) for i in range(len(classes))]

@@ -154,13 +154,7 @@ def _above(margins: Tensor, thresholds: Tensor) -> list[int]:
 def judged(old: Tensor, new: Tensor, labels: Tensor, rule: ClassMapping) -> tuple[Tensor, Tensor, Tensor]:
     """Which samples the old model gets right, its predicted classes as the new one numbers them, and the labels.
 
-    All are `n` and on the CPU.
-
-    Args:
-        old: its logits `n x C_old`, or its predicted classes, `n` integers.
-        new: the new model's logits `n x C`.
-        labels: the true classes, `n` integers.
-        rule: how old classes are numbered.
+    All are `n` and on the CPU. Of the old model also predicted classes will do, `n` integers.
 
     Raises:
         ConfigurationError: they do not fit together.

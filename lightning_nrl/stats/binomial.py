@@ -55,10 +55,7 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
 def lower_limit(broken: int, n: int, confidence: float = 0.95) -> float:
     """The lower limit of Clopper and Pearson (1934) on a rate, one-sided: the upper limit on what did not break.
 
-    Arguments and errors are those of :func:`upper_limit`.
-
-    Returns:
-        A rate in [0, 1); 0 if there are no samples or none broke.
+    In [0, 1); 0 if there are no samples or none broke. Arguments and errors are those of :func:`upper_limit`.
     """
     broken, n = check_counts(broken, n)
     return 1 - limit_at_level(n - broken, n, 1 - check_confidence(confidence))
@@ -83,15 +80,10 @@ def limit_at_level(broken: int, n: int, level: float) -> float:
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke.
+    """P(Bin(n, p) <= k), the exact p-value of "the rate is at least p" where k of n broke; n from 1, p in (0, 1).
 
     The terms are summed from k away from the mean, where each is smaller than the one before: of positive numbers, so
     nothing cancels, and about sqrt(n) of them count.
-
-    Args:
-        k: in [0, n].
-        n: from 1.
-        p: in (0, 1).
     """
     if k >= n:
         return 1.0
@@ -172,11 +164,7 @@ def show_confidence(confidence: float) -> str:
 
 
 def check_counts(broken: SupportsIndex, n: SupportsIndex) -> tuple[int, int]:
-    """Refuses what are no counts, and more broken samples than there are; any kind of whole number will do.
-
-    Raises:
-        ConfigurationError: the argument is named.
-    """
+    """Whole numbers of any kind, the first no larger than the second; else a `ConfigurationError`."""
     found = _count("broken", broken), _count("n", n)
     if found[0] > found[1]:
         raise ConfigurationError(
@@ -197,11 +185,7 @@ def _count(argument: str, value: SupportsIndex) -> int:
 
 
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
-    """Refuses what is not between 0 and 1.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """A number between 0 and 1; else a `ConfigurationError`."""
     if isinstance(confidence, Real) and 0 < confidence < 1:
         return float(confidence)
     raise ConfigurationError(

@@ -109,11 +109,7 @@ def slice_bounds(
 
 
 def read_column(argument: str, column: Column) -> np.ndarray:
-    """A column of names or whole numbers as an array `N`.
-
-    Raises:
-        ConfigurationError: it is no such column.
-    """
+    """A column of names or whole numbers as an array `N`; else a `ConfigurationError`."""
     found = column.detach().cpu().numpy() if isinstance(column, Tensor) else np.asarray(column)
     if found.dtype == object and all(isinstance(name, str) for name in found.flat):
         found = found.astype(str)

@@ -118,11 +118,7 @@ def _divergence(a: float, b: float) -> float:
 
 
 def check_shares(argument: str, shares: Mapping[Name, float]) -> None:
-    """Refuses what are no shares of a whole.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses what are no shares of a whole by a `ConfigurationError`."""
     numbers = list(shares.values()) if isinstance(shares, Mapping) else []
     if not all(isinstance(share, Real) and 0 <= share <= 1 for share in numbers) or not _is_one(numbers):
         found = f"{dict(shares)}" if isinstance(shares, Mapping) else f"{shares!r}"
