@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -23,7 +23,7 @@ from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 
-__all__ = ["track", "track_numbers", "track_release"]
+__all__ = ["to_each", "track", "track_numbers", "track_release", "writer_of"]
 
 
 @rank_zero_only
@@ -48,28 +48,19 @@ def track(
         change: the change of every searched weight, for a histogram; None if there was no candidate.
         name: the first part of every tag; a second repair in the same log needs another one.
     """
-    write = partial(_write, report, step=step, change=change, name=name)
-    _to_each(loggers, write, "repair")
+    to_each(loggers, partial(_write, report, step=step, change=change, name=name), "repair")
 
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to every TensorBoard logger, on rank zero. Its numbers go with the metrics.
-
-    Args:
-        report: the decision.
-        loggers: any number of any kind. One that raises is warned of and left, the others go on.
-        step: the global step of training.
-        name: the first part of the tag.
-    """
+    """Writes the page of a release decision to every TensorBoard logger; its numbers go with the metrics."""
 
     def write(logger: Logger) -> None:
-        writer = getattr(logger, "experiment", None)
-        if isinstance(writer, SummaryWriter):
+        if writer := writer_of(logger):
             writer.add_text(f"{name}/report", report.to_markdown(), step)
             logger.save()
 
-    _to_each(loggers, write, "release report")
+    to_each(loggers, write, "release report")
 
 
 @rank_zero_only
@@ -80,10 +71,17 @@ def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, wha
         logger.log_metrics(numbers, step=step)
         logger.save()
 
-    _to_each(loggers, write, what)
+    to_each(loggers, write, what)
 
 
-def _to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
+def writer_of(logger: Logger) -> SummaryWriter | None:
+    """TensorBoard's writer; None for any other logger."""
+    writer = logger.experiment if isinstance(logger, TensorBoardLogger) else None
+    return writer if isinstance(writer, SummaryWriter) else None
+
+
+def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: str) -> None:
+    """Writes to every logger; one that raises is warned of and left, the others go on."""
     for logger in loggers:
         try:
             write(logger)
@@ -102,8 +100,7 @@ def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | 
         logger.log_metrics(scalars, step=strength)
     numbers = outcome(report, name) | split_numbers(report, name) | slice_numbers(report, name)
     logger.log_metrics(numbers, step=step)
-    writer = getattr(logger, "experiment", None)
-    if isinstance(writer, SummaryWriter):
+    if writer := writer_of(logger):
         write_extras(report, writer, step=step, change=change, name=name)
     # Now, as the process may end before loggers are finalised.
     logger.save()

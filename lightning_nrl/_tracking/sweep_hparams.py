@@ -9,11 +9,11 @@ from statistics import mean
 from typing import Literal
 
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from torch.utils.tensorboard import SummaryWriter
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from lightning_nrl._tracking.loggers import to_each, writer_of
 from lightning_nrl.analysis.sweep import Run, SweepResult
-from lightning_nrl.errors import LoggingWarning, check_choice
+from lightning_nrl.errors import check_choice
 from lightning_nrl.report.splits import ROLES
 
 __all__ = ["sweep_rows", "track_sweep"]
@@ -38,31 +38,20 @@ def track_sweep(
     A row is a `setting`, by the means of its runs, or every `run`. `name` is the first part of every tag and sub-run.
     """
     rows = sweep_rows(result, each, name)
-    for logger in loggers:
-        try:
-            writer = getattr(logger, "experiment", None)
-            if isinstance(writer, SummaryWriter):
-                for label, (asked, found) in rows.items():
-                    writer.add_hparams(asked, found, run_name=f"{name}/{re.sub(r'[^A-Za-z0-9_.=-]+', '_', label)}")
-                writer.flush()
-        except Exception as error:
-            rank_zero_warn(
-                f"The sweep was not logged to {type(logger).__name__}, which raised {type(error).__name__}: {error}. "
-                "Its result is not affected.",
-                category=LoggingWarning,
-            )
+
+    def write(logger: Logger) -> None:
+        if writer := writer_of(logger):
+            for label, (asked, found) in rows.items():
+                writer.add_hparams(asked, found, run_name=f"{name}/{re.sub(r'[^A-Za-z0-9_.=-]+', '_', label)}")
+            writer.flush()
+
+    to_each(loggers, write, "sweep")
 
 
 def sweep_rows(
     result: SweepResult, each: Literal["setting", "run"] = "setting", name: str = "sweep"
 ) -> Mapping[str, Row]:
-    """Rows of the tab by the names of their sub-runs.
-
-    Every row has the same columns, since the tab knows only those of the first one.
-
-    Raises:
-        ConfigurationError: rows are something else.
-    """
+    """Rows of the tab by the names of their sub-runs, all with the same columns: the tab knows only the first's."""
     check_choice("each", each, ("setting", "run"))
     if each == "run":
         return {f"{run.setting} seed={run.seed}": _row((run,), name, seed=run.seed) for run in result.runs}

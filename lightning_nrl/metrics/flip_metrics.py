@@ -26,15 +26,10 @@ __all__ = [
 
 
 class FlipMetric(Metric):
-    """Counts kept, broken, repaired and failing samples, and computes one rate of them.
+    """Counts kept, broken, repaired and failing samples, and computes one rate of them, NaN where it is undefined.
 
-    All of them have the same state, so a `MetricCollection` updates it once for all (compute groups).
-
-    ``forward`` and ``update`` take what :meth:`update` says; ``forward`` and ``compute`` give the rate, NaN where it is
-    undefined.
-
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
+    All of them have the same state, so a `MetricCollection` updates it once for all (compute groups). Keyword arguments
+    are those of :class:`torchmetrics.Metric`, such as `sync_on_compute`.
     """
 
     rate: ClassVar[Rate]

@@ -2,6 +2,21 @@
 
 Each counts kept, broken, repaired and failing samples and looks up its formula in the table of rates
 (:data:`lightning_nrl.metrics.rates.RATES`). Formulas, sources and what is undefined: the metrics of the same names.
+
+Example:
+    Five samples are kept, two broken, three repaired, and one goes on failing.
+
+    >>> old = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 0, 1, 2])
+    >>> new = torch.tensor([0, 1, 2, 0, 1, 0, 1, 1, 2, 0, 0])
+    >>> target = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
+    >>> negative_flip_rate(old, new, target), positive_flip_rate(old, new, target)
+    (tensor(0.1818), tensor(0.2727))
+    >>> negative_flip_impact(old, new, target), relative_negative_flip_rate(old, new, target)
+    (tensor(0.6667), tensor(1.0476))
+    >>> backward_trust_compatibility(old, new, target), backward_error_compatibility(old, new, target)
+    (tensor(0.7143), tensor(0.3333))
+    >>> repair_rate(old, new, target), break_rate(old, new, target)
+    (tensor(0.7500), tensor(0.2857))
 """
 
 from __future__ import annotations
@@ -58,99 +73,49 @@ def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Te
 
 
 def negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of all samples that the update breaks; see :class:`~lightning_nrl.metrics.NegativeFlipRate`.
+    """The share of all samples that the update breaks, in [0, 1]; NaN without samples.
 
     Args:
         old_preds: the old model's classes `N x ...` (integers), or its logits `N x C x ...` (floats).
         new_preds: the new model's, likewise; it may know another number of classes.
         target: the true classes, `N x ...` integers.
 
-    Returns:
-        A number in [0, 1]; NaN without samples.
-
     Raises:
         ConfigurationError: the shapes do not fit together.
-
-    Example:
-        >>> from torch import tensor
-        >>> negative_flip_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.2500)
     """
     return _rate("negative_flip_rate", old_preds, new_preds, target)
 
 
 def positive_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of all samples that the update repairs; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> positive_flip_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.5000)
-    """
+    """The share of all samples that the update repairs; arguments as for :func:`negative_flip_rate`."""
     return _rate("positive_flip_rate", old_preds, new_preds, target)
 
 
 def negative_flip_impact(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of the new model's errors that are regressions; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> negative_flip_impact(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.5000)
-    """
+    """The share of the new model's errors that are regressions; arguments as for :func:`negative_flip_rate`."""
     return _rate("negative_flip_impact", old_preds, new_preds, target)
 
 
 def relative_negative_flip_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """NFR against that of two models that err independently; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> relative_negative_flip_rate(tensor([0, 1, 2, 2]), tensor([0, 2, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(1.)
-    """
+    """NFR against that of two models that err independently; arguments as for :func:`negative_flip_rate`."""
     return _rate("relative_negative_flip_rate", old_preds, new_preds, target)
 
 
 def backward_trust_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was right that stays right; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> backward_trust_compatibility(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.6667)
-    """
+    """The share of what was right that stays right; arguments as for :func:`negative_flip_rate`."""
     return _rate("backward_trust_compatibility", old_preds, new_preds, target)
 
 
 def backward_error_compatibility(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of the new model's errors that are old ones; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> backward_error_compatibility(tensor([0, 2, 2, 1]), tensor([0, 2, 2, 2]), tensor([0, 1, 1, 1]))
-        tensor(0.6667)
-    """
+    """The share of the new model's errors that are old ones; arguments as for :func:`negative_flip_rate`."""
     return _rate("backward_error_compatibility", old_preds, new_preds, target)
 
 
 def repair_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was wrong that is now right; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> repair_rate(tensor([0, 0, 2, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.6667)
-    """
+    """The share of what was wrong that is now right; arguments as for :func:`negative_flip_rate`."""
     return _rate("repair_rate", old_preds, new_preds, target)
 
 
 def break_rate(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """The share of what was right that is now wrong; arguments as for :func:`negative_flip_rate`.
-
-    Example:
-        >>> from torch import tensor
-        >>> break_rate(tensor([0, 1, 1, 2]), tensor([0, 1, 2, 1]), tensor([0, 1, 1, 1]))
-        tensor(0.3333)
-    """
+    """The share of what was right that is now wrong; arguments as for :func:`negative_flip_rate`."""
     return _rate("break_rate", old_preds, new_preds, target)

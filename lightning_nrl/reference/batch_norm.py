@@ -68,8 +68,7 @@ def estimate_statistics(
         adapter: takes raw batches apart.
 
     Returns:
-        `running_mean`, `running_var` and `num_batches_tracked` of each layer of `batch_norms` that was called, by the
-        names of the state dict. Empty, without a pass, for a model without such layers.
+        `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, as in the state dict.
 
     Raises:
         ConfigurationError: there was no batch.

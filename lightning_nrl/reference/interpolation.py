@@ -81,13 +81,10 @@ class ShareChoice(Shown):
         return self.chosen.share
 
     def write(self, model: nn.Module) -> bool:
-        """Copies the chosen weights into a model of the same architecture.
-
-        Returns:
-            Whether the model was changed.
+        """Copies the chosen weights into a model of the same architecture, or none; says whether it was changed.
 
         Raises:
-            ConfigurationError: a tensor is not in the model, or has another shape; nothing was written.
+            ConfigurationError: a tensor is not in the model, or has another shape.
         """
         write(model, self.state)
         return bool(self.state)
@@ -116,7 +113,7 @@ def interpolate(
     training: Data | None = None,
     **estimating: Any,
 ) -> dict[str, Tensor]:
-    """The weights `(1 - share) new + share old`, with batch norm statistics that fit them.
+    """The weights `(1 - share) new + share old`, for `load_state_dict`, with batch norm statistics that fit them.
 
     Wortsman et al. 2022, Robust fine-tuning of zero-shot models (WiSE-FT); against regressions Schumann et al. 2024,
     Backward compatibility during data updates by weight interpolation (BCWI). It works where the new model was trained
@@ -128,9 +125,6 @@ def interpolate(
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
         **estimating: arguments of `lightning_nrl.reference.batch_norm.estimate_statistics`.
-
-    Returns:
-        All parameters and persistent buffers, for `load_state_dict`.
 
     Raises:
         ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.
@@ -169,21 +163,18 @@ def choose_share(
     where the model has batch norm layers.
 
     Args:
-        old: the replaced model, its state dict, or the path of a checkpoint.
+        old: as for `interpolate`.
         new: its update, on its device; left as found. An `Evaluator` says what else there is to say of it: the task,
             mixed precision, the ranks that share the data. Each rank ends with the same choice.
         data: to count on, such as validation data: none that the new model was trained on, since there the new model as
             it is is the most accurate.
-        training: data for the statistics of batch norm layers; not needed without such layers.
+        training: as for `interpolate`.
         tolerance: how far below the best accuracy of the curve the chosen one may lie, in [0, 1]; None: takes the
             largest share, whatever it costs.
         shares: that are tried, in [0, 1], beside 0.
         batches: how many of `training` the statistics are estimated from; None: all.
         seed: of their order.
         adapter: takes raw batches apart.
-
-    Returns:
-        The choice; its `write(new)` changes the model.
 
     Raises:
         ConfigurationError: an argument cannot be used, the architectures differ, or there is no sample.

@@ -31,12 +31,9 @@ class Reference(Protocol):
     """Knows which samples the replaced model gets right."""
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
-        """What the replaced model does on data; only `prediction` and `passed` are meaningful.
+        """What the replaced model does on this rank's share of data; only `prediction` and `passed` are meaningful.
 
-        Args:
-            evaluator: the new model, on its device, and what judges both.
-            sources: the data, this rank's share.
-            like: what the new model does on the same data.
+        The evaluator holds the new model and what judges both; `like` is what the new model does on the same data.
 
         Raises:
             ConfigurationError: the replaced model or its predictions do not fit the data.

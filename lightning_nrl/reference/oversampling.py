@@ -75,16 +75,14 @@ class Oversampler(Sampler[int]):
     ) -> Oversampler:
         """One for a data set, from one pass of a model over it. The model and the random state are left as found.
 
-        Give the data set without augmentation, in the order of the one that is trained on.
-
         Args:
             model: is run where it is, in evaluation mode.
-            data: with a length and an index.
+            data: with a length and an index: that which is trained on, in its order, without augmentation.
             oversample: as above.
             seed: as above.
             task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
             adapter: takes a batch apart.
-            **loader: arguments of the `DataLoader` that reads it, such as `batch_size`, `num_workers` and `collate_fn`.
+            **loader: arguments of the `DataLoader` that reads it, such as `num_workers` and `collate_fn`.
 
         Raises:
             ConfigurationError: the data do not fit the model or the task.

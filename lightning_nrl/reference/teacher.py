@@ -31,14 +31,9 @@ class ReferenceTeacher:
     def __call__(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
     ) -> OldAnswers:
-        """The answers for the `n` samples of a batch.
+        """The answers for the `n` samples of a batch: what the new model was called with, the truth, the raw batch.
 
-        Args:
-            args: what the new model was called with.
-            kwargs: likewise.
-            target: the truth.
-            raw: the batch as the data loader gave it.
-            like: the new model's logits, first dimension `n`.
+        `like` are the new model's logits, first dimension `n`.
         """
         raise NotImplementedError
 

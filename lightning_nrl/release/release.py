@@ -37,7 +37,7 @@ def release(
     """Judges whether a new model may replace the old one, by one pass of each over the data.
 
     The data are read batch by batch, so they may be larger than memory: a few numbers a sample are kept. Both models
-    and the random states are left as found.
+    and the random states are left as found. Of the report: `accepted`, `reasons`, `exit_status` for `sys.exit`.
 
     Args:
         new: the new model, on its device. An `Evaluator` says what else there is to say of it: the task, mixed
@@ -51,9 +51,6 @@ def release(
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`, whose samples are the slice.
         seeds: what the data and the models depend on, to be noted in the report.
-
-    Returns:
-        The report: `accepted`, `reasons`, `exit_status` for `sys.exit`, `to_json()`, `to_markdown()`.
 
     Raises:
         ConfigurationError: an argument cannot be used, or a rule asks for what the data do not have.

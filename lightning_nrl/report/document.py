@@ -33,13 +33,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table.
+    """One line of a table: what the numbers are, and one cell a column.
 
-    Attributes:
-        label: what the numbers are.
-        cells: one a column.
-        tone: `gain` if large is good; `harm` if all but 0 is bad.
-        ends_group: whether a space follows.
+    The tone is `gain` if large is good, and `harm` if all but 0 is bad.
     """
 
     label: str

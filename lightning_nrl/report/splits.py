@@ -75,16 +75,15 @@ class _Counted(Derives):
 
 @dataclass(frozen=True)
 class SplitReport(_Counted):
-    """Counts and samples of one split, before a repair against after it.
+    """Counts and samples of one split, before a repair against after it. Ids are data-set positions.
 
     Attributes:
         split: its name, such as `train`.
-        role: `known` if the search was allowed to look at it, `calibration` if only the choice of a strength was, else
-            `unseen`.
+        role: what was allowed to look at it.
         counts: what became of its samples.
-        targeted_ids: data-set positions of the targeted samples.
-        repaired_ids: data-set positions of the repaired samples, targeted or not.
-        broken_ids: data-set positions of the broken samples.
+        targeted_ids: the samples that were to be repaired.
+        repaired_ids: the repaired samples, targeted or not.
+        broken_ids: the broken samples.
     """
 
     split: str

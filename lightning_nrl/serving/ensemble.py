@@ -130,10 +130,7 @@ def choose_weight(
         new: the new model's logits `n x C`.
         labels: the true classes, `n` integers, as the new model numbers them.
         limit: how many samples may break, as for `choose_threshold`; None: as many as come of it.
-        classes: for each class of the old model its index in the new model's output; None if both have the same.
-
-    Returns:
-        The weight, and what each of 21 does.
+        classes: as for `choose_threshold`.
 
     Raises:
         ConfigurationError: shapes do not fit together, there is no sample, or the limit or `classes` cannot be read.

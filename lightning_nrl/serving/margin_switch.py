@@ -59,14 +59,7 @@ def predicts(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class ClassMapping(nn.Module):
-    """How the old model's classes are numbered in the new one.
-
-    Args:
-        classes: see `MarginSwitch`.
-
-    Attributes:
-        classes: int64 indices, a buffer; None where both models have the same classes.
-    """
+    """How the old model's classes are numbered in the new one: a buffer of indices, None where they are alike."""
 
     classes: Tensor | None
 

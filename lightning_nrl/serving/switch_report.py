@@ -121,9 +121,6 @@ def report_switch(
         runs: how often each is timed, from 1, after one run that is not.
         context: entered around every forward pass, such as autocast.
 
-    Returns:
-        The report.
-
     Raises:
         ConfigurationError: there is no sample, or `runs` or what the models return cannot be used.
     """

@@ -91,7 +91,7 @@ class SwitchedModule(LightningModule):
         old: nn.Module,
         new: LightningModule,
     ) -> SwitchedModule:
-        """Reads a checkpoint that a Trainer saved of such a module.
+        """Reads a checkpoint that a Trainer saved of such a module, with its threshold and classes.
 
         Args:
             checkpoint_path: a file, or its path.
@@ -101,9 +101,6 @@ class SwitchedModule(LightningModule):
             weights_only: whether only tensors and plain values may be in the file; None: yes.
             old: a model built like the old one. Its weights become those of the file.
             new: a module built like the new one. It is copied and left as it is.
-
-        Returns:
-            The module, with the threshold and the classes of the file.
         """
         safe = True if weights_only is None else weights_only
         checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=safe)

@@ -95,9 +95,6 @@ def choose_threshold(
         classes: for each class of the old model its index in the new model's output; None if both have the same.
         points: how many points the curve has at most, from 3.
 
-    Returns:
-        The threshold, `-inf` if the new model alone is within the limit, and the curve.
-
     Raises:
         ConfigurationError: shapes do not fit together, there is no sample, or the limit or `classes` cannot be read.
 
@@ -108,10 +105,10 @@ def choose_threshold(
         >>> old = torch.tensor([0, 0, 0, 0])
         >>> new = torch.tensor([[0.0, 4.0], [0.0, 2.0], [0.0, 3.0], [0.0, 1.0]])
         >>> choice = choose_threshold(old, new, labels, limit=1)
-        >>> choice.threshold
-        1.0
         >>> [(point.threshold, point.counts.repaired, point.counts.broken) for point in choice.curve]
         [(-inf, 2, 2), (1.0, 2, 1), (3.0, 1, 0)]
+        >>> choice.threshold
+        1.0
     """
     gate = gate_of(limit)
     if not isinstance(points, int) or points < 3:

@@ -28,7 +28,7 @@ NEGLIGIBLE = 1e-17
 
 
 def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
-    """The upper limit of Clopper and Pearson (1934) on a rate, one-sided.
+    """The upper limit of Clopper and Pearson (1934) on a rate, one-sided, in (0, 1]; 1 without samples or if all broke.
 
     The largest rate p with P(Bin(n, p) <= broken) >= 1 - confidence. Whatever the true rate, the limit lies below it in
     at most a share 1 - confidence of all draws of n independent samples. Right to 1e-9.
@@ -37,9 +37,6 @@ def upper_limit(broken: int, n: int, confidence: float = 0.95) -> float:
         broken: how many of the samples broke, in [0, n].
         n: how many samples there are, from 0; 1e6 is no problem.
         confidence: in (0, 1).
-
-    Returns:
-        A rate in (0, 1]; 1 if there are no samples or all broke.
 
     Raises:
         ConfigurationError: an argument is out of its range.

@@ -185,7 +185,7 @@ def test_tensorboard_has_a_sub_run_for_each_and_other_loggers_nothing(tmp_path: 
 
 
 def test_a_logger_that_raises_is_warned_of() -> None:
-    class Broken(CSVLogger):
+    class Broken(TensorBoardLogger):
         @property
         def experiment(self) -> Any:
             raise OSError("disk full")
