@@ -19,6 +19,7 @@ __all__ = [
     "check_limit",
     "check_losses",
     "check_sources",
+    "check_targets",
     "check_task",
     "given_or_default",
     "passed_rows",
@@ -114,6 +115,21 @@ def check_losses(before: SampleResults) -> None:
         raise EvaluationError(
             f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
             "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
+        )
+
+
+def check_targets(before: SampleResults, settings: Settings) -> None:
+    """Refuses known data of which none fails in the target, or none passes.
+
+    Raises:
+        ConfigurationError: as above.
+    """
+    if not (before.targeted.any() and before.passed.any()):
+        what = "fails in the target" if before.passed.any() else "passes"
+        raise ConfigurationError(
+            explain(
+                f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
+            )
         )
 
 

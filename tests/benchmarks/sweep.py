@@ -50,7 +50,7 @@ def counted(iterations: int) -> tuple[float, float, float]:
     model, known, calibration, unseen = data()
     settings = [*GRID.settings(), *SIX.settings()]
     assert len(settings) == 66
-    spent, count = [0.0], study._counted
+    spent, count = [0.0], study._with_counts
 
     def timed(*arguments: object) -> object:
         began = time.process_time()
@@ -58,11 +58,11 @@ def counted(iterations: int) -> tuple[float, float, float]:
         spent[0] += time.process_time() - began
         return found
 
-    study._counted = timed  # type: ignore[assignment]
+    study._with_counts = timed  # type: ignore[assignment]
     base = Settings(method=ParticleSwarm(iterations=iterations, patience=max(1, iterations)))
     began, cpu = time.perf_counter(), time.process_time()
     result = sweep_module(model, known, settings, seeds=SEEDS, base=base, calibration=[calibration], unseen=[unseen])
-    study._counted = count
+    study._with_counts = count
     assert len(result.runs) == 660
     return time.perf_counter() - began, time.process_time() - cpu, spent[0]
 

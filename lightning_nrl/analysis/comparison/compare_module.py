@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl._utils.state import State, between
@@ -27,10 +27,9 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import METHODS, AnyMethod, solve
 from lightning_nrl.pipeline.held_out import HeldOut
-from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
+from lightning_nrl.pipeline.input_checks import check_losses, check_sources, check_targets, given_or_default
 from lightning_nrl.pipeline.patch_path import PatchPath
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.sample_leaks import LeakCheck
@@ -94,7 +93,7 @@ def compare_module(
                 evaluator, leaks.known, settings.target
             )
         check_losses(before)
-        _check_targets(before, settings)
+        check_targets(before, settings)
         problem = build_problem(evaluator, known, before, layers, settings, training=training)
         later = HeldOut(unseen, evaluator.run(leaks.held_out["unseen"])) if unseen else None
         leaks.leaked(evaluator.collective)
@@ -108,7 +107,7 @@ def compare_module(
                 solution, seconds = _solved(method, replace(problem, clock=clock), found)
                 found.append((method, solution, seconds))
                 entries.append(_entry(problem, later, name, solution, seconds))
-    layer = settings.layer if isinstance(settings.layer, str) else ", ".join(settings.layer)
+    layer = ", ".join(layer_names(settings.layer))
     return Comparison(tuple(entries), int(before.targeted.sum()), str(settings.target), layer, settings.seed)
 
 
@@ -132,16 +131,6 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
     return {name: COMPARED_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}
-
-
-def _check_targets(before: SampleResults, settings: Settings) -> None:
-    if not (before.targeted.any() and before.passed.any()):
-        what = "fails in the target" if before.passed.any() else "passes"
-        raise ConfigurationError(
-            explain(
-                f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to compare."
-            )
-        )
 
 
 def _solved(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep.grid import Setting
+from lightning_nrl.analysis.sweep.run import NO_COUNTS, Run
+from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.localization import Localization
 from lightning_nrl.methods.known_activations import half_budget, record_known
@@ -23,7 +24,7 @@ from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
 from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
-__all__ = ["BatchSearch", "RunRequest", "SearchOutcome", "batches"]
+__all__ = ["BatchSearch", "RunRequest", "batches"]
 
 SWARMS_BY_DEVICE = {"cpu": 32}
 """Swarms of one call at most: a CPU gains nothing by more, and progress is told and kept after each call."""
@@ -32,16 +33,13 @@ SWARMS_ELSEWHERE = 512
 TENSORS_PER_SWARM = 16
 """Tensors of the size of all particles that a search holds at once, about."""
 
+OnProgress = Callable[[int, list[SearchHistory]], None]
+"""Is told how many iterations were made."""
+
 
 @dataclass(frozen=True)
 class RunRequest:
-    """One run to be made.
-
-    Attributes:
-        key: tells it from every other search on any model and data.
-        setting: how.
-        seed: of the sample of passed data and of the swarm.
-    """
+    """One run to be made; `key` tells it from every other one on any model and data, `seed` draws I_pos and swarm."""
 
     key: str
     setting: Setting
@@ -51,29 +49,6 @@ class RunRequest:
     def work(self) -> int:
         """How much it takes at most, to compare with others."""
         return self.setting.method.particles * (self.setting.method.iterations + 1)
-
-
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What a search gave.
-
-    Attributes:
-        request: the run.
-        n_passed: |I_pos|.
-        where: `K` int64, flat positions of the weights that were searched, on the CPU; none if localisation left none.
-        values: `K`, what they are to be, on the CPU.
-        result: the course of the search; None if there was none.
-        changed: whether the values differ from the original ones.
-        seconds: its share of the time that it took together with others.
-    """
-
-    request: RunRequest
-    n_passed: int
-    where: Tensor
-    values: Tensor
-    result: SearchResult | None
-    changed: bool
-    seconds: float
 
 
 @dataclass
@@ -95,10 +70,9 @@ class BatchSearch:
     def recording(self) -> ActivationCache:
         """Targets and passed samples of the known data, as a single repair records them."""
         if self._recording is None:
-            problem = self.problem
-            keep = problem.before.targeted | problem.before.passed
-            with problem.clock.stage("localize"):
-                self._recording = record_known(problem, keep)
+            with self.problem.clock.stage("localize"):
+                before = self.problem.before
+                self._recording = record_known(self.problem, before.targeted | before.passed)
         return self._recording
 
     def localization(self, setting: Setting) -> Localization | None:
@@ -124,42 +98,35 @@ class BatchSearch:
             self._passed[which] = passed_rows(self.problem.before, self.problem.known, asked)
         return self._passed[which]
 
-    def run(self, requests: Sequence[RunRequest], on_progress: Any = None) -> list[SearchOutcome]:
-        """Runs searches of one kind at once (see `batches`). Each finds, bit for bit, what it finds alone.
+    def run(self, requests: Sequence[RunRequest], on_progress: OnProgress | None = None) -> dict[str, StoredRun]:
+        """Searches of one kind at once (see `batches`); each finds, bit for bit, what it finds alone.
 
-        Args:
-            requests: searches whose swarms are of one size.
-            on_progress: is told how many iterations of how many were made.
+        Returns:
+            What was found, by key, with its share of the time; it is not counted yet.
         """
-        localized = [self.localization(request.setting) for request in requests]
-        searched = [(request, found) for request, found in zip(requests, localized, strict=True) if found is not None]
-        results = iter(self._search(searched, on_progress) if searched else ())
-        return [
-            self._unsearched(request) if found is None else next(results)
-            for request, found in zip(requests, localized, strict=True)
-        ]
-
-    def _unsearched(self, request: RunRequest) -> SearchOutcome:
-        none = torch.zeros(0, dtype=torch.int64)
-        values = torch.zeros(0, dtype=self.problem.space.dtype)
-        return SearchOutcome(request, int(self.passed(request).sum()), none, values, None, False, 0.0)
+        localized = [(request, self.localization(request.setting)) for request in requests]
+        none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=self.problem.space.dtype)
+        runs = {request.key: self._found(request, none, values) for request, found in localized if found is None}
+        searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
+        return runs | self._search(searched, on_progress) if searched else runs
 
     @torch.no_grad()
-    def _search(self, searched: Sequence[tuple[RunRequest, Localization]], on_progress: Any) -> list[SearchOutcome]:
+    def _search(
+        self, searched: Sequence[tuple[RunRequest, Tensor]], on_progress: OnProgress | None
+    ) -> dict[str, StoredRun]:
         problem, space = self.problem, self.problem.space
         before, requests = problem.before, [request for request, _ in searched]
-        sizes = [len(found.weights) for _, found in searched]
+        sizes = [len(weights) for _, weights in searched]
         where = torch.full((len(requests), max(sizes)), -1)
-        for row, (_, found) in zip(where, searched, strict=True):
-            row[: len(found.weights)] = found.weights.cpu()
-        passed = torch.stack([self.passed(request) for request in requests])
+        for row, (_, weights) in zip(where, searched, strict=True):
+            row[: len(weights)] = weights
         fitness = [request.setting.fitness for request in requests]
         alike = all(one == fitness[0] for one in fitness)
         scorer = make_scorer(
             self.recording,
             where,
             before.targeted,
-            passed,
+            torch.stack([self.passed(request) for request in requests]),
             problem.evaluator,
             budget=half_budget(problem),
             passed_loss=needs_passed_loss(fitness[0]),
@@ -176,22 +143,47 @@ class BatchSearch:
             fitness=fitness[0] if alike else fitness,
             searcher=requests[0].setting.method,
             sizes=sizes,
-            on_progress=partial(_report_progress, on_progress, requests[0].setting.method.iterations),
+            on_progress=on_progress,
         )
-        return [
-            SearchOutcome(
-                request,
-                int(mask.sum()),
-                row[:size].clone(),
-                result.values.cpu(),
-                result,
-                not torch.equal(result.values, start[:size]),
-                result.seconds / len(requests),
-            )
-            for request, mask, row, size, result, start in zip(
-                requests, passed, where, sizes, results, original, strict=True
-            )
-        ]
+        runs = {}
+        for (request, weights), result, start in zip(searched, results, original, strict=True):
+            changed = not torch.equal(result.values, start[: len(weights)])
+            seconds = result.seconds / len(requests)
+            runs[request.key] = self._found(request, weights, result.values.cpu(), result, changed, seconds)
+        return runs
+
+    def _found(
+        self,
+        request: RunRequest,
+        where: Tensor,
+        values: Tensor,
+        result: SearchResult | None = None,
+        changed: bool = False,
+        seconds: float = 0.0,
+    ) -> StoredRun:
+        """A run that is not counted yet; no result if localisation left nothing to search."""
+        setting, fitness = request.setting, request.setting.fitness
+        kind = getattr(fitness, "kind", None)
+        run = Run(
+            setting=setting.name,
+            fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
+            alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
+            perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
+            n_weights=getattr(setting.localizer, "n_weights", None),
+            n_passed=setting.n_passed,
+            particles=setting.method.particles,
+            seed=request.seed,
+            layer=", ".join(site.name or type(site.module).__name__ for site in self.problem.space.sites),
+            n_localized=len(where),
+            iterations=0 if result is None else result.iterations,
+            value=None if result is None else result.fitness,
+            patched=0 if result is None else int(result.history.patched[-1]),
+            intact=int(self.passed(request).sum() if result is None else result.history.intact[-1]),
+            changed=changed,
+            known=NO_COUNTS,
+            seconds=seconds,
+        )
+        return StoredRun(run, where, values)
 
 
 def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[RunRequest]]:
@@ -206,12 +198,7 @@ def batches(requests: Sequence[RunRequest], problem: Problem) -> Iterator[list[R
         kinds.setdefault(_kind(request, device), []).append(request)
     for kind in kinds.values():
         # Equal numbers of weights beside each other need no padding, equal samples are prepared once.
-        kind.sort(
-            key=lambda request: (
-                getattr(request.setting.localizer, "n_weights", None) or 0,
-                request.setting.n_passed or 0,
-            )
-        )
+        kind.sort(key=lambda one: (getattr(one.setting.localizer, "n_weights", None) or 0, one.setting.n_passed or 0))
         size = kind[0].setting.method.particles * problem.space.size * problem.space.dtype.itemsize * TENSORS_PER_SWARM
         n = max(1, min(budget // size, SWARMS_BY_DEVICE.get(device.type, SWARMS_ELSEWHERE)))
         for start in range(0, len(kind), n):
@@ -225,8 +212,3 @@ def _kind(request: RunRequest, device: torch.device) -> Any:
     if device.type == "cpu":
         return request.setting.method, fitness, request.setting.name
     return request.setting.method, fitness.uses_passed_loss
-
-
-def _report_progress(on_progress: Any, total: int, done: int, histories: list[SearchHistory]) -> None:
-    if on_progress is not None:
-        on_progress(done, total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -81,6 +81,10 @@ class Grid:
         """One mapping for each combination, the last axis running fastest."""
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
 
+    def at(self, combination: Sequence[int]) -> dict[str, Any]:
+        """The combination of which each axis has the value at this place."""
+        return {name: values[i] for (name, values), i in zip(self.axes.items(), combination, strict=True)}
+
     def __repr__(self) -> str:
         return f"Grid({', '.join(f'{name}={list(values)}' for name, values in self.axes.items())})"
 
@@ -101,7 +105,7 @@ class Setting:
         n_passed: how many passed samples are scored (#pos); None: all that are known.
     """
 
-    name: str
+    name: str = field(compare=False)
     fitness: Fitness
     method: ParticleSwarm
     localizer: Localizer
@@ -130,15 +134,7 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
         ConfigurationError: an argument that nothing has (the nearest is named), a value that cannot be used, no
             setting, two of one name.
     """
-    method = base.method
-    if not isinstance(method, ParticleSwarm):
-        raise ConfigurationError(
-            explain(
-                f"`method` is a {type(method).__name__}: a sweep runs the paper's search.",
-                "give `method=ParticleSwarm(...)`, or leave it out.",
-            )
-        )
-    start = Setting("", base.fitness, method, base.localizer, base.search.n_passed)
+    start = _of(base)
     if isinstance(settings, Grid):
         given: Iterable[Any] = settings.settings()
     elif isinstance(settings, (str, Mapping)):
@@ -150,7 +146,7 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     found: list[Setting] = []
     for one in given:
         made = _setting(one, start)
-        if not any(_same(made, other) for other in found):
+        if made not in found:
             found.append(made)
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -163,6 +159,15 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     return tuple(found)
 
 
+def _of(settings: Settings) -> Setting:
+    """The search that the settings of a repair say."""
+    method = settings.method
+    if not isinstance(method, ParticleSwarm):
+        problem = f"`method` is a {type(method).__name__}: a sweep runs the paper's search."
+        raise ConfigurationError(explain(problem, "give `method=ParticleSwarm(...)`, or leave it out."))
+    return Setting("", settings.fitness, method, settings.localizer, settings.search.n_passed)
+
+
 def _setting(given: Any, start: Setting) -> Setting:
     if isinstance(given, str):
         given = {"row": given}
@@ -170,9 +175,7 @@ def _setting(given: Any, start: Setting) -> Setting:
     said, made, label = dict(given), start, ""
     if "row" in said:
         label = said.pop("row")
-        row = Settings(**paper_arguments(label))
-        assert isinstance(row.method, ParticleSwarm)
-        made = Setting("", row.fitness, row.method, row.localizer, row.search.n_passed)
+        made = _of(Settings(**paper_arguments(label)))
     name = said.pop("name", None)
     for whole in SETTING_PARTS:
         if whole in said:
@@ -193,8 +196,10 @@ def _setting(given: Any, start: Setting) -> Setting:
             plain = replace(plain, perfect_intact=True, infeasible="zero")
         made = replace(made, fitness=plain)
     Settings(**made.arguments())  # Says what cannot be used.
-    further = "".join(f" {key}={value}" for key, value in given.items() if key not in ("row", "name"))
-    return replace(made, name=str(name) if name is not None else label + further if label else _label(made, start))
+    if name is not None:
+        return replace(made, name=str(name))
+    further = "".join(f" {key}={value}" for key, value in given.items() if key != "row")
+    return replace(made, name=label + further if label else _label(made, start))
 
 
 def _whole(argument: str, value: Any, made: Setting) -> Any:
@@ -209,8 +214,8 @@ def _whole(argument: str, value: Any, made: Setting) -> Any:
 
 def _owner(argument: str, made: Setting) -> str:
     """Which part of a setting has an argument."""
-    parts = {part: getattr(made, part) for part in ("fitness", "method", "localizer")}
-    known = {field.name: part for part, value in parts.items() if is_dataclass(value) for field in fields(value)}
+    parts = {part: getattr(made, part) for part in SETTING_PARTS}
+    known = {f.name: part for part, value in parts.items() if is_dataclass(value) for f in fields(value)}
     if argument not in known:
         choices = [name for name in (*SETTING_PARTS, "row", *known) if name != "kind"]
         near = difflib.get_close_matches(str(argument), choices, n=1)
@@ -235,18 +240,12 @@ def _label(made: Setting, start: Setting) -> str:
             words.append(type(own).__name__)
         elif is_dataclass(own) and type(own) is type(first):
             words += [
-                f"{field.name}={getattr(own, field.name)}"
-                for field in fields(own)
-                if field.name not in shown and getattr(own, field.name) != getattr(first, field.name)
+                f"{f.name}={getattr(own, f.name)}"
+                for f in fields(own)
+                if f.name not in shown and getattr(own, f.name) != getattr(first, f.name)
             ]
     return " ".join(words)
 
 
-def _same(a: Setting, b: Setting) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in SETTING_PARTS)
-
-
 def _values(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (list, tuple, range)):
-        return tuple(value)
-    return (value,)
+    return tuple(value) if isinstance(value, (list, tuple, range)) else (value,)

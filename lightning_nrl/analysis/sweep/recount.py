@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.exact import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
-from lightning_nrl.analysis.sweep.batch_search import SearchOutcome
+from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -24,14 +25,7 @@ STATES_MEMORY = 256 << 20
 
 @dataclass
 class Recount:
-    """Counts runs on the data of one role. What is recorded of the data is kept while memory allows.
-
-    Attributes:
-        problem: the model and its layers.
-        sources: the data.
-        before: what the original model does on them.
-        kept: what was recorded; None if it does not fit, so that the data are read again each time.
-    """
+    """Counts runs on the data of one role. What is recorded of them is `kept`, None where memory does not allow it."""
 
     problem: Problem
     sources: Sequence[Source]
@@ -45,17 +39,23 @@ class Recount:
         return self.kept is None
 
     @torch.no_grad()
-    def __call__(self, runs: Sequence[SearchOutcome]) -> list[TargetCounts]:
+    def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
         """Counts what the weights of some runs do."""
-        right, targeted, device = _right(self.before), self.before.targeted, self.problem.space.device
-        sums = torch.zeros(3, len(runs), dtype=torch.int64, device=device)
-        changed = [r for r, run in enumerate(runs) if run.changed]
-        states = _States(self.problem, [runs[r] for r in changed])
+        before, space = self.before, self.problem.space
+        right, targeted = before.passed & before.loss.isfinite(), before.targeted
+        sums = torch.zeros(3, len(runs), dtype=torch.int64, device=space.device)
+        changed = [r for r, stored in enumerate(runs) if stored.run.changed]
+
+        def whole(r: int) -> Mapping[str, Tensor]:
+            return space.changed(runs[r].where, runs[r].values)
+
+        small = len(changed) * space.size * space.dtype.itemsize <= STATES_MEMORY
+        state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
         for batch in self._batches() if changed else ():
-            was, aimed = (mask[batch.chunk.rows].to(device) for mask in (right, targeted))
-            now = torch.stack([self._passed(batch, states[r]) for r in range(len(changed))])
+            was, aimed = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted))
+            now = torch.stack([self._passed(batch, state(r)) for r in changed])
             sums[:, changed] += torch.stack([now & aimed, now & ~was, ~now & was]).sum(2)
-        n, passed, aims = len(self.before), int(right.sum()), int(targeted.sum())
+        n, passed, aims = len(before), int(right.sum()), int(targeted.sum())
         return [
             TargetCounts(passed - broken, broken, repaired, n - passed - repaired, aims, in_target)
             for in_target, repaired, broken in sums.t().tolist()
@@ -83,22 +83,3 @@ class Recount:
                 self.kept.append(batch)
             yield batch
         self._complete = self.kept is not None
-
-
-class _States:
-    """Whole parameters of each run."""
-
-    def __init__(self, problem: Problem, runs: Sequence[SearchOutcome]) -> None:
-        self.space, self.runs = problem.space, runs
-        small = len(runs) * self.space.size * self.space.dtype.itemsize <= STATES_MEMORY
-        self.made = [self._make(run) for run in runs] if small else None
-
-    def __getitem__(self, run: int) -> Mapping[str, Tensor]:
-        return self._make(self.runs[run]) if self.made is None else self.made[run]
-
-    def _make(self, run: SearchOutcome) -> Mapping[str, Tensor]:
-        return self.space.changed(run.where, run.values)
-
-
-def _right(evidence: SampleResults) -> Tensor:
-    return evidence.passed & evidence.loss.isfinite()

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, SearchOutcome, batches
+from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, batches
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
 from lightning_nrl.analysis.sweep.recount import Recount
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, digest, exchanged, results_digest
 from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver, SweepProgress
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
-from lightning_nrl.analysis.sweep.trials import Trials, chosen
+from lightning_nrl.analysis.sweep.trials import Combination, Trials
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flip_counts import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.baseline import evaluate_baseline
-from lightning_nrl.pipeline.input_checks import check_sources
+from lightning_nrl.pipeline.input_checks import check_sources, check_targets
 from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
@@ -62,14 +62,9 @@ def study(
     _check_whole((*known, *calibration, *unseen))
     layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
     found = evaluate_baseline(evaluator, known, base, unseen=unseen, calibration=calibration, clock=clock)
-    before = found.before
-    if not (before.targeted.any() and before.passed.any()):
-        what = "fails in the target" if before.passed.any() else "passes"
-        raise ConfigurationError(
-            explain(f"`known`: no sample {what} ({base.target}).", "give data on which there is something to repair.")
-        )
-    problem = build_problem(evaluator, known, before, layers, base, clock=clock)
-    data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, before)}
+    check_targets(found.before, base)
+    problem = build_problem(evaluator, known, found.before, layers, base, clock=clock)
+    data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
     data |= {role: (own.sources, own.before) for role, own in found.held_out.items()}
     store = RunStore(None if dirpath is None else Path(dirpath))
     return Study(problem, base, data, collective, store, observer)
@@ -94,10 +89,8 @@ class Study:
     collective: Collective
     store: RunStore
     observer: SweepObserver | None = None
-    _searches: dict[bool, BatchSearch] = field(default_factory=dict)
-    _recounts: dict[bool, dict[Role, Recount]] = field(default_factory=dict)
+    _searches: dict[bool, tuple[BatchSearch, Mapping[Role, Recount]]] = field(default_factory=dict)
     _there: dict[str, StoredRun] = field(default_factory=dict)
-    _ground: str = ""
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
         """Makes the runs that are not there yet, shared out over ranks.
@@ -111,10 +104,8 @@ class Study:
         there |= self._on_each_rank(lambda: self.store.read(unknown))
         missing = [request for request in requests if request.key not in there]
         mine = missing[self.collective.rank :: self.collective.world_size]
-        there |= self._on_each_rank(lambda: self._made(mine, requests, there))
-        result = self._result(requests, there)
-        self._keep_table(result)
-        return result
+        there |= self._on_each_rank(lambda: self._made(mine, requests))
+        return self._result(requests, there)
 
     def _on_each_rank(self, work: Callable[[], dict[str, StoredRun]]) -> dict[str, StoredRun]:
         """What all ranks have worked out together; where one raises, all do."""
@@ -122,142 +113,113 @@ class Study:
         return exchanged(own, self.collective)
 
     def explore(self, grid: Grid, trials: Trials, seeds: Sequence[int]) -> SweepResult:
-        """Runs the combinations that a sampler chooses; the first rank has it.
+        """All runs of the combinations that a sampler chooses, each setting once; the first rank has the sampler."""
+        settings: dict[str, Setting] = {}
 
-        Returns:
-            All runs of all trials, each setting once.
-        """
-        settings: list[Setting] = []
-
-        def evaluate(combinations: Sequence[tuple[int, ...]]) -> list[tuple[Run, ...]]:
-            agreed = self.collective.agreed(torch.tensor(combinations))
-            asked = [parse_settings(one, self.base)[0] for one in chosen(grid, agreed)]
+        def evaluate(combinations: Sequence[Combination]) -> list[tuple[Run, ...]]:
+            agreed = self.collective.agreed(torch.tensor(combinations)).tolist()
+            asked = [parse_settings(grid.at(one), self.base)[0] for one in agreed]
             new = {setting.name: setting for setting in asked}
             result = self.run([(setting, seed) for setting in new.values() for seed in seeds])
-            settings.extend(setting for name, setting in new.items() if name not in {one.name for one in settings})
+            settings.update({name: setting for name, setting in new.items() if name not in settings})
             return [result.of(setting.name) for setting in asked]
 
         trials.explore(grid, evaluate, chooses=self.collective.rank == 0)
-        return self.run([(setting, seed) for setting in settings for seed in seeds])
+        return self.run([(setting, seed) for setting in settings.values() for seed in seeds])
 
-    def _made(
-        self, mine: Sequence[RunRequest], requests: Sequence[RunRequest], there: Mapping[str, StoredRun]
-    ) -> dict[str, StoredRun]:
+    def _made(self, mine: Sequence[RunRequest], requests: Sequence[RunRequest]) -> dict[str, StoredRun]:
         """This rank's runs."""
         made: dict[str, StoredRun] = {}
-        progress = SweepProgress(
-            self.observer, len(requests), len(requests) - len(mine), sum(request.work for request in mine)
-        )
+        work = sum(request.work for request in mine)
+        progress = SweepProgress(self.observer, len(requests), len(requests) - len(mine), work)
         biased: dict[bool, list[RunRequest]] = {}
         for request in mine:
             biased.setdefault(request.setting.localizer.include_bias, []).append(request)
         with self.problem.clock.stage("sweep"):
             for include_bias, own in biased.items():
-                search, recounts = self._search(include_bias), self._recounts[include_bias]
-                waiting: list[SearchOutcome] = []
-                searching, counting = 0.0, 0.0
-                parts = list(batches(own, search.problem))
-                for i, part in enumerate(parts):
-                    began = time.perf_counter()
-                    waiting += search.run(part, partial(progress.within, part))
-                    searching += time.perf_counter() - began
-                    streams = any(recount.streams for recount in recounts.values())
-                    if streams and searching < RECOUNT_AFTER * counting and i < len(parts) - 1:
-                        progress.finish(part)
-                        continue
-                    began = time.perf_counter()
-                    new = _counted(waiting, recounts, search)
-                    counting, searching, waiting = time.perf_counter() - began, 0.0, []
+                for new in self._counted(include_bias, own, progress):
                     self.store.write(new)
                     made |= new
-                    progress.finish(part)
-                    so_far = {**there, **made}
-                    self._keep_table(self._result([request for request in requests if request.key in so_far], so_far))
+                    self._result(requests, self._there | made)
         return made
 
-    def _search(self, include_bias: bool) -> BatchSearch:
+    def _counted(
+        self, include_bias: bool, requests: Sequence[RunRequest], progress: SweepProgress
+    ) -> Iterator[dict[str, StoredRun]]:
+        """Runs as they are counted; where data are read again for that, not after each few."""
+        search, recounts = self._search(include_bias)
+        waiting: dict[str, StoredRun] = {}
+        searching = counting = 0.0
+        parts = list(batches(requests, search.problem))
+        for i, part in enumerate(parts):
+            began = time.perf_counter()
+            waiting |= search.run(part, partial(progress.within, part))
+            searching += time.perf_counter() - began
+            streams = any(recount.streams for recount in recounts.values())
+            if streams and searching < RECOUNT_AFTER * counting and i < len(parts) - 1:
+                progress.finish(part)
+                continue
+            began = time.perf_counter()
+            new = _with_counts(waiting, recounts)
+            counting, searching, waiting = time.perf_counter() - began, 0.0, {}
+            yield new
+            progress.finish(part)
+
+    def _search(self, include_bias: bool) -> tuple[BatchSearch, Mapping[Role, Recount]]:
         if include_bias not in self._searches:
             problem = self.problem
             if include_bias != self.base.localizer.include_bias:
                 space, scope = find_scope(problem.model, self.base.layer, include_bias=include_bias)
                 problem = replace(problem, space=space, scope=scope)
-            self._searches[include_bias] = BatchSearch(problem, self.base)
-            self._recounts[include_bias] = {
-                role: Recount(problem, sources, before) for role, (sources, before) in self.data.items()
-            }
+            recounts = {role: Recount(problem, sources, before) for role, (sources, before) in self.data.items()}
+            self._searches[include_bias] = BatchSearch(problem, self.base), recounts
         return self._searches[include_bias]
 
+    @cached_property
+    def _ground(self) -> str:
+        """Tells model, data and target from others."""
+        evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
+        model = hash_tensors(self.problem.model.state_dict())
+        passed = [source.split for source in self.problem.known if source.passed]
+        return digest([model, evidence, passed, self.base.plain()["layer"], repr(self.problem.task)])
+
     def _key(self, setting: Setting, seed: int) -> str:
-        if not self._ground:
-            evidence = {role: results_digest(before) for role, (_, before) in self.data.items()}
-            model = hash_tensors(self.problem.model.state_dict())
-            passed = [source.split for source in self.problem.known if source.passed]
-            said = self.base.plain()
-            self._ground = digest([model, evidence, passed, said["layer"], repr(self.problem.task)])
         return digest([self._ground, setting.plain(), seed])
 
     def _result(self, requests: Sequence[RunRequest], there: Mapping[str, StoredRun]) -> SweepResult:
+        """Those of the runs that are there; their table is written."""
+        requests = [request for request in requests if request.key in there]
         # What was kept may have had another label.
         kept = {(request.setting.name, request.seed): there[request.key] for request in requests}
-        runs = tuple(replace(there[request.key].run, setting=request.setting.name) for request in requests)
+        runs = tuple(replace(stored.run, setting=name) for (name, _), stored in kept.items())
         original = {
             include_bias: {
                 name: parameter.detach().cpu().clone()
-                for site in self._search(include_bias).problem.space.sites
+                for site in self._search(include_bias)[0].problem.space.sites
                 for name, parameter in site.parameters.items()
             }
             for include_bias in {request.setting.localizer.include_bias for request in requests}
         }
-        layer = self.base.layer if isinstance(self.base.layer, str) else ", ".join(self.base.layer)
         settings = {request.setting.name: request.setting for request in requests}
-        return SweepResult(runs, str(self.base.target), layer, settings=settings, weights=kept, original=original)
-
-    def _keep_table(self, result: SweepResult) -> None:
+        target, layer = str(self.base.target), ", ".join(layer_names(self.base.layer))
+        result = SweepResult(runs, target, layer, settings=settings, weights=kept, original=original)
         if self.store.folder is not None and self.collective.rank == 0:
             self.store.folder.mkdir(parents=True, exist_ok=True)
             result.to_csv(self.store.folder / "sweep.csv")
+        return result
 
 
-def _counted(
-    found: Sequence[SearchOutcome], recounts: Mapping[Role, Recount], search: BatchSearch
-) -> dict[str, StoredRun]:
-    """Rows and weights of some runs by their keys."""
+def _with_counts(found: Mapping[str, StoredRun], recounts: Mapping[Role, Recount]) -> dict[str, StoredRun]:
+    """The same runs, and what their weights do."""
     began = time.perf_counter()
-    counts = {role: recount(found) for role, recount in recounts.items()}
+    columns = {role: count(list(found.values())) for role, count in recounts.items()}
     share = (time.perf_counter() - began) / len(found)
-    layer = ", ".join(site.name or type(site.module).__name__ for site in search.problem.space.sites)
-    kept = {}
-    for i, one in enumerate(found):
-        run = _row(one, layer, one.seconds + share, {role: counts[role][i] for role in counts})
-        kept[one.request.key] = StoredRun(run, one.where, one.values)
-    return kept
-
-
-def _row(found: SearchOutcome, layer: str, seconds: float, counts: Mapping[Role, TargetCounts]) -> Run:
-    setting, result = found.request.setting, found.result
-    fitness = setting.fitness
-    kind = getattr(fitness, "kind", None)
-    return Run(
-        setting=setting.name,
-        fitness=str(kind or getattr(fitness, "__name__", type(fitness).__name__)),
-        alpha=float(fitness.alpha) if kind in ("eq1", "eq2") else None,
-        perfect_intact=bool(getattr(fitness, "perfect_intact", False)),
-        n_weights=getattr(setting.localizer, "n_weights", None),
-        n_passed=setting.n_passed,
-        particles=setting.method.particles,
-        seed=found.request.seed,
-        layer=layer,
-        n_localized=len(found.where),
-        iterations=0 if result is None else result.iterations,
-        value=None if result is None else result.fitness,
-        patched=0 if result is None else int(result.history.patched[-1]),
-        intact=found.n_passed if result is None else int(result.history.intact[-1]),
-        changed=found.changed,
-        known=counts["known"],
-        calibration=counts.get("calibration"),
-        unseen=counts.get("unseen"),
-        seconds=round(seconds, 4),
-    )
+    counted = {}
+    for i, (key, stored) in enumerate(found.items()):
+        counts: dict[str, Any] = {role: column[i] for role, column in columns.items()}
+        run = replace(stored.run, seconds=round(stored.run.seconds + share, 4), **counts)
+        counted[key] = replace(stored, run=run)
+    return counted
 
 
 def _check_counting(base: Settings) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from lightning_nrl._utils.timing import Observer
 from lightning_nrl.analysis.sweep.batch_search import RunRequest
+from lightning_nrl.search import SearchHistory
 
 __all__ = ["SweepObserver", "SweepProgress"]
 
@@ -22,13 +23,9 @@ class SweepObserver(Observer, Protocol):
 
 
 class SweepProgress:
-    """Tells an observer how many runs are done, and how long the rest takes if it goes on as it did.
+    """Tells an observer how many runs of `total` are done, and how long the rest takes if it goes on as it did.
 
-    Args:
-        observer: is told.
-        total: runs in all.
-        done: those that this process has not to make.
-        work: what all others take, as `RunRequest.work` has it.
+    `work` is what this process has to do, as `RunRequest.work` has it; `done` are the runs that it has not to make.
     """
 
     def __init__(self, observer: SweepObserver | None, total: int, done: int, work: int) -> None:
@@ -36,9 +33,10 @@ class SweepProgress:
         self.worked = 0.0
         self.began = time.perf_counter()
 
-    def within(self, part: Sequence[RunRequest], done: int, total: int) -> None:
-        """In the middle of some runs: this many iterations of at most so many were made."""
-        self._show(self.worked + sum(request.work for request in part) * done / max(1, total))
+    def within(self, part: Sequence[RunRequest], done: int, histories: list[SearchHistory]) -> None:
+        """In the middle of some runs of one swarm: so many iterations were made."""
+        share = done / max(1, part[0].setting.method.iterations)
+        self._show(self.worked + sum(request.work for request in part) * share)
 
     def finish(self, part: Sequence[RunRequest]) -> None:
         """Some runs are done, early or not."""

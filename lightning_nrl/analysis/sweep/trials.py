@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from lightning_nrl.analysis.sweep.grid import Grid
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 
-__all__ = ["Trials", "regression_free_repairs"]
+__all__ = ["Combination", "Trials", "regression_free_repairs"]
 
 Combination = tuple[int, ...]
 """Which value of each axis."""
@@ -58,10 +56,7 @@ class Trials:
     ) -> None:
         """Asks for combinations, has them run, tells their scores.
 
-        Args:
-            grid: the axes.
-            evaluate: runs combinations; on ranks that do not choose, those that the first one has chosen.
-            chooses: whether this is the rank that has the sampler.
+        A rank that `chooses` has the sampler; on the others `evaluate` runs what that one has chosen.
 
         Raises:
             ConfigurationError: Optuna is not installed.
@@ -94,24 +89,10 @@ class Trials:
 
 
 def _suggested(trial: Any, grid: Grid) -> Combination:
-    return tuple(
-        trial.suggest_categorical(name, list(range(len(values)))) if not _plain(values) else _index(trial, name, values)
-        for name, values in grid.axes.items()
-    )
-
-
-def _index(trial: Any, name: str, values: Sequence[Any]) -> int:
-    return list(values).index(trial.suggest_categorical(name, list(values)))
-
-
-def _plain(values: Sequence[Any]) -> bool:
-    """Whether Optuna can keep the values as they are."""
-    return all(value is None or isinstance(value, (bool, int, float, str)) for value in values)
-
-
-def chosen(grid: Grid, combinations: torch.Tensor) -> list[dict[str, Any]]:
-    """Settings of combinations, `T x axes` int64."""
-    return [
-        {name: values[i] for (name, values), i in zip(grid.axes.items(), row, strict=True)}
-        for row in combinations.tolist()
-    ]
+    """Optuna keeps plain values as they are, others by their places."""
+    found = []
+    for name, values in grid.axes.items():
+        plain = all(value is None or isinstance(value, (bool, int, float, str)) for value in values)
+        choices: list[Any] = list(values) if plain else list(range(len(values)))
+        found.append(choices.index(trial.suggest_categorical(name, choices)))
+    return tuple(found)
