@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import (
-    Cost,
-    DoubtfulLabel,
-    HeldOutCheck,
-    LayerCapacity,
-    NeighbourMixing,
-    TargetFinding,
-)
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, HeldOutCheck, LayerCapacity
 from lightning_nrl.report.formatting import rough_percent, rough_time
 
 __all__ = ["advise"]
@@ -24,54 +16,34 @@ WORTH = 2.0
 """Others repaired for each one broken from which on a repair of the last layer is worth its unseen breaks."""
 
 NEAR = 4.0
-"""Times the easiest_layer layer's change that the last layer may need: both are medians over few targets."""
+"""Times the easiest layer's change that the last layer may need: both are medians over few targets."""
 
 FAR = 0.5
 """A change of a layer by half of its norm is no small one: the first-order figures do not hold there."""
 
 
-def advise(
-    known: Mapping[str, int],
-    targets: Sequence[TargetFinding],
-    check: HeldOutCheck | None,
-    mixing: NeighbourMixing | None,
-    doubts: Sequence[DoubtfulLabel],
-    layers: Sequence[LayerCapacity],
-    head: str | None,
-    costs: Sequence[Cost],
-) -> str:
+def advise(found: Diagnosis) -> str:
     """The advice. The rules are few and in order: labels, then the last layer, then the network, then data."""
-    if not known["targeted"]:
+    if not found.known["targeted"]:
         return "Nothing to repair: no failed sample is in the target."
-    if not known["passed"]:
+    if not found.known["passed"]:
         return "Get data: no known sample passes, so there is nothing to keep and nothing to compare with."
-    if all(math.isnan(target.margin) for target in targets):
+    if all(math.isnan(target.margin) for target in found.targets):
         return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
-    return _labels(known["targeted"], doubts) + _method(targets, check, mixing, layers, head, costs)
-
-
-def _labels(n: int, doubts: Sequence[DoubtfulLabel]) -> str:
-    if len(doubts) < max(1, DOUBTED * n):
-        return ""
+    n, doubts = found.known["targeted"], len(found.doubts)
+    if doubts < max(1, DOUBTED * n):
+        return _method(found)
     return (
-        f"Look at labels first: those of {len(doubts):,} of {n:,} targets may be wrong, since neighbours and model "
-        "agree on another class. Then: "
+        f"Look at labels first: those of {doubts:,} of {n:,} targets may be wrong, since neighbours and model "
+        f"agree on another class. Then: {_method(found)}"
     )
 
 
-def _method(
-    targets: Sequence[TargetFinding],
-    check: HeldOutCheck | None,
-    mixing: NeighbourMixing | None,
-    layers: Sequence[LayerCapacity],
-    head: str | None,
-    costs: Sequence[Cost],
-) -> str:
-    times = {cost.method: rough_time(cost.seconds) for cost in costs}
-    best = min(layers, key=lambda layer: layer.change, default=None)
-    own = next((layer for layer in layers if layer.layer == head), None)
-    alone = sum(target.fixable == "yes" for target in targets)
-    tried = sum(target.fixable != "not tried" for target in targets)
+def _method(found: Diagnosis) -> str:
+    head, check, best, mixing = found.head, found.check, found.easiest_layer, found.mixing
+    times = {cost.method: rough_time(cost.seconds) for cost in found.costs}
+    own = next((layer for layer in found.layers if layer.layer == head), None)
+    alone, tried = found.count("yes"), len(found.targets) - found.count("not tried")
     near = own is None or best is None or own.change <= NEAR * best.change
     worth = check is not None and not check.rate < WORTH
     last = " ".join((_last_layer(alone, tried, check), _change(own, best))).strip()
@@ -109,12 +81,10 @@ def _last_layer(alone: int, tried: int, check: HeldOutCheck | None) -> str:
     if not tried:
         return ""
     text = f"One at a time, it can fix {alone:,} of {tried:,} targets at zero known regressions"
-    if check is not None:
-        text += (
-            f"; on samples held out, fixing one repairs {check.repaired:.1f} other targets and breaks "
-            f"{check.broken:.1f} passed samples"
-        )
-    return f"{text}."
+    if check is None:
+        return f"{text}."
+    others = f"repairs {check.repaired:.1f} other targets and breaks {check.broken:.1f} passed samples"
+    return f"{text}; on samples held out, fixing one {others}."
 
 
 def _change(own: LayerCapacity | None, best: LayerCapacity | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,27 +16,16 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.diagnosis.advice import advise
 from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
-from lightning_nrl.analysis.diagnosis.diagnosis_result import (
-    Binding,
-    Cost,
-    Diagnosis,
-    DoubtfulLabel,
-    LayerCapacity,
-    NeighbourMixing,
-    TargetFinding,
-    Verdict,
-)
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, LayerCapacity
 from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
-from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_layer, sample_places
+from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
 from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
-from lightning_nrl.evaluation.neighbors import NEIGHBOURS
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.tasks import Task
 
 __all__ = ["diagnose_module"]
 
@@ -84,7 +74,26 @@ def diagnose_module(
         some = f"{len(seen.features.rows):,} of {len(evidence):,} known samples, those nearest to failing"
         notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
-    return _diagnosis(evidence, settings, evaluator.task, head, last, rooms, costs(pace, epochs), clock, tuple(notes))
+    found = Diagnosis(
+        advice="",
+        target=str(settings.target),
+        task=str(evaluator.task),
+        known={
+            "samples": len(evidence),
+            "passed": int(evidence.passed.sum()),
+            "failed": int((~evidence.passed).sum()),
+            "targeted": int(evidence.targeted.sum()),
+        },
+        targets=untried_targets(evidence),
+        layers=rooms,
+        costs=costs(pace, epochs),
+        notes=tuple(notes),
+        seconds=dict(clock.seconds),
+    )
+    if isinstance(last, LastLayer):
+        targets, binding, check, mixing, doubts, _ = last
+        found = replace(found, head=head, targets=targets, binding=binding, check=check, mixing=mixing, doubts=doubts)
+    return replace(found, advice=advise(found))
 
 
 def _last_layer(
@@ -152,109 +161,3 @@ def _head_seconds(layer: nn.Linear, n: int = 1024) -> float:
     start = time.perf_counter()
     layer(inputs).sum().item()
     return (time.perf_counter() - start) / n
-
-
-def _diagnosis(
-    evidence: SampleResults,
-    settings: Settings,
-    task: Task,
-    head: str | None,
-    last: LastLayer | str,
-    rooms: tuple[LayerCapacity, ...],
-    prices: tuple[Cost, ...],
-    clock: StageTimer,
-    notes: tuple[str, ...],
-) -> Diagnosis:
-    """The findings as a diagnosis."""
-    counts = {
-        "samples": len(evidence),
-        "passed": int(evidence.passed.sum()),
-        "failed": int((~evidence.passed).sum()),
-        "targeted": int(evidence.targeted.sum()),
-    }
-    some = last if isinstance(last, LastLayer) else None
-    targets = _targets(evidence, some)
-    check = some.check if some else None
-    mixing = _mixing(some) if some else None
-    doubts = _doubts(evidence, some) if some else ()
-    head = head if some else None
-    return Diagnosis(
-        advice=advise(counts, targets, check, mixing, doubts, rooms, head, prices),
-        target=str(settings.target),
-        task=str(task),
-        known=counts,
-        head=head,
-        targets=targets,
-        binding=_binding(evidence, some) if some else (),
-        check=check,
-        mixing=mixing,
-        doubts=doubts,
-        layers=rooms,
-        costs=prices,
-        notes=notes,
-        seconds=dict(clock.seconds),
-    )
-
-
-class _Places:
-    """Rows of the evidence as splits and positions in their data sets."""
-
-    def __init__(self, evidence: SampleResults) -> None:
-        self.split = [split for split, size in zip(evidence.splits, evidence.sizes, strict=True) for _ in range(size)]
-        self.id = evidence.index.tolist()
-
-
-def _targets(evidence: SampleResults, last: LastLayer | None) -> tuple[TargetFinding, ...]:
-    rows, places = evidence.targeted.nonzero().flatten().tolist(), _Places(evidence)
-    verdicts: list[Verdict] = ["not tried"] * len(rows)
-    change, agreement = [math.nan] * len(rows), [math.nan] * len(rows)
-    if last is not None:
-        agreement = last.near.agreement.tolist()
-        for at, yes, no, size in zip(
-            last.tried.tolist(),
-            last.fixability.fixable.tolist(),
-            last.fixability.unfixable.tolist(),
-            (last.fixability.size / last.fixability.limit).tolist(),
-            strict=True,
-        ):
-            verdicts[at], change[at] = "yes" if yes else "no" if no else "undecided", size
-    return tuple(
-        TargetFinding(
-            split=places.split[row],
-            id=places.id[row],
-            label=int(evidence.label[row]),
-            prediction=int(evidence.prediction[row]),
-            margin=float(evidence.margin[row]),
-            fixable=verdict,
-            change=size,
-            agreement=agreed,
-        )
-        for row, verdict, size, agreed in zip(rows, verdicts, change, agreement, strict=True)
-    )
-
-
-def _binding(evidence: SampleResults, last: LastLayer) -> tuple[Binding, ...]:
-    count, places = last.fixability.binds.sum(0), _Places(evidence)
-    order = count.argsort(descending=True, stable=True)[: int((count > 0).sum())]
-    found = []
-    for row, targets in zip(last.passed[order].tolist(), count[order].tolist(), strict=True):
-        label, margin = int(evidence.label[row]), float(evidence.margin[row])
-        found.append(Binding(places.split[row], places.id[row], label, margin, targets))
-    return tuple(found)
-
-
-def _mixing(last: LastLayer) -> NeighbourMixing:
-    k = min(NEIGHBOURS, max(1, len(last.passed) - 1))
-    shares = (near.agreement[~near.agreement.isnan()] for near in (last.near, last.near_passed))
-    groups = ((share * k).round().long().bincount(minlength=k + 1).tolist() for share in shares)
-    return NeighbourMixing(k, *(tuple(group) for group in groups))
-
-
-def _doubts(evidence: SampleResults, last: LastLayer) -> tuple[DoubtfulLabel, ...]:
-    places, found = _Places(evidence), []
-    for at in last.doubted.nonzero().flatten().tolist():
-        row = int(last.targets[at])
-        label, prediction = int(evidence.label[row]), int(evidence.prediction[row])
-        agreed, lead = float(last.near.share[at]), float(last.lead[at])
-        found.append(DoubtfulLabel(places.split[row], places.id[row], label, prediction, agreed, lead))
-    return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Verdict
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
 from lightning_nrl.analysis.figures import INK, figure_of, new_figure
 from lightning_nrl.report.formatting import rough_percent
 
@@ -14,7 +14,7 @@ __all__ = ["draw_diagnosis"]
 BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#999999"
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
 GRID_COLOUR = "#DDDDDD"
-VERDICT_STYLES: dict[Verdict, tuple[str, str, str]] = {
+VERDICT_STYLES: dict[Fixable, tuple[str, str, str]] = {
     "yes": ("can be fixed", BLUE, ""),
     "no": ("cannot be fixed", RED, "///"),
     "undecided": ("undecided", ORANGE, "..."),

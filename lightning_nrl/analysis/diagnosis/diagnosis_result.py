@@ -16,24 +16,30 @@ __all__ = [
     "Cost",
     "Diagnosis",
     "DoubtfulLabel",
+    "Fixable",
     "HeldOutCheck",
     "LayerCapacity",
     "NeighbourMixing",
     "TargetFinding",
-    "Verdict",
 ]
 
-Verdict = Literal["yes", "no", "undecided", "not tried"]
+Fixable = Literal["yes", "no", "undecided", "not tried"]
 
 
 @dataclass(frozen=True)
-class TargetFinding:
+class FoundSample:
+    """A known sample: its split, its position in the data set, and its class, -1 where the task has none."""
+
+    split: str
+    id: int
+    label: int
+
+
+@dataclass(frozen=True)
+class TargetFinding(FoundSample):
     """One failure that is to be repaired.
 
     Attributes:
-        split: where it is from.
-        id: its position in the data set.
-        label: its class; -1 where the task has none.
         prediction: the class that the model gives it.
         margin: how far it is from being right, at most 0; NaN where the task has no margin.
         fixable: whether the last Linear can repair it alone at zero known regressions. `no` is a proof: a change that
@@ -43,31 +49,22 @@ class TargetFinding:
         agreement: share of its nearest passed samples that have its label; NaN if that is not known.
     """
 
-    split: str
-    id: int
-    label: int
     prediction: int
     margin: float
-    fixable: Verdict = "not tried"
+    fixable: Fixable = "not tried"
     change: float = math.nan
     agreement: float = math.nan
 
 
 @dataclass(frozen=True)
-class Binding:
+class Binding(FoundSample):
     """A passed sample that stands in the way of repairs.
 
     Attributes:
-        split: where it is from.
-        id: its position in the data set.
-        label: its class.
         margin: how far it is from being wrong.
         targets: how many targets it binds: their smallest repair would break it if it were not held.
     """
 
-    split: str
-    id: int
-    label: int
     margin: float
     targets: int
 
@@ -122,21 +119,15 @@ class NeighbourMixing:
 
 
 @dataclass(frozen=True)
-class DoubtfulLabel:
+class DoubtfulLabel(FoundSample):
     """A target whose label looks wrong.
 
     Attributes:
-        split: where it is from.
-        id: its position in the data set.
-        label: the label that it has.
         prediction: the class that its neighbours and the model give it.
         agreed: share of its neighbours of that class.
         lead: of the predicted class's logit over the label's.
     """
 
-    split: str
-    id: int
-    label: int
     prediction: int
     agreed: float
     lead: float
@@ -216,7 +207,7 @@ class Diagnosis(Report, Plotted):
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
-    def count(self, fixable: Verdict) -> int:
+    def count(self, fixable: Fixable) -> int:
         """How many targets have this verdict."""
         return sum(target.fixable == fixable for target in self.targets)
 
@@ -227,4 +218,4 @@ class Diagnosis(Report, Plotted):
 
     @property
     def derived(self) -> Mapping[str, object]:
-        return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Verdict)}}
+        return {"fixable": {verdict: self.count(verdict) for verdict in get_args(Fixable)}}

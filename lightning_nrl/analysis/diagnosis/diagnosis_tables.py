@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, TargetFinding, Verdict
+from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.formatting import rough_percent, rough_time
 from lightning_nrl.report.pages import page_of
 
 __all__ = ["page_of_diagnosis"]
 
-REST: tuple[Verdict, ...] = ("undecided", "not tried")
+REST: tuple[Fixable, ...] = ("undecided", "not tried")
 
 LISTED_ROWS = 8
 """Samples, classes and layers that are shown; the JSON has all."""
@@ -106,7 +106,7 @@ def _alone(diagnosis: Diagnosis, most: int) -> Table:
     def row(label: str, text: Callable[[Sequence[TargetFinding]], str], tone: Literal["", "gain"] = "") -> Row:
         return Row(label, tuple(text(group) for *_, group in groups), tone)
 
-    def count(verdict: Verdict) -> Callable[[Sequence[TargetFinding]], str]:
+    def count(verdict: Fixable) -> Callable[[Sequence[TargetFinding]], str]:
         return lambda group: f"{sum(target.fixable == verdict for target in group):,}"
 
     rows = [

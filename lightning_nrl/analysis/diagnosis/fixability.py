@@ -60,11 +60,6 @@ class Fixability(NamedTuple):
     binds: Tensor  # T x P bool: passed samples that stand in a target's way
     change: Tensor  # T x C x D, of the weights; 0 where none is known
 
-    def cpu(self) -> Fixability:
-        """The same on the CPU."""
-        size, binds, change = self.size.cpu(), self.binds.cpu(), self.change.cpu()
-        return Fixability(self.fixable.cpu(), self.unfixable.cpu(), size, self.limit, binds, change)
-
 
 class LayerSamples(NamedTuple):
     """What the layer does on some samples."""

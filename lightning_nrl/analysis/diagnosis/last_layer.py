@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.analysis.diagnosis.diagnosis_result import HeldOutCheck
+from lightning_nrl.analysis.diagnosis.diagnosis_result import (
+    Binding,
+    DoubtfulLabel,
+    HeldOutCheck,
+    NeighbourMixing,
+    TargetFinding,
+)
 from lightning_nrl.analysis.diagnosis.fixability import Fixability, LayerSamples, find_fixability
 from lightning_nrl.evaluation.head_features import Features
-from lightning_nrl.evaluation.neighbors import Neighbours, doubtful, neighbours
+from lightning_nrl.evaluation.neighbors import NEIGHBOURS, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["LastLayer", "analyze_last_layer", "sample_places"]
+__all__ = ["LastLayer", "analyze_last_layer", "sample_places", "untried_targets"]
 
 MAX_TARGETS_TRIED = 512
 """Targets that are tried one at a time, at most, drawn by chance from more."""
@@ -34,18 +41,14 @@ MAX_PASSED_COMPARED = 2_000
 
 
 class LastLayer(NamedTuple):
-    """Baseline on the CPU."""
+    """What was found of the last layer, as a diagnosis has it."""
 
-    targets: Tensor  # T, rows of the evidence
-    tried: Tensor  # places among them that were tried one at a time
-    fixability: Fixability  # of those, against the passed
-    passed: Tensor  # P, rows of the evidence
+    targets: tuple[TargetFinding, ...]
+    binding: tuple[Binding, ...]
     check: HeldOutCheck | None
-    near: Neighbours  # of the targets
-    near_passed: Neighbours  # of some passed samples
-    doubted: Tensor  # T bool, the label looks wrong
-    lead: Tensor  # T, of the predicted class over the label
-    seconds: float  # to try every target
+    mixing: NeighbourMixing
+    doubts: tuple[DoubtfulLabel, ...]
+    seconds: float  # to try every target alone
 
 
 def analyze_last_layer(
@@ -94,17 +97,60 @@ def analyze_last_layer(
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
     return LastLayer(
-        features.rows[targets],
-        tried,
-        found.cpu(),
-        features.rows[kept],
+        _targets(evidence, tried, found, near.agreement.cpu()),
+        _binding(evidence, features.rows[kept], found.binds.sum(0).cpu()),
         check,
-        Neighbours(*(x.cpu() for x in near)),
-        Neighbours(*(x.cpu() for x in near_passed)),
-        doubted.cpu(),
-        lead.cpu(),
+        _mixing(min(NEIGHBOURS, max(1, len(kept) - 1)), near.agreement.cpu(), near_passed.agreement.cpu()),
+        _doubts(evidence, features.rows[targets], doubted.cpu(), near.share.cpu(), lead.cpu()),
         seconds,
     )
+
+
+def untried_targets(evidence: SampleResults) -> tuple[TargetFinding, ...]:
+    """The targets, of which no more is known."""
+    return tuple(
+        TargetFinding(*_sample(evidence, row), int(evidence.prediction[row]), float(evidence.margin[row]))
+        for row in evidence.targeted.nonzero().flatten().tolist()
+    )
+
+
+def _sample(evidence: SampleResults, row: int) -> tuple[str, int, int]:
+    """Split, position in the data set and label."""
+    split = next(split for split in evidence.splits if row < evidence.of(split).stop)
+    return split, int(evidence.index[row]), int(evidence.label[row])
+
+
+def _targets(evidence: SampleResults, tried: Tensor, found: Fixability, agreement: Tensor) -> tuple[TargetFinding, ...]:
+    known = zip(untried_targets(evidence), agreement.tolist(), strict=True)
+    targets = [replace(target, agreement=share) for target, share in known]
+    columns = (tried, found.fixable, found.unfixable, found.size / found.limit)
+    for at, yes, no, change in zip(*(column.tolist() for column in columns), strict=True):
+        targets[at] = replace(targets[at], fixable="yes" if yes else "no" if no else "undecided", change=change)
+    return tuple(targets)
+
+
+def _binding(evidence: SampleResults, passed: Tensor, bound: Tensor) -> tuple[Binding, ...]:
+    order = bound.argsort(descending=True, stable=True)[: int((bound > 0).sum())]
+    return tuple(
+        Binding(*_sample(evidence, row), float(evidence.margin[row]), targets)
+        for row, targets in zip(passed[order].tolist(), bound[order].tolist(), strict=True)
+    )
+
+
+def _mixing(k: int, *agreements: Tensor) -> NeighbourMixing:
+    known = (agreement[~agreement.isnan()] for agreement in agreements)
+    return NeighbourMixing(k, *(tuple((x * k).round().long().bincount(minlength=k + 1).tolist()) for x in known))
+
+
+def _doubts(
+    evidence: SampleResults, rows: Tensor, doubted: Tensor, share: Tensor, lead: Tensor
+) -> tuple[DoubtfulLabel, ...]:
+    columns = (x[doubted].tolist() for x in (rows, share, lead))
+    found = [
+        DoubtfulLabel(*_sample(evidence, row), int(evidence.prediction[row]), agreed, ahead)
+        for row, agreed, ahead in zip(*columns, strict=True)
+    ]
+    return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))
 
 
 def sample_places(n: int, most: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from lightning_nrl._utils.precision import no_autocast
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 
-__all__ = ["GradientSketches", "LayerCapacity", "layer_capacities", "sketch_gradients"]
+__all__ = ["FirstOrderCapacity", "GradientSketches", "layer_capacities", "sketch_gradients"]
 
 SKETCH_SIZE = 16_384
 """Numbers that a sample's gradient is kept in, where the layer has more weights."""
@@ -38,7 +38,7 @@ class GradientSketches(NamedTuple):
     layers: dict[str, Tensor]  # n x (weights or SKETCH_SIZE), of the layers that tell samples apart
 
 
-class LayerCapacity(NamedTuple):
+class FirstOrderCapacity(NamedTuple):
     """A layer's freedom to help each of the targets."""
 
     share: Tensor  # T, from 0 to 1: of what a small change could gain for it, what is left if no passed one may lose
@@ -81,7 +81,7 @@ def sketch_gradients(
 @torch.no_grad()
 def layer_capacities(
     sketches: GradientSketches, targets: Tensor, norms: Mapping[str, float], keep: float
-) -> dict[str, LayerCapacity]:
+) -> dict[str, FirstOrderCapacity]:
     """What each layer can do for each target while no passed sample's margin falls below `keep`, to first order.
 
     Args:
@@ -110,7 +110,7 @@ def layer_capacities(
     share, change = (1 - 2 * lost).clamp(0, 1).sqrt(), (2 * needed.clamp_min(0)).sqrt()
     change = torch.where(change > MAX_RELATIVE_CHANGE, torch.inf, change)
     return {
-        name: LayerCapacity(*(x.float() for x in pair))
+        name: FirstOrderCapacity(*(x.float() for x in pair))
         for name, *pair in zip(sketches.layers, share.split(len(t)), change.split(len(t)), strict=True)
     }
 

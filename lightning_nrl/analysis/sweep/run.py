@@ -14,7 +14,7 @@ from lightning_nrl.report.splits import ROLES, Role
 
 __all__ = ["RUN_COLUMNS", "Run", "run_of_text"]
 
-DERIVED_COUNTS = ("n", "accuracy_before", "accuracy_after")
+DERIVED_COUNTS = {"n": int, "accuracy_before": float, "accuracy_after": float}
 NO_COUNTS = TargetCounts(0, 0, 0, 0)
 
 
@@ -92,15 +92,10 @@ class Run(Derives):
 def _kinds() -> dict[str, tuple[Any, ...]]:
     """Which types each column may have, in the order of the table."""
     own = {name: get_args(hint) or (hint,) for name, hint in hints_of(Run).items()}
-    counted = dict.fromkeys(("n", *(f.name for f in fields(TargetCounts))), int)
-    last = {"seconds": own["seconds"]}
-    first = {name: own[name] for name in own if name not in (*ROLES, *last)}
-    by_role = {
-        f"{role}_{name}": (kind, NoneType)
-        for role in ROLES
-        for name, kind in {**counted, "accuracy_before": float, "accuracy_after": float}.items()
-    }
-    return {**first, **by_role, **last}
+    seconds = own.pop("seconds")
+    counted = {"n": int} | dict.fromkeys((f.name for f in fields(TargetCounts)), int) | DERIVED_COUNTS
+    roles = {f"{role}_{name}": (kind, NoneType) for role in ROLES for name, kind in counted.items()}
+    return {name: own[name] for name in own if name not in ROLES} | roles | {"seconds": seconds}
 
 
 _KINDS = _kinds()
@@ -109,11 +104,7 @@ RUN_COLUMNS = tuple(_KINDS)
 
 
 def run_of_text(row: Mapping[str, str]) -> Run:
-    """Reads a line of the table, as `csv.DictReader` gives it.
-
-    Raises:
-        ConfigurationError: a column is missing or unknown, or holds something else; it is named.
-    """
+    """Reads a line of the table, as `csv.DictReader` gives it; a `ConfigurationError` names what is wrong."""
     return from_plain(Run, {name: _value(text, _KINDS.get(name, ())) for name, text in row.items()})
 
 

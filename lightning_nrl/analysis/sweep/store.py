@@ -33,26 +33,16 @@ DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "weigh
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run and its weights.
-
-    Attributes:
-        run: its row.
-        where: `K` int64, flat positions of the weights that were searched, on the CPU.
-        values: `K`, what they are.
-    """
+    """A run and its weights, on the CPU."""
 
     run: Run
-    where: Tensor
-    values: Tensor
+    where: Tensor  # `K` int64, flat positions of the weights that were searched
+    values: Tensor  # `K`, what they are
 
 
 @dataclass(frozen=True)
 class RunStore:
-    """A folder with a file for each few runs.
-
-    Attributes:
-        folder: is made when something is kept; None keeps nothing.
-    """
+    """A folder with a file for each few runs, made when something is kept; None keeps nothing."""
 
     folder: Path | None
 
@@ -113,10 +103,7 @@ def exchanged(mine: Mapping[str, StoredRun], collective: Collective) -> dict[str
     if collective.world_size == 1:
         return dict(mine)
     packed = torch.frombuffer(bytearray(_packed(mine)), dtype=torch.uint8)
-    together: dict[str, StoredRun] = {}
-    for rank in collective.gather(packed):
-        together.update(_unpacked(rank.numpy().tobytes()))
-    return together
+    return {key: run for rank in collective.gather(packed) for key, run in _unpacked(rank.numpy().tobytes()).items()}
 
 
 def _checksum(data: bytes) -> bytes:
@@ -124,11 +111,7 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _checked(data: bytes) -> bytes:
-    """What follows the checksum.
-
-    Raises:
-        ConfigurationError: it does not fit its checksum.
-    """
+    """What follows the checksum, which it must fit."""
     checksum, _, rest = data.partition(b"\n")
     if checksum != _checksum(rest):
         raise ConfigurationError("it does not fit its checksum")
@@ -136,9 +119,8 @@ def _checked(data: bytes) -> bytes:
 
 
 def _packed(runs: Mapping[str, StoredRun]) -> bytes:
-    data = {key: {"run": to_plain(one.run), "where": one.where, "values": one.values} for key, one in runs.items()}
     out = io.BytesIO()
-    torch.save(data, out)
+    torch.save({key: {**vars(stored), "run": to_plain(stored.run)} for key, stored in runs.items()}, out)
     return out.getvalue()
 
 

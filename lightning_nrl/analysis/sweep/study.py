@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ import torch
 from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, batches
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
 from lightning_nrl.analysis.sweep.recount import Recount
@@ -24,50 +22,15 @@ from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver, SweepProg
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Combination, Trials
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, explain
-from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.pipeline.baseline import evaluate_baseline
-from lightning_nrl.pipeline.input_checks import check_sources, check_targets
-from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import Role
 
-__all__ = ["Study", "study"]
+__all__ = ["Study"]
 
 RECOUNT_AFTER = 5
 """Where data have to be read again to count runs, that is done once searching took so many times as long."""
-
-
-def study(
-    evaluator: Evaluator,
-    known: Sequence[Source],
-    base: Settings,
-    *,
-    unseen: Sequence[Source],
-    calibration: Sequence[Source],
-    dirpath: str | Path | None = None,
-    observer: SweepObserver | None = None,
-) -> Study:
-    """Looks at model and data, for any number of runs on them; see `sweep_module` for the arguments.
-
-    The model has to stay in evaluation mode while runs are made (`preserve`).
-    """
-    collective, clock = evaluator.collective, StageTimer(observer)
-    # Each rank looks at all data, as they share out the runs.
-    evaluator = replace(evaluator, collective=Collective())
-    check_sources(known, (*calibration, *unseen), base)
-    _check_counting(base)
-    _check_whole((*known, *calibration, *unseen))
-    layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
-    found = evaluate_baseline(evaluator, known, base, unseen=unseen, calibration=calibration, clock=clock)
-    check_targets(found.before, base)
-    problem = build_problem(evaluator, known, found.before, layers, base, clock=clock)
-    data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
-    data |= {role: (own.sources, own.before) for role, own in found.held_out.items()}
-    store = RunStore(None if dirpath is None else Path(dirpath))
-    return Study(problem, base, data, collective, store, observer)
 
 
 @dataclass
@@ -93,11 +56,7 @@ class Study:
     _there: dict[str, StoredRun] = field(default_factory=dict)
 
     def run(self, wanted: Sequence[tuple[Setting, int]]) -> SweepResult:
-        """Makes the runs that are not there yet, shared out over ranks.
-
-        Returns:
-            All that were wanted, in their order, the same on each rank.
-        """
+        """All that are wanted, in order, the same on each rank: ranks share out those that are not there yet."""
         requests = [RunRequest(self._key(setting, seed), setting, seed) for setting, seed in wanted]
         there = self._there
         unknown = [request.key for request in requests if request.key not in there]
@@ -220,25 +179,3 @@ def _with_counts(found: Mapping[str, StoredRun], recounts: Mapping[Role, Recount
         run = replace(stored.run, seconds=round(stored.run.seconds + share, 4), **counts)
         counted[key] = replace(stored, run=run)
     return counted
-
-
-def _check_counting(base: Settings) -> None:
-    for name in ("slices", "quotas", "protected"):
-        if getattr(base.samples, name) is not None:
-            raise ConfigurationError(
-                explain(
-                    f"`{name}`: the table of a sweep has no column for it.",
-                    f"leave `{name}` out, and give it to `repair` with the run that you choose.",
-                )
-            )
-
-
-def _check_whole(sources: Iterable[Source]) -> None:
-    for source in sources:
-        if len(source.positions) < len(source.index):
-            raise ConfigurationError(
-                explain(
-                    f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
-                    "give each rank all of the data; a sweep shares out the runs.",
-                )
-            )

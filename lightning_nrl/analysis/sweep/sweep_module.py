@@ -8,18 +8,26 @@ from pathlib import Path
 
 from torch import nn
 
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.sweep.grid import Grid, Sweepable, parse_settings
-from lightning_nrl.analysis.sweep.study import study
+from lightning_nrl.analysis.sweep.store import RunStore
+from lightning_nrl.analysis.sweep.study import Study
 from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import Auto
-from lightning_nrl.pipeline.input_checks import given_or_default
+from lightning_nrl.pipeline.baseline import evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.report import Role
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Seeds", "check_trials", "parse_seeds", "swarming", "sweep_module"]
@@ -69,31 +77,29 @@ def sweep_module(
     evaluator, base = Evaluator.of(model), swarming(given_or_default(base))
     tried, numbers = parse_settings(settings, base), parse_seeds(seeds)
     check_trials(trials, settings)
+    check_sources(known, (*calibration, *unseen), base)
+    _check_counting(base)
+    _check_whole((*known, *calibration, *unseen))
+    layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
+    # Each rank looks at all data, as they share out the runs.
+    own, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve(evaluator.model):
-        made = study(
-            evaluator,
-            known,
-            base,
-            unseen=unseen,
-            calibration=calibration,
-            dirpath=dirpath,
-            observer=observer,
-        )
+        found = evaluate_baseline(own, known, base, unseen=unseen, calibration=calibration, clock=clock)
+        check_targets(found.before, base)
+        problem = build_problem(own, known, found.before, layers, base, clock=clock)
+        data: dict[Role, tuple[Sequence[Source], SampleResults]] = {"known": (known, found.before)}
+        data |= {role: (held_out.sources, held_out.before) for role, held_out in found.held_out.items()}
+        store = RunStore(None if dirpath is None else Path(dirpath))
+        study = Study(problem, base, data, evaluator.collective, store, observer)
         if trials is not None and isinstance(settings, Grid):
-            return made.explore(settings, trials, numbers)
-        return made.run([(setting, seed) for setting in tried for seed in numbers])
+            return study.explore(settings, trials, numbers)
+        return study.run([(setting, seed) for setting in tried for seed in numbers])
 
 
 def check_trials(trials: Trials | None, settings: Sweepable) -> None:
-    """Refuses trials of another kind, and of what is no grid.
-
-    Raises:
-        ConfigurationError: as above.
-    """
-    if trials is None:
-        return
-    check_kind("trials", trials, isinstance(trials, Trials), "Trials", "Trials(40)")
-    if not isinstance(settings, Grid):
+    """Refuses trials of another kind, and of what is no grid."""
+    check_kind("trials", trials, trials is None or isinstance(trials, Trials), "Trials", "Trials(40)")
+    if trials is not None and not isinstance(settings, Grid):
         raise ConfigurationError(
             explain("`trials` go through a grid, and `settings` is none.", "write `settings=Grid(alpha=[4, 5, 6])`.")
         )
@@ -105,11 +111,7 @@ def swarming(base: Settings) -> Settings:
 
 
 def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
-    """The seeds that are meant.
-
-    Raises:
-        ConfigurationError: there is none, one is there twice or out of range.
-    """
+    """The seeds that are meant; a `ConfigurationError` if there is none, one is there twice or out of range."""
     whole = isinstance(seeds, int) and not isinstance(seeds, bool)
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
@@ -119,3 +121,25 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
     for seed in found:
         Settings(seed=seed)
     return found
+
+
+def _check_counting(base: Settings) -> None:
+    for name in ("slices", "quotas", "protected"):
+        if getattr(base.samples, name) is not None:
+            raise ConfigurationError(
+                explain(
+                    f"`{name}`: the table of a sweep has no column for it.",
+                    f"leave `{name}` out, and give it to `repair` with the run that you choose.",
+                )
+            )
+
+
+def _check_whole(sources: Iterable[Source]) -> None:
+    for source in sources:
+        if len(source.positions) < len(source.index):
+            raise ConfigurationError(
+                explain(
+                    f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
+                    "give each rank all of the data; a sweep shares out the runs.",
+                )
+            )

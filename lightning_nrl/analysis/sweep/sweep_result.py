@@ -25,6 +25,10 @@ from lightning_nrl.report.splits import ROLES, Role
 __all__ = ["SweepResult"]
 
 
+def _unwritten() -> Any:
+    return field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
+
+
 @dataclass(frozen=True)
 class SweepResult(Report):
     """Runs of many settings and seeds. `rich.print(result)` shows means and spread for each setting.
@@ -43,13 +47,9 @@ class SweepResult(Report):
     target: str = ""
     layer: str = ""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
-    settings: Mapping[str, Setting] = field(default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN)
-    weights: Mapping[tuple[str, int], StoredRun] = field(
-        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
-    )
-    original: Mapping[bool, Mapping[str, Tensor]] = field(
-        default_factory=dict, compare=False, repr=False, metadata=UNWRITTEN
-    )
+    settings: Mapping[str, Setting] = _unwritten()
+    weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
+    original: Mapping[bool, Mapping[str, Tensor]] = _unwritten()
 
     def of(self, setting: str) -> tuple[Run, ...]:
         """The runs of one setting.
@@ -57,8 +57,7 @@ class SweepResult(Report):
         Raises:
             ConfigurationError: it is not there; the nearest name is given.
         """
-        names = tuple(dict.fromkeys(run.setting for run in self.runs))
-        check_choice("setting", setting, names)
+        check_choice("setting", setting, tuple(dict.fromkeys(run.setting for run in self.runs)))
         return tuple(run for run in self.runs if run.setting == setting)
 
     def pareto(self, role: Role = "known") -> tuple[Run, ...]:
@@ -74,11 +73,9 @@ class SweepResult(Report):
         if not all(run.has(role) for run in self.runs):
             raise ConfigurationError(explain(f"`role={role!r}`: there were no such data.", f"give `{role}` data."))
         front: list[Run] = []
-        most = -1
         for run in sorted(self.runs, key=lambda run: (run.counts(role).broken, -run.counts(role).repaired)):
-            if run.counts(role).repaired > most:
+            if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
                 front.append(run)
-                most = run.counts(role).repaired
         return tuple(front)
 
     def best(self, under: str | Gate = "instance") -> Run | None:
@@ -90,9 +87,6 @@ class SweepResult(Report):
 
         Args:
             under: what may break of the known data: `instance`, `accuracy`, `tolerance:3`, `tolerance:1%`, or a gate.
-
-        Returns:
-            The run; None if there is none.
         """
         gate = Gate.parse(under, "under")
 
@@ -137,16 +131,12 @@ class SweepResult(Report):
             run: such as that of `best`.
 
         Raises:
-            ConfigurationError: as for `state`, or the parameters are not in the model; nothing was written.
+            ConfigurationError: as for `state`, or the model lacks the parameters; nothing was written.
         """
         write(model, self.state(run))
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """A line a run, empty where there is nothing to say.
-
-        Args:
-            path: a file to write it to as well.
-        """
+        """A line a run, empty where there is nothing to say; written to a file too if there is a `path`."""
         out = io.StringIO()
         table = csv.DictWriter(out, RUN_COLUMNS, lineterminator="\n")
         table.writeheader()
@@ -155,10 +145,7 @@ class SweepResult(Report):
 
     @classmethod
     def from_csv(cls, source: str | Path) -> SweepResult:
-        """Reads a table, without weights.
-
-        Args:
-            source: the file, or the text itself.
+        """Reads a table, without weights, from a file or as text.
 
         Raises:
             ConfigurationError: it is no such table.
@@ -173,11 +160,7 @@ class SweepResult(Report):
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """Strict JSON of everything but the weights.
-
-        Args:
-            path: a file to write it to as well.
-        """
+        """Strict JSON of everything but the weights; written to a file too if there is a `path`."""
         return _written(super().to_json(), path)
 
     def to_parquet(self, path: str | Path) -> None:

@@ -223,7 +223,7 @@ def test_losses_that_are_not_finite_are_refused() -> None:
 
 
 def test_of_very_many_samples_those_nearest_to_failing_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "MOST", 5)
+    monkeypatch.setattr(features, "MAX_SAMPLES", 5)
     found = toy()
     # The passed samples with margins of 0.1 and 1.0; those of 1.0 and 3.0 are left out.
     assert [t.fixable for t in found.targets] == ["yes", "no", "yes"]

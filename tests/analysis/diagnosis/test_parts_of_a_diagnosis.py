@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_nrl.analysis.diagnosis import (
     Cost,
+    Diagnosis,
     DoubtfulLabel,
     HeldOutCheck,
     LayerCapacity,
@@ -118,6 +121,17 @@ def targets(*fixable: str, margin: float = -1.0) -> list[TargetFinding]:
     return [TargetFinding("new", i, 0, 1, margin, verdict) for i, verdict in enumerate(fixable)]
 
 
+def advice_on(
+    found: list[TargetFinding],
+    check: HeldOutCheck | None = None,
+    layers: list[LayerCapacity] | None = None,
+    known: dict[str, int] = KNOWN,
+    **further: Any,
+) -> str:
+    own = Diagnosis("", "", "", known, "head", tuple(found), (), check, layers=tuple(layers or ()), costs=COSTS)
+    return advise(replace(own, **further))
+
+
 @pytest.mark.parametrize(
     ("found", "check", "doubts", "layers", "words"),
     [
@@ -153,7 +167,7 @@ def test_the_advice_follows_the_figures(
     words: str,
 ) -> None:
     mixing = NeighbourMixing(2, (4, 0, 0), (0, 0, 9))
-    assert advise(KNOWN, found, check, mixing, doubts, layers, "head", COSTS).startswith(words)
+    assert advice_on(found, check, layers, mixing=mixing, doubts=tuple(doubts)).startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -173,16 +187,16 @@ def test_the_advice_follows_the_figures(
 def test_why_the_last_layer_is_not_advised(
     found: list[TargetFinding], check: HeldOutCheck | None, layers: list[LayerCapacity], words: str
 ) -> None:
-    assert f"about 10 s: {words}" in advise(KNOWN, found, check, None, [], layers, "head", COSTS)
+    assert f"about 10 s: {words}" in advice_on(found, check, layers)
 
 
 def test_without_targets_or_passed_samples_there_is_nothing_to_advise() -> None:
-    assert advise({**KNOWN, "targeted": 0}, [], None, None, [], [], None, ()).startswith("Nothing to repair")
-    assert advise({**KNOWN, "passed": 0}, targets("no"), None, None, [], [], None, ()).startswith("Get data")
+    assert advice_on([], known={**KNOWN, "targeted": 0}).startswith("Nothing to repair")
+    assert advice_on(targets("no"), known={**KNOWN, "passed": 0}).startswith("Get data")
 
 
 def test_an_advice_gives_its_reasons_in_figures() -> None:
-    advice = advise(KNOWN, targets("yes", "yes", "yes", "no"), HARMLESS, None, [], [DEEP, HEAD], "head", COSTS)
+    advice = advice_on(targets("yes", "yes", "yes", "no"), HARMLESS, [DEEP, HEAD])
     assert "it can fix 3 of 4 targets at zero known regressions" in advice
     assert "fixing one repairs 1.0 other targets and breaks 0.1 passed samples" in advice
     assert "a change of conv by 1.0% of its norm, of head by 3.0%" in advice
