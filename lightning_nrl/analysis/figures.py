@@ -6,7 +6,7 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["INK", "Plotted", "figure_of", "new_figure"]
 
@@ -55,7 +55,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError(
-            explain("`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`.")
+            "`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`."
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

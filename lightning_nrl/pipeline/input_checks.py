@@ -127,9 +127,7 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
     if not (before.targeted.any() and before.passed.any()):
         what = "fails in the target" if before.passed.any() else "passes"
         raise ConfigurationError(
-            explain(
-                f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
-            )
+            f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
         )
 
 

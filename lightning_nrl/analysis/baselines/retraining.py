@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State, holding, snapshot
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["FurtherTraining", "Retraining", "fresh_weights"]
@@ -36,7 +36,7 @@ class Retraining:
         if self.fresh is not None and (isinstance(self.fresh, nn.Module) or not callable(self.fresh)):
             found = type(self.fresh).__name__
             raise ConfigurationError(
-                explain(f"`fresh`: a {found} makes no network.", "give a function that does: `fresh=lambda: Net()`.")
+                f"`fresh`: a {found} makes no network.", "give a function that does: `fresh=lambda: Net()`."
             )
 
     def __call__(self, problem: Problem) -> Solution:
@@ -102,7 +102,7 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
                 if name not in made or made[name].shape != value.shape:
                     found = f"has the shape {list(made[name].shape)}" if name in made else "is not there"
                     raise ConfigurationError(
-                        explain(f"`fresh`: {name!r} {found} in what it made.", "make the network that was trained.")
+                        f"`fresh`: {name!r} {found} in what it made.", "make the network that was trained."
                     )
             return {name: made[name].to(value.device, value.dtype) for name, value in state.items()}
         with holding(model, state):
@@ -112,9 +112,7 @@ def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | N
                     reset()
                 elif any(True for _ in module.parameters(recurse=False)):
                     raise ConfigurationError(
-                        explain(
-                            f"`model`: {name or 'it'} ({type(module).__name__}) has weights and no `reset_parameters`.",
-                            "give a function that makes an untrained network: `Retraining(fresh=lambda: Net())`.",
-                        )
+                        f"`model`: {name or 'it'} ({type(module).__name__}) has weights and no `reset_parameters`.",
+                        "give a function that makes an untrained network: `Retraining(fresh=lambda: Net())`.",
                     )
     return state

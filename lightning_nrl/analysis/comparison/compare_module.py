@@ -23,7 +23,6 @@ from lightning_nrl.errors import (
     EvaluationError,
     OtherRankError,
     ReplayError,
-    explain,
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
@@ -122,12 +121,12 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     if isinstance(methods, str):
         methods = (methods,)
     if not isinstance(methods, (Mapping, Sequence)):
-        raise ConfigurationError(explain(f"`methods={methods!r}` is no list.", "give a list of names or of objects."))
+        raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
     named = isinstance(methods, Mapping)
     names = [str(method) if named or isinstance(method, str) else type(method).__name__ for method in methods]
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(
-            explain(f"`methods` are {names}.", "name each once; a mapping gives objects names of their own.")
+            f"`methods` are {names}.", "name each once; a mapping gives objects names of their own."
         )
     given = methods.values() if isinstance(methods, Mapping) else methods
     return {name: COMPARED_METHODS.parse("methods", method) for name, method in zip(names, given, strict=True)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from typing import Any
 
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.localization import Localizer
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.settings import Settings
@@ -70,11 +70,11 @@ class Grid:
         self.axes = {name: values for name, value in given.items() if (values := _values(value))}
         for name, value in further.items():
             if not (values := _values(value)):
-                raise ConfigurationError(explain(f"`{name}` has no value.", f"give a list, such as `{name}=[...]`."))
+                raise ConfigurationError(f"`{name}` has no value.", f"give a list, such as `{name}=[...]`.")
             self.axes[name] = values
         if not self.axes:
             raise ConfigurationError(
-                explain("`settings`: a grid without an axis.", "give one, such as `Grid(alpha=[4, 5, 6])`.")
+                "`settings`: a grid without an axis.", "give one, such as `Grid(alpha=[4, 5, 6])`."
             )
 
     def settings(self) -> list[dict[str, Any]]:
@@ -151,11 +151,9 @@ def parse_settings(settings: Sweepable, base: Settings) -> tuple[Setting, ...]:
     names = [one.name for one in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigurationError(
-            explain(f"`settings`: two different ones are {twice!r}.", "give each a `name` of its own.")
-        )
+        raise ConfigurationError(f"`settings`: two different ones are {twice!r}.", "give each a `name` of its own.")
     if not found:
-        raise ConfigurationError(explain("`settings` is empty.", "give a Grid, or a list such as ['EXP-C1']."))
+        raise ConfigurationError("`settings` is empty.", "give a Grid, or a list such as ['EXP-C1'].")
     return tuple(found)
 
 
@@ -164,7 +162,7 @@ def _of(settings: Settings) -> Setting:
     method = settings.method
     if not isinstance(method, ParticleSwarm):
         problem = f"`method` is a {type(method).__name__}: a sweep runs the paper's search."
-        raise ConfigurationError(explain(problem, "give `method=ParticleSwarm(...)`, or leave it out."))
+        raise ConfigurationError(problem, "give `method=ParticleSwarm(...)`, or leave it out.")
     return Setting("", settings.fitness, method, settings.localizer, settings.search.n_passed)
 
 
@@ -220,7 +218,7 @@ def _owner(argument: str, made: Setting) -> str:
         choices = [name for name in (*SETTING_PARTS, "row", *known) if name != "kind"]
         near = difflib.get_close_matches(str(argument), choices, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"it is one of {choices}."
-        raise ConfigurationError(explain(f"`settings`: `{argument}` is no argument of a search.", hint))
+        raise ConfigurationError(f"`settings`: `{argument}` is no argument of a search.", hint)
     return known[argument]
 
 

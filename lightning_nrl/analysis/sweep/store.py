@@ -56,7 +56,7 @@ class RunStore:
             return {}
         if self.folder.exists() and not self.folder.is_dir():
             raise ConfigurationError(
-                explain(f"`dirpath={str(self.folder)!r}` is a file.", "name a folder, which is made if need be.")
+                f"`dirpath={str(self.folder)!r}` is a file.", "name a folder, which is made if need be."
             )
         keys = set(wanted)
         found: dict[str, StoredRun] = {}

@@ -19,7 +19,7 @@ from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import Auto
@@ -101,7 +101,7 @@ def check_trials(trials: Trials | None, settings: Sweepable) -> None:
     check_kind("trials", trials, trials is None or isinstance(trials, Trials), "Trials", "Trials(40)")
     if trials is not None and not isinstance(settings, Grid):
         raise ConfigurationError(
-            explain("`trials` go through a grid, and `settings` is none.", "write `settings=Grid(alpha=[4, 5, 6])`.")
+            "`trials` go through a grid, and `settings` is none.", "write `settings=Grid(alpha=[4, 5, 6])`."
         )
 
 
@@ -116,7 +116,7 @@ def parse_seeds(seeds: Seeds) -> tuple[int, ...]:
     found = tuple(range(seeds)) if whole else tuple(seeds) if isinstance(seeds, Iterable) else ()  # type: ignore[arg-type]
     if not found or len(set(found)) < len(found):
         raise ConfigurationError(
-            explain(f"`seeds={seeds!r}` names no seed, or one twice.", "give how many, or a list such as [0, 1, 2].")
+            f"`seeds={seeds!r}` names no seed, or one twice.", "give how many, or a list such as [0, 1, 2]."
         )
     for seed in found:
         Settings(seed=seed)
@@ -127,10 +127,8 @@ def _check_counting(base: Settings) -> None:
     for name in ("slices", "quotas", "protected"):
         if getattr(base.samples, name) is not None:
             raise ConfigurationError(
-                explain(
-                    f"`{name}`: the table of a sweep has no column for it.",
-                    f"leave `{name}` out, and give it to `repair` with the run that you choose.",
-                )
+                f"`{name}`: the table of a sweep has no column for it.",
+                f"leave `{name}` out, and give it to `repair` with the run that you choose.",
             )
 
 
@@ -138,8 +136,6 @@ def _check_whole(sources: Iterable[Source]) -> None:
     for source in sources:
         if len(source.positions) < len(source.index):
             raise ConfigurationError(
-                explain(
-                    f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
-                    "give each rank all of the data; a sweep shares out the runs.",
-                )
+                f"`{source.split}` data are shared out: {len(source.positions)} of {len(source.index)} are here.",
+                "give each rank all of the data; a sweep shares out the runs.",
             )

@@ -17,7 +17,7 @@ from lightning_nrl._utils.state import write
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run, run_of_text
 from lightning_nrl.analysis.sweep.store import StoredRun
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import Gate
 from lightning_nrl.report import Report, installed_versions
 from lightning_nrl.report.splits import ROLES, Role
@@ -71,7 +71,7 @@ class SweepResult(Report):
         """
         check_choice("role", role, ROLES)
         if not all(run.has(role) for run in self.runs):
-            raise ConfigurationError(explain(f"`role={role!r}`: there were no such data.", f"give `{role}` data."))
+            raise ConfigurationError(f"`role={role!r}`: there were no such data.", f"give `{role}` data.")
         front: list[Run] = []
         for run in sorted(self.runs, key=lambda run: (run.counts(role).broken, -run.counts(role).repaired)):
             if not front or run.counts(role).repaired > front[-1].counts(role).repaired:
@@ -156,7 +156,7 @@ class SweepResult(Report):
         except (csv.Error, ConfigurationError) as error:
             problem = str(error).partition("\n")[0]
             raise ConfigurationError(
-                explain(f"`source` is no table of a sweep: {problem}", "give what `SweepResult.to_csv` has written.")
+                f"`source` is no table of a sweep: {problem}", "give what `SweepResult.to_csv` has written."
             ) from error
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -174,7 +174,7 @@ class SweepResult(Report):
             from pyarrow import parquet
         except ImportError as error:
             raise ConfigurationError(
-                explain("`to_parquet` needs pyarrow.", 'pip install "lightning_nrl[parquet]", or use `to_csv`.')
+                "`to_parquet` needs pyarrow.", 'pip install "lightning_nrl[parquet]", or use `to_csv`.'
             ) from error
         rows = [to_plain(run) for run in self.runs]
         columns = {name: [row[name] for row in rows] for name in RUN_COLUMNS}
@@ -189,8 +189,6 @@ def _written(text: str, path: str | Path | None) -> str:
 
 def _without(run: Run, what: str) -> ConfigurationError:
     return ConfigurationError(
-        explain(
-            f"`run`: of {run.setting!r} with seed {run.seed} this result does not know {what}.",
-            "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
-        )
+        f"`run`: of {run.setting!r} with seed {run.seed} this result does not know {what}.",
+        "call `sweep` again with the same `dirpath`, which makes no run twice; a table alone has none of it.",
     )

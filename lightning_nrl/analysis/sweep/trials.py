@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_nrl.analysis.sweep.grid import Grid
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 
 __all__ = ["Combination", "Trials", "regression_free_repairs"]
 
@@ -47,7 +47,7 @@ class Trials:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(
-                    explain(f"`Trials.{name}={value!r}` is out of range.", "give a whole number of at least 1.")
+                    f"`Trials.{name}={value!r}` is out of range.", "give a whole number of at least 1."
                 )
         check_kind("Trials.score", self.score, callable(self.score), "function of a run", "score=lambda run: ...")
 
@@ -77,7 +77,7 @@ class Trials:
             import optuna
         except ImportError as error:
             raise ConfigurationError(
-                explain("`trials` needs Optuna.", 'pip install "lightning_nrl[optuna]", or run the whole grid.')
+                "`trials` needs Optuna.", 'pip install "lightning_nrl[optuna]", or run the whole grid.'
             ) from error
         before = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
