@@ -6,7 +6,7 @@ said where it does. Attributes that are public but have no types are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
     "ValidationLoaders",
@@ -39,7 +39,6 @@ __all__ = [
     "release_copy",
     "sampler_of",
     "set_callbacks",
-    "set_loggers",
     "shared_with_copies",
     "trainer_of",
     "validating",
@@ -63,11 +62,6 @@ def set_callbacks(trainer: pl.Trainer, callbacks: list[Callback]) -> None:
     """Gives a trainer other callbacks; see `callbacks_of`."""
     untyped: Any = trainer
     untyped.callbacks = callbacks
-
-
-def set_loggers(trainer: pl.Trainer, loggers: Sequence[Any]) -> None:
-    """Gives a trainer other loggers: the setter of `Trainer.loggers`, which takes lists only."""
-    trainer.loggers = list(loggers)
 
 
 def data_module_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
@@ -206,19 +200,11 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
 def reading_checkpoints(
     trainer: pl.Trainer, argument: str, *, weights_only: bool = True, otherwise: str = OTHERWISE
 ) -> Iterator[None]:
-    """Inside, the trainer reads only checkpoints that hold tensors and plain values.
+    """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
 
     Lightning 2.5 runs whatever code a checkpoint has (`weights_only=False`); 2.6 leaves it to torch, but not for URLs.
-    A checkpoint plugin of the user's own with another format reads as it does.
-
-    Args:
-        trainer: with its strategy.
-        argument: what the checkpoint was given as, for messages.
-        weights_only: false: the user trusts the file, and it is read with all objects in it.
-        otherwise: how a user can have one with other objects read, for the hint.
-
-    Raises:
-        ConfigurationError: inside, for a file that holds anything else.
+    A checkpoint plugin of the user's own with another format reads as it does. `argument` and `otherwise`, how to have
+    other objects read, are for messages.
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
@@ -263,9 +249,7 @@ class _CheckpointReader(CheckpointIO):
             # What is no such file raises whatever comes of reading its bytes as instructions.
             text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
             raise ConfigurationError(
-                explain(
-                    f"`{self._argument}={str(path)!r}` cannot be read ({type(error).__name__}: {text}).",
-                    f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
-                )
+                f"`{self._argument}={str(path)!r}` cannot be read ({type(error).__name__}: {text}).",
+                f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
             ) from error
         return found

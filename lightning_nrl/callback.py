@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._trainer.artifacts import base_folder, publish, with_files
-from lightning_nrl._trainer.continue_training import epochs_of
+from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, publish, report_files
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target
@@ -208,8 +208,10 @@ class RegressionFreeRepair(Callback):
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
-        report, name = with_files(outcome.report, self.dirpath, trainer, accepted=outcome.parameters is not None)
-        self.report, self._parameters, self._pending = report, outcome.parameters, True
+        written = REPORT_FILES if outcome.parameters is None else {"checkpoint": "repaired.ckpt", **REPORT_FILES}
+        files, name = report_files(self.dirpath, trainer, "repair", written)
+        report = self.report = replace(outcome.report, files=files)
+        self._parameters, self._pending = outcome.parameters, True
         try:
             publish(report, trainer, name, change=outcome.change, verbose=self.verbose)
         except BaseException:

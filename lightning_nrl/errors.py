@@ -71,7 +71,10 @@ class ReplayError(RepairError):
 
 
 class RepairWarning(UserWarning):
-    """Base of every warning of this package, so that they can be filtered together."""
+    """Base of every warning of this package, so that they can be filtered together; made like an error."""
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(explain(problem, hint) if hint else problem)
 
 
 class NotRepairedWarning(RepairWarning):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,42 +11,31 @@ from torch import Tensor
 
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import outcome, track
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.document import Shown
 
-__all__ = ["base_folder", "file_names", "output_folder", "publish", "show", "with_files", "write_report"]
+__all__ = ["REPORT_FILES", "base_folder", "output_folder", "publish", "report_files", "show", "write_report"]
+
+REPORT_FILES = {"json": "report.json", "markdown": "report.md"}
 
 
 def base_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path:
-    """The folder that the user named, or one of this name in the log folder.
-
-    Raises:
-        ConfigurationError: it is not on this machine's file system.
-    """
+    """The folder that the user named, or one of this name in the log folder; refuses what is no local folder."""
     found = dirpath if dirpath is not None else trainer.log_dir or trainer.default_root_dir  # asks all ranks
     if "://" in str(found):
         raise ConfigurationError(
-            explain(
-                f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
-                "pass a local folder as `dirpath=`, and copy it where it should be.",
-            )
+            f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
+            "pass a local folder as `dirpath=`, and copy it where it should be.",
         )
     return Path(found) if dirpath is not None else Path(found) / name
 
 
 def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path | None:
-    """The folder for the files of a repair, made on the first rank, the same on all.
+    """The folder for the files, made on the first rank, the same on all; None in a `fast_dev_run`, which writes none.
 
-    Args:
-        dirpath: the folder that the user named; None: `name` in the log folder, or the next free of `name-1`,
-            `name-2` ... where an earlier one has left its report.
-        trainer: knows the log folder.
-        name: what is done, in a word.
-
-    Returns:
-        None in a `fast_dev_run`, which writes nothing.
+    In the log folder it is the next free of `name`, `name-1`, `name-2` ..., where an earlier one has left its report.
     """
     if batch_limit(trainer):
         return None
@@ -61,12 +50,17 @@ def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "
     return Path(trainer.strategy.broadcast(str(folder)))
 
 
-def file_names(folder: Path | None, *, checkpoint: bool) -> dict[str, str]:
-    """The files of a repair by kind: the checkpoint if there is one, `json` and `markdown`."""
-    names = {"checkpoint": "repaired.ckpt", "json": "report.json", "markdown": "report.md"}
+def report_files(
+    dirpath: str | Path | None, trainer: pl.Trainer, name: str, files: Mapping[str, str]
+) -> tuple[dict[str, str], str]:
+    """The paths of a report's files by kind, and the name that it has in logs.
+
+    A second report in one log gets tags of its own, as it gets a folder of its own.
+    """
+    folder = output_folder(dirpath, trainer, name)
     if folder is None:
-        return {}
-    return {kind: str(folder / name) for kind, name in names.items() if checkpoint or kind != "checkpoint"}
+        return {}, name
+    return {kind: str(folder / file) for kind, file in files.items()}, folder.name if dirpath is None else name
 
 
 def write_report(report: RepairReport | ReleaseReport) -> None:
@@ -86,27 +80,10 @@ def show(report: Shown) -> None:
         get_console().print(report.to_table())
 
 
-def with_files(
-    report: RepairReport, dirpath: str | Path | None, trainer: pl.Trainer, *, accepted: bool
-) -> tuple[RepairReport, str]:
-    """The report with the names of its files, and the name that it has in logs.
-
-    A second repair in one log gets tags of its own, as it gets a folder of its own.
-    """
-    folder = output_folder(dirpath, trainer)
-    name = folder.name if folder is not None and dirpath is None else "repair"
-    return replace(report, files=file_names(folder, checkpoint=accepted)), name
-
-
 def publish(report: RepairReport, trainer: pl.Trainer, name: str, *, change: Tensor | None, verbose: bool) -> None:
     """Saves the checkpoint, writes the files, logs and prints.
 
-    Args:
-        report: with the names of its files.
-        trainer: whose callbacks put the repaired weights into the checkpoint.
-        name: what tags begin with.
-        change: the change of each weight that differs.
-        verbose: whether the report is printed.
+    `change` is that of each weight that differs; tags begin with `name`.
     """
     if "checkpoint" in report.files:
         trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)

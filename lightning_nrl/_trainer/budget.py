@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 
 __all__ = ["CannotTrainError", "TrainingBudget", "TrainingTrial", "check_ranks"]
 
@@ -36,25 +36,17 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     """Where ranks that train meet: before they exchange anything else, at the end, and when one of them fails.
 
     Every meeting exchanges the same three numbers, so that a rank that fails anywhere meets the others wherever they
-    wait next, and all of them leave the training in one way.
-
-    Args:
-        collective: the ranks that train.
-        error: why this rank cannot go on; a `CannotTrainError` if the repair can do without the training.
-        is_over: whether the time of this rank is over.
+    wait next, and all of them leave the training in one way: with a `CannotTrainError` where the repair can do without
+    the training, else with an `OtherRankError`, and the rank that failed with its own error.
 
     Returns:
         Whether the time of any rank is over.
-
-    Raises:
-        CannotTrainError: a rank cannot train, and the repair can do without.
-        OtherRankError: another rank fails with an error that ends the repair.
     """
     stuck = isinstance(error, CannotTrainError)
     fatal = error is not None and not stuck
     n_stuck, n_fatal, n_over = collective.sum(torch.tensor([stuck, fatal, is_over])).tolist()
     if n_fatal and not fatal:
-        raise OtherRankError(explain("the training that goes on failed on another rank.", "look at its own error."))
+        raise OtherRankError("the training that goes on failed on another rank.", "look at its own error.")
     if error is not None:
         raise error
     if n_stuck:
@@ -63,13 +55,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TrainingBudget(Callback):
-    """Keeps ranks in step, stops when the time is over, and tells how far training is.
-
-    Args:
-        end: when the time is over, by `time.perf_counter`.
-        collective: the ranks that train.
-        clock: is told.
-    """
+    """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is."""
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
         self._end, self._collective, self._clock = end, collective, clock
@@ -79,10 +65,7 @@ class TrainingBudget(Callback):
     def on_all_ranks(self, work: Callable[[], Result]) -> Result:
         """What a part of the training gives. All ranks come to the end of it, or none does.
 
-        Raises:
-            CannotTrainError: memory ran out, or an argument does not fit, on any rank.
-            OtherRankError: another rank failed in another way.
-            Exception: whatever else work raises on this rank.
+        A lack of memory, or an argument that does not fit, on any rank is a `CannotTrainError`.
         """
         failure: Exception | None = None
         try:
@@ -133,12 +116,7 @@ class TrainingBudget(Callback):
 
 
 class TrainingTrial(TrainingBudget):
-    """Stops after a few batches and says how many epochs there is time for.
-
-    Args:
-        end: when the time for all of training is over.
-        collective: the ranks that train.
-    """
+    """Stops after a few batches and says how many epochs there is time for until `end`."""
 
     def __init__(self, end: float, collective: Collective) -> None:
         began = time.perf_counter()

@@ -10,29 +10,17 @@ __all__ = ["check_seed", "parse_adapter", "parse_prefix"]
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
-    """What takes batches apart: a function, its address, or by default `unpack`.
-
-    Raises:
-        ConfigurationError: there is no such function.
-    """
+    """What takes batches apart: a function, its address, or by default `unpack`."""
     return unpack if adapter is None else import_function("adapter", adapter)
 
 
 def parse_prefix(prefix: str, default: str) -> str:
-    """What tags begin with, without a slash at the end.
-
-    Raises:
-        ConfigurationError: it is empty or no text.
-    """
+    """What tags begin with, without a slash at the end."""
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
 
 
 def check_seed(seed: int) -> None:
-    """Refuses what is no seed.
-
-    Raises:
-        ConfigurationError: it is no whole number from 0 to 2^32 - 1.
-    """
+    """Refuses what is no whole number from 0 to 2^32 - 1."""
     check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")

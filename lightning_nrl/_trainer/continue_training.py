@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelPruning
@@ -23,18 +20,18 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._lightning import callbacks_of, data_module_of
 from lightning_nrl._trainer.budget import CannotTrainError, TrainingBudget, TrainingTrial
+from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
-from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, find_loader, worker_settings
+from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.errors import TrainingWarning, explain
+from lightning_nrl.errors import TrainingWarning
 
-__all__ = ["ContinuedTraining", "epochs_of", "epochs_saved"]
+__all__ = ["ContinuedTraining"]
 
-EPOCHS = 20
-"""Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
 FEWEST_EPOCHS = 3
 """A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
 
@@ -48,19 +45,15 @@ class ContinuedTraining:
     in batches as large as in training. Callbacks of the outer trainer have no part in it.
 
     Attributes:
-        trainer: in the middle of a fit.
-        model: its module, not yet in evaluation mode.
-        known: the known splits.
-        epochs: at most so many.
         left_out: kinds of callbacks that the module may ask for and does not get.
         trained_on: the loader that the model was trained on, as the user gave it; None: the trainer is asked for it.
-        modes: the training flag of each part of the model.
+        modes: the training flag of each part of the model, not yet in evaluation mode.
     """
 
     trainer: pl.Trainer
     model: pl.LightningModule
     known: Sequence[LoaderSource]
-    epochs: int = EPOCHS
+    epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()
     trained_on: Any = field(default=None, repr=False)
     modes: tuple[bool, ...] = field(init=False, repr=False)
@@ -99,20 +92,9 @@ class ContinuedTraining:
     ) -> State | None:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
-        With a limit of time, a few steps are timed first, and as many epochs are trained as fit.
-
-        Args:
-            seconds: how long that may take; infinite: `epochs` epochs.
-            seed: of the order of the samples and of all else that is random. Without a limit of time the same seed
-                gives the same weights.
-            clock: is told how many batches of how many were trained on.
-            start: weights to begin with; None: the model's own.
-            weight: `N`, of each known sample, split by split, how often it is trained on in an epoch, on average;
-                None: each once.
-
-        Returns:
-            Every parameter and persistent buffer, on the model's device; None if the time is too short, the weights
-            are not finite, or training cannot go on, which is warned of.
+        With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
+        seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
+        warned of.
         """
         end = time.perf_counter() + seconds
         if self.warn():
@@ -133,11 +115,10 @@ class ContinuedTraining:
 
     def _warn(self, obstacle: str) -> None:
         rank_zero_warn(
-            explain(
+            TrainingWarning(
                 f"the training of {type(self.model).__name__} cannot go on for a repair: {obstacle.rstrip('.')}.",
                 "the repair makes steps of its own instead.",
-            ),
-            category=TrainingWarning,
+            )
         )
 
     def _trained(
@@ -173,9 +154,8 @@ class ContinuedTraining:
             return model, trainer, self._loader(seed, weight)
 
         with random_state(), torch.enable_grad():
-            for seed_global in (torch.manual_seed, np.random.seed, random.seed):
-                # Ranks drop out and augment each in its own way.
-                seed_global((seed + outer.global_rank) % 2**32)
+            # Ranks drop out and augment each in its own way.
+            seed_all((seed + outer.global_rank) % 2**32)
             # A fit waits for all ranks when it begins.
             model, trainer, loader = budget.on_all_ranks(copies)
             data = data_module_of(outer)
@@ -193,18 +173,15 @@ class ContinuedTraining:
         size = batch_size_of(like)
         share = self.trainer.global_rank, self.trainer.world_size
         sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
-        return DataLoader(
+        return loader_like(
+            like,
             data,
             batch_size=size,
             sampler=sampler,
             # Batch norm cannot train on one sample.
             drop_last=len(sampler) > size and (like.drop_last or len(sampler) % size == 1),
-            collate_fn=like.collate_fn,
-            pin_memory=like.pin_memory and torch.cuda.is_available(),
-            worker_init_fn=like.worker_init_fn,
             generator=torch.Generator().manual_seed(seed + self.trainer.global_rank),
             persistent_workers=like.num_workers > 0,
-            **worker_settings(like),
         )
 
     def _parts(self) -> list[Dataset[Any]]:
@@ -221,39 +198,15 @@ class ContinuedTraining:
     def _like(self) -> DataLoader[Any]:
         """The loader whose batches the module was trained on; where it is not known, that of the passed data."""
         loader = self.trained_on
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and hasattr(loader.dataset, "__len__"):
+        if isinstance(loader, DataLoader) and loader.batch_sampler is not None and isinstance(loader.dataset, Sized):
             return loader
         return self.known[0].loader
-
-
-def epochs_of(trainer: pl.Trainer) -> int:
-    """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
-    loop, loader = trainer.fit_loop, trainer.train_dataloader
-    epochs = loop.epoch_progress.current.ready
-    if isinstance(loader, DataLoader):
-        with suppress(TypeError):  # there are data without a length
-            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
-    return max(1, epochs)
-
-
-def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs a checkpoint was trained for, at least 1; `EPOCHS` where it does not say."""
-    try:
-        return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
-    except KeyError:
-        return EPOCHS
 
 
 class Shuffled(Sampler[int]):
     """Every sample once an epoch, in an order of its own; ranks share them in equal parts.
 
-    Args:
-        n: how many samples there are.
-        seed: of the orders.
-        rank: whose share this is.
-        world_size: how many ranks there are.
-        weight: `n`, how often each sample comes in an epoch, on average over epochs; None: once. An epoch has so many
-            samples as there are, weights or not.
+    `weight` (`n`) is how often each sample comes in an epoch, on average; with it too an epoch has `n` samples.
     """
 
     def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, SplitLoaders, check_loader, make_source, sample_index
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl._lightning import data_module_of, given_loaders
+from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_loader, make_source, sample_index
 from lightning_nrl.data.sample_identity import base_samples, is_among
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["DataRequest", "Found", "FoundData", "check_data", "find_data"]
+__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "check_data", "find_data", "find_loader"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
+
+
+@runtime_checkable
+class _HasRepairData(Protocol):
+    def repair_dataloader(self) -> Any: ...
 
 
 class FoundData(NamedTuple):
@@ -33,14 +39,7 @@ class FoundData(NamedTuple):
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user said about data.
-
-    Attributes:
-        passed: `auto`, the name of a split, or a data loader.
-        failed: likewise.
-        unseen: the name of a split, a data loader, or None.
-        calibration: likewise.
-    """
+    """What the user said about data: a data loader, the name of a split, `auto` (known data) or None (other data)."""
 
     passed: str | DataLoader[Any]
     failed: str | DataLoader[Any]
@@ -54,12 +53,7 @@ class DataRequest:
             object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=held_out))
 
     def find(self, loaders: SplitLoaders) -> FoundData:
-        """The data loaders and names of all data.
-
-        Raises:
-            ConfigurationError: there is no such data, it cannot be read by index, or the unseen or calibration data
-                are used for something else too.
-        """
+        """The data loaders and names of all data; unseen and calibration data may not be used for anything else."""
         passed = self._find("passed", ("train",), loaders)
         failed = self._find("failed", ("repair", "val"), loaders)
         others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
@@ -83,39 +77,22 @@ class DataRequest:
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
                 raise ConfigurationError(
-                    explain(
-                        f"`{argument}={value!r}` is {kind} data too.",
-                        "name a split that is used for nothing else.",
-                    )
+                    f"`{argument}={value!r}` is {kind} data too.", "name a split that is used for nothing else."
                 )
             common = int(is_among(samples, _identity(loader)).sum())
             if common and (argument == "calibration" or common == len(samples)):
                 some = f"{common} of its {len(samples)} samples"
                 raise ConfigurationError(
-                    explain(
-                        f"`{argument}`: {some} are in `{split}` too, which is {kind} data.",
-                        "give data that are used for nothing else.",
-                    )
+                    f"`{argument}`: {some} are in `{split}` too, which is {kind} data.",
+                    "give data that are used for nothing else.",
                 )
         return found
 
     def sources(
-        self, loaders: SplitLoaders, *, adapter: Adapter, seed: int, limit: int | None, whole: bool = False
+        self, loaders: SplitLoaders, **how: Any
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
-        """The known, the unseen and the calibration splits, ready to be read.
-
-        Args:
-            loaders: of a trainer in the middle of a fit.
-            adapter: takes a batch apart.
-            seed: for random transforms of the data sets.
-            limit: read only this many batches of each.
-            whole: whether each rank reads all of them.
-
-        Raises:
-            ConfigurationError: as in `find`.
-        """
-        trainer, model = loaders.trainer, loaders.model
-        make = partial(make_source, trainer=trainer, model=model, adapter=adapter, seed=seed, limit=limit, whole=whole)
+        """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
+        make: Callable[..., LoaderSource] = partial(make_source, trainer=loaders.trainer, model=loaders.model, **how)
         found = self.find(loaders)
         passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
@@ -130,23 +107,53 @@ class DataRequest:
         return find_data(argument, getattr(self, argument), loaders, automatic=automatic, optional=optional)
 
 
+@dataclass(frozen=True)
+class SplitLoaders:
+    """A trainer's data loaders in a fit, each asked for once: a data module may make its data anew every time."""
+
+    trainer: pl.Trainer
+    model: pl.LightningModule
+    _loaders: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, split: str) -> Any:
+        """The data loader of a split; None where there is none, see `find_loader`."""
+        if split not in self._loaders:
+            self._loaders[split] = find_loader(split, self.trainer, self.model)
+        return self._loaders[split]
+
+
+def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:
+    """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
+    if split in ("train", "val"):
+        ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
+        given = ready if ready is not None else given_loaders(trainer, split)
+        if given is not None:
+            return given
+    data = data_module_of(trainer)
+    holder, base = (model, pl.LightningModule) if data is None else (data, pl.LightningDataModule)
+    if split == "repair":
+        return holder.repair_dataloader() if isinstance(holder, _HasRepairData) else None
+    name = f"{split}_dataloader"
+    hook = getattr(holder, name)
+    if not callable(hook) or getattr(type(holder), name) is getattr(base, name):
+        return None
+    try:
+        return hook()
+    except Exception:
+        if split != "test" or data is None:
+            raise
+        # Only now: a data module may split its data anew in every `setup`.
+        data.setup("test")
+        return hook()
+
+
 def check_data(
     argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
 ) -> str | DataLoader[Any] | None:
-    """What the user said about data: the name of a split, the one data loader inside of what was given, or None.
-
-    Args:
-        argument: its name.
-        value: what was given.
-        names: what a split may be called.
-        optional: whether None will do.
-
-    Raises:
-        ConfigurationError: it is none of these, or the data loader cannot be read by index.
-    """
+    """What the user said about data: the name of a split, the one data loader inside of what was given, or None."""
     if (isinstance(value, str) and value not in names) or (value is None and not optional):
         raise ConfigurationError(
-            explain(f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader.")
+            f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
         )
     return value if isinstance(value, str) or value is None else check_loader(value, argument)
 
@@ -159,18 +166,7 @@ def find_data(
     automatic: Sequence[str] = (),
     optional: bool = False,
 ) -> Found:
-    """The data loader that is meant, and its name.
-
-    Args:
-        argument: its name.
-        value: a data loader, the name of a split, or `auto`.
-        loaders: of a trainer in the middle of a fit.
-        automatic: the splits that `auto` stands for; the first that is there.
-        optional: whether None would do instead.
-
-    Raises:
-        ConfigurationError: it is not there, or cannot be read by index.
-    """
+    """The data loader that is meant, and its name; `auto` is the first of the `automatic` splits that is there."""
     if isinstance(value, DataLoader):
         return value, argument
     splits = automatic if value == "auto" else (value,)
@@ -180,10 +176,8 @@ def find_data(
             return check_loader(loader, split), split
     without = f", or do without: `{argument}=None`" if optional else ""
     raise ConfigurationError(
-        explain(
-            f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
-            f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
-        )
+        f"`{argument}={value!r}`: there is no {' or '.join(f'`{split}_dataloader()`' for split in splits)}.",
+        f"add it to the data module, or pass a DataLoader as `{argument}=`{without}.",
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_nrl._trainer.validation_flips import ReferenceResults
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.metrics.rates import UPDATE_RATES
 
 __all__ = ["FlipCounter", "metrics_of"]
@@ -30,18 +30,12 @@ class FlipCounter:
         return starts[batch_idx + 1] - starts[batch_idx] if batch_idx + 1 < len(starts) else 0
 
     def add(self, batch_idx: int, right: Tensor, label: Tensor | None) -> None:
-        """One batch: `m` bool, whether the new model is right, and `m` int64, the true classes.
-
-        Raises:
-            ConfigurationError: another number of samples than the sampler has for this batch.
-        """
+        """One batch: `m` bool, whether the new model is right, and `m` int64, the true classes."""
         expected = self.size(batch_idx)
         if right.shape != (expected,):
             raise ConfigurationError(
-                explain(
-                    f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}.",
-                    "validate the same samples each time; a collate function must neither drop nor add any.",
-                )
+                f"`val` data: a batch of {expected} samples came with an output for {list(right.shape)}.",
+                "validate the same samples each time; a collate function must neither drop nor add any.",
             )
         rows = slice(*self.reference.starts[batch_idx : batch_idx + 2])
         self.new[rows] = right.to(self.new.device)
@@ -50,11 +44,7 @@ class FlipCounter:
             self.label_mismatches += (label.to(self.label.device) != self.label[rows]).sum()
 
     def counts(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
-        """The names of the slices, and `1 + S x 4`, kept, broken, repaired and failing, of all and of each slice.
-
-        Raises:
-            ConfigurationError: samples had other labels than when the replaced model was asked about them.
-        """
+        """The names of the slices, and `1 + S x 4`, kept, broken, repaired and failing, of all and of each slice."""
         known, new = self.reference, self.new.cpu()
         old, counted = known.passed, known.once & self.counted.cpu()
         masks = torch.stack([old & new, old & ~new, ~old & new, ~old & ~new], 1) & counted[:, None]
@@ -65,10 +55,8 @@ class FlipCounter:
         total = collective.sum(torch.cat([flips.flatten(), self.label_mismatches.cpu()[None]]))
         if total[-1]:
             raise ConfigurationError(
-                explain(
-                    f"`val` data: {int(total[-1])} samples have another label than when training began.",
-                    "validate the same samples in the same order each time.",
-                )
+                f"`val` data: {int(total[-1])} samples have another label than when training began.",
+                "validate the same samples in the same order each time.",
             )
         return known.names, total[:-1].view(-1, 4)
 

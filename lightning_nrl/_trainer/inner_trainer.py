@@ -23,7 +23,7 @@ from pytorch_lightning.callbacks import (
     ProgressBar,
     Timer,
 )
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from typing_extensions import override
@@ -55,20 +55,12 @@ def copied_module(
     shared: Sequence[object] = (),
     left_out: tuple[type, ...] = (),
 ) -> pl.LightningModule:
-    """A copy to be trained in the module's stead.
+    """A copy to be trained in the module's stead, which stays as it is, its trainer included.
 
-    All of its hooks run, except those that fetch data and those after training, which save, export or tell of results.
-    `setup` may make layers anew; `state` is put in after it.
-
-    Args:
-        module: stays as it is, its trainer included.
-        state: the weights that the copy starts from.
-        modes: the training flag of each of `module.modules()`.
-        shared: what the module may hold and the copy shares with it, such as data sets.
-        left_out: kinds of callbacks that the module may ask for and does not get, beside those of `LEFT_OUT`.
-
-    Raises:
-        Exception: whatever `copy.deepcopy` raises.
+    All of its hooks run, except those that fetch data and those after training, which save, export or report.
+    `state` is put in after `setup`, which may make layers anew; `modes` has the training flag of each of
+    `module.modules()`; `shared` is what the module may hold and the copy shares with it, such as data sets;
+    `left_out` are kinds of callbacks that it does not get, beside those of `LEFT_OUT`.
     """
     new = copy.deepcopy(module, {id(thing): thing for thing in (*shared, *shared_with_copies(module))})
     release_copy(new)
@@ -99,11 +91,7 @@ def copied_data_module(data: pl.LightningDataModule, loader: Any) -> pl.Lightnin
 def inner_trainer(outer: pl.Trainer, callback: Callback, *, epochs: int, folder: str) -> pl.Trainer:
     """A trainer on the same device, with the precision, clipping and accumulation of the outer one.
 
-    Args:
-        outer: whose training goes on.
-        callback: the only one, beside those that the module asks for.
-        epochs: how many.
-        folder: where what the module writes by itself goes.
+    What the module writes by itself goes into `folder`.
     """
     device = outer.strategy.root_device
     return pl.Trainer(
@@ -162,26 +150,12 @@ class NullExperiment:
         pass
 
 
-class NullLogger(Logger):
-    """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`.
-
-    Args:
-        folder: where files go that a module puts into its log folder.
-    """
+class NullLogger(DummyLogger):
+    """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
         self._folder = folder
-
-    @property
-    @override
-    def name(self) -> str:
-        return ""
-
-    @property
-    @override
-    def version(self) -> str:
-        return ""
 
     @property
     @override
@@ -194,18 +168,11 @@ class NullLogger(Logger):
         return self._folder
 
     @property
-    def experiment(self) -> NullExperiment:
-        """Takes whatever the module tells it."""
+    @override
+    def experiment(self) -> Any:
         return NullExperiment()
 
     @override
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    @override
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def __getattr__(self, name: str) -> Any:
         return getattr(NullExperiment(), name)
 

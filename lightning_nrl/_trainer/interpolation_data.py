@@ -6,9 +6,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.data_splits import Found, find_data
-from lightning_nrl._trainer.loaders import SplitLoaders
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl._trainer.data_splits import Found, SplitLoaders, find_data
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference.interpolation import ShareChoice
 
 __all__ = ["choice_numbers", "find_calibration", "find_one"]
@@ -43,7 +42,7 @@ def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str =
     except ConfigurationError as error:
         found = str(error).partition("\nHINT:")[0]
         hint = f"give one DataLoader over a data set with an index as `{argument}=`{do_without}."
-        raise ConfigurationError(explain(found, hint)) from error
+        raise ConfigurationError(found, hint) from error
 
 
 def choice_numbers(choice: ShareChoice) -> dict[str, float]:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from lightning_nrl._lightning import data_module_of, given_loaders, prepare_batch, sampler_of
+from lightning_nrl._lightning import prepare_batch, sampler_of
+from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.batch import Adapter, Batch, unpack
 from lightning_nrl.data.sample_identity import base_samples
-from lightning_nrl.errors import ConfigurationError, DataWarning, explain
+from lightning_nrl.errors import ConfigurationError, DataWarning
 
 __all__ = [
     "LoaderSource",
-    "SplitLoaders",
     "batch_size_of",
     "check_loader",
-    "find_loader",
     "length_of",
+    "loader_like",
     "make_source",
     "sample_index",
     "warn_if_random",
-    "worker_settings",
 ]
 
 SPLITS = ("train", "val", "repair", "test")
+
+
+@runtime_checkable
+class _HasBatchSize(Protocol):
+    batch_size: int | None
+
+
+@runtime_checkable
+class _HasIndices(Protocol):
+    indices: Iterable[int] | None
 
 
 @dataclass(frozen=True)
@@ -41,14 +49,10 @@ class LoaderSource:
     """A split read through a data loader, this rank's share of it (see `lightning_nrl.data.batch.Source`).
 
     Attributes:
-        split: the name that reports use.
-        passed: whether #pos passed samples are drawn from it.
-        failed: whether its failed samples may be repaired.
         index: data-set positions of all its samples, over all ranks.
         positions: this rank's places in that order.
         loader: reads this rank's samples in order.
         transfer: brings a raw batch to the device, as Lightning does in validation.
-        adapter: takes a batch apart.
         seed: what random transforms of the data set are seeded with at every pass.
     """
 
@@ -75,8 +79,7 @@ class LoaderSource:
 
     def __iter__(self) -> Iterator[Batch]:
         self.generator.manual_seed(self.seed)
-        for seed_global in (torch.manual_seed, np.random.seed, random.seed):
-            seed_global(self.seed)
+        seed_all(self.seed)
         at = 0
         for raw in self.loader:
             raw = self.transfer(raw)
@@ -85,10 +88,8 @@ class LoaderSource:
             expected = min(self.batch_size, len(self.positions) - at)
             if n != expected:
                 raise ConfigurationError(
-                    explain(
-                        f"`{self.split}` data: a batch of {expected} samples came with {n} targets.",
-                        "the target's first dimension must count samples; pass an `adapter` for your batches.",
-                    )
+                    f"`{self.split}` data: a batch of {expected} samples came with {n} targets.",
+                    "the target's first dimension must count samples; pass an `adapter` for your batches.",
                 )
             yield Batch(args, target, self.positions[at : at + n], kwargs, raw)
             at += n
@@ -96,15 +97,7 @@ class LoaderSource:
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Chosen samples, read by the same workers as in an ordinary pass."""
         chosen = [self.index[position].tolist() for position in batches]
-        loader: DataLoader[Any] = DataLoader(
-            self.loader.dataset,
-            batch_sampler=chosen,
-            collate_fn=self.loader.collate_fn,
-            pin_memory=self.loader.pin_memory,
-            worker_init_fn=self.loader.worker_init_fn,
-            generator=self.generator,
-            **worker_settings(self.loader),
-        )
+        loader = loader_like(self.loader, batch_sampler=chosen, generator=self.generator)
         for position, raw in zip(batches, loader, strict=True):
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
@@ -126,20 +119,8 @@ def make_source(
 ) -> LoaderSource:
     """Rebuilds a data loader so that each rank reads its own samples once, in order, nothing dropped or padded.
 
-    Args:
-        loader: a `DataLoader` over a map-style data set. A sampler over a subset is kept to that subset, sorted.
-        split: the name that reports use.
-        trainer: whose strategy moves batches to the device and says how many ranks there are.
-        model: whose batch transfer hooks apply.
-        passed: whether #pos passed samples are drawn from it.
-        failed: whether its failed samples may be repaired.
-        adapter: takes a batch apart.
-        seed: for random transforms of the data set: the same at every pass.
-        limit: read only this many batches, for `fast_dev_run`.
-        whole: whether each rank reads all samples.
-
-    Raises:
-        ConfigurationError: an iterable data set, several loaders at once, or a data set that batches itself.
+    A sampler over a subset is kept to that subset, sorted. `limit`: read only so many batches, for `fast_dev_run`;
+    `whole`: each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
@@ -150,120 +131,61 @@ def make_source(
     if not whole:
         positions = positions[trainer.global_rank :: trainer.world_size]
     generator = torch.Generator()
-    again: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_size=batch_size,
-        sampler=index[positions].tolist(),
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        worker_init_fn=loader.worker_init_fn,
-        generator=generator,
-        **worker_settings(loader),
-    )
-
+    mine = index[positions].tolist()
+    again = loader_like(loader, batch_size=batch_size, sampler=mine, generator=generator)
     transfer = partial(prepare_batch, trainer, model)
     return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
     """How many samples a loader puts into a batch; 1 where a batch sampler of the user's own does not say."""
-    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+    sampler = loader.batch_sampler
+    return loader.batch_size or (sampler.batch_size if isinstance(sampler, _HasBatchSize) else None) or 1
 
 
-def worker_settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Arguments for a loader that is to read with the same workers as another."""
-    if not loader.num_workers:
-        return {}
-    return {
-        "num_workers": loader.num_workers,
-        "prefetch_factor": loader.prefetch_factor,
-        "multiprocessing_context": loader.multiprocessing_context,
-    }
+def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
+    """Other samples, of this data set or another, read and collated as a loader does, by as many workers."""
+    if loader.num_workers:
+        for name in ("num_workers", "prefetch_factor", "multiprocessing_context"):
+            arguments[name] = getattr(loader, name)
+    return DataLoader(
+        loader.dataset if dataset is None else dataset,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=loader.worker_init_fn,
+        **arguments,
+    )
 
 
 def check_loader(loader: Any, split: str) -> DataLoader[Any]:
-    """The one data loader inside what the user gave, if it can be read sample by sample.
-
-    Raises:
-        ConfigurationError: it cannot; the message says why.
-    """
+    """The one data loader inside what the user gave; refuses what cannot be read sample by sample."""
     if isinstance(loader, Mapping):
         loader = list(loader.values())
     if isinstance(loader, (list, tuple)):
         if len(loader) != 1:
             raise ConfigurationError(
-                explain(
-                    f"`{split}` data: {len(loader)} data loaders at once.",
-                    "name one of them: pass a single DataLoader as `passed=` or `failed=`.",
-                )
+                f"`{split}` data: {len(loader)} data loaders at once.",
+                "name one of them: pass a single DataLoader as `passed=` or `failed=`.",
             )
         return check_loader(loader[0], split)
     if not isinstance(loader, DataLoader):
         raise ConfigurationError(
-            explain(
-                f"`{split}` data: found {type(loader).__name__}, not a DataLoader.",
-                "wrap the data set in a DataLoader.",
-            )
+            f"`{split}` data: found {type(loader).__name__}, not a DataLoader.", "wrap the data set in a DataLoader."
         )
-    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
         raise ConfigurationError(
-            explain(
-                f"`{split}` data: {type(loader.dataset).__name__} is iterable, its samples have no stable index.",
-                "repair needs a map-style data set; pass one as `passed=` and `failed=`.",
-            )
+            f"`{split}` data: {type(loader.dataset).__name__} is iterable, its samples have no stable index.",
+            "repair needs a map-style data set; pass one as `passed=` and `failed=`.",
         )
     if loader.batch_sampler is None:
         raise ConfigurationError(
-            explain(f"`{split}` data: its data set makes whole batches itself.", "give the DataLoader a `batch_size`.")
+            f"`{split}` data: its data set makes whole batches itself.", "give the DataLoader a `batch_size`."
         )
     if len(loader.dataset) == 0:
         raise ConfigurationError(
-            explain(f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples.")
+            f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples."
         )
     return loader
-
-
-@dataclass(frozen=True)
-class SplitLoaders:
-    """A trainer's data loaders, each asked for once: a data module may make its data anew every time.
-
-    Attributes:
-        trainer: in the middle of a fit.
-        model: its module.
-    """
-
-    trainer: pl.Trainer
-    model: pl.LightningModule
-    _loaders: dict[str, Any] = field(default_factory=dict)
-
-    def get(self, split: str) -> Any:
-        """The data loader of a split; None where there is none, see `find_loader`."""
-        if split not in self._loaders:
-            self._loaders[split] = find_loader(split, self.trainer, self.model)
-        return self._loaders[split]
-
-
-def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:
-    """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
-    if split in ("train", "val"):
-        ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
-        given = ready if ready is not None else given_loaders(trainer, split)
-        if given is not None:
-            return given
-    data = data_module_of(trainer)
-    holder, base = (model, pl.LightningModule) if data is None else (data, pl.LightningDataModule)
-    name = f"{split}_dataloader"
-    hook = getattr(holder, name, None)
-    if not callable(hook) or getattr(type(holder), name, None) is getattr(base, name, object()):
-        return None
-    try:
-        return hook()
-    except Exception:
-        if split != "test" or data is None:
-            raise
-        # Only now: a data module may split its data anew in every `setup`.
-        data.setup("test")
-        return hook()
 
 
 def warn_if_random(sources: Sequence[LoaderSource]) -> None:
@@ -276,11 +198,10 @@ def warn_if_random(sources: Sequence[LoaderSource]) -> None:
             first, again = (source.loader.dataset[int(source.index[0])] for _ in range(2))
             if not _same(first, again):
                 rank_zero_warn(
-                    explain(
+                    DataWarning(
                         f"`{source.split}` data: reading a sample twice gives two different samples.",
                         "if that is augmentation, pass a DataLoader without it as `passed=` or `failed=`.",
-                    ),
-                    category=DataWarning,
+                    )
                 )
 
 
@@ -297,9 +218,8 @@ def _same(a: Any, b: Any) -> bool:
 def sample_index(loader: DataLoader[Any]) -> Tensor:
     """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
     _, sampler = sampler_of(loader)
-    subset = getattr(sampler, "indices", None)
-    if subset is not None and not isinstance(sampler, SequentialSampler):
-        return torch.as_tensor(sorted({int(i) for i in subset}), dtype=torch.int64)
+    if isinstance(sampler, _HasIndices) and sampler.indices is not None and not isinstance(sampler, SequentialSampler):
+        return torch.as_tensor(sorted({int(i) for i in sampler.indices}), dtype=torch.int64)
     return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
 
 

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from lightning_nrl._trainer.output_capture import Call, is_same
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
 __all__ = ["ForwardPass", "StepWrapper", "add_to_loss", "find_forward_pass"]
@@ -58,18 +58,10 @@ class ForwardPass(NamedTuple):
 def find_forward_pass(
     name: str, calls: Sequence[Call], args: Sequence[Any], kwargs: Mapping[str, Any], n: int, task: Task
 ) -> ForwardPass:
-    """The one call of a step that is about its batch.
+    """The one call of a step that is about its batch; refuses none, and more than one that could be it.
 
-    Args:
-        name: of the part that was called; empty: the module.
-        calls: all of them in one step.
-        args: what the model is called with for this batch as it is.
-        kwargs: likewise.
-        n: samples in the batch.
-        task: finds the logits in an output.
-
-    Raises:
-        ConfigurationError: there is none, or more than one that could be it.
+    The calls of one step are those of the part of this name (empty: the module); `args` and `kwargs` are what the model
+    is called with for this batch of `n` samples as it is.
     """
     found = []
     for given, named, output in calls:
@@ -91,19 +83,11 @@ def find_forward_pass(
         what = f"`training_step` calls `self.{name}` with other inputs than those of the batch"
     else:
         what = f"`training_step` calls the model {len(found)} times"
-    raise ConfigurationError(explain(f"{what}, so it is not known which output the term is for.", ONE_LINE))
+    raise ConfigurationError(f"{what}, so it is not known which output the term is for.", ONE_LINE)
 
 
 def add_to_loss(result: Any, term: Tensor) -> Any:
-    """What a training step returned, with a term added to its loss.
-
-    Args:
-        result: a loss, or a mapping with a `loss`; None, where the step is left out, stays None.
-        term: a scalar.
-
-    Raises:
-        ConfigurationError: it is something else.
-    """
+    """What a training step returned (a loss, a mapping with a `loss`, None for no step), a scalar added to its loss."""
     if result is None:
         return None
     if isinstance(result, Tensor):
@@ -111,8 +95,6 @@ def add_to_loss(result: Any, term: Tensor) -> Any:
     if isinstance(result, Mapping) and isinstance(result.get("loss"), Tensor):
         return {**result, "loss": result["loss"] + term.to(result["loss"].device)}
     raise ConfigurationError(
-        explain(
-            f"`training_step` returned a {type(result).__name__} without a loss.",
-            "return the loss, or a dict with the key 'loss'.",
-        )
+        f"`training_step` returned a {type(result).__name__} without a loss.",
+        "return the loss, or a dict with the key 'loss'.",
     )

@@ -63,16 +63,9 @@ class OutputCapture:
         self._recorded.active = True
 
     def end(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, redirected: bool) -> Any:
-        """A batch ends.
+        """A batch ends: what the module returned for these arguments, else what its first call returned.
 
-        Args:
-            args: what the model is called with for this batch.
-            kwargs: likewise.
-            redirected: whether the whole step ran inside a call of the module, as under `ddp`.
-
-        Returns:
-            What the module returned for these arguments; where no call had them, what its first call returned. None
-            where neither it nor a part was called.
+        None where neither it nor a part was called. `redirected` is as for `calls`.
         """
         _, made = self.calls(redirected=redirected)
         same = (output for given, named, output in made if is_same(given, args) and is_same(named, kwargs))
@@ -81,8 +74,7 @@ class OutputCapture:
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
         """A batch ends: the calls of the first that was called at all, and its name.
 
-        Args:
-            redirected: whether the whole step ran inside a call of the module that has ended too, as under `ddp`.
+        `redirected`: the whole step ran inside a call of the module that has ended too, as under `ddp`.
         """
         self._recorded.active = False
         found: tuple[str, list[Call]] = "", []
@@ -97,9 +89,8 @@ class OutputCapture:
 class Probe:
     """Calls a model, and finds out at the first call which part of it gives what it returns.
 
-    Attributes:
-        parts: the outermost such part by its dotted name; none where the model goes on after its parts, or was compiled
-            as a whole.
+    `parts` has the outermost such part by its dotted name; none where the model goes on after its parts, or was
+    compiled as a whole.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -20,20 +20,11 @@ class RepairProgress:
 
     The line goes with the trainer's progress bar: rich with rich, tqdm with tqdm. There is none where the user turned
     bars off, on ranks other than zero, and beside a bar of a kind that is not known here, since drawing might spoil it.
-
-    Args:
-        trainer: whose bars it stands beside.
-
-    Example::
-
-        with RepairProgress(trainer) as progress:
-            with progress.stage("search"):
-                progress.search(done=10, total=100, repaired=18, broken=0)
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._line: _Line | None = None
+        self._line: _RichLine | _TqdmLine | None = None
         self._open: list[str] = []
 
     def __enter__(self) -> RepairProgress:
@@ -49,11 +40,7 @@ class RepairProgress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """The line is there while a stage is, also when the stage raises; a stage inside another takes its place.
-
-        Args:
-            name: such as `collect`, `localize`, `search` or `judge`.
-        """
+        """The line is there while a stage is, also when the stage raises; a stage inside another takes its place."""
         line = self._line
         if line is None:
             yield
@@ -71,42 +58,17 @@ class RepairProgress:
                 line.begin(self._open[-1])
 
     def search(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
-        """Shows how far the search is; between stages there is no line to show it on.
-
-        Args:
-            done: iterations made.
-            total: iterations at most.
-            repaired: failed samples that the best candidate so far repairs; None where nobody has counted them.
-            broken: passed samples that it breaks; likewise.
-        """
+        """Shows how far the search is, and its best candidate's counts; between stages there is no line for it."""
         counts = ((repaired, "repaired"), (broken, "broken"))
         self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
 
     def show(self, done: int, total: int, note: str) -> None:
-        """Shows how far a stage is, and what else is to be said of it.
-
-        Args:
-            done: steps made.
-            total: steps in all.
-            note: a few words.
-        """
+        """Shows how far a stage is, and a few words."""
         if self._line is not None and self._open:
             self._line.show(done, total, note)
 
 
-class _Line(Protocol):
-    """One line of a terminal."""
-
-    def begin(self, text: str) -> None: ...
-
-    def show(self, done: int, total: int, note: str) -> None: ...
-
-    def end(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _line_beside(trainer: Trainer) -> _Line | None:
+def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
     from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 
     bar = trainer.progress_bar_callback
@@ -127,7 +89,7 @@ class _TqdmLine:
 
         # On stdout as Lightning's, so that both are drawn in step.
         self._bar = tqdm(bar_format="{desc} ...", desc=text, leave=False, dynamic_ncols=True, file=sys.stdout)
-        self._below_others |= bool(getattr(self._bar, "pos", 0))
+        self._below_others |= self._bar.pos != 0
 
     def show(self, done: int, total: int, note: str) -> None:
         self._bar.total, self._bar.bar_format = total, None
@@ -167,7 +129,7 @@ class _RichLine:
     def show(self, done: int, total: int, note: str) -> None:
         description = f"{self._text} ({note})" if note else self._text
         self._progress.update(self._task, completed=done, total=total, description=description)
-        # Lightning's display is not drawn until it is told to.
+        # Lightning's display is drawn only on demand.
         self._progress.refresh()
 
     def end(self) -> None:

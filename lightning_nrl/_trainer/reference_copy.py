@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import data_module_of
+from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_module
-from lightning_nrl._trainer.loaders import find_loader
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import evaluating
 from lightning_nrl._utils.state import State, write
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference.old_model import OldModel, parse_reference
 from lightning_nrl.reference.predictions import Predictions
 
@@ -32,7 +32,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
         what = "there is nothing to hold the new model to" if found is None else "it cannot be asked for outputs"
-        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+        raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     return found
 
 
@@ -46,15 +46,13 @@ def parse_with_weights(reference: object) -> OldModel:
     if not isinstance(found, OldModel):
         what = "there is nothing to go back to" if found is None else "it has no weights"
         hint = "give a checkpoint, a module, a state dict or an OldModel."
-        raise ConfigurationError(explain(f"`reference={reference!r}`: {what}.", hint))
+        raise ConfigurationError(f"`reference={reference!r}`: {what}.", hint)
     for name in ("adapter", "classes"):
         if getattr(found, name) is not None:
             raise ConfigurationError(
-                explain(
-                    f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
-                    "only weights of one architecture with one meaning lie between each other; to combine such models, "
-                    "see `lightning_nrl.serving`.",
-                )
+                f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
+                "only weights of one architecture with one meaning lie between each other; to combine such models, "
+                "see `lightning_nrl.serving`.",
             )
     return found
 
@@ -64,14 +62,7 @@ def reference_module(
 ) -> nn.Module:
     """The replaced model on the device of the new one, in evaluation mode until `held` is closed.
 
-    Args:
-        trainer: in the middle of a fit.
-        module: the new model, of which a copy gets the old weights where no module was given.
-        given: the replaced model, its weights, or the path of its checkpoint.
-        held: gives a module back to where it was, in the mode that it had.
-
-    Raises:
-        ConfigurationError: the weights do not fit, or the new model cannot be copied.
+    A module goes back then to where it was; weights, or a checkpoint, are put into a copy of the new model.
     """
     model = given if isinstance(given, nn.Module) else _copy(trainer, module, given)
     home = next((x.device for x in (*model.parameters(), *model.buffers())), module.device)
@@ -91,11 +82,9 @@ def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | 
         new = copied_module(module, state, modes, shared=[thing for thing in shared if thing is not None])
     except Exception as error:
         raise ConfigurationError(
-            explain(
-                f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
-                f"({type(error).__name__}: {error}).",
-                "load the old model yourself and give the module.",
-            )
+            f"`reference`: {type(module).__name__} cannot be copied to hold the old weights "
+            f"({type(error).__name__}: {error}).",
+            "load the old model yourself and give the module.",
         ) from error
     write(new, state)
     new.trainer = trainer

@@ -30,18 +30,9 @@ def run_sanity_check(
     *,
     reference: Reference | None = None,
 ) -> None:
-    """Collects evidence from a few samples and localises on some of them. The model is left as found.
+    """Evaluates a few samples and localises on some of them. The model is left as found.
 
-    Args:
-        evaluator: the model, trained or not, and what judges it; it runs in evaluation mode.
-        sources: a little of each split, a known one first.
-        settings: what to repair and how.
-        reference: the model that is to be replaced.
-
-    Raises:
-        ConfigurationError: the layer, the batches, the target, the task, the method or the reference do not fit.
-        EvaluationError: a collate function drops or adds samples.
-        ReplayError: a layer is never called, or the localizer cannot use what the model gives.
+    Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
     """
     model, task = evaluator.model, evaluator.task
     space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)

@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback, ModelPruning
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 
 from lightning_nrl._lightning import averaging_callbacks, callbacks_of
-from lightning_nrl.errors import ConfigurationError, NotRepairedWarning, explain
+from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 __all__ = ["check_namespace", "check_order", "check_strategy", "warn_without_step"]
 
@@ -17,17 +17,11 @@ SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
 def check_namespace(trainer: Any) -> None:
-    """Refuses a trainer of the package `lightning`, whose classes are others than those of `pytorch_lightning`.
-
-    Raises:
-        ConfigurationError: it is.
-    """
+    """Refuses a trainer of the package `lightning`, whose classes are others than those of `pytorch_lightning`."""
     if not isinstance(trainer, pl.Trainer):
         raise ConfigurationError(
-            explain(
-                f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
-                "import everything from `pytorch_lightning`; the classes of `lightning.pytorch` do not mix with it.",
-            )
+            f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
+            "import everything from `pytorch_lightning`; the classes of `lightning.pytorch` do not mix with it.",
         )
 
 
@@ -36,19 +30,10 @@ def check_strategy(
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
-    """Refuses strategies under which no rank holds the whole layer.
-
-    Args:
-        trainer: whose strategy it is.
-        why: what they are needed whole for.
-        hint: what to do about it.
-
-    Raises:
-        ConfigurationError: the strategy shards the model.
-    """
+    """Refuses strategies that shard the model, under which no rank holds the whole layer."""
     name = type(trainer.strategy).__name__
     if name.startswith(SHARDED) or "Sharded" in name:
-        raise ConfigurationError(explain(f"`strategy`: {name} shards the weights, {why}.", hint))
+        raise ConfigurationError(f"`strategy`: {name} shards the weights, {why}.", hint)
 
 
 def check_order(
@@ -60,16 +45,8 @@ def check_order(
 ) -> None:
     """Refuses places among the callbacks where one change of the weights after training undoes another.
 
-    Args:
-        callback: changes the weights after training.
-        trainer: whose callbacks are looked at.
-        earlier: kinds that change them too and have to come before.
-        start_from: whether it goes on from the `last` weights or those of the `best` checkpoint.
-        what: it does.
-
-    Raises:
-        ConfigurationError: weight averaging, pruning, or what has to come earlier comes after it, or what has to come
-            earlier, or one of its own kind, comes before it and it would go back to the best checkpoint.
+    After it: weight averaging, pruning, and what has to come `earlier`. Before it, if it goes back to the best
+    checkpoint: one of its own kind, and what has to come `earlier`.
     """
     overwriting = (*averaging_callbacks(), ModelPruning, *earlier)
     callbacks = callbacks_of(trainer)
@@ -77,10 +54,8 @@ def check_order(
     behind = [c for c in callbacks[place + 1 :] if isinstance(c, overwriting)]
     if behind:
         raise ConfigurationError(
-            explain(
-                f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
-                f"put {type(callback).__name__} after it.",
-            )
+            f"`callbacks`: {type(behind[0]).__name__} comes after {what} and would undo it.",
+            f"put {type(callback).__name__} after it.",
         )
     before = [c for c in callbacks[:place] if isinstance(c, (type(callback), *earlier))]
     if start_from == "best" and before:
@@ -88,19 +63,16 @@ def check_order(
         whose = "the repair before this one" if repairs else f"{type(before[0]).__name__} before it"
         hint = "say `start_from='best'` to the first repair alone; the next ones go on from what it left."
         raise ConfigurationError(
-            explain(
-                f"`start_from='best'`: the best checkpoint lacks what {whose} does.",
-                hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
-            )
+            f"`start_from='best'`: the best checkpoint lacks what {whose} does.",
+            hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
         )
 
 
 def warn_without_step() -> None:
     """Says that a fit without a training step leaves nothing repaired."""
     rank_zero_warn(
-        explain(
+        NotRepairedWarning(
             "no repair was made, because no training step ran (training was complete, skipped or stopped).",
             "to repair a trained checkpoint, call `lightning_nrl.repair(trainer, model, ckpt_path=...)`.",
-        ),
-        category=NotRepairedWarning,
+        )
     )

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import batch_limit, validating
-from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining
+from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, warn_if_random
+from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.sanity_check import run_sanity_check
-from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
@@ -36,17 +36,7 @@ __all__ = ["TrainedModel", "TrainerRepair"]
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained module and its data, as they are inside a fit.
-
-    Attributes:
-        model: on its device.
-        known: the data that a repair may look at.
-        unseen: the data that are only counted.
-        calibration: the data that no search looks at, to choose the strength by.
-        training: would go on with the training.
-        evaluator: the module as its trainer runs it.
-        observer: shows progress; None: nothing does.
-    """
+    """A trained module and its data, as they are inside a fit."""
 
     model: pl.LightningModule
     known: list[LoaderSource]
@@ -59,16 +49,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainerRepair:
-    """What a repair inside a trainer is: settings for the core, and how its data are found among the trainer's.
-
-    Attributes:
-        settings: what to repair and how.
-        task: what passed and loss mean.
-        reference: the model that is replaced, in an update.
-        data: which of the trainer's data are known, unseen and for calibration.
-        adapter: takes a batch apart.
-        left_out: kinds of callbacks that the module may ask for, and that a training that goes on does not get.
-    """
+    """What a repair inside a trainer is: settings for the core, and how its data are found among the trainer's."""
 
     settings: Settings
     task: Task
@@ -88,24 +69,16 @@ class TrainerRepair:
         reference: nn.Module | str | Path | State | Reference | None,
         left_out: tuple[type, ...],
     ) -> TrainerRepair:
-        """Reads what a user gives to `RegressionFreeRepair`.
-
-        Raises:
-            ConfigurationError: one of them cannot be used, or needs calibration data and there are none.
-        """
+        """Reads what a user gives to `RegressionFreeRepair`."""
         check_limit(settings, calibration is not None)
         check_kind("data", data, isinstance(data, DataOptions), "DataOptions", "data=DataOptions(...)")
         splits = DataRequest(data.passed, data.failed, unseen, calibration)
         return cls(settings, parse_task(task), parse_reference(reference), splits, data.unpack, left_out)
 
     def check(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-        """A repair in small before training, on one batch of each split; warns if training could not go on for it.
-
-        Raises:
-            ConfigurationError: the data, the layer, the target, the task, the method or the reference do not fit.
-        """
+        """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
         with random_state(), validating(trainer):
-            few = self._trained(trainer, model, EPOCHS, limit=1, whole=False)
+            few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
             sources = [*few.known, *few.unseen, *few.calibration]
             run_sanity_check(few.evaluator, sources, self.settings, reference=self.reference)
             trains = getattr(self.settings.method, "trains", False)
@@ -132,14 +105,7 @@ class TrainerRepair:
     ) -> Iterator[TrainedModel]:
         """The model with all its data, in a `fast_dev_run` a few batches of them; random states stay as they are.
 
-        Args:
-            trainer: in the middle of a fit. Inside it says that it validates, and shows progress.
-            model: its module.
-            epochs: how many the model was trained for.
-            whole: whether each rank reads all of the data.
-
-        Raises:
-            ConfigurationError: the data cannot be used.
+        Inside, the trainer says that it validates, and shows progress. `whole`: each rank reads all of the data.
         """
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -19,19 +20,30 @@ from pytorch_lightning.callbacks import (
     ProgressBar,
 )
 from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import callbacks_of, reading_checkpoints, set_callbacks
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
-from lightning_nrl.errors import TrainingWarning, explain
+from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = ["StartingWeights", "borrowed", "make_evaluator", "starting_weights", "untracked"]
+__all__ = [
+    "StartingWeights",
+    "borrowed",
+    "epochs_of",
+    "epochs_saved",
+    "make_evaluator",
+    "starting_weights",
+    "untracked",
+]
 
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""
+ASSUMED_EPOCHS = 20
+"""Where nobody knows how long the model was trained: half of what networks of this kind are usually given."""
 METRICS = ("callback_metrics", "logged_metrics", "progress_bar_metrics")
 """What a trainer remembers of its last training, and forgets when the next one begins."""
 
@@ -50,11 +62,6 @@ def borrowed(trainer: pl.Trainer, callback: Callback, *, weights_only: bool = Tr
     Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
     random states are as before. Lightning draws the order of an epoch that never comes, and leaves callbacks that a
     module asks for in the trainer.
-
-    Args:
-        trainer: whose `fit` is called inside.
-        callback: does what is to be done.
-        weights_only: whether a `ckpt_path` that holds more than tensors and plain values is refused.
     """
     loop, callbacks = trainer.fit_loop, callbacks_of(trainer)
     limits = trainer.num_sanity_val_steps, loop.min_epochs, loop.max_epochs
@@ -103,10 +110,6 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
     With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
     synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
     All of it comes back bit for bit afterwards, also after an exception, unless `keep` was set.
-
-    Raises:
-        ConfigurationError: the best checkpoint holds more than tensors and plain values.
-        EvaluationError: another rank could not read it.
     """
     start = StartingWeights()
     path = _best_path(trainer) if start_from == "best" else ""
@@ -142,11 +145,10 @@ def _best_path(trainer: pl.Trainer) -> str:
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
         rank_zero_warn(
-            explain(
+            TrainingWarning(
                 "`start_from='best'`: no best checkpoint was saved, the repair starts from the last weights.",
                 "add a ModelCheckpoint with `monitor=`.",
-            ),
-            category=TrainingWarning,
+            )
         )
     return path
 
@@ -156,6 +158,24 @@ def _share(model: pl.LightningModule, collective: Collective) -> None:
     """Gives every rank the first rank's buffers."""
     for buffer in model.buffers():
         buffer.copy_(collective.sum(buffer if collective.rank == 0 else torch.zeros_like(buffer)))
+
+
+def epochs_of(trainer: pl.Trainer) -> int:
+    """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
+    loop, loader = trainer.fit_loop, trainer.train_dataloader
+    epochs = loop.epoch_progress.current.ready
+    if isinstance(loader, DataLoader):
+        with suppress(TypeError):  # there are data without a length
+            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
+    return max(1, epochs)
+
+
+def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
+    """How many epochs a checkpoint was trained for, at least 1; `ASSUMED_EPOCHS` where it does not say."""
+    try:
+        return max(1, int(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]))
+    except KeyError:
+        return ASSUMED_EPOCHS
 
 
 def make_evaluator(trainer: pl.Trainer, model: pl.LightningModule, task: Task) -> Evaluator:

@@ -20,13 +20,13 @@ from torch.utils.data import (
 )
 
 from lightning_nrl._lightning import sampler_of, validating, validation_loaders
-from lightning_nrl._trainer.loaders import check_loader, make_source, worker_settings
+from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source
 from lightning_nrl._trainer.output_capture import Probe
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
@@ -41,7 +41,6 @@ class ReferenceResults:
     """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU.
 
     Attributes:
-        loader: the data loader that gives them.
         order: their data-set positions, batch by batch.
         starts: the place of each batch's first sample, and last of all `n`.
         passed: `n` bool, whether the replaced model gets them right.
@@ -64,40 +63,28 @@ class ReferenceResults:
 
 
 def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
-    """The data loader that a trainer validates on, and how many of its batches; None: all.
-
-    Args:
-        trainer: that trains or validates.
-        dataloader: which one of several.
-
-    Raises:
-        ConfigurationError: it is not there, cannot be read by index, or is read together with others.
-    """
+    """The data loader that a trainer validates on, and how many of its batches; None: all."""
     found = validation_loaders(trainer)
     if found is None:
         raise ConfigurationError(
-            explain("`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`.")
+            "`RegressionMetrics`: nothing is validated.", "add a `val_dataloader` and a `validation_step`."
         )
     loaders = found.loaders
     if not dataloader < len(loaders):
         raise ConfigurationError(
-            explain(
-                f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
-            )
+            f"`dataloader={dataloader}`: there are {len(loaders)} validation data loaders.", "count them from 0."
         )
     if len(loaders) > 1 and found.mode != "sequential":
         raise ConfigurationError(
-            explain(
-                f"`dataloader`: a CombinedLoader in the mode {found.mode!r} mixes {len(loaders)} in one batch.",
-                "give the validation data loaders as a list, so that they are read one after the other.",
-            )
+            f"`dataloader`: a CombinedLoader in the mode {found.mode!r} mixes {len(loaders)} in one batch.",
+            "give the validation data loaders as a list, so that they are read one after the other.",
         )
     try:
         loader = check_loader(loaders[dataloader], "val")
     except ConfigurationError as error:
         problem = str(error).partition("\nHINT:")[0]
         hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
-        raise ConfigurationError(explain(problem, hint)) from error
+        raise ConfigurationError(problem, hint) from error
     most = found.max_batches[dataloader]
     return loader, None if most == float("inf") else int(most)
 
@@ -112,36 +99,15 @@ def evaluate_reference(
     task: Task,
     adapter: Adapter,
 ) -> ReferenceResults:
-    """Asks the replaced model about the validation data, with one pass of each model. All are left as found.
-
-    Args:
-        reference: the replaced model.
-        trainer: that trains or validates.
-        model: the new model, on its device.
-        dataloader: which one of several validation data loaders.
-        slices: which slice each sample is in.
-        task: what passed means.
-        adapter: takes a batch apart.
-
-    Raises:
-        ConfigurationError: the data, the slices or the replaced model do not fit.
-        EvaluationError: a collate function drops or adds samples.
-    """
+    """Evaluates the replaced model on the validation data, with one pass of each model. All are left as found."""
     collective = Collective.current(model.device)
     loader, most = validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
         batches = _order(loader, most)
         mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
         everyone = collective.gather(mine)
-        again: DataLoader[Any] = DataLoader(
-            loader.dataset,
-            batch_size=max(map(len, batches), default=1),
-            sampler=SubsetRandomSampler(torch.cat(everyone).tolist()),  # only says which; the source sorts them
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            **worker_settings(loader),
-        )
+        which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
+        again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
         recorder = SliceRecorder(source, slices, task)
         evaluator = make_evaluator(trainer, model, task)
@@ -182,10 +148,8 @@ def _order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
         if found == again:
             return found
     raise ConfigurationError(
-        explain(
-            f"`val` data: {type(inside).__name__} gives the samples in another order each time.",
-            "validate without shuffling, so that each sample can be matched with what the replaced model does on it.",
-        )
+        f"`val` data: {type(inside).__name__} gives the samples in another order each time.",
+        "validate without shuffling, so that each sample can be matched with what the replaced model does on it.",
     )
 
 

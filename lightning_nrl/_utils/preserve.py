@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "preserve", "random_state", "set_modes"]
+__all__ = ["evaluating", "preserve", "random_state", "seed_all", "set_modes"]
 
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their bytes: as these, values are compared bit by bit, NaN and -0 included."""
@@ -97,6 +97,12 @@ def random_state() -> Iterator[None]:
     finally:
         for restore, state in states:
             restore(state)
+
+
+def seed_all(seed: int) -> None:
+    """Seeds torch, numpy and Python."""
+    for seed_global in (torch.manual_seed, np.random.seed, random.seed):
+        seed_global(seed)
 
 
 class _TensorSnapshot:

@@ -24,7 +24,7 @@ from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.reference.predictions import Predictions
@@ -82,7 +82,7 @@ class PositiveCongruentTraining(Callback):
         self.index = None if index is None else import_function("index", index)
         if isinstance(self.reference, Predictions) and self.index is None:
             hint = "give `index=f`, f(batch) -> data-set positions, or the model itself."
-            raise ConfigurationError(explain("`reference`: predictions are found by the index of a sample.", hint))
+            raise ConfigurationError("`reference`: predictions are found by the index of a sample.", hint)
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
@@ -99,10 +99,10 @@ class PositiveCongruentTraining(Callback):
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if sum(isinstance(c, PositiveCongruentTraining) for c in callbacks_of(trainer)) > 1:
             hint = "keep one, and give it all terms as `term=[...]`."
-            raise ConfigurationError(explain("`callbacks`: there are several PositiveCongruentTraining.", hint))
+            raise ConfigurationError("`callbacks`: there are several PositiveCongruentTraining.", hint)
         if isinstance(self.reference, OldModel) and self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError(explain("`reference` is the very model that is trained.", hint))
+            raise ConfigurationError("`reference` is the very model that is trained.", hint)
         self._outputs.attach(pl_module)
 
     @override
@@ -163,7 +163,7 @@ class PositiveCongruentTraining(Callback):
             return result
         if not pl_module.automatic_optimization:
             raise ConfigurationError(
-                explain("`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE)
+                "`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE
             )
         plain, named, target = self.adapter(batch)
         call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
@@ -197,7 +197,7 @@ class PositiveCongruentTraining(Callback):
             except Exception as error:
                 what = f"`adapter`: the model raised {type(error).__name__} on the first batch ({error})."
                 hint = "give `adapter=f`, f(batch) -> (args, kwargs, target), that takes your batches apart."
-                raise ConfigurationError(explain(what, hint)) from error
+                raise ConfigurationError(what, hint) from error
             logits = self.task.logits(output)
             self.task.check(logits, target)
             old = teacher(args, kwargs, target, batch, logits)

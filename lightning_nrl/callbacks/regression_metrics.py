@@ -24,7 +24,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_kind
 from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
 
@@ -73,7 +73,7 @@ class RegressionMetrics(Callback):
         found = parse_reference(reference)
         if found is None:
             hint = "give a checkpoint, a module, a CSV file of predictions or an OldModel."
-            raise ConfigurationError(explain("`reference=None`: there is nothing to compare with.", hint))
+            raise ConfigurationError("`reference=None`: there is nothing to compare with.", hint)
         self.reference = found
         self.slices: Any = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
@@ -182,9 +182,8 @@ class RegressionMetrics(Callback):
         if not self._warned:
             self._warned = True
             rank_zero_warn(
-                explain(
+                PerformanceWarning(
                     "`validation_step` does not call the whole model on a whole batch, which costs one more pass each.",
                     "call `self(x)` in `validation_step`.",
-                ),
-                category=PerformanceWarning,
+                )
             )

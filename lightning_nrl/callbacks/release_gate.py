@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
-from lightning_nrl._trainer.artifacts import base_folder, file_names, output_folder, show, write_report
+from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
 from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
@@ -26,7 +26,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release import ModelPair, ReleaseReport, Rule, parse_rules
@@ -143,11 +143,8 @@ class ReleaseGate(Callback):
                 seeds={"data": self.seed, **_global_seed()},
                 name=type(model).__name__ + (f" from {path}" if path else ""),
             )
-        folder = output_folder(self.dirpath, trainer, "release")
-        name = folder.name if folder is not None and self.dirpath is None else "release"
-        files = file_names(folder, checkpoint=False)
-        if folder is not None:
-            files["predictions"] = str(folder / "predictions.csv")
+        written = {**REPORT_FILES, "predictions": "predictions.csv"}
+        files, name = report_files(self.dirpath, trainer, "release", written)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
             self._write(pair, model)
@@ -189,10 +186,8 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
     names = own if splits is None else list(splits)
     if len(names) != len(loaders) or len(set(names)) < len(names):
         raise ConfigurationError(
-            explain(
-                f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
-                "give each of them a name of its own, in order, or leave `splits` out.",
-            )
+            f"`splits={names}`: there are {len(loaders)} {stage} data loaders.",
+            "give each of them a name of its own, in order, or leave `splits` out.",
         )
     for name, loader in zip(names, loaders, strict=True):
         try:
@@ -200,7 +195,7 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
         except ConfigurationError as error:
             found = str(error).partition("\nHINT:")[0]
             hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
-            raise ConfigurationError(explain(found, hint)) from error
+            raise ConfigurationError(found, hint) from error
     return dict(zip(names, loaders, strict=True))
 
 

@@ -19,9 +19,9 @@ from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
 from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter, parse_prefix
-from lightning_nrl._trainer.data_splits import check_data
+from lightning_nrl._trainer.data_splits import SplitLoaders, check_data
 from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
-from lightning_nrl._trainer.loaders import LoaderSource, SplitLoaders, make_source
+from lightning_nrl._trainer.loaders import LoaderSource, make_source
 from lightning_nrl._trainer.reference_copy import parse_with_weights
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
@@ -29,7 +29,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     ACCURACY_TOLERANCE,
@@ -119,7 +119,7 @@ class WeightInterpolation(Callback):
         self.calibration: Any = check_data("calibration", calibration, optional=True)
         if calibration is None and share == "auto":
             hint = "give `calibration` data that were not trained on, or a number as `share=`."
-            raise ConfigurationError(explain("`share='auto'` needs calibration data, and there are none.", hint))
+            raise ConfigurationError("`share='auto'` needs calibration data, and there are none.", hint)
         self.statistics: Any = check_data("statistics", statistics)
         whole = batches is None or (isinstance(batches, int) and not isinstance(batches, bool) and batches > 0)
         check_kind("batches", batches, whole, "number from 1", "batches=100, or None for all of them")
@@ -143,7 +143,7 @@ class WeightInterpolation(Callback):
         check_order(self, trainer, what="the interpolation")
         if self.reference.model is pl_module:
             hint = "give its checkpoint, or a copy: `copy.deepcopy(model)`."
-            raise ConfigurationError(explain("`reference` is the very model that is trained.", hint))
+            raise ConfigurationError("`reference` is the very model that is trained.", hint)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,12 +166,11 @@ class WeightInterpolation(Callback):
         cosine = alignment(fitting("reference", self._reference_state, pl_module), pl_module)
         if cosine < MIN_COSINE:
             rank_zero_warn(
-                explain(
+                TrainingWarning(
                     f"the weights do not begin near those of `reference` (cosine {cosine:.2f}), and what lies between "
                     "two trainings from scratch is good for nothing.",
                     "train on from the old weights: `model.load_state_dict(...)` before `fit`.",
-                ),
-                category=TrainingWarning,
+                )
             )
 
     @override
@@ -203,11 +202,10 @@ class WeightInterpolation(Callback):
         # Where it was stopped before its first step, another work than training was done.
         if self._reference_state and not trainer.should_stop:
             rank_zero_warn(
-                explain(
+                TrainingWarning(
                     "the weights were not interpolated, because no training step ran (it was complete or skipped).",
                     "for a trained model, call `lightning_nrl.reference.choose_share(old, new, val, train)`.",
-                ),
-                category=TrainingWarning,
+                )
             )
         self._reference_state = {}
 

@@ -13,21 +13,13 @@ from torch import nn
 from lightning_nrl._lightning import original_module
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints.heeded import OPTION_CLASSES, check_heeded
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["callback_with", "check_model"]
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
-    """A callback with these arguments.
-
-    Args:
-        entry_point: whose arguments they are.
-        **arguments: of `RegressionFreeRepair`.
-
-    Raises:
-        ConfigurationError: it has no such argument (the nearest one is named), one cannot be used, or has no effect.
-    """
+    """A callback with these arguments; refuses unknown ones (the nearest is named) and those without effect here."""
     known = list(inspect.signature(RegressionFreeRepair).parameters)
     inside = {
         field.name: f"`{name}={kind.__name__}({field.name}=...)`"
@@ -38,26 +30,16 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *inside], n=1)
             hint = f"did you mean {inside.get(near[0], f'`{near[0]}`')}?" if near else f"it is one of {known}."
-            raise ConfigurationError(explain(f"`{name}` is no argument of a repair.", hint))
+            raise ConfigurationError(f"`{name}` is no argument of a repair.", hint)
     check_heeded(entry_point, arguments)
     return RegressionFreeRepair(**arguments)
 
 
 def check_model(model: Any, without_lightning: str) -> None:
-    """Refuses a plain module, which has neither data nor a training that a Trainer knows.
-
-    Args:
-        model: a LightningModule, compiled or not.
-        without_lightning: the function for plain modules.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """Refuses a plain module, which has neither data nor a training that a Trainer knows; a compiled one is none."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, pl.LightningModule):
         raise ConfigurationError(
-            explain(
-                f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule.",
-                f"give a module of `pytorch_lightning`; for a plain PyTorch module there is `{without_lightning}`.",
-            )
+            f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule.",
+            f"give a module of `pytorch_lightning`; for a plain PyTorch module there is `{without_lightning}`.",
         )

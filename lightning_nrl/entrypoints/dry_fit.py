@@ -11,12 +11,11 @@ import pytorch_lightning as pl
 from typing_extensions import override
 
 from lightning_nrl._lightning import callbacks_of
-from lightning_nrl._trainer.continue_training import EPOCHS, epochs_of, epochs_saved
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
-from lightning_nrl._trainer.trainer_state import borrowed, untracked
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, borrowed, epochs_of, epochs_saved, untracked
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.errors import ConfigurationError, RepairError, explain
+from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.pipeline.repair_module import Outcome
 
 __all__ = ["Work", "dry_fit", "without_training"]
@@ -31,8 +30,7 @@ def dry_fit(
     callback: RegressionFreeRepair,
     trainer: pl.Trainer,
     model: pl.LightningModule,
-    train_dataloaders: Any = None,
-    val_dataloaders: Any = None,
+    *loaders: Any,
     whole: bool = False,
     weights_only: bool = True,
     **arguments: Any,
@@ -44,15 +42,10 @@ def dry_fit(
         callback: says which data, task and seed are meant.
         trainer: is used for one `fit` that makes no step and writes nothing.
         model: the module, trained, or to be filled from `ckpt_path`.
-        train_dataloaders: as for `fit`.
-        val_dataloaders: as for `fit`.
+        *loaders: for training and validation, as for `fit`.
         whole: whether each rank reads all of the data.
         weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
         **arguments: `datamodule` and `ckpt_path`, as for `fit`.
-
-    Raises:
-        ConfigurationError: the data cannot be used, or the trainer holds a repair or wants a minimum of training.
-        RepairError: the work was done in another process.
     """
     check_namespace(trainer)
     results: list[Result] = []
@@ -62,10 +55,10 @@ def dry_fit(
             results.append(work(trained))
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):
-        trainer.fit(model, train_dataloaders, val_dataloaders, **arguments)
+        trainer.fit(model, *loaders, **arguments)
     if not results:
         raise RepairError(
-            explain("the result was made in another process.", "use a strategy that starts no processes of its own.")
+            "the result was made in another process.", "use a strategy that starts no processes of its own."
         )
     return results[0]
 
@@ -76,14 +69,8 @@ def without_training(
 ) -> Iterator[None]:
     """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
 
-    Args:
-        trainer: whose `fit` is called inside.
-        callback: says what is to be repaired and how.
-        work: what is to be done. If an outcome comes of it, it is saved, logged and written into the model.
-        weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
-
-    Raises:
-        ConfigurationError: the trainer holds a repair or wants a minimum of training.
+    If an outcome comes of the work, it is saved, logged and written into the model. A trainer that holds a repair, or
+    wants a minimum of training, is refused.
     """
     _check(trainer)
     inside = _WithoutTraining(callback, work, trainer)
@@ -100,10 +87,7 @@ def without_training(
 class _WithoutTraining(pl.Callback):
     """Works at the start of a fit and stops it before its first step.
 
-    Args:
-        callback: says how.
-        work: what is done.
-        trainer: knows how long it trained a module before; a checkpoint that is loaded knows better.
+    The trainer knows how long it trained a module before; a checkpoint that is loaded knows better.
     """
 
     def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: pl.Trainer) -> None:
@@ -112,7 +96,7 @@ class _WithoutTraining(pl.Callback):
         self.outcome: Outcome | None = None
         fitted = trainer.fit_loop.epoch_progress.current.ready > 0
         self._fitted = trainer.lightning_module if fitted else None
-        self._epochs = epochs_of(trainer) if fitted else EPOCHS
+        self._epochs = epochs_of(trainer) if fitted else ASSUMED_EPOCHS
         self._saved: int | None = None
 
     @property
@@ -137,7 +121,7 @@ class _WithoutTraining(pl.Callback):
         trainer.fit_loop.max_epochs = -1
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
-        fitted = self._epochs if pl_module is self._fitted else EPOCHS
+        fitted = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
         self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
         trainer.should_stop = True
 
@@ -162,12 +146,10 @@ def _check(trainer: pl.Trainer) -> None:
     check_namespace(trainer)
     if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
         raise ConfigurationError(
-            explain("`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`.")
+            "`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`."
         )
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
         raise ConfigurationError(
-            explain(
-                "`trainer` has `min_epochs` or `min_steps`, which make it train.",
-                "use a trainer without a minimum of training.",
-            )
+            "`trainer` has `min_epochs` or `min_steps`, which make it train.",
+            "use a trainer without a minimum of training.",
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 
@@ -76,15 +76,7 @@ INSTEAD = {
 
 
 def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
-    """Refuses options that have no effect; of an option object, those that are not as by default.
-
-    Args:
-        entry_point: who is asked.
-        arguments: of a repair.
-
-    Raises:
-        ConfigurationError: one has no effect.
-    """
+    """Refuses options that have no effect; of an option object, those that are not as by default."""
     for option, value in sorted(_given(arguments), key=lambda pair: pair[0]):
         if option not in HEEDED_BY or entry_point in HEEDED_BY[option]:
             continue
@@ -96,7 +88,7 @@ def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
             hint = f"leave `{name}` out; it is an option of `repair` and `RegressionFreeRepair`."
         else:
             continue
-        raise ConfigurationError(explain(f"`{name}={value!r}`: {why}.", hint.format(value=value)))
+        raise ConfigurationError(f"`{name}={value!r}`: {why}.", hint.format(value=value))
 
 
 def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -12,7 +12,7 @@ from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints.arguments import callback_with, check_model
 from lightning_nrl.entrypoints.dry_fit import without_training
 from lightning_nrl.entrypoints.heeded import check_heeded
-from lightning_nrl.errors import ConfigurationError, RepairError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.report import RepairReport
 
 __all__ = ["repair"]
@@ -57,7 +57,7 @@ def repair(
         callback = callback_with("repair", **arguments)
     elif arguments:
         raise ConfigurationError(
-            explain(f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself.")
+            f"`callback` was given, and {sorted(arguments)} too.", "give the arguments to the callback itself."
         )
     else:
         kind = isinstance(callback, RegressionFreeRepair)
@@ -69,9 +69,7 @@ def repair(
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:
         raise RepairError(
-            explain(
-                "the repair was made in another process, its report is in the files alone.",
-                "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
-            )
+            "the repair was made in another process, its report is in the files alone.",
+            "read `report.json` in the log folder, or use a strategy that starts no processes of its own.",
         )
     return callback.report

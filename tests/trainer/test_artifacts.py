@@ -9,7 +9,14 @@ import pytest
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.artifacts import base_folder, file_names, headline, output_folder, write_report
+from lightning_nrl._trainer.artifacts import (
+    REPORT_FILES,
+    base_folder,
+    headline,
+    output_folder,
+    report_files,
+    write_report,
+)
 
 
 def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:
@@ -59,12 +66,21 @@ def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -
 
 
 def test_files_are_named_by_kind(tmp_path: Path) -> None:
-    assert list(file_names(tmp_path, checkpoint=True)) == ["checkpoint", "json", "markdown"]
-    assert file_names(tmp_path, checkpoint=False) == {
+    files, name = report_files(tmp_path, trainer_in(tmp_path), "repair", {"checkpoint": "a.ckpt", **REPORT_FILES})
+    assert list(files) == ["checkpoint", "json", "markdown"]
+    assert (files["checkpoint"], name) == (str(tmp_path / "a.ckpt"), "repair")
+    assert report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0] == {
         "json": str(tmp_path / "report.json"),
         "markdown": str(tmp_path / "report.md"),
     }
-    assert file_names(None, checkpoint=True) == {}
+    assert report_files(None, trainer_in(tmp_path, fast=1), "repair", REPORT_FILES) == ({}, "repair")
+
+
+def test_a_second_report_in_a_log_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for name in ("release", "release-1"):
+        files, tag = report_files(None, trainer_in(tmp_path), "release", REPORT_FILES)
+        assert (Path(files["json"]).parent.name, tag) == (name, name)
+        Path(files["json"]).touch()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +89,7 @@ def report() -> RepairReport:
 
 
 def test_a_report_is_written_where_it_says(tmp_path: Path, report: RepairReport) -> None:
-    report = replace(report, files=file_names(tmp_path, checkpoint=False))
+    report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
     write_report(report)
     assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.md").read_text() == report.to_markdown()

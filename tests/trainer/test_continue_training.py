@@ -25,7 +25,7 @@ from toy_repairs import blobs
 from lightning_nrl._lightning import validating
 from lightning_nrl._trainer import budget as course_module
 from lightning_nrl._trainer import continue_training as continuing_module
-from lightning_nrl._trainer.continue_training import EPOCHS, ContinuedTraining, Shuffled, epochs_of, epochs_saved
+from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer
@@ -573,28 +573,6 @@ def test_a_pace_that_slows_down_is_cut_off(clock: FakeTime) -> None:
     callback = Timed(seconds=1.0, epochs=50)
     assert fit(Slower(), callback) is not None
     assert clock.now - callback.began <= 1.0 + 0.3 + 0.01  # what was begun is ended
-
-
-@pytest.mark.parametrize(
-    ("limits", "epochs"),
-    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
-)
-def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
-    """An epoch has 4 batches."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
-    trainer.fit(Net(), train_loader())
-    assert epochs_of(trainer) == epochs
-
-
-def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
-    trainer.fit(Net(), train_loader())
-    trainer.save_checkpoint(tmp_path / "net.ckpt")
-    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
-    assert epochs_saved(saved) == 2
-    assert epochs_saved({"state_dict": saved["state_dict"]}) == EPOCHS
 
 
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 3))

@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.loaders import SplitLoaders, make_source
+from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ConfigurationError
 

@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
 from pytorch_lightning.trainer.states import RunningStage
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import validating
-from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, epochs_of, epochs_saved, starting_weights
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
@@ -71,3 +74,27 @@ def test_the_weights_of_training_come_back_unless_the_repaired_ones_stay(keep: b
     assert model.head.weight is weight
     assert model.frozen.running_mean is statistics
     assert torch.equal(weight, torch.full((2, 2), value))
+
+
+@pytest.mark.parametrize(
+    ("limits", "epochs"),
+    [({}, 3), ({"limit_train_batches": 2}, 2), ({"max_steps": 1}, 1), ({"max_steps": 7}, 2), ({"max_steps": 9}, 2)],
+)
+def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epochs: int) -> None:
+    """An epoch has 4 batches."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=3, accelerator="cpu", enable_model_summary=False, **quiet, **limits)
+    four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
+    trainer.fit(BoringModel(), four_batches)
+    assert epochs_of(trainer) == epochs
+
+
+def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, **quiet)
+    four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
+    trainer.fit(BoringModel(), four_batches)
+    trainer.save_checkpoint(tmp_path / "net.ckpt")
+    saved = torch.load(tmp_path / "net.ckpt", weights_only=True)
+    assert epochs_saved(saved) == 2
+    assert epochs_saved({"state_dict": saved["state_dict"]}) == ASSUMED_EPOCHS
