@@ -78,9 +78,14 @@ class ParameterSpace:
         """The dtype of the weights as deployed."""
         return self.sites[0].module.weight.dtype
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All repairable parameters by dotted name, in the order of the flat vector."""
+        return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
+
     def flat(self) -> Tensor:
         """A detached copy of the live weights, `size`."""
-        return torch.cat([p.detach().flatten() for site in self.sites for p in site.parameters.values()])
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Whole parameters by dotted name with the weights at flat positions `where` (`K` int64) set to `values` (`K`).
@@ -89,12 +94,9 @@ class ParameterSpace:
         """
         flat = self.flat()
         flat[where.to(flat.device)] = values.to(flat.device, flat.dtype)
-        out, at = {}, 0
-        for site in self.sites:
-            for name, parameter in site.parameters.items():
-                out[name] = flat[at : at + parameter.numel()].view_as(parameter)
-                at += parameter.numel()
-        return out
+        parameters = self.parameters
+        parts = flat.split([parameter.numel() for parameter in parameters.values()])
+        return {name: part.view_as(parameters[name]) for name, part in zip(parameters, parts, strict=True)}
 
 
 def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False) -> ParameterSpace:
@@ -115,12 +117,13 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
     if len({id(site.module) for site in sites}) < len(sites):
         raise ConfigurationError(explain(f"`layer={layer!r}` names a layer twice.", "name each layer once."))
     _check_shared(model, sites)
-    kinds = {f"{parameter.dtype} on {parameter.device}" for site in sites for parameter in site.parameters.values()}
+    space = ParameterSpace(tuple(sites))
+    kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in space.parameters.values()}
     if len(kinds) > 1:
         raise ConfigurationError(
             explain(f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one.")
         )
-    return ParameterSpace(tuple(sites))
+    return space
 
 
 def find_scope(
@@ -142,8 +145,7 @@ def find_scope(
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
-    searched = [name for site in space.sites for name in site.parameters]
-    return space, tuple(scope or searched)
+    return space, tuple(scope or space.parameters)
 
 
 def layer_names(layer: str | Sequence[str]) -> list[str]:
@@ -239,7 +241,5 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 
 def last_linear(model: nn.Module) -> tuple[str | None, nn.Linear | None]:
     """The last Linear layer and its name; None where there is none."""
-    for name, layer in reversed(layers_of(model).items()):
-        if isinstance(layer, nn.Linear):
-            return name, layer
-    return None, None
+    linear = [(name, layer) for name, layer in layers_of(model).items() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else (None, None)

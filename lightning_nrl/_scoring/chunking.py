@@ -59,13 +59,10 @@ def make_chunk_scorers(
     weight = None if weight is None else weight.to("cpu", widest(device))
 
     def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
-        own_reserve = None if reserve is None else reserve[chunk.rows].to(device)
-        if weight is None:
-            return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, None, len(chunk), is_head)
-        own = weight[chunk.rows]
-        return ChunkScorer(
-            cache, chunk, deltas, where, task, rows, own_reserve, own.to(device), float(own.sum()), is_head
-        )
+        own_reserve, own = (None if x is None else x[chunk.rows] for x in (reserve, weight))
+        total = len(chunk) if own is None else float(own.sum())
+        own_reserve, own = (None if x is None else x.to(device) for x in (own_reserve, own))
+        return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head)
 
     def cut(group: Chunk, samples: int, rows: int, is_head: bool, room: int) -> list[ChunkScorer]:
         scorers = []

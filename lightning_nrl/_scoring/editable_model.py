@@ -13,11 +13,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import holding
 from lightning_nrl.errors import ReplayError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.tasks import Task
 
 __all__ = ["EditableModel", "Inputs", "LayerEdit", "edit_outputs"]
 
@@ -40,16 +38,6 @@ class EditableModel:
         return self.evaluator.model
 
     @property
-    def task(self) -> Task:
-        """Finds the logits in what the module returns."""
-        return self.evaluator.task
-
-    @property
-    def context(self) -> Context:
-        """Entered around every forward pass."""
-        return self.evaluator.context
-
-    @property
     def sites(self) -> dict[str, LayerRef]:
         """The repaired layers by name."""
         return {site.name: site for site in self.space.sites}
@@ -60,7 +48,8 @@ class EditableModel:
         Raises:
             ReplayError: a site is never called.
         """
-        with trace_forward(self.model, {s.name: s.module for s in self.space.sites}, keep) as trace, self.context():
+        modules = {site.name: site.module for site in self.space.sites}
+        with trace_forward(self.model, modules, keep) as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
             output = self.model(*args, **kwargs)
         for name in self.sites:
@@ -72,19 +61,23 @@ class EditableModel:
                         "`MultiheadAttention.out_proj`, are not.",
                     )
                 )
-        return trace, self.task.logits(output)
+        return trace, self.evaluator.task.logits(output)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """The logits of a pass, which may change its inputs."""
+        args, kwargs = inputs
+        with self.evaluator.context():
+            return self.evaluator.task.logits(self.model(*args, **kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
         """The logits of the whole model with some parameters replaced."""
-        args, kwargs = _cloned(inputs)
-        with holding(self.model, parameters), self.context():
-            return self.task.logits(self.model(*args, **kwargs))
+        with holding(self.model, parameters):
+            return self.forward(_cloned(inputs))
 
     def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
         """The logits of the whole model with every site's output edited."""
-        args, kwargs = _cloned(inputs)
-        with edit_outputs(self.space.sites, edit), self.context():
-            return self.task.logits(self.model(*args, **kwargs))
+        with edit_outputs(self.space.sites, edit):
+            return self.forward(_cloned(inputs))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
 from lightning_nrl._scoring.recording import find_group, find_whole_group
 from lightning_nrl._scoring.replay_group import ReplayGroup
-from lightning_nrl._scoring.sparse_delta import layer_output
+from lightning_nrl._scoring.sparse_delta import output_under
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 
@@ -47,9 +47,8 @@ class ExactBatch:
         model = self.cache.model
 
         def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
-            new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
-            with model.context():
-                return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
+            with model.evaluator.context():
+                return output_under(parameters, site, x)
 
         if self.replayed:
             return self.cache.replay(self.chunk, edit)
@@ -68,7 +67,7 @@ def exact_batches(
         ReplayError: a layer that is never called.
     """
     editable = EditableModel(evaluator, space)
-    own = {name: parameter.detach() for site in space.sites for name, parameter in site.parameters.items()}
+    own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []
     for batch, rows in batches:
         with torch.no_grad():

@@ -109,7 +109,7 @@ def with_cached_outputs(
         ReplayError: from inside, if the pass does not call the frontier in the recorded order.
     """
     left = dict(Counter(calls))
-    patches: dict[str, _ForwardPatch] = {}
+    patches: dict[str, ExitStack] = {}
     at = 0
 
     def recorded(name: str) -> Callable[..., Any]:
@@ -119,7 +119,7 @@ def with_cached_outputs(
                 raise _out_of_order(name)
             left[name] -= 1
             if not left[name]:
-                patches.pop(name).restore()
+                patches.pop(name).close()
             at += 1
             return outputs[at - 1]
 
@@ -132,12 +132,13 @@ def with_cached_outputs(
 
     try:
         for name in left:
-            patches[name] = _ForwardPatch(modules[name], recorded(name), hooks=False)
+            patches[name] = ExitStack()
+            patches[name].enter_context(_patched_forward(modules[name], recorded(name), hooks=False))
         with _patched_forward(first, live), force_eager():
             yield
     finally:
         for patch in patches.values():
-            patch.restore()
+            patch.close()
 
 
 @contextmanager
@@ -149,38 +150,28 @@ def force_eager() -> Iterator[None]:
         yield
 
 
-class _ForwardPatch:
-    """From now on the module runs `forward`, with or without the user's hooks around it, until it is restored.
+@contextmanager
+def _patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
+    """Inside, the module runs `forward`, with or without the user's hooks around it.
 
     A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
     its parts has hooks, and would not call them otherwise.
     """
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any], *, hooks: bool) -> None:
-        self.held = held = module.__dict__
-        new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
-        if hooks:
-            new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
-            new["_forward_hooks"][-1] = lambda module, args, output: None
-        else:
-            new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
-        self.names = tuple(new)
-        self.before = {name: held[name] for name in new if name in held}
-        held.update(new)
-
-    def restore(self) -> None:
-        for name in self.names:
-            self.held.pop(name, None)
-        self.held.update(self.before)
-
-
-@contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    patch = _ForwardPatch(module, forward, hooks=True)
+    held = module.__dict__
+    new: dict[str, Any] = {"forward": forward, "_compiled_call_impl": None}
+    if hooks:
+        new["_forward_hooks"] = OrderedDict(held["_forward_hooks"])
+        new["_forward_hooks"][-1] = lambda module, args, output: None
+    else:
+        new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
+    before = {name: held[name] for name in new if name in held}
+    held.update(new)
     try:
         yield
     finally:
-        patch.restore()
+        for name in new:
+            held.pop(name, None)
+        held.update(before)
 
 
 def _clone(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,19 +111,9 @@ class HeadScorer:
             return x.index_select(-1, samples)
 
         own = self.gathered
-        return replace(
-            self,
-            gathered=GatheredInputs(tuple(map(some, own.x)), own.base[:, samples], own.rounded[:, samples]),
-            rivals=some(self.rivals),
-            true_unit=some(self.true_unit),
-            true_logit=some(self.true_logit),
-            true_changes=some(self.true_changes),
-            fixed_max=some(self.fixed_max),
-            fixed_sum=some(self.fixed_sum),
-            fixed_max_before=some(self.fixed_max_before),
-            is_before=some(self.is_before),
-            reserve=None if self.reserve is None else some(self.reserve),
-        )
+        tensors: dict[str, Any] = {name: some(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        gathered = GatheredInputs(tuple(map(some, own.x)), own.base[:, samples], own.rounded[:, samples])
+        return replace(self, gathered=gathered, **tensors)
 
     def count_passed(self, values: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """How many samples each candidate, `P x K`, passes, and what these weigh; decided ones are not computed."""

@@ -17,7 +17,7 @@ from lightning_nrl._scoring.editable_model import EditableModel, Inputs
 from lightning_nrl._scoring.forward_trace import ForwardTrace, with_cached_outputs
 from lightning_nrl._scoring.replay_plan import LeafSpec, ReplayPlan, flatten_trace
 from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
-from lightning_nrl._scoring.sparse_delta import edit_layers, layer_output, make_layer_deltas
+from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.errors import ReplayError
 
@@ -107,8 +107,7 @@ def _check_all(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inp
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         if site is not plan.first:
             x, y = x[len(x) // 2 :], y[: len(y) // 2]
-        new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
-        return torch.cat([y, layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))])
+        return torch.cat([y, output_under(parameters, site, x)])
 
     return _compared(model, inputs, ({}, parameters), plan.resume(model, stored, n, edit, copies=2), stored[-1])
 
@@ -163,14 +162,12 @@ def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list
             wanted = [x.detach().clone().requires_grad_() for x, f in zip(leaves, floats, strict=True) if f]
             source = iter(wanted)
             given = [next(source).clone() if f else x for x, f in zip(leaves, floats, strict=True)]
-            (args, kwargs), outputs, (_, y) = pytree.tree_unflatten(given, spec)
+            inputs, outputs, (_, y) = pytree.tree_unflatten(given, spec)
             y = y.detach()
             first = model.sites[trace.layer_order[0]].module
-            with (
-                with_cached_outputs(trace.calls, dict(model.model.named_modules()), outputs, first, lambda: y),
-                model.context(),
-            ):
-                logits = model.task.logits(model.model(*args, **kwargs))
+            modules = dict(model.model.named_modules())
+            with with_cached_outputs(trace.calls, modules, outputs, first, lambda: y):
+                logits = model.forward(inputs)
             found: Iterator[Tensor | None] = iter([None] * len(wanted))
             if logits.requires_grad:
                 found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))

@@ -101,7 +101,7 @@ class ReplayPlan:
             return _copy_if_recorded(edit(self.first, x, y), y)
         source = iter(stored)
         leaves = [leaf.rebuild(source, n, copies, model.space.device) for leaf in self.leaves]
-        (args, kwargs), outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
+        inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
 
         def samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
             dim = self.dims[site.name]
@@ -116,9 +116,8 @@ class ReplayPlan:
         with (
             edit_outputs(later, samples_first),
             with_cached_outputs(self.calls, self.modules, outputs, self.first.module, first_output),
-            model.context(),
         ):
-            return model.task.logits(model.model(*args, **kwargs))
+            return model.forward(inputs)
 
 
 def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[Any], pytree.TreeSpec]:

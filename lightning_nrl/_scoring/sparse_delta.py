@@ -10,7 +10,7 @@ precision do themselves; under autocast inputs and weights are rounded first, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from lightning_nrl._model.layers import Layer, LayerRef, ParameterSpace
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor, LazyDelta
-from lightning_nrl._scoring.delta_layout import UnitBucket, make_delta_layout
+from lightning_nrl._scoring.delta_layout import DeltaLayout, make_delta_layout
 from lightning_nrl._utils.precision import no_autocast
 
-__all__ = ["GatheredInputs", "LayerDelta", "edit_layers", "layer_output", "make_layer_deltas"]
+__all__ = ["GatheredInputs", "LayerDelta", "edit_layers", "layer_output", "make_layer_deltas", "output_under"]
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 
@@ -42,22 +42,11 @@ class GatheredInputs:
 
 
 @dataclass(frozen=True)
-class LayerDelta:
-    """The change of one layer, for any values of the changed weights.
-
-    Attributes:
-        site: the layer.
-        units: the output units with changed weights, `U` int64, bucket by bucket.
-        buckets: the units by how many changed weights they have.
-        bias: for each unit which of the K values is its bias, `U` int64; K where the bias stays.
-        original: the K values as they are now, in the deployed dtype.
-    """
+class LayerDelta(DeltaLayout):
+    """The change of one layer, for any values of the changed weights."""
 
     site: LayerRef
-    units: Tensor
-    buckets: tuple[UnitBucket, ...]
-    bias: Tensor
-    original: Tensor
+    original: Tensor  # the K values as they are now, in the deployed dtype
 
     @property
     def unit_dim(self) -> int:
@@ -176,6 +165,12 @@ def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) 
     return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
 
 
+def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
+    """What a site gives with its parameters, by dotted name, in place of its own."""
+    new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
+    return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
+
+
 def edit_layers(
     deltas: Sequence[LayerDelta], values: Tensor, gathered: GatheredInputs | None = None
 ) -> Callable[[LayerRef, Tensor, Tensor], Tensor]:
@@ -199,6 +194,6 @@ def make_layer_deltas(space: ParameterSpace, where: Tensor) -> tuple[LayerDelta,
     original, where = space.flat()[where.to(space.device)], where.cpu()
     layouts = [make_delta_layout(site, where - site.offset).to(space.device) for site in space.sites]
     return tuple(
-        LayerDelta(site, layout.units, layout.buckets, layout.bias, original)
+        LayerDelta(layout.units, layout.buckets, layout.bias, site, original)
         for site, layout in zip(space.sites, layouts, strict=True)
     )

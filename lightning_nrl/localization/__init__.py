@@ -5,9 +5,8 @@ In: the model on known data, and which samples fail and pass. Out: a `Localizati
 """
 
 from lightning_nrl.localization.all_weights import AllWeights
-from lightning_nrl.localization.impact import Aggregation, measure
-from lightning_nrl.localization.localization import Impact, Localization
-from lightning_nrl.localization.localizer import LOCALIZERS, Localizer
+from lightning_nrl.localization.impact import Aggregation, Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Localizer
 from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n_weights, localize, set_sizes
 
 __all__ = [

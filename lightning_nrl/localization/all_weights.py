@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Replay
-from lightning_nrl.localization.localization import Localization
-from lightning_nrl.localization.localizer import LOCALIZERS
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization
 
 __all__ = ["AllWeights"]
 

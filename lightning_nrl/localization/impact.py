@@ -7,6 +7,7 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -27,16 +28,30 @@ from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
 from lightning_nrl.errors import EvaluationError, ReplayError, check_choice, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.localization import Impact
 from lightning_nrl.tasks import Task
 
-__all__ = ["Aggregation", "Replay", "check_aggregation", "measure"]
+__all__ = ["Aggregation", "Impact", "Replay", "check_aggregation", "measure"]
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
 
 SAMPLES_PER_PASS = 64
 """Most samples that run forward and backward at once, as few as in a small training step; halved where memory ends."""
+
+
+@dataclass(frozen=True)
+class Impact:
+    """How much each weight matters for some data (paper, section II.1, step i).
+
+    Attributes:
+        backward: `W`, the loss gradient's size for each weight, never negative.
+        forward: `W`, the size of what each weight passes on, never negative.
+        n_samples: how many samples it was measured on.
+    """
+
+    backward: Tensor
+    forward: Tensor
+    n_samples: int
 
 
 class Replay(Protocol):
@@ -57,11 +72,7 @@ class Replay(Protocol):
 
 
 def check_aggregation(aggregation: str) -> None:
-    """Refuses an unknown aggregation.
-
-    Raises:
-        ConfigurationError: it is not one of `Aggregation`.
-    """
+    """Refuses an unknown aggregation with a `ConfigurationError`."""
     check_choice("aggregation", aggregation, get_args(Aggregation))
 
 
@@ -86,7 +97,7 @@ def measure(
         aggregation: how the gradients of many samples become one number.
 
     Returns:
-        Impacts in the order of the weight space, on its device, in float64 (float32 where the device has no float64).
+        In the order of the weight space, on its device, in float64 (float32 where the device has no float64).
 
     Raises:
         ConfigurationError: an unknown aggregation.

@@ -1,7 +1,8 @@
-"""The protocol of all ways of localising, and their names."""
+"""What all ways of localising take and give, and their names."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -9,9 +10,26 @@ from torch import Tensor
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Replay
-from lightning_nrl.localization.localization import Localization
 
-__all__ = ["LOCALIZERS", "Localizer"]
+__all__ = ["LOCALIZERS", "Localization", "Localizer"]
+
+
+@dataclass(frozen=True)
+class Localization:
+    """The weights to be searched (paper, section II.1, step ii).
+
+    Attributes:
+        weights: `K` int64, flat positions in the weight space, ascending.
+        n_g: how many top weights each of the four sets had.
+        requested: the #lw that was asked for; None if N_g was given.
+        sizes: sizes of the sets on the way: `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|,
+            `both` = size of their intersection, `localized` = K, `total` = W.
+    """
+
+    weights: Tensor
+    n_g: int
+    requested: int | None
+    sizes: dict[str, int]
 
 
 @runtime_checkable

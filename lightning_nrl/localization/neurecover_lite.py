@@ -14,9 +14,8 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.impact import Aggregation, Replay, check_aggregation, measure
-from lightning_nrl.localization.localization import Impact, Localization
-from lightning_nrl.localization.localizer import LOCALIZERS
+from lightning_nrl.localization.impact import Aggregation, Impact, Replay, check_aggregation, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization
 
 __all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
 
@@ -63,18 +62,15 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
     """Weights that matter for the failed data and not for the passed (paper, section II.1, step ii).
 
     `(B_failed & F_failed) - (B_passed & F_passed)`, each the top N_g weights of one impact; of equal impacts the one
-    that comes first in the weight space ranks first. Every N_g is looked at, and of those that leave any weight
-    the one is taken whose number of weights is nearest to the request; the smallest, if several are equally near, since
-    its weights have the greatest impact on the failed data. The result says what was requested and what was reached.
+    that comes first in the weight space ranks first. Of all N_g that leave any weight the one is taken whose number of
+    weights is nearest to the request; the smallest, if several are equally near, since its weights have the greatest
+    impact on the failed data. The result says what was requested and what was reached.
 
     Args:
         failed: impacts on the failed samples (I_neg).
         passed: impacts on the passed samples (I_pos).
         n_weights: how many weights to localise (#lw).
         n_g: N_g itself, instead of `n_weights`. Without either, `default_n_weights` says how many.
-
-    Returns:
-        The localised weights, on the device of the impacts.
 
     Raises:
         ConfigurationError: a number below 1, both numbers at once, an N_g above the number of weights.

@@ -24,43 +24,28 @@ from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
-__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search", "search_deadline"]
+__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
 
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """What a search is to achieve; masks and margins by row of the evidence.
+    """What a search is to achieve; `N` is by row of the evidence."""
 
-    Attributes:
-        failed: `N` bool, samples that fail now: the weights that matter for them are localised.
-        passed: `N` bool, samples that pass now: the weights that matter for them are left out.
-        constrained: `N` bool, the samples that candidates may not break (I_pos).
-        fitness: how candidates are ranked.
-        reserve: `N`, the margin that each sample must keep to count as passing; None: any.
-        deadline: when it has to be over.
-    """
-
-    failed: Tensor
-    passed: Tensor
-    constrained: Tensor
+    failed: Tensor  # N bool, fail now: the weights that matter for them are localised
+    passed: Tensor  # N bool, pass now: the weights that matter for them are left out
+    constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
     fitness: Fitness
-    reserve: Tensor | None = None
-    deadline: Deadline = field(default_factory=Deadline)
+    reserve: Tensor | None = None  # N, the margin that each must keep to count as passing; None: any
+    deadline: Deadline = field(default_factory=Deadline)  # when it has to be over
 
 
 @dataclass(frozen=True)
 class LocalSearchResult:
-    """What localisation and search gave.
+    """What localisation and search gave."""
 
-    Attributes:
-        localization: the weights that were searched.
-        search: the best candidate and the course of the search.
-        state: whole tensors with the best candidate; None: the weights are as they were before.
-    """
-
-    localization: Localization
-    search: SearchResult
-    state: State | None
+    localization: Localization  # the weights that were searched
+    search: SearchResult  # the best candidate and the course of the search
+    state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
 
     @property
     def note(self) -> str:
@@ -87,7 +72,7 @@ class LocalSearch:
             EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
         """
         before = problem.before
-        end = search_deadline(problem, self.seconds)
+        end = problem.deadline_of_method().within(self.seconds)
         goal = SearchGoal(before.targeted, before.passed, problem.passed, problem.fitness, deadline=end)
         found = localize_and_search(problem, self.searcher, goal)
         if found.state is None:
@@ -107,11 +92,7 @@ def localize_and_search(
 ) -> LocalSearchResult:
     """Localises and searches from the weights that the model has now.
 
-    Args:
-        problem: what is to be repaired.
-        searcher: the search algorithm.
-        goal: what it is to achieve.
-        elites: known good values, `M x K`, of the weights at these positions (`K` int64), at most so many.
+    `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
 
     Raises:
         EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
@@ -127,11 +108,6 @@ def localize_and_search(
     values = problem.collective.agreed(result.values)
     unchanged = torch.equal(values, space.flat()[where])
     return LocalSearchResult(localization, result, None if unchanged else space.changed(where, values))
-
-
-def search_deadline(problem: Problem, seconds: float) -> Deadline:
-    """When a search has to end: it has had its seconds, or those of the repair run out."""
-    return problem.deadline_of_method().within(seconds)
 
 
 @torch.no_grad()

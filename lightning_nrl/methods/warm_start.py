@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, between, holding
-from lightning_nrl.methods.local_search import SearchGoal, localize_and_search, search_deadline
+from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import Fitness
@@ -49,7 +49,8 @@ def warm_started_search(
     """Localises weights of the chosen layers under the base and searches new values for them.
 
     What passes under the base counts as passing while it keeps half of its margin there, or a small one if that is
-    less; what the base repairs beside the target is a constraint, too.
+    less; what the base repairs beside the target is a constraint, too. The result is the best of base, proposals and
+    what was found; the note of its step says what the search added to them.
 
     Args:
         problem: what is to be repaired.
@@ -58,9 +59,6 @@ def warm_started_search(
             are many.
         base: the weights to start from, of any part of the network; one of the proposals may have this very state.
         seconds: how long the search may take.
-
-    Returns:
-        The best of base, proposals and what was found. The note of its step says what the search added to them.
 
     Raises:
         EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
@@ -82,9 +80,9 @@ def warm_started_search(
         problem.before.passed | (start.after.passed & ~problem.before.targeted),
         _constrained(problem.fitness),
         _reserve(problem, start),
-        search_deadline(problem, seconds),
+        problem.deadline_of_method().within(seconds),
     )
-    original = {name: value for site in problem.space.sites for name, value in site.parameters.items()}
+    original = problem.space.parameters
     with holding(problem.model, base):
         elites = partial(_elites, problem.space, original, base, proposals)
         found = localize_and_search(problem, searcher, goal, elites)
@@ -112,15 +110,9 @@ def _elites(
     where: Tensor,
     n_elites: int,
 ) -> Tensor:
-    """What proposals have at the localised weights, best first, and steps beyond the base: `M x K`, none of them twice.
+    """What proposals have at the localised weights (`where`, `K` int64), best first, and steps beyond the base.
 
-    Args:
-        space: the layers, with the weights of the base.
-        original: their parameters before the repair.
-        base: the weights that the search starts from.
-        proposals: what other methods found.
-        where: `K` int64, positions of the localised weights.
-        n_elites: M is at most this.
+    `M x K` with M at most `n_elites`, none of them twice.
     """
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
     beyond: list[State] = []
@@ -132,7 +124,7 @@ def _elites(
     found: list[Tensor] = []
     for state in states:
         whole = {**original, **state}
-        flat = torch.cat([whole[name].detach().flatten() for site in space.sites for name in site.parameters])
+        flat = torch.cat([whole[name].detach().flatten() for name in space.parameters])
         values = flat.to(own)[where]
         if values.isfinite().all() and not any(torch.equal(values, other) for other in (own, *found)):
             found.append(values)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.localization.localization import Localization
+from lightning_nrl.localization import Localization
 from lightning_nrl.report import (
     LocalizationReport,
     Role,
@@ -22,7 +22,7 @@ from lightning_nrl.report import (
     WeightChange,
     pool_updates,
 )
-from lightning_nrl.search.search_result import SearchResult
+from lightning_nrl.search.search_log import SearchResult
 
 __all__ = [
     "localization_report",

@@ -10,7 +10,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization
 from lightning_nrl.report.stages import Step
-from lightning_nrl.search.search_result import SearchResult
+from lightning_nrl.search.search_log import SearchResult
 
 __all__ = ["Proposal", "Solution", "better"]
 

@@ -11,7 +11,7 @@ from lightning_nrl.search.loop import search, search_many
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
 from lightning_nrl.search.rng import RandomStreams
-from lightning_nrl.search.search_result import SearchHistory, SearchResult
+from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
 __all__ = [
     "SEARCHERS",

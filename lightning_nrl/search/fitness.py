@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -115,14 +115,9 @@ class Fitness:
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
-        """The most samples of I_pos that a candidate may break and still be worth more than some value.
+        """The most samples of I_pos that a candidate may break and still be worth more than `value`, `S x P`.
 
-        Args:
-            value: of this fitness, `S x P`.
-            n_failed: |I_neg|, as in `Scores`.
-
-        Returns:
-            `S x P`, whole numbers or infinity; None where breaking more can be made up for.
+        Whole numbers or infinity; None where breaking more can be made up for. `n_failed` is |I_neg|, as in `Scores`.
         """
         any_number = torch.full_like(value, math.inf)
         if self.perfect_intact and self.infeasible == "zero":
@@ -137,15 +132,10 @@ class Fitness:
         )
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
-        """The fitness of each candidate.
+        """The fitness of each candidate, `S x P` float64, from its scores, `S x P`, and those of the original, `S x 1`.
 
-        Args:
-            scores: the candidates', `S x P`.
-            original: the unchanged weights', `S x 1`.
-
-        Returns:
-            `S x P` float64; the lexicographic order of the counts is exact up to a million samples of each kind. MPS
-            has float32 only: there it is exact while broken * (|I_neg| + 1) stays below 2^22.
+        The lexicographic order of the counts is exact up to a million samples of each kind. MPS has float32 only: there
+        it is exact while broken * (|I_neg| + 1) stays below 2^22.
         """
         return _evaluate(self, scores, original, self.alpha, self.beta, self.delta)
 
@@ -155,11 +145,6 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
     One repair earns 1/|I_neg|, one regression costs alpha/|I_pos|. No alpha in the paper's range (4 to 8) forces zero
     regressions: only perfect intact and the lexicographic kind do.
-
-    Args:
-        n_failed: |I_neg|.
-        n_passed: |I_pos|.
-        alpha: the intact weight.
 
     Example:
         >>> exchange_rate(n_failed=20, n_passed=500, alpha=5)
@@ -174,51 +159,32 @@ def needs_passed_loss(fitness: FitnessFunction) -> bool:
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:
-    """One function for S searches that each have a fitness of their own.
+    """One function for S searches that each have a fitness of their own, on the device of the scores.
 
     Searches that differ in alpha, beta and delta alone are evaluated together; equal ones cost no more than one.
-
-    Args:
-        fitness: one a search.
-        device: where the scores will lie.
     """
     if all(one == fitness[0] for one in fitness):
         return fitness[0]
     kinds: dict[tuple[str, str, bool, str], list[int]] = {}
     for row, one in enumerate(fitness):
         kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible), []).append(row)
-    groups = [_Group.of(fitness, rows, device) for rows in kinds.values()]
+    groups = []
+    for rows in kinds.values():
+        members = [fitness[row] for row in rows]
+        numbers = [(one.alpha, one.beta, one.delta) for one in members]
+        columns = torch.tensor(numbers, dtype=widest(device), device=device).t().unsqueeze(2)
+        groups.append((members[0], torch.tensor(rows, device=device), columns.unbind()))
 
     def grouped(scores: Scores, original: Scores) -> Tensor:
         if len(groups) == 1:
-            return _evaluate(groups[0].settings, scores, original, *groups[0].numbers)
+            settings, _, numbers = groups[0]
+            return _evaluate(settings, scores, original, *numbers)
         value = scores.patched.new_empty(scores.patched.shape, dtype=widest(device))
         for settings, rows, numbers in groups:
             value[rows] = _evaluate(settings, _rows(scores, rows), _rows(original, rows), *numbers)
         return value
 
     return grouped
-
-
-class _Group(NamedTuple):
-    """Searches whose fitness differs in numbers alone."""
-
-    settings: Fitness
-    rows: Tensor  # n int64, which searches
-    numbers: tuple[Tensor, Tensor, Tensor]  # alpha, beta, delta, n x 1 each
-
-    @classmethod
-    def of(cls, fitness: Sequence[Fitness], rows: list[int], device: torch.device) -> _Group:
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=widest(device), device=device)[:, None]
-
-        members = [fitness[row] for row in rows]
-        numbers = (
-            column([f.alpha for f in members]),
-            column([f.beta for f in members]),
-            column([f.delta for f in members]),
-        )
-        return cls(members[0], torch.tensor(rows, device=device), numbers)
 
 
 def _evaluate(
@@ -265,17 +231,9 @@ def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tenso
 
 
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-    def pick(x: int | Tensor) -> int | Tensor:
+    """Those of some of several searches; a number that all share stays as it is."""
+
+    def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x
 
-    return Scores(
-        scores.patched[rows],
-        scores.intact[rows],
-        scores.loss_failed[rows],
-        scores.loss_passed[rows],
-        pick(scores.n_failed),
-        pick(scores.n_passed),
-        None if scores.gain is None else scores.gain[rows],
-        None if scores.harm is None else scores.harm[rows],
-        scores.least,
-    )
+    return Scores(**{name: pick(value) for name, value in vars(scores).items()})

@@ -36,7 +36,7 @@ class WeightStats:
     @classmethod
     def around(cls, space: ParameterSpace, where: Tensor) -> WeightStats:
         """For each weight at the flat positions `where` (int64), those of the parameter that it is part of."""
-        parameters = [p for site in space.sites for p in site.parameters.values()]
+        parameters = space.parameters.values()
         ends = torch.tensor([p.numel() for p in parameters], device=where.device).cumsum(0)
         which = torch.bucketize(where, ends, right=True).to(space.device)
         moments = zip(*(_moments(p) for p in parameters), strict=True)

@@ -22,8 +22,7 @@ from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_s
 from lightning_nrl.search.init_stats import WeightStats, search_dtype
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.rng import RandomStreams
-from lightning_nrl.search.search_log import SearchLog, histories
-from lightning_nrl.search.search_result import SearchHistory, SearchResult
+from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
 
 __all__ = ["search", "search_many"]
 
@@ -46,6 +45,8 @@ def search(
 ) -> SearchResult:
     """Looks for better values of the localised weights.
 
+    If nothing is better than the original weights, these are returned bit for bit.
+
     Args:
         scorer: scores candidates of `1 x P x K`, in the dtype of `original`.
         original: `K`, the weights before the repair, on the device where the search is to run.
@@ -59,9 +60,6 @@ def search(
         on_progress: told after every tenth iteration and at the end how many were made, and the history so far.
         check_every: iterations between two looks at whether to stop, for which the host waits for the device; None: 1
             on a CPU, 10 elsewhere. What is found does not depend on it.
-
-    Returns:
-        The best candidate. If nothing is better than the original weights, these are returned bit for bit.
 
     Raises:
         ConfigurationError: `elites` do not fit `original` or the number of candidates, or are not finite.
@@ -99,21 +97,20 @@ def search_many(
 ) -> list[SearchResult]:
     """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
 
+    Results come without padding; `seconds` is the time of all together.
+
     Args:
         scorer: scores candidates of `S x P x K`, in the dtype of `original`; each search may have samples of its own.
         original: `S x K`, each search's weights before the repair, padded with finite values.
         stats: the distribution of the layers' weights; its tensors broadcast to `S x K`.
         seeds: one a search.
         fitness: one for all or one a search; None: the lexicographic ranking.
-        searcher: the algorithm of every search, by name or with settings of its own.
+        searcher: the algorithm of every search, as for `search`.
         sizes: how many of the K weights each search has. The rest is padding at the end and never moves. None: all.
         elites: `S x M x K`, known good weights of each search, padded likewise; see `search`.
         deadline: as for `search`.
         on_progress: as for `search`, with one history a search, each as long as it went on.
         check_every: as for `search`.
-
-    Returns:
-        One result a search, without padding. `seconds` is the time of all together.
 
     Raises:
         ConfigurationError: `seeds`, `fitness`, `sizes` or `elites` do not fit `original`.

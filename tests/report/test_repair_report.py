@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from lightning_nrl.evaluation.flip_counts import FlipCounts, TargetCounts
-from lightning_nrl.localization.localization import Localization
+from lightning_nrl.localization import Localization
 from lightning_nrl.pipeline.report_parts import localization_report, search_report
 from lightning_nrl.report import (
     Hashes,
@@ -26,7 +26,7 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.formatting import percent
-from lightning_nrl.search.search_result import SearchHistory, SearchResult
+from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
 STATES = ("repaired", "refused", "nothing")
 TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), (1, 5, 7, 8, 9, 33, 44, 55, 66), ())

@@ -71,7 +71,7 @@ class LayerFineTuning(FineTuning):
     learning_rate: float = LAYER_LEARNING_RATE
 
     def __call__(self, problem: Problem) -> Solution:
-        searched = tuple(name for site in problem.space.sites for name in site.parameters)
+        searched = tuple(problem.space.parameters)
         return super().__call__(replace(problem, scope=searched))
 
 
