@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
     "Convolution",
@@ -115,13 +115,13 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
         offset = sites[-1].offset + sites[-1].size if sites else 0
         sites.append(LayerRef(name, _repairable(name, modules), offset, include_bias))
     if len({id(site.module) for site in sites}) < len(sites):
-        raise ConfigurationError(explain(f"`layer={layer!r}` names a layer twice.", "name each layer once."))
+        raise ConfigurationError(f"`layer={layer!r}` names a layer twice.", "name each layer once.")
     _check_shared(model, sites)
     space = ParameterSpace(tuple(sites))
     kinds = {f"{parameter.dtype} on {parameter.device}" for parameter in space.parameters.values()}
     if len(kinds) > 1:
         raise ConfigurationError(
-            explain(f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one.")
+            f"`layer={layer!r}` spans several dtypes or devices: {sorted(kinds)}.", "repair them one by one."
         )
     return space
 
@@ -152,7 +152,7 @@ def layer_names(layer: str | Sequence[str]) -> list[str]:
     """One name or several as a list; a `ConfigurationError` if there is none."""
     names = [layer] if isinstance(layer, str) else list(layer) if isinstance(layer, Sequence) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise ConfigurationError(explain(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`."))
+        raise ConfigurationError(f"`layer={layer!r}` names no layer.", "name one, or say `layer='auto'`.")
     return names
 
 
@@ -168,7 +168,7 @@ def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list
             free = [name for name in found if modules[name].weight.requires_grad]
             return (free or found)[-1:]
     hint = "only Linear and Conv1d/2d/3d can be repaired."
-    raise ConfigurationError(explain("`layer='auto'` found no Linear layer and no convolution.", hint))
+    raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
 
 def _is_inside(parameter: str, block: str) -> bool:
@@ -186,27 +186,23 @@ def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
 def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
     if name not in modules:
         raise ConfigurationError(
-            explain(f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}.")
+            f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}."
         )
     module = modules[name]
     if not isinstance(module, Layer):
         inside = _suggest("", dict(module.named_modules(prefix=name)))
         raise ConfigurationError(
-            explain(
-                f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
-                f"name a Linear or Conv1d/2d/3d{f', such as one of {inside}' if inside else ''}.",
-            )
+            f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
+            f"name a Linear or Conv1d/2d/3d{f', such as one of {inside}' if inside else ''}.",
         )
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         raise ConfigurationError(
-            explain(f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first.")
+            f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first."
         )
     if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
         raise ConfigurationError(
-            explain(
-                f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
-                "remove a parametrisation with `torch.nn.utils.parametrize`; repair before quantising.",
-            )
+            f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
+            "remove a parametrisation with `torch.nn.utils.parametrize`; repair before quantising.",
         )
     return module
 
@@ -217,10 +213,8 @@ def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:
     for site in sites:
         if any(owners[id(parameter)] > 1 for parameter in site.parameters.values()):
             raise ConfigurationError(
-                explain(
-                    f"`layer={site.name!r}` shares its weights with another module (tied weights).",
-                    "name a layer whose weights are its own, or untie them before the repair.",
-                )
+                f"`layer={site.name!r}` shares its weights with another module (tied weights).",
+                "name a layer whose weights are its own, or untie them before the repair.",
             )
 
 

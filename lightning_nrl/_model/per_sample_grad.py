@@ -18,7 +18,7 @@ from lightning_nrl._model.layer_inputs import CONVOLUTION_WEIGHT_GRAD, as_rows, 
 from lightning_nrl._model.layers import Convolution, Layer
 from lightning_nrl._utils.precision import Context, at_least_float32, no_autocast, repeatable_gradients
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
 __all__ = [
@@ -114,10 +114,8 @@ def margin_calls(
         margin = task.margin(output, batch.target)
         if margin is None:
             raise ConfigurationError(
-                explain(
-                    f"`task`: {type(task).__name__} has no margin, so there are no gradients of it.",
-                    "give the task a `margin`.",
-                )
+                f"`task`: {type(task).__name__} has no margin, so there are no gradients of it.",
+                "give the task a `margin`.",
             )
         calls = probe.calls(margin)
     for name in probe.not_batch_first(len(margin)):

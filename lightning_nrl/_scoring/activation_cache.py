@@ -19,7 +19,7 @@ from lightning_nrl._scoring.editable_model import EditableModel, LayerEdit
 from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_all, to_device
-from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.errors import ReplayError
 
 __all__ = ["ActivationCache", "Chunk"]
 
@@ -121,10 +121,8 @@ class ActivationCache:
             return group.plan.resume(self.model, stored, len(chunk), edit, copies)
         if copies != 1:
             raise ReplayError(
-                explain(
-                    f"`layer`: {self.fallback_reason}, so copies of samples cannot be run at once.",
-                    "give whole parameters to `rerun`.",
-                )
+                f"`layer`: {self.fallback_reason}, so copies of samples cannot be run at once.",
+                "give whole parameters to `rerun`.",
             )
         return self.model.edited_logits(group.inputs(stored), edit)
 

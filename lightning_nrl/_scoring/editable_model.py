@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
 from lightning_nrl._utils.state import holding
-from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["EditableModel", "Inputs", "LayerEdit", "edit_outputs"]
@@ -55,11 +55,9 @@ class EditableModel:
         for name in self.sites:
             if name not in trace.layer_order:
                 raise ReplayError(
-                    explain(
-                        f"`layer={name!r}` is never called in the model's forward pass, so it has no input to measure.",
-                        "name a layer that is called as a module; parts of fused modules, such as "
-                        "`MultiheadAttention.out_proj`, are not.",
-                    )
+                    f"`layer={name!r}` is never called in the model's forward pass, so it has no input to measure.",
+                    "name a layer that is called as a module; parts of fused modules, such as "
+                    "`MultiheadAttention.out_proj`, are not.",
                 )
         return trace, self.evaluator.task.logits(output)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_nrl.errors import ReplayError, explain
+from lightning_nrl.errors import ReplayError
 
 __all__ = ["ForwardTrace", "OutputEdit", "edit_output", "force_eager", "trace_forward", "with_cached_outputs"]
 
@@ -184,5 +184,5 @@ def _shape_only(x: Tensor) -> Tensor:
 
 def _out_of_order(name: str) -> ReplayError:
     return ReplayError(
-        explain(f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model.")
+        f"`layer`: the model called {name!r} in another order than when it was recorded.", "report the model."
     )

@@ -16,7 +16,7 @@ from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
@@ -171,7 +171,7 @@ def make_scorer(
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
     if len(counted) > 1:
         raise ConfigurationError(
-            explain(f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same.")
+            f"`where`, `failed` and `passed` are for {sorted(counted)} swarms.", "give each for the same."
         )
     s = counted.pop() if counted else 1
     several = any(x.ndim == 2 for x in (where, failed, passed))

@@ -26,7 +26,7 @@ from lightning_nrl._model.per_sample_grad import (
 )
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
-from lightning_nrl.errors import EvaluationError, ReplayError, check_choice, explain
+from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.tasks import Task
 
@@ -180,10 +180,8 @@ def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list
             losses = task.loss(logits, chunk.target)
     if probe.called and not losses.requires_grad:
         raise ReplayError(
-            explain(
-                f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
-                "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
-            )
+            f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
+            "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
         )
     strayed = torch.zeros(len(sites), dtype=torch.bool, device=losses.device)
     if check:
@@ -218,15 +216,13 @@ def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
     """Impacts from the sums over all samples of all ranks."""
     if not sums.samples.item():
         raise EvaluationError(
-            explain("`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank.")
+            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
         )
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
         if not count:
             raise ReplayError(
-                explain(
-                    f"`layer={site.name!r}` is never called when the model runs.",
-                    "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
-                )
+                f"`layer={site.name!r}` is never called when the model runs.",
+                "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
             )
         if strayed:
             raise _not_by_sample(site)
@@ -235,18 +231,14 @@ def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
     forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
     if not bool((backward + forward).isfinite().all()):
         raise EvaluationError(
-            explain(
-                "`layer`: impacts are not finite.",
-                "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
-            )
+            "`layer`: impacts are not finite.",
+            "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
         )
     return Impact(backward, forward, int(sums.samples))
 
 
 def _not_by_sample(site: LayerRef) -> ReplayError:
     return ReplayError(
-        explain(
-            f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
-            "use `aggregation='mean_gradient'`, which needs no order, or a layer with samples in the first dimension.",
-        )
+        f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
+        "use `aggregation='mean_gradient'`, which needs no order, or a layer with samples in the first dimension.",
     )

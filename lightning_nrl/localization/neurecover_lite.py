@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, explain
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, Replay, check_aggregation, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization
@@ -81,10 +81,7 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
     total = len(failed.backward)
     if n_g is not None and n_g > total:
         raise ConfigurationError(
-            explain(
-                f"`n_g={n_g}` is more than the {total} weights of the layer.",
-                f"choose 1 to {total}, or give `n_weights`.",
-            )
+            f"`n_g={n_g}` is more than the {total} weights of the layer.", f"choose 1 to {total}, or give `n_weights`."
         )
     enter, leave = _first_n_g(failed), _first_n_g(passed)
     sizes = _set_sizes(enter, leave)
@@ -165,21 +162,16 @@ def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalization
             "localized": "W_localized",
         }.items()
     )
-    return EmptyLocalizationError(
-        explain(f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: {found}.", hint)
-    )
+    return EmptyLocalizationError(f"`localizer` leaves no weight at N_g = {n_g} of {at['total']}: {found}.", hint)
 
 
 def _check(n_weights: int | None, n_g: int | None) -> None:
     for name, number in {"n_weights": n_weights, "n_g": n_g}.items():
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
             raise ConfigurationError(
-                explain(f"`{name}={number!r}` is no number of weights.", "give a whole number from 1, or None.")
+                f"`{name}={number!r}` is no number of weights.", "give a whole number from 1, or None."
             )
     if n_weights is not None and n_g is not None:
         raise ConfigurationError(
-            explain(
-                f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.",
-                "give one of them.",
-            )
+            f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.", "give one of them."
         )

@@ -15,7 +15,7 @@ from lightning_nrl._convex.head import ConvexHead, regularization_path
 from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods.known_activations import record_known
@@ -93,10 +93,8 @@ def _check(problem: Problem) -> None:
     names = [site.name for site in problem.space.sites]
     if len(names) > 1 or not isinstance(problem.space.sites[0].module, torch.nn.Linear):
         raise ConfigurationError(
-            explain(
-                f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
-                "leave `layer` at 'auto', or use `method='linearized'`.",
-            )
+            f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
+            "leave `layer` at 'auto', or use `method='linearized'`.",
         )
     check_needs(Convex.needs, problem.before, problem.task)
 
@@ -110,10 +108,8 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     # On all ranks alike, also where one has no such samples, or none at all.
     if problem.collective.any(any(part is None for part in parts)):
         raise ConfigurationError(
-            explain(
-                f"`method='convex'`: the output of `layer={site.name!r}` is not what the model returns as logits.",
-                "name the last Linear layer, or use `method='linearized'`.",
-            )
+            f"`method='convex'`: the output of `layer={site.name!r}` is not what the model returns as logits.",
+            "name the last Linear layer, or use `method='linearized'`.",
         )
     n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
     device = problem.space.device

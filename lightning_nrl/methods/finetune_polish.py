@@ -16,7 +16,7 @@ from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 
@@ -53,7 +53,7 @@ class FineTunePolish:
     def __post_init__(self) -> None:
         if not (isinstance(self.share, Real) and 0 < self.share <= 1):
             raise ConfigurationError(
-                explain(f"`FineTunePolish.share={self.share!r}` is no share.", "give a number above 0 and at most 1.")
+                f"`FineTunePolish.share={self.share!r}` is no share.", "give a number above 0 and at most 1."
             )
 
     def __call__(self, problem: Problem) -> Solution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.finetune_polish import FineTunePolish
@@ -42,9 +42,7 @@ def solve(method: AnyMethod, problem: Problem) -> Solution:
     solution: object = LocalSearch(method)(problem) if isinstance(method, Searcher) else method(problem)
     if not isinstance(solution, Solution):
         raise ConfigurationError(
-            explain(
-                f"`method`: {type(method).__name__} gave a {type(solution).__name__}, not a solution.",
-                "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
-            )
+            f"`method`: {type(method).__name__} gave a {type(solution).__name__}, not a solution.",
+            "return `Solution(proposal)`, or `Solution(None, reason)` where there is none.",
         )
     return solution

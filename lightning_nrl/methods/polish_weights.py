@@ -13,7 +13,7 @@ from torch import nn
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
-from lightning_nrl.errors import ConfigurationError, check_kind, explain
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.stages import Step
@@ -89,8 +89,6 @@ def _check_scope(problem: Problem, state: State) -> None:
     beyond = [name for name in changed(problem.model, state) if name in parameters - set(problem.scope)]
     if beyond:
         raise ConfigurationError(
-            explain(
-                f"`layer` lets {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
-                "leave `layer` at 'auto', or give weights that differ in that layer alone.",
-            )
+            f"`layer` lets {len(problem.scope)} parameters change, but `Polish.new` differs in {beyond[0]!r} too.",
+            "leave `layer` at 'auto', or give weights that differ in that layer alone.",
         )

@@ -76,7 +76,7 @@ class ReportBuilder:
 
     def without_candidate(self, status: Status, reason: str) -> RepairReport:
         """The report of a repair that ended without a candidate: the weights stay."""
-        old = {name: value for site in self.space.sites for name, value in site.parameters.items()}
+        old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
         return self._report(status, reason, NOTHING, hashes=Hashes(layers, layers, model, model))
 

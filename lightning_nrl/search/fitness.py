@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, check_choice
 
 __all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
 
@@ -103,10 +103,8 @@ class Fitness:
             finite = isinstance(value, Real) and math.isfinite(value)
             if not finite or value < 0 or (name == "delta" and value == 0):
                 raise ConfigurationError(
-                    explain(
-                        f"`fitness.{name}={value!r}` is out of range.",
-                        f"give a finite number {'above' if name == 'delta' else 'of at least'} 0.",
-                    )
+                    f"`fitness.{name}={value!r}` is out of range.",
+                    f"give a finite number {'above' if name == 'delta' else 'of at least'} 0.",
                 )
 
     @property

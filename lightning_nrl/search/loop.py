@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, EvaluationError, explain
+from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
 from lightning_nrl.search.init_stats import WeightStats, search_dtype
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
@@ -215,12 +215,12 @@ def _check(
     for name, given in (("seeds", seeds), ("fitness", fitness), ("sizes", sizes)):
         if isinstance(given, Sequence) and len(given) != n_searches:
             raise ConfigurationError(
-                explain(f"`{name}` has {len(given)} entries for {n_searches} searches.", "give one entry a search.")
+                f"`{name}` has {len(given)} entries for {n_searches} searches.", "give one entry a search."
             )
     if n_weights == 0 or (sizes is not None and not all(0 < size <= n_weights for size in sizes)):
         found = f"`original` has {n_weights}" if sizes is None else f"`sizes` is {list(sizes)} of {n_weights}"
         raise ConfigurationError(
-            explain(f"{found} weights.", "give each search at least one weight, and no more than there are.")
+            f"{found} weights.", "give each search at least one weight, and no more than there are."
         )
 
 
@@ -231,10 +231,8 @@ def _check_elites(original: Tensor, elites: Tensor | None, n_candidates: int) ->
     if not fits or not bool(elites.isfinite().all()):
         found = f"has the shape {list(elites.shape)}" if not fits else "is not finite"
         raise ConfigurationError(
-            explain(
-                f"`elites` {found} for {list(original.shape)} weights and {n_candidates} candidates.",
-                "give finite weights of the same searches, fewer than candidates.",
-            )
+            f"`elites` {found} for {list(original.shape)} weights and {n_candidates} candidates.",
+            "give finite weights of the same searches, fewer than candidates.",
         )
 
 
@@ -242,10 +240,8 @@ def _check_original(before: Scores) -> None:
     sound = before.loss_failed.isfinite() & before.loss_passed.isfinite()
     if not bool(sound.all()):
         raise EvaluationError(
-            explain(
-                "The original weights have a loss that is NaN or infinite on the known data.",
-                "look at these samples with the model as it is, or leave them out of the data.",
-            )
+            "The original weights have a loss that is NaN or infinite on the known data.",
+            "look at these samples with the model as it is, or leave them out of the data.",
         )
 
 
@@ -256,10 +252,8 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
     given = state.candidates[:, : first.shape[1]]
     if not fits or not torch.allclose(given, first, rtol=0.0, atol=0.0, equal_nan=True):
         raise ConfigurationError(
-            explain(
-                f"`searcher`: {type(method).__name__}.init does not begin with the original weights and the elites.",
-                "return `S x n_candidates x K` candidates, `SearchOrigin.first_candidates` as the first of them.",
-            )
+            f"`searcher`: {type(method).__name__}.init does not begin with the original weights and the elites.",
+            "return `S x n_candidates x K` candidates, `SearchOrigin.first_candidates` as the first of them.",
         )
 
 

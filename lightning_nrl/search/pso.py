@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, check_choice, explain
+from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
 from lightning_nrl.search.rng import RandomStreams
 
@@ -100,18 +100,13 @@ class ParticleSwarm:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(
-                    explain(
-                        f"`ParticleSwarm.{name}={value!r}` is out of range.",
-                        f"give a whole number of at least {least}.",
-                    )
+                    f"`ParticleSwarm.{name}={value!r}` is out of range.", f"give a whole number of at least {least}."
                 )
         numbers = isinstance(self.scale_min, Real) and isinstance(self.scale_max, Real)
         if not numbers or not 0 < self.scale_min <= self.scale_max < math.inf:
             raise ConfigurationError(
-                explain(
-                    f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",
-                    "give 0 < scale_min <= scale_max.",
-                )
+                f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",
+                "give 0 < scale_min <= scale_max.",
             )
 
     @property
