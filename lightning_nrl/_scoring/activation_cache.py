@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import LayerRef, ParameterSpace
+from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring.editable_model import EditableModel, LayerEdit
 from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.replay_plan import ReplayPlan
@@ -76,22 +76,15 @@ class ActivationCache:
                 samples = samples[part]
             yield Chunk(chunk.group, samples, chunk.rows[part], index_all(chunk.target, part))
 
-    def first_site(self, chunk: Chunk) -> LayerRef:
-        """The site that the model calls first, for samples that are replayable."""
-        return self._plan(chunk).first
-
-    def is_last_layer(self, chunk: Chunk) -> bool:
-        """Whether the first site's output is what the model returns."""
-        return self._plan(chunk).is_last_layer
-
     def activations(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The first site's input and output, samples first."""
-        plan, group = self._plan(chunk), self.groups[chunk.group]
+        plan, group = self.plan(chunk), self.groups[chunk.group]
         x, y = (group.take_one(i, chunk.samples, self.space.device) for i in range(len(group.parts))[-2:])
         dim = plan.dims[plan.first.name]
         return x.movedim(dim, 0), y.movedim(dim, 0)
 
-    def _plan(self, chunk: Chunk) -> ReplayPlan:
+    def plan(self, chunk: Chunk) -> ReplayPlan:
+        """How samples that are replayable are resumed."""
         plan = self.groups[chunk.group].plan
         assert plan is not None
         return plan

@@ -82,7 +82,7 @@ class ChunkScorer:
     @property
     def first_delta(self) -> LayerDelta:
         """The change of the site that the model calls first."""
-        first = self.cache.first_site(self.chunk)
+        first = self.cache.plan(self.chunk).first
         return next(delta for delta in self.deltas if delta.site is first)
 
     def _make_head(self) -> HeadScorer:

@@ -82,7 +82,7 @@ def make_chunk_scorers(
             continue
         _, y = cache.activations(next(iter(cache.split(group, 1))))
         n_units = len(whole.first_delta.units)
-        is_head = cache.is_last_layer(group) and is_plain_multiclass(task) and n_units > 0
+        is_head = cache.plan(group).is_last_layer and is_plain_multiclass(task) and n_units > 0
         is_head = is_head and y.ndim == 2 and y.dtype in (torch.float32, torch.float64)
         if is_head:
             block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES

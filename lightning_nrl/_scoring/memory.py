@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,22 +31,23 @@ def default_budget(device: torch.device) -> int:
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
     """Bytes of the tensors that `work` makes: the most that were held at any one time, and all together."""
-    storages = AllocatedStorages()
-    with AllocationMeter(storages):
+    meter = AllocationMeter()
+    with meter:
         work()
-    return storages.peak, storages.total
+    return meter.peak, meter.total
 
 
-@dataclass
-class AllocatedStorages:
-    """Storages that operations made, until they are freed."""
+class AllocationMeter(TorchDispatchMode):
+    """Inside, follows the storages that operations make, until they are freed."""
 
-    users: dict[int, int] = field(default_factory=dict)  # how many tensors share each, by address
-    held: int = 0  # bytes of all of them
-    peak: int = 0  # the most that was held at any one time
-    total: int = 0  # bytes of all that were ever made
+    def __init__(self) -> None:
+        super().__init__()
+        self.users: dict[int, int] = {}  # how many tensors share each, by address
+        self.held = 0  # bytes of all of them
+        self.peak = 0  # the most that was held at any one time
+        self.total = 0  # bytes of all that were ever made
 
-    def follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
+    def _follow(self, x: Tensor, given: Sequence[Tensor]) -> None:
         """Notes what an operation made of the given tensors, unless it is a view of what was there before."""
         key, size = _storage_of(x)
         if not key:
@@ -68,20 +68,12 @@ class AllocatedStorages:
             del self.users[key]
             self.held -= size
 
-
-class AllocationMeter(TorchDispatchMode):
-    """Inside, follows the storages of all tensors that operations return."""
-
-    def __init__(self, storages: AllocatedStorages) -> None:
-        TorchDispatchMode.__init__(self)
-        self.storages = storages
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())]
         for x in _tensors((out,)):
             if not any(x is a for a in given):
-                self.storages.follow(x, given)
+                self._follow(x, given)
         return out
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._scoring.editable_model import Inputs
 from lightning_nrl._scoring.replay_plan import ReplayPlan
-from lightning_nrl._scoring.sample_layout import SampleLayout
+from lightning_nrl._scoring.sample_layout import SampleLayout, to_device
 
 __all__ = ["ReplayGroup", "split_inputs"]
 
@@ -47,7 +47,7 @@ class ReplayGroup:
         self.parts = self.parts or [[] for _ in stored]
         for parts, x in zip(self.parts, stored, strict=True):
             parts.append(x.to(self.device))
-        self.targets.append(pytree.tree_map_only(Tensor, lambda x: x.to("cpu"), target))
+        self.targets.append(to_device(target, torch.device("cpu")))
         self.rows.append(rows)
 
     def concatenate(self, pin: bool = False) -> None:

@@ -208,13 +208,10 @@ def make_scorer(
         passed_loss,
         gives_up=device.type == "cpu",
         weighted=weight is not None,
-        least=1.0 if weight is None or not bool(failed.any()) else min(1.0, float(weight[_any(failed)].min())),
+        least=1.0
+        if weight is None or not bool(failed.any())
+        else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
     )
-
-
-def _any(mask: Tensor) -> Tensor:
-    """`N` bool: rows that any swarm has."""
-    return mask if mask.ndim == 1 else mask.any(0)
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:

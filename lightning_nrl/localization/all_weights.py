@@ -17,11 +17,7 @@ __all__ = ["AllWeights"]
 @LOCALIZERS.register("all")
 @dataclass(frozen=True)
 class AllWeights:
-    """Takes every weight of the layer, whatever the data.
-
-    Attributes:
-        include_bias: whether biases are taken too.
-    """
+    """Takes every weight of the layer, whatever the data; biases too if `include_bias` says so."""
 
     include_bias: bool = False
 

@@ -41,17 +41,11 @@ SAMPLES_PER_PASS = 64
 
 @dataclass(frozen=True)
 class Impact:
-    """How much each weight matters for some data (paper, section II.1, step i).
+    """How much each weight matters for some data (paper, section II.1, step i)."""
 
-    Attributes:
-        backward: `W`, the loss gradient's size for each weight, never negative.
-        forward: `W`, the size of what each weight passes on, never negative.
-        n_samples: how many samples it was measured on.
-    """
-
-    backward: Tensor
-    forward: Tensor
-    n_samples: int
+    backward: Tensor  # W, the loss gradient's size for each weight, never negative
+    forward: Tensor  # W, the size of what each weight passes on, never negative
+    n_samples: int  # how many samples it was measured on
 
 
 class Replay(Protocol):

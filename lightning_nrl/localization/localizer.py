@@ -18,17 +18,13 @@ __all__ = ["LOCALIZERS", "Localization", "Localizer"]
 class Localization:
     """The weights to be searched (paper, section II.1, step ii).
 
-    Attributes:
-        weights: `K` int64, flat positions in the weight space, ascending.
-        n_g: how many top weights each of the four sets had.
-        requested: the #lw that was asked for; None if N_g was given.
-        sizes: sizes of the sets on the way: `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|,
-            `both` = size of their intersection, `localized` = K, `total` = W.
+    `sizes` are those of the sets on the way: `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|, `both`
+    = size of their intersection, `localized` = K, `total` = W.
     """
 
-    weights: Tensor
-    n_g: int
-    requested: int | None
+    weights: Tensor  # K int64, flat positions in the weight space, ascending
+    n_g: int  # how many top weights each of the four sets had
+    requested: int | None  # the #lw that was asked for; None if N_g was given
     sizes: dict[str, int]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, Replay, check_aggregation, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization
@@ -101,9 +101,8 @@ def localize(failed: Impact, passed: Impact, *, n_weights: int | None = None, n_
 def default_n_weights(total: int) -> int:
     """How many weights to localise when nobody says: a tenth of the layer, at least 32, at most 309.
 
-    The number is the dimension of the space that a swarm of some hundred particles searches: a large convolution must
-    not drown the swarm, nor a small head starve it. The limits are those of the three runs that the paper puts forward
-    (Table II: 32 in EXP-C1, 309 in EXP-A1). A layer that cannot give as many gives the most that it can.
+    It is the dimension of the space that a swarm of some hundred particles searches. The limits are those of the three
+    runs that the paper puts forward (Table II: 32 in EXP-C1, 309 in EXP-A1).
 
     Example:
         >>> [default_n_weights(total) for total in (224, 640, 589_824)]
@@ -113,11 +112,7 @@ def default_n_weights(total: int) -> int:
 
 
 def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
-    """Sizes of the sets for every N_g: under each name a `W + 1` int64 tensor, indexed by N_g.
-
-    `failed` = |B_failed & F_failed|, `passed` = |B_passed & F_passed|, `both` and `localized`: their intersection and
-    their difference.
-    """
+    """Sizes of the sets in `Localization.sizes` for every N_g: each a `W + 1` int64 tensor, indexed by N_g."""
     return _set_sizes(_first_n_g(failed), _first_n_g(passed))
 
 
@@ -167,10 +162,8 @@ def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalization
 
 def _check(n_weights: int | None, n_g: int | None) -> None:
     for name, number in {"n_weights": n_weights, "n_g": n_g}.items():
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise ConfigurationError(
-                f"`{name}={number!r}` is no number of weights.", "give a whole number from 1, or None."
-            )
+        if number is not None:
+            check_whole(name, number, 1)
     if n_weights is not None and n_g is not None:
         raise ConfigurationError(
             f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.", "give one of them."

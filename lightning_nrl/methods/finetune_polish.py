@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 
@@ -51,10 +50,8 @@ class FineTunePolish:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.share, Real) and 0 < self.share <= 1):
-            raise ConfigurationError(
-                f"`FineTunePolish.share={self.share!r}` is no share.", "give a number above 0 and at most 1."
-            )
+        hint = "give a number above 0 and at most 1."
+        check_real("FineTunePolish.share", self.share, "share", hint, above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
         """Fits and polishes.

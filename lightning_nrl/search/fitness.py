@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.errors import check_choice, check_real
 
 __all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
 
@@ -98,14 +97,9 @@ class Fitness:
         check_choice("fitness.kind", self.kind, FITNESS_KINDS)
         check_choice("fitness.loss_term", self.loss_term, LOSS_TERMS)
         check_choice("fitness.infeasible", self.infeasible, INFEASIBLE_RANKINGS)
-        for name in ("alpha", "beta", "delta"):
-            value = getattr(self, name)
-            finite = isinstance(value, Real) and math.isfinite(value)
-            if not finite or value < 0 or (name == "delta" and value == 0):
-                raise ConfigurationError(
-                    f"`fitness.{name}={value!r}` is out of range.",
-                    f"give a finite number {'above' if name == 'delta' else 'of at least'} 0.",
-                )
+        for name in ("alpha", "beta"):
+            check_real(f"fitness.{name}", getattr(self, name), "weight", "give a finite number of at least 0.", least=0)
+        check_real("fitness.delta", self.delta, "constant", "give a finite number above 0.", above=0)
 
     @property
     def uses_passed_loss(self) -> bool:

@@ -14,14 +14,7 @@ __all__ = ["WeightStats", "search_dtype"]
 
 @dataclass(frozen=True)
 class WeightStats:
-    """How the weights of a layer are distributed. Numbers, or tensors that broadcast to `S x K`.
-
-    Attributes:
-        mean: their mean.
-        std: their standard deviation.
-        lowest: the least weight.
-        highest: the greatest weight.
-    """
+    """How the weights of a layer are distributed: numbers, or tensors that broadcast to `S x K`."""
 
     mean: float | Tensor
     std: float | Tensor

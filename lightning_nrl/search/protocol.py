@@ -20,19 +20,12 @@ __all__ = ["SEARCHERS", "SearchOrigin", "SearchState", "Searcher"]
 
 @dataclass(frozen=True)
 class SearchOrigin:
-    """Where S searches begin, in the dtype in which they search: float32 or float64.
+    """Where S searches begin, in the dtype in which they search: float32 or float64."""
 
-    Attributes:
-        original: `S x K`, the weights before the repair, padded with finite values.
-        stats: the distribution of the layer's weights; its tensors broadcast to `S x K`.
-        elites: `S x M x K`, known good weights, padded likewise; None: there are none.
-        searched: `S x 1 x K` bool, False at padding, which must never move; None: there is no padding.
-    """
-
-    original: Tensor
-    stats: WeightStats
-    elites: Tensor | None = None
-    searched: Tensor | None = None
+    original: Tensor  # S x K, the weights before the repair, padded with finite values
+    stats: WeightStats  # the distribution of the layer's weights; its tensors broadcast to S x K
+    elites: Tensor | None = None  # S x M x K, known good weights, padded likewise; None: there are none
+    searched: Tensor | None = None  # S x 1 x K bool, False at padding, which must never move; None: there is no padding
 
     @property
     def first_candidates(self) -> Tensor:

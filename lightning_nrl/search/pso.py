@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, check_choice
+from lightning_nrl.errors import ConfigurationError, check_choice, check_whole
 from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
 from lightning_nrl.search.rng import RandomStreams
 
@@ -78,8 +78,7 @@ class ParticleSwarm:
             original weights away from them.
         scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
             weights, above 0.
-        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale, so that some scale
-            fits any layer.
+        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
 
     Raises:
         ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
@@ -97,11 +96,7 @@ class ParticleSwarm:
         check_choice("ParticleSwarm.start", self.start, START_KINDS)
         check_choice("ParticleSwarm.constants", self.constants, CONSTANT_SETS)
         for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigurationError(
-                    f"`ParticleSwarm.{name}={value!r}` is out of range.", f"give a whole number of at least {least}."
-                )
+            check_whole(f"ParticleSwarm.{name}", getattr(self, name), least)
         numbers = isinstance(self.scale_min, Real) and isinstance(self.scale_max, Real)
         if not numbers or not 0 < self.scale_min <= self.scale_max < math.inf:
             raise ConfigurationError(

@@ -14,15 +14,10 @@ __all__ = ["RandomStreams"]
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """One stream of random numbers a swarm. A swarm draws the same numbers alone, among others, and under padding.
+    """One stream of random numbers a swarm. A swarm draws the same numbers alone, among others, and under padding."""
 
-    Attributes:
-        generators: one a swarm, on the device of the swarm.
-        sizes: how many of its K weights each swarm has, the rest is padding; None: all have K.
-    """
-
-    generators: tuple[torch.Generator, ...]
-    sizes: tuple[int, ...] | None = None
+    generators: tuple[torch.Generator, ...]  # one a swarm, on the device of the swarm
+    sizes: tuple[int, ...] | None = None  # how many of its K weights each swarm has, the rest is padding; None: K
 
     @classmethod
     def seeded(cls, seeds: Sequence[int], device: torch.device, sizes: Sequence[int] | None = None) -> RandomStreams:

@@ -22,24 +22,16 @@ __all__ = ["SearchHistory", "SearchLog", "SearchResult", "histories"]
 class SearchHistory:
     """One entry an iteration, `T` each, on the CPU. Entry 0 is the starting swarm.
 
-    Attributes:
-        best: the best fitness so far.
-        mean: the swarm's mean fitness, candidates with no finite fitness, and those given up because they broke
-            too many, left out; NaN if that is all of them.
-        patched: repaired samples of I_neg under the best candidate so far.
-        intact: kept samples of I_pos under the best candidate so far.
-        loss_failed: mean loss on I_neg under the best candidate so far.
-        loss_passed: mean loss on I_pos under the best candidate so far; NaN if the fitness has no use for it.
-        diversity: mean over weights of the particles' standard deviation.
+    Candidates with no finite fitness, and those given up because they broke too many, have no part in the mean.
     """
 
-    best: Tensor
-    mean: Tensor
-    patched: Tensor
-    intact: Tensor
-    loss_failed: Tensor
-    loss_passed: Tensor
-    diversity: Tensor
+    best: Tensor  # the best fitness so far
+    mean: Tensor  # of the swarm's fitness; NaN if no candidate has any
+    patched: Tensor  # repaired samples of I_neg under the best candidate so far
+    intact: Tensor  # kept samples of I_pos under it
+    loss_failed: Tensor  # mean loss on I_neg under it
+    loss_passed: Tensor  # mean loss on I_pos under it; NaN if the fitness has no use for it
+    diversity: Tensor  # mean over weights of the particles' standard deviation
 
     def __len__(self) -> int:
         return len(self.best)
@@ -47,25 +39,15 @@ class SearchHistory:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best candidate of one run.
+    """The best candidate of one run."""
 
-    Attributes:
-        values: `K`, values of the localised weights.
-        fitness: its fitness.
-        original_fitness: the fitness of the unchanged weights.
-        iterations: how many steps were made.
-        stopped: why the search ended, in words.
-        history: the curve of the search.
-        seconds: wall time.
-    """
-
-    values: Tensor
+    values: Tensor  # K, of the localised weights
     fitness: float
-    original_fitness: float
-    iterations: int
-    stopped: str
-    history: SearchHistory
-    seconds: float
+    original_fitness: float  # that of the unchanged weights
+    iterations: int  # how many steps were made
+    stopped: str  # why the search ended, in words
+    history: SearchHistory  # the curve of the search
+    seconds: float  # wall time
 
 
 N_COLUMNS = len(fields(SearchHistory)) + 1
@@ -73,19 +55,10 @@ N_COLUMNS = len(fields(SearchHistory)) + 1
 
 
 class SearchLog:
-    """The best candidates so far and the history, of up to `iterations + 1` iterations.
+    """The best candidates so far and the history, of up to `iterations + 1` iterations; nothing to begin with.
 
-    Args:
-        original: `S x K`, the weights before the repair, in the dtype of the search.
-        iterations: how many there may be.
-        patience: iterations without a better fitness after which a search is over.
-        sizes: how many of the K weights each search has; None: all.
-
-    Attributes:
-        done: iterations made, -1 before the first candidates are scored.
-        best: `S x K`, the best candidates; the original weights until something was scored.
-        best_fitness: `S`, their fitness.
-        stale: `S`, iterations since the last better fitness.
+    `original`, `S x K`, are the weights before the repair, in the dtype of the search; `sizes` says how many of the K
+    weights each search has. A search is over after `patience` iterations without a better fitness.
     """
 
     def __init__(self, original: Tensor, iterations: int, patience: int, sizes: Sequence[int] | None) -> None:
@@ -106,15 +79,9 @@ class SearchLog:
         return self.stale >= self.patience
 
     def record(self, candidates: Tensor, scores: Scores, fitness: Tensor) -> Tensor:
-        """Takes one iteration down.
+        """Takes one iteration of candidates, `S x P x K`, down; gives their fitness, `S x P`, as it counts.
 
-        Args:
-            candidates: `S x P x K`.
-            scores: theirs.
-            fitness: theirs, `S x P`.
-
-        Returns:
-            The fitness as it counts, `S x P`: minus infinity for NaN and for searches that are over.
+        Minus infinity for NaN and for searches that are over.
         """
         fitness = fitness.to(self.best_fitness.dtype)
         fitness = fitness.masked_fill(fitness.isnan() | self.frozen[:, None], -math.inf)
