@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.cloud_io import _load
@@ -23,6 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
@@ -114,19 +114,12 @@ def given_loaders(trainer: pl.Trainer, split: str) -> Any:
     return None if isinstance(holder, (pl.LightningModule, pl.LightningDataModule)) else holder
 
 
-@dataclass(frozen=True)
-class ValidationLoaders:
-    """What a trainer validates on.
-
-    Attributes:
-        loaders: the data loaders, or whatever else was given as such.
-        max_batches: how many batches of each; infinite: all.
-        mode: how several are read: `sequential`, or one that mixes them in one batch.
-    """
+class ValidationLoaders(NamedTuple):
+    """What a trainer validates on: data loaders, or whatever else was given as such."""
 
     loaders: list[Any]
-    max_batches: list[int | float]
-    mode: str
+    max_batches: list[int | float]  # of each; infinite: all
+    mode: str  # how several are read: `sequential`, or one that mixes them in one batch
 
 
 def validation_loaders(trainer: pl.Trainer) -> ValidationLoaders | None:
@@ -246,10 +239,8 @@ class _CheckpointReader(CheckpointIO):
         except OSError:
             raise
         except Exception as error:
-            # What is no such file raises whatever comes of reading its bytes as instructions.
-            text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
             raise ConfigurationError(
-                f"`{self._argument}={str(path)!r}` cannot be read ({type(error).__name__}: {text}).",
+                f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).",
                 f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
             ) from error
         return found

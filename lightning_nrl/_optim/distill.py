@@ -19,7 +19,7 @@ from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, 
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import DeviceMemoryError, RepairWarning, explain
+from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
 
 __all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "distill"]
@@ -61,8 +61,7 @@ def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
         warnings.warn(
-            explain(f"the fit ended after {run.visits:,} samples: {error}", "what it reached so far is used."),
-            category=RepairWarning,
+            RepairWarning(f"the fit ended after {run.visits:,} samples: {error}", "what it reached so far is used."),
             stacklevel=2,
         )
     return run.descent.state()

@@ -22,7 +22,7 @@ from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_batch
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import PerformanceWarning, explain
+from lightning_nrl.errors import PerformanceWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["find_group", "find_whole_group", "record"]
@@ -73,11 +73,10 @@ def record(
     cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
     if cache.fallback_reason is not None:
         warnings.warn(
-            explain(
+            PerformanceWarning(
                 f"`layer`: {cache.fallback_reason}, so every candidate is run through the whole model.",
                 "the repair is as exact, only slower; another layer may be faster.",
             ),
-            category=PerformanceWarning,
             stacklevel=2,
         )
     return cache

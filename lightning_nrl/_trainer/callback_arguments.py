@@ -6,7 +6,7 @@ from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Adapter, unpack
 from lightning_nrl.errors import check_kind
 
-__all__ = ["check_seed", "parse_adapter", "parse_prefix"]
+__all__ = ["parse_adapter", "parse_prefix"]
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
@@ -19,8 +19,3 @@ def parse_prefix(prefix: str, default: str) -> str:
     fits = isinstance(prefix, str) and bool(prefix.strip("/"))
     check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
     return prefix.rstrip("/")
-
-
-def check_seed(seed: int) -> None:
-    """Refuses what is no whole number from 0 to 2^32 - 1."""
-    check_kind("seed", seed, isinstance(seed, int) and 0 <= seed < 2**32, "seed", "seed=0")

@@ -43,20 +43,15 @@ class ContinuedTraining:
     The module's own `training_step`, optimizers, schedules and augmentation do it, with the precision, clipping and
     accumulation of the outer trainer. The data are those of the passed and of the failed samples, each once an epoch,
     in batches as large as in training. Callbacks of the outer trainer have no part in it.
-
-    Attributes:
-        left_out: kinds of callbacks that the module may ask for and does not get.
-        trained_on: the loader that the model was trained on, as the user gave it; None: the trainer is asked for it.
-        modes: the training flag of each part of the model, not yet in evaluation mode.
     """
 
     trainer: pl.Trainer
     model: pl.LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
-    left_out: tuple[type, ...] = ()
-    trained_on: Any = field(default=None, repr=False)
-    modes: tuple[bool, ...] = field(init=False, repr=False)
+    left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
+    trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
+    modes: tuple[bool, ...] = field(init=False, repr=False)  # the training flag of each part of the model
 
     def __post_init__(self) -> None:
         whole = self.model.training

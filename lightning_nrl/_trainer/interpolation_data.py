@@ -14,16 +14,7 @@ __all__ = ["choice_numbers", "find_calibration", "find_one"]
 
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
-    """The calibration data; None where there are none and none are needed.
-
-    Args:
-        given: the name of a split, a data loader, or None.
-        loaders: of a trainer in the middle of a fit.
-        needed: whether a share is to be chosen by them.
-
-    Raises:
-        ConfigurationError: they are needed and not there, or cannot be read by index.
-    """
+    """The calibration data; None where there are none and none are needed to choose a share by."""
     missing = given is None or (isinstance(given, str) and loaders.get(given) in (None, []))
     if missing and not needed:
         return None
@@ -32,11 +23,7 @@ def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders,
 
 
 def find_one(argument: str, given: Any, loaders: SplitLoaders, do_without: str = "") -> Found:
-    """The one data loader that is meant, and its name.
-
-    Raises:
-        ConfigurationError: it is not there, or cannot be read by index.
-    """
+    """The one data loader that is meant, and its name."""
     try:
         return find_data(argument, given, loaders)
     except ConfigurationError as error:

@@ -46,25 +46,17 @@ class _HasIndices(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSource:
-    """A split read through a data loader, this rank's share of it (see `lightning_nrl.data.batch.Source`).
-
-    Attributes:
-        index: data-set positions of all its samples, over all ranks.
-        positions: this rank's places in that order.
-        loader: reads this rank's samples in order.
-        transfer: brings a raw batch to the device, as Lightning does in validation.
-        seed: what random transforms of the data set are seeded with at every pass.
-    """
+    """A split read through a data loader, this rank's share of it (see `lightning_nrl.data.batch.Source`)."""
 
     split: str
     passed: bool
     failed: bool
-    index: Tensor
-    positions: Tensor
-    loader: DataLoader[Any]
-    transfer: Callable[[Any], Any]
+    index: Tensor  # data-set positions of all its samples, over all ranks
+    positions: Tensor  # this rank's places in that order
+    loader: DataLoader[Any]  # reads this rank's samples in order
+    transfer: Callable[[Any], Any]  # brings a raw batch to the device, as Lightning does in validation
     adapter: Adapter = unpack
-    seed: int = 0
+    seed: int = 0  # what random transforms of the data set are seeded with at every pass
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     @property

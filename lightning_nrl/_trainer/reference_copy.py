@@ -23,11 +23,7 @@ __all__ = ["parse_teacher", "parse_with_weights", "reference_module"]
 
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
-    """The replaced model, if it can be asked for outputs.
-
-    Raises:
-        ConfigurationError: there is none, or it only says which samples it gets right.
-    """
+    """The replaced model, if it can be asked for outputs."""
     found = parse_reference(reference)
     if not isinstance(found, (OldModel, Predictions)):
         hint = "give a checkpoint, a module, an OldModel or a CSV file of predictions."
@@ -37,11 +33,7 @@ def parse_teacher(reference: object) -> OldModel | Predictions:
 
 
 def parse_with_weights(reference: object) -> OldModel:
-    """The replaced model, if it has weights that go with those of the new one as they are.
-
-    Raises:
-        ConfigurationError: there is none, it has no weights, or other inputs or outputs than the new model.
-    """
+    """The replaced model, if it has weights that go with those of the new one as they are."""
     found = parse_reference(reference)
     if not isinstance(found, OldModel):
         what = "there is nothing to go back to" if found is None else "it has no weights"

@@ -38,28 +38,17 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 @dataclass(frozen=True, eq=False)
 class ReferenceResults:
-    """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU.
-
-    Attributes:
-        order: their data-set positions, batch by batch.
-        starts: the place of each batch's first sample, and last of all `n`.
-        passed: `n` bool, whether the replaced model gets them right.
-        label: `n` int64, true classes; -1 where the task has none.
-        once: `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks.
-        group: `n` int64, the number of each sample's slice; -1: in none.
-        names: the slices, the same on every rank.
-        parts: the part of the new model whose output is the model's, by its dotted name, if there is one.
-    """
+    """What the replaced model does on the `n` samples that this rank validates, in their order. On the CPU."""
 
     loader: DataLoader[Any]
-    order: list[list[int]]
-    starts: tuple[int, ...]
-    passed: Tensor
-    label: Tensor
-    once: Tensor
-    group: Tensor
-    names: tuple[str, ...]
-    parts: tuple[str, ...]
+    order: list[list[int]]  # data-set positions, batch by batch
+    starts: tuple[int, ...]  # the place of each batch's first sample, and last of all `n`
+    passed: Tensor  # `n` bool, whether the replaced model gets them right
+    label: Tensor  # `n` int64, true classes; -1 where the task has none
+    once: Tensor  # `n` bool, false for samples that count elsewhere: copies that fill up the last batches of ranks
+    group: Tensor  # `n` int64, the number of each sample's slice; -1: in none
+    names: tuple[str, ...]  # the slices, the same on every rank
+    parts: tuple[str, ...]  # the part of the new model whose output is the model's, by its dotted name, if any is
 
 
 def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:

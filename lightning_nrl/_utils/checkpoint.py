@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["fitting", "read_state"]
+__all__ = ["fitting", "read_state", "reason"]
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
@@ -28,10 +28,8 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
     try:
         found = torch.load(given, map_location="cpu", weights_only=True)
     except Exception as error:
-        # What is no such file raises whatever comes of reading its bytes as instructions.
-        text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
         raise ConfigurationError(
-            f"`{argument}`: {str(given)!r} cannot be read ({type(error).__name__}: {text}).",
+            f"`{argument}`: {str(given)!r} cannot be read ({reason(error)}).",
             "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
         ) from error
     if not isinstance(found, Mapping):
@@ -40,6 +38,12 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
             "give a Lightning checkpoint or a file with a state dict.",
         )
     return _state_in(found)
+
+
+def reason(error: Exception) -> str:
+    """Why a checkpoint cannot be read. No such file raises whatever comes of reading its bytes as instructions."""
+    text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+    return f"{type(error).__name__}: {text}"
 
 
 OTHERWISE = "the module itself where another architecture will do"

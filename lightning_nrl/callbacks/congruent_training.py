@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from typing_extensions import override
 from lightning_nrl._lightning import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
 from lightning_nrl._trainer.loaders import length_of
-from lightning_nrl._trainer.loss_injection import ONE_LINE, StepWrapper, add_to_loss, find_forward_pass
+from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWrapper, add_to_loss, find_forward_pass
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
@@ -115,11 +116,7 @@ class PositiveCongruentTraining(Callback):
             except BaseException:
                 self._release()
                 raise
-
-        def around(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return self._step_with_terms(pl_module, batch, step, *args, **kwargs)
-
-        self._step.wrap(pl_module, around)
+        self._step.wrap(pl_module, partial(self._step_with_terms, pl_module, batch))
 
     @override
     def on_train_batch_end(
@@ -148,7 +145,7 @@ class PositiveCongruentTraining(Callback):
         """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
         args, kwargs, target = self.adapter(batch)
         self._called = True
-        return self._loss(pl_module, args, kwargs, target, batch, self.task.logits(output))
+        return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
 
     def _step_with_terms(
         self, pl_module: pl.LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
@@ -167,20 +164,13 @@ class PositiveCongruentTraining(Callback):
             )
         plain, named, target = self.adapter(batch)
         call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
-        return add_to_loss(result, self._loss(pl_module, call.args, call.kwargs, target, batch, call.logits))
+        return add_to_loss(result, self._loss(pl_module, call, target, batch))
 
-    def _loss(
-        self,
-        pl_module: pl.LightningModule,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        target: Any,
-        raw: Any,
-        logits: Tensor,
-    ) -> Tensor:
+    def _loss(self, pl_module: pl.LightningModule, call: ForwardPass, target: Any, raw: Any) -> Tensor:
         assert self._teacher is not None
+        logits = call.logits
         with validating(pl_module.trainer):
-            old = self._teacher(args, kwargs, target, raw, logits)
+            old = self._teacher(call.args, call.kwargs, target, raw, logits)
         means = {term.name: term(self.task, logits, target, old).mean() for term in self.terms}
         values = {f"{self.prefix}/{name}": mean.detach() for name, mean in means.items()}
         pl_module.log_dict(values, on_step=False, on_epoch=True, batch_size=len(logits))

@@ -24,7 +24,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_kind
+from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
 
@@ -77,8 +77,7 @@ class RegressionMetrics(Callback):
         self.reference = found
         self.slices: Any = None if slices is None else find_column("slices", slices)
         self.prefix = parse_prefix(prefix, "regression")
-        whole = isinstance(dataloader, int) and not isinstance(dataloader, bool) and dataloader >= 0
-        check_kind("dataloader", dataloader, whole, "number from 0", "dataloader=0")
+        check_whole("dataloader", dataloader, 0)
         self.dataloader = dataloader
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)

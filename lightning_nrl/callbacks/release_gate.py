@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
-from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter
+from lightning_nrl._trainer.callback_arguments import parse_adapter
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
@@ -26,10 +26,10 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release import ModelPair, ReleaseReport, Rule, parse_rules
+from lightning_nrl.release import ReleaseReport, Rule, parse_rules
 from lightning_nrl.release.release import check_reference, judge_pair
 from lightning_nrl.tasks import Task, parse_task
 
@@ -92,7 +92,7 @@ class ReleaseGate(Callback):
         self.splits = splits
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        check_seed(seed)
+        check_whole("seed", seed, 0, 2**32 - 1)
         self.seed = seed
         self.dirpath = dirpath
         self.verbose = verbose
@@ -147,7 +147,9 @@ class ReleaseGate(Callback):
         files, name = report_files(self.dirpath, trainer, "release", written)
         self.report = replace(report, files=files)
         if trainer.is_global_zero:
-            self._write(pair, model)
+            write_report(self.report)
+            if "predictions" in files:
+                Predictions.of(pair.after, model.state_dict(), self.task).save(files["predictions"])
             track_release(self.report, trainer.loggers, step=trainer.global_step, name=name)
             if self.verbose:
                 show(self.report)
@@ -155,21 +157,15 @@ class ReleaseGate(Callback):
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _write(self, pair: ModelPair, model: pl.LightningModule) -> None:
-        assert self.report is not None
-        write_report(self.report)
-        if "predictions" in self.report.files:
-            Predictions.of(pair.after, model.state_dict(), self.task).save(self.report.files["predictions"])
-
     def _sources(
         self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]
     ) -> list[LoaderSource]:
-        loaders = _loaders_by_name(
-            trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders, stage, self.splits
-        )
-        limit = batch_limit(trainer)
-        how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": self.adapter, "limit": limit}
-        return [make_source(loader, name, seed=self.seed, **how) for name, loader in loaders.items()]
+        given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
+        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": batch_limit(trainer)}
+        return [
+            make_source(loader, name, trainer=trainer, model=model, **how)
+            for name, loader in _loaders_by_name(given, stage, self.splits).items()
+        ]
 
 
 def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:

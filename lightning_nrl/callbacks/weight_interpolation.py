@@ -18,7 +18,7 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import show
-from lightning_nrl._trainer.callback_arguments import check_seed, parse_adapter, parse_prefix
+from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
 from lightning_nrl._trainer.data_splits import SplitLoaders, check_data
 from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
 from lightning_nrl._trainer.loaders import LoaderSource, make_source
@@ -29,7 +29,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_kind
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     ACCURACY_TOLERANCE,
@@ -121,13 +121,13 @@ class WeightInterpolation(Callback):
             hint = "give `calibration` data that were not trained on, or a number as `share=`."
             raise ConfigurationError("`share='auto'` needs calibration data, and there are none.", hint)
         self.statistics: Any = check_data("statistics", statistics)
-        whole = batches is None or (isinstance(batches, int) and not isinstance(batches, bool) and batches > 0)
-        check_kind("batches", batches, whole, "number from 1", "batches=100, or None for all of them")
+        if batches is not None:
+            check_whole("batches", batches, 1)
         self.batches = batches
         self.prefix = parse_prefix(prefix, "interpolation")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        check_seed(seed)
+        check_whole("seed", seed, 0, 2**32 - 1)
         self.seed = seed
         self.verbose = verbose
         self.choice: ShareChoice | None = None

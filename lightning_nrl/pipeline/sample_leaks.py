@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Source
 from lightning_nrl.data.sample_identity import ContentRecorder, Identified, is_among
-from lightning_nrl.errors import ConfigurationError, DataWarning, explain
+from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.report import Role
 
 __all__ = ["LeakCheck"]
@@ -68,11 +68,10 @@ class LeakCheck:
                     )
                 found[source.split] = len(ids)
                 warnings.warn(
-                    explain(
+                    DataWarning(
                         f"`unseen`: {what} known or calibration data too ({some}).",
                         "leave them out: the counts on unseen data are better than they would be on new data.",
                     ),
-                    category=DataWarning,
                     stacklevel=4,
                 )
             others += own

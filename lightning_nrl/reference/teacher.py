@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._optim.logit_cache import LogitCache
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, DataWarning, explain
+from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.reference.loss_terms import OldAnswers
 from lightning_nrl.reference.old_model import Classes, table_of
 from lightning_nrl.reference.predictions import Predictions
@@ -96,11 +96,10 @@ class ModelTeacher(ReferenceTeacher):
         if bool(apart > OUTPUT_TOLERANCE * size):
             self.index = None
             warnings.warn(
-                explain(
+                DataWarning(
                     "`index`: samples come back changed, so what the old model said of them is not remembered.",
                     "leave `index` out where samples are augmented.",
                 ),
-                category=DataWarning,
                 stacklevel=2,
             )
 

@@ -377,7 +377,7 @@ def mlp_reference() -> OldModel:
         ({"reference": "nowhere.ckpt"}, "is not there"),
         ({"slices": 3.5}, "`slices`: a value of type float is no column of a batch"),
         ({"prefix": ""}, "`prefix=''` is no name"),
-        ({"dataloader": -1}, "`dataloader=-1` is no number from 0"),
+        ({"dataloader": -1}, "`dataloader=-1` is out of range"),
         ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
         ({"task": 3}, "`task=3` is no Task"),
     ],

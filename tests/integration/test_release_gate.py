@@ -234,7 +234,7 @@ def test_what_cannot_be_judged_is_refused_before_the_test(
         ({"splits": "test"}, "`splits='test'` is no list of names"),
         ({"task": "multi-class"}, "`task='multi-class'` is unknown"),
         ({"task": 3}, "`task=3` is no Task"),
-        ({"seed": -1}, "`seed=-1` is no seed"),
+        ({"seed": -1}, "`seed=-1` is out of range"),
     ],
 )
 def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) -> None:

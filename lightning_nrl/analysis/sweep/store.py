@@ -23,7 +23,7 @@ from lightning_nrl._utils.deserialize import from_plain
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.errors import ConfigurationError, DataWarning, explain
+from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["RunStore", "StoredRun", "digest", "exchanged", "results_digest"]
@@ -67,7 +67,7 @@ class RunStore:
                 why = str(error).partition("\n")[0]
                 problem = f"`dirpath`: {path} cannot be used ({why}); its runs are made again."
                 hint = "delete the file, and look at the disk if this comes again."
-                warnings.warn(explain(problem, hint), DataWarning, stacklevel=2)
+                warnings.warn(DataWarning(problem, hint), stacklevel=2)
                 continue
             found.update({key: run for key, run in runs.items() if key in keys})
         return found
