@@ -11,12 +11,21 @@ from torch import Tensor
 
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import outcome, track
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.document import Shown
 
-__all__ = ["REPORT_FILES", "base_folder", "output_folder", "publish", "report_files", "show", "write_report"]
+__all__ = [
+    "REPORT_FILES",
+    "base_folder",
+    "output_folder",
+    "parse_prefix",
+    "publish",
+    "report_files",
+    "show",
+    "write_report",
+]
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md"}
 
@@ -48,6 +57,13 @@ def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "
         folder = free
         folder.mkdir(parents=True, exist_ok=True)
     return Path(trainer.strategy.broadcast(str(folder)))
+
+
+def parse_prefix(prefix: str, default: str) -> str:
+    """What tags begin with, without a slash at the end."""
+    fits = isinstance(prefix, str) and bool(prefix.strip("/"))
+    check_kind("prefix", prefix, fits, "name", f"prefix={default!r}")
+    return prefix.rstrip("/")
 
 
 def report_files(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_nrl._lightning import prepare_batch, sampler_of
+from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data.batch import Adapter, Batch, unpack
 from lightning_nrl.data.sample_identity import base_samples
@@ -27,6 +28,7 @@ __all__ = [
     "length_of",
     "loader_like",
     "make_source",
+    "parse_adapter",
     "sample_index",
     "warn_if_random",
 ]
@@ -213,6 +215,11 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
     if isinstance(sampler, _HasIndices) and sampler.indices is not None and not isinstance(sampler, SequentialSampler):
         return torch.as_tensor(sorted({int(i) for i in sampler.indices}), dtype=torch.int64)
     return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+
+
+def parse_adapter(adapter: str | Adapter | None) -> Adapter:
+    """What takes batches apart: a function, its address, or by default `unpack`."""
+    return unpack if adapter is None else import_function("adapter", adapter)
 
 
 def length_of(target: Any) -> int:

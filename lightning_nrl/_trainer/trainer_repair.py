@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import batch_limit, validating
+from lightning_nrl._model.layers import find_scope
+from lightning_nrl._scoring import record
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
 from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
-from lightning_nrl._trainer.sanity_check import run_sanity_check
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
-from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import check_kind
+from lightning_nrl.data.batch import Adapter, Source
+from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError, check_kind
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline.input_checks import check_limit
+from lightning_nrl.pipeline.input_checks import check_limit, check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference.old_model import Reference, parse_reference
+from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
 
-__all__ = ["TrainedModel", "TrainerRepair"]
+__all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,43 @@ class TrainerRepair:
         known, unseen, calibration = self.data.sources(loaders, **how)
         training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
         return TrainedModel(model, known, unseen, calibration, training, make_evaluator(trainer, model, self.task))
+
+
+@torch.no_grad()
+def run_sanity_check(
+    evaluator: Evaluator,
+    sources: Sequence[Source],
+    settings: Settings,
+    *,
+    reference: Reference | None = None,
+) -> None:
+    """Evaluates a few samples and localises on some of them. The model is left as found.
+
+    Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
+    """
+    model, task = evaluator.model, evaluator.task
+    space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    with preserve(model):
+        few, _ = settings.samples.columns().evaluate(evaluator, sources, settings.target)
+        if reference is not None:
+            # Without its cache, which is for all samples.
+            asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
+            asked.answers(evaluator, sources, few)
+        check_task(settings, few, task)
+        first = sources[0]
+        known = torch.arange(len(few)) < len(first.index)
+        failed = known & (torch.arange(len(few)) % 2 == 0)
+        batches = ((batch, few.rows(first.split, batch.position)) for batch in first)
+        # What these few samples say of the weights does not matter yet, nor what is worth a warning.
+        budget = settings.search.budget
+        work = partial(record, evaluator, batches, space, known, budget=budget)
+        ranks = evaluator.collective
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
+                settings.localizer(recording, evaluator, failed=failed, passed=known & ~failed)
+        except OtherRankError:
+            raise
+        except (EmptyLocalizationError, EvaluationError):
+            return

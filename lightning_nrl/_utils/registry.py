@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
@@ -14,6 +15,7 @@ T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
+@dataclass(eq=False)
 class Registry(Generic[T]):
     """Names, and the class or function that makes the object of each.
 
@@ -32,15 +34,12 @@ class Registry(Generic[T]):
         ((1, 1), (2, 3), ['square'], ('square:3',))
     """
 
-    def __init__(
-        self, kind: str, example: str, fits: Callable[[Any], bool], include: tuple[Registry[Any], ...] = ()
-    ) -> None:
-        self.kind = kind
-        self.example = example
-        self.fits = fits
-        self._include = include
-        self._factories: dict[str, Callable[..., T]] = {}
-        self._forms: list[str] = []
+    kind: str
+    example: str
+    fits: Callable[[Any], bool]
+    include: tuple[Registry[Any], ...] = ()
+    _factories: dict[str, Callable[..., T]] = field(default_factory=dict, init=False)
+    _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
         """A decorator that gives a class or a function a name; as a call, `register(name)(factory)`.
@@ -60,7 +59,7 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._factories
-        for other in self._include:
+        for other in self.include:
             yield from other
 
     def __contains__(self, name: object) -> bool:
@@ -69,14 +68,14 @@ class Registry(Generic[T]):
     @property
     def forms(self) -> tuple[str, ...]:
         """An example of each way to write an object as text."""
-        return (*self._forms, *(form for other in self._include for form in other.forms))
+        return (*self._forms, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
         """What makes the object of a name; for an unknown one a `ConfigurationError` with the nearest."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
-        return next(other for other in self._include if name in other).factory(argument, name)
+        return next(other for other in self.include if name in other).factory(argument, name)
 
     def parse(self, argument: str, value: Any) -> T:
         """The object of a name, with its default settings; an object is given back as it is.

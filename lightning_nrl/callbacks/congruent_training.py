@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nrl._lightning import callbacks_of, trainer_of, validating
-from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
-from lightning_nrl._trainer.loaders import length_of
+from lightning_nrl._trainer.artifacts import parse_prefix
+from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWrapper, add_to_loss, find_forward_pass
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
@@ -54,8 +54,7 @@ class PositiveCongruentTraining(Callback):
             predictions from a file. None: it is asked about each batch, with the very inputs of the new model.
         prefix: what tags begin with.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
-            or a mapping with the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
 
     Raises:
         ConfigurationError: an argument that cannot be used, or a training step to which nothing can be added; in the

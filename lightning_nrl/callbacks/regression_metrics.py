@@ -13,8 +13,9 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
+from lightning_nrl._trainer.artifacts import parse_prefix
 from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
+from lightning_nrl._trainer.loaders import parse_adapter
 from lightning_nrl._trainer.output_capture import OutputCapture
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.validation_flips import ReferenceResults, evaluate_reference, is_same_validation
@@ -47,8 +48,7 @@ class RegressionMetrics(Callback):
         prefix: what the tags begin with.
         dataloader: which validation data loader is counted, where there are several.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
-            or a mapping with the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
 
     Raises:
         ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.

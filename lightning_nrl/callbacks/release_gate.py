@@ -17,8 +17,7 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
-from lightning_nrl._trainer.callback_arguments import parse_adapter
-from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
+from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
@@ -52,8 +51,7 @@ class ReleaseGate(Callback):
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
         task: what right means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
-            or a mapping with the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
         seed: for random transforms of the data.
         dirpath: folder for the files; None: `<log_dir>/release`.
         verbose: whether the verdict is printed.

@@ -17,11 +17,10 @@ from typing_extensions import override
 
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
-from lightning_nrl._trainer.artifacts import show
-from lightning_nrl._trainer.callback_arguments import parse_adapter, parse_prefix
+from lightning_nrl._trainer.artifacts import parse_prefix, show
 from lightning_nrl._trainer.data_splits import SplitLoaders, check_data
 from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
-from lightning_nrl._trainer.loaders import LoaderSource, make_source
+from lightning_nrl._trainer.loaders import LoaderSource, make_source, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_with_weights
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
@@ -74,8 +73,7 @@ class WeightInterpolation(Callback):
         batches: how many batches of them, in random order; None: all, one pass for each share.
         prefix: what tags begin with.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)`
-            or a mapping with the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
         seed: of the order of batches for statistics, and of random transforms of the data.
         verbose: whether the choice is printed.
 

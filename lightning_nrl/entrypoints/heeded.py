@@ -10,7 +10,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 
-__all__ = ["ENTRY_POINTS", "HEEDED_BY", "OPTION_CLASSES", "check_heeded", "heeded_table"]
+__all__ = ["ENTRY_POINTS", "HEEDED_BY", "OPTION_CLASSES", "check_heeded"]
 
 OPTION_CLASSES = {"data": DataOptions, "samples": SampleOptions, "search": SearchOptions, "bounds": BoundOptions}
 """The arguments of a repair that are option objects."""
@@ -97,13 +97,3 @@ def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{field}", own) for field, own in changed_options(value).items())
         else:
             yield name, value
-
-
-def heeded_table() -> str:
-    """The declaration as a table in markdown, as it stands in docs/options.md."""
-    rows = [["option", *(f"`{name}`" for name in ENTRY_POINTS)], ["---", *(":-:" for _ in ENTRY_POINTS)]]
-    rows += [
-        [f"`{option}`", *("yes" if name in names else "" for name in ENTRY_POINTS)]
-        for option, names in HEEDED_BY.items()
-    ]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -20,7 +20,7 @@ from lightning_nrl import (
     Settings,
 )
 from lightning_nrl.entrypoints.arguments import callback_with
-from lightning_nrl.entrypoints.heeded import HEEDED_BY, OPTION_CLASSES, check_heeded, heeded_table
+from lightning_nrl.entrypoints.heeded import ENTRY_POINTS, HEEDED_BY, OPTION_CLASSES, check_heeded
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 
@@ -38,6 +38,16 @@ def test_at_most_sixteen_arguments() -> None:
 def test_settings_are_what_a_repair_of_a_module_heeds() -> None:
     own = {field.name for field in fields(Settings)} | {"task", "reference", "unseen", "calibration"}
     assert {name.partition(".")[0] for name, heeding in HEEDED_BY.items() if "repair_module" in heeding} == own
+
+
+def heeded_table() -> str:
+    """The declaration as a table in markdown, as it stands in docs/options.md."""
+    rows = [["option", *(f"`{name}`" for name in ENTRY_POINTS)], ["---", *(":-:" for _ in ENTRY_POINTS)]]
+    rows += [
+        [f"`{option}`", *("yes" if name in names else "" for name in ENTRY_POINTS)]
+        for option, names in HEEDED_BY.items()
+    ]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def test_the_docs_have_the_table_and_every_field() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, Target
-from lightning_nrl._trainer.sanity_check import run_sanity_check
+from lightning_nrl._trainer.trainer_repair import run_sanity_check
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
