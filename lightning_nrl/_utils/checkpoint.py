@@ -16,11 +16,7 @@ __all__ = ["fitting", "read_state", "reason"]
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
-    """The state dict of a module, inside a checkpoint, or in a file, which is read without running code of its own.
-
-    Raises:
-        ConfigurationError: the file cannot be read, or holds something else.
-    """
+    """The state dict of a module, in a checkpoint, or in a file, which is read without running code of its own."""
     if isinstance(given, nn.Module):
         return given.state_dict()
     if isinstance(given, Mapping):
@@ -50,11 +46,7 @@ OTHERWISE = "the module itself where another architecture will do"
 
 
 def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
-    """Tensors in the dtypes and on the device of a model's own; `otherwise` says for the hint what else might be given.
-
-    Raises:
-        ConfigurationError: a tensor is missing, has another shape, or is not in the model.
-    """
+    """Tensors in the dtypes and on the device of a model's own; refuses what is missing, more, or of another shape."""
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
     wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]

@@ -25,10 +25,9 @@ LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads what `to_plain` gives of a dataclass; a null or NaN in place of a number is NaN.
+    """Reads what `to_plain` gives of a dataclass, and refuses what does not fit, is infinite, or contradicts the rest.
 
-    Raises:
-        ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest.
+    A null or NaN in place of a number is NaN.
     """
     return cast(T, _read(kind, data, ""))
 

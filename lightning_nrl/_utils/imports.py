@@ -15,12 +15,9 @@ ADDRESS_HINT = "write `package.module:function`, with a module that Python can i
 
 
 def import_function(argument: str, value: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The function that an argument stands for: itself, or that at its address, as text.
+    """The function that an argument stands for, given itself or by its address.
 
-    An address is `package.module:function`, or with a dot for the colon; what follows a colon may reach into a class.
-
-    Raises:
-        ConfigurationError: there is no such function.
+    An address is `package.module:function`, or has a dot for the colon; what follows a colon may reach into a class.
     """
     found = _at(argument, value) if isinstance(value, str) else value
     if not callable(found):

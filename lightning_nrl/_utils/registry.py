@@ -42,10 +42,9 @@ class Registry(Generic[T]):
     _forms: list[str] = field(default_factory=list, init=False)
 
     def register(self, name: str, *forms: str) -> Callable[[Factory], Factory]:
-        """A decorator that gives a class or a function a name; as a call, `register(name)(factory)`.
+        """A decorator that gives a class or a function a name that is not taken; as a call, `register(name)(factory)`.
 
-        `forms` are how it is written where text says more than the name, such as `tolerance:1%`. A `ValueError` if the
-        name is taken.
+        `forms` are how it is written where text says more than the name, such as `tolerance:1%`.
         """
 
         def add(factory: Factory) -> Factory:
@@ -78,11 +77,7 @@ class Registry(Generic[T]):
         return next(other for other in self.include if name in other).factory(argument, name)
 
     def parse(self, argument: str, value: Any) -> T:
-        """The object of a name, with its default settings; an object is given back as it is.
-
-        Raises:
-            ConfigurationError: the name is unknown (the nearest is given), or the value is no such object.
-        """
+        """The object of a name, with its default settings; an object is given back as it is."""
         if isinstance(value, str):
             return self.factory(argument, value)()
         check_kind(argument, value, self.fits(value), self.kind, self.example)

@@ -20,7 +20,7 @@ Clock = Callable[[], float]
 
 
 class Observer(Protocol):
-    """Is told how a repair goes on."""
+    """Follows how a repair goes on."""
 
     def stage(self, name: str) -> AbstractContextManager[Any]:
         """Entered around a stage, such as `collect`, `fit`, `polish`, `localize`, `search` or `judge`."""

@@ -39,26 +39,25 @@ class PositiveCongruentTraining(Callback):
     """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
 
     The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
-    Model Updates. Nothing in the module has to be changed: the term is about the output that `training_step` gets from
-    `self(x)`, and is added to the loss that it returns. Where that cannot be known, an error says so in the first
-    step, and one line of `training_step` does it (see `regression_loss`). The value of each term is logged as
-    `regression/<name>`. The replaced model is no part of the module, its checkpoints or its optimizer.
+    Model Updates. The module stays as it is: the term is about the output that `training_step` gets from `self(x)`, and
+    is added to the loss that it returns. Where that cannot be known, an error says so in the first step, and one line
+    of `training_step` does it (see `regression_loss`). The value of each term is logged as `regression/<name>`. The
+    replaced model is no part of the module, its checkpoints or its optimizer.
 
     Args:
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
             (`lightning_nrl.reference.loss_terms.Term`), or a list of them, whose sum is added.
-        index: which samples a batch has, a function of the batch that gives their data-set positions, or its address.
-            With it the replaced model is asked about each sample once; so only without augmentation. Needed for
-            predictions from a file. None: it is asked about each batch, with the very inputs of the new model.
+        index: a function of the batch that gives the data-set positions of its samples, or its address; the replaced
+            model then sees each sample once, so only without augmentation. Needed for predictions from a file.
+            None: it sees each batch, with the very inputs of the new model.
         prefix: what tags begin with.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
         adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
 
     Raises:
-        ConfigurationError: an argument that cannot be used, or a training step to which nothing can be added; in the
-            first step at the latest.
+        ConfigurationError: an argument that cannot be used, or a step to which nothing can be added, in the first step.
 
     Example::
 

@@ -37,14 +37,14 @@ class RegressionMetrics(Callback):
 
     It logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
     `reference_accuracy`, where `ModelCheckpoint` and `EarlyStopping` find them. The model's outputs are those that its
-    own `validation_step` makes: no second pass over the data. The replaced model is asked once, before training.
+    own `validation_step` makes: no second pass over the data. The replaced model makes one pass, before training.
 
     Args:
-        reference: the replaced model: a module, the path of its checkpoint, a CSV file of its predictions (split
-            `val`), or an `OldModel`.
-        slices: counts slices of the data too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its
-            key or place, or a function of it, with a name or number for each sample, or one bool (the slice has the
-            column's name); the function's address, `package.module:function`; or a `Target`, whose samples are it.
+        reference: the replaced model: a module, the path of its checkpoint or of its predictions (CSV, split `val`), or
+            an `OldModel`.
+        slices: counts slices too, as `regression/<slice>/nfr` and so on: a column of the raw batch by its key or place,
+            or a function of it, with a name or number for each sample, or one bool (the slice has the column's name);
+            the function's address, `package.module:function`; or a `Target`, whose samples are it.
         prefix: what the tags begin with.
         dataloader: which validation data loader is counted, where there are several.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.

@@ -43,8 +43,7 @@ class ReleaseGate(Callback):
     `predictions.csv` of the new model: the `reference` of the next release.
 
     Args:
-        reference: the model in use: a module, the path of its checkpoint, a CSV file of its predictions, or an
-            `OldModel`.
+        reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.
         rules: what must hold, see `lightning_nrl.release.release`: texts such as `nfr:1%` or objects.
         slices: which slice each sample is in: a column of the raw batch by its key or place, a function of the batch
             that gives a name or a number for each sample, its address, or a `Target`.

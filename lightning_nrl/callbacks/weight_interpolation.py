@@ -57,19 +57,18 @@ class WeightInterpolation(Callback):
     `RegressionFreeRepair`, which then repairs what is left; beside `PositiveCongruentTraining` it takes away some more.
 
     It logs `interpolation/share`, and of the calibration data `accuracy`, `nfr`, the negative flip rate, and both as
-    they were `_before`. Checkpoints that were saved while training stay as they are: save the result with
-    `trainer.save_checkpoint`. Averages of weights and the states of optimizers are not touched.
+    they were `_before`. Checkpoints of the training, averages of weights and states of optimizers stay as they are:
+    save the result with `trainer.save_checkpoint`.
 
     Args:
-        reference: the replaced model, of the same architecture: a module, the path of its checkpoint, a state dict, or
-            an `OldModel` of one of these.
+        reference: the replaced model: a module, the path of its checkpoint, a state dict, or an `OldModel` of one.
         share: of the old weights, in [0, 1]; `auto`: the largest of 0, 0.05, ..., 0.5 with an accuracy on calibration
             data within `tolerance` of the best of them.
         tolerance: how much accuracy fewer regressions may cost, in [0, 1]: 0.005 is half a point.
         calibration: data to choose the share on, and to count on: `val`, `test`, `repair` or a DataLoader; none that
-            was trained on. A share that is given is only counted on them, if there are any; None: it is not.
-        statistics: data to estimate the statistics of batch norm layers from: `train`, another split, or a DataLoader,
-            best one without augmentation. Models without such layers need none.
+            was trained on. None, or no such data: a share that is given is not counted.
+        statistics: data for the statistics of batch norm layers: `train`, another split, or a DataLoader, best one
+            without augmentation.
         batches: how many batches of them, in random order; None: all, one pass for each share.
         prefix: what tags begin with.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
@@ -78,12 +77,10 @@ class WeightInterpolation(Callback):
         verbose: whether the choice is printed.
 
     Attributes:
-        choice: the share, and what others would do, once it is chosen. None before, and where there are no calibration
-            data for a share that was given.
+        choice: the share, and what others would do, once it is chosen; None where nothing is counted.
 
     Raises:
-        ConfigurationError: an argument that cannot be used, another architecture, or `share="auto"` without calibration
-            data; before training begins.
+        ConfigurationError: an argument that cannot be used, another architecture, or `auto` without calibration data.
 
     Example::
 

@@ -52,8 +52,7 @@ def compare(
         The comparison: `rich.print` shows its table, `plot()` draws its curves.
 
     Raises:
-        ConfigurationError: an argument cannot be used, no failed sample is in the target, or the trainer holds a repair
-            or wants a minimum of training.
+        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 

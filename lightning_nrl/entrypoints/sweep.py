@@ -76,8 +76,7 @@ def sweep(
         The result: `rich.print` shows means and spread, `best` picks a run, `pareto` gives the front.
 
     Raises:
-        ConfigurationError: an argument cannot be used, no failed sample is in the target, or the trainer holds a repair
-            or wants a minimum of training.
+        ConfigurationError: an argument or the trainer cannot be used, or no failed sample is in the target.
 
     Example::
 
