@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, publish, report_files
 from lightning_nrl._trainer.data_options import DataOptions
+from lightning_nrl._trainer.data_splits import DataRequest
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
@@ -25,12 +26,13 @@ from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
+from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.presets import with_paper_row
 from lightning_nrl.problem import Method
-from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Searcher
-from lightning_nrl.tasks import Task
+from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["RegressionFreeRepair"]
 
@@ -114,8 +116,14 @@ class RegressionFreeRepair(Callback):
             samples=SampleOptions() if samples is None else samples,
         )
         self.data = DataOptions() if data is None else data
-        left_out = (RegressionFreeRepair, WeightInterpolation)
-        self.repair = TrainerRepair.parse(self.settings, self.data, unseen, calibration, task, reference, left_out)
+        check_limit(self.settings, calibration is not None)
+        self.repair = TrainerRepair(
+            settings=self.settings,
+            data=DataRequest(self.data, unseen, calibration),
+            task=parse_task(task),
+            reference=parse_reference(reference),
+            left_out=(RegressionFreeRepair, WeightInterpolation),
+        )
         self.dirpath = dirpath
         self.verbose = verbose
         self.report: RepairReport | None = None

@@ -7,8 +7,7 @@ from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
-from lightning_nrl._trainer.data_splits import check_data
-from lightning_nrl._trainer.loaders import SPLITS, parse_adapter
+from lightning_nrl._trainer.loaders import SPLITS, check_data, parse_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import check_choice
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import data_module_of, given_loaders
-from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_loader, make_source, sample_index
+from lightning_nrl._trainer.data_options import DataOptions
+from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
 from lightning_nrl.data.sample_identity import base_samples, is_among
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_kind
 
-__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "check_data", "find_data", "find_loader"]
+__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "find_data", "find_loader"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
@@ -39,40 +40,41 @@ class FoundData(NamedTuple):
 
 @dataclass(frozen=True)
 class DataRequest:
-    """What the user said about data: a data loader, the name of a split, `auto` (known data) or None (other data)."""
+    """What the user said about data: which are known, and a data loader, the name of a split, or None for the rest."""
 
-    passed: str | DataLoader[Any]
-    failed: str | DataLoader[Any]
+    known: DataOptions
     unseen: str | DataLoader[Any] | None = None
     calibration: str | DataLoader[Any] | None = None
 
     def __post_init__(self) -> None:
-        for argument in ("passed", "failed", "unseen", "calibration"):
-            held_out = argument in ("unseen", "calibration")
-            names = SPLITS if held_out else ("auto", *SPLITS)
-            object.__setattr__(self, argument, check_data(argument, getattr(self, argument), names, optional=held_out))
+        check_kind("data", self.known, isinstance(self.known, DataOptions), "DataOptions", "data=DataOptions(...)")
+        for argument, given in (("unseen", self.unseen), ("calibration", self.calibration)):
+            object.__setattr__(self, argument, check_data(argument, given, optional=True))
 
     def find(self, loaders: SplitLoaders) -> FoundData:
         """The data loaders and names of all data; unseen and calibration data may not be used for anything else."""
-        passed = self._find("passed", ("train",), loaders)
-        failed = self._find("failed", ("repair", "val"), loaders)
+        passed = find_data("passed", self.known.passed, loaders, automatic=("train",))
+        failed = find_data("failed", self.known.failed, loaders, automatic=("repair", "val"))
         others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
-        unseen = self._find_held_out("unseen", others, loaders)
+        unseen = self._find_held_out("unseen", self.unseen, others, loaders)
         others["unseen"] = () if unseen is None else (unseen,)
-        return FoundData(passed, failed, unseen, self._find_held_out("calibration", others, loaders))
+        return FoundData(passed, failed, unseen, self._find_held_out("calibration", self.calibration, others, loaders))
 
     def _find_held_out(
-        self, argument: str, others: Mapping[str, Sequence[Found]], loaders: SplitLoaders
+        self,
+        argument: str,
+        value: str | DataLoader[Any] | None,
+        others: Mapping[str, Sequence[Found]],
+        loaders: SplitLoaders,
     ) -> Found | None:
         """Data of which no sample should be in others, by kind.
 
         Calibration data that have one are refused: they would void the bound. Of unseen data this is said later, where
         they are counted, unless all of them are known.
         """
-        value = getattr(self, argument)
         if value is None:
             return None
-        found = self._find(argument, (), loaders)
+        found = find_data(argument, value, loaders, optional=True)
         samples = _identity(found[0])
         for kind, loader, split in ((kind, *found) for kind, several in others.items() for found in several):
             if found[1] == split:
@@ -92,7 +94,8 @@ class DataRequest:
         self, loaders: SplitLoaders, **how: Any
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
         """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
-        make: Callable[..., LoaderSource] = partial(make_source, trainer=loaders.trainer, model=loaders.model, **how)
+        how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": self.known.unpack}
+        make: Callable[..., LoaderSource] = partial(make_source, **how)
         found = self.find(loaders)
         passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
@@ -101,10 +104,6 @@ class DataRequest:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
         unseen, calibration = ([] if one is None else [make(*one)] for one in (found.unseen, found.calibration))
         return known, unseen, calibration
-
-    def _find(self, argument: str, automatic: tuple[str, ...], loaders: SplitLoaders) -> Found:
-        optional = argument in ("unseen", "calibration")
-        return find_data(argument, getattr(self, argument), loaders, automatic=automatic, optional=optional)
 
 
 @dataclass(frozen=True)
@@ -145,17 +144,6 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
         # Only now: a data module may split its data anew in every `setup`.
         data.setup("test")
         return hook()
-
-
-def check_data(
-    argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
-) -> str | DataLoader[Any] | None:
-    """What the user said about data: the name of a split, the one data loader inside of what was given, or None."""
-    if (isinstance(value, str) and value not in names) or (value is None and not optional):
-        raise ConfigurationError(
-            f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
-        )
-    return value if isinstance(value, str) or value is None else check_loader(value, argument)
 
 
 def find_data(

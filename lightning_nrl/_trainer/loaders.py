@@ -24,6 +24,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning
 __all__ = [
     "LoaderSource",
     "batch_size_of",
+    "check_data",
     "check_loader",
     "length_of",
     "loader_like",
@@ -180,6 +181,17 @@ def check_loader(loader: Any, split: str) -> DataLoader[Any]:
             f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples."
         )
     return loader
+
+
+def check_data(
+    argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
+) -> str | DataLoader[Any] | None:
+    """What the user said about data: the name of a split, the one data loader inside of what was given, or None."""
+    if (isinstance(value, str) and value not in names) or (value is None and not optional):
+        raise ConfigurationError(
+            f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
+        )
+    return value if isinstance(value, str) or value is None else check_loader(value, argument)
 
 
 def warn_if_random(sources: Sequence[LoaderSource]) -> None:

@@ -7,33 +7,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.continue_training import ContinuedTraining
-from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
 from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.preserve import preserve, random_state
-from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter, Source
-from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError, check_kind
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline.input_checks import check_limit, check_task
+from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
-from lightning_nrl.tasks import Task, parse_task
+from lightning_nrl.reference.old_model import OldModel, Reference
+from lightning_nrl.tasks import Task
 
 __all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
 
@@ -59,25 +54,7 @@ class TrainerRepair:
     task: Task
     reference: Reference | None
     data: DataRequest
-    adapter: Adapter
     left_out: tuple[type, ...]
-
-    @classmethod
-    def parse(
-        cls,
-        settings: Settings,
-        data: DataOptions,
-        unseen: str | DataLoader[Any] | None,
-        calibration: str | DataLoader[Any] | None,
-        task: str | Task | None,
-        reference: nn.Module | str | Path | State | Reference | None,
-        left_out: tuple[type, ...],
-    ) -> TrainerRepair:
-        """Reads what a user gives to `RegressionFreeRepair`."""
-        check_limit(settings, calibration is not None)
-        check_kind("data", data, isinstance(data, DataOptions), "DataOptions", "data=DataOptions(...)")
-        splits = DataRequest(data.passed, data.failed, unseen, calibration)
-        return cls(settings, parse_task(task), parse_reference(reference), splits, data.unpack, left_out)
 
     def check(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
@@ -119,8 +96,8 @@ class TrainerRepair:
     def _trained(
         self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, limit: int | None, whole: bool
     ) -> TrainedModel:
-        how: dict[str, Any] = {"adapter": self.adapter, "seed": self.settings.seed, "limit": limit, "whole": whole}
         loaders = SplitLoaders(trainer, model)
+        how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
         known, unseen, calibration = self.data.sources(loaders, **how)
         training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
         return TrainedModel(model, known, unseen, calibration, training, make_evaluator(trainer, model, self.task))

@@ -18,9 +18,9 @@ from typing_extensions import override
 from lightning_nrl._lightning import batch_limit, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import parse_prefix, show
-from lightning_nrl._trainer.data_splits import SplitLoaders, check_data
+from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
-from lightning_nrl._trainer.loaders import LoaderSource, make_source, parse_adapter
+from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_with_weights
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights

@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
+from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl.data.sample_identity import Identified, is_among
@@ -36,21 +37,21 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_calibration_data_that_are_known_too_are_refused(way: str) -> None:
     known, held_out, common = WAYS[way]
-    request = DataRequest(loader(known), loader(FAILED), calibration=loader(held_out))
+    request = DataRequest(DataOptions(loader(known), loader(FAILED)), calibration=loader(held_out))
     with pytest.raises(ConfigurationError, match=f"`calibration`: {common} of its {len(held_out)} samples are in"):
         request.find(SplitLoaders(TRAINER, MODEL))
 
 
 def test_a_sampler_says_which_samples_are_meant() -> None:
     first, second = (loader(DATA, sampler=SubsetRandomSampler(range(*own))) for own in ((0, 10), (10, 20)))
-    request = DataRequest(first, loader(FAILED), calibration=second)
+    request = DataRequest(DataOptions(first, loader(FAILED)), calibration=second)
     assert request.find(SplitLoaders(TRAINER, MODEL)).calibration == (second, "calibration")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_unseen_data_are_refused_only_if_all_of_them_are_known(way: str) -> None:
     known, held_out, common = WAYS[way]
-    request = DataRequest(loader(known), loader(FAILED), unseen=loader(held_out))
+    request = DataRequest(DataOptions(loader(known), loader(FAILED)), unseen=loader(held_out))
     if common == len(held_out):
         with pytest.raises(ConfigurationError, match="`unseen`: 2 of its 2 samples are in `passed` too"):
             request.find(SplitLoaders(TRAINER, MODEL))
@@ -65,5 +66,5 @@ def test_unseen_data_are_refused_only_if_all_of_them_are_known(way: str) -> None
 def test_two_loaders_of_the_same_samples_are_one_split() -> None:
     first, second = (loader(Subset(DATA, [4, 6])) for _ in range(2))
     loaders = SplitLoaders(TRAINER, MODEL)
-    known, *_ = DataRequest(first, second).sources(loaders, adapter=lambda raw: raw, seed=0, limit=None)
+    known, *_ = DataRequest(DataOptions(first, second)).sources(loaders, seed=0, limit=None)
     assert [(source.passed, source.failed, len(source.index)) for source in known] == [(True, True, 2)]
