@@ -48,7 +48,7 @@ __all__ = [
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
 
-OTHERWISE = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
+TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
@@ -191,7 +191,7 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
 
 @contextmanager
 def reading_checkpoints(
-    trainer: pl.Trainer, argument: str, *, weights_only: bool = True, otherwise: str = OTHERWISE
+    trainer: pl.Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
     """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
 

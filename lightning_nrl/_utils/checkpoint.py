@@ -14,6 +14,8 @@ from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["fitting", "read_state", "reason"]
 
+OTHER_ARCHITECTURE_HINT = "the module itself where another architecture will do"
+
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
     """The state dict of a module, in a checkpoint, or in a file, which is read without running code of its own."""
@@ -42,10 +44,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-OTHERWISE = "the module itself where another architecture will do"
-
-
-def fitting(argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHERWISE) -> dict[str, Tensor]:
+def fitting(
+    argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHER_ARCHITECTURE_HINT
+) -> dict[str, Tensor]:
     """Tensors in the dtypes and on the device of a model's own; refuses what is missing, more, or of another shape."""
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
