@@ -13,15 +13,44 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from lightning_nrl._utils.serialize import Derives, flat_kind, hints_of, to_plain, written_fields
+from typing_extensions import Self
+
+from lightning_nrl._utils.serialize import Derives, dumps, flat_kind, hints_of, to_plain, written_fields
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["from_plain", "parse_json"]
+__all__ = ["Record", "from_plain", "parse_json"]
 
 T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
 TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
 LONGEST_SHOWN = 60  # characters of a value in a message
+
+
+class Record(Derives):
+    """A dataclass that is written as JSON and read again, by the types that it declares."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, text and numbers, with what follows from them; infinities are NaN."""
+        return cast(dict[str, Any], _without_infinities(to_plain(self)))
+
+    def to_json(self) -> str:
+        """Strict JSON: a number that is not finite is null."""
+        return dumps(self.to_dict()) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` gives.
+
+        Raises:
+            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
+                message names the place.
+        """
+        return from_plain(cls, data)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` gives; a null in place of a number is NaN. Raises what `from_dict` does."""
+        return from_plain(cls, parse_json(text))
 
 
 def from_plain(kind: type[T], data: object) -> T:
@@ -198,3 +227,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _without_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_infinities(item) for item in value]
+    return math.nan if isinstance(value, float) and math.isinf(value) else value

@@ -1,4 +1,4 @@
-"""Records as plain values, and those as strict JSON; `deserialize` reads them, `Record` has both."""
+"""Records as plain values, and those as strict JSON; `deserialize` reads them."""
 
 from __future__ import annotations
 

@@ -72,7 +72,13 @@ def without_training(
     If an outcome comes of the work, it is saved, logged and written into the model. A trainer that holds a repair, or
     wants a minimum of training, is refused.
     """
-    _check(trainer)
+    check_namespace(trainer)
+    if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
+        hint = "use a trainer without it, or call `fit`."
+        raise ConfigurationError("`trainer` has a RegressionFreeRepair of its own.", hint)
+    if trainer.min_epochs or (trainer.min_steps or 0) > 0:
+        problem = "`trainer` has `min_epochs` or `min_steps`, which make it train."
+        raise ConfigurationError(problem, "use a trainer without a minimum of training.")
     inside = _WithoutTraining(callback, work, trainer)
     with warnings.catch_warnings(), borrowed(trainer, inside, weights_only=weights_only):
         for text in (
@@ -140,16 +146,3 @@ class _WithoutTraining(pl.Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         return self.callback.state_dict()
-
-
-def _check(trainer: pl.Trainer) -> None:
-    check_namespace(trainer)
-    if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
-        raise ConfigurationError(
-            "`trainer` has a RegressionFreeRepair of its own.", "use a trainer without it, or call `fit`."
-        )
-    if trainer.min_epochs or (trainer.min_steps or 0) > 0:
-        raise ConfigurationError(
-            "`trainer` has `min_epochs` or `min_steps`, which make it train.",
-            "use a trainer without a minimum of training.",
-        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import singledispatch
 
-from lightning_nrl._utils.record import Record
+from lightning_nrl._utils.deserialize import Record
 from lightning_nrl.report.document import Page, Shown
 
 __all__ = ["Report", "page_of"]

@@ -8,8 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl._utils.record import Record
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.record import Record
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.flips import FlipCounts

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.record import Record
+from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import FlipCounts

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._utils.record import Record
+from lightning_nrl._utils.deserialize import Record
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
 from lightning_nrl.analysis.diagnosis import (
     Binding,

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from lightning_nrl._utils.deserialize import from_plain, parse_json
-from lightning_nrl._utils.record import Record
+from lightning_nrl._utils.deserialize import Record, from_plain, parse_json
 from lightning_nrl._utils.serialize import UNWRITTEN, Derives, dumps, flat, null_is, to_plain
 from lightning_nrl.errors import ConfigurationError
 
