@@ -15,11 +15,7 @@ INK = "#333333"
 
 @singledispatch
 def figure_of(result: object) -> Any:
-    """The `matplotlib.figure.Figure` of a result, such as a `Comparison`.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """The `matplotlib.figure.Figure` of a result, such as a `Comparison`; see `Plotted.plot`."""
     raise TypeError(f"no figure is known of a {type(result).__name__}")
 
 
@@ -27,13 +23,10 @@ class Plotted:
     """A result that has a figure (`figure_of`)."""
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws the figure.
+        """A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
 
         Args:
             path: a file to save it to, such as `result.png`.
-
-        Returns:
-            The `matplotlib.figure.Figure`.
 
         Raises:
             ConfigurationError: matplotlib is not installed.
@@ -45,11 +38,7 @@ class Plotted:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that can measure text whatever the screen.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """An empty figure, in inches, that can measure text whatever the screen; see `Plotted.plot`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -12,7 +12,6 @@ from torch import nn
 from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.baselines import BASELINES, Interpolation
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
@@ -40,6 +39,7 @@ __all__ = ["Methods", "compare_module", "parse_methods"]
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
+NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
 COMPARED_METHODS: Registry[AnyMethod] = Registry(
     METHODS.kind, METHODS.example, METHODS.fits, include=(METHODS, BASELINES)
@@ -116,10 +116,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     Raises:
         ConfigurationError: a name is unknown or there twice, or something is no method.
     """
-    if methods is None:
-        methods = tuple(COMPARED_METHODS)
-    if isinstance(methods, str):
-        methods = (methods,)
+    methods = tuple(COMPARED_METHODS) if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
     named = isinstance(methods, Mapping)
@@ -137,14 +134,13 @@ def _solved(
 ) -> tuple[Solution, float]:
     """What a method gives and how long it takes; the far end of an interpolation is not trained a second time."""
     began, earlier = time.perf_counter(), 0.0
+    known = [
+        (end, seconds) for other, end, seconds in found if isinstance(method, Interpolation) and other == method.new
+    ]
     try:
-        if isinstance(method, Interpolation):
-            for other, end, seconds in found:
-                if other == method.new:
-                    solution, earlier = method.towards(problem, end), seconds
-                    break
-            else:
-                solution = method(problem)
+        if isinstance(method, Interpolation) and known:
+            end, earlier = known[0]
+            solution = method.towards(problem, end)
         else:
             solution = solve(method, problem)
     except OtherRankError:
@@ -158,40 +154,33 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
     """Counts what a method gave, and what lies between it and the original weights."""
     if solution.proposal is None:
         return Entry(name, seconds, note=solution.reason)
-    new = solution.proposal.state
-    later = FlipCounts(0, 0, 0, 0) if unseen is None else Flips.between(unseen.before, unseen.before).counts()
+    path = PatchPath(problem, solution.proposal.state)
+    later = NOTHING_UNSEEN if unseen is None else Flips.between(unseen.before, unseen.before).counts()
     start = CurvePoint(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
-    counted = PatchPath(problem, new).count(STRENGTHS)
-    curve = (start, *(_point(problem, unseen, new, point) for point in counted))
+    curve = (start, *(_point(path, unseen, point) for point in path.count(STRENGTHS)))
     began = time.perf_counter()
-    scaled = _scaled(problem, unseen, new, curve)
+    scaled = _scaled(path, unseen, curve)
     note = solution.steps[-1].note if solution.steps else ""
     return Entry(name, seconds, curve, scaled, time.perf_counter() - began, note)
 
 
-def _scaled(problem: Problem, unseen: HeldOut | None, new: State, curve: Sequence[CurvePoint]) -> CurvePoint:
+def _scaled(path: PatchPath, unseen: HeldOut | None, curve: Sequence[CurvePoint]) -> CurvePoint:
     """The largest strength found to break no known sample, by bisection to within `SCALING_STEP`.
 
     Counts need not rise with the strength, so a larger one may be missed; this one was counted.
     """
     low = [point for point in curve if not point.known.broken][-1]
     above = [point.strength for point in curve if point.strength > low.strength]
-    if not above:
-        return low
-    bottom, top = low.strength, above[0]
+    bottom, top = low.strength, above[0] if above else low.strength
     while top - bottom > SCALING_STEP:
         middle = (bottom + top) / 2
-        tried = PatchPath(problem, new).point(middle)
-        bottom, top = (bottom, middle) if tried.known.broken else (middle, top)
-    if bottom == low.strength:
-        return low
-    return _point(problem, unseen, new, PatchPath(problem, new).point(bottom))
+        bottom, top = (bottom, middle) if path.point(middle).known.broken else (middle, top)
+    return low if bottom == low.strength else _point(path, unseen, path.point(bottom))
 
 
-def _point(problem: Problem, unseen: HeldOut | None, new: State, counted: StrengthPoint) -> CurvePoint:
+def _point(path: PatchPath, unseen: HeldOut | None, counted: StrengthPoint) -> CurvePoint:
     """A point of the curve, counted on unseen data too."""
-    later = FlipCounts(0, 0, 0, 0)
+    later = NOTHING_UNSEEN
     if unseen is not None:
-        state = between(problem.model.state_dict(), new, counted.strength)
-        later = unseen.flips(problem.evaluator, state).counts()
+        later = unseen.flips(path.problem.evaluator, path.state(counted.strength)).counts()
     return CurvePoint(counted.strength, counted.repaired_in_target, counted.known, later)

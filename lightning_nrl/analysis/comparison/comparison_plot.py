@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from lightning_nrl.analysis.baselines import BASELINES
-from lightning_nrl.analysis.comparison.comparison_result import Comparison, Entry
+from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
 from lightning_nrl.analysis.figures import INK, figure_of, new_figure
 
 __all__ = ["COLOURS", "FAINT", "draw_comparison", "label_points"]
@@ -37,18 +37,11 @@ def draw_comparison(comparison: Comparison) -> Any:
     A dot is a method's weights as it gave them, a ring the same scaled back until no known sample is broken. A method
     whose way between leads through networks that break more than all that is shown, such as one that was trained anew,
     has no line.
-
-    Returns:
-        A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
     """
     entries = [entry for entry in comparison.entries if entry.curve]
     figure = new_figure(11, 5)
-    roles: list[PlottedRole] = ["known"]
-    if any(entry.curve[0].unseen.n for entry in entries):
-        roles.append("unseen")
+    roles: list[PlottedRole] = ["known", "unseen"]
+    roles = roles if any(entry.curve[0].unseen.n for entry in entries) else roles[:1]
     figure.suptitle(f"{comparison.targets:,} failures to repair\n{LEGEND}", color=INK, fontsize=10)
     panels = figure.subplots(1, len(roles), squeeze=False)[0]
     ends = [_panel(axes, role, entries) for axes, role in zip(panels, roles, strict=True)]
@@ -58,12 +51,7 @@ def draw_comparison(comparison: Comparison) -> Any:
 
 
 def label_points(axes: Any, ends: Sequence[End]) -> None:
-    """Names beside points, moved up or down where one would lie over another or over a point.
-
-    Args:
-        axes: of matplotlib, with limits that stay as they are; the figure's canvas can measure text.
-        ends: name, colour and place of each point.
-    """
+    """Names beside points, moved up or down where one would lie over another or over a point; limits must be final."""
     from matplotlib.patheffects import withStroke
 
     figure, halo = axes.figure, withStroke(linewidth=2.5, foreground="white")
@@ -90,7 +78,7 @@ def label_points(axes: Any, ends: Sequence[End]) -> None:
 
 
 def _panel(axes: Any, role: PlottedRole, entries: Sequence[Entry]) -> list[End]:
-    curves = [_xy(entry, role) for entry in entries]
+    curves = [[_xy(point, role) for point in entry.curve] for entry in entries]
     right = AXIS_LENGTH * max([1, *(curve[-1][0] for curve in curves)])
     top = AXIS_LENGTH * max([1, *(y for curve in curves for x, y in curve if x <= right)])
     axes.plot([0, top], [0, top], color=FAINT, linewidth=0.8, zorder=0)
@@ -102,17 +90,8 @@ def _panel(axes: Any, role: PlottedRole, entries: Sequence[Entry]) -> list[End]:
             axes.plot(*zip(*curve, strict=True), color=colour, linestyle=style, linewidth=1.6)
         axes.plot(*curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3)
         if entry.scaled is not None and 0 < entry.scaled.strength < 1:
-            flips = getattr(entry.scaled, role)
-            axes.plot(
-                flips.broken,
-                flips.repaired,
-                "o",
-                markerfacecolor="white",
-                markeredgecolor=colour,
-                markersize=9,  # seen around a dot, too
-                clip_on=False,
-                zorder=2.5,
-            )
+            ring = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 9}  # seen around a dot, too
+            axes.plot(*_xy(entry.scaled, role), "o", **ring, clip_on=False, zorder=2.5)
         ends.append((entry.method, colour, curve[-1]))
     axes.set_xlim(-0.02 * right, right)  # what breaks nothing is beside the axis, not under it
     axes.set_ylim(0, top)
@@ -138,6 +117,7 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _xy(entry: Entry, role: PlottedRole) -> list[tuple[int, int]]:
-    """Broken and repaired at rising strengths."""
-    return [(getattr(point, role).broken, getattr(point, role).repaired) for point in entry.curve]
+def _xy(point: CurvePoint, role: PlottedRole) -> tuple[int, int]:
+    """Broken and repaired."""
+    counts = point.known if role == "known" else point.unseen
+    return counts.broken, counts.repaired

@@ -37,7 +37,7 @@ class CurvePoint:
     @property
     def gain(self) -> float:
         """The change of accuracy on unseen data in points, that is hundredths; NaN without such data."""
-        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else float("nan")
+        return 100 * (self.unseen.repaired - self.unseen.broken) / self.unseen.n if self.unseen.n else math.nan
 
 
 @dataclass(frozen=True)

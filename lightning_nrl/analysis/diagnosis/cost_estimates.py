@@ -39,12 +39,7 @@ class Timings(NamedTuple):
 
 
 def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
-    """A line for each method that can be used, the quickest first.
-
-    Args:
-        pace: what was measured.
-        epochs: for how many epochs training would go on; None: it cannot, and a fit takes steps of its own.
-    """
+    """A line for each method that can be used, the quickest first; without `epochs` training cannot go on."""
     around, swarm = AROUND * pace.one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
     search = None if pace.head is None else SCORED * candidates * pace.head

@@ -28,26 +28,14 @@ LAYERS_TITLE = "Room: the layer that must change least"
 
 @figure_of.register
 def draw_diagnosis(diagnosis: Diagnosis) -> Any:
-    """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs.
-
-    Returns:
-        A `matplotlib.figure.Figure`, made without touching the global state of pyplot.
-
-    Raises:
-        ConfigurationError: matplotlib is not installed.
-    """
+    """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs."""
     layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
     figure = new_figure(13, max(4.6, 1.6 + 0.2 * layers))
-    known = diagnosis.known
-    figure.suptitle(
-        f"Before a repair: {known['targeted']:,} failures to repair, {known['passed']:,} passed samples to keep",
-        color=INK,
-        fontsize=12,
-    )
-    margins, mixing, room = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
-    _margins(margins, diagnosis)
-    _mixing(mixing, diagnosis)
-    _room(room, diagnosis)
+    title = "Before a repair: {targeted:,} failures to repair, {passed:,} passed samples to keep"
+    figure.suptitle(title.format(**diagnosis.known), color=INK, fontsize=12)
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
+    for draw, axes in zip((_margins, _mixing, _room), panels, strict=True):
+        draw(axes, diagnosis)
     return figure
 
 
@@ -79,12 +67,7 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
     axes.set_ylim(top=axes.get_ylim()[1] * (1.05 + 0.08 * len(shown)))  # room for the legend above the bars
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    _dress(
-        axes,
-        "Targets: can the last layer fix each?",
-        "margin: label's logit above the largest other",
-        "targets",
-    )
+    _dress(axes, "Targets: can the last layer fix each?", "margin: label's logit above the largest other", "targets")
 
 
 def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
@@ -99,16 +82,10 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
     ):
         total = max(1, sum(counts))
         axes.bar([i + shift for i in places], [100 * n / total for n in counts], 0.4, color=colour, label=name)
-    axes.set_xticks(list(places))
-    axes.set_ylim(0, 119)
-    axes.set_yticks(range(0, 101, 20))
+    axes.set(xticks=list(places), ylim=(0, 119), yticks=range(0, 101, 20))
     axes.legend(frameon=False, fontsize=9, loc="upper center")
-    _dress(
-        axes,
-        "Neighbours, by the last layer's inputs",
-        f"of the {mixing.k} nearest passed samples, with its label",
-        "% of samples",
-    )
+    across = f"of the {mixing.k} nearest passed samples, with its label"
+    _dress(axes, "Neighbours, by the last layer's inputs", across, "% of samples")
 
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
@@ -129,9 +106,8 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
         axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
         if marked:
             note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
-            axes.annotate(
-                note, (layer.change, at), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour
-            )
+            style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+            axes.annotate(note, (layer.change, at), (8, 0), **style)
     axes.set_yticks(list(places), [_short(layer.layer) for layer in layers], fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
@@ -161,8 +137,7 @@ def _short(name: str) -> str:
 
 def _nothing(axes: Any, title: str, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", color=GREY, transform=axes.transAxes)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     _dress(axes, title, "", "")
 
 
@@ -173,5 +148,4 @@ def _dress(axes: Any, title: str, across: str, up: str) -> None:
     axes.tick_params(colors=INK, labelsize=8)
     axes.set_axisbelow(True)
     axes.grid(axis="x" if not up else "y", color=GRID_COLOUR, linewidth=0.6)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

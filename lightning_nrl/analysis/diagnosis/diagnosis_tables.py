@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, median_high
 from typing import Literal
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
@@ -59,36 +60,24 @@ def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
 
 
 def _facts(diagnosis: Diagnosis) -> tuple[tuple[str, str], ...]:
-    known = diagnosis.known
-    facts = [
-        ("target", diagnosis.target),
-        (
-            "known samples",
-            f"{known['samples']:,}: {known['passed']:,} passed, {known['failed']:,} failed, "
-            f"{known['targeted']:,} of these to be repaired",
-        ),
-    ]
+    counts = "{samples:,}: {passed:,} passed, {failed:,} failed, {targeted:,} of these to be repaired"
+    facts = {"target": diagnosis.target}
     if diagnosis.task != "Multiclass":
-        facts.insert(1, ("right means", diagnosis.task))
+        facts["right means"] = diagnosis.task
+    facts["known samples"] = counts.format(**diagnosis.known)
     mixing, check = diagnosis.mixing, diagnosis.check
     if mixing is not None:
-        facts.append(
-            (
-                "neighbourhoods",
-                f"of the {mixing.k} passed samples nearest to a target, {rough_percent(mixing.mean('targets'))} have "
-                f"its label; of those nearest to a passed sample, {rough_percent(mixing.mean('passed'))}",
-            )
+        facts["neighbourhoods"] = (
+            f"of the {mixing.k} passed samples nearest to a target, {rough_percent(mixing.mean('targets'))} have "
+            f"its label; of those nearest to a passed sample, {rough_percent(mixing.mean('passed'))}"
         )
     if check is not None:
-        facts.append(
-            (
-                "held out",
-                f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
-                f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
-                f"{rough_percent(check.harmless)} of such fixes break none",
-            )
+        facts["held out"] = (
+            f"fixing one target by the last layer repairs {check.repaired:.1f} of {check.others:,} others and "
+            f"breaks {check.broken:.1f} of {check.passed:,} passed samples that it was not told of; "
+            f"{rough_percent(check.harmless)} of such fixes break none"
         )
-    return tuple(facts)
+    return tuple(facts.items())
 
 
 def _alone(diagnosis: Diagnosis, most: int) -> Table:
@@ -114,8 +103,8 @@ def _alone(diagnosis: Diagnosis, most: int) -> Table:
         row("can be fixed", count("yes"), "gain"),
         row("cannot be fixed", count("no")),
         *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
-        row("change needed, median", lambda group: rough_percent(_median([t.change for t in group]))),
-        row("neighbours with its label, mean", lambda group: rough_percent(_mean([t.agreement for t in group]))),
+        row("change needed, median", lambda group: _of_known(median_high, (t.change for t in group))),
+        row("neighbours with its label, mean", lambda group: _of_known(fmean, (t.agreement for t in group))),
     ]
     return Table(tuple((name, kind) for name, kind, _ in groups), tuple(rows))
 
@@ -123,11 +112,10 @@ def _alone(diagnosis: Diagnosis, most: int) -> Table:
 def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
     if not diagnosis.binding:
         return (Text("None: the smallest fix of each target breaks no known passed sample."),)
-    shown = diagnosis.binding[:most]
+    shown, rest = diagnosis.binding[:most], diagnosis.binding[most:]
     rows = [Row(f"{b.split} {b.id}", (str(b.label), f"{b.margin:.2g}", f"{b.targets:,}")) for b in shown]
-    rest = len(diagnosis.binding) - len(shown)
     if rest:
-        rows.append(Row(f"and {rest:,} more", ("", "", f"<= {diagnosis.binding[most].targets:,}")))
+        rows.append(Row(f"and {len(rest):,} more", ("", "", f"<= {rest[0].targets:,}")))
     text = (
         "Each limits the fix of so many targets, or forbids it: if it were not held, their smallest fix would break it."
     )
@@ -135,21 +123,19 @@ def _binding(diagnosis: Diagnosis, most: int) -> tuple[Block, ...]:
 
 
 def _doubts(diagnosis: Diagnosis, most: int) -> Table:
-    shown = diagnosis.doubts[:most]
+    shown, rest = diagnosis.doubts[:most], diagnosis.doubts[most:]
     rows = [
         Row(f"{d.split} {d.id}", (str(d.label), str(d.prediction), rough_percent(d.agreed), f"{d.lead:.1f}"))
         for d in shown
     ]
-    if len(diagnosis.doubts) > len(shown):
-        rows.append(Row(f"and {len(diagnosis.doubts) - len(shown):,} more", ("", "", "", "")))
+    rows += [Row(f"and {len(rest):,} more", ("", "", "", ""))] if rest else []
     return Table((("label", "given"), ("looks", "like"), ("neighbours", "agree"), ("lead", "logits")), tuple(rows))
 
 
 def _layers(diagnosis: Diagnosis, most: int) -> Table:
-    layers = list(diagnosis.layers)
+    layers = diagnosis.layers
     best = sorted(layers, key=lambda layer: layer.change)[:most]
-    head = [layer for layer in layers if layer.layer == diagnosis.head]
-    shown = [layer for layer in layers if layer in best or layer in head]
+    shown = [layer for layer in layers if layer in best or layer.layer == diagnosis.head]
     rows = [
         Row(
             layer.layer,
@@ -158,16 +144,11 @@ def _layers(diagnosis: Diagnosis, most: int) -> Table:
         )
         for layer in shown
     ]
-    if len(layers) > len(shown):
-        rows.append(Row(f"and {len(layers) - len(shown):,} that need more", ("", "", "", "")))
+    rest = len(layers) - len(shown)
+    rows += [Row(f"and {rest:,} that need more", ("", "", "", ""))] if rest else []
     return Table((("kind", ""), ("weights", ""), ("room", ""), ("change", "needed")), tuple(rows))
 
 
-def _mean(values: Sequence[float]) -> float:
+def _of_known(average: Callable[[list[float]], float], values: Iterable[float]) -> str:
     known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
-def _median(values: Sequence[float]) -> float:
-    known = sorted(value for value in values if not math.isnan(value))
-    return known[len(known) // 2] if known else math.nan
+    return rough_percent(average(known) if known else math.nan)

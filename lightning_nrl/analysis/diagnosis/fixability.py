@@ -88,12 +88,7 @@ class _Rows(NamedTuple):
 def find_fixability(passed: LayerSamples, targets: LayerSamples) -> Fixability:
     """Seeks for each target the smallest change of a Linear that repairs it and keeps all passed samples right.
 
-    Args:
-        passed: samples whose label's output is the largest.
-        targets: samples whose label's output is not the largest alone.
-
-    Returns:
-        Tensors on the device of the features.
+    Labels of `passed` have the largest logit, those of `targets` have not, or not alone.
     """
     device = passed.features.device
     home, dtype = device if widest(device) == torch.float64 else torch.device("cpu"), torch.float64
@@ -126,12 +121,7 @@ def _root(features: Tensor) -> Tensor:
 
 
 class _FixProgramme:
-    """One programme for each target that is undecided, all of them solved at once; `T` of `going` are left.
-
-    Args:
-        passed: whitened.
-        targets: whitened.
-    """
+    """One programme for each target that is undecided, all solved at once on whitened samples; `_going` are left."""
 
     def __init__(self, passed: LayerSamples, targets: LayerSamples) -> None:
         self.passed, self.targets = passed, targets

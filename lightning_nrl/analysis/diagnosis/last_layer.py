@@ -54,16 +54,7 @@ class LastLayer(NamedTuple):
 def analyze_last_layer(
     layer: nn.Linear, features: Features, evidence: SampleResults, failing: Tensor, seed: int, clock: StageTimer
 ) -> LastLayer | str:
-    """All findings, or why there are none, in words.
-
-    Args:
-        layer: the last Linear.
-        features: what it is given.
-        evidence: of the known data.
-        failing: `N` bool, rows from the data whose failures are to be repaired.
-        seed: of samples of many.
-        clock: is told what the stages take.
-    """
+    """All findings, or why there are none, in words; `failing` are rows of data marked `failed`, `N` bool."""
     label, passed, targeted = (x[features.rows] for x in (evidence.label, evidence.passed, evidence.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):

@@ -48,15 +48,9 @@ class FirstOrderCapacity(NamedTuple):
 def sketch_gradients(
     evaluator: Evaluator, batches: Iterable[tuple[Batch, Tensor]], *, seed: int = 0
 ) -> GradientSketches:
-    """Gradients of samples' margins in the weights of every layer.
+    """Gradients of samples' margins in the weights of every layer, which need not ask for them; all ranks get the same.
 
-    Args:
-        evaluator: the model, whose weights need not ask for gradients, and a task with margins. All ranks get the same.
-        batches: this rank's samples with their rows of the evidence, in batches as large as memory allows in training.
-        seed: of the sketches.
-
-    Raises:
-        ConfigurationError: the task has no margin.
+    `batches` are this rank's samples with their rows of the evidence, as large as memory allows in training.
     """
     collective, layers = evaluator.collective, layers_of(evaluator.model)
     rows, margins = [], []
@@ -82,13 +76,9 @@ def sketch_gradients(
 def layer_capacities(
     sketches: GradientSketches, targets: Tensor, norms: Mapping[str, float], keep: float
 ) -> dict[str, FirstOrderCapacity]:
-    """What each layer can do for each target while no passed sample's margin falls below `keep`, to first order.
+    """What each layer, of a norm by name, can do for each target (`n` bool of the sketches), to first order.
 
-    Args:
-        sketches: of targets and passed samples.
-        targets: `n` bool, which of them are targets.
-        norms: of the layers' weights, by name.
-        keep: the margin asked of targets, and of passed samples that have twice as much.
+    `keep` is the margin asked of targets, and of passed samples that have twice as much.
     """
     margin, t, p = sketches.margin.double(), targets.nonzero().flatten(), (~targets).nonzero().flatten()
     if not sketches.layers or not len(t):

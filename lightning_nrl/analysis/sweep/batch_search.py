@@ -55,9 +55,7 @@ class RunRequest:
 class BatchSearch:
     """A problem with what searches share: known data are recorded once, each localisation is made once.
 
-    Attributes:
-        problem: what is to be repaired; its own localizer, fitness and sample of passed data do not matter.
-        base: the settings that the problem was made of.
+    The problem's own localizer, fitness and sample of passed data do not matter.
     """
 
     problem: Problem

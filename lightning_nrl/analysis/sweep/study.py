@@ -35,16 +35,7 @@ RECOUNT_AFTER = 5
 
 @dataclass
 class Study:
-    """A model and its data, looked at once, for any number of runs.
-
-    Attributes:
-        problem: what is to be repaired.
-        base: the settings that it was made of.
-        data: for each role its data, and what the original model does on them.
-        collective: the ranks that share out the runs.
-        store: where runs are kept.
-        observer: is told how it goes.
-    """
+    """A model and its data, for any number of runs: `data` are sources and results of the original model by role."""
 
     problem: Problem
     base: Settings

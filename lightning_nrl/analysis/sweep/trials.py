@@ -54,13 +54,7 @@ class Trials:
     def explore(
         self, grid: Grid, evaluate: Callable[[Sequence[Combination]], Sequence[Sequence[Run]]], chooses: bool
     ) -> None:
-        """Asks for combinations, has them run, tells their scores.
-
-        A rank that `chooses` has the sampler; on the others `evaluate` runs what that one has chosen.
-
-        Raises:
-            ConfigurationError: Optuna is not installed.
-        """
+        """Has combinations of a sampler run and scored; on ranks that do not choose, `evaluate` runs its choice."""
         study = self._study() if chooses else None
         for start in range(0, self.n, self.together):
             count = min(self.together, self.n - start)
