@@ -1,4 +1,7 @@
-"""What people do instead of a repair: methods without a constraint, to be compared with."""
+"""What people do instead of a repair: methods without a constraint, to be compared with.
+
+In: a `Problem`. Out: a `Solution`, as of any method; it may break anything.
+"""
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.analysis.baselines.bcwi import Interpolation

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Real
 
 from lightning_nrl._utils.state import between, snapshot
 from lightning_nrl.analysis.baselines.fine_tuning import FineTuning
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import check_kind, check_real
 from lightning_nrl.problem import Method, Problem, Solution
 
 __all__ = ["Interpolation"]
@@ -34,8 +33,7 @@ class Interpolation:
 
     def __post_init__(self) -> None:
         check_kind("new", self.new, callable(self.new), "method", "an object, such as FineTuning()")
-        if not isinstance(self.a, Real) or isinstance(self.a, bool) or not 0 < self.a <= 1:
-            raise ConfigurationError(f"`a={self.a!r}` is no share.", "give a number above 0 and at most 1.")
+        check_real("a", self.a, "share", "give a number above 0 and at most 1.", above=0, most=1)
 
     def __call__(self, problem: Problem) -> Solution:
         return self.towards(problem, self.new(problem))

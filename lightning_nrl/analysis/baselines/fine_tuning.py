@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from lightning_nrl._optim.mini_batches import load_batches, shuffled_batches
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import check_real, check_whole
 from lightning_nrl.problem import Problem, Solution
 
 __all__ = ["DistilledFineTuning", "FineTuning", "LayerFineTuning"]
@@ -50,12 +49,9 @@ class FineTuning:
     emphasis: float = EMPHASIS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 1:
-            raise ConfigurationError(f"`epochs={self.epochs!r}` is no number.", "give a whole number from 1.")
+        check_whole("epochs", self.epochs, 1)
         for name in ("learning_rate", "emphasis"):
-            value = getattr(self, name)
-            if not isinstance(value, Real) or not 0 < float(value) < math.inf:
-                raise ConfigurationError(f"`{name}={value!r}` is out of range.", "give a number above 0.")
+            check_real(name, getattr(self, name), "number", "give a number above 0.", above=0)
 
     def __call__(self, problem: Problem) -> Solution:
         return _tuned(problem, self, _emphasised(problem, self.emphasis))

@@ -53,8 +53,7 @@ class FurtherTraining:
     """
 
     def __call__(self, problem: Problem) -> Solution:
-        one_pass = problem.clock.one_pass
-        return _trained(problem, "train", problem.clock.left - one_pass)
+        return _trained(problem, "train", problem.clock.left - problem.clock.one_pass)
 
 
 def _trained(problem: Problem, name: str, seconds: float, start: State | None = None) -> Solution:
@@ -80,15 +79,12 @@ def _obstacle(problem: Problem) -> str:
 
 @torch.no_grad()
 def fresh_weights(model: nn.Module, seed: int, make: Callable[[], nn.Module] | None = None) -> State:
-    """Weights and buffers of an untrained network of the same shape. The model and the random state are left as found.
+    """Weights and buffers of an untrained network of the same shape, on the model's device; the model stays as it is.
 
     Args:
         model: the trained network.
         seed: of the initialisation.
         make: makes an untrained network; None: `reset_parameters` of each module of the model is called on a copy.
-
-    Returns:
-        Every parameter and persistent buffer, on the model's device.
 
     Raises:
         ConfigurationError: a parameter belongs to a module that cannot initialise it, or another network was made.

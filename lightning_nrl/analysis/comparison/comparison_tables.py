@@ -47,8 +47,7 @@ def _table(comparison: Comparison, entries: list[Entry]) -> Table:
     rows = []
     for entry in entries:
         for label, seconds, point in _lines(entry):
-            cells = [point.targeted, point.known.repaired, point.known.broken]
-            texts = list(map(count, cells))
+            texts = list(map(count, (point.targeted, point.known.repaired, point.known.broken)))
             if with_unseen:
                 texts += [count(point.unseen.repaired), count(point.unseen.broken), f"{point.gain:+.1f}"]
             rows.append(Row(label, (*texts, f"{seconds:,.1f}")))

@@ -9,16 +9,16 @@ from lightning_nrl.report.formatting import rough_percent, rough_time
 
 __all__ = ["advise"]
 
-DOUBTED = 0.2
+DOUBTED_SHARE = 0.2
 """Share of targets with doubtful labels from which on labels come first."""
 
-WORTH = 2.0
+MIN_EXCHANGE_RATE = 2.0
 """Others repaired for each one broken from which on a repair of the last layer is worth its unseen breaks."""
 
-NEAR = 4.0
+MAX_CHANGE_RATIO = 4.0
 """Times the easiest layer's change that the last layer may need: both are medians over few targets."""
 
-FAR = 0.5
+MAX_SMALL_CHANGE = 0.5
 """A change of a layer by half of its norm is no small one: the first-order figures do not hold there."""
 
 
@@ -31,7 +31,7 @@ def advise(found: Diagnosis) -> str:
     if all(math.isnan(target.margin) for target in found.targets):
         return "Use method='auto', which is the swarm here: the task has no margins, so little can be said before."
     n, doubts = found.known["targeted"], len(found.doubts)
-    if doubts < max(1, DOUBTED * n):
+    if doubts < max(1, DOUBTED_SHARE * n):
         return _method(found)
     return (
         f"Look at labels first: those of {doubts:,} of {n:,} targets may be wrong, since neighbours and model "
@@ -44,8 +44,8 @@ def _method(found: Diagnosis) -> str:
     times = {cost.method: rough_time(cost.seconds) for cost in found.costs}
     own = next((layer for layer in found.layers if layer.layer == head), None)
     alone, tried = found.count("yes"), len(found.targets) - found.count("not tried")
-    near = own is None or best is None or own.change <= NEAR * best.change
-    worth = check is not None and not check.rate < WORTH
+    near = own is None or best is None or own.change <= MAX_CHANGE_RATIO * best.change
+    worth = check is not None and not check.rate < MIN_EXCHANGE_RATE
     last = " ".join((_last_layer(alone, tried, check), _change(own, best))).strip()
     if 2 * alone > tried and near and worth:
         return (
@@ -54,7 +54,7 @@ def _method(found: Diagnosis) -> str:
         )
     if best is None:
         return f"Use the default, method='auto', {times['auto']}. {last}".strip()
-    if best.change < FAR:
+    if best.change < MAX_SMALL_CHANGE:
         why = f": {_against(head, 2 * alone > tried, worth, check)}" if tried else ""
         return (
             f"Use the default, method='auto', on the whole network, {times['auto']}{why}. {last} "

@@ -12,20 +12,20 @@ from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Timings", "costs"]
 
-AROUND = 4 + len(PATH_STRENGTHS)
+PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)
 """Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
 was found twice, and to count it at several strengths."""
 
-STEP = 2.5
+PASSES_PER_STEP = 2.5
 """A step of training in passes over its samples: one forward and one or two as dear backward."""
 
-LINEAR = 40
+LINEARIZED_PASSES = 40
 """Passes that a linearized search makes."""
 
-SOLVES = 16.0
+CONVEX_SOLVES = 16.0
 """A convex search takes as long as so many looks at every target alone: it solves for ten strengths and four folds."""
 
-SCORED = 0.15
+SCORED_SHARE = 0.15
 """Share of all scores that a swarm really computes: fragile samples first, and most candidates are given up early."""
 
 
@@ -40,9 +40,9 @@ class Timings(NamedTuple):
 
 def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
     """A line for each method that can be used, the quickest first; without `epochs` training cannot go on."""
-    around, swarm = AROUND * pace.one_pass, ParticleSwarm()
+    around, swarm = PASSES_AROUND_SEARCH * pace.one_pass, ParticleSwarm()
     candidates = swarm.particles * swarm.iterations
-    search = None if pace.head is None else SCORED * candidates * pace.head
+    search = None if pace.head is None else SCORED_SHARE * candidates * pace.head
     found = []
     if search is not None:
         how = f"at most {candidates:,} candidates for the last Linear"
@@ -51,9 +51,9 @@ def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
             found.append(Cost("auto", around + search, f"{how}; nothing else works without margins"))
     if pace.margins:
         if pace.alone is not None:
-            found.append(Cost("convex", around + SOLVES * pace.alone, "exact programmes for the last Linear"))
-        found.append(Cost("linearized", around + LINEAR * pace.one_pass, "some steps of one layer"))
-        fit = (epochs or VISITS_PER_SAMPLE) * STEP * pace.one_pass + POLISH_PASSES * pace.one_pass
+            found.append(Cost("convex", around + CONVEX_SOLVES * pace.alone, "exact programmes for the last Linear"))
+        found.append(Cost("linearized", around + LINEARIZED_PASSES * pace.one_pass, "some steps of one layer"))
+        fit = (epochs or VISITS_PER_SAMPLE) * PASSES_PER_STEP * pace.one_pass + POLISH_PASSES * pace.one_pass
         how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))

@@ -21,9 +21,8 @@ from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
 from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
 from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
-from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 

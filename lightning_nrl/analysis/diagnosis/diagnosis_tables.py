@@ -15,7 +15,7 @@ from lightning_nrl.report.pages import page_of
 
 __all__ = ["page_of_diagnosis"]
 
-REST: tuple[Fixable, ...] = ("undecided", "not tried")
+OPEN_VERDICTS: tuple[Fixable, ...] = ("undecided", "not tried")
 
 LISTED_ROWS = 8
 """Samples, classes and layers that are shown; the JSON has all."""
@@ -102,7 +102,7 @@ def _alone(diagnosis: Diagnosis, most: int) -> Table:
         row("targets", lambda group: f"{len(group):,}"),
         row("can be fixed", count("yes"), "gain"),
         row("cannot be fixed", count("no")),
-        *(row(verdict, count(verdict)) for verdict in REST if diagnosis.count(verdict)),
+        *(row(verdict, count(verdict)) for verdict in OPEN_VERDICTS if diagnosis.count(verdict)),
         row("change needed, median", lambda group: _of_known(median_high, (t.change for t in group))),
         row("neighbours with its label, mean", lambda group: _of_known(fmean, (t.agreement for t in group))),
     ]

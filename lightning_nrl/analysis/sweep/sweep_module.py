@@ -20,8 +20,7 @@ from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.methods import Auto
 from lightning_nrl.pipeline.baseline import evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default

@@ -25,8 +25,7 @@ SWEEP_NOTE = (
 def page_of_sweep(result: SweepResult, full: bool = False) -> Page:
     """What there is to say, then the table."""
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
-    if result.runs:
-        blocks += [_table(result), Text(SWEEP_NOTE)]
+    blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []
     facts = tuple((name, value) for name, value in (("target", result.target), ("layer", result.layer)) if value)
     return Page((*blocks, *((Facts(facts),) if facts else ())))
 

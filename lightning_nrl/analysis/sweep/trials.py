@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_nrl.analysis.sweep.grid import Grid
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 
 __all__ = ["Combination", "Trials", "regression_free_repairs"]
 
@@ -44,11 +44,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         for name in ("n", "together"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(
-                    f"`Trials.{name}={value!r}` is out of range.", "give a whole number of at least 1."
-                )
+            check_whole(f"Trials.{name}", getattr(self, name), 1)
         check_kind("Trials.score", self.score, callable(self.score), "function of a run", "score=lambda run: ...")
 
     def explore(
