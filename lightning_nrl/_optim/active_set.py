@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
-from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher, logits_of
+from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
@@ -77,9 +77,8 @@ class ActiveSet:
         self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
-        hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(
-            HINGE_MARGIN_RATIO * 0.05 * self._unit, HINGE_MARGIN * self._unit
-        )
+        least = HINGE_MARGIN_RATIO * 0.05 * self._unit
+        hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(least, HINGE_MARGIN * self._unit)
         self._hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
         weight = before.weight.float()
         self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
@@ -176,7 +175,7 @@ class ActiveSet:
         with holding(problem.model, state):
             for parts in load_batches(problem, rows.split(BATCH_SIZE) if len(rows) else ()):
                 for batch, places in parts:
-                    output = logits_of(problem, batch)
+                    output = problem.evaluator.output(batch)
                     is_finite = problem.task.loss(output, batch.target).isfinite()
                     measured.append((places, torch.where(is_finite, self._margin(output, batch), torch.nan)))
         return measured

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.logit_cache import logits_of
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, Part, load_batches
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
@@ -124,7 +123,7 @@ class Descent:
         def work() -> bool:
             with torch.enable_grad(), repeatable_gradients(self.problem.model), self.running():
                 for batch, rows in self._pieces(parts):
-                    loss(batch, rows, logits_of(self.problem, batch)).backward()
+                    loss(batch, rows, self.problem.evaluator.output(batch)).backward()
             return True
 
         while none_if_out_of_memory(work) is None:

@@ -13,7 +13,7 @@ from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.problem import Problem
 
-__all__ = ["DISTILLATION_WEIGHT", "LogitCache", "Teacher", "logits_of"]
+__all__ = ["DISTILLATION_WEIGHT", "LogitCache", "Teacher"]
 
 DISTILLATION_WEIGHT = 5.0
 """How much the divergence of a taught sample from its teacher counts beside its loss."""
@@ -48,12 +48,7 @@ class LogitCache:
         return index[~self._known[index]]
 
     def get(self, index: Tensor, shape: torch.Size | None = None) -> Tensor | None:
-        """The logits of samples, `n x ...`; None unless all are known.
-
-        Args:
-            index: `n` int64.
-            shape: that the logits must have behind the first dimension; None: any.
-        """
+        """The logits of samples, `n` int64; None unless all are known and of that shape behind the first dimension."""
         index = index.cpu()
         if self._table is None or (shape is not None and shape[1:] != self._table.shape[1:]):
             return None
@@ -122,13 +117,12 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch, rows: Tensor, shape: torch.Size | None = None) -> Tensor:
-        """The logits, on the device of the model.
+        """The logits of a batch, on the device of the model.
 
         Args:
             batch: `n` samples.
             rows: their rows among the known samples, `n` int64 on the CPU.
-            shape: that the logits have if it depends on the batch, as it does where a batch is padded to its longest
-                sample.
+            shape: of the logits, where it depends on the batch as in one that is padded to its longest sample.
         """
         cached = self._cache.get(rows, shape)
         if cached is not None:
@@ -138,15 +132,8 @@ class Teacher:
             chosen = which == number
             if chosen.any():
                 with holding(self._problem.model, state):
-                    output = logits_of(self._problem, batch)
+                    output = self._problem.evaluator.output(batch)
                 mask = chosen.to(output.device).view(-1, *[1] * (output.ndim - 1))
                 logits = torch.where(mask, output, logits) if len(logits) else output
         self._cache.put(rows, logits)
         return logits
-
-
-def logits_of(problem: Problem, batch: Batch) -> Tensor:
-    """The logits of the model with the weights that it holds, computed as deployed."""
-    with problem.context():
-        output = problem.model(*batch.args, **batch.kwargs)
-    return problem.task.logits(output)

@@ -59,13 +59,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
 
 
 def merge_measurements(problem: Problem, column: Tensor, measured: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """A column over all known samples, `N`, with new values at the rows that any rank measured; of several the last.
-
-    Args:
-        problem: whose ranks these are.
-        column: what is known so far.
-        measured: rows of this rank's share and a value for each.
-    """
+    """A column over all known samples, `N`, with new values at the rows that any rank measured; of several the last."""
     new, is_new = torch.zeros_like(column), torch.zeros_like(column)
     if measured:
         rows, values = torch.cat([rows for rows, _ in measured]), torch.cat([values for _, values in measured])

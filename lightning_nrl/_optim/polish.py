@@ -31,8 +31,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.polish_result import PolishResult, better_of
-from lightning_nrl._optim.scale_back import scale_back
+from lightning_nrl._optim.polish_result import PolishResult, better_of, scale_back
 from lightning_nrl._optim.target_schedule import TargetSchedule
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline

@@ -40,7 +40,7 @@ MAX_FULL_MOMENT = 2048
 class MarginGradients(NamedTuple):
     """Gradients of margins, whitened."""
 
-    rows: Tensor  # m int64, of the evidence, ascending
+    rows: Tensor  # m int64, of the known samples, ascending
     values: Tensor  # m x K
 
 
@@ -115,13 +115,7 @@ def fit_whitening(problem: Problem, max_size: int) -> Whitening:
 
 @torch.no_grad()
 def margin_gradients(problem: Problem, chosen: Tensor, whitening: Whitening, state: State) -> MarginGradients:
-    """Gradients of the margins of chosen samples, the same on every rank.
-
-    Args:
-        problem: whose model is run, in batches of at most 128 samples.
-        chosen: rows of the evidence.
-        whitening: the coordinates.
-        state: the weights at which the gradients are taken.
+    """Gradients of the margins of chosen rows under a state, the same on every rank.
 
     Raises:
         ConfigurationError: gradients do not reach a layer.
@@ -149,7 +143,7 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     missed = dict.fromkeys(layers, False)
     for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):
         for batch, at in parts:
-            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.context)
+            _, calls = margin_calls(problem.model, layers, batch, problem.task, problem.evaluator.context)
             missed |= {name: missed[name] or not is_by_sample(found, len(at)) for name, found in calls.items()}
             if not any(missed.values()):
                 yield at, calls
@@ -168,13 +162,8 @@ def _gradients(problem: Problem, chosen: Tensor, whitening: Whitening) -> Iterat
     """Rows and whitened gradients of this rank's share, of each layer `n x outputs x d`."""
     for at, calls in _traced(problem, chosen):
         with no_autocast(problem.space.device):
-            yield (
-                at,
-                [
-                    _of_site(site, calls[site.name], len(at), outputs, root)
-                    for site, outputs, root in zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
-                ],
-            )
+            layers = zip(whitening.sites, whitening.outputs, whitening.roots, strict=True)
+            yield at, [_of_site(site, calls[site.name], len(at), *rest) for site, *rest in layers]
 
 
 def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, root: Tensor) -> Tensor:
@@ -190,11 +179,11 @@ def _of_site(site: LayerRef, calls: list[LayerCall], n: int, outputs: Tensor, ro
 def _scaled(site: LayerRef, outputs: Tensor, root: Tensor, x: Tensor) -> Tensor:
     """`n x outputs x d` times C^(-1/2), which is symmetric: from coordinates to weights, and gradients back."""
     root = root.to(x.dtype)
-    groups = len(root)
-    if root.ndim == 2 or groups == 1:
-        group = outputs // (len(site.module.weight) // groups)
-        return x * root[group] if root.ndim == 2 else x @ root[0]
-    group = outputs // (len(site.module.weight) // groups)
+    group = outputs // (len(site.module.weight) // len(root))
+    if root.ndim == 2:
+        return x * root[group]
+    if len(root) == 1:
+        return x @ root[0]
     return torch.bmm(x.transpose(0, 1), root[group]).transpose(0, 1)
 
 
@@ -212,10 +201,10 @@ def _empty(site: LayerRef) -> Tensor:
 
 def _add(site: LayerRef, moment: Tensor, x: Tensor) -> None:
     with no_autocast(x.device):
-        seen = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
+        inputs = windows(site.module, x, MAX_MOMENT_POSITIONS).to(moment.dtype)
         if _has_bias(site):
-            seen = F.pad(seen, (0, 1), value=1.0)
-        moment += seen.square().sum(1) if moment.ndim == 2 else seen.mT @ seen
+            inputs = F.pad(inputs, (0, 1), value=1.0)
+        moment += inputs.square().sum(1) if moment.ndim == 2 else inputs.mT @ inputs
 
 
 def _root(moment: Tensor) -> Tensor:

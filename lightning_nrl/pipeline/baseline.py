@@ -58,16 +58,7 @@ def evaluate_baseline(
     clock: StageTimer,
     reference: Reference | None = None,
 ) -> Baseline:
-    """Makes a pass over all data.
-
-    Args:
-        evaluator: the original model, in evaluation mode, and what judges it.
-        known: data that the repair may look at.
-        settings: what is targeted, how much samples count, and what is set aside.
-        unseen: data that are only counted.
-        calibration: data to choose the strength by.
-        clock: keeps the time of each pass.
-        reference: the model that this one replaces.
+    """Makes a pass over all data; the clock keeps the time of each. The arguments are those of `repair_module`.
 
     Raises:
         ConfigurationError: the data, the target, the task or the reference cannot be used, or calibration data are

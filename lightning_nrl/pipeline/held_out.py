@@ -38,18 +38,13 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
     Which of their failures are in the target is for the report alone, so a target that cannot say so, for instance
     because these data lack a column, is a warning. Whatever else goes wrong is raised, on every rank if on one.
 
-    Args:
-        evaluator: the original model and what judges it.
-        sources: the data.
-        settings: say which failures are marked, and what samples count.
-
     Warns:
         DataWarning: the failures in the target are not marked.
     """
     try:
         return settings.samples.evaluate(evaluator, sources, settings.target, everywhere=True, known=False)[0]
     except Exception as error:
-        # Where a rank fails, every other one is told so: they are all here, and try again only if all can.
+        # Where one rank fails, all come here; they try again only if all can.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
         warnings.warn(

@@ -1,4 +1,4 @@
-"""What is checked of known data before any method looks at them."""
+"""What is checked of settings and known data before a method runs."""
 
 from __future__ import annotations
 
@@ -29,22 +29,14 @@ CLASSES: tuple[Need, ...] = ("classes",)
 
 
 def given_or_default(settings: Settings | None) -> Settings:
-    """The settings that were given, or those of a repair that says nothing.
-
-    Raises:
-        ConfigurationError: they are of another kind.
-    """
+    """The settings that were given, or the default ones; refuses a value of another kind."""
     settings = Settings() if settings is None else settings
     check_kind("settings", settings, isinstance(settings, Settings), "Settings", "Settings(target=..., layer=...)")
     return settings
 
 
 def check_sources(known: Sequence[Source], unseen: Sequence[Source], settings: Settings) -> None:
-    """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses what is no list of sources, splits of one name, and known data with nothing to repair or to draw from."""
     for argument, sources in (("known", known), ("unseen", unseen)):
         if not isinstance(sources, Sequence) or not all(isinstance(source, Source) for source in sources):
             raise ConfigurationError(
@@ -72,11 +64,7 @@ def _kinds(sources: object) -> str:
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Refuses a limit and a mix where there are no calibration data that they are about.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses a limit and a mix where there are no calibration data that they are about."""
     for name, value in (("limit", settings.limit), ("mix", settings.bounds.mix)):
         if value is not None and not calibrated:
             shown = repr(str(value)) if name == "limit" else "..."
@@ -87,16 +75,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
-    """Refuses settings that need margins or classes where the task has none.
-
-    Args:
-        settings: what was asked for.
-        before: of some samples at least.
-        task: that they were judged by.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses settings that need margins or classes where the task has none, by results on some samples at least."""
     check_needs(getattr(settings.method, "needs", ()), before, task)
     if settings.samples.set_aside == DOUBTFUL:
         hint = "set failures aside by a function of the batch, or leave `set_aside` out."
@@ -104,11 +83,7 @@ def check_task(settings: Settings, before: SampleResults, task: Task) -> None:
 
 
 def check_losses(before: SampleResults) -> None:
-    """Refuses a model whose losses are not finite.
-
-    Raises:
-        EvaluationError: the samples are named.
-    """
+    """Raises an `EvaluationError` that names the samples whose losses are not finite, if there are any."""
     wrong = before.non_finite()
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())

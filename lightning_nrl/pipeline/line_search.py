@@ -42,7 +42,7 @@ class LineSearchResult:
         path: the strengths that were counted, ascending.
         chosen: the one to take; None if none keeps within the limit.
         state: the weights there, whole tensors.
-        selection: what say calibration data had in that.
+        selection: how calibration data chose it.
     """
 
     path: tuple[StrengthPoint, ...] = ()
@@ -70,8 +70,8 @@ def line_search(
         gate: how many known samples may break.
         calibration: data to choose by; needed for a limit.
         fixed: the strength to take, whatever is found.
-        limit: how many calibration samples may break at most. The strongest of `LIMIT_STRENGTHS` that keeps within it
-            and within the gate, once it is polished, is taken.
+        limit: how many calibration samples may break. The strongest of `LIMIT_STRENGTHS` within it and, once polished,
+            within the gate is taken.
         after: what the model does on known data under the patch, if that is known already.
         full_curve_samples: with no more known samples than these, all points are counted.
     """
@@ -90,12 +90,14 @@ def line_search(
         limit = Gate.tolerance(1.0)
     if limit is not None and calibration is not None:
         return _strongest_within(path, limit)
-    if fixed is not None:
-        return _taken(path, fixed, Selection())
-    # Whether something protected breaks there decides what is looked at.
-    weighted = calibration is not None and calibration.before.weighted
-    selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
-    return _taken(path, choose_strength(points), selection)
+    strength, selection = fixed, Selection()
+    if strength is None:
+        # Whether something protected breaks at a strength decides which ones are tried.
+        weighted = calibration is not None and calibration.before.weighted
+        strength = choose_strength(points)
+        selection = Selection(LIMIT_STATES if weighted else 1 + len(_free(points)))
+    state = path.take(strength)
+    return LineSearchResult(path.points, strength, state, selection)
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
@@ -108,11 +110,8 @@ def choose_strength(path: Sequence[StrengthPoint]) -> float:
     if chosen is None:
         return 1.0
     for point in _free(path):
-        if (
-            point.calibration is not None
-            and point.calibration_cost <= chosen.calibration_cost
-            and point.worth > chosen.worth
-        ):
+        no_worse = point.calibration is not None and point.calibration_cost <= chosen.calibration_cost
+        if no_worse and point.worth > chosen.worth:
             chosen = point
     return chosen.strength
 
@@ -129,13 +128,8 @@ def _whole_patch(path: Sequence[StrengthPoint]) -> StrengthPoint | None:
     return next((point for point in path if point.strength == 1), None)
 
 
-def _taken(path: PatchPath, strength: float, selection: Selection) -> LineSearchResult:
-    state = path.take(strength)
-    return LineSearchResult(path.points, strength, state, selection)
-
-
 def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
-    """Looks between the strongest point that keeps within the limit and the next one, on a finer grid."""
+    """Searches between the strongest point that keeps within the limit and the next one, on a finer grid."""
     low = max((t for t in path.counted if path.within_limit(t, limit)), default=0.0)
     high = min((t for t in path.counted if t > low), default=low)
     finer = [t for t in reversed(LIMIT_STRENGTHS) if low < t < high]
@@ -155,7 +149,7 @@ def _strongest_within(path: PatchPath, limit: Gate) -> LineSearchResult:
 
 
 def _selection(path: PatchPath, strength: float, limit: Gate) -> Selection:
-    """What say calibration data had in a strength that was found under a limit.
+    """How calibration data chose a strength that was found under a limit.
 
     It was sought from strong to weak, which costs least. If all weaker strengths keep within the limit too, it is also
     one that a walk from weak to strong accepts, and what is said of those holds: the order of `LIMIT_STRENGTHS` and the

@@ -8,7 +8,7 @@ from dataclasses import replace
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
+from lightning_nrl.evaluation import Flips, SampleResults
 from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline.held_out import HeldOut
 from lightning_nrl.problem import Problem
@@ -24,12 +24,6 @@ class PatchPath:
     """What a patch does at several strengths, by real forward passes over known and calibration data.
 
     A patch that breaks nothing at its end may break something half way: a point that is taken there is polished first.
-
-    Args:
-        problem: what is to be repaired.
-        patch: whole tensors.
-        gate: how many known samples may break.
-        calibration: data that are counted too.
 
     Attributes:
         counted: what was counted so far, by strength; where a point was polished, after that.
@@ -90,12 +84,7 @@ class PatchPath:
         return self.points
 
     def point(self, strength: float, after: SampleResults | None = None) -> StrengthPoint:
-        """What the patch does at a strength; it is counted there once.
-
-        Args:
-            strength: where.
-            after: what the model does on known data there, if that is known already.
-        """
+        """What the patch does at a strength, counted once; `after` are results on known data, if there are any yet."""
         if strength not in self.counted:
             point = self._count(self.state(strength), strength, after)
             self.counted[strength] = point
@@ -144,17 +133,12 @@ class PatchPath:
     def _count(self, state: State, strength: float, after: SampleResults | None = None) -> StrengthPoint:
         problem, before = self.problem, self.problem.before
         flips = Flips.between(before, problem.evaluate(state) if after is None else after)
-        calibration: FlipCounts | None = None
-        calibration_harm: float | None = None
-        if self.calibration is not None:
-            held_out = self.calibration.flips(problem.evaluator, state)
-            calibration = held_out.counts()
-            weighted = self.calibration.before.weighted
-            calibration_harm = self.calibration.before.harm(held_out.broken) if weighted else None
         repaired = flips.repaired & before.targeted
-        point = StrengthPoint(
-            strength, int(repaired.sum()), flips.counts(), calibration, calibration_harm=calibration_harm
-        )
-        if not before.weighted:
+        point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
+        if before.weighted:
+            point = replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))
+        if self.calibration is None:
             return point
-        return replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))
+        held_out, results = self.calibration.flips(problem.evaluator, state), self.calibration.before
+        harm = results.harm(held_out.broken) if results.weighted else None
+        return replace(point, calibration=held_out.counts(), calibration_harm=harm)

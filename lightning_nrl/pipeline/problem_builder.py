@@ -27,19 +27,7 @@ def build_problem(
     update: bool = False,
     needed: Mapping[str, int] | None = None,
 ) -> Problem:
-    """What a method is given.
-
-    Args:
-        evaluator: the original model and what judges it.
-        known: data that methods may look at.
-        before: what the model does on them.
-        layers: the weights to be searched, and the names of those that may change at all (`find_scope`).
-        settings: what was asked for.
-        clock: what is left of the time; None: there is no limit.
-        training: goes on with the training.
-        update: whether the model replaces another one that gets the targets right.
-        needed: how many targets of a slice are to be repaired at least.
-    """
+    """What a method is given; `layers` as `find_scope` gives them, without a clock there is no limit of time."""
     space, scope = layers
     return Problem(
         evaluator,

@@ -92,9 +92,9 @@ class ReportBuilder:
 
         Args:
             verdict: what the gate said.
-            new: the tensors that the candidate changes, as it has them, by the names of the state dict.
+            new: whole tensors that the candidate changes, by the names of the state dict.
             after: the results on known data under the candidate.
-            held_out: likewise on the data that no search uses, if it was accepted.
+            held_out: likewise on held-out data, if it was accepted.
             bounds: what the calibration data say of it, if there are any and it was accepted.
         """
         old = {name: value for name, value in self.evaluator.model.state_dict().items() if name in new}

@@ -39,9 +39,7 @@ class LeakCheck:
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
-        """How many samples of each unseen split are known too, or calibrate; splits without any are left out.
-
-        To be called after a pass over these sources.
+        """How many samples of each unseen split are known too, or calibrate; to be called after a pass over all data.
 
         Warns:
             DataWarning: there are some.

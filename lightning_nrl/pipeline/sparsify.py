@@ -39,11 +39,8 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 
     Args:
         problem: what is to be repaired.
-        proposal: the patch.
+        proposal: the patch; it is given back if fewer weights do not do.
         loss: the share of its repaired targets that may be lost, by weight, from 0 to below 1.
-
-    Returns:
-        The sparse patch, or the one that was given if fewer weights do not do; and a line for the report.
     """
     began = problem.clock.now()
     patch = _SortedPatch(problem, proposal.state)
@@ -75,16 +72,12 @@ def sparsify(problem: Problem, proposal: Proposal, loss: float) -> tuple[Proposa
 def _smallest(patch: _SortedPatch, whole: Proposal, least: float, most_broken: float | None) -> tuple[int, Proposal]:
     """The fewest changed weights with enough repairs, found by bisection of its logarithm.
 
-    Args:
-        patch: all changed weights.
-        whole: what they do together.
-        least: what the repairs must be worth.
-        most_broken: what the broken known samples may cost; None: anything.
+    Repairs must be worth at least `least`, broken known samples cost at most `most_broken`; None: anything.
     """
     low, high, best = 0, patch.size, whole
     while high > max(low + 1, SIZE_TOLERANCE * low) and not patch.is_late():
         middle = min(max(round(math.sqrt(max(low, 1) * high)), low + 1), high - 1)
-        found = patch.proposal(middle)
+        found = patch.problem.propose("sparse", patch.state(middle))
         enough = found.gain >= least and found.missing <= whole.missing
         if enough and (most_broken is None or found.harm <= most_broken):
             high, best = middle, found
@@ -139,10 +132,6 @@ class _SortedPatch:
         """The patch with so many changed weights."""
         masks = self.masks(size)
         return self.buffers | {name: torch.where(masks[name], self.new[name], self.old[name]) for name in self.new}
-
-    def proposal(self, size: int) -> Proposal:
-        """The same, counted."""
-        return self.problem.propose("sparse", self.state(size))
 
     def polished(self, size: int) -> Proposal:
         """The same after a polish in which only these weights move."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
@@ -83,11 +82,6 @@ class Problem:
         return self.evaluator.task
 
     @property
-    def context(self) -> Context:
-        """Entered around every forward pass."""
-        return self.evaluator.context
-
-    @property
     def collective(self) -> Collective:
         """The ranks that share the data."""
         return self.evaluator.collective
@@ -110,29 +104,17 @@ class Problem:
         return self.counted(name, state, self.evaluate(state))
 
     def counted(self, name: str, state: State, after: SampleResults) -> Proposal:
-        """A state as a proposal, with what was seen of it."""
-        flips = Flips.between(self.before, after)
-        before, repaired = self.before, flips.repaired & self.before.targeted
+        """A state as a proposal, with results on all known data that are there already."""
+        before, flips = self.before, Flips.between(self.before, after)
+        repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
-        return Proposal(
-            name,
-            state,
-            after,
-            int(repaired.sum()),
-            int(flips.broken.sum()),
-            before.gain(repaired),
-            before.harm(flips.broken),
-            missing,
-        )
+        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), before.harm(broken), missing
+        return Proposal(name, state, after, *counts)
 
     def steered(self, after: SampleResults) -> Problem:
         """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
 
-        Args:
-            after: what the model does on known data under the weights from which the search goes on.
+        `after` are results on known data under the weights from which the search goes on.
         """
-        repaired = self.before.targeted & after.passed
-        names = below(self.before, repaired, self.needed)
-        if not names:
-            return self
-        return replace(self, before=raised(self.before, names, LACKING_SLICE_FACTOR))
+        names = below(self.before, self.before.targeted & after.passed, self.needed)
+        return replace(self, before=raised(self.before, names, LACKING_SLICE_FACTOR)) if names else self

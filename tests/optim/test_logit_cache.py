@@ -10,7 +10,7 @@ from toy_problems import make_problem
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.logit_cache import LogitCache, Teacher, logits_of
+from lightning_nrl._optim.logit_cache import LogitCache, Teacher
 from lightning_nrl.problem import Problem
 
 
@@ -79,13 +79,13 @@ def test_a_teacher_is_not_confused_by_weights_that_are_being_moved() -> None:
     steps.step([(batch, rows)], first_logit)
     with steps.running():
         assert teacher(batch, rows).tolist() == [[10.0, 0.0], [2.0, 0.0]]
-        torch.testing.assert_close(logits_of(problem, batch), torch.tensor([[0.7, 0.0], [1.4, 0.0]]))
+        torch.testing.assert_close(problem.evaluator.output(batch), torch.tensor([[0.7, 0.0], [1.4, 0.0]]))
 
 
 def test_outputs_are_computed_in_the_context_of_the_deployed_model() -> None:
     problem = make_problem(two_weights(), [numbers(1, 2)], context=lambda: torch.autocast("cpu", torch.bfloat16))
     batch, _ = parts_of(problem, 0)[0]
-    assert logits_of(problem, batch).dtype == torch.bfloat16
+    assert problem.evaluator.output(batch).dtype == torch.bfloat16
 
 
 def test_where_the_device_has_no_memory_for_them_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
