@@ -58,12 +58,8 @@ class ActiveSet:
     A sample of the working set has a teacher: the given state where it is right, else the original model, which matters
     where that is right.
 
-    Args:
-        problem: what is known.
-        state: the weights that steps start from.
-        after: what the model does on known data under them.
-        insisted: `N` bool, targets that steps go on for however far from right they are. Whoever owns the tensor may
-            change it between rounds.
+    `insisted`, `N` bool, are targets that steps go on for however far from right they are; whoever owns the tensor may
+    change it between rounds.
 
     Attributes:
         margin: `N`, NaN where the loss is not finite.

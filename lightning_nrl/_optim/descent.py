@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, Part, load_batches
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
-from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.state import State, holding, live_tensors
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, explain
 from lightning_nrl.problem import Problem
@@ -48,15 +48,14 @@ class Descent:
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.problem = problem
-        live = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+        live = live_tensors(problem.model)
         parameters = dict(problem.model.named_parameters())
         given = {id(live[name]): value for name, value in state.items()}
         moving = {id(parameters[name]) for name in problem.scope}
         self._given = {k: v.detach().clone() for k, v in state.items() if id(live[k]) not in moving}
         # Without gradients, which would otherwise gather in the live parameters.
-        self._frozen = {
-            k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given
-        } | self._given
+        fixed = {k: v.detach() for k, v in parameters.items() if id(v) not in moving and id(v) not in given}
+        self._frozen = fixed | self._given
         self._dtypes = {name: parameters[name].dtype for name in problem.scope}
         self._copies = {
             name: given.get(id(parameters[name]), parameters[name])
@@ -83,12 +82,7 @@ class Descent:
             yield
 
     def step(self, parts: Iterable[Part], loss: Loss, *, rate: float | None = None) -> None:
-        """One step on samples of several splits, the gradients summed over them and over ranks.
-
-        Args:
-            parts: this rank's share of a mini-batch.
-            loss: what is to be made small.
-            rate: the learning rate from now on; None leaves it.
+        """One step on this rank's share of a mini-batch, the gradients summed over splits and ranks.
 
         Raises:
             DeviceMemoryError: on all ranks, if a single sample does not fit in the memory of one. The weights are as

@@ -44,15 +44,9 @@ def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
 
-    Args:
-        problem: the original model and what it does on known data. The task needs no margin; without one no sample is
-            easy.
-        deadline: when it has to be over; None: when it is done. How many steps there are is chosen by the time of the
-            first ones, the same on every rank, and the schedule ends with them.
-
-    Returns:
-        The parameters of the scope; the original ones if there is no time for a step. They are those of the last step
-        that fitted, with a warning, if a single sample does not fit in memory.
+    Without margins no sample is easy. How many steps there are before a deadline is chosen by the time of the first
+    ones, the same on every rank, and the schedule ends with them. Without time for a step the parameters are the
+    original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
     """
     run = _Distillation(problem, deadline or Deadline())
     rows = torch.arange(len(problem.before))
@@ -135,7 +129,6 @@ class _Distillation:
 
     def _report(self) -> None:
         before, passes = self.problem.before, self.margin > 0
-        broken = before.passed & ~passes & ~self.margin.isnan()
-        self.problem.clock.tell(
-            min(self.visits, self.planned), self.planned, int((before.targeted & passes).sum()), int(broken.sum())
-        )
+        n_broken = int((before.passed & ~passes & ~self.margin.isnan()).sum())
+        n_repaired = int((before.targeted & passes).sum())
+        self.problem.clock.tell(min(self.visits, self.planned), self.planned, n_repaired, n_broken)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
-from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.state import State, holding, live_tensors
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.problem import Problem
 
@@ -97,7 +97,7 @@ class Teacher:
     """
 
     def __init__(self, problem: Problem, states: Sequence[State], which: Tensor) -> None:
-        own = {k: v for k, v in problem.model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+        own = live_tensors(problem.model)
         # Whole states, since the model may hold other weights when the teacher runs.
         given = [{id(own[name]): value for name, value in state.items()} for state in states]
         self._states = [{name: new.get(id(value), value) for name, value in own.items()} for new in given]

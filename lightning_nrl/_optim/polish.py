@@ -112,13 +112,12 @@ def polish(
     the working set, up to 256 MiB.
 
     Args:
-        problem: the original model, what it does on known data, and which parameters may move.
-        state: any new weights for it.
+        problem: its scope names the parameters that may move.
+        state: any new weights for its model.
         deadline: when it has to be over, save for a few forward passes over known data; None: when it is done.
         masks: by name of a parameter of the scope, which of its weights may move; None: all.
         after: what the model does on known data under the given state, if that is known already.
-        insist: whether the steps go on for failing targets too, however far from being right these are; else only for
-            those that are nearly right.
+        insist: whether steps go on for all failing targets; else only for those that are nearly right.
 
     Raises:
         ConfigurationError: the task has no margins.

@@ -9,9 +9,8 @@ import torch
 from lightning_nrl._optim.active_set import ActiveSet
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.problem import Problem
+from lightning_nrl.problem import Problem, Proposal
 
 __all__ = ["PolishResult", "better_of", "scale_back"]
 
@@ -22,25 +21,15 @@ MAX_COUNTS = 6
 
 
 @dataclass(frozen=True)
-class PolishResult:
-    """Weights that break nothing.
+class PolishResult(Proposal):
+    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope.
 
     Attributes:
-        state: the tensors of the given state and, where steps were made, all parameters of the scope.
-        after: what the deployed model does on known data under it.
-        repaired: targeted samples that pass.
-        broken: known passed samples that do not pass any more: 0.
-        gain: what the repaired samples are worth.
         rounds: of steps that were made.
         strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
     """
 
-    state: State
-    after: SampleResults
-    repaired: int
-    broken: int
-    gain: float
-    rounds: int
+    rounds: int = 0
     strength: float = 1.0
 
     @classmethod
@@ -48,10 +37,7 @@ class PolishResult:
         cls, problem: Problem, state: State, after: SampleResults, rounds: int, strength: float = 1.0
     ) -> PolishResult:
         """A state with what it repairs and breaks on known data."""
-        flips = Flips.between(problem.before, after)
-        repaired = flips.repaired & problem.before.targeted
-        gain = problem.before.gain(repaired)
-        return cls(state, after, int(repaired.sum()), int(flips.broken.sum()), gain, rounds, strength)
+        return cls(**vars(problem.counted("polish", state, after)), rounds=rounds, strength=strength)
 
     @property
     def note(self) -> str:

@@ -20,10 +20,6 @@ for twice as many rounds."""
 class TargetSchedule:
     """Targets that steps go on for, however far from being right they are.
 
-    Args:
-        problem: whose targets they are.
-        wanted: `N` bool, which of them.
-
     Attributes:
         wanted: `N` bool, those that are not given up for good.
         insisted: `N` bool, those of them that steps go on for at present; the same tensor all the time.

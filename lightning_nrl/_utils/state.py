@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["State", "between", "changed", "device_of", "holding", "snapshot", "write"]
+__all__ = ["State", "between", "changed", "device_of", "holding", "live_tensors", "snapshot", "write"]
 
 State = Mapping[str, Tensor]
 """Whole parameters and buffers by the names that the state dict has for them."""
@@ -19,7 +19,7 @@ State = Mapping[str, Tensor]
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Detached copies of all that a repair may change: every parameter and persistent buffer, on their device."""
-    return {name: value.detach().clone() for name, value in _live(model).items()}
+    return {name: value.detach().clone() for name, value in live_tensors(model).items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -95,13 +95,13 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
     return mixed
 
 
-def _live(model: nn.Module) -> dict[str, Tensor]:
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
-    live = _live(model)
+    live = live_tensors(model)
     for name, value in state.items():
         if name not in live or live[name].shape != value.shape:
             found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"

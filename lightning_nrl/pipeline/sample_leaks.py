@@ -25,10 +25,6 @@ class LeakCheck:
 
     Samples are the same if they are one place of one data set, seen through subsets and unions, or if their inputs and
     truths are alike to the bit.
-
-    Args:
-        known: data that a repair may look at.
-        held_out: other data, by role.
     """
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._optim.polish import polish
-from lightning_nrl._utils.state import State, changed
+from lightning_nrl._utils.state import State, changed, live_tensors
 from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.report.stages import Step
 
@@ -98,7 +98,7 @@ class _SortedPatch:
 
     def __init__(self, problem: Problem, state: State) -> None:
         self.problem = problem
-        live = problem.model.state_dict(keep_vars=True)
+        live = live_tensors(problem.model)
         names = {id(parameter): name for name, parameter in problem.model.named_parameters()}
         different = changed(problem.model, state)
         self.new = {names[id(live[name])]: value for name, value in different.items() if id(live[name]) in names}

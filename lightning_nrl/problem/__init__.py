@@ -4,9 +4,7 @@ In: the original model in an `Evaluator`, what it does on known data, what may c
 what they do on known data, inside a `Solution`. `Method` is the call that turns one into the other.
 """
 
-from lightning_nrl.problem.method import Method
-from lightning_nrl.problem.problem import Problem
+from lightning_nrl.problem.problem import Method, Problem, Training
 from lightning_nrl.problem.solution import Proposal, Solution, better
-from lightning_nrl.problem.training import Training
 
 __all__ = ["Method", "Problem", "Proposal", "Solution", "Training", "better"]

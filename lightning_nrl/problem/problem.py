@@ -1,9 +1,10 @@
-"""What a method is given: a model, what it does on known data, and what may change."""
+"""What a method is, and what it is given: a model, what it does on known data, and what may change."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -17,18 +18,35 @@ from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.quotas import below, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
-from lightning_nrl.problem.solution import Proposal
-from lightning_nrl.problem.training import Training
+from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.tasks import Task
 
-__all__ = ["Problem"]
+__all__ = ["Method", "Problem", "Training"]
 
 JUDGING_PASSES = 3
 """Passes over known data after a method: its result is judged, unseen data are counted."""
 
 LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
+
+
+class Training(Protocol):
+    """Goes on with the training of the model, the known failures added to the training data."""
+
+    def __call__(
+        self, *, seconds: float, seed: int, clock: StageTimer, start: State | None = None, weight: Tensor | None = None
+    ) -> State | None:
+        """Trains a copy; gives every parameter and persistent buffer on the model's device, None if time is too short.
+
+        Args:
+            seconds: how long that may take; infinite: as many epochs as the model was trained for.
+            seed: of the order of the samples and of all else that is random.
+            clock: is notified of progress.
+            start: weights to begin with, such as fresh ones; None: the model's own.
+            weight: `N` by row of the results, how often a sample is trained on in an epoch, on average; None: once.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -118,3 +136,22 @@ class Problem:
         """
         names = below(self.before, self.before.targeted & after.passed, self.needed)
         return replace(self, before=raised(self.before, names, LACKING_SLICE_FACTOR)) if names else self
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How new weights are found. A method of your own is a frozen dataclass with this call.
+
+    With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
+    the first step of training whether that will be possible. With `needs`, of `Need` in
+    `lightning_nrl.evaluation.requirements`, it says what it needs of the task, which is checked then, too.
+    """
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Finds new weights; the model is left as found.
+
+        Raises:
+            EmptyLocalizationError: no weight can be chosen; the repair then ends as `not repaired`.
+            ConfigurationError: the method does not suit the model or the task.
+        """
+        ...
