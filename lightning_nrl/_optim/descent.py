@@ -13,7 +13,7 @@ from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import repeatable_gradients
 from lightning_nrl._utils.state import State, holding, live_tensors
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import DeviceMemoryError, explain
+from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.problem import Problem
 
 __all__ = ["MAX_SAMPLE_WEIGHT", "Descent", "Loss"]
@@ -96,10 +96,8 @@ class Descent:
         if not has_fitted:
             self.optimizer.zero_grad()
             raise DeviceMemoryError(
-                explain(
-                    "the gradient of a single sample does not fit in the memory of the device.",
-                    "name a later `layer`, or free memory.",
-                )
+                "the gradient of a single sample does not fit in the memory of the device.",
+                "name a later `layer`, or free memory.",
             )
         old = [x.detach().clone() for x, _ in self._masked]
         for x, mask in self._masked:

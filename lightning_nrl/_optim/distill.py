@@ -54,10 +54,8 @@ def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
         while run.epoch(rows):
             rows = run.hard_and_some_easy()
     except DeviceMemoryError as error:
-        warnings.warn(
-            RepairWarning(f"the fit ended after {run.visits:,} samples: {error}", "what it reached so far is used."),
-            stacklevel=2,
-        )
+        message = f"the fit ended after {run.visits:,} samples: {error}"
+        warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=2)
     return run.descent.state()
 
 

@@ -21,7 +21,7 @@ from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
 from lightning_nrl._utils.state import State, holding
-from lightning_nrl.errors import ConfigurationError, explain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.problem import Problem
 
 __all__ = ["MarginGradients", "Whitening", "fit_whitening", "margin_gradients"]
@@ -150,11 +150,9 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     for name, missing in missed.items():
         if problem.collective.any(missing):
             raise ConfigurationError(
-                explain(
-                    f"`layer={name!r}`: the gradients of the margins do not reach it, sample by sample.",
-                    "name a layer that the model calls as a module outside `torch.no_grad`, with a batch first; or use "
-                    "`method='swarm'`, which needs no gradients.",
-                )
+                f"`layer={name!r}`: the gradients of the margins do not reach it, sample by sample.",
+                "name a layer that the model calls as a module outside `torch.no_grad`, with a batch first; or use "
+                "`method='swarm'`, which needs no gradients.",
             )
 
 

@@ -99,9 +99,8 @@ class Evaluator:
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
-            raise ConfigurationError(
-                f"`sources` has the splits {list(splits)}.", "give at least one source, each with a name of its own."
-            )
+            problem = f"`sources` has the splits {list(splits)}."
+            raise ConfigurationError(problem, "give at least one source, each with a name of its own.")
         tables = []
         for source in sources:
             wanted = target if everywhere or source.failed else None

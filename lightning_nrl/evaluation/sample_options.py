@@ -131,7 +131,7 @@ class SampleOptions:
             sources: this rank's share of the splits.
             target: which failed samples are marked as targeted; None marks none.
             everywhere: whether those of all sources are marked, not only of those whose failures may be repaired.
-            known: whether these are known data. Of others slices and protected samples alone matter.
+            known: whether these are known data. Of others only slices and protected samples matter.
 
         Returns:
             The results, and `N` bool, the failed samples that are set aside.
@@ -159,9 +159,8 @@ class SampleOptions:
             set_aside = results.targeted & (values["set_aside"] > 0)
         cost = breaking_costs(results, values.get("protected"))
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
-        importance = values.get("importance")
-        if isinstance(self.importance, Focal) or self.importance == "focal":
-            importance = (self.importance if isinstance(self.importance, Focal) else Focal()).weigh(results)
+        focal = Focal() if self.importance == "focal" else self.importance
+        importance = focal.weigh(results) if isinstance(focal, Focal) else values.get("importance")
         if known and importance is not None:
             results = with_repair_worth(results, importance)
         return results, set_aside

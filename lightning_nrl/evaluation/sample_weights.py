@@ -102,14 +102,10 @@ def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequ
     Raises:
         ConfigurationError: an id or a split is not there.
     """
-    values = torch.full((len(results),), 1.0 if argument == "importance" else 0.0, dtype=torch.float64)
-    if (
-        isinstance(value, Mapping)
-        and argument == "protected"
-        and not all(isinstance(v, (list, tuple)) for v in value.values())
-    ):
-        values += 1  # numbers, not marks
-    named = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    by_key = isinstance(value, Mapping)
+    has_costs = argument == "protected" and by_key and not all(isinstance(v, (list, tuple)) for v in value.values())
+    values = torch.full((len(results),), 1.0 if has_costs or argument == "importance" else 0.0, dtype=torch.float64)
+    named = by_key and all(isinstance(key, str) for key in value)
     if not named and len(splits) != 1 and strict:
         raise ConfigurationError(
             f"`{argument}`: the ids may be of any of {list(splits)}.",
@@ -119,9 +115,8 @@ def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequ
     for split, own in tables.items():
         if split not in results.splits:
             if strict and argument != "protected":
-                raise ConfigurationError(
-                    f"`{argument}` names the split {split!r}.", f"there are {list(results.splits)}."
-                )
+                problem = f"`{argument}` names the split {split!r}."
+                raise ConfigurationError(problem, f"there are {list(results.splits)}.")
             continue
         pairs = own.items() if isinstance(own, Mapping) else ((i, 1.0) for i in own)
         place = {index: row for row, index in enumerate(results.index[results.of(split)].tolist())}

@@ -47,7 +47,6 @@ def evaluate_held_out(evaluator: Evaluator, sources: Sequence[Source], settings:
         # Where one rank fails, all come here; they try again only if all can.
         if evaluator.collective.any(not isinstance(error, (TargetError, OtherRankError))):
             raise
-        warnings.warn(
-            f"the target's failures are not counted on unseen data: {error}", category=DataWarning, stacklevel=3
-        )
+        problem = f"the target's failures are not counted on unseen data: {error}"
+        warnings.warn(DataWarning(problem), stacklevel=3)
     return settings.samples.evaluate(evaluator, sources, known=False)[0]

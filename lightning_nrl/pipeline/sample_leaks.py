@@ -57,17 +57,12 @@ class LeakCheck:
                 if role == "calibration":
                     raise ConfigurationError(
                         f"`calibration`: {what} known data too ({some}).",
-                        "leave them out, from one or the other: a bound holds only of samples that nothing "
-                        "has looked at.",
+                        "leave them out, from one or the other: a bound holds only of samples that nothing has read.",
                     )
                 found[source.split] = len(ids)
-                warnings.warn(
-                    DataWarning(
-                        f"`unseen`: {what} known or calibration data too ({some}).",
-                        "leave them out: the counts on unseen data are better than they would be on new data.",
-                    ),
-                    stacklevel=4,
-                )
+                problem = f"`unseen`: {what} known or calibration data too ({some})."
+                hint = "leave them out: the counts on unseen data are better than they would be on new data."
+                warnings.warn(DataWarning(problem, hint), stacklevel=4)
             others += own
         return found
 
