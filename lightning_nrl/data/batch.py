@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Adapter", "Batch", "Source", "apart", "tensors_in", "unpack"]
+__all__ = ["Adapter", "Batch", "Source", "tensors_in", "unpack", "unpacked"]
 
 TARGET_KEYS = ("label", "labels", "target", "targets", "y")
 INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
@@ -113,14 +113,14 @@ def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
     )
 
 
-def apart(
+def unpacked(
     batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any], Any]]:
     """Batches as `(args, kwargs, target)`, whether they are those of a source or raw ones.
 
     Args:
         batches: a source, `Batch` objects, or batches as a data loader gives them.
-        adapter: takes raw batches apart; those of a source are apart already.
+        adapter: for raw batches; those of a source are unpacked already.
         device: where raw batches are moved to.
     """
     for batch in batches:

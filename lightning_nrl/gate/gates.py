@@ -10,7 +10,7 @@ from numbers import Integral, Real
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flip_counts import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 
 __all__ = ["GATES", "Accuracy", "Gate", "Instance", "Tolerance", "allowance", "read_number"]
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from lightning_nrl.evaluation.flip_counts import FlipCounts
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate.gates import Gate, allowance

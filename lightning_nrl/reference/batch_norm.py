@@ -15,7 +15,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, Source, apart, unpack
+from lightning_nrl.data.batch import Adapter, Source, unpack, unpacked
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 
@@ -82,7 +82,7 @@ def estimate_statistics(
 
     def run() -> int:
         n = 0
-        for args, kwargs, _ in apart(chosen, adapter, device_of(evaluator.model)):
+        for args, kwargs, _ in unpacked(chosen, adapter, device_of(evaluator.model)):
             with evaluator.context():
                 evaluator.model(*args, **kwargs)
             n += 1

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_nrl._utils.serialize import Derives, flat
-from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.metrics.rates import rates_of
 
 __all__ = ["ROLES", "Role", "SetAside", "SliceReport", "SplitReport", "UpdateSplit", "pool", "pool_updates"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_nrl.evaluation.flip_counts import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 
 __all__ = ["Hashes", "LocalizationReport", "SearchReport", "Step", "StrengthPoint", "WeightChange"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.data.batch import INPUT_KEYS, TARGET_KEYS, Batch, Source, apart, unpack
+from lightning_nrl.data.batch import INPUT_KEYS, TARGET_KEYS, Batch, Source, unpack, unpacked
 
 X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
 Pair = namedtuple("Pair", "image digit")
@@ -77,7 +77,7 @@ MAPPED = {"x": X, "y": Y}
     "raw", [(X, Y), [X, Y, "name"], Pair(X, Y), MAPPED, UserDict(MAPPED), Encoding(MAPPED), ({"x": X}, Y)]
 )
 def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
-    [(args, kwargs, target)] = apart([raw], unpack, torch.device("meta"))
+    [(args, kwargs, target)] = unpacked([raw], unpack, torch.device("meta"))
     inputs = kwargs or args[0]
     assert (inputs["x"] if isinstance(inputs, dict) else inputs).is_meta
     assert target.is_meta

@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl._tracking import outcome, search_curves, split_numbers, track
-from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 
 CHANGE = torch.tensor([0.5, -0.25, 0.0, 0.75])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning_nrl.analysis.figures import Plotted
 from lightning_nrl.errors import check_choice
-from lightning_nrl.evaluation.flip_counts import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report import Report, installed_versions
 
 __all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead"]

@@ -13,7 +13,7 @@ from lightning_nrl._scoring.exact import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 

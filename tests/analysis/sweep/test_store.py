@@ -11,7 +11,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, exchanged
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation.flip_counts import TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 
 
 def stored(seed: int) -> StoredRun:
