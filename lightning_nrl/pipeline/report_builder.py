@@ -78,7 +78,8 @@ class ReportBuilder:
         """The report of a repair that ended without a candidate: the weights stay."""
         old = self.space.parameters
         layers, model = hash_tensors(old), self._hash_model({})
-        return self._report(status, reason, NOTHING, hashes=Hashes(layers, layers, model, model))
+        hashes = Hashes(layers, layers, model, model)
+        return self._report(status, reason, NOTHING, slices=self._slices(NOTHING), hashes=hashes)
 
     def with_candidate(
         self,
@@ -100,12 +101,13 @@ class ReportBuilder:
         old = {name: value for name, value in self.evaluator.model.state_dict().items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
-        results: Mapping[Role, SampleResults] = {"known": after, **held_out}
+        results: Mapping[Role, SampleResults] = {"known": after, **(held_out if verdict.accepted else NOTHING)}
         refused = [split for split in self._splits(results) if split.role == "known" and not verdict.accepted]
         return self._report(
             verdict.status,
             verdict.reason,
             results if verdict.accepted else NOTHING,
+            slices=self._slices(results),
             layers=tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in new)),
             candidate=tuple(refused),
             change=weight_change(old, new),
@@ -121,7 +123,10 @@ class ReportBuilder:
         layers: tuple[str, ...] = (),
         **rest: Any,
     ) -> RepairReport:
-        """The report, with what the model does on all data after the repair; nothing where the weights stay."""
+        """The report, with what the model does on all data after the repair; nothing where the weights stay.
+
+        Slices are counted for a refused candidate, too.
+        """
         found, update = self.solution or Solution(None), self._updates(after)
         n_failed = int(self.baseline.known.targeted.sum())
         why = "its label looks wrong" if self.settings.samples.set_aside == DOUBTFUL else "chosen by `set_aside`"
@@ -133,7 +138,6 @@ class ReportBuilder:
             gate=str(self.settings.gate),
             task=str(self.evaluator.task),
             splits=self._splits(after),
-            slices=self._slices(after),
             update=update,
             localization=None if found.localization is None else localization_report(found.localization),
             search=None if found.result is None else search_report(found.result, n_failed, self.n_passed),
