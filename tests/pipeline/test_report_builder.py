@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_a_repair_without_a_candidate_has_unchanged_weights_and_what_was_reached
     assert report.settings["layer"] == "2"
 
 
-def test_a_candidate_that_repairs_nothing_is_told_beside_the_model_as_it_is() -> None:
+def test_a_candidate_that_repairs_nothing_is_reported_beside_the_unchanged_model() -> None:
     model = trained()
     own, verdict, after = judged(model, {"2.weight": torch.zeros(3, 12)})
     assert verdict.status == "not repaired"
@@ -91,6 +92,16 @@ def test_a_candidate_that_repairs_nothing_is_told_beside_the_model_as_it_is() ->
     assert report.hashes.layers_after == report.hashes.layers_before
     assert report.change.changed == 36
     assert report.change.l2 == pytest.approx(float(model[2].weight.detach().norm()))
+
+
+def test_the_slices_of_a_refused_candidate_are_counted() -> None:
+    new = {"2.weight": torch.zeros(3, 12)}
+    own, verdict, after = judged(trained(), new)
+    known_data = replace(own.baseline.known, names=("all",), group=torch.zeros(len(after), dtype=torch.int64))
+    (row,) = replace(own, baseline=replace(own.baseline, known=known_data)).with_candidate(verdict, new, after).slices
+    assert verdict.status == "not repaired"
+    assert (row.role, row.counts.broken) == ("known", verdict.counts.broken)
+    assert row.counts.broken > 0
 
 
 def test_a_layer_that_is_the_model_itself_goes_by_its_kind() -> None:
