@@ -32,7 +32,7 @@ from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whol
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     ACCURACY_TOLERANCE,
-    OTHERWISE,
+    SERVING_HINT,
     ShareChoice,
     alignment,
     check_share,
@@ -144,7 +144,7 @@ class WeightInterpolation(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Read now and kept, since training may overwrite the very file.
         self._reference_state = read_state("reference", self.reference.model)
-        fitting("reference", self._reference_state, pl_module, OTHERWISE)
+        fitting("reference", self._reference_state, pl_module, SERVING_HINT)
         self.choice, self._changed = None, False
 
     @override

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
 from lightning_nrl.data.batch import Adapter, Source, unpack, unpacked
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
@@ -28,7 +27,7 @@ DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 ACCURACY_TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
-OTHERWISE = "combine other models in their outputs: see `lightning_nrl.serving`"
+SERVING_HINT = "combine other models in their outputs: see `lightning_nrl.serving`"
 """For a hint: what there is for two architectures."""
 
 Data = Source | Iterable[Any]
@@ -138,7 +137,7 @@ def interpolate(
     """
     check_share(share)
     evaluator = Evaluator.of(new)
-    before = fitting("old", read_state("old", old), evaluator.model, OTHERWISE)
+    before = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT)
     mixed = between(before, snapshot(evaluator.model), 1 - share)
     return mixed | (_statistics(evaluator, mixed, training, **estimating) if 0 < share < 1 else {})
 
@@ -199,7 +198,7 @@ def choose_share(
         check_share(share, "shares")
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
-    before, after = fitting("old", read_state("old", old), evaluator.model, OTHERWISE), snapshot(evaluator.model)
+    before, after = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT), snapshot(evaluator.model)
     was_right, label = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
@@ -233,8 +232,7 @@ def choose_share(
 
 def check_share(share: object, argument: str = "share") -> None:
     """A `ConfigurationError` for what is no number from 0 to 1."""
-    fits = isinstance(share, Real) and not isinstance(share, bool) and 0 <= share <= 1  # type: ignore[operator]
-    check_kind(argument, share, fits, "share", "a number from 0 to 1")
+    check_real(argument, share, "share", "write a number from 0 to 1.", least=0, most=1)
 
 
 def alignment(old: State, new: nn.Module) -> float:
@@ -258,13 +256,13 @@ def alignment(old: State, new: nn.Module) -> float:
 def _statistics(evaluator: Evaluator, state: State, training: Data | None, **estimating: Any) -> dict[str, Tensor]:
     """Batch norm statistics that fit weights between two models; none where there are no such layers."""
     layers = batch_norms(evaluator.model)
-    if layers and training is None:
+    if not layers:
+        return {}
+    if training is None:
         raise ConfigurationError(
             f"`training`: there are none, and the batch norm layer {next(iter(layers))!r} needs new statistics.",
             "give the data that the new model was trained on, best without augmentation.",
         )
-    if not layers or training is None:
-        return {}
     with holding(evaluator.model, state):
         return estimate_statistics(evaluator, training, **estimating)
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_real
 from lightning_nrl.tasks import Task
 
 __all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "check_term", "parse_terms"]
@@ -194,8 +194,7 @@ def check_term(term: Term, value: Tensor, n: int) -> None:
 
 
 def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:
-    for name in (*above, *least):
-        value = getattr(term, name)
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        fits = real and (value > 0 if name in above else value >= 0)
-        check_kind(name, value, fits, "number above 0" if name in above else "number from 0", f"{name}=1.0")
+    for name in above:
+        check_real(name, getattr(term, name), "number above 0", f"write {name}=1.0.", above=0)
+    for name in least:
+        check_real(name, getattr(term, name), "number from 0", f"write {name}=1.0.", least=0)

@@ -87,7 +87,9 @@ class OldModel:
         if not collective.any(known is None):
             assert known is not None
             return known.evidence(like)
-        found = self._run(replace(evaluator, task=_mapped(task, self.classes)), state, sources)
+        table = table_for(task, self.classes)
+        mapped = task if table is None else _MappedMulticlass(table)
+        found = self._run(replace(evaluator, task=mapped), state, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
         if self.cache is not None and collective.rank == 0:
             Predictions.of(answer, weights, task).save(self.cache)
@@ -158,13 +160,12 @@ def table_of(classes: Classes | None) -> dict[int, int] | None:
     return table
 
 
-def _mapped(task: Task, classes: Classes | None) -> Task:
+def table_for(task: Task, classes: Classes | None) -> dict[int, int] | None:
+    """As `table_of`, refused for a task that has no classes."""
     table = table_of(classes)
-    if table is None:
-        return task
-    if not isinstance(task, Multiclass):
+    if table is not None and not isinstance(task, Multiclass):
         raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
-    return _MappedMulticlass(table)
+    return table
 
 
 class _MappedMulticlass(Multiclass):

@@ -22,7 +22,7 @@ __all__ = ["Predictions"]
 
 Rows = Mapping[int, tuple[int, bool | None]]
 """By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
-COLUMNS = ["split", "id", "prediction", "passed"]
+CSV_COLUMNS = ["split", "id", "prediction", "passed"]
 WEIGHTS = "# weights "
 
 
@@ -74,7 +74,7 @@ class Predictions:
             if self.weights is not None:
                 file.write(f"{WEIGHTS}{self.weights}\n")
             writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer.writerow(CSV_COLUMNS)
             for split, rows in self.splits.items():
                 for at, (said, passed) in rows.items():
                     writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])

@@ -13,9 +13,9 @@ from lightning_nrl._optim.logit_cache import LogitCache
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.reference.loss_terms import OldAnswers
-from lightning_nrl.reference.old_model import Classes, table_of
+from lightning_nrl.reference.old_model import Classes, table_for
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.tasks import Task
 
 __all__ = ["ModelTeacher", "PredictedTeacher", "ReferenceTeacher"]
 
@@ -57,11 +57,7 @@ class ModelTeacher(ReferenceTeacher):
         index: Index | None = None,
     ) -> None:
         self.model, self.task, self.adapter = model, task, adapter
-        self.classes = table_of(classes)
-        if self.classes is not None and not isinstance(task, Multiclass):
-            raise ConfigurationError(
-                f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out."
-            )
+        self.classes = table_for(task, classes)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
         self._dtype = None if held is None else held.dtype

@@ -62,16 +62,16 @@ def look_back(
     return Update(answers)
 
 
-COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
+RESULT_COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
 
 
 def _joined(tables: Sequence[SampleResults]) -> SampleResults:
     splits = tuple(split for table in tables for split in table.splits)
     sizes = tuple(size for table in tables for size in table.sizes)
-    columns: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in tables]) for name in COLUMNS}
+    columns: dict[str, Any] = {name: torch.cat([getattr(t, name) for t in tables]) for name in RESULT_COLUMNS}
     return SampleResults(splits, sizes, **columns)
 
 
 def _part(table: SampleResults, rows: slice, splits: slice) -> SampleResults:
-    columns: dict[str, Any] = {name: getattr(table, name)[rows] for name in COLUMNS}
+    columns: dict[str, Any] = {name: getattr(table, name)[rows] for name in RESULT_COLUMNS}
     return SampleResults(table.splits[splits], table.sizes[splits], **columns)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nrl._utils.strict_csv import read_csv
 from lightning_nrl.data.targets import Predicate, Target
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.release.model_pair import ModelPair
+from lightning_nrl.release.model_pair import ModelPair, check_splits
 from lightning_nrl.release.rules import Finding, Rule
 
 __all__ = ["ProtectedIntact", "read_ids"]
@@ -63,11 +63,7 @@ class ProtectedIntact(Rule):
         return (self.where,) if isinstance(self.where, Target) else ()
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        for split in self._ids(splits):
-            if split not in splits:
-                raise ConfigurationError(
-                    f"`ids` names the split {split!r}, the data have {list(splits)}.", "name one of these."
-                )
+        check_splits("ids", tuple(self._ids(splits)), splits)
 
     def check(self, pair: ModelPair) -> Finding:
         chosen = self._chosen(pair)

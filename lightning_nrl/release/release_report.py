@@ -132,10 +132,7 @@ class ReleaseReport(Report):
 @page_of.register
 def page_of_release(report: ReleaseReport, full: bool = False) -> Page:
     """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
-    rules = tuple(
-        (finding.rule, f"{'satisfied' if finding.passed else 'NOT satisfied'}: {finding.reason}")
-        for finding in report.findings
-    )
+    rules = tuple((one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}") for one in report.findings)
     blocks: list[Block] = [
         Heading(report.status.capitalize(), 1, "good" if report.accepted else "warn"),
         Text(_verdict(report)),
@@ -146,9 +143,7 @@ def page_of_release(report: ReleaseReport, full: bool = False) -> Page:
         _rates_table(report.rows),
     ]
     objected = tuple(
-        (f"{finding.rule}: {split}", list_ids(ids, "the JSON"))
-        for finding in report.findings
-        for split, ids in finding.ids.items()
+        (f"{one.rule}: {split}", list_ids(ids, "the JSON")) for one in report.findings for split, ids in one.ids.items()
     )
     if objected:
         blocks += [Heading("Samples that the rules object to, by position in their data set"), Facts(objected)]
@@ -227,14 +222,12 @@ def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
         {name: counts.n for name, counts in slices.items()},
         confidence,
     )
-    upper = Bound.of(whole.broken, whole.n, confidence).upper
-    return [
-        ReleaseRow(split, "", whole, upper, sign_test(whole.broken, whole.repaired)),
-        *(
-            ReleaseRow(split, name, counts, bounds[name].upper, sign_test(counts.broken, counts.repaired))
-            for name, counts in slices.items()
-        ),
-    ]
+
+    def row(name: str, counts: FlipCounts, bound: Bound) -> ReleaseRow:
+        return ReleaseRow(split, name, counts, bound.upper, sign_test(counts.broken, counts.repaired))
+
+    first = row("", whole, Bound.of(whole.broken, whole.n, confidence))
+    return [first, *(row(name, counts, bounds[name]) for name, counts in slices.items())]
 
 
 def _label(row: ReleaseRow) -> str:
@@ -242,31 +235,15 @@ def _label(row: ReleaseRow) -> str:
 
 
 def _counts_table(rows: Sequence[ReleaseRow], confidence: float) -> Table:
-    columns = (
-        ("samples", ""),
-        ("accuracy", "old"),
-        ("accuracy", "new"),
-        ("broken", ""),
-        ("repaired", ""),
-        ("NFR at most", f"{show_confidence(confidence)} sure"),
-        ("p worse", "sign test"),
-    )
-    lines = [
-        Row(
-            _label(row),
-            (
-                f"{row.counts.n:,}",
-                percent(row.counts.accuracy_before),
-                percent(row.counts.accuracy_after),
-                f"{row.counts.broken:,}",
-                f"{row.counts.repaired:,}",
-                percent_up(row.upper),
-                f"{row.p_worse:.2g}",
-            ),
-        )
-        for row in rows
-    ]
-    return Table(columns, tuple(lines))
+    names = ("samples", "accuracy", "accuracy", "broken", "repaired", "NFR at most", "p worse")
+    kinds = ("", "old", "new", "", "", f"{show_confidence(confidence)} sure", "sign test")
+    lines = []
+    for row in rows:
+        c = row.counts
+        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
+        counts = (f"{c.n:,}", *accuracies, f"{c.broken:,}", f"{c.repaired:,}")
+        lines.append(Row(_label(row), (*counts, percent_up(row.upper), f"{row.p_worse:.2g}")))
+    return Table(tuple(zip(names, kinds, strict=True)), tuple(lines))
 
 
 def _rates_table(rows: Sequence[ReleaseRow]) -> Table:

@@ -99,7 +99,7 @@ class RepairReport(Report):
     def pooled(self, role: Role) -> SplitReport | None:
         """All splits of a role taken together; None if there is none."""
         chosen = [split for split in self.splits if split.role == role]
-        return pool("all", chosen) if chosen else None
+        return pool(chosen) if chosen else None
 
     def pooled_update(self, role: Role) -> UpdateSplit | None:
         """All splits of a role against the replaced model, taken together; None if there is none."""

@@ -177,12 +177,14 @@ class SetAside:
     why: str
 
 
-def pool(name: str, splits: Sequence[SplitReport]) -> SplitReport:
+def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no ids, since those of different data sets do not mix."""
     names = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
-    return SplitReport(name, splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in names)))
+    return SplitReport(
+        "all", splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in names))
+    )
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:
     """The sum of several splits of one role."""
-    return UpdateSplit(pool("all", [split.trained for split in splits]), pool("all", [split.now for split in splits]))
+    return UpdateSplit(pool([split.trained for split in splits]), pool([split.now for split in splits]))

@@ -42,7 +42,7 @@ SHOWN_COMPATIBILITIES = ("backward_trust_compatibility", "backward_error_compati
 
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
     """What a change of weights did to each split and, where there are several of a role, to all of them."""
-    columns = _with_totals(splits, _pool_all)
+    columns = _with_totals(splits, pool)
     return _table(
         columns,
         _row("samples", columns, lambda s: count(s.n)),
@@ -59,7 +59,7 @@ def outcome_table(splits: Sequence[SplitReport]) -> Table:
 
 def unchanged_table(splits: Sequence[SplitReport]) -> Table:
     """The model as it is, for splits under unchanged weights."""
-    columns = _with_totals(splits, _pool_all)
+    columns = _with_totals(splits, pool)
     return _table(
         columns,
         _row("samples", columns, lambda s: count(s.n)),
@@ -72,7 +72,7 @@ def unchanged_table(splits: Sequence[SplitReport]) -> Table:
 
 def rates_table(splits: Sequence[SplitReport]) -> Table:
     """The rates that the literature gives for updates."""
-    columns = _with_totals(splits, _pool_all)
+    columns = _with_totals(splits, pool)
     rates = [split.rates for split in columns]
     labels = {
         "repair_rate": "repair rate: repaired of the targeted",  # a split's own, in the target
@@ -250,10 +250,6 @@ def _with_totals(splits: Sequence[Column], total: Callable[[Sequence[Column]], C
         if len(chosen) > 1:
             columns.append(total(chosen))
     return columns
-
-
-def _pool_all(splits: Sequence[SplitReport]) -> SplitReport:
-    return pool("all", splits)
 
 
 def _table(columns: Sequence[Column], *rows: Row) -> Table:

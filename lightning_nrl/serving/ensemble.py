@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
@@ -54,11 +53,8 @@ class WeightedEnsemble(TwoModels):
 
     def __init__(self, old: nn.Module, new: nn.Module, weight: float, classes: Classes | None = None) -> None:
         super().__init__(classes)
-        if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight <= 1:
-            raise ConfigurationError(
-                f"`weight={weight!r}` is no share of the old model.",
-                "give a number from 0 to 1, or what `choose_weight(...).weight` says.",
-            )
+        hint = "give a number from 0 to 1, or what `choose_weight(...).weight` says."
+        check_real("weight", weight, "share of the old model", hint, least=0, most=1)
         self.register_buffer("weight", torch.tensor(float(weight), dtype=torch.float32))
         self.hold(old, new)
 
@@ -109,7 +105,7 @@ class WeightChoice(Record, Shown):
         rows = []
         for point in self.curve:
             c, taken = point.counts, point == self.chosen
-            cells = (percent(point.counts.right / c.n), f"{c.repaired:,}", f"{c.broken:,}")
+            cells = (percent(c.accuracy_after), f"{c.repaired:,}", f"{c.broken:,}")
             rows.append(Row(f"weight {point.weight:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
         within = f" within {self.limit!r}" if self.limit else ""
         return Page(

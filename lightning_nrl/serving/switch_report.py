@@ -16,7 +16,7 @@ from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.metrics.rates import RATES
 from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Shown, Table
@@ -125,8 +125,7 @@ def report_switch(
         ConfigurationError: there is no sample, or `runs` or what the models return cannot be used.
     """
     check_kind("switch", switch, isinstance(switch, MarginSwitch), "switch", "switch=MarginSwitch(old, new, threshold)")
-    if not isinstance(runs, int) or runs < 1:
-        raise ConfigurationError(f"`runs={runs!r}` is no number of runs.", "give a whole number from 1.")
+    check_whole("runs", runs, 1)
     first = batch or next((batch for source in sources for batch in source), None)
     if first is None:
         raise ConfigurationError("`sources` hold no sample.", "give at least one split with samples.")
@@ -176,8 +175,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _table(split: SwitchSplit) -> Table:
-    passed, n = split.new.passed, split.new.n
-    after = (split.new, split.switch)
+    n, after = split.new.n, (split.new, split.switch)
 
     def row(label: str, old: str, cells: Sequence[str], **style: Any) -> Row:
         return Row(label, (old, *cells), **style)
@@ -185,20 +183,18 @@ def _table(split: SwitchSplit) -> Table:
     def counted(label: str, name: str, **style: Any) -> Row:
         return row(label, "", [f"{getattr(counts, name):,}" for counts in after], **style)
 
-    right = [counts.right for counts in after]
     rows = [
         row("samples", f"{n:,}", [f"{n:,}"] * 2),
-        row("right", f"{passed:,}", [f"{k:,}" for k in right]),
-        row("accuracy", percent(_share(passed, n)), [percent(_share(k, n)) for k in right], ends_group=True),
+        row("right", f"{split.new.passed:,}", [f"{counts.right:,}" for counts in after]),
+        row(
+            "accuracy", percent(split.new.accuracy_before), [percent(c.accuracy_after) for c in after], ends_group=True
+        ),
         counted("repaired (was wrong, now right)", "repaired", tone="gain"),
         counted("broken (was right, now wrong)", "broken", tone="harm"),
         counted("kept (right before and after)", "kept"),
         counted("failing (wrong before and after)", "failing", ends_group=True),
     ]
     rows += [row(rate.label, "", [percent(rate.of(counts)) for counts in after]) for rate in SWITCH_RATES]
-    rows.append(row("answered by the new model", "", ("", percent(_share(split.served, n)))))
+    served = split.served / n if n else float("nan")
+    rows.append(row("answered by the new model", "", ("", percent(served))))
     return Table((("old", ""), ("new", ""), ("switch", "")), tuple(rows))
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.serialize import null_is
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
@@ -111,8 +111,7 @@ def choose_threshold(
         1.0
     """
     gate = gate_of(limit)
-    if not isinstance(points, int) or points < 3:
-        raise ConfigurationError(f"`points={points!r}` is no length of a curve.", "give a whole number from 3.")
+    check_whole("points", points, 3)
     was_right, predicted, labels = judged(old, new, labels, ClassMapping(classes))
     new = new.cpu()
     now_right, margin = predicts(new, labels), margin_over(new, predicted)

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from functools import lru_cache
-from numbers import Real
 from operator import index
 from typing import SupportsIndex
 
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_real
 
 __all__ = [
     "Bound",
@@ -183,8 +182,5 @@ def _count(argument: str, value: SupportsIndex) -> int:
 
 def check_confidence(confidence: float, argument: str = "confidence") -> float:
     """A number between 0 and 1; else a `ConfigurationError`."""
-    if isinstance(confidence, Real) and 0 < confidence < 1:
-        return float(confidence)
-    raise ConfigurationError(
-        f"`{argument}={confidence!r}` is no share between 0 and 1.", "write 0.95 for 95 %, for instance."
-    )
+    check_real(argument, confidence, "share between 0 and 1", "write 0.95 for 95 %, for instance.", above=0, below=1)
+    return float(confidence)

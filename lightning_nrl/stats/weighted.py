@@ -120,14 +120,10 @@ def _divergence(a: float, b: float) -> float:
 def check_shares(argument: str, shares: Mapping[Name, float]) -> None:
     """Refuses what are no shares of a whole by a `ConfigurationError`."""
     numbers = list(shares.values()) if isinstance(shares, Mapping) else []
-    if not all(isinstance(share, Real) and 0 <= share <= 1 for share in numbers) or not _is_one(numbers):
+    if not all(isinstance(share, Real) and 0 <= share <= 1 for share in numbers) or abs(math.fsum(numbers) - 1) > 1e-6:
         found = f"{dict(shares)}" if isinstance(shares, Mapping) else f"{shares!r}"
         total = f": their sum is {math.fsum(numbers):g}" if all(isinstance(share, Real) for share in numbers) else ""
         raise ConfigurationError(f"`{argument}={found}` are no shares{total}.", "give numbers in [0, 1] that sum to 1.")
-
-
-def _is_one(shares: Sequence[float]) -> bool:
-    return abs(math.fsum(shares) - 1) <= 1e-6
 
 
 def _check_shares(slices: SliceBounds, shares: Mapping[Name, float]) -> None:

@@ -67,7 +67,7 @@ def test_accuracies_and_rates_follow_from_the_counts() -> None:
 def test_rates_are_those_of_the_metrics_on_predictions() -> None:
     target = torch.zeros(9, dtype=torch.int64)
     old, new = (~BEFORE.passed).long(), (~AFTER.passed).long()
-    report = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
+    report = pool([split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
     for name in set(report.rates) - {"repair_rate"}:
         assert report.rates[name] == pytest.approx(getattr(functional, name)(old, new, target).item())
 
@@ -107,7 +107,7 @@ def test_numbers_are_named_and_counts_stay_whole() -> None:
 
 
 def test_pooled_splits_add_up_without_ids() -> None:
-    pooled = pool("all", [split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
+    pooled = pool([split_report(split, "known", BEFORE, AFTER) for split in ("train", "val")])
     assert pooled == SplitReport("all", "known", TargetCounts(3, 1, 4, 1, 3, 2))
 
 
