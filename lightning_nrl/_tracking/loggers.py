@@ -41,12 +41,8 @@ def track(
     of the splits stand at the step of training at which the repair was made. TensorBoard gets more, see `write_extras`.
     To be called before the loggers are finalised: a TensorBoard writer that is used later opens a second file.
 
-    Args:
-        report: the account of the repair.
-        loggers: any number of any kind. One that raises is warned of and left, the others go on.
-        step: the global step of training.
-        change: the change of every searched weight, for a histogram; None if there was no candidate.
-        name: the first part of every tag; a second repair in the same log needs another one.
+    The change of every searched weight is for a histogram; None if there was no candidate. Tags begin with `name`; a
+    second repair in the same log needs another one.
     """
     to_each(loggers, partial(_write, report, step=step, change=change, name=name), "repair")
 

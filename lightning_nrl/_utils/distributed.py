@@ -26,10 +26,8 @@ PACKAGE_ERRORS: dict[str, type[RepairError]] = {
 class Collective:
     """The ranks that work on one repair. Its methods are called by all of them, in the same order.
 
-    Attributes:
-        rank: this process.
-        world_size: how many there are. With 1 nothing is exchanged.
-        device: where tensors have to lie to be exchanged; results come back to where their arguments were.
+    With a `world_size` of 1 nothing is exchanged. Tensors have to lie on `device` to be exchanged; results come back to
+    where their arguments were.
     """
 
     rank: int = 0

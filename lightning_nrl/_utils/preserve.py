@@ -35,11 +35,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards its parameters, buffers and flags are as before.
 
     Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that are merged in
-    `eval()`. So the way back is the modules' own `train()`; then every tensor is compared, bit by bit, with a copy,
-    and flags that say what is in the tensors, such as `merged`, are set back with them. Parameters stay the objects
-    that they are, in the memory where they are, since optimizers hold them; only what differs is written. One copy of
-    the parameters is held meanwhile, however often this is nested. A count of writes would not do instead: torch's
-    `_version` does not see `weight.data.clamp_()`.
+    `eval()`. So the way back is the modules' own `train()`; then every tensor is compared, bit by bit, with a copy, and
+    flags that say what is in the tensors, such as `merged`, are set back with them. Parameters stay the objects that
+    they are, in the memory where they are, since optimizers hold them; only what differs is written. One copy is held
+    meanwhile, however often this is nested. A count of writes would not do: `_version` does not see
+    `weight.data.clamp_()`.
     """
     modules = list(model.modules())
     flags = [module.training for module in modules]

@@ -21,8 +21,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what the objects are, for messages, such as `Task`.
-        example: what to write where a value is neither a name nor such an object.
-        fits: whether a value is such an object.
+        example: what to write where a value is neither a name nor such an object, which `fits`.
         include: registries whose names count too, after its own.
 
     Example:

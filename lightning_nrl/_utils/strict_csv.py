@@ -45,16 +45,11 @@ class Line(NamedTuple):
 def read_csv(
     argument: str, path: str | Path, columns: Sequence[str], *, optional: Sequence[str] = (), comment: str = ""
 ) -> Iterator[Line]:
-    """Reads a CSV file in UTF-8 with a header, line by line; empty lines are left out.
+    """Reads a CSV file in UTF-8 with a header, line by line; empty lines and further columns are left out.
 
-    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it.
-
-    Args:
-        argument: what the file was given as.
-        path: of the file.
-        columns: that must be there.
-        optional: columns that may be there; where they are not, their value is empty. Further columns are ignored.
-        comment: how a first line begins that is no part of the table.
+    A value never spans lines, so that a stray quote costs the line that it is in and not those behind it. Where an
+    optional column is not there, its values are empty. `comment` is how a first line begins that is no part of the
+    table.
 
     Raises:
         ConfigurationError: there is no such file, a column is missing or there twice, or a line cannot be read.

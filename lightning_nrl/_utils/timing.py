@@ -33,11 +33,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Deadline:
-    """When work has to be over. Ranks ask in step and all get one answer, so that none goes on alone.
+    """When work has to be over, in seconds of the clock `now`; infinite where there is no limit.
 
-    Attributes:
-        end: in seconds of the clock `now`; infinite where there is no limit, and then nothing is exchanged.
-        collective: the ranks that work together.
+    Ranks ask in step and all get one answer, so that none goes on alone; without a limit nothing is exchanged.
     """
 
     end: float = math.inf
@@ -80,11 +78,7 @@ class Deadline:
 class StageTimer:
     """Seconds spent in each stage, in the order of the stages; passes on to an observer what it should know.
 
-    Args:
-        max_time: seconds that the whole repair may take from now on; None: as long as it takes.
-
-    Attributes:
-        seconds: wall time by stage; a stage that is entered again adds to its own.
+    The whole repair may take `max_time` seconds from now on. A stage that is entered again adds to its own.
     """
 
     def __init__(

@@ -66,8 +66,8 @@ class Gate(ABC):
         """Reads a gate from text; a gate is given back as it is.
 
         Args:
-            gate: `instance`, `accuracy`, `tolerance:3` (samples),
-                `tolerance:0.01` or `tolerance:1%` (of those that passed).
+            gate: `instance`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or `tolerance:0.01` (of those that
+                passed).
             argument: what it was given as, for an error.
 
         Raises:

@@ -60,9 +60,6 @@ def judge(
         after: the candidate on the same data, from a real forward pass of the deployed module.
         gate: how many known samples may break. One that counts for several counts as so many; a protected one may not.
         needed: how many targets of a slice must be repaired, by its name.
-
-    Raises:
-        EvaluationError: the tables are not about the same samples in the same order.
     """
     flips = Flips.between(before, after)
     counts, target = flips.counts(), flips.counts(before.targeted)

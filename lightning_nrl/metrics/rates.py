@@ -47,14 +47,9 @@ class _Flips(NamedTuple):
 
 @dataclass(frozen=True)
 class Rate:
-    """One rate of an update.
+    """One rate of an update: its name, which is that of its function and in reports, and its tag in logs.
 
-    Attributes:
-        name: in words, joined by `_`: the name of its function and in reports.
-        short: in lower case, its tag in logs.
-        meaning: the formula in words.
-        higher_is_better: whether a better update has a higher one.
-        compute: of the counts to the rate, `...`; 0/0 is NaN.
+    `meaning` is the formula in words; `compute` makes of counts `...` the rate, `...`, where 0/0 is NaN.
     """
 
     name: str

@@ -36,12 +36,7 @@ Data = Source | Iterable[Any]
 
 @dataclass(frozen=True)
 class SharePoint:
-    """What weights between those of two models do.
-
-    Attributes:
-        share: of the old weights, in [0, 1].
-        counts: what becomes of the samples, from the old model to these weights.
-    """
+    """What becomes of the samples, from the old model to weights with one share of the old ones, in [0, 1]."""
 
     share: float
     counts: FlipCounts

@@ -28,11 +28,9 @@ __all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "c
 class OldAnswers:
     """What the replaced model makes of the `n` samples of a batch, on the device of the new model's output.
 
-    Attributes:
-        passed: `n` bool, which ones it gets right.
-        output: its logits, first dimension `n`; None where only its predictions are known.
-        margin: `n`, its margins, at least float32; None where they are not known.
-        columns: for `output` with fewer classes than the new model has: which of the new model's these are, int64.
+    It gets right those of `passed`, `n` bool. Its logits (`output`, first dimension `n`) and its margins, `n`, at least
+    float32, are None where they are not known. For `output` with fewer classes than the new model has, `columns` says
+    which of the new model's these are, int64.
     """
 
     passed: Tensor
@@ -182,11 +180,7 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
 
 
 def check_term(term: Term, value: Tensor, n: int) -> None:
-    """Refuses a term that does not give one number for each of `n` samples.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Refuses a term that does not give one number for each of `n` samples."""
     if value.shape != (n,):
         raise ConfigurationError(
             f"`term`: {term.name} gave {list(value.shape)} for {n} samples.", "return one number a sample."

@@ -20,11 +20,7 @@ __all__ = ["Update", "look_back"]
 
 @dataclass(frozen=True)
 class Update:
-    """What the replaced model does on the data.
-
-    Attributes:
-        answers: by role of the data, row by row as the new model's evidence.
-    """
+    """What the replaced model does on the data, by their role, row by row as the new model's evidence."""
 
     answers: Mapping[Role, SampleResults]
 

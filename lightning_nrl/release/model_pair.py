@@ -73,12 +73,8 @@ def evaluate_pair(
 ) -> ModelPair:
     """One pass of each model over the data, batch by batch. Models and random states are left as found.
 
-    Args:
-        new: the new model, on its device, and what judges both. Each rank gets the same tables.
-        old: the one in use.
-        data: the splits, this rank's share of each.
-        slices: which slice each sample is in.
-        targets: what else is to be noted of the samples.
+    Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
+    both; targets say what else is to be noted of the samples.
 
     Raises:
         ConfigurationError: the data, the slices, a target or the old model do not fit.

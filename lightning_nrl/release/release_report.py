@@ -28,11 +28,9 @@ __all__ = ["Identity", "ReleaseReport", "ReleaseRow", "hash_samples", "make_repo
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model is meant.
+    """Which model is meant: a class, or the path of a file, and the SHA-256 of its weights, see `hash_tensors`.
 
-    Attributes:
-        name: what it was given as: a class, or the path of a file.
-        sha256: of its weights, see `hash_tensors`; empty where only predictions are known, and not of which weights.
+    It is empty where only predictions are known, and not of which weights.
     """
 
     name: str

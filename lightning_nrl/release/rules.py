@@ -25,13 +25,9 @@ __all__ = ["AtMostBroken", "Finding", "MaxNegativeFlipRate", "NoSliceWorse", "Ru
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rule says.
+    """What one rule says: whether the new model satisfies it, and why, in figures.
 
-    Attributes:
-        rule: the rule, as text.
-        passed: whether the new model satisfies it.
-        reason: why, in figures.
-        ids: data-set positions of the samples that it objects to, by split; empty if it passed.
+    `ids` are data-set positions of the samples that it objects to, by split; empty if it passed.
     """
 
     rule: str

@@ -10,13 +10,9 @@ __all__ = ["CalibrationBounds", "SliceLimit"]
 
 @dataclass(frozen=True)
 class SliceLimit:
-    """One slice of the calibration data.
+    """One slice of the calibration data: of `n` samples right before, so many broke.
 
-    Attributes:
-        name: of the slice.
-        broken: how many of its samples broke.
-        n: how many were right before.
-        upper: the limit on the rate at which others like them break, in (0, 1]; all slices' limits hold together.
+    At most a share `upper`, in (0, 1], of others like them does; all slices' limits hold together.
     """
 
     name: str

@@ -48,10 +48,7 @@ class Row:
 class Table:
     """Labelled rows of right-aligned cells. Where it is too wide, it is continued below, a few columns at a time.
 
-    Attributes:
-        columns: for each column its name and what kind it is.
-        rows: the lines.
-        notes: whether the last column holds words, which are set to the left.
+    A column has a name and a kind. With `notes` the last one holds words, which are set to the left.
     """
 
     columns: tuple[tuple[str, str], ...]

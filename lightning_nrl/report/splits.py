@@ -116,12 +116,7 @@ class SplitReport(_Counted):
 
 @dataclass(frozen=True)
 class UpdateSplit:
-    """One split under three models: the replaced one, the new one as training left it, and the new one now.
-
-    Attributes:
-        trained: from the replaced model to the new one as training left it; its `broken` are the regressions.
-        now: from the replaced model to the new one as it is now.
-    """
+    """One split from the replaced model to the new one: as training left it (`broken` are regressions), and now."""
 
     trained: SplitReport
     now: SplitReport
@@ -141,11 +136,7 @@ class UpdateSplit:
 class SliceReport(_Counted):
     """Counts of one slice of the data of one role, before a repair against after it.
 
-    Attributes:
-        name: the slice.
-        role: of the data, `known`, `calibration` or `unseen`.
-        counts: what became of its samples.
-        quota: how many targets had to be repaired; None: any number.
+    `quota` is how many targets had to be repaired; None: any number.
     """
 
     name: str
@@ -160,14 +151,9 @@ class SliceReport(_Counted):
 
 @dataclass(frozen=True)
 class SetAside:
-    """A failed sample that was in the target and was set aside.
+    """A failed sample that was in the target and was set aside, by its position in the data set, and why.
 
-    Attributes:
-        split: its split.
-        id: its position in the data set.
-        label: its label, -1 where the task has none.
-        prediction: what the model says.
-        why: in words.
+    The label is -1 where the task has none; the prediction is what the model says.
     """
 
     split: str

@@ -12,14 +12,9 @@ __all__ = ["Hashes", "LocalizationReport", "SearchReport", "Step", "StrengthPoin
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a method, as a line of the report.
+    """One step of a method, such as `fit`, `polish` or `convex`, as a line of the report.
 
-    Attributes:
-        name: such as `fit`, `polish` or `convex`.
-        repaired: targeted samples that pass after it.
-        broken: known passed samples that do not pass any more after it.
-        seconds: wall time of it.
-        note: what else is worth saying, in words.
+    After it so many targeted samples pass (`repaired`), and so many known passed samples do not any more (`broken`).
     """
 
     name: str
@@ -54,8 +49,8 @@ class SearchReport:
         fitness: that of the best candidate.
         original_fitness: that of the unchanged weights.
         history: the curves of `SearchHistory` by name, one number an iteration.
-        n_failed: failed samples that every candidate was scored on, |I_neg|; None if that was not noted.
-        n_passed: passed samples that every candidate was scored on, |I_pos|; None if that was not noted.
+        n_failed: failed samples that every candidate was scored on, |I_neg|; None if not noted.
+        n_passed: passed samples, likewise, |I_pos|.
     """
 
     iterations: int
@@ -69,13 +64,9 @@ class SearchReport:
 
 @dataclass(frozen=True)
 class Hashes:
-    """SHA-256 of weights, see `hash_tensors`.
+    """SHA-256 of weights as training left them and as they are now, see `hash_tensors`.
 
-    Attributes:
-        layers_before: the repaired layers as training left them.
-        layers_after: the repaired layers as they are now; the same if the weights stay.
-        model_before: the whole state dict as training left it, if it was hashed.
-        model_after: the whole state dict as it is now, if it was hashed.
+    Of the repaired layers, and of the whole state dict if that was hashed.
     """
 
     layers_before: str
@@ -86,17 +77,15 @@ class Hashes:
 
 @dataclass(frozen=True)
 class StrengthPoint:
-    """What a patch does at one strength.
+    """What a patch does at one strength: 0 for the original weights and 1 for the patch.
 
     Attributes:
-        strength: t, 0 for the original weights and 1 for the patch.
         repaired_in_target: targeted samples that pass.
         known: what becomes of all known samples.
         calibration: what becomes of the calibration data; None if there are none.
         polished: whether the weights were polished there, and the counts are those after it.
         gain: what the repaired targets are worth; None: as many as they are.
-        harm: what the broken known samples cost; likewise.
-        calibration_harm: what the broken calibration samples cost; likewise.
+        harm: what the broken known samples cost; `calibration_harm` likewise.
     """
 
     strength: float
@@ -128,14 +117,10 @@ class StrengthPoint:
 
 @dataclass(frozen=True)
 class WeightChange:
-    """The difference between two versions of the same tensors.
+    """The difference between two versions of the same tensors: how many of all weights `changed`, and how far.
 
-    Attributes:
-        changed: how many weights differ.
-        total: how many weights there are.
-        l2: Euclidean norm of the difference.
-        relative: `l2` over the norm of the old weights; NaN if those are all 0.
-        largest: the largest absolute difference.
+    `l2` is the Euclidean norm, `relative` that over the norm of the old weights (NaN if those are all 0), `largest` the
+    largest absolute difference of a weight.
     """
 
     changed: int

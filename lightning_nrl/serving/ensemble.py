@@ -69,12 +69,7 @@ class WeightedEnsemble(TwoModels):
 
 @dataclass(frozen=True)
 class WeightPoint:
-    """What an ensemble does with one weight.
-
-    Attributes:
-        weight: of the old model, in [0, 1].
-        counts: what becomes of the samples, from the old model to the ensemble.
-    """
+    """What becomes of the samples, from the old model to an ensemble with one weight of the old model, in [0, 1]."""
 
     weight: float
     counts: FlipCounts

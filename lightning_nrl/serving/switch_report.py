@@ -31,13 +31,9 @@ SWITCH_RATES = (RATES["repair_rate"], RATES["break_rate"], RATES["negative_flip_
 
 @dataclass(frozen=True)
 class SwitchSplit:
-    """What becomes of one split's samples, counted by forward passes.
+    """What becomes of one split's samples from the old model to the `new` one and to the switch, by forward passes.
 
-    Attributes:
-        split: its name.
-        new: from the old model to the new one.
-        switch: from the old model to the switch.
-        served: samples that the new model answers.
+    Of the samples the new model answers so many (`served`).
     """
 
     split: str
@@ -48,15 +44,9 @@ class SwitchSplit:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of a forward pass, the median of several.
+    """Seconds of a forward pass of the old model, the new one and the switch, each the median of several `runs`.
 
-    Attributes:
-        samples: in the batch.
-        device: that it ran on, such as `cpu` or `cuda:0`.
-        runs: how many were timed, one of each in turn.
-        old: seconds of the old model.
-        new: seconds of the new model.
-        switch: seconds of the switch.
+    One of each in turn, of a batch of so many samples, on a device such as `cpu` or `cuda:0`.
     """
 
     samples: int
@@ -74,13 +64,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class SwitchReport(Record, Shown):
-    """A switch beside its two models. `rich.print(report)` shows it as tables.
-
-    Attributes:
-        threshold: the switch's.
-        splits: what becomes of the samples.
-        timing: what the switch costs.
-    """
+    """A switch with its threshold beside its two models. `rich.print(report)` shows it as tables."""
 
     threshold: float
     splits: tuple[SwitchSplit, ...]

@@ -28,8 +28,8 @@ class SwitchedModule(LightningModule):
     their names, so that its class still loads them from such a checkpoint with `strict=False`.
 
     A step that calls an inner network, such as `self.net(x)`, goes past `forward` and so past the switch. It is found
-    out at the end of the epoch and refused. Put a `MarginSwitch` in place of that network instead:
-    `served.net = MarginSwitch(old.net, new.net, threshold)` on a copy of the new module.
+    out at the end of the epoch and refused. Put a `MarginSwitch` in place of that network instead: `served.net =
+    MarginSwitch(old.net, new.net, threshold)` on a copy of the new module.
 
     It cannot be trained: `fit` is refused, and `train()` leaves it in evaluation mode.
 

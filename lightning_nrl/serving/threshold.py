@@ -23,12 +23,9 @@ __all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "gate_of", "
 
 @dataclass(frozen=True)
 class ThresholdPoint:
-    """What a switch does at one threshold.
+    """What becomes of the samples, from the old model to a switch with one threshold, in logits.
 
-    Attributes:
-        threshold: logits; `-inf` is the new model alone.
-        counts: what becomes of the samples, from the old model to the switch.
-        share: of the samples those that the new model answers, in [0, 1].
+    `-inf` is the new model alone, which answers a `share` of the samples in [0, 1].
     """
 
     threshold: float = field(metadata=null_is(-math.inf))

@@ -109,7 +109,7 @@ def choose(
 
 
 def limit_after(broken: int, n: int, selection: Selection, confidence: float) -> float:
-    """An upper limit on the rate of broken samples that holds of weights which calibration data may have chosen.
+    """An upper limit in (0, 1] on the rate of broken samples, of weights that calibration data may have chosen.
 
     Let a = 1 - confidence be what may fail. Where the data had no say, the limit is that of Clopper and Pearson at the
     level a. Where they chose one of C sets of weights, each is given a / C (Bonferroni).
@@ -125,9 +125,6 @@ def limit_after(broken: int, n: int, selection: Selection, confidence: float) ->
         n: calibration samples that were right before.
         selection: what say they had.
         confidence: in (0, 1).
-
-    Returns:
-        A rate in (0, 1].
     """
     level = 1 - confidence
     if selection.allowed is not None:
