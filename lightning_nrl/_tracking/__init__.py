@@ -5,22 +5,13 @@ that fails costs nothing but a warning.
 """
 
 from lightning_nrl._tracking.loggers import track, track_numbers, track_release
-from lightning_nrl._tracking.scalars import (
-    outcome,
-    release_numbers,
-    search_curves,
-    slice_numbers,
-    split_numbers,
-    strength_curves,
-)
+from lightning_nrl._tracking.scalars import outcome, release_numbers, search_curves, split_numbers, strength_curves
 from lightning_nrl._tracking.sweep_hparams import sweep_rows, track_sweep
-from lightning_nrl._tracking.tensorboard import write_extras
 
 __all__ = [
     "outcome",
     "release_numbers",
     "search_curves",
-    "slice_numbers",
     "split_numbers",
     "strength_curves",
     "sweep_rows",
@@ -28,5 +19,4 @@ __all__ = [
     "track_numbers",
     "track_release",
     "track_sweep",
-    "write_extras",
 ]

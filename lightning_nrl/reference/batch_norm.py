@@ -91,9 +91,7 @@ def estimate_statistics(
     with preserve(evaluator.model), _averaging(layers):
         n = collective.all_or_none(run, "the data for batch norm statistics could not be read on another rank.")
         if not int(collective.sum(torch.tensor(n))):
-            raise ConfigurationError(
-                "`data`: no batch came to estimate batch norm statistics from.", "give data with samples."
-            )
+            raise ConfigurationError("`data`: no batch came for batch norm statistics.", "give data with samples.")
         return _averaged(layers, collective)
 
 

@@ -18,7 +18,7 @@ from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
-from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.document import Page, Shown, curve_page
 from lightning_nrl.report.formatting import percent
 
 __all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
@@ -85,18 +85,17 @@ class ShareChoice(Shown):
 
     def to_table(self) -> Page:
         """The curve as a page, for rich's `print`."""
-        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken", "negative flip rate"))
-        rows = []
+        points = []
         for point in self.curve:
-            c, taken = point.counts, point == self.chosen
-            cells = (percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate))
-            rows.append(Row(f"share {point.share:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
+            c = point.counts
+            cells = percent(point.accuracy), f"{c.repaired:,}", f"{c.broken:,}", percent(point.negative_flip_rate)
+            points.append((f"share {point.share:.2f}", cells, point == self.chosen))
         rule = "As given"
         if self.tolerance is not None:
             near = f"within {100 * self.tolerance:g} points of the best accuracy"
             rule = f"The largest that breaks no more than share 0, {near}"
-        heading = Heading("Share of the old weights", 1)
-        return Page((heading, Text(f"{rule}: {self.share:.2f}."), Table(columns, tuple(rows))))
+        columns = ("accuracy", "repaired", "broken", "negative flip rate")
+        return curve_page("Share of the old weights", f"{rule}: {self.share:.2f}.", columns, points)
 
 
 @torch.no_grad()

@@ -96,9 +96,7 @@ class FocalDistillation(Term):
     def __post_init__(self) -> None:
         _check_numbers(self, above=("weight", "temperature"), least=("base", "focus"))
         if self.base + self.focus == 0:
-            raise ConfigurationError(
-                "`base=0` and `focus=0`: the term is always 0.", "give one of them a number above 0."
-            )
+            raise ConfigurationError("`base=0` and `focus=0`: the term is always 0.", "give one a number above 0.")
 
     def __call__(self, task: Task, output: Tensor, target: Any, old: OldAnswers) -> Tensor:
         if old.output is None:

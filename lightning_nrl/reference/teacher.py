@@ -127,7 +127,7 @@ class PredictedTeacher(ReferenceTeacher):
         if not rows:
             there = ", ".join(f"`{name}`" for name in predictions.splits) or "none at all"
             raise ConfigurationError(
-                f"`reference`: no predictions of `{split}`; there are those of {there}.", "give them too."
+                f"`reference`: no predictions of `{split}`; there are those of {there}.", "add them."
             )
         self.task, self.index, self.split = task, index, split
         ids, said = torch.tensor(list(rows)), [prediction for prediction, _ in rows.values()]
@@ -145,9 +145,7 @@ class PredictedTeacher(ReferenceTeacher):
         label = self.task.label(target)
         if missing or (label is None and bool((right < 0).any())):
             found = f"no prediction for the samples {missing[:5]} of" if missing else "no column `passed` for"
-            raise ConfigurationError(
-                f"`reference`: {found} `{self.split}`.", "give one for each; ids are data-set positions."
-            )
+            raise ConfigurationError(f"`reference`: {found} `{self.split}`.", "give one for each data-set position.")
         passed = right.bool() if label is None else said == label.to(said.device)
         return OldAnswers(passed.to(like.device))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Shown", "Table", "Text"]
+__all__ = ["Block", "Facts", "Heading", "Page", "Row", "Shown", "Table", "Text", "curve_page"]
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
 TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}
@@ -129,6 +129,14 @@ class Shown(ABC):
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Page]:
         yield self.to_table()
+
+
+def curve_page(
+    title: str, text: str, columns: Sequence[str], points: Iterable[tuple[str, Sequence[str], bool]]
+) -> Page:
+    """A curve, a line a point: its label, its cells, and whether it is the one that was taken."""
+    rows = (Row(label + ", taken" * taken, tuple(cells), "gain" if taken else "") for label, cells, taken in points)
+    return Page((Heading(title, 1), Text(text), Table(tuple((name, "") for name in columns), tuple(rows))))
 
 
 def _markdown(block: Block) -> str:

@@ -12,7 +12,7 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.document import Page, Shown, curve_page
 from lightning_nrl.report.formatting import percent
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, TwoModels, predicts
 from lightning_nrl.serving.threshold import gate_of, judged
@@ -96,16 +96,13 @@ class WeightChoice(Record, Shown):
 
     def to_table(self) -> Page:
         """The curve as a page, for rich's `print`."""
-        columns = tuple((name, "") for name in ("accuracy", "repaired", "broken"))
-        rows = []
+        points = []
         for point in self.curve:
-            c, taken = point.counts, point == self.chosen
-            cells = (percent(c.accuracy_after), f"{c.repaired:,}", f"{c.broken:,}")
-            rows.append(Row(f"weight {point.weight:.2f}" + ", taken" * taken, cells, "gain" if taken else ""))
-        within = f" within {self.limit!r}" if self.limit else ""
-        return Page(
-            (Heading("Weight", 1), Text(f"The most accurate{within}: {self.weight:.2f}."), Table(columns, tuple(rows)))
-        )
+            c = point.counts
+            cells = percent(c.accuracy_after), f"{c.repaired:,}", f"{c.broken:,}"
+            points.append((f"weight {point.weight:.2f}", cells, point == self.chosen))
+        text = f"The most accurate{f' within {self.limit!r}' if self.limit else ''}: {self.weight:.2f}."
+        return curve_page("Weight", text, ("accuracy", "repaired", "broken"), points)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.report.document import Heading, Page, Row, Shown, Table, Text
+from lightning_nrl.report.document import Page, Shown, curve_page
 from lightning_nrl.report.formatting import percent
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
@@ -56,15 +56,13 @@ class ThresholdChoice(Record, Shown):
 
     def to_table(self) -> Page:
         """The curve as a page, for rich's `print`."""
-        columns = tuple((name, "") for name in ("repaired", "broken", "kept", "failing", "by the new model"))
-        rows = []
+        points = []
         for point in self.curve:
-            taken = point == self.chosen
             c = point.counts
             cells = (*(f"{n:,}" for n in (c.repaired, c.broken, c.kept, c.failing)), percent(point.share))
-            rows.append(Row(f"margin above {point.threshold:.4g}" + ", taken" * taken, cells, "gain" if taken else ""))
+            points.append((f"margin above {point.threshold:.4g}", cells, point == self.chosen))
         text = f"The smallest threshold within {self.limit!r}: {self.threshold:.6g}."
-        return Page((Heading("Threshold", 1), Text(text), Table(columns, tuple(rows))))
+        return curve_page("Threshold", text, ("repaired", "broken", "kept", "failing", "by the new model"), points)
 
 
 @torch.no_grad()

@@ -117,5 +117,5 @@ def read_column(argument: str, column: Column) -> np.ndarray:
         return found
     raise ConfigurationError(
         f"`{argument}`: {found.dtype} {list(found.shape)} is no column of slices.",
-        "give one name or whole number a sample.",
+        "give one name or number a sample.",
     )

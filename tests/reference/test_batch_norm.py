@@ -169,5 +169,5 @@ def test_no_rank_waits_for_one_that_failed() -> None:
 
 
 def test_data_without_a_batch_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="no batch came to estimate batch norm statistics from"):
+    with pytest.raises(ConfigurationError, match="no batch came for batch norm statistics"):
         estimate_statistics(norm(), [])
