@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args
@@ -115,9 +116,7 @@ def _value(text: str, kinds: tuple[Any, ...]) -> object:
     if bool in kinds:
         return {"True": True, "False": False}.get(text, text)
     for kind in (int, float):
-        if kind in kinds:
-            try:
+        with suppress(ValueError):
+            if kind in kinds:
                 return kind(text)
-            except ValueError:
-                continue
     return text

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.timing import Observer
 from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, batches
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
 from lightning_nrl.analysis.sweep.recount import Recount
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, digest, exchanged, results_digest
-from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver, SweepProgress
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Combination, Trials
 from lightning_nrl.data.batch import Source
@@ -26,11 +27,48 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import Role
+from lightning_nrl.search import SearchHistory
 
-__all__ = ["Study"]
+__all__ = ["Study", "SweepObserver"]
 
 RECOUNT_AFTER = 5
 """Where data have to be read again to count runs, that is done once searching took so many times as long."""
+
+
+class SweepObserver(Observer, Protocol):
+    """Is told how a sweep goes on."""
+
+    def show(self, done: int, total: int, note: str) -> None:
+        """How many runs of how many are done, and what is to be said of the rest."""
+        ...
+
+
+class _Progress:
+    """Tells an observer how many runs of `total` are done, and how long the rest takes if it goes on as it did.
+
+    `work` is what this process has to do, as `RunRequest.work` has it; `done` are the runs that it has not to make.
+    """
+
+    def __init__(self, observer: SweepObserver | None, total: int, done: int, work: int) -> None:
+        self.observer, self.total, self.done, self.work = observer, total, done, work
+        self.worked = 0.0
+        self.began = time.perf_counter()
+
+    def within(self, part: Sequence[RunRequest], done: int, histories: list[SearchHistory]) -> None:
+        """In the middle of some runs of one swarm: so many iterations were made."""
+        share = done / max(1, part[0].setting.method.iterations)
+        self._show(self.worked + sum(request.work for request in part) * share)
+
+    def finish(self, part: Sequence[RunRequest]) -> None:
+        """Some runs are done, early or not."""
+        self.worked += sum(request.work for request in part)
+        self.done += len(part)
+        self._show(self.worked)
+
+    def _show(self, worked: float) -> None:
+        if self.observer is not None and worked:
+            left = (time.perf_counter() - self.began) / worked * (self.work - worked)
+            self.observer.show(self.done, self.total, f"{_duration(left)} left")
 
 
 @dataclass
@@ -81,7 +119,7 @@ class Study:
         """This rank's runs."""
         made: dict[str, StoredRun] = {}
         work = sum(request.work for request in mine)
-        progress = SweepProgress(self.observer, len(requests), len(requests) - len(mine), work)
+        progress = _Progress(self.observer, len(requests), len(requests) - len(mine), work)
         biased: dict[bool, list[RunRequest]] = {}
         for request in mine:
             biased.setdefault(request.setting.localizer.include_bias, []).append(request)
@@ -94,7 +132,7 @@ class Study:
         return made
 
     def _counted(
-        self, include_bias: bool, requests: Sequence[RunRequest], progress: SweepProgress
+        self, include_bias: bool, requests: Sequence[RunRequest], progress: _Progress
     ) -> Iterator[dict[str, StoredRun]]:
         """Runs as they are counted; where data are read again for that, not after each few."""
         search, recounts = self._search(include_bias)
@@ -170,3 +208,9 @@ def _with_counts(found: Mapping[str, StoredRun], recounts: Mapping[Role, Recount
         run = replace(stored.run, seconds=round(stored.run.seconds + share, 4), **counts)
         counted[key] = replace(stored, run=run)
     return counted
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"about {math.ceil(seconds)} s"
+    return f"about {math.ceil(seconds / 60)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -14,8 +14,7 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.analysis.sweep.grid import Grid, Sweepable, parse_settings
 from lightning_nrl.analysis.sweep.store import RunStore
-from lightning_nrl.analysis.sweep.study import Study
-from lightning_nrl.analysis.sweep.sweep_progress import SweepObserver
+from lightning_nrl.analysis.sweep.study import Study, SweepObserver
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Trials
 from lightning_nrl.data.batch import Source
