@@ -124,7 +124,9 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
             collective.all_or_none(
                 partial(_load_best, path, trainer, model), "the best checkpoint could not be read on another rank."
             )
-        _share(model, collective)
+        with torch.no_grad():
+            for buffer in model.buffers():
+                buffer.copy_(collective.agreed(buffer))
         yield start
     finally:
         if not start.keep:
@@ -151,13 +153,6 @@ def _best_path(trainer: pl.Trainer) -> str:
             )
         )
     return path
-
-
-@torch.no_grad()
-def _share(model: pl.LightningModule, collective: Collective) -> None:
-    """Gives every rank the first rank's buffers."""
-    for buffer in model.buffers():
-        buffer.copy_(collective.sum(buffer if collective.rank == 0 else torch.zeros_like(buffer)))
 
 
 def epochs_of(trainer: pl.Trainer) -> int:

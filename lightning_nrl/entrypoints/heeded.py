@@ -64,13 +64,10 @@ REFUSING = {
 INSTEAD = {
     ("compare", "method"): ("a comparison runs several", "name them: `methods=[{value!r}, ...]`."),
     ("sweep", "seed"): ("a sweep has `seeds`", "write `seeds=[{value!r}]`."),
-    **{
-        (name, "data.start_from"): (
-            "it has no meaning without training",
-            "name the checkpoint to start from as `ckpt_path`.",
-        )
-        for name in ("repair", "compare", "diagnose", "sweep")
-    },
+    **dict.fromkeys(
+        ((name, "data.start_from") for name in ("repair", "compare", "diagnose", "sweep")),
+        ("it has no meaning without training", "name the checkpoint to start from as `ckpt_path`."),
+    ),
 }
 """What there is in place of an option."""
 
