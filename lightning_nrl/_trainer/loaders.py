@@ -152,34 +152,31 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
     )
 
 
-def check_loader(loader: Any, split: str) -> DataLoader[Any]:
-    """The one data loader inside what the user gave; refuses what cannot be read sample by sample."""
+def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
+    """The one data loader inside what the user gave; refuses what cannot be read sample by sample.
+
+    `instead` is the hint where those for a repair do not apply.
+    """
+
+    def refused(problem: str, hint: str) -> ConfigurationError:
+        return ConfigurationError(f"`{split}` data: {problem}.", instead or hint)
+
     if isinstance(loader, Mapping):
         loader = list(loader.values())
     if isinstance(loader, (list, tuple)):
         if len(loader) != 1:
-            raise ConfigurationError(
-                f"`{split}` data: {len(loader)} data loaders at once.",
-                "name one of them: pass a single DataLoader as `passed=` or `failed=`.",
-            )
-        return check_loader(loader[0], split)
+            hint = "name one of them: pass a single DataLoader as `passed=` or `failed=`."
+            raise refused(f"{len(loader)} data loaders at once", hint)
+        return check_loader(loader[0], split, instead)
     if not isinstance(loader, DataLoader):
-        raise ConfigurationError(
-            f"`{split}` data: found {type(loader).__name__}, not a DataLoader.", "wrap the data set in a DataLoader."
-        )
+        raise refused(f"found {type(loader).__name__}, not a DataLoader", "wrap the data set in a DataLoader.")
     if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
-        raise ConfigurationError(
-            f"`{split}` data: {type(loader.dataset).__name__} is iterable, its samples have no stable index.",
-            "repair needs a map-style data set; pass one as `passed=` and `failed=`.",
-        )
+        found = f"{type(loader.dataset).__name__} is iterable, its samples have no stable index"
+        raise refused(found, "repair needs a map-style data set; pass one as `passed=` and `failed=`.")
     if loader.batch_sampler is None:
-        raise ConfigurationError(
-            f"`{split}` data: its data set makes whole batches itself.", "give the DataLoader a `batch_size`."
-        )
+        raise refused("its data set makes whole batches itself", "give the DataLoader a `batch_size`.")
     if len(loader.dataset) == 0:
-        raise ConfigurationError(
-            f"`{split}` data: the data set is empty.", "name another split, or pass a DataLoader with samples."
-        )
+        raise refused("the data set is empty", "name another split, or pass a DataLoader with samples.")
     return loader
 
 

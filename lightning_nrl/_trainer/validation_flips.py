@@ -68,12 +68,8 @@ def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[
             f"`dataloader`: a CombinedLoader in the mode {found.mode!r} mixes {len(loaders)} in one batch.",
             "give the validation data loaders as a list, so that they are read one after the other.",
         )
-    try:
-        loader = check_loader(loaders[dataloader], "val")
-    except ConfigurationError as error:
-        problem = str(error).partition("\nHINT:")[0]
-        hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
-        raise ConfigurationError(problem, hint) from error
+    hint = "give the validation data as a DataLoader with a `batch_size`, over a data set with an index."
+    loader = check_loader(loaders[dataloader], "val", hint)
     most = found.max_batches[dataloader]
     return loader, None if most == float("inf") else int(most)
 

@@ -183,12 +183,8 @@ def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> di
             "give each of them a name of its own, in order, or leave `splits` out.",
         )
     for name, loader in zip(names, loaders, strict=True):
-        try:
-            check_loader(loader, name)
-        except ConfigurationError as error:
-            found = str(error).partition("\nHINT:")[0]
-            hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
-            raise ConfigurationError(found, hint) from error
+        hint = "give the data as a DataLoader with a `batch_size`, over a data set with an index."
+        check_loader(loader, name, hint)
     return dict(zip(names, loaders, strict=True))
 
 
