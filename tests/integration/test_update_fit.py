@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, mlp, quiet_trainer, right
+from options import with_options
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, RepairReport, repair
@@ -22,7 +23,7 @@ class OnNewData(Digits):
 
 def updating(reference: Any, folder: Path, **arguments: Any) -> RegressionFreeRepair:
     given = {"passed": Digits().val_dataloader(), "unseen": "test", "verbose": False, **arguments}
-    return RegressionFreeRepair(reference=reference, dirpath=folder / "repair", **given)
+    return RegressionFreeRepair(reference=reference, dirpath=folder / "repair", **with_options(given))
 
 
 def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path) -> None:
