@@ -133,9 +133,6 @@ def find_scope(
 
     `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
     for all of its parameters. `auto` lets training move all parameters that are not frozen.
-
-    Raises:
-        ConfigurationError: as for `find_layers`.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     names = [_last_inside(name, modules) for name in _names(layer, modules)]

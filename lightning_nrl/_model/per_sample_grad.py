@@ -89,10 +89,7 @@ class OutputProbe:
         return calls
 
     def not_batch_first(self, n: int) -> set[str]:
-        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance.
-
-        Such a call may have as many rows for each sample, but not one sample after the other.
-        """
+        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance."""
         return {name for name, x, _ in self._seen if len(x) % n}
 
 
@@ -102,10 +99,7 @@ def margin_calls(
     """The margins of a batch, `n`, and the calls of each layer with the gradients of the margins' sum.
 
     There are none for a layer that gradients do not reach, or that does not have the samples in its first dimension.
-    The batch may be as large as memory allows in training; weights need not ask for gradients, and get none.
-
-    Raises:
-        ConfigurationError: the task has no margin.
+    Weights need not ask for gradients, and get none. A task without margins is a `ConfigurationError`.
     """
     probe = OutputProbe(layers)
     with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
@@ -155,10 +149,7 @@ def bias_gradient(gradient: Tensor) -> Tensor:
 
 
 def _weight_gradients(layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the weight for each sample, `m x weight shape`, from the same as `m x p x ...`.
-
-    A convolution takes each sample as a group of its own, so that one call of the gradient kernel serves them all.
-    """
+    """The gradient of the weight for each sample, `m x weight shape`, from `m x p x ...`, in one call of a kernel."""
     if isinstance(layer, nn.Linear):
         return torch.bmm(gradient.mT, x)
     m = len(x)

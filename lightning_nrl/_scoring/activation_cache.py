@@ -96,17 +96,10 @@ class ActivationCache:
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:
         """Runs what comes after the first site: logits of `copies * n` samples, copy by copy.
 
-        Differentiable in what `edit` returns if gradients are on.
-
-        Args:
-            chunk: `n` samples.
-            edit: gives the output of each site to go on with, samples in the first dimension. At the site that is
-                called first, input and output are the recorded ones of `n` samples and must not be changed in place;
-                what it returns has `copies * n`, as everything has at later sites.
-            copies: how often each sample is run.
-
-        Raises:
-            ReplayError: several copies of samples that can only be run as a whole; use `rerun` for those.
+        `edit` gives the output of each site to go on with, samples in the first dimension. At the site that is called
+        first, input and output are the recorded ones of `n` samples and must not be changed in place; what it returns
+        has `copies * n`, as everything has at later sites. Differentiable in that if gradients are on. Several copies
+        of samples that can only be run as a whole are a `ReplayError`: `rerun` is for those.
         """
         group = self.groups[chunk.group]
         stored = group.take(chunk.samples, self.space.device)

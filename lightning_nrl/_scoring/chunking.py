@@ -32,29 +32,17 @@ MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384
 @torch.no_grad()
 def make_chunk_scorers(
     cache: ActivationCache,
-    deltas: tuple[LayerDelta, ...],
-    where: Tensor,
-    mask: Tensor,
+    deltas: tuple[LayerDelta, ...],  # the change of each site
+    where: Tensor,  # K int64, flat positions of the changed weights
+    mask: Tensor,  # N bool by row of the evidence, which samples
     task: Task,
     *,
-    budget: int,
-    room: int,
-    reserve: Tensor | None = None,
-    weight: Tensor | None = None,
+    budget: int,  # bytes that running a block may take
+    room: int,  # bytes that may be kept from one call to the next
+    reserve: Tensor | None = None,  # N by row of the evidence, the margin that each must keep to pass; None: any
+    weight: Tensor | None = None,  # N float64 by row of the evidence, what each counts; None: all alike
 ) -> list[ChunkScorer]:
-    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls.
-
-    Args:
-        cache: the known data.
-        deltas: the change of each site.
-        where: `K` int64, flat positions of the changed weights.
-        mask: `N` bool by row of the evidence, which samples.
-        task: says what passed and loss mean.
-        budget: bytes that running a block may take.
-        room: bytes that may be kept from one call to the next.
-        reserve: `N` by row of the evidence, the margin that each must keep to pass; None: any.
-        weight: `N` float64 by row of the evidence, what each counts; None: all alike.
-    """
+    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_nrl._model.layer_inputs import pad_input
 from lightning_nrl._model.layers import Convolution, LayerRef
 
 __all__ = ["DeltaLayout", "UnitBucket", "make_delta_layout"]
@@ -43,8 +44,7 @@ class UnitBucket:
         `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
         """
         u, m = self.kernel_index.shape
-        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-        x = F.pad(x.index_select(1, self.channels), conv._reversed_padding_repeated_twice, mode=mode)
+        x = pad_input(conv, x.index_select(1, self.channels))
         size, kernel = x.shape[2:], conv.kernel_size
         index = self.channel.view(u, m, 1)
         position = torch.zeros(1, dtype=torch.int64, device=x.device)

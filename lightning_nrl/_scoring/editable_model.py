@@ -45,8 +45,7 @@ class EditableModel:
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
         """One ordinary pass: what was done when it first called a site, and the logits.
 
-        Raises:
-            ReplayError: a site is never called.
+        A site that is never called is a `ReplayError`.
         """
         modules = {site.name: site.module for site in self.space.sites}
         with trace_forward(self.model, modules, keep) as trace, self.evaluator.context():

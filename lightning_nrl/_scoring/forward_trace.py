@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,8 +105,7 @@ def with_cached_outputs(
 ) -> Iterator[None]:
     """Inside, the frontier returns `outputs` and the first repaired layer returns `result()`; neither is computed.
 
-    Raises:
-        ReplayError: from inside, if the pass does not call the frontier in the recorded order.
+    A `ReplayError` comes from inside, if the pass does not call the frontier in the recorded order.
     """
     left = dict(Counter(calls))
     patches: dict[str, ExitStack] = {}
@@ -141,13 +140,9 @@ def with_cached_outputs(
             patch.close()
 
 
-@contextmanager
-def force_eager() -> Iterator[None]:
+def force_eager() -> AbstractContextManager[Any]:
     """Compiled parts of a model run as plain Python inside, since compiled code does not see hooks."""
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,7 @@ __all__ = ["find_replay_plan", "may_use_tf32", "same_values"]
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
     """A plan for passes like this one, of `n` samples, that gave the whole model's logits for changed weights.
 
-    If there is none, why not, in words.
-
-    Raises:
-        ReplayError: a site is never called.
+    If there is none, why not, in words. A site that is never called is a `ReplayError`.
     """
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
@@ -46,16 +43,13 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         return "what modules return depends on the data"
     try:
         layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
-        site_layouts = [
-            infer_layout(a, b, small, small + 1) for a, b in zip(trace.layer_shapes, other.layer_shapes, strict=True)
-        ]
+        site_shapes = zip(trace.layer_order, trace.layer_shapes, other.layer_shapes, strict=True)
+        site_layouts = {name: infer_layout(a, b, small, small + 1) for name, a, b in site_shapes}
     except ValueError as error:
         return f"a module's output does not count samples in one dimension: {error}"
-    if None in site_layouts or layouts[-2] is None:
+    if None in site_layouts.values() or layouts[-2] is None:
         return "a layer's output is the same for all samples"
-    dims = {
-        name: layout.dim for name, layout in zip(trace.layer_order, site_layouts, strict=True) if layout is not None
-    }
+    dims = {name: layout.dim for name, layout in site_layouts.items() if layout is not None}
     first = model.sites[trace.layer_order[0]]
     modules = {name: model.model.get_submodule(name) for name in trace.calls}
     alive = _liveness(model, trace, few)
@@ -66,7 +60,7 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, (*made[:-2], *site))
         stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
         try:
-            problem = _check_all(model, plan, stored, few, small) or _check_few(model, plan, stored, few, small)
+            problem = _check(model, plan, stored, few, small)
         except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
             if is_out_of_memory(error):  # which says nothing of the model
                 raise
@@ -98,40 +92,31 @@ def may_use_tf32() -> bool:
         return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision)
 
 
-def _check_all(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """Resumes the pass under original weights and with all of them changed; says what is wrong, or nothing."""
+def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """Resumes the pass under original weights and with changed ones; says what is wrong, or nothing.
+
+    First all weights change, then a few, whose effect is followed channel by channel.
+    """
     flat = model.space.flat()
-    where = torch.arange(len(flat), device=flat.device)
-    parameters = model.space.changed(where, _perturbed(flat))
+    perturbed = _perturbed(flat)
+    whole = model.space.changed(torch.arange(len(flat), device=flat.device), perturbed)
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         if site is not plan.first:
             x, y = x[len(x) // 2 :], y[: len(y) // 2]
-        return torch.cat([y, output_under(parameters, site, x)])
+        return torch.cat([y, output_under(whole, site, x)])
 
-    return _compared(model, inputs, ({}, parameters), plan.resume(model, stored, n, edit, copies=2), stored[-1])
-
-
-def _check_few(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
-    """The same with a few weights changed, whose effect is followed channel by channel."""
-    flat = model.space.flat()
     where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
-    values = torch.stack([flat, _perturbed(flat)])[:, where]
-    deltas = make_layer_deltas(model.space, where)
-    parameters = [model.space.changed(where, v) for v in values]
-    return _compared(
-        model, inputs, parameters, plan.resume(model, stored, n, edit_layers(deltas, values), 2), stored[-1]
-    )
-
-
-def _compared(
-    model: EditableModel, inputs: Inputs, parameters: Sequence[Mapping[str, Tensor]], resumed: Tensor, y: Tensor
-) -> str:
-    precision = min((y.dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
-    halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
-    for half, weights in zip(halves, parameters, strict=True):
-        if not same_values(half, model.logits(inputs, weights), precision):
-            return "resuming it after the layer gives other outputs than the whole model"
+    values = torch.stack([flat, perturbed])[:, where]
+    sparse = edit_layers(make_layer_deltas(model.space, where), values)
+    unchanged, few = (model.space.changed(where, v) for v in values)
+    for some_edit, weights in ((edit, ({}, whole)), (sparse, (unchanged, few))):
+        resumed = plan.resume(model, stored, n, some_edit, copies=2)
+        precision = min((stored[-1].dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
+        halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
+        for half, parameters in zip(halves, weights, strict=True):
+            if not same_values(half, model.logits(inputs, parameters), precision):
+                return "resuming it after the layer gives other outputs than the whole model"
     return ""
 
 

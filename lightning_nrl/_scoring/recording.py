@@ -33,24 +33,15 @@ OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model
 @torch.no_grad()
 def record(
     evaluator: Evaluator,
-    batches: Iterable[tuple[Batch, Tensor]],
+    batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the evidence, n int64 on the CPU
     space: ParameterSpace,
-    keep: Tensor,
+    keep: Tensor,  # N bool by row of the evidence, which samples are wanted
     *,
-    budget: int | None = None,
+    budget: int | None = None,  # bytes on the model's device, then on the CPU; None: half of a GPU's free ones
 ) -> ActivationCache:
     """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
 
-    Args:
-        evaluator: the model in evaluation mode, and what finds the logits in what it returns.
-        batches: this rank's, each with its samples' rows in the evidence, `n` int64 on the CPU.
-        space: the repaired layers.
-        keep: `N` bool by row of the evidence, which samples are wanted.
-        budget: bytes that may be held on the model's device, the rest goes to the CPU; None: half of what is free on a
-            GPU, and no limit elsewhere.
-
-    Raises:
-        ReplayError: a layer that is never called.
+    A layer that is never called is a `ReplayError`.
     """
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
     budget = _default_budget(space.device) if budget is None else budget

@@ -46,8 +46,7 @@ class SampleLayout:
 def infer_layout(small: Sequence[int], large: Sequence[int], n_small: int, n_large: int) -> SampleLayout | None:
     """Where the samples are, from shapes for two numbers of samples; None if the shape does not depend on them.
 
-    Raises:
-        ValueError: it depends on them in a way that no layout describes.
+    A `ValueError` if it depends on them in a way that no layout describes.
     """
     if len(small) != len(large):
         raise ValueError(f"{list(small)} became {list(large)}")

@@ -132,37 +132,22 @@ class SwarmScorer:
 
 def make_scorer(
     cache: ActivationCache,
-    where: Tensor,
-    failed: Tensor,
-    passed: Tensor,
+    where: Tensor,  # K int64, flat positions of the localised weights; or S x K, padded with -1, those of each swarm
+    failed: Tensor,  # N bool, I_neg; or S x N, that of each swarm
+    passed: Tensor,  # I_pos, likewise
     evaluator: Evaluator,
     *,
-    budget: int | None = None,
-    passed_loss: bool = True,
-    fragility: Tensor | None = None,
-    reserve: Tensor | None = None,
-    weight: Tensor | None = None,
+    budget: int | None = None,  # bytes that scoring may take beside the recording; None: a share of what is free
+    passed_loss: bool = True,  # whether losses on I_pos are needed
+    fragility: Tensor | None = None,  # N, such as the original loss, the highest first; None: as recorded
+    reserve: Tensor | None = None,  # N, the margin that each must keep to pass; the task needs margins; None: any
+    weight: Tensor | None = None,  # N float64, finite, what each counts, 1 on average for I_neg; None: all alike
 ) -> SwarmScorer:
     """Prepares the scoring of candidates; `N` is by row of the evidence.
 
-    Args:
-        cache: the known data of this rank.
-        where: `K` int64, flat positions of the localised weights; or `S x K`, those of each swarm, -1 where a swarm has
-            fewer than K.
-        failed: `N` bool, I_neg; or `S x N`, that of each swarm.
-        passed: I_pos, likewise.
-        evaluator: says what passed and loss mean, and which ranks share the work.
-        budget: bytes that scoring may take beside the recording; None: a share of what is free on the device.
-        passed_loss: whether losses on I_pos are needed. If not, `Scores.loss_passed` is 0, and samples of I_pos that no
-            candidate of a call can break are not computed.
-        fragility: `N`, such as the original loss: the samples of I_pos with the highest are scored first, so that
-            candidates that break too many are given up early. None: in the order of the recording.
-        reserve: `N`, the margin that each sample must keep to count as passing; the task needs margins. None: any.
-        weight: `N` float64, finite, what each sample of I_neg and I_pos counts, 1 on average for I_neg; None: all
-            alike.
-
-    Raises:
-        ConfigurationError: numbers of swarms that do not agree.
+    If losses on I_pos are not needed, `Scores.loss_passed` is 0, and samples of I_pos that no candidate of a call can
+    break are not computed. The most fragile of them are scored first, so that candidates that break too many are given
+    up early. Numbers of swarms that do not agree are a `ConfigurationError`.
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device

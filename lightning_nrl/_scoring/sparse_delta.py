@@ -58,14 +58,9 @@ class LayerDelta(DeltaLayout):
     ) -> Tensor:
         """The layer's output under candidates `P x K`: `P * n` samples in memory of their own, candidate by candidate.
 
+        `x` is the layer's input, `copies * n` samples: `copies` is 1 if all candidates have the same, P if it goes
+        candidate by candidate; `y` is its output under the weights as they are, `gathered` what `gather` gave, if kept.
         A `CandidateTensor` if the input is the same for all candidates and some units do not change.
-
-        Args:
-            values: the new values of the changed weights.
-            x: the layer's input, `copies * n` samples.
-            y: its output under the weights as they are, as many.
-            copies: 1 if the input is the same for all candidates, P if it goes candidate by candidate.
-            gathered: what `gather(x, y, copies)` gave, if it was kept.
         """
         p, dim = values.shape[0], self.unit_dim % y.ndim
         if not self.units.shape[0]:

@@ -30,7 +30,7 @@ from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = ["Aggregation", "Impact", "Replay", "check_aggregation", "measure"]
+__all__ = ["Aggregation", "Impact", "Replay", "measure"]
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -65,11 +65,6 @@ class Replay(Protocol):
         ...
 
 
-def check_aggregation(aggregation: str) -> None:
-    """Refuses an unknown aggregation with a `ConfigurationError`."""
-    check_choice("aggregation", aggregation, get_args(Aggregation))
-
-
 def measure(
     recording: Replay,
     evaluator: Evaluator,
@@ -99,7 +94,7 @@ def measure(
         ReplayError: a layer is never called or its output detached; for `per_sample`, samples that are not the first
             dimension of its input.
     """
-    check_aggregation(aggregation)
+    check_choice("aggregation", aggregation, get_args(Aggregation))
     space, sums, size = recording.space, None, SAMPLES_PER_PASS
     while sums is None:
         work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, size)
@@ -219,7 +214,10 @@ def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
                 "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
             )
         if strayed:
-            raise _not_by_sample(site)
+            raise ReplayError(
+                f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
+                "use `aggregation='mean_gradient'`, or a layer with samples in the first dimension.",
+            )
     size = torch.tensor([site.size for site in space.sites], device=sums.flat.device)
     backward = sums.gradient.abs() / sums.samples
     forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()
@@ -229,10 +227,3 @@ def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
             "look for samples with a NaN or infinite loss, or for gradients that overflow half precision.",
         )
     return Impact(backward, forward, int(sums.samples))
-
-
-def _not_by_sample(site: LayerRef) -> ReplayError:
-    return ReplayError(
-        f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
-        "use `aggregation='mean_gradient'`, which needs no order, or a layer with samples in the first dimension.",
-    )

@@ -38,16 +38,13 @@ class Localizer(Protocol):
         ...
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
-        """Localises.
+        """Localises, or raises an `EmptyLocalizationError` where no weight can be chosen.
 
         Args:
             recording: the model on the known data of this rank.
             evaluator: what gives each sample's loss, and the ranks that share the data.
             failed: `N` bool, the samples to be repaired (I_neg), by row of the evidence.
             passed: `N` bool, the samples to be kept (I_pos).
-
-        Raises:
-            EmptyLocalizationError: no weight can be chosen.
         """
         ...
 

@@ -8,13 +8,14 @@ on that equals the worse of its two ranks; likewise for the passed data. It is l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_whole
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.impact import Aggregation, Impact, Replay, check_aggregation, measure
+from lightning_nrl.localization.impact import Aggregation, Impact, Replay, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization
 
 __all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
@@ -48,7 +49,7 @@ class NeuRecoverLite:
 
     def __post_init__(self) -> None:
         _check(self.n_weights, self.n_g)
-        check_aggregation(self.aggregation)
+        check_choice("aggregation", self.aggregation, get_args(Aggregation))
 
     def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
         """Measures both impacts and localises; see `measure` for the arguments and `localize` for the rest."""

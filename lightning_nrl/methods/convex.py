@@ -82,7 +82,9 @@ class Convex:
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
-            steps.append(_last(proposal, STRENGTHS[best], share, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            note = f"strength {STRENGTHS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
+            steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
         if proposal is None:
             reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
             return Solution(None, reason, tuple(steps), others)
@@ -135,10 +137,7 @@ def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] |
 
 @torch.no_grad()
 def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_HeldOutFlips]]:
-    """The change at each strength, `C x d`, and what it did to held-out samples.
-
-    One rank solves for all of them.
-    """
+    """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
     collective, n = problem.collective, len(STRENGTHS)
     changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
     held = torch.zeros(n, 4, dtype=torch.float64)
@@ -154,7 +153,7 @@ def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tens
 
 
 def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float]]:
-    """Strength by strength the change that all samples ask for, and what those without a fold do on that fold.
+    """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
     How many targets they repair, how many passed samples they break, and what these weigh.
     """
@@ -196,10 +195,7 @@ def _folds(problem: Problem) -> Tensor:
 
 
 def _best(held: list[_HeldOutFlips], points: list[Proposal]) -> int:
-    """Where slices lack the fewest repairs, what held-out samples speak for most.
-
-    Of equals one that repairs a target at all, then the weakest.
-    """
+    """Of the points whose slices lack the fewest repairs, what held-out samples speak for most; then the weakest."""
     worth = [one.gain - REGRESSION_PRICE * one.harm for one in held]
     return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
 
@@ -223,11 +219,6 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
         if not proposal.broken:
             return (proposal if proposal.repaired else None), share
     return None, 0.0
-
-
-def _last(proposal: Proposal | None, strength: float, share: float, seconds: float) -> Step:
-    note = f"strength {strength:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
-    return proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note)
 
 
 def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:

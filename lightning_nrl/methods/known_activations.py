@@ -15,8 +15,7 @@ __all__ = ["half_budget", "record_known"]
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     """The activations of the samples in `keep`, `N` bool by row of the evidence, under the weights as they are now.
 
-    Raises:
-        ReplayError: on every rank, if on one: a layer is never called, or the rest of the network cannot be replayed.
+    A layer that cannot be recorded is a `ReplayError` on every rank, if on one.
     """
     rows = problem.before.rows
     batches = ((batch, rows(source.split, batch.position)) for source in problem.known for batch in source)

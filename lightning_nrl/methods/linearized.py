@@ -99,13 +99,7 @@ class Linearized:
 
 
 class _TrustRegionSteps:
-    """From the original weights, round by round.
-
-    Attributes:
-        found: proposals that break nothing, each better than the one before.
-        steps: one a round.
-        stalled: rounds since the last of `found`.
-    """
+    """From the original weights, round by round: proposals that break nothing, each better than the one before."""
 
     def __init__(self, problem: Problem, whitening: Whitening) -> None:
         before = problem.before

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import ActivationCache, make_scorer
+from lightning_nrl._scoring import make_scorer
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.localization import Localization
@@ -55,15 +54,10 @@ class LocalSearchResult:
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """The paper's method: a search from the original weights, candidates scored on I_pos alone.
+    """The paper's method: a search from the original weights, candidates scored on I_pos alone."""
 
-    Attributes:
-        searcher: the search algorithm with its settings.
-        seconds: how long the search may take.
-    """
-
-    searcher: Searcher[Any]
-    seconds: float = math.inf
+    searcher: Searcher[Any]  # the search algorithm with its settings
+    seconds: float = math.inf  # how long the search may take
 
     def __call__(self, problem: Problem) -> Solution:
         """Localises weights of the chosen layers and searches new values for them.
@@ -90,65 +84,49 @@ def localize_and_search(
     goal: SearchGoal,
     elites: Callable[[Tensor, int], Tensor] | None = None,
 ) -> LocalSearchResult:
-    """Localises and searches from the weights that the model has now.
+    """Localises and searches from the weights that the model has now; an `EmptyLocalizationError` if there are none.
 
     `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
-
-    Raises:
-        EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
     """
-    space, clock = problem.space, problem.clock
+    space, clock, before = problem.space, problem.clock, problem.before
     with clock.stage("localize"):
-        recording = record_known(problem, problem.before.targeted | goal.passed | goal.constrained)
+        recording = record_known(problem, before.targeted | goal.passed | goal.constrained)
         localization = problem.localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
     where = localization.weights.to(space.device)
-    with clock.stage("search"):
+    passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(goal.constrained.sum())
+
+    def tell(done: int, history: SearchHistory) -> None:
+        broken = n_constrained - int(history.intact[-1])
+        clock.tell(done, searcher.iterations, int(history.patched[-1]), broken)
+
+    with clock.stage("search"), torch.no_grad():
         known = None if elites is None else elites(where, searcher.n_candidates // 2)
-        result = _search(problem, searcher, goal, recording, where, known)
+        scorer = make_scorer(
+            recording,
+            where,
+            before.targeted,
+            goal.constrained,
+            problem.evaluator,
+            budget=half_budget(problem),
+            passed_loss=passed_loss,
+            fragility=before.loss,
+            reserve=goal.reserve,
+            weight=before.finite_weight if before.weighted else None,
+        )
+        result = search(
+            scorer,
+            space.flat()[where],
+            stats=WeightStats.around(space, where),
+            fitness=goal.fitness,
+            searcher=searcher,
+            seed=problem.seed,
+            elites=known,
+            deadline=goal.deadline,
+            on_progress=tell,
+        )
+    if not passed_loss:
+        unknown = torch.full_like(result.history.loss_passed, torch.nan)
+        result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
     unchanged = torch.equal(values, space.flat()[where])
     return LocalSearchResult(localization, result, None if unchanged else space.changed(where, values))
-
-
-@torch.no_grad()
-def _search(
-    problem: Problem,
-    searcher: Searcher[Any],
-    goal: SearchGoal,
-    recording: ActivationCache,
-    where: Tensor,
-    elites: Tensor | None,
-) -> SearchResult:
-    space, before = recording.space, problem.before
-    passed_loss = needs_passed_loss(goal.fitness)
-    scorer = make_scorer(
-        recording,
-        where,
-        before.targeted,
-        goal.constrained,
-        problem.evaluator,
-        budget=half_budget(problem),
-        passed_loss=passed_loss,
-        fragility=before.loss,
-        reserve=goal.reserve,
-        weight=before.finite_weight if before.weighted else None,
-    )
-    result = search(
-        scorer,
-        space.flat()[where],
-        stats=WeightStats.around(space, where),
-        fitness=goal.fitness,
-        searcher=searcher,
-        seed=problem.seed,
-        elites=elites,
-        deadline=goal.deadline,
-        on_progress=partial(_report_progress, problem, searcher.iterations, int(goal.constrained.sum())),
-    )
-    if passed_loss:
-        return result
-    unknown = torch.full_like(result.history.loss_passed, torch.nan)
-    return replace(result, history=replace(result.history, loss_passed=unknown))
-
-
-def _report_progress(problem: Problem, total: int, n_constrained: int, done: int, history: SearchHistory) -> None:
-    problem.clock.tell(done, total, int(history.patched[-1]), n_constrained - int(history.intact[-1]))

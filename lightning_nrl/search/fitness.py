@@ -43,16 +43,14 @@ class Fitness:
     - `lexicographic`: fewer broken first, then more repaired, then lower mean loss over I_neg and I_pos together: with
       that of I_neg alone, a search that can repair no more would go on to push passed samples to the brink. As a
       number: N_patched + loss part while nothing of I_pos is broken, which is positive; negative otherwise. The loss
-      part is the bounded loss term, squashed into 0 to 1/2 (1/4 for an unchanged loss): it decides between equal
-      counts only.
+      part is the bounded loss term, squashed into 0 to 1/2 (1/4 for an unchanged loss).
     - `eq1`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + l(I_{neg}) + l(I_{pos})`, the paper's equation
       (1).
     - `eq2`: :math:`N_{patched}/|I_{neg}| + \alpha N_{intact}/|I_{pos}| + \beta l(I_{neg})`, the paper's equation (2).
 
-    Where samples have weights (`Scores.gain`, `Scores.harm`), N_patched is the weight of the repaired samples, the
-    weights of I_neg being 1 on average; a broken sample counts as many times as its weight says; the mean loss on I_neg
-    is weighted; and the loss part above is multiplied with the least weight of I_neg, so that no loss outweighs a
-    repair.
+    Where samples have weights (`Scores.gain`, `Scores.harm`), repaired samples count what they weigh, 1 on average over
+    I_neg, broken ones as many times as their weight says; the mean loss on I_neg is weighted; and the loss part is
+    multiplied with the least weight of I_neg, so that no loss outweighs a repair.
 
     A candidate whose loss is NaN or infinite is worth minus infinity.
 

@@ -135,6 +135,12 @@ def search_many(
     original_fitness = counted[:, 0]
     state = method.tell(state, counted)
     interval = check_every or (1 if original.device.type == "cpu" else PROGRESS_EVERY)
+
+    def report() -> None:
+        if on_progress is not None:
+            so_far = histories(rows, method.patience)
+            on_progress(max(len(history) for history in so_far) - 1, so_far)
+
     rows, over = log.read(), deadline is not None and deadline.is_over()
     while log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over:
         for _ in range(min(interval - log.done % interval, method.iterations - log.done)):
@@ -142,11 +148,11 @@ def search_many(
             scores = _score(scorer, state, original.dtype, value, before, log.frozen)
             state = method.tell(state, log.record(state.candidates, scores, value(scores, before)))
         rows, over = log.read(), deadline is not None and deadline.is_over()
-        if on_progress is not None and log.done % PROGRESS_EVERY == 0:
-            _report(on_progress, histories(rows, method.patience))
+        if log.done % PROGRESS_EVERY == 0:
+            report()
+    if log.done % PROGRESS_EVERY or log.done == 0:
+        report()
     ended = histories(rows, method.patience)
-    if on_progress is not None and (log.done % PROGRESS_EVERY or log.done == 0):
-        _report(on_progress, ended)
     found = log.best.to(original.dtype)
     seconds = time.perf_counter() - began
     return [
@@ -192,11 +198,6 @@ def _score(
             limit = torch.full(shape, math.inf, dtype=kind, device=candidates.device)
         limit = limit.masked_fill(frozen[:, None], -1.0)
     return scorer(candidates) if limit is None else scorer(candidates, limit)
-
-
-def _report(on_progress: Callable[[int, list[SearchHistory]], None], so_far: list[SearchHistory]) -> None:
-    """Says how many iterations the longest search made."""
-    on_progress(max(len(history) for history in so_far) - 1, so_far)
 
 
 def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
