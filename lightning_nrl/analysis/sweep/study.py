@@ -183,8 +183,7 @@ class Study:
         original = {
             include_bias: {
                 name: parameter.detach().cpu().clone()
-                for site in self._search(include_bias)[0].problem.space.sites
-                for name, parameter in site.parameters.items()
+                for name, parameter in self._search(include_bias)[0].problem.space.parameters.items()
             }
             for include_bias in {request.setting.localizer.include_bias for request in requests}
         }
