@@ -37,7 +37,7 @@ from lightning_nrl.report import StrengthPoint
 
 __all__ = ["Methods", "compare_module", "parse_methods"]
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+COMPARED_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 SCALING_STEP = 1 / 64  # of the strength at which weights are scaled back
 NOTHING_UNSEEN = FlipCounts(0, 0, 0, 0)
 
@@ -157,7 +157,7 @@ def _entry(problem: Problem, unseen: HeldOut | None, name: str, solution: Soluti
     path = PatchPath(problem, solution.proposal.state)
     later = NOTHING_UNSEEN if unseen is None else Flips.between(unseen.before, unseen.before).counts()
     start = CurvePoint(0.0, 0, Flips.between(problem.before, problem.before).counts(), later)
-    curve = (start, *(_point(path, unseen, point) for point in path.count(STRENGTHS)))
+    curve = (start, *(_point(path, unseen, point) for point in path.count(COMPARED_STRENGTHS)))
     began = time.perf_counter()
     scaled = _scaled(path, unseen, curve)
     note = solution.steps[-1].note if solution.steps else ""
