@@ -24,7 +24,7 @@ from lightning_nrl.report.stages import Step
 
 __all__ = ["Convex"]
 
-STRENGTHS = tuple(2.0**power for power in range(-4, 6))
+SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 """What a target's missing margin may cost, in units of what the median target would take if it were the only one."""
 
 N_FOLDS = 4
@@ -70,12 +70,12 @@ class Convex:
             return Solution(None, "there was no time left to solve anything.")
         points = [
             _point(problem, features, logits, change, strength)
-            for change, strength in zip(changes, STRENGTHS, strict=False)
+            for change, strength in zip(changes, SLACK_COSTS, strict=False)
         ]
         seconds = (time.perf_counter() - began) / len(points)
         steps = [
             point.step(seconds, f"strength {strength:g}; held out {one.gained} repaired, {one.lost} broken")
-            for point, strength, one in zip(points, STRENGTHS, held, strict=False)
+            for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
         ]
         best = _best(held, points)
         others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
@@ -83,7 +83,7 @@ class Convex:
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
             seconds = time.perf_counter() - began
-            note = f"strength {STRENGTHS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
+            note = f"strength {SLACK_COSTS[best]:g} is chosen" + (f", {share:.0%} of it" if share < 1 else "")
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
         if proposal is None:
             reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
@@ -138,7 +138,7 @@ def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] |
 @torch.no_grad()
 def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_HeldOutFlips]]:
     """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
-    collective, n = problem.collective, len(STRENGTHS)
+    collective, n = problem.collective, len(SLACK_COSTS)
     changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
     held = torch.zeros(n, 4, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
@@ -164,8 +164,8 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
         features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
     )
     fold = _folds(problem).to(device)[known]
-    paths = [regularization_path(head, STRENGTHS)]
-    paths += [regularization_path(head, STRENGTHS, fold != number) for number in range(N_FOLDS)]
+    paths = [regularization_path(head, SLACK_COSTS)]
+    paths += [regularization_path(head, SLACK_COSTS, fold != number) for number in range(N_FOLDS)]
     counts = before.finite_weight.to(device)[known]
     for change, *others in zip(*paths, strict=True):
         flipped = torch.zeros_like(head.targeted)
