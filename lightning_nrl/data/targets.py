@@ -47,7 +47,7 @@ class Target(ABC):
             prediction: `n` int64, predicted classes; None where the task has none.
 
         Returns:
-            `n` bool on the CPU, where evidence lives.
+            `n` bool on the CPU, where results are kept.
 
         Raises:
             TargetError: the target asks for classes and the task has none, or a predicate raised or did not

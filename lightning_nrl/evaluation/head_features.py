@@ -1,4 +1,4 @@
-"""What a model does on known data, and what its last Linear layer sees there: one pass over them."""
+"""What a model does on known data, and what its last Linear layer is given there: one pass over them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 __all__ = ["Features", "HeadFeatures", "collect_features", "drawn"]
 
 MAX_SAMPLES = 20_000
-"""Samples whose features are looked at, at most: all failed, then the passed that are nearest to failing."""
+"""Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
 
 
 class Features(NamedTuple):
     """Inputs and outputs of the last Linear, whose outputs are the logits. On the model's device."""
 
-    rows: Tensor  # n int64 on the CPU, rows of the evidence, ascending
+    rows: Tensor  # n int64 on the CPU, rows of the results, ascending
     inputs: Tensor  # n x D, at least float32
     logits: Tensor  # n x C
 
 
 class HeadFeatures(NamedTuple):
-    """The evidence, the features, and how long the model took."""
+    """The results, the features, and how long the model took."""
 
     evidence: SampleResults
     features: Features | None  # None where no Linear gives the logits
@@ -49,25 +49,25 @@ def collect_features(
     collective = evaluator.collective
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
-    with _watching(head if few else None) as watch:
-        evidence = evaluator.run(known, target, forward=watch.judged(evaluator))
+    with _recording(head if few else None) as recorder:
+        evidence = evaluator.run(known, target, forward=recorder.judged(evaluator))
     seconds = time.perf_counter() - start
     if few:
         mine = torch.cat([evidence.rows(source.split, source.positions) for source in known])
-        return HeadFeatures(evidence, _gathered(watch, mine, collective), seconds)
+        return HeadFeatures(evidence, _gathered(recorder, mine, collective), seconds)
     parts = []
-    with _watching(head) as watch:
+    with _recording(head) as recorder:
         for batch, rows in drawn(known, evidence, _matter(evidence)):
-            evaluator.output(batch, watch.judged(evaluator))
+            evaluator.output(batch, recorder.judged(evaluator))
             parts.append(rows)
     mine = torch.cat(parts) if parts else torch.zeros(0).long()
-    return HeadFeatures(evidence, _gathered(watch, mine, collective), seconds)
+    return HeadFeatures(evidence, _gathered(recorder, mine, collective), seconds)
 
 
 def drawn(
     known: Sequence[Source], evidence: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
-    """This rank's share of chosen rows of the evidence, in batches, each with its rows."""
+    """This rank's share of chosen rows of the results, in batches, each with its rows."""
     for source in known:
         start = evidence.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
@@ -75,7 +75,7 @@ def drawn(
             yield batch, batch.position + start
 
 
-class _Watch:
+class _HeadRecorder:
     """Collects what a layer is given as long as it gives the logits, once a pass, one row a sample."""
 
     def __init__(self, head: nn.Linear | None) -> None:
@@ -89,7 +89,7 @@ class _Watch:
         self._calls.append((args[0].detach().clone(), output.detach().clone()))
 
     def judged(self, evaluator: Evaluator) -> Forward:
-        """The model; each call of it adds features or ends the watch."""
+        """The model; each call of it adds features or ends the recording."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
@@ -107,25 +107,25 @@ class _Watch:
 
 
 @contextmanager
-def _watching(head: nn.Linear | None) -> Iterator[_Watch]:
-    watch = _Watch(head)
+def _recording(head: nn.Linear | None) -> Iterator[_HeadRecorder]:
+    recorder = _HeadRecorder(head)
     if head is None:
-        yield watch
+        yield recorder
         return
-    handle = head.register_forward_hook(watch.note)
+    handle = head.register_forward_hook(recorder.note)
     try:
-        yield watch
+        yield recorder
     finally:
         handle.remove()
 
 
-def _gathered(watch: _Watch, mine: Tensor, collective: Collective) -> Features | None:
+def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> Features | None:
     """Every rank's features in the order of the rows; None if any rank's layer does not give the logits."""
-    usable = watch.usable and bool(watch.inputs)
+    usable = recorder.usable and bool(recorder.inputs)
     if collective.any(len(mine) > 0 and not usable) or not collective.any(usable):
         return None
     empty = torch.zeros(0, 0)
-    parts = [mine, *(torch.cat(x) if x else empty for x in (watch.inputs, watch.logits))]
+    parts = [mine, *(torch.cat(x) if x else empty for x in (recorder.inputs, recorder.logits))]
     rows, inputs, logits = (torch.cat([x for x in collective.gather(part) if x.numel()]) for part in parts)
     order = rows.argsort()
     return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))

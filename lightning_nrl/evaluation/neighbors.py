@@ -1,4 +1,4 @@
-"""How mixed the neighbourhoods of samples are in the features before the last layer, and which labels look wrong."""
+"""How mixed the neighbourhoods of samples are in the features before the last layer, and which labels are doubtful."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def neighbours(
 
 
 def doubtful(near: Neighbours, label: Tensor, logits: Tensor, passed_logits: Tensor, passed_label: Tensor) -> Tensor:
-    """Samples whose label looks wrong, `n` bool: neighbours and model agree on another class, and the model is sure.
+    """Samples with a doubtful label, `n` bool: neighbours and model agree on another class, and the model is sure.
 
     Sure means: by as large a lead over the given label as it has, at the median, over the runner-up where it is right
     about that class. So there is no threshold to choose. Shapes: `label` is `n` int64, `logits` `n x C`, those of the

@@ -1,4 +1,4 @@
-"""What a user says of how much each sample counts."""
+"""How much each sample counts: options."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class SampleOptions:
                 )
 
     def columns(self) -> SampleOptions:
-        """What of it is said by columns of batches, for a check on a few samples."""
+        """Those of the options that are columns of batches, for a check on a few samples."""
         names = ("importance", "protected", "set_aside")
         own = {name: getattr(self, name) for name in names if self._is_column(name, getattr(self, name))}
         return SampleOptions(slices=self.slices, **own)

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["SampleResults"]
 
 NO_COLUMN = torch.empty(0)
-"""Stands for a column of which nothing is said."""
+"""Stands for a column that is not given."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def with_repair_worth(results: SampleResults, importance: Tensor) -> SampleResul
 
 
 def breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
-    """What breaking costs, `N`: 1 where nothing is said, infinite where a sample is protected.
+    """What breaking costs, `N`: 1 by default, infinite where a sample is protected.
 
     Raises:
         ConfigurationError: a cost is no whole number from 1.
@@ -90,7 +90,7 @@ def breaking_costs(results: SampleResults, protected: Tensor | None) -> Tensor:
 
 
 def values_by_id(argument: str, value: Any, results: SampleResults, splits: Sequence[str], *, strict: bool) -> Tensor:
-    """`N` float64 from ids, by themselves or by split, with values or not; 1 or 0 where nothing is said.
+    """`N` float64 from ids, by themselves or by split, with values or not; 1 or 0 elsewhere.
 
     Args:
         argument: its name.

@@ -70,7 +70,7 @@ def check_limit(settings: Settings, calibrated: bool) -> None:
             shown = repr(str(value)) if name == "limit" else "..."
             raise ConfigurationError(
                 f"`{name}={shown}` needs calibration data, and there are none.",
-                f"give `calibration` data that the repair does not look at, or leave `{name}` out.",
+                f"give `calibration` data that the repair does not use, or leave `{name}` out.",
             )
 
 
@@ -89,7 +89,7 @@ def check_losses(before: SampleResults) -> None:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
         raise EvaluationError(
             f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
-            "look at these inputs, or at the training; a model that gives NaN cannot be repaired.",
+            "check these inputs, or the training; a model that gives NaN cannot be repaired.",
         )
 
 

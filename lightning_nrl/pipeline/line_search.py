@@ -1,4 +1,4 @@
-"""How far to go: at which strength a patch is taken, by what known and calibration data say of the path to it."""
+"""How far to go: the strength at which a patch is taken, by counts on known and calibration data along its path."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def line_search(
 
 
 def choose_strength(path: Sequence[StrengthPoint]) -> float:
-    """The strength to take if nobody says: that of the patch, 1, or one beyond it of which data say that it is free.
+    """The default strength: that of the patch, 1, or one beyond it that is free by calibration data.
 
     One is free if it breaks no known sample, repairs more of the target, and breaks no more calibration samples. None
     is without these: what is free on known data was costly on unseen data, wherever it was tried.

@@ -55,7 +55,7 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class BoundOptions:
-    """How much of the change that was found is made, and what is said of samples that nobody has looked at.
+    """How much of the change that was found is made, and which limits are given for data to come.
 
     Attributes:
         strength: how much of the change is made, above 0 to 2; None: all of it (1), or more where that repairs more and

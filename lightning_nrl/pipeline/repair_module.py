@@ -82,9 +82,9 @@ def repair_module(
     """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
     Args:
-        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` says what else there is to
-            say of it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
-        known: data that the repair may look at; all of it is what the gate judges by.
+        model: the trained model on its device; it runs in evaluation mode. An `Evaluator` holds what else belongs
+            to it: the task, mixed precision, the ranks that share the data. Each rank ends with the same outcome.
+        known: data that the repair may use; all of it is what the gate judges by.
         settings: what to repair and how.
         unseen: data that is only counted, before and after an accepted repair; its marks do not matter. Samples of
             them that are known too are named in the report.
@@ -92,7 +92,7 @@ def repair_module(
         training: goes on with the training, for methods that do; None: they make steps of their own.
         reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
             what is to be repaired, as far as it is in the target.
-        observer: is told how it goes.
+        observer: is notified of progress.
 
     Returns:
         The outcome. That there is nothing to repair, or no way to, is a report, not an exception.

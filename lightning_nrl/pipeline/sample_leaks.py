@@ -1,4 +1,4 @@
-"""Held-out samples that are known too: what is said of these data would be too good."""
+"""Held-out samples that are known too: counts on these data would be too good."""
 
 from __future__ import annotations
 

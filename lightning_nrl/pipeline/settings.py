@@ -38,7 +38,7 @@ class Settings:
         max_time: seconds that the repair may take; None: as long as its method needs.
         seed: of the samples that are drawn and of the search, from 0 to 2^32 - 1.
         search: how candidates are ranked and searched.
-        bounds: how much of the change is made, and what is said of samples that nobody has looked at.
+        bounds: how much of the change is made, and which limits are given for data to come.
         samples: what each sample counts.
 
     Raises:

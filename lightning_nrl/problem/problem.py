@@ -56,7 +56,7 @@ class Problem:
     Attributes:
         evaluator: the original model, in evaluation mode on its device, and what judges it. Nothing may write to the
             model; all ranks run the same method in step.
-        known: all data that a method may look at, this rank's share of it.
+        known: all data that a method may use, this rank's share of it.
         before: what the model does on known data. `before.targeted` are to be repaired (I_neg); every one of
             `before.passed` is to be kept.
         space: the layers whose weights are localised and searched.

@@ -104,7 +104,7 @@ class ElementsTask(Task):
         return each.mean(1) if target is None else self.elements(output, target).mean(each)
 
     def elements(self, output: Tensor, target: Any) -> Elements:
-        """The samples taken apart; shapes that `check` has not seen must fit."""
+        """The samples taken apart; shapes that were not checked must fit."""
         label = self.labels(target, output.ndim - 1).flatten(1)
         counts = label != self.ignore_index
         logits = at_least_float32(self.classes_first(output).flatten(2))

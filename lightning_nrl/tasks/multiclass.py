@@ -32,7 +32,7 @@ class Multiclass(Task):
         return self.prediction(output) == self.label(target)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        # A label below 0 is no class: evidence refuses such samples by name, once it has seen them all.
+        # A label below 0 is no class: an `Evaluator` refuses such samples by name, after a whole pass.
         return F.cross_entropy(at_least_float32(output), self.label(target).clamp_min(0), reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
