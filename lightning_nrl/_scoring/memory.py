@@ -41,7 +41,7 @@ class AllocationMeter(TorchDispatchMode):
     """Inside, follows the storages that operations make, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.users: dict[int, int] = {}  # how many tensors share each, by address
         self.held = 0  # bytes of all of them
         self.peak = 0  # the most that was held at any one time

@@ -130,7 +130,7 @@ class SwitchRule(ClassMapping):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.threshold
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Half precision would round the threshold, and make a large one infinite.
         self.threshold = self.threshold.float() if exact.is_meta else exact.to(self.threshold.device)
         return self

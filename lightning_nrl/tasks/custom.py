@@ -18,7 +18,7 @@ __all__ = ["Custom", "Judge"]
 Judge = Callable[[Tensor, Any], Tensor]
 """From an output and a target, first dimension `n`, one value a sample, `n`."""
 
-ROUNDING = 1e-4
+MARGIN_ROUNDING = 1e-4
 """Margins this small beside the largest of a batch may have the wrong sign."""
 
 
@@ -95,7 +95,7 @@ class Custom(Task):
 
     def _check_signs(self, passed: Tensor, margin: Tensor) -> None:
         scale = margin[margin.isfinite()].abs().max() if margin.isfinite().any() else 0.0
-        wrong = torch.where(passed, -margin, margin) > ROUNDING * scale
+        wrong = torch.where(passed, -margin, margin) > MARGIN_ROUNDING * scale
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ConfigurationError(

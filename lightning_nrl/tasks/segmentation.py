@@ -16,7 +16,7 @@ from lightning_nrl.tasks.elements import Elements, ElementsTask
 
 __all__ = ["Segmentation"]
 
-ROUNDING = 1e-6
+IOU_ROUNDING = 1e-6
 """An IoU this much below the threshold reaches it, so that 3 of 5 are 0.6."""
 
 WINDOW = 0.02
@@ -145,4 +145,4 @@ class Segmentation(ElementsTask):
             chosen &= present
             present = torch.where(chosen.any(1, keepdim=True), chosen, present)
         shares = torch.where(present, hit / union.clamp_min(1), 0.0)
-        return shares.sum(1) / present.sum(1).clamp_min(1) >= self.iou - ROUNDING
+        return shares.sum(1) / present.sum(1).clamp_min(1) >= self.iou - IOU_ROUNDING
