@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from questions import Tables, fewest_broken, interval, like
 
+from lightning_nrl.analysis._figures import INK
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, label_points
-from lightning_nrl.analysis.figures import INK
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.presets import TABLE_II

@@ -30,7 +30,7 @@ class Chunk:
 
     group: int  # which group
     samples: slice | Tensor  # their places in it, on the device where it is kept
-    rows: Tensor  # n int64 on the CPU, in the evidence
+    rows: Tensor  # n int64 on the CPU, in the results
     target: Any  # their truth, on the model's device
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class ActivationCache:
 
     model: EditableModel  # with its repaired layers, the task and the context of its passes
     groups: list[ReplayGroup]
-    rows: Tensor  # n int64 on the CPU, rows of the samples in the evidence, in the order they are kept
+    rows: Tensor  # n int64 on the CPU, rows of the samples in the results, in the order they are kept
     fallback_reason: str | None = None  # why some samples are run through the whole model; None if none is
 
     @property
@@ -52,7 +52,7 @@ class ActivationCache:
         return self.model.space
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """The recorded samples that `keep`, `N` bool by row of the evidence, marks, group by group, `size` at most."""
+        """The recorded samples that `keep`, `N` bool by row of the results, marks, group by group, `size` at most."""
         device = self.space.device
         for number, group in enumerate(self.groups):
             rows = group.rows[0]

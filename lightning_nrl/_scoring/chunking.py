@@ -34,13 +34,13 @@ def make_chunk_scorers(
     cache: ActivationCache,
     deltas: tuple[LayerDelta, ...],  # the change of each site
     where: Tensor,  # K int64, flat positions of the changed weights
-    mask: Tensor,  # N bool by row of the evidence, which samples
+    mask: Tensor,  # N bool by row of the results, which samples
     task: Task,
     *,
     budget: int,  # bytes that running a block may take
     room: int,  # bytes that may be kept from one call to the next
-    reserve: Tensor | None = None,  # N by row of the evidence, the margin that each must keep to pass; None: any
-    weight: Tensor | None = None,  # N float64 by row of the evidence, what each counts; None: all alike
+    reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
+    weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
 ) -> list[ChunkScorer]:
     """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
     device = cache.space.device

@@ -33,9 +33,9 @@ OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model
 @torch.no_grad()
 def record(
     evaluator: Evaluator,
-    batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the evidence, n int64 on the CPU
+    batches: Iterable[tuple[Batch, Tensor]],  # this rank's, with their rows in the results, n int64 on the CPU
     space: ParameterSpace,
-    keep: Tensor,  # N bool by row of the evidence, which samples are wanted
+    keep: Tensor,  # N bool by row of the results, which samples are wanted
     *,
     budget: int | None = None,  # bytes on the model's device, then on the CPU; None: half of a GPU's free ones
 ) -> ActivationCache:

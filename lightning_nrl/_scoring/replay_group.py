@@ -35,7 +35,7 @@ class ReplayGroup:
     constants: list[Any] = field(default_factory=list)  # what stands in it where no stored tensor does
     parts: list[list[Tensor]] = field(default_factory=list)  # of each stored tensor, batch by batch
     targets: list[Any] = field(default_factory=list)  # trees of truths, batch by batch, on the CPU
-    rows: list[Tensor] = field(default_factory=list)  # in the evidence, batch by batch
+    rows: list[Tensor] = field(default_factory=list)  # in the results, batch by batch
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +43,7 @@ class ReplayGroup:
         return sum(x.nbytes for parts in self.parts for x in parts)
 
     def add(self, stored: Sequence[Tensor], target: Any, rows: Tensor) -> None:
-        """Takes in a batch: its stored tensors, the truth and the rows in the evidence."""
+        """Takes in a batch: its stored tensors, the truth and the rows in the results."""
         self.parts = self.parts or [[] for _ in stored]
         for parts, x in zip(self.parts, stored, strict=True):
             parts.append(x.to(self.device))

@@ -29,7 +29,7 @@ N_MOST_FRAGILE = 128
 class SampleScores:
     """What each candidate does on each of this rank's samples, all on the CPU."""
 
-    rows: Tensor  # n int64, in the evidence
+    rows: Tensor  # n int64, in the results
     passed: Tensor  # P x n bool
     loss: Tensor  # P x n
 
@@ -143,7 +143,7 @@ def make_scorer(
     reserve: Tensor | None = None,  # N, the margin that each must keep to pass; the task needs margins; None: any
     weight: Tensor | None = None,  # N float64, finite, what each counts, 1 on average for I_neg; None: all alike
 ) -> SwarmScorer:
-    """Prepares the scoring of candidates; `N` is by row of the evidence.
+    """Prepares the scoring of candidates; `N` is by row of the results.
 
     If losses on I_pos are not needed, `Scores.loss_passed` is 0, and samples of I_pos that no candidate of a call can
     break are not computed. The most fragile of them are scored first, so that candidates that break too many are given

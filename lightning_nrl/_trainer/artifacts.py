@@ -14,7 +14,7 @@ from lightning_nrl._tracking import outcome, track
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.document import Shown
+from lightning_nrl.report.page import Shown
 
 __all__ = [
     "REPORT_FILES",

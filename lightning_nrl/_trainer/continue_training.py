@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from lightning_nrl._lightning import callbacks_of, data_module_of
-from lightning_nrl._trainer.budget import CannotTrainError, TrainingBudget, TrainingTrial
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
+from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
@@ -127,12 +127,12 @@ class ContinuedTraining:
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < min(FEWEST_EPOCHS, self.epochs):
             return None
-        state = self._fit(TrainingBudget(end, collective, clock), epochs, seed, start, weight, folder)
+        state = self._fit(TimeBudget(end, collective, clock), epochs, seed, start, weight, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(
-        self, budget: TrainingBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
+        self, budget: TimeBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
     ) -> State:
         """The state of a copy after training."""
         outer = self.trainer

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_nrl._lightning import data_module_of, given_loaders
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
-from lightning_nrl.data.sample_identity import base_samples, is_among
+from lightning_nrl.data._sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, check_kind
 
 __all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "find_data", "find_loader"]

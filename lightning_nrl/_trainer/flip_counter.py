@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nrl._trainer.validation_flips import ReferenceResults
+from lightning_nrl._trainer.reference_validation import ReferenceResults
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.metrics.rates import UPDATE_RATES

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from lightning_nrl._lightning import prepare_batch, sampler_of
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import seed_all
+from lightning_nrl.data._sample_identity import base_samples
 from lightning_nrl.data.batch import Adapter, Batch, unpack
-from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, DataWarning
 
 __all__ = [

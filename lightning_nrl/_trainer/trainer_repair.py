@@ -24,7 +24,7 @@ from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.pipeline.input_checks import check_task
+from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference

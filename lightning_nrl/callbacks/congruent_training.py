@@ -26,10 +26,10 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
 from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.reference.teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["PositiveCongruentTraining", "regression_loss"]

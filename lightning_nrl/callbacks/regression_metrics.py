@@ -17,8 +17,8 @@ from lightning_nrl._trainer.artifacts import parse_prefix
 from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
 from lightning_nrl._trainer.loaders import parse_adapter
 from lightning_nrl._trainer.output_capture import OutputCapture
+from lightning_nrl._trainer.reference_validation import ReferenceResults, evaluate_reference, is_same_validation
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
-from lightning_nrl._trainer.validation_flips import ReferenceResults, evaluate_reference, is_same_validation
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State

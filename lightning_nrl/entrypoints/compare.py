@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
-from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import dry_fit
+from lightning_nrl.entrypoints._arguments import callback_with, check_model
+from lightning_nrl.entrypoints._dry_fit import dry_fit
 
 __all__ = ["compare"]
 

@@ -9,8 +9,8 @@ import pytorch_lightning as pl
 
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
-from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import dry_fit
+from lightning_nrl.entrypoints._arguments import callback_with, check_model
+from lightning_nrl.entrypoints._dry_fit import dry_fit
 
 __all__ = ["diagnose"]
 

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 
 from lightning_nrl._trainer.trainer_checks import check_namespace
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import without_training
-from lightning_nrl.entrypoints.heeded import check_heeded
+from lightning_nrl.entrypoints._arguments import callback_with, check_model
+from lightning_nrl.entrypoints._dry_fit import without_training
+from lightning_nrl.entrypoints._option_support import check_heeded
 from lightning_nrl.errors import ConfigurationError, RepairError, check_kind
 from lightning_nrl.report import RepairReport
 

@@ -22,8 +22,8 @@ from lightning_nrl.analysis.sweep import (
     swarming,
     sweep_module,
 )
-from lightning_nrl.entrypoints.arguments import callback_with, check_model
-from lightning_nrl.entrypoints.dry_fit import dry_fit
+from lightning_nrl.entrypoints._arguments import callback_with, check_model
+from lightning_nrl.entrypoints._dry_fit import dry_fit
 from lightning_nrl.errors import check_choice
 
 __all__ = ["sweep"]

@@ -16,7 +16,7 @@ Need = Literal["margins", "classes"]
 
 def check_needs(
     needs: Collection[Need],
-    evidence: SampleResults,
+    results: SampleResults,
     task: Task,
     by: str = "`method='convex'`",
     hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
@@ -25,7 +25,7 @@ def check_needs(
 
     Args:
         needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
-        evidence: of some samples at least.
+        results: of some samples at least.
         task: that they were judged by.
         by: what needs classes.
         hint: what to do where there are none.
@@ -34,10 +34,10 @@ def check_needs(
         ConfigurationError: it lacks one.
     """
     name = type(task).__name__
-    if "margins" in needs and len(evidence) and bool(evidence.margin.isnan().all()):
+    if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
         raise ConfigurationError(
             f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
             "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
         )
-    if "classes" in needs and bool((evidence.label < 0).any()):
+    if "classes" in needs and bool((results.label < 0).any()):
         raise ConfigurationError(f"{by} needs a class for each sample, the task {name} has none.", hint)

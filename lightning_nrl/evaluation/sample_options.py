@@ -12,22 +12,22 @@ from torch import Tensor
 from lightning_nrl.data import Source, Target
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
-from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import Quota, checked_quotas
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.sample_weights import (
+from lightning_nrl.evaluation._quotas import Quota, checked_quotas
+from lightning_nrl.evaluation._sample_weights import (
     ColumnRecorder,
     breaking_costs,
     values_by_id,
     with_repair_worth,
     with_slices,
 )
-from lightning_nrl.evaluation.slices import SliceRecorder
+from lightning_nrl.evaluation._slices import SliceRecorder
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["DOUBTFUL", "KEEPS", "Focal", "Keep", "SampleOptions"]
 
 DOUBTFUL = "doubtful"
-"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.neighbors.doubtful`)."""
+"""Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation._neighbors.doubtful`)."""
 
 Keep = Literal["both", "reference"]
 """In an update, what may not break: what either model gets right, or only what the replaced one does too."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
+from lightning_nrl.evaluation._quotas import below
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate.gates import Gate, allowance
 

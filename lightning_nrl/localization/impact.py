@@ -57,7 +57,7 @@ class Replay(Protocol):
         ...
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """This rank's samples that `keep` marks by row of the evidence, at most `size` at once: `rows` and `target`."""
+        """This rank's samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
         ...
 
     def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
@@ -82,7 +82,7 @@ def measure(
     Args:
         recording: the model on the known data of this rank.
         evaluator: what gives each sample's loss, and the ranks that share the data.
-        rows_mask: `N` bool, the samples to measure on, by row of the evidence.
+        rows_mask: `N` bool, the samples to measure on, by row of the results.
         aggregation: how the gradients of many samples become one number.
 
     Returns:

@@ -43,7 +43,7 @@ class Localizer(Protocol):
         Args:
             recording: the model on the known data of this rank.
             evaluator: what gives each sample's loss, and the ranks that share the data.
-            failed: `N` bool, the samples to be repaired (I_neg), by row of the evidence.
+            failed: `N` bool, the samples to be repaired (I_neg), by row of the results.
             passed: `N` bool, the samples to be kept (I_pos).
         """
         ...

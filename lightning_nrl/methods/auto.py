@@ -15,7 +15,7 @@ from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 __all__ = ["Auto"]

@@ -18,9 +18,9 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods.known_activations import record_known
+from lightning_nrl.methods._known_activations import record_known
 from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 
 __all__ = ["Convex"]
 

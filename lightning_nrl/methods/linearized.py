@@ -22,7 +22,7 @@ from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_grad
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 
 __all__ = ["Linearized"]
 
@@ -155,7 +155,7 @@ class _TrustRegionSteps:
         return True
 
     def _linearized(self) -> tuple[LinearizedMargins, Tensor, Tensor]:
-        """The programme at the present weights, its rows in the evidence, and where it is."""
+        """The programme at the present weights, its rows in the results, and where it is."""
         change = torch.zeros(self.whitening.size) if self.change is None else self.change
         state = self.whitening.state(change.to(self.problem.space.device))
         found = margin_gradients(self.problem, self._near(), self.whitening, state)
@@ -212,7 +212,7 @@ class _TrustRegionSteps:
         return proposal.gain - REGRESSION_COST * proposal.harm
 
 
-def _margins(evidence: SampleResults) -> Tensor:
+def _margins(results: SampleResults) -> Tensor:
     """Margins, far below 0 where the model gave something that is not finite."""
-    finite = evidence.margin.isfinite() & evidence.loss.isfinite()
-    return torch.where(finite, evidence.margin, -1e6)
+    finite = results.margin.isfinite() & results.loss.isfinite()
+    return torch.where(finite, results.margin, -1e6)

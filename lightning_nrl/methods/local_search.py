@@ -18,7 +18,7 @@ from lightning_nrl._scoring import make_scorer
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.localization import Localization
-from lightning_nrl.methods.known_activations import half_budget, record_known
+from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import Fitness, needs_passed_loss
@@ -28,7 +28,7 @@ __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_searc
 
 @dataclass(frozen=True)
 class SearchGoal:
-    """What a search is to achieve; `N` is by row of the evidence."""
+    """What a search is to achieve; `N` is by row of the results."""
 
     failed: Tensor  # N bool, fail now: the weights that matter for them are localised
     passed: Tensor  # N bool, pass now: the weights that matter for them are left out

@@ -16,7 +16,7 @@ from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 
 __all__ = ["Polish"]
 

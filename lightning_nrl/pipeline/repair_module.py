@@ -16,17 +16,17 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
-from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
-from lightning_nrl.pipeline.calibration_bounds import bounds_after
-from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
-from lightning_nrl.pipeline.line_search import LineSearchResult, line_search
-from lightning_nrl.pipeline.problem_builder import build_problem
-from lightning_nrl.pipeline.report_builder import ReportBuilder
+from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
+from lightning_nrl.pipeline._calibration_bounds import bounds_after
+from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
+from lightning_nrl.pipeline._line_search import LineSearchResult, line_search
+from lightning_nrl.pipeline._problem_builder import build_problem
+from lightning_nrl.pipeline._report_builder import ReportBuilder
+from lightning_nrl.pipeline._sparsify import sparsify
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import RepairReport

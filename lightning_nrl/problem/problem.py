@@ -13,9 +13,9 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
+from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.evaluation.quotas import below, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.solution import Proposal, Solution

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 from lightning_nrl.search.search_log import SearchResult
 
 __all__ = ["Proposal", "Solution", "better"]

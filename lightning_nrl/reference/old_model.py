@@ -86,7 +86,7 @@ class OldModel:
         known = None if self.cache is None else Predictions.cached(self.cache, weights, like, task)
         if not collective.any(known is None):
             assert known is not None
-            return known.evidence(like)
+            return known.results(like)
         table = table_for(task, self.classes)
         mapped = task if table is None else _MappedMulticlass(table)
         found = self._run(replace(evaluator, task=mapped), state, sources)

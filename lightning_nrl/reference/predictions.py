@@ -81,14 +81,14 @@ class Predictions:
         part.replace(path)
 
     @classmethod
-    def of(cls, evidence: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
-        """Those of a model whose evidence is known, by a task."""
-        columns = zip(evidence.index.tolist(), evidence.prediction.tolist(), evidence.passed.tolist(), strict=True)
+    def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
+        """Those of a model whose results is known, by a task."""
+        columns = zip(results.index.tolist(), results.prediction.tolist(), results.passed.tolist(), strict=True)
         rows = list(columns)
         splits = {
-            split: {at: (said, passed) for at, said, passed in rows[evidence.of(split)]} for split in evidence.splits
+            split: {at: (said, passed) for at, said, passed in rows[results.of(split)]} for split in results.splits
         }
-        return cls(splits, None if weights is None else _key(weights, evidence, task))
+        return cls(splits, None if weights is None else _key(weights, results, task))
 
     @classmethod
     def cached(
@@ -113,9 +113,9 @@ class Predictions:
 
     def answers(self, evaluator: Evaluator, sources: Sequence[Source], like: SampleResults) -> SampleResults:
         """What the model did on the samples of `like`; no model is run (see `Reference`)."""
-        return self.evidence(like)
+        return self.results(like)
 
-    def evidence(self, like: SampleResults) -> SampleResults:
+    def results(self, like: SampleResults) -> SampleResults:
         """As a table of the same samples as another one; losses are 0 where right and 1 where wrong.
 
         Raises:
@@ -147,7 +147,7 @@ class Predictions:
         return replace(like, prediction=said, passed=passed, loss=loss, margin=nothing, targeted=targeted)
 
 
-def _key(weights: State, evidence: SampleResults, task: Task | None) -> str:
+def _key(weights: State, results: SampleResults, task: Task | None) -> str:
     """Which weights, and where there are no classes which task."""
-    told = "" if task is None or bool((evidence.label >= 0).all()) else f" {task!r}"
+    told = "" if task is None or bool((results.label >= 0).all()) else f" {task!r}"
     return hash_tensors(weights) + told

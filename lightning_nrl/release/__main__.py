@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lightning_nrl.errors import RepairError
 from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release.prediction_files import check_missing, pair_from_files, read_slices
+from lightning_nrl.release._prediction_files import check_missing, pair_from_files, read_slices
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
 from lightning_nrl.release.rule_parsing import RULES, parse_rules
 

@@ -16,10 +16,10 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.metrics.rates import UPDATE_RATES, Rate
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.formatting import from_here, list_ids, percent
-from lightning_nrl.report.pages import Report, page_of
+from lightning_nrl.report._formatting import from_here, list_ids, percent
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.repair_report import installed_versions
+from lightning_nrl.report.report_base import Report, page_of
 from lightning_nrl.stats import Bound, SliceBounds
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
@@ -205,10 +205,10 @@ def make_report(
     )
 
 
-def hash_samples(evidence: SampleResults, split: str) -> str:
+def hash_samples(results: SampleResults, split: str) -> str:
     """SHA-256 of a split's sample ids and labels, in order: another data set of the same size has another one."""
-    rows = evidence.of(split)
-    table = torch.stack([evidence.index[rows], evidence.label[rows]], 1).cpu()
+    rows = results.of(split)
+    table = torch.stack([results.index[rows], results.label[rows]], 1).cpu()
     return hashlib.sha256(table.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
 

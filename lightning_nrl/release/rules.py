@@ -16,7 +16,7 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.release.model_pair import ModelPair, check_splits
-from lightning_nrl.report.formatting import percent
+from lightning_nrl.report._formatting import percent
 from lightning_nrl.stats import Bound, binomial_cdf
 from lightning_nrl.stats.binomial import check_confidence, percent_up, show_confidence
 

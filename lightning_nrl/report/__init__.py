@@ -7,12 +7,12 @@ In: nothing but counts and what a caller writes down; `pipeline.report_parts` ma
 
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
-from lightning_nrl.report.document import Page
-from lightning_nrl.report.pages import Report, page_of
+from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_page import page_of_repair
 from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions
+from lightning_nrl.report.report_base import Report, page_of
+from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 
 __all__ = [
     "CalibrationBounds",

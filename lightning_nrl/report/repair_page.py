@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Text, Tone
-from lightning_nrl.report.formatting import from_here, sentence, setting
-from lightning_nrl.report.pages import page_of
+from lightning_nrl.report._formatting import from_here, sentence, setting
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_report import RepairReport, Status
+from lightning_nrl.report.report_base import page_of
 from lightning_nrl.report.tables import (
     Fact,
     calibration_facts,

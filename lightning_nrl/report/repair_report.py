@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.pages import Report
+from lightning_nrl.report.report_base import Report
+from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 

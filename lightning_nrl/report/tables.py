@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_nrl.metrics.rates import RATES
+from lightning_nrl.report._formatting import count, list_ids, number, percent, plural
 from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.document import Row, Table
-from lightning_nrl.report.formatting import count, list_ids, number, percent, plural
+from lightning_nrl.report.page import Row, Table
+from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 from lightning_nrl.report.splits import ROLES, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-from lightning_nrl.report.stages import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = [

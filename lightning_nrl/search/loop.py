@@ -19,10 +19,10 @@ from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.init_stats import WeightStats, search_dtype
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
+from lightning_nrl.search.weight_stats import WeightStats, search_dtype
 
 __all__ = ["search", "search_many"]
 

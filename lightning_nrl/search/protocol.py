@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.search.init_stats import WeightStats
 from lightning_nrl.search.rng import RandomStreams
+from lightning_nrl.search.weight_stats import WeightStats
 
 __all__ = ["SEARCHERS", "SearchOrigin", "SearchState", "Searcher"]
 

@@ -12,8 +12,8 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.report.document import Page, Shown, curve_page
-from lightning_nrl.report.formatting import percent
+from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.page import Page, Shown, curve_page
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, TwoModels, predicts
 from lightning_nrl.serving.threshold import gate_of, judged
 

@@ -19,8 +19,8 @@ from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.metrics.rates import RATES
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Shown, Table
-from lightning_nrl.report.formatting import percent
+from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Shown, Table
 from lightning_nrl.serving.margin_switch import MarginSwitch, predicts
 from lightning_nrl.tasks import Multiclass
 

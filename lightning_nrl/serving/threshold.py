@@ -13,8 +13,8 @@ from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.gate import Gate
-from lightning_nrl.report.document import Page, Shown, curve_page
-from lightning_nrl.report.formatting import percent
+from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.page import Page, Shown, curve_page
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
 

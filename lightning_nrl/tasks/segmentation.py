@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.tasks.elements import Elements, ElementsTask
+from lightning_nrl.tasks._elements import Elements, ElementsTask
 
 __all__ = ["Segmentation"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.tasks.elements import ElementsTask
+from lightning_nrl.tasks._elements import ElementsTask
 
 __all__ = ["Sequence"]
 

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 from lightning_nrl import TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch
-from lightning_nrl.data.sample_identity import ContentRecorder, base_samples, content_keys, is_among
+from lightning_nrl.data._sample_identity import ContentRecorder, base_samples, content_keys, is_among
 
 X = torch.arange(20.0).view(10, 2)
 FIRST, SECOND = TensorDataset(X), TensorDataset(X + 100)

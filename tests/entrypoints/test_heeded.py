@@ -19,8 +19,8 @@ from lightning_nrl import (
     SearchOptions,
     Settings,
 )
-from lightning_nrl.entrypoints.arguments import callback_with
-from lightning_nrl.entrypoints.heeded import ENTRY_POINTS, HEEDED_BY, OPTION_CLASSES, check_heeded
+from lightning_nrl.entrypoints._arguments import callback_with
+from lightning_nrl.entrypoints._option_support import ENTRY_POINTS, HEEDED_BY, OPTION_CLASSES, check_heeded
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 

@@ -27,7 +27,7 @@ from lightning_nrl.callbacks import (
 )
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-from lightning_nrl.entrypoints.heeded import OPTION_CLASSES
+from lightning_nrl.entrypoints._option_support import OPTION_CLASSES
 from lightning_nrl.evaluation import Evaluator, Focal
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import AllWeights, NeuRecoverLite

@@ -10,8 +10,8 @@ import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 
 from lightning_nrl import ConfigurationError, Target, compare
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.analysis.baselines import FineTuning
-from lightning_nrl.report import hash_tensors
 
 QUICKLY: dict[str, Any] = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}
 

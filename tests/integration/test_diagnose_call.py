@@ -14,8 +14,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nrl import ConfigurationError, Target, diagnose
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.analysis.diagnosis import Diagnosis
-from lightning_nrl.report import hash_tensors
 
 
 def noisy(batch: Any) -> Any:

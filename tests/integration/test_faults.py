@@ -18,7 +18,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 import lightning_nrl._trainer.artifacts
 import lightning_nrl._utils.timing
-import lightning_nrl.methods.known_activations
+import lightning_nrl.methods._known_activations
 from lightning_nrl import RegressionFreeRepair
 
 
@@ -83,7 +83,7 @@ class Frozen(Classifier):
 CORE = import_module("lightning_nrl.pipeline.repair_module")
 STAGES = {
     "collect": (CORE, "evaluate_baseline"),
-    "record": (lightning_nrl.methods.known_activations, "record"),
+    "record": (lightning_nrl.methods._known_activations, "record"),
     "judge": (CORE, "judge"),
     "report": (lightning_nrl._trainer.artifacts, "write_report"),
     "track": (lightning_nrl._trainer.artifacts, "track"),

@@ -15,8 +15,8 @@ from distributed_sweep import SWEEP
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from lightning_nrl import ConfigurationError, Grid, repair, sweep
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.analysis.sweep import SweepResult
-from lightning_nrl.report import hash_tensors
 
 
 def timeless(result: SweepResult) -> SweepResult:

@@ -10,13 +10,14 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import repair_module
 from lightning_nrl._model.layers import find_layers
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict, judge
 from lightning_nrl.localization import AllWeights
-from lightning_nrl.pipeline.baseline import Baseline
-from lightning_nrl.pipeline.report_builder import ReportBuilder
-from lightning_nrl.report import Hashes, hash_tensors
+from lightning_nrl.pipeline._baseline import Baseline
+from lightning_nrl.pipeline._report_builder import ReportBuilder
+from lightning_nrl.report import Hashes
 
 
 class Aliased(nn.Module):

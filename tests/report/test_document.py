@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from lightning_nrl.report.document import Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Facts, Heading, Page, Row, Table, Text
 
 TABLE = Table(
     columns=(("train", "known"), ("test", "unseen")),

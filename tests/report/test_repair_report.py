@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.localization import Localization
-from lightning_nrl.pipeline.report_parts import localization_report, search_report
+from lightning_nrl.pipeline._report_parts import localization_report, search_report
 from lightning_nrl.report import (
     Hashes,
     LocalizationReport,
@@ -25,7 +25,7 @@ from lightning_nrl.report import (
     StrengthPoint,
     WeightChange,
 )
-from lightning_nrl.report.formatting import percent
+from lightning_nrl.report._formatting import percent
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
 STATES = ("repaired", "refused", "nothing")

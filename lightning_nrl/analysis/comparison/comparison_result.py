@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from lightning_nrl.analysis.figures import Plotted
+from lightning_nrl.analysis._figures import Plotted
 from lightning_nrl.errors import check_choice
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report import Report, installed_versions

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.formatting import count, plural
-from lightning_nrl.report.pages import page_of
+from lightning_nrl.report._formatting import count, plural
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.report_base import page_of
 
 __all__ = ["page_of_comparison"]
 

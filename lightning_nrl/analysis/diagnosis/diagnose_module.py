@@ -14,16 +14,16 @@ from lightning_nrl._model.layers import last_linear, layers_of
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import Observer, StageTimer
-from lightning_nrl.analysis.diagnosis.advice import advise
-from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
+from lightning_nrl.analysis.diagnosis._advice import advise
+from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
+from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
+from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
+from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, LayerCapacity
-from lightning_nrl.analysis.diagnosis.fixability import REQUIRED_MARGIN
-from lightning_nrl.analysis.diagnosis.last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
-from lightning_nrl.analysis.diagnosis.layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
-from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
+from lightning_nrl.evaluation._head_features import HeadFeatures, collect_features, drawn
+from lightning_nrl.pipeline._input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 
 __all__ = ["diagnose_module"]
@@ -61,16 +61,16 @@ def diagnose_module(
     with preserve(evaluator.model):
         with clock.stage("collect"):
             seen = collect_features(evaluator, known, layer, settings.target)
-        evidence = seen.evidence
-        check_losses(evidence)
+        results = seen.results
+        check_losses(results)
         last = _last_layer(layer, seen, known, settings.seed, clock)
         with clock.stage("layers"):
-            chosen = drawn(known, evidence, _near(evidence, settings.seed), LAYER_BATCH)
-            rooms = _rooms(evaluator, chosen, evidence, settings.seed)
-        pace = _pace(evidence, seen, layer, last, evaluator.collective)
+            chosen = drawn(known, results, _near(results, settings.seed), LAYER_BATCH)
+            rooms = _rooms(evaluator, chosen, results, settings.seed)
+        pace = _pace(results, seen, layer, last, evaluator.collective)
     notes = [f"What the last layer can fix, and neighbourhoods: {last}"] if isinstance(last, str) else []
-    if seen.features is not None and len(seen.features.rows) < len(evidence):
-        some = f"{len(seen.features.rows):,} of {len(evidence):,} known samples, those nearest to failing"
+    if seen.features is not None and len(seen.features.rows) < len(results):
+        some = f"{len(seen.features.rows):,} of {len(results):,} known samples, those nearest to failing"
         notes.append(f"What the last layer can fix, and neighbourhoods: only {some}, were looked at.")
     notes += [] if rooms else ["Room by layer: there is no target, no margin or no layer to compare."]
     found = Diagnosis(
@@ -78,12 +78,12 @@ def diagnose_module(
         target=str(settings.target),
         task=str(evaluator.task),
         known={
-            "samples": len(evidence),
-            "passed": int(evidence.passed.sum()),
-            "failed": int((~evidence.passed).sum()),
-            "targeted": int(evidence.targeted.sum()),
+            "samples": len(results),
+            "passed": int(results.passed.sum()),
+            "failed": int((~results.passed).sum()),
+            "targeted": int(results.targeted.sum()),
         },
-        targets=untried_targets(evidence),
+        targets=untried_targets(results),
         layers=rooms,
         costs=costs(pace, epochs),
         notes=tuple(notes),
@@ -103,30 +103,30 @@ def _last_layer(
         return "the model has no Linear layer."
     if seen.features is None:
         return "the last Linear does not give the logits."
-    failing = torch.zeros(len(seen.evidence), dtype=torch.bool)
+    failing = torch.zeros(len(seen.results), dtype=torch.bool)
     for source in known:
-        failing[seen.evidence.of(source.split)] = source.failed
-    return analyze_last_layer(layer, seen.features, seen.evidence, failing, seed, clock)
+        failing[seen.results.of(source.split)] = source.failed
+    return analyze_last_layer(layer, seen.features, seen.results, failing, seed, clock)
 
 
-def _near(evidence: SampleResults, seed: int) -> Tensor:
+def _near(results: SampleResults, seed: int) -> Tensor:
     """Rows of some targets, and of the passed samples that are nearest to failing."""
-    targets = evidence.targeted.nonzero().flatten()
+    targets = results.targeted.nonzero().flatten()
     targets = targets[sample_places(len(targets), LAYER_TARGETS, torch.Generator().manual_seed(seed))]
-    nearness = torch.where(evidence.passed, evidence.margin.nan_to_num(torch.inf), torch.inf)
-    passed = nearness.argsort(stable=True)[: min(LAYER_PASSED, int(evidence.passed.sum()))]
+    nearness = torch.where(results.passed, results.margin.nan_to_num(torch.inf), torch.inf)
+    passed = nearness.argsort(stable=True)[: min(LAYER_PASSED, int(results.passed.sum()))]
     return torch.cat([targets, passed])
 
 
 def _rooms(
-    evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], evidence: SampleResults, seed: int
+    evaluator: Evaluator, chosen: Iterable[tuple[Batch, Tensor]], results: SampleResults, seed: int
 ) -> tuple[LayerCapacity, ...]:
-    if not evidence.targeted.any() or bool(evidence.margin[evidence.targeted].isnan().all()):
+    if not results.targeted.any() or bool(results.margin[results.targeted].isnan().all()):
         return ()
     layers = layers_of(evaluator.model)
     sketches = sketch_gradients(evaluator, chosen, seed=seed)
     norms = {name: max(float(layer.weight.detach().float().norm()), 1e-12) for name, layer in layers.items()}
-    rooms = layer_capacities(sketches, evidence.targeted[sketches.rows], norms, REQUIRED_MARGIN)
+    rooms = layer_capacities(sketches, results.targeted[sketches.rows], norms, REQUIRED_MARGIN)
     return tuple(
         LayerCapacity(
             layer=name,
@@ -140,15 +140,15 @@ def _rooms(
 
 
 def _pace(
-    evidence: SampleResults, seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
+    results: SampleResults, seen: HeadFeatures, layer: nn.Linear | None, last: LastLayer | str, collective: Collective
 ) -> Timings:
     """What was measured by the first rank, so that all tell the same."""
-    n = len(evidence)
+    n = len(results)
     head = math.nan if layer is None else n / collective.world_size * _head_seconds(layer)
     alone = last.seconds if isinstance(last, LastLayer) else math.nan
     measured = torch.tensor([seen.seconds, head, alone], dtype=torch.float64).nan_to_num(-1.0)
     one_pass, head, alone = collective.agreed(measured).tolist()
-    margins = not bool(evidence.margin.isnan().all())
+    margins = not bool(results.margin.isnan().all())
     return Timings(one_pass, None if head < 0 else head, None if alone < 0 else alone, margins)
 
 

@@ -9,9 +9,9 @@ from statistics import fmean, median_high
 from typing import Literal
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.formatting import rough_percent, rough_time
-from lightning_nrl.report.pages import page_of
+from lightning_nrl.report._formatting import rough_percent, rough_time
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.report_base import page_of
 
 __all__ = ["page_of_diagnosis"]
 

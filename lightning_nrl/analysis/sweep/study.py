@@ -15,11 +15,11 @@ from lightning_nrl._model.layers import find_scope, layer_names
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.timing import Observer
-from lightning_nrl.analysis.sweep.batch_search import BatchSearch, RunRequest, batches
+from lightning_nrl.analysis.sweep._batch_search import BatchSearch, RunRequest, batches
+from lightning_nrl.analysis.sweep._recount import Recount
+from lightning_nrl.analysis.sweep._store import RunStore, StoredRun, digest, exchanged, results_digest
 from lightning_nrl.analysis.sweep.grid import Grid, Setting, parse_settings
-from lightning_nrl.analysis.sweep.recount import Recount
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, digest, exchanged, results_digest
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.trials import Combination, Trials
 from lightning_nrl.data.batch import Source

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.serialize import UNWRITTEN, to_plain
 from lightning_nrl._utils.state import write
+from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run, run_of_text
-from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import Gate
 from lightning_nrl.report import Report, installed_versions

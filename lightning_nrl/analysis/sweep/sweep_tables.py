@@ -8,9 +8,9 @@ from statistics import mean, stdev
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.report.document import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.formatting import count, plural
-from lightning_nrl.report.pages import page_of
+from lightning_nrl.report._formatting import count, plural
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.report_base import page_of
 from lightning_nrl.report.splits import ROLES, Role
 
 __all__ = ["page_of_sweep"]

@@ -22,6 +22,7 @@ from toy_repairs import QUICK, known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
 from lightning_nrl.analysis.baselines import fine_tuning as tuning
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, compare_module, parse_methods
@@ -31,7 +32,6 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.methods import METHODS
 from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.report import hash_tensors
 
 HOW_TO = ROOT / "docs" / "compare.md"
 

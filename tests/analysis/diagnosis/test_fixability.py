@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_nrl._convex.qp import solve_dual
-from lightning_nrl.analysis.diagnosis.fixability import (
+from lightning_nrl.analysis.diagnosis._fixability import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,
     REQUIRED_MARGIN,

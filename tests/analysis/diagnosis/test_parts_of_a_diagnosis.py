@@ -18,12 +18,12 @@ from lightning_nrl.analysis.diagnosis import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.diagnosis.advice import advise
-from lightning_nrl.analysis.diagnosis.cost_estimates import Timings, costs
-from lightning_nrl.analysis.diagnosis.layer_capacity import GradientSketches, layer_capacities
-from lightning_nrl.evaluation.neighbors import doubtful, neighbours
+from lightning_nrl.analysis.diagnosis._advice import advise
+from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
+from lightning_nrl.analysis.diagnosis._layer_capacity import GradientSketches, layer_capacities
+from lightning_nrl.evaluation._neighbors import doubtful, neighbours
 from lightning_nrl.methods import METHODS
-from lightning_nrl.report.formatting import rough_percent, rough_time
+from lightning_nrl.report._formatting import rough_percent, rough_time
 
 RIGHT, UP = [1.0, 0.0], [0.0, 1.0]
 PASSED = torch.tensor([RIGHT, RIGHT, RIGHT, UP, UP, [-2.0, 0.0], [-1.0, -2.0]])

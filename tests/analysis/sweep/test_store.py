@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.analysis.sweep._store import RunStore, StoredRun, exchanged
 from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.analysis.sweep.store import RunStore, StoredRun, exchanged
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.flips import TargetCounts
 

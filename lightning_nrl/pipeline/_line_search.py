@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate
-from lightning_nrl.pipeline.held_out import HeldOut
-from lightning_nrl.pipeline.patch_path import PATH_STRENGTHS, PatchPath
+from lightning_nrl.pipeline._held_out import HeldOut
+from lightning_nrl.pipeline._patch_path import PATH_STRENGTHS, PatchPath
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.stats.post_selection import Selection

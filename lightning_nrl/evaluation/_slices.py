@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.columns import column_values
-from lightning_nrl.data.observed_source import ObservedSource
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task

@@ -13,7 +13,7 @@ __all__ = ["half_budget", "record_known"]
 
 
 def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
-    """The activations of the samples in `keep`, `N` bool by row of the evidence, under the weights as they are now.
+    """The activations of the samples in `keep`, `N` bool by row of the results, under the weights as they are now.
 
     A layer that cannot be recorded is a `ReplayError` on every rank, if on one.
     """

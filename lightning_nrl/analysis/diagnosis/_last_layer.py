@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.analysis.diagnosis._fixability import Fixability, LayerSamples, find_fixability
 from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
     DoubtfulLabel,
@@ -17,9 +18,8 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.analysis.diagnosis.fixability import Fixability, LayerSamples, find_fixability
-from lightning_nrl.evaluation.head_features import Features
-from lightning_nrl.evaluation.neighbors import NEIGHBOURS, doubtful, neighbours
+from lightning_nrl.evaluation._head_features import Features
+from lightning_nrl.evaluation._neighbors import NEIGHBOURS, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["LastLayer", "analyze_last_layer", "sample_places", "untried_targets"]
@@ -52,10 +52,10 @@ class LastLayer(NamedTuple):
 
 
 def analyze_last_layer(
-    layer: nn.Linear, features: Features, evidence: SampleResults, failing: Tensor, seed: int, clock: StageTimer
+    layer: nn.Linear, features: Features, results: SampleResults, failing: Tensor, seed: int, clock: StageTimer
 ) -> LastLayer | str:
     """All findings, or why there are none, in words; `failing` are rows of data marked `failed`, `N` bool."""
-    label, passed, targeted = (x[features.rows] for x in (evidence.label, evidence.passed, evidence.targeted))
+    label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))
     prediction = features.logits.argmax(1).cpu()
     if len(label) and (int(label.min()) < 0 or not torch.equal(prediction == label, passed)):
         return "the task is not to give one label the largest logit."
@@ -88,31 +88,31 @@ def analyze_last_layer(
         doubted = doubtful(near, mine.label, mine.logits, theirs.logits, theirs.label)
         lead = mine.logits.amax(1) - mine.logits.gather(1, mine.label[:, None])[:, 0]
     return LastLayer(
-        _targets(evidence, tried, found, near.agreement.cpu()),
-        _binding(evidence, features.rows[kept], found.binds.sum(0).cpu()),
+        _targets(results, tried, found, near.agreement.cpu()),
+        _binding(results, features.rows[kept], found.binds.sum(0).cpu()),
         check,
         _mixing(min(NEIGHBOURS, max(1, len(kept) - 1)), near.agreement.cpu(), near_passed.agreement.cpu()),
-        _doubts(evidence, features.rows[targets], doubted.cpu(), near.share.cpu(), lead.cpu()),
+        _doubts(results, features.rows[targets], doubted.cpu(), near.share.cpu(), lead.cpu()),
         seconds,
     )
 
 
-def untried_targets(evidence: SampleResults) -> tuple[TargetFinding, ...]:
+def untried_targets(results: SampleResults) -> tuple[TargetFinding, ...]:
     """The targets, of which no more is known."""
     return tuple(
-        TargetFinding(*_sample(evidence, row), int(evidence.prediction[row]), float(evidence.margin[row]))
-        for row in evidence.targeted.nonzero().flatten().tolist()
+        TargetFinding(*_sample(results, row), int(results.prediction[row]), float(results.margin[row]))
+        for row in results.targeted.nonzero().flatten().tolist()
     )
 
 
-def _sample(evidence: SampleResults, row: int) -> tuple[str, int, int]:
+def _sample(results: SampleResults, row: int) -> tuple[str, int, int]:
     """Split, position in the data set and label."""
-    split = next(split for split in evidence.splits if row < evidence.of(split).stop)
-    return split, int(evidence.index[row]), int(evidence.label[row])
+    split = next(split for split in results.splits if row < results.of(split).stop)
+    return split, int(results.index[row]), int(results.label[row])
 
 
-def _targets(evidence: SampleResults, tried: Tensor, found: Fixability, agreement: Tensor) -> tuple[TargetFinding, ...]:
-    known = zip(untried_targets(evidence), agreement.tolist(), strict=True)
+def _targets(results: SampleResults, tried: Tensor, found: Fixability, agreement: Tensor) -> tuple[TargetFinding, ...]:
+    known = zip(untried_targets(results), agreement.tolist(), strict=True)
     targets = [replace(target, agreement=share) for target, share in known]
     columns = (tried, found.fixable, found.unfixable, found.size / found.limit)
     for at, yes, no, change in zip(*(column.tolist() for column in columns), strict=True):
@@ -120,10 +120,10 @@ def _targets(evidence: SampleResults, tried: Tensor, found: Fixability, agreemen
     return tuple(targets)
 
 
-def _binding(evidence: SampleResults, passed: Tensor, bound: Tensor) -> tuple[Binding, ...]:
+def _binding(results: SampleResults, passed: Tensor, bound: Tensor) -> tuple[Binding, ...]:
     order = bound.argsort(descending=True, stable=True)[: int((bound > 0).sum())]
     return tuple(
-        Binding(*_sample(evidence, row), float(evidence.margin[row]), targets)
+        Binding(*_sample(results, row), float(results.margin[row]), targets)
         for row, targets in zip(passed[order].tolist(), bound[order].tolist(), strict=True)
     )
 
@@ -134,11 +134,11 @@ def _mixing(k: int, *agreements: Tensor) -> NeighbourMixing:
 
 
 def _doubts(
-    evidence: SampleResults, rows: Tensor, doubted: Tensor, share: Tensor, lead: Tensor
+    results: SampleResults, rows: Tensor, doubted: Tensor, share: Tensor, lead: Tensor
 ) -> tuple[DoubtfulLabel, ...]:
     columns = (x[doubted].tolist() for x in (rows, share, lead))
     found = [
-        DoubtfulLabel(*_sample(evidence, row), int(evidence.prediction[row]), agreed, ahead)
+        DoubtfulLabel(*_sample(results, row), int(results.prediction[row]), agreed, ahead)
         for row, agreed, ahead in zip(*columns, strict=True)
     ]
     return tuple(sorted(found, key=lambda doubt: (-doubt.agreed, -doubt.lead)))

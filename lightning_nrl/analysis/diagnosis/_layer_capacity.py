@@ -50,7 +50,7 @@ def sketch_gradients(
 ) -> GradientSketches:
     """Gradients of samples' margins in the weights of every layer, which need not ask for them; all ranks get the same.
 
-    `batches` are this rank's samples with their rows of the evidence, as large as memory allows in training.
+    `batches` are this rank's samples with their rows of the results, as large as memory allows in training.
     """
     collective, layers = evaluator.collective, layers_of(evaluator.model)
     rows, margins = [], []

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lightning_nrl._model.layers import last_linear
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.evaluation._head_features import collect_features
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.head_features import collect_features
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["NEIGHBOURS", "Neighbours", "doubtful", "find_label_issues", "neighbours"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, changed, live_tensors
 from lightning_nrl.problem import Problem, Proposal
-from lightning_nrl.report.stages import Step
+from lightning_nrl.report.run_records import Step
 
 __all__ = ["sparsify"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from lightning_nrl._optim.distill import VISITS_PER_SAMPLE
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
 from lightning_nrl.methods.finetune_polish import POLISH_PASSES
-from lightning_nrl.pipeline.patch_path import PATH_STRENGTHS
+from lightning_nrl.pipeline._patch_path import PATH_STRENGTHS
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Timings", "costs"]

@@ -10,7 +10,7 @@ from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation import Flips, SampleResults
 from lightning_nrl.gate import Gate
-from lightning_nrl.pipeline.held_out import HeldOut
+from lightning_nrl.pipeline._held_out import HeldOut
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 

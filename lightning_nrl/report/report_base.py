@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import singledispatch
 
 from lightning_nrl._utils.deserialize import Record
-from lightning_nrl.report.document import Page, Shown
+from lightning_nrl.report.page import Page, Shown
 
 __all__ = ["Report", "page_of"]
 

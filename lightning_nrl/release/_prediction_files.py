@@ -30,7 +30,7 @@ def pair_from_files(old: Predictions, new: Predictions, slices: Slices | None = 
     names = tuple(sorted(set((slices or {}).values())))
     number = {name: i for i, name in enumerate(names)}
     group = torch.tensor([number[slices[sample]] if slices and sample in slices else -1 for sample in samples])
-    return ModelPair(old.evidence(after), after, names, group.long())
+    return ModelPair(old.results(after), after, names, group.long())
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch, Source
+from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.columns import Column, numbers
-from lightning_nrl.data.observed_source import ObservedSource
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.quotas import normalised
+from lightning_nrl.evaluation._quotas import normalised
+from lightning_nrl.evaluation._slices import renumbered
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.evaluation.slices import renumbered
 from lightning_nrl.tasks import Task
 
 __all__ = ["ColumnRecorder", "breaking_costs", "values_by_id", "with_repair_worth", "with_slices"]

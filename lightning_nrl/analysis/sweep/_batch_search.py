@@ -12,13 +12,13 @@ from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, make_scorer
 from lightning_nrl._scoring.memory import default_budget
+from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import NO_COUNTS, Run
-from lightning_nrl.analysis.sweep.store import StoredRun
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.localization import Localization
-from lightning_nrl.methods.known_activations import half_budget, record_known
-from lightning_nrl.pipeline.input_checks import passed_rows
+from lightning_nrl.methods._known_activations import half_budget, record_known
+from lightning_nrl.pipeline._input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many

@@ -20,16 +20,16 @@ __all__ = ["Update", "look_back"]
 
 @dataclass(frozen=True)
 class Update:
-    """What the replaced model does on the data, by their role, row by row as the new model's evidence."""
+    """What the replaced model does on the data, by their role, row by row as the new model's results."""
 
     answers: Mapping[Role, SampleResults]
 
     def regressions(self, role: Role, new: SampleResults) -> SampleResults:
-        """The new model's evidence, with those of its targeted failures marked that the replaced model gets right."""
+        """The new model's results, with those of its targeted failures marked that the replaced model gets right."""
         return replace(new, targeted=new.targeted & self.answers[role].passed)
 
     def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
-        """The new model's known evidence, with those samples marked as passed that may not break."""
+        """The new model's known results, with those samples marked as passed that may not break."""
         return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
 
 
@@ -37,7 +37,7 @@ def look_back(
     reference: Reference,
     evaluator: Evaluator,
     sources: Mapping[Role, Sequence[Source]],
-    evidence: Mapping[Role, SampleResults],
+    results: Mapping[Role, SampleResults],
 ) -> Update:
     """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them.
 
@@ -47,11 +47,11 @@ def look_back(
     # At once, since a cache is one file; roles may not share the name of a split.
     roles = list(sources)
     together = [source for role in roles for source in sources[role]]
-    like = _joined([evidence[role] for role in roles])
+    like = _joined([results[role] for role in roles])
     found = reference.answers(evaluator, together, like)
     answers, at, split = {}, 0, 0
     for role in roles:
-        one = evidence[role]
+        one = results[role]
         rows, splits = slice(at, at + len(one)), slice(split, split + len(one.splits))
         answers[role] = _part(found, rows, splits)
         at, split = rows.stop, splits.stop

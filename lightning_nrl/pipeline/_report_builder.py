@@ -8,14 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning_nrl._model.layers import ParameterSpace
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
-from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
-from lightning_nrl.pipeline.baseline import Baseline
-from lightning_nrl.pipeline.line_search import LineSearchResult
-from lightning_nrl.pipeline.report_parts import (
+from lightning_nrl.pipeline._baseline import Baseline
+from lightning_nrl.pipeline._line_search import LineSearchResult
+from lightning_nrl.pipeline._report_parts import (
     localization_report,
     search_report,
     set_aside_samples,
@@ -36,7 +37,6 @@ from lightning_nrl.report import (
     SplitReport,
     Status,
     UpdateSplit,
-    hash_tensors,
 )
 
 __all__ = ["ReportBuilder"]

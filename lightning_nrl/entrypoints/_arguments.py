@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_nrl._lightning import original_module
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.entrypoints.heeded import OPTION_CLASSES, check_heeded
+from lightning_nrl.entrypoints._option_support import OPTION_CLASSES, check_heeded
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["callback_with", "check_model"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.batch import Batch, tensors_in
-from lightning_nrl.data.observed_source import ObservedSource
 
 __all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
 

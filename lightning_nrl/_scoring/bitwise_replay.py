@@ -61,7 +61,7 @@ def exact_batches(
 ) -> Iterator[ExactBatch]:
     """Runs the model over data, batch by batch: what is needed to run each again, on the model's device.
 
-    Each batch comes with its samples' rows in the evidence, `n` int64 on the CPU. A layer that is never called is a
+    Each batch comes with its samples' rows in the results, `n` int64 on the CPU. A layer that is never called is a
     `ReplayError`.
     """
     editable = EditableModel(evaluator, space)

@@ -9,9 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.exact import ExactBatch, exact_batches
+from lightning_nrl._scoring.bitwise_replay import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
-from lightning_nrl.analysis.sweep.store import StoredRun
+from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults

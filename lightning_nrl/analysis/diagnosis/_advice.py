@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, HeldOutCheck, LayerCapacity
-from lightning_nrl.report.formatting import rough_percent, rough_time
+from lightning_nrl.report._formatting import rough_percent, rough_time
 
 __all__ = ["advise"]
 

@@ -10,15 +10,15 @@ from torch import Tensor
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
-from lightning_nrl.evaluation.neighbors import find_label_issues
-from lightning_nrl.evaluation.quotas import normalised
-from lightning_nrl.pipeline.calibration_bounds import Groups, groups_of
-from lightning_nrl.pipeline.held_out import HeldOut, evaluate_held_out
-from lightning_nrl.pipeline.input_checks import check_losses, check_task
-from lightning_nrl.pipeline.sample_leaks import LeakCheck
+from lightning_nrl.evaluation._neighbors import find_label_issues
+from lightning_nrl.evaluation._quotas import normalised
+from lightning_nrl.pipeline._calibration_bounds import Groups, groups_of
+from lightning_nrl.pipeline._data_leakage import LeakCheck
+from lightning_nrl.pipeline._held_out import HeldOut, evaluate_held_out
+from lightning_nrl.pipeline._input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.reference._update import Update, look_back
 from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.reference.update import Update, look_back
 from lightning_nrl.report import Role
 
 __all__ = ["Baseline", "evaluate_baseline"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Source
-from lightning_nrl.data.sample_identity import ContentRecorder, Identified, is_among
+from lightning_nrl.data._sample_identity import ContentRecorder, Identified, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.report import Role
 

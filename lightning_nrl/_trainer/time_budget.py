@@ -17,7 +17,7 @@ from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 
-__all__ = ["CannotTrainError", "TrainingBudget", "TrainingTrial", "check_ranks"]
+__all__ = ["CannotTrainError", "TimeBudget", "TrainingTrial", "check_ranks"]
 
 Result = TypeVar("Result")
 WARM_UP_BATCHES, TIMED_BATCHES = 3, 10
@@ -54,7 +54,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     return bool(n_over)
 
 
-class TrainingBudget(Callback):
+class TimeBudget(Callback):
     """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is."""
 
     def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
@@ -115,7 +115,7 @@ class TrainingBudget(Callback):
         return time.perf_counter() > self._end
 
 
-class TrainingTrial(TrainingBudget):
+class TrainingTrial(TimeBudget):
     """Stops after a few batches and says how many epochs there is time for until `end`."""
 
     def __init__(self, end: float, collective: Collective) -> None:

@@ -33,7 +33,7 @@ class Features(NamedTuple):
 class HeadFeatures(NamedTuple):
     """The results, the features, and how long the model took."""
 
-    evidence: SampleResults
+    results: SampleResults
     features: Features | None  # None where no Linear gives the logits
     seconds: float  # for one pass over this rank's share of the known data
 
@@ -50,26 +50,26 @@ def collect_features(
     few = sum(len(source.index) for source in known) <= MAX_SAMPLES
     start = time.perf_counter()
     with _recording(head if few else None) as recorder:
-        evidence = evaluator.run(known, target, forward=recorder.judged(evaluator))
+        results = evaluator.run(known, target, forward=recorder.judged(evaluator))
     seconds = time.perf_counter() - start
     if few:
-        mine = torch.cat([evidence.rows(source.split, source.positions) for source in known])
-        return HeadFeatures(evidence, _gathered(recorder, mine, collective), seconds)
+        mine = torch.cat([results.rows(source.split, source.positions) for source in known])
+        return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
     parts = []
     with _recording(head) as recorder:
-        for batch, rows in drawn(known, evidence, _matter(evidence)):
+        for batch, rows in drawn(known, results, _matter(results)):
             evaluator.output(batch, recorder.judged(evaluator))
             parts.append(rows)
     mine = torch.cat(parts) if parts else torch.zeros(0).long()
-    return HeadFeatures(evidence, _gathered(recorder, mine, collective), seconds)
+    return HeadFeatures(results, _gathered(recorder, mine, collective), seconds)
 
 
 def drawn(
-    known: Sequence[Source], evidence: SampleResults, rows: Tensor, size: int = 256
+    known: Sequence[Source], results: SampleResults, rows: Tensor, size: int = 256
 ) -> Iterator[tuple[Any, Tensor]]:
     """This rank's share of chosen rows of the results, in batches, each with its rows."""
     for source in known:
-        start = evidence.start(source.split)
+        start = results.start(source.split)
         mine = source.positions[torch.isin(source.positions + start, rows)]
         for batch in source.draw(list(mine.split(size)) if len(mine) else []):
             yield batch, batch.position + start
@@ -131,8 +131,8 @@ def _gathered(recorder: _HeadRecorder, mine: Tensor, collective: Collective) -> 
     return Features(rows[order], *(x[order.to(x.device)] for x in (inputs, logits)))
 
 
-def _matter(evidence: SampleResults) -> Tensor:
+def _matter(results: SampleResults) -> Tensor:
     """`MAX_SAMPLES` rows, ascending: of targets, of other failures, and of passed samples by rising margin."""
-    rank = torch.where(evidence.passed, evidence.margin.nan_to_num(torch.inf), -1.0)
-    rank = torch.where(evidence.targeted, -2.0, rank)
+    rank = torch.where(results.passed, results.margin.nan_to_num(torch.inf), -1.0)
+    rank = torch.where(results.targeted, -2.0, rank)
     return rank.argsort(stable=True)[:MAX_SAMPLES].sort().values
