@@ -32,7 +32,7 @@ FILE = "split,id,prediction\ntrain,10,1\ntrain,12,0\nrepair,0,2\n"
 
 def test_a_file_says_what_the_old_model_got_right(tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text(FILE)
-    found = Predictions.read(tmp_path / "old.csv").evidence(table([1, 1, 2], [0, 1, 2]))
+    found = Predictions.read(tmp_path / "old.csv").results(table([1, 1, 2], [0, 1, 2]))
     assert found.prediction.tolist() == [1, 0, 2]
     assert found.passed.tolist() == [True, False, True]
     assert found.loss.tolist() == [0.0, 1.0, 0.0]
@@ -61,10 +61,10 @@ def test_a_cache_is_used_for_the_same_weights_samples_and_labels_alone(tmp_path:
 def test_a_task_without_classes_needs_passed(tmp_path: Path) -> None:
     like = table([-1, -1, -1], [-1, -1, -1])
     (tmp_path / "old.csv").write_text("split,id,passed\ntrain,10,1\ntrain,12,0\nrepair,0,1\n")
-    assert Predictions.read(tmp_path / "old.csv").evidence(like).passed.tolist() == [True, False, True]
+    assert Predictions.read(tmp_path / "old.csv").results(like).passed.tolist() == [True, False, True]
     (tmp_path / "old.csv").write_text(FILE)
     with pytest.raises(ConfigurationError, match=r"has no classes.*\nHINT: add a column `passed`"):
-        Predictions.read(tmp_path / "old.csv").evidence(like)
+        Predictions.read(tmp_path / "old.csv").results(like)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, text: str, message:
 def test_samples_without_a_prediction_are_named(tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("split,id,prediction\ntrain,10,1\n")
     with pytest.raises(ConfigurationError, match=r"1 of 2 samples of `train` have no prediction \(\[12\]\)"):
-        Predictions.read(tmp_path / "old.csv").evidence(table([1, 1, 2], [0, 1, 2]))
+        Predictions.read(tmp_path / "old.csv").results(table([1, 1, 2], [0, 1, 2]))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
