@@ -86,7 +86,8 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
     except Exception as error:
         raise ConfigurationError(
             f"`{argument}` raised {type(error).__name__}: {str(error).partition(chr(10))[0]}",
-            "it is called with a batch as the data loader gives it; what a model makes of a sample is not there.",
+            "it is called with a batch as the data loader gives it; what a model makes of a sample, such as a "
+            "confusion, is not there and is no slice.",
         ) from error
 
 

@@ -31,7 +31,7 @@ from lightning_nrl.search import Fitness
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
     "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(fitness="eq3")),
-    "`fitness.alpha=-1` is out of range": lambda: RegressionFreeRepair(
+    "`fitness.alpha=-1` is no weight": lambda: RegressionFreeRepair(
         search=SearchOptions(fitness=Fitness("eq1", alpha=-1))
     ),
     "`gate='instant'` is no gate, did you mean 'instance'": lambda: RegressionFreeRepair(gate="instant"),
