@@ -96,6 +96,7 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, the very objects that the model holds."""
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
