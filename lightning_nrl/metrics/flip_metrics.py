@@ -36,7 +36,7 @@ class FlipMetric(Metric):
     is_differentiable = False
     full_state_update = False
     plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
+    plot_upper_bound: float | None = 1.0
 
     flips: Tensor  # 4 int64: kept, broken, repaired, failing
 
@@ -105,6 +105,8 @@ class RelativeNegativeFlipRate(FlipMetric, rate="relative_negative_flip_rate"):
     ER are the error rates of the two models. A number from 0; 1 is what independent errors give. It compares updates of
     different accuracy. NaN where the old model gets nothing right or the new one everything.
     """
+
+    plot_upper_bound = None
 
 
 class BackwardTrustCompatibility(FlipMetric, rate="backward_trust_compatibility"):

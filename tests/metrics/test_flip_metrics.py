@@ -33,6 +33,18 @@ def collection() -> MetricCollection:
     return MetricCollection([kind() for kind in CLASSES], compute_groups=True)
 
 
+def test_plots_have_room_for_a_relative_rate_above_1() -> None:
+    # One sample is broken, one repaired: NFR = 1/2, both error rates 1/2, so 1/2 / (1/2 * 1/2). Of ten, nine of them
+    # repaired: 1/10 / (1/10 * 1/10).
+    metric = metrics.RelativeNegativeFlipRate()
+    old, target = torch.zeros(10, dtype=torch.int64), torch.ones(10, dtype=torch.int64)
+    target[0] = 0
+    assert metric(old[:2], 1 - old[:2], target[:2]) == 2
+    torch.testing.assert_close(metric(old, 1 - old, target), torch.tensor(10.0))
+    assert metric.plot_upper_bound is None
+    assert {kind.plot_upper_bound for kind in CLASSES if kind is not metrics.RelativeNegativeFlipRate} == {1.0}
+
+
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_batches_add_up_to_the_function_on_all(kind: type[FlipMetric]) -> None:
     metric, function = kind(), CLASSES[kind]
