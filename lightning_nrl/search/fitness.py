@@ -32,6 +32,9 @@ INFEASIBLE_RANKINGS = ("ranked", "zero")
 FEASIBLE_FLOOR = -(2.0**20)
 """Under perfect intact, feasible candidates are never ranked below this and infeasible ones never above it."""
 
+SMALLEST_UNCHANGED = 2.0**-10
+"""Where infeasible candidates are worth 0, feasible ones worth less than this are given a smaller positive fitness."""
+
 
 @dataclass(frozen=True)
 class Fitness:
@@ -64,7 +67,8 @@ class Fitness:
             loss to 0 outweighs every count; `as_printed` is (L'+d)/(L+d), which grows with the loss.
         perfect_intact: the paper's pi: any broken sample of I_pos makes a candidate infeasible.
         infeasible: what pi does then: `ranked` puts infeasible candidates below all feasible ones, in the order of the
-            lexicographic kind, so that a search finds its way back; `zero` gives all of them the paper's 0.
+            lexicographic kind, so that a search finds its way back; `zero` gives all of them the paper's 0, and
+            feasible ones that would be worth less, as their losses rose, a small positive number in the same order.
 
     Raises:
         ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
@@ -207,10 +211,16 @@ def _evaluate(
         else:
             value = value + beta * _loss_term(settings.loss_term, loss_failed, before_failed, delta)
     if settings.perfect_intact and settings.infeasible == "zero":
-        value = value.masked_fill(broken > 0, 0.0)
+        value = _positive(value).masked_fill(broken > 0, 0.0)
     elif settings.perfect_intact and settings.kind != "lexicographic":
         value = torch.where(broken > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
     return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
+
+
+def _positive(value: Tensor) -> Tensor:
+    """The same order above 0: of each x below e = `SMALLEST_UNCHANGED` e^2 / (2 e - x), which meets it smoothly."""
+    e = SMALLEST_UNCHANGED
+    return torch.where(value < e, e**2 / (2 * e - value), value)
 
 
 def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tensor:

@@ -71,6 +71,20 @@ def test_perfect_intact_zero_is_the_papers():
     assert Fitness(perfect_intact=True, infeasible="zero")(AFTER, BEFORE)[0, 1] == 0
 
 
+def test_under_perfect_intact_a_candidate_that_breaks_is_worth_less_than_any_that_does_not():
+    # Loss of I_neg 2 -> 162.001 and 2 -> 322.002: the terms are -79.96 and -159.92 (d = 1e-3), a quarter of them
+    # against alpha = 8: -11.99 and -31.98. The third breaks one.
+    after = scores([0, 0, 4], [10, 10, 9], [162.00095, 322.00195, 0.0], [0.5, 0.5, 0.5])
+    plain = Fitness("eq2", alpha=8)(after, BEFORE)[0]
+    torch.testing.assert_close(plain[:2], torch.tensor([8 - 19.99, 8 - 39.98]).double(), rtol=1e-4, atol=0)
+    value = Fitness("eq2", alpha=8, perfect_intact=True, infeasible="zero")(after, BEFORE)[0]
+    torch.testing.assert_close(
+        value[:2], torch.tensor([2**-20 / (2**-9 + 11.99), 2**-20 / (2**-9 + 31.98)]).double(), rtol=1e-4, atol=0
+    )
+    assert value.tolist() == sorted(value.tolist(), reverse=True)
+    assert value[2] == 0
+
+
 def test_perfect_intact_ranked_orders_the_infeasible_below_the_feasible():
     candidates = scores(
         # none broken with a terrible loss; 1 broken; 1 broken and fewer repaired; the same and a higher loss; 2 broken
