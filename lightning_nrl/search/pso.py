@@ -15,23 +15,21 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.errors import ConfigurationError, check_choice, check_whole
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
 from lightning_nrl.search.rng import RandomStreams
 
 __all__ = ["ParticleSwarm", "Swarm"]
 
 START_KINDS = ("half", "local", "paper")
-CONSTANT_SETS = ("clerc", "arachne")
-
 CHI = 0.7298
 """2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
 
-TOP_SPEED = 0.2
-"""The upper speed limit of `clerc`, in ranges of the layer's weights."""
-
-ARACHNE_SPEED = (0.2, 5.0)
-"""The speed limits of `arachne`, in ranges of the layer's weights."""
+COEFFICIENTS = {
+    "clerc": {"inertia": CHI, "cognitive": CHI * 2.05, "social": CHI * 2.05, "min_speed": 0.0, "max_speed": 0.2},
+    "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
+}
+"""What the sets of constants say; speeds are in ranges of the layer's weights."""
 
 ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
 """Where particles start on the way from the original weights (0) through each elite (1) and beyond it."""
@@ -76,6 +74,11 @@ class ParticleSwarm:
             the range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number a particle
             and term, every speed between 0.2 and 5 ranges: that lower limit throws the particles that start at the
             original weights away from them.
+        inertia: what a particle keeps of its velocity, at least 0; None, here and below: as `constants` says.
+        cognitive: the pull to a particle's own best, at least 0.
+        social: the pull to the best of the swarm, at least 0.
+        min_speed: no weight moves more slowly, in ranges of the layer's weights, at least 0.
+        max_speed: no weight moves faster, likewise, above 0 and at least `min_speed`.
         scale_min: how far from the original the nearest local particle starts, in standard deviations of the layer's
             weights, above 0.
         scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
@@ -91,10 +94,15 @@ class ParticleSwarm:
     constants: Literal["clerc", "arachne"] = "clerc"
     scale_min: float = 0.003
     scale_max: float = 0.3
+    inertia: float | None = None
+    cognitive: float | None = None
+    social: float | None = None
+    min_speed: float | None = None
+    max_speed: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("ParticleSwarm.start", self.start, START_KINDS)
-        check_choice("ParticleSwarm.constants", self.constants, CONSTANT_SETS)
+        check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
             check_whole(f"ParticleSwarm.{name}", getattr(self, name), least)
         numbers = isinstance(self.scale_min, Real) and isinstance(self.scale_max, Real)
@@ -103,6 +111,20 @@ class ParticleSwarm:
                 f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",
                 "give 0 < scale_min <= scale_max.",
             )
+
+        for name in COEFFICIENTS[self.constants]:
+            check_real(f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite one from 0.", least=0)
+        slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
+        if not slow <= fast or not fast:
+            raise ConfigurationError(
+                f"`ParticleSwarm.min_speed={slow!r}` does not go with `max_speed={fast!r}`.",
+                "give 0 <= min_speed <= max_speed, and max_speed above 0.",
+            )
+
+    def _coefficient(self, name: str) -> float:
+        """A number of the step, given or as `constants` says."""
+        given: float | None = getattr(self, name)
+        return COEFFICIENTS[self.constants][name] if given is None else given
 
     @property
     def n_candidates(self) -> int:
@@ -154,23 +176,20 @@ class ParticleSwarm:
     def ask(self, state: Swarm, streams: RandomStreams) -> Swarm:
         """Moves every particle one step (Clerc & Kennedy 2002, eq. 4.1).
 
-        v = chi (v + phi_1 r_1 (own best - x) + phi_2 r_2 (leader - x)), x = x + v.
+        v = inertia v + cognitive r_1 (own best - x) + social r_2 (leader - x), x = x + v. In their paper the
+        coefficients are chi, chi phi_1 and chi phi_2.
         """
         x = state.position
         _, n, n_weights = x.shape
-        if self.constants == "clerc":
-            phi = CHI * 2.05
-            own, social = phi * streams.uniform(x, 2, n, n_weights)
+        inertia, cognitive, social, slow, fast = map(self._coefficient, COEFFICIENTS[self.constants])
+        r_own, r_leader = streams.uniform(x, 2, n, n_weights if self.constants == "clerc" else 1)
+        to_own, to_leader = state.best_position - x, state.leader[:, None] - x
+        velocity = inertia * state.velocity + cognitive * r_own * to_own + social * r_leader * to_leader
+        limit = fast * state.range
+        if slow:
+            velocity = velocity.abs().clamp(slow * state.range, limit).copysign(velocity)
         else:
-            phi = CHI * 4.1
-            own, social = phi * streams.uniform(x, 2, n, 1)
-        velocity = CHI * state.velocity + own * (state.best_position - x) + social * (state.leader[:, None] - x)
-        if self.constants == "clerc":
-            limit = TOP_SPEED * state.range
             velocity = velocity.clamp(-limit, limit)
-        else:
-            slow, fast = (bound * state.range for bound in ARACHNE_SPEED)
-            velocity = velocity.abs().clamp(slow, fast).copysign(velocity)
         velocity = velocity.masked_fill(~state.free, 0.0)
         return state._replace(position=x + velocity, velocity=velocity)
 

@@ -71,6 +71,42 @@ def test_clerc_has_an_upper_speed_limit_and_no_lower():
     assert torch.equal(still.position, torch.ones(1, 1, 2))
 
 
+def test_a_step_with_coefficients_of_ones_own_by_hand():
+    how = ParticleSwarm(inertia=0.5, cognitive=2, social=1, max_speed=0.1, min_speed=0.05)
+    free = replace(how, max_speed=9, min_speed=0).ask(swarm([0.5, -4.0]), Fixed())
+    # v / 2 + 2 * 0.5 * (2 - 1) + 1 * 0.25 * (4 - 1), v = 0.5 and -4
+    torch.testing.assert_close(free.velocity, torch.tensor([[[2.0, -0.25]]]))
+    # Between 0.05 and 0.1 of the range of 20.
+    limited = how.ask(swarm([0.5, -4.0]), Fixed())
+    torch.testing.assert_close(limited.velocity, torch.tensor([[[2.0, -1.0]]]))
+
+
+@pytest.mark.parametrize("constants", ["clerc", "arachne"])
+def test_a_coefficient_that_is_not_given_is_that_of_the_constants(constants):
+    phi = 0.7298 * {"clerc": 2.05, "arachne": 4.1}[constants]
+    speeds = {"clerc": (0.0, 0.2), "arachne": (0.2, 5.0)}[constants]
+    given = ParticleSwarm(
+        constants=constants, inertia=0.7298, cognitive=phi, social=phi, min_speed=speeds[0], max_speed=speeds[1]
+    )
+    moved, same = (how.ask(swarm([0.5, -4.0]), Fixed()) for how in (given, ParticleSwarm(constants=constants)))
+    assert torch.equal(moved.position, same.position)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inertia": -0.1}, "inertia=-0.1"),
+        ({"cognitive": math.nan}, "cognitive=nan"),
+        ({"social": "2"}, "social='2'"),
+        ({"min_speed": 0.3}, "min_speed=0.3` does not go with `max_speed=0.2"),
+        ({"max_speed": 0}, "min_speed=0.0` does not go with `max_speed=0`"),
+    ],
+)
+def test_coefficients_are_checked(changes, words):
+    with pytest.raises(ConfigurationError, match=f"ParticleSwarm.{words}"):
+        ParticleSwarm(**changes)
+
+
 def test_arachne_step_by_hand():
     streams = Fixed()
     moved = ParticleSwarm(constants="arachne").ask(swarm([0.5, 0.0], width=3.0), streams)
