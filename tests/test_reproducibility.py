@@ -13,6 +13,7 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Gate, RepairReport, TensorSource, repair_module
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import AllWeights
@@ -140,7 +141,14 @@ def test_more_than_there_are_is_all_of_them_and_none_given_is_every_known_one() 
     sources = known()
     evidence = collected(trained(), sources)
     train = evidence.of("train")
-    assert torch.equal(passed_rows(evidence, sources, quick(n_passed=9999))[train], evidence.passed[train])
+    n = int(evidence.passed[train].sum())
+    with pytest.warns(DataWarning, match=f"`n_passed=9999`: only {n} samples of train pass"):
+        rows = passed_rows(evidence, sources, quick(n_passed=9999))
+    assert torch.equal(rows[train], evidence.passed[train])
+    assert not rows[evidence.of("new")].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(passed_rows(evidence, sources, quick(n_passed=n)), rows)
     assert torch.equal(passed_rows(evidence, sources, quick()), evidence.passed)
 
 

@@ -54,7 +54,10 @@ class LocalSearchResult:
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """The paper's method: a search from the original weights, candidates scored on I_pos alone."""
+    """The paper's method: weights are localised, and candidates scored, on I_neg and I_pos alone (paper, section II).
+
+    The search begins at the original weights.
+    """
 
     searcher: Searcher[Any]  # the search algorithm with its settings
     seconds: float = math.inf  # how long the search may take
@@ -67,7 +70,7 @@ class LocalSearch:
         """
         before = problem.before
         end = problem.deadline_of_method().within(self.seconds)
-        goal = SearchGoal(before.targeted, before.passed, problem.passed, problem.fitness, deadline=end)
+        goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, deadline=end)
         found = localize_and_search(problem, self.searcher, goal)
         if found.state is None:
             reason = "the search found nothing better than the original weights."
@@ -90,7 +93,8 @@ def localize_and_search(
     """
     space, clock, before = problem.space, problem.clock, problem.before
     with clock.stage("localize"):
-        recording = record_known(problem, before.targeted | goal.passed | goal.constrained)
+        # All that pass, so that a batch's share of a sum is, bit for bit, what it is in a sweep.
+        recording = record_known(problem, before.targeted | before.passed | goal.passed | goal.constrained)
         localization = problem.localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
     where = localization.weights.to(space.device)
     passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(goal.constrained.sum())

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
+from torch import Tensor
 from toy_problems import make_problem
 from toy_repairs import known, trained
 from toy_searcher import RandomLocalSearch, Walk
 
-from lightning_nrl import ConfigurationError, ParticleSwarm, SearchOptions, Settings, repair_module
+from lightning_nrl import ConfigurationError, ParticleSwarm, SearchOptions, Settings, Target, repair_module
 from lightning_nrl._utils.state import snapshot
-from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import AllWeights, Localization, NeuRecoverLite
+from lightning_nrl.localization.impact import Replay
 from lightning_nrl.methods import LocalSearch
+from lightning_nrl.presets import paper_arguments
 from lightning_nrl.search import RandomStreams, SearchOrigin
 
 SWARM = ParticleSwarm(particles=12, iterations=12)
@@ -32,6 +38,24 @@ def test_a_searcher_of_ones_own_is_a_method_of_a_repair() -> None:
     assert report.settings["method"]["class"] == "RandomLocalSearch"
     assert torch.equal(first.parameters["2.weight"], again.parameters["2.weight"])
     assert not torch.equal(first.parameters["2.weight"], other.parameters["2.weight"])
+
+
+def test_weights_are_localised_on_the_passed_samples_that_are_scored() -> None:
+    asked: list[tuple[Tensor, Tensor]] = []
+
+    @dataclass(frozen=True)
+    class Recorder(AllWeights):
+        def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+            asked.append((failed, passed))
+            return super().__call__(recording, evaluator, failed=failed, passed=passed)
+
+    sources, arguments = known(), paper_arguments("EXP-C1")
+    search = replace(arguments["search"], localizer=Recorder(), n_passed=30)
+    repair_module(trained(), sources, Settings(**{**arguments, "layer": "2", "search": search, "seed": 3}))
+    (failed, passed), before = asked[0], Evaluator(trained().eval()).run(sources, Target.all())
+    assert torch.equal(failed, before.targeted)
+    # Thirty of those that pass of the training data, none of the repair data.
+    assert int(passed.sum()) == int((passed & before.passed)[before.of("train")].sum()) == 30
 
 
 class Forgetful(RandomLocalSearch):

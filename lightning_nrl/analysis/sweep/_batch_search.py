@@ -61,7 +61,7 @@ class BatchSearch:
     problem: Problem
     base: Settings
     _recording: ActivationCache | None = None
-    _localized: list[tuple[Any, Localization | None]] = field(default_factory=list)
+    _localized: list[tuple[Any, Tensor, Localization | None]] = field(default_factory=list)
     _passed: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -73,23 +73,21 @@ class BatchSearch:
                 self._recording = record_known(self.problem, before.targeted | before.passed)
         return self._recording
 
-    def localization(self, setting: Setting) -> Localization | None:
-        """Which weights a setting searches; None if none is left."""
-        for localizer, found in self._localized:
-            if localizer == setting.localizer:
+    def localization(self, request: RunRequest) -> Localization | None:
+        """Which weights a request searches; None if none is left."""
+        problem, localizer, passed, localized = self.problem, request.setting.localizer, self.passed(request), None
+        for known, of, found in self._localized:
+            if known == localizer and of is passed:
                 return found
-        problem, localized = self.problem, None
         recording = self.recording
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
-            localized = setting.localizer(
-                recording, problem.evaluator, failed=problem.before.targeted, passed=problem.before.passed
-            )
-        self._localized.append((setting.localizer, localized))
+            localized = localizer(recording, problem.evaluator, failed=problem.before.targeted, passed=passed)
+        self._localized.append((localizer, passed, localized))
         return localized
 
     def passed(self, request: RunRequest) -> Tensor:
         """The passed samples that a request scores, `N` bool."""
-        which = request.setting.n_passed, request.seed
+        which = request.setting.n_passed, request.seed if request.setting.n_passed else 0
         if which not in self._passed:
             search = replace(self.base.search, n_passed=request.setting.n_passed)
             asked = replace(self.base, search=search, seed=request.seed)
@@ -102,7 +100,7 @@ class BatchSearch:
         Returns:
             What was found, by key, with its share of the time; it is not counted yet.
         """
-        localized = [(request, self.localization(request.setting)) for request in requests]
+        localized = [(request, self.localization(request)) for request in requests]
         none, values = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=self.problem.space.dtype)
         runs = {request.key: self._found(request, none, values) for request, found in localized if found is None}
         searched = [(request, found.weights.cpu().clone()) for request, found in localized if found is not None]
