@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_nrl._lightning import data_module_of, given_loaders
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
+from lightning_nrl._trainer.validation_view import with_validation_view
 from lightning_nrl.data._sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, check_kind
 
@@ -95,8 +96,11 @@ class DataRequest:
     ) -> tuple[list[LoaderSource], list[LoaderSource], list[LoaderSource]]:
         """The known, the unseen and the calibration splits, ready to be read; `how` is for `make_source`."""
         how |= {"trainer": loaders.trainer, "model": loaders.model, "adapter": self.known.unpack}
-        make: Callable[..., LoaderSource] = partial(make_source, **how)
         found = self.find(loaders)
+
+        def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:
+            return with_validation_view(make_source(loader, split, **marks, **how), partial(loaders.get, "val"))
+
         passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
             known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]

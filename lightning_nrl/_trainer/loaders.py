@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_nrl._lightning import prepare_batch, sampler_of
+from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data._sample_identity import base_samples
 from lightning_nrl.data.batch import Adapter, Batch, unpack
-from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
     "LoaderSource",
@@ -31,7 +30,6 @@ __all__ = [
     "make_source",
     "parse_adapter",
     "sample_index",
-    "warn_if_random",
 ]
 
 SPLITS = ("train", "val", "repair", "test")
@@ -56,27 +54,31 @@ class LoaderSource:
     failed: bool
     index: Tensor  # data-set positions of all its samples, over all ranks
     positions: Tensor  # this rank's places in that order
-    loader: DataLoader[Any]  # reads this rank's samples in order
+    loader: DataLoader[Any]  # the user's, with the data set as the user made it
+    samples: SeededDataset  # what is read: that data set, or a view of it, each sample with one draw
     transfer: Callable[[Any], Any]  # brings a raw batch to the device, as Lightning does in validation
     adapter: Adapter = unpack
-    seed: int = 0  # what random transforms of the data set are seeded with at every pass
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    seed: int = 0  # what a model that draws random numbers is seeded with at every pass
 
     @property
     def batch_size(self) -> int:
         """Samples that the model runs on at once."""
-        return self.loader.batch_size or 1
+        return batch_size_of(self.loader)
 
     @property
     def identity(self) -> Tensor:
         """`n x 2`, the data set and the place that each sample comes from, seen through subsets and unions."""
         return base_samples(self.loader.dataset, self.index)
 
+    @property
+    def has_validation_view(self) -> bool:
+        """Whether what is read is a view of the data set, by the transform of the validation data."""
+        return self.samples.dataset is not self.loader.dataset
+
     def __iter__(self) -> Iterator[Batch]:
-        self.generator.manual_seed(self.seed)
         seed_all(self.seed)
         at = 0
-        for raw in self.loader:
+        for raw in self._read(batch_size=self.batch_size, sampler=self.index[self.positions].tolist()):
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
             n = length_of(target)
@@ -90,13 +92,18 @@ class LoaderSource:
             at += n
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
-        """Chosen samples, read by the same workers as in an ordinary pass."""
+        """Chosen samples, the same as in an ordinary pass, read by as many workers."""
         chosen = [self.index[position].tolist() for position in batches]
-        loader = loader_like(self.loader, batch_sampler=chosen, generator=self.generator)
-        for position, raw in zip(batches, loader, strict=True):
+        for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
             yield Batch(args, target, position, kwargs, raw)
+
+    def _read(self, **batches: Any) -> DataLoader[Any]:
+        own = self.loader
+        init = partial(init_worker, own.worker_init_fn) if own.num_workers else None
+        generator = torch.Generator().manual_seed(self.seed)
+        return loader_like(own, self.samples, worker_init_fn=init, generator=generator, **batches)
 
 
 def make_source(
@@ -112,24 +119,21 @@ def make_source(
     limit: int | None = None,
     whole: bool = False,
 ) -> LoaderSource:
-    """Rebuilds a data loader so that each rank reads its own samples once, in order, nothing dropped or padded.
+    """A source of which each rank reads its own samples once, in order, nothing dropped or padded.
 
     A sampler over a subset is kept to that subset, sorted. `limit`: read only so many batches, for `fast_dev_run`;
     `whole`: each rank reads all samples.
     """
     loader = check_loader(loader, split)
     index = sample_index(loader)
-    batch_size = batch_size_of(loader)
     if limit is not None:
-        index = index[: limit * batch_size]
+        index = index[: limit * batch_size_of(loader)]
     positions = torch.arange(len(index))
     if not whole:
         positions = positions[trainer.global_rank :: trainer.world_size]
-    generator = torch.Generator()
-    mine = index[positions].tolist()
-    again = loader_like(loader, batch_size=batch_size, sampler=mine, generator=generator)
     transfer = partial(prepare_batch, trainer, model)
-    return LoaderSource(split, passed, failed, index, positions, again, transfer, adapter, seed, generator)
+    samples = SeededDataset(loader.dataset, seed)
+    return LoaderSource(split, passed, failed, index, positions, loader, samples, transfer, adapter, seed)
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
@@ -147,8 +151,7 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
         loader.dataset if dataset is None else dataset,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        worker_init_fn=loader.worker_init_fn,
-        **arguments,
+        **{"worker_init_fn": loader.worker_init_fn, **arguments},
     )
 
 
@@ -189,33 +192,6 @@ def check_data(
             f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
         )
     return value if isinstance(value, str) or value is None else check_loader(value, argument)
-
-
-def warn_if_random(sources: Sequence[LoaderSource]) -> None:
-    """Warns of a data set that gives another sample at a second look, such as one that augments for training.
-
-    Every pass of a repair sees the same random numbers, so that the repair itself is consistent.
-    """
-    for source in sources:
-        if len(source.index):
-            first, again = (source.loader.dataset[int(source.index[0])] for _ in range(2))
-            if not _same(first, again):
-                rank_zero_warn(
-                    DataWarning(
-                        f"`{source.split}` data: reading a sample twice gives two different samples.",
-                        "if that is augmentation, pass a DataLoader without it as `passed=` or `failed=`.",
-                    )
-                )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, (Tensor, np.ndarray)):
-        return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind in "fc"))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return not isinstance(a, (int, float, str)) or a == b or a != a
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:

@@ -17,8 +17,9 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
-from lightning_nrl._trainer.loaders import LoaderSource, warn_if_random
+from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.progress import RepairProgress
+from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Source
@@ -44,6 +45,7 @@ class TrainedModel:
     training: ContinuedTraining
     evaluator: Evaluator
     observer: RepairProgress | None = None
+    randomness: str = ""  # sentences on splits that draw at random, for the report
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TrainerRepair:
     def run(self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found; see `opened`."""
         with self.opened(trainer, model, epochs) as trained:
-            return repair_module(
+            outcome = repair_module(
                 trained.evaluator,
                 trained.known,
                 self.settings,
@@ -79,6 +81,8 @@ class TrainerRepair:
                 reference=self.reference,
                 observer=trained.observer,
             )
+            reason = f"{outcome.report.reason} {trained.randomness}".rstrip()
+            return replace(outcome, report=replace(outcome.report, reason=reason))
 
     @contextmanager
     def opened(
@@ -90,8 +94,8 @@ class TrainerRepair:
         """
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
-            warn_if_random(found.known)
-            yield replace(found, observer=progress)
+            randomness = report_stability([*found.known, *found.unseen, *found.calibration])
+            yield replace(found, observer=progress, randomness=randomness)
 
     def _trained(
         self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, limit: int | None, whole: bool

