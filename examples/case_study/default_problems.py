@@ -1,0 +1,278 @@
+"""Six small problems that the default is measured on: tables, series, images; drift, rare classes, noisy labels.
+
+All are generated from a seed or come with scikit-learn. Each has a network as its owner would write it, with an
+optimizer and perhaps a schedule of its own; a training takes 2 to 8 s on one core. The failures of the repair data are
+the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from sklearn.datasets import load_digits, make_classification
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+Batch = tuple[Tensor, ...]
+SPLITS = ("train", "repair", "test")
+
+
+class Splits(LightningDataModule):
+    """Batches of `(inputs, label)`. `repair_dataloader` gives what came in after the network was trained."""
+
+    def __init__(self, inputs: Tensor, labels: Tensor, sizes: tuple[int, int, int], batch_size: int = 64) -> None:
+        super().__init__()
+        parts = zip(inputs.split(sizes), labels.split(sizes), strict=True)
+        self.data: dict[str, Dataset] = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["train"], self.batch_size, shuffle=True)
+
+    def repair_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["repair"], 512)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.data["test"], 512)
+
+
+class Classifier(LightningModule):
+    """Trained with cross-entropy by Adam with a constant rate, unless it says otherwise."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return F.cross_entropy(self(inputs), labels)
+
+    def configure_optimizers(self) -> object:
+        return torch.optim.Adam(self.parameters(), lr=2e-3)
+
+
+def table(seed: int, n: int, features: int, classes: int, **arguments: object) -> tuple[Tensor, Tensor]:
+    inputs, labels = make_classification(
+        n, features, n_informative=features // 2, n_redundant=2, n_classes=classes, random_state=seed, **arguments
+    )
+    return torch.from_numpy(inputs).float(), torch.from_numpy(labels).long()
+
+
+def rare_classes(seed: int) -> Splits:
+    """A table of 20 features and 6 classes, three of them with 4 % of the samples each."""
+    weights = [0.4, 0.3, 0.18, 0.04, 0.04, 0.04]
+    inputs, labels = table(seed, 7_000, 20, 6, n_clusters_per_class=3, class_sep=1.6, weights=weights, flip_y=0)
+    return Splits(inputs, labels, (2_500, 900, 3_600))
+
+
+class TableNet(Classifier):
+    """Batch norm and dropout; SGD with a one-cycle schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
+            *(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
+            nn.Linear(64, 6),
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+    def configure_optimizers(self) -> object:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def drifting_sensors(seed: int) -> Splits:
+    """A table of 16 features and 5 classes; after training four features of a third of the samples are offset."""
+    inputs, labels = table(seed, 6_500, 16, 5, n_clusters_per_class=2, class_sep=2.0, flip_y=0)
+    generator = torch.Generator().manual_seed(seed)
+    drifted = torch.rand(len(inputs), generator=generator) < 0.33
+    drifted[:2_500] = False
+    inputs[drifted, :4] = 0.8 * inputs[drifted, :4] + 1.0
+    return Splits(inputs, labels, (2_500, 800, 3_200))
+
+
+class SensorNet(Classifier):
+    """Linear layers without norm or dropout; Adam without a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+def waves(seed: int) -> Splits:
+    """Series of one channel and 5 shapes of wave; after training 40 % of them are faster than any before."""
+    n, length = 4_400, 40
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(n, 1).uniform_(low, high, generator=generator)
+
+    faster = torch.rand(n, 1, generator=generator) < 0.4
+    faster[:1_400] = False
+    periods = torch.where(faster, uniform(5, 8), uniform(9, 20))
+    phases = torch.arange(length) / periods + uniform(0, 1)
+    sines, ramps = (2 * math.pi * phases).sin(), 2 * (phases % 1) - 1
+    shapes = torch.stack([sines, sines.sign(), ramps, -ramps, 2 * ramps.abs() - 1])
+    labels = torch.randint(5, (n,), generator=generator)
+    series = uniform(0.6, 1.4) * shapes[labels, torch.arange(n)] + 0.3 * torch.randn(n, length, generator=generator)
+    return Splits(series[..., None], labels, (1_400, 600, 2_400))
+
+
+class WaveNet(Classifier):
+    """A GRU; Adam with a cosine schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(1, 32, batch_first=True)
+        self.classifier = nn.Linear(32, 5)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.classifier(self.recurrent(series)[0].mean(1))
+
+    def configure_optimizers(self) -> object:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def gestures(seed: int) -> Splits:
+    """Series of three channels and 6 classes: the order in which three pulses come. Long, noisy, few."""
+    n, length, orders = 4_000, 60, torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(6, (n,), generator=generator)
+    centres = (orders[labels] + 0.5) * length / 3 + 3.0 * torch.randn(n, 3, generator=generator)
+    distances = torch.arange(length)[None, :, None] - centres[:, None]
+    pulses = (-(distances**2) / 18).exp() * torch.empty(n, 1, 3).uniform_(0.6, 1.4, generator=generator)
+    return Splits(pulses + 0.9 * torch.randn(n, length, 3, generator=generator), labels, (1_200, 300, 2_500), 32)
+
+
+class GestureNet(Classifier):
+    """An LSTM that is trained too briefly to fit its training data; Adam without a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(3, 32, batch_first=True)
+        self.classifier = nn.Linear(32, 6)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.classifier(self.recurrent(series)[0][:, -1])
+
+    def configure_optimizers(self) -> object:
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+
+def noisy_labels(seed: int) -> Splits:
+    """Images of 12 x 12 pixels and 6 shapes; 5 % of the known labels are those of another shape."""
+    n, known, size = 5_000, 2_600, 12
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(6, (n,), generator=generator)
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    centres = torch.empty(2, n, 1, 1).uniform_(4, 7, generator=generator)
+    radii = torch.empty(n, 1, 1).uniform_(2.5, 4.5, generator=generator)
+    down, right = y - centres[0], x - centres[1]
+    round_, square, diamond = (
+        (down**2 + right**2).sqrt(),
+        torch.maximum(down.abs(), right.abs()),
+        down.abs() + right.abs(),
+    )
+    distances = torch.stack([round_ - radii, square - radii, diamond - 1.3 * radii])
+    filled = (0.5 - distances).clamp(0, 1)
+    outlines = (1.2 - distances.abs()).clamp(0, 1)
+    images = torch.cat([filled, outlines])[labels, torch.arange(n)][:, None]
+    images = images + 0.3 * torch.randn(images.shape, generator=generator)
+    wrong = torch.rand(n, generator=generator) < 0.05
+    wrong[known:] = False
+    given = torch.where(wrong, (labels + torch.randint(1, 6, (n,), generator=generator)) % 6, labels)
+    return Splits(images, given, (1_800, 800, 2_400))
+
+
+class ShapeNet(Classifier):
+    """Two convolutions, dropout; AdamW with steps in its rate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(12, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(24 * 9, 48), nn.ReLU(), nn.Linear(48, 6)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+    def configure_optimizers(self) -> object:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 16], gamma=0.2)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def rotated_digits(seed: int) -> Splits:
+    """Scikit-learn's digits; after training 40 % of them are rotated by 25 to 50 degrees to either side."""
+    digits = load_digits()
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(digits.images), generator=generator)
+    images = torch.tensor(digits.images, dtype=torch.float32)[order, None] / 16
+    rotated = torch.rand(len(images), generator=generator) < 0.4
+    rotated[:600] = False
+    angles = torch.empty(len(images)).uniform_(25, 50, generator=generator).deg2rad() * rotated
+    angles[::2] *= -1
+    rows = [torch.stack([angles.cos(), -angles.sin()], 1), torch.stack([angles.sin(), angles.cos()], 1)]
+    turns = F.pad(torch.stack(rows, 1), (0, 1))
+    images = F.grid_sample(images, F.affine_grid(turns, list(images.shape), False), align_corners=False)
+    return Splits(images, torch.tensor(digits.target)[order], (600, 300, 897), 32)
+
+
+class RotatedDigitNet(Classifier):
+    """Convolutions with batch norm, dropout; SGD without a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Flatten(), nn.Dropout(0.3)),
+        )
+        self.classifier = nn.Linear(32 * 16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.features(images))
+
+    def configure_optimizers(self) -> object:
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Data, a network and its training.
+
+    Attributes:
+        data: makes the data from a seed; its `data` maps split to data set.
+        network: makes a new network.
+        epochs: of the training.
+        in_target: of a batch, which samples are to be repaired where the network fails; None: all.
+    """
+
+    data: Callable[[int], LightningDataModule]
+    network: Callable[[], LightningModule]
+    epochs: int
+    in_target: Callable[[Batch], Tensor] | None = None
+
+
+PROBLEMS = {
+    "table, rare classes": Case(rare_classes, TableNet, 40),
+    "table, drift": Case(drifting_sensors, SensorNet, 40),
+    "series, GRU": Case(waves, WaveNet, 20),
+    "series, LSTM": Case(gestures, GestureNet, 14),
+    "images, noisy labels": Case(noisy_labels, ShapeNet, 20),
+    "digits, drift": Case(rotated_digits, RotatedDigitNet, 40),
+}
