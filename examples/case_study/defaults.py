@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 from default_fits import FIT_NAMES, FITS
-from default_problems import PROBLEMS
+from default_problems import PROBLEMS, SensorNet, drifting_sensors
 from default_records import Run, read_or_run
 from default_runs import Work, file_name, methods_of, repaired_after, timed_methods
 from default_tables import compared, fitted, timed
+from pytorch_lightning import Trainer
 
 MAX_TIMES = (0.1, 0.25, 0.5, 1.0, 2.0)
 
@@ -74,11 +75,11 @@ def in_parallel(
     """By problem and method the runs of all seeds; with several workers each problem and seed in a process."""
     jobs = [(name, seed) for name in names for seed in seeds]
     if workers == 1:
-        quiet()
+        prepare()
         results = [_reported(run, *job) for job in jobs]
     else:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, spawn, quiet) as pool:
+        with ProcessPoolExecutor(workers, spawn, prepare) as pool:
             results = list(pool.map(partial(_reported, run), *zip(*jobs, strict=True)))
     found: dict[str, dict[str, list[Run]]] = {name: {} for name in names}
     for (name, _), runs in zip(jobs, results, strict=True):
@@ -98,11 +99,13 @@ def _reported(run: Callable[[str, int], dict[str, Run]], name: str, seed: int) -
     return found
 
 
-def quiet() -> None:
-    """One thread for each run, and no notes of Lightning."""
+def prepare() -> None:
+    """One thread for each run, and no notes of Lightning; a first fit, so that none of the study loads modules."""
     torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(SensorNet(), datamodule=drifting_sensors(0))
 
 
 def main() -> None:
