@@ -50,8 +50,8 @@ class RegressionFreeRepair(Callback):
         target: which failures are to be repaired, such as `Target.label(3)`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
             there is none, the last convolution) is searched, and methods that train may change the whole network.
-        gate: what is accepted: `instance` (no known passed sample broken), `accuracy` (at least as many repaired as
-            broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
+        gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
+            `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
             `lightning_nrl.methods`.
         task: what passed and loss mean: `multiclass`, `multilabel`, `segmentation`, `sequence`, or an object of

@@ -1,7 +1,7 @@
 """Repairs and baselines beside each other on vehicles: a table, a picture and a verdict for each seed.
 
     python examples/case_study/comparison.py --experiment C --max-time 80
-    python examples/case_study/comparison.py --methods constrained fine-tuning distillation
+    python examples/case_study/comparison.py --methods finetune-polish fine-tuning distillation
 
 `--max-time` is what each method may take; retraining takes as long as the training took. Below the table: does the
 repair break fewer unseen samples than a baseline where it repairs as many? What was run before is read from

@@ -16,7 +16,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from grid import LINES, Line
-from in_target import InTarget
 from scipy.stats import t
 
 from lightning_nrl.analysis.sweep import Run
@@ -25,8 +24,6 @@ from lightning_nrl.stats import lower_limit, upper_limit
 
 Tables = Mapping[str, Sequence[Run]]
 """The runs of each experiment."""
-Targets = Mapping[str, Sequence[InTarget]]
-"""What becomes of the target, likewise."""
 
 SETTING = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
 
@@ -69,14 +66,9 @@ class Answer:
         return f"| {self.question} | {self.paper} | {self.found} | {verdict} |"
 
 
-def answers(tables: Tables, targets: Targets) -> tuple[Answer, ...]:
-    """An answer to each claim of the paper that the experiments in the tables speak of.
-
-    Args:
-        tables: all runs.
-        targets: what becomes of unseen samples of the target in each of them.
-    """
-    found = [answer for name, runs in tables.items() for answer in levels(name, runs, targets[name])]
+def answers(tables: Tables) -> tuple[Answer, ...]:
+    """An answer to each claim of the paper that the experiments in the tables speak of."""
+    found = [answer for name, runs in tables.items() for answer in levels(name, runs)]
     found += drift(tables)
     for line, ask in zip(LINES, (intact_weight, positive_samples, localised_weights), strict=True):
         for experiment, runs in tables.items():
@@ -141,7 +133,7 @@ def share(runs: Sequence[Any], holds: Callable[[Any], bool]) -> str:
     return f"{k} of {n} runs ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> list[Answer]:
+def levels(experiment: str, runs: Sequence[Run]) -> list[Answer]:
     """RQ1 and RQ2: at which level regression is suppressed.
 
     The level of accuracy is that of the setting that breaks the fewest known samples; it is reached if the interval of
@@ -159,18 +151,21 @@ def levels(experiment: str, runs: Sequence[Run], target: Sequence[InTarget]) -> 
         f"something in {share(able, _no_worse)}",
         True if gain.low >= 0 else False if gain.high < 0 else None,
     )
-    settings: dict[str, list[InTarget]] = {}
-    for run in target:
+    settings: dict[str, list[Run]] = {}
+    for run in runs:
         settings.setdefault(run.setting, []).append(run)
-    clean = [own for own in settings.values() if not any(r.broken for r in own) and any(r.repaired for r in own)]
-    fewest = min(settings.values(), key=lambda own: (fmean(r.broken for r in own), -fmean(r.repaired for r in own)))
+    counts = {name: [run.counts("unseen") for run in own] for name, own in settings.items()}
+    broken = {name: fmean(c.broken_in_target for c in own) for name, own in counts.items()}
+    repaired = {name: fmean(c.repaired_in_target for c in own) for name, own in counts.items()}
+    clean = [name for name in settings if not broken[name] and repaired[name]]
+    fewest = min(settings, key=lambda name: (broken[name], -repaired[name]))
     claimed = experiment != "A"
     instances = Answer(
         question,
         f"{experiment}: {'' if claimed else 'not '}suppressed at the level of instances",
-        f"of the unseen target nothing is broken and something repaired in {share(target, _spared)}, and in all runs "
-        f"of {len(clean)} of {len(settings)} settings; the fewest by {fewest[0].setting}: "
-        f"{fmean(r.broken for r in fewest):.1f} broken, {fmean(r.repaired for r in fewest):.1f} repaired. Of all known "
+        f"of the unseen target nothing is broken and something repaired in {share(runs, _spared)}, and in all runs "
+        f"of {len(clean)} of {len(settings)} settings; the fewest by {fewest}: "
+        f"{broken[fewest]:.1f} broken, {repaired[fewest]:.1f} repaired. Of all known "
         f"samples nothing is broken and something repaired in {share(runs, lambda run: run.regression_free)}",
         bool(clean) == claimed,
     )
@@ -249,8 +244,10 @@ def localised_weights(experiment: str, runs: Sequence[Run], line: Line) -> Answe
     )
 
 
-def _spared(run: InTarget) -> bool:
-    return run.broken == 0 and run.repaired > 0
+def _spared(run: Run) -> bool:
+    """Whether a run suppresses regression at the level of instances: of the unseen samples of the target."""
+    counts = run.counts("unseen")
+    return counts.broken_in_target == 0 and counts.repaired_in_target > 0
 
 
 def _no_worse(run: Run) -> bool:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import in_target
 from figures import draw_all, others_of, tables_of
 from grid import studied
 from network import EPOCHS, Digits, Scenes, Vehicles, trained
@@ -36,7 +35,6 @@ from lightning_nrl.presets import TABLE_II, PaperRow
 from lightning_nrl.search.fitness import LOSS_TERMS
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}
-IN_TARGET = "in_target.csv"
 QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
 
 
@@ -50,10 +48,9 @@ def swept(
     layer: str = "auto",
 ) -> SweepResult:
     """Runs settings on a layer of a trained network, its last one; what is in the folder is not run again."""
-    model = data.network()
-    result = sweep(
+    return sweep(
         Trainer(devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False),
-        model,
+        data.network(),
         datamodule=data,
         ckpt_path=checkpoint,
         target=TARGETS[experiment],
@@ -62,8 +59,6 @@ def swept(
         seeds=seeds,
         dirpath=folder,
     )
-    in_target.write(in_target.count(result, data, model, TARGETS[experiment].predicate), folder / IN_TARGET)
-    return result
 
 
 def setting_of(row: PaperRow, loss_term: str = "bounded") -> dict[str, object]:
@@ -97,8 +92,7 @@ def study(
         checkpoint = trained(data, Path("runs") / f"{of}.ckpt", seed, epochs)
         print(swept(data, experiment, checkpoint, settings, seeds, folder / experiment, layer))
     tables = tables_of(folder)
-    targets = {experiment: in_target.read(folder / experiment / IN_TARGET) for experiment in tables}
-    answered = page(answers(tables, targets))
+    answered = page(answers(tables))
     (folder / "answers.md").write_text(answered)
     print(Markdown(answered))
     others = {e: others_of(e, seed) for e in tables} if name == "vehicles" and total is None else {}

@@ -138,6 +138,8 @@ def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Sca
 
 def _headline(split: SplitReport) -> Scalars:
     target = {"repaired_in_target": split.repaired_in_target, "targeted": split.targeted} if split.targeted else {}
+    if 0 < split.passed_in_target < split.passed:
+        target |= {"broken_in_target": split.broken_in_target, "passed_in_target": split.passed_in_target}
     counts = {**target, "broken": split.broken, "repaired": split.repaired}
     accuracies = {"accuracy_before": split.accuracy_before, "accuracy_after": split.accuracy_after}
     return {number: float(value) for number, value in counts.items()} | accuracies

@@ -19,7 +19,7 @@ from lightning_nrl.report.splits import ROLES
 __all__ = ["sweep_rows", "track_sweep"]
 
 SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
-MEASURED_COUNTS = ("repaired_in_target", "repaired", "broken", "accuracy_after")
+MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
 
 Row = tuple[dict[str, bool | int | float | str], dict[str, float]]
 """What was asked for, and what came of it."""

@@ -54,6 +54,15 @@ class Target(ABC):
                 return one bool a sample.
         """
 
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        """The samples of the kind that is to be repaired, right or wrong (the paper's class to be repaired).
+
+        They are those that the target would choose if they failed, whatever they were taken for: a condition on the
+        predicted class counts as fulfilled. So a confusion covers its true class. Arguments and errors are those of
+        `select`, which says it for targets that do not ask for the prediction.
+        """
+        return self.select(batch, label, prediction)
+
     @abstractmethod
     def __str__(self) -> str:
         """What is chosen, in words, as reports print it."""
@@ -156,6 +165,9 @@ class Confusion(Target):
         chosen = _classes(self, label).eq(self.true) & _classes(self, prediction).eq(self.predicted)
         return chosen.cpu()
 
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return _classes(self, label).eq(self.true).cpu()
+
     def __str__(self) -> str:
         return f"confusion {self.true} -> {self.predicted}"
 
@@ -218,6 +230,9 @@ class And(TargetPair):
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return self.left.select(batch, label, prediction) & self.right.select(batch, label, prediction)
 
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return self.left.covers(batch, label, prediction) & self.right.covers(batch, label, prediction)
+
     def __str__(self) -> str:
         return f"{_grouped(self.left, Or)} and {_grouped(self.right, Or)}"
 
@@ -227,6 +242,9 @@ class Or(TargetPair):
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return self.left.select(batch, label, prediction) | self.right.select(batch, label, prediction)
+
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        return self.left.covers(batch, label, prediction) | self.right.covers(batch, label, prediction)
 
     def __str__(self) -> str:
         return f"{_grouped(self.left, And)} or {_grouped(self.right, And)}"
@@ -243,6 +261,16 @@ class Not(Target):
 
     def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
         return ~self.target.select(batch, label, prediction)
+
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        inner = self.target
+        if isinstance(inner, Not):
+            return inner.target.covers(batch, label, prediction)
+        if isinstance(inner, (And, Or)):
+            either = Or if isinstance(inner, And) else And
+            return either(Not(inner.left), Not(inner.right)).covers(batch, label, prediction)
+        # As if it were right: then no confusion chooses it.
+        return ~inner.select(batch, label, label)
 
     def __str__(self) -> str:
         return f"not {_grouped(self.target, And, Or)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.batch import Batch, Source, tensors_in
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, EvaluationError, check_kind
+from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, check_kind
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -35,6 +36,7 @@ DTYPES = {
     "margin": torch.float32,
     "passed": torch.bool,
     "targeted": torch.bool,
+    "in_target": torch.bool,
 }
 
 
@@ -87,7 +89,7 @@ class Evaluator:
 
         Args:
             sources: the splits, this rank's share of each.
-            target: which failed samples are marked as targeted; None marks none.
+            target: which failed samples are marked as targeted, and which samples are in the target; None marks none.
             everywhere: whether the failed samples of all sources are marked, not only of those whose failures are
                 candidates for repair.
             forward: called in place of the model.
@@ -96,6 +98,10 @@ class Evaluator:
             ConfigurationError: no source, two of one name, a batch or a target that does not suit the task.
             EvaluationError: a split's samples are not there exactly once, some have no class, or another rank could not
                 read its share.
+
+        Warns:
+            DataWarning: the target cannot be applied to a source none of whose failures are marked; all of its samples
+                count as in the target.
         """
         splits = tuple(source.split for source in sources)
         if not splits or len(set(splits)) < len(splits):
@@ -103,8 +109,8 @@ class Evaluator:
             raise ConfigurationError(problem, "give at least one source, each with a name of its own.")
         tables = []
         for source in sources:
-            wanted = target if everywhere or source.failed else None
-            tables.append(_exchanged(source, partial(self._read, source, wanted, forward), self.collective))
+            marker = _Marker(target, source.split, everywhere or source.failed)
+            tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
         columns: dict[str, Any] = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
@@ -113,7 +119,7 @@ class Evaluator:
         with holding(self.model, state):
             return self.run(sources)
 
-    def _read(self, source: Source, target: Target | None, forward: Forward | None) -> Table:
+    def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
         """This rank's rows of one split, on the CPU, in the order in which they came."""
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         lowest = -1  # where the task has no classes
@@ -122,7 +128,7 @@ class Evaluator:
                 output = self.output(batch, forward)
                 self.task.check(output, batch.target)
                 lowest = -1 if self.task.label(batch.target) is None else 0
-                columns = _columns(batch, output, self.task, target)
+                columns = _columns(batch, output, self.task, marker)
             except RuntimeError as error:
                 _explain_devices(source.split, batch, device_of(self.model), error)
                 raise
@@ -140,6 +146,36 @@ class Evaluator:
         return table
 
 
+@dataclass
+class _Marker:
+    """Marks the samples of a split that are in the target."""
+
+    target: Target | None
+    split: str
+    targets_failures: bool  # whether its failures may be targeted
+    applies: bool = True  # whether the target could be applied so far
+
+    def __call__(
+        self, batch: Batch, label: Tensor | None, prediction: Tensor | None, passed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`n` bool each on the device of `passed`: the targeted samples, and those in the target, right or wrong."""
+        nothing, target = torch.zeros_like(passed), self.target
+        if target is None:
+            return nothing, nothing
+        if self.targets_failures:
+            chosen, covered = target.select(batch, label, prediction), target.covers(batch, label, prediction)
+            return ~passed & chosen.to(passed.device), covered.to(passed.device)
+        if self.applies:
+            try:
+                return nothing, target.covers(batch, label, prediction).to(passed.device)
+            except Exception as error:
+                # Only a gate on the target needs it here: with all of them in the target it stays on the safe side.
+                self.applies, reason = False, str(error).partition("\n")[0]
+                problem = f"`target`: all `{self.split}` samples count as in the target, for it cannot say: {reason}"
+                warnings.warn(DataWarning(problem), stacklevel=2)
+        return nothing, ~nothing
+
+
 def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:
     """Raises a `ConfigurationError` if a pass failed because the data do not lie where the model does."""
     held = {x.device for x in tensors_in((batch.args, batch.kwargs, batch.target))}
@@ -151,7 +187,7 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
         ) from error
 
 
-def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) -> Table:
+def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table:
     n, name_of_task = len(batch), type(task).__name__
     label, prediction, margin = task.label(batch.target), task.prediction(output), task.margin(output, batch.target)
     passed, loss = task.passed(output, batch.target), task.loss(output, batch.target)
@@ -167,7 +203,7 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
         problem = f"`task`: `passed` of {name_of_task} gave {passed.dtype}."
         raise ConfigurationError(problem, "return one bool a sample.")
     unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
-    chosen = torch.zeros_like(passed) if target is None else target.select(batch, label, prediction).to(passed.device)
+    targeted, in_target = marker(batch, label, prediction, passed)
     return {
         "position": batch.position,
         "label": unknown if label is None else label.long(),
@@ -175,7 +211,8 @@ def _columns(batch: Batch, output: Tensor, task: Task, target: Target | None) ->
         "loss": loss,
         "margin": torch.full_like(loss, torch.nan) if margin is None else at_least_float32(margin),
         "passed": passed,
-        "targeted": ~passed & chosen,
+        "targeted": targeted,
+        "in_target": in_target,
     }
 
 

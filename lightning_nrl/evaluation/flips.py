@@ -68,10 +68,14 @@ class TargetCounts(FlipCounts):
     Attributes:
         targeted: failed samples that were to be repaired (I_neg).
         repaired_in_target: those of them that are right after.
+        passed_in_target: right samples of the kind that was to be repaired (`Target.covers`).
+        broken_in_target: those of them that are wrong after: 0 is the paper's instance level (section III).
     """
 
     targeted: int = 0
     repaired_in_target: int = 0
+    passed_in_target: int = 0
+    broken_in_target: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,11 @@ class Flips:
         """How many of the chosen rows (a mask or a slice; all by default) went which way."""
         return FlipCounts(*(int(mask[rows].sum()) for mask in (self.kept, self.broken, self.repaired, self.failing)))
 
-    def target_counts(self, targeted: Tensor, rows: Tensor | slice = slice(None)) -> TargetCounts:
-        """The same, with what became of the failed samples that were to be repaired, `N` bool."""
-        masks = (self.kept, self.broken, self.repaired, self.failing, targeted, self.repaired & targeted)
+    def target_counts(self, before: SampleResults, rows: Tensor | slice = slice(None)) -> TargetCounts:
+        """The same, with what became of the samples in the target by the results before."""
+        targeted, broken = before.targeted, self.broken & before.in_target
+        own = (targeted, self.repaired & targeted, (self.kept & before.in_target) | broken, broken)
+        masks = (self.kept, self.broken, self.repaired, self.failing, *own)
         return TargetCounts(*(int(mask[rows].sum()) for mask in masks))
 
 

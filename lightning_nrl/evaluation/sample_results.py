@@ -26,6 +26,8 @@ class SampleResults:
         loss: `N` float, each sample's loss.
         passed: `N` bool.
         targeted: `N` bool, failed samples that the target selects; on known data I_neg.
+        in_target: `N` bool, samples of the kind that is to be repaired, right or wrong (`Target.covers`); the targeted
+            ones by default.
         margin: `N` float, how far each sample is from being wrong, NaN where the task has no such number.
         weight: `N` float64, what each sample counts: of a targeted one its repair, 1 on average; of a passed one its
             breaking, a whole number from 1, infinite where it may not break at all. 1 for all others, and by default.
@@ -45,12 +47,15 @@ class SampleResults:
     weight: Tensor = NO_COLUMN
     names: tuple[str, ...] = ()
     group: Tensor = NO_COLUMN
+    in_target: Tensor = NO_COLUMN
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
             object.__setattr__(self, "weight", torch.ones(len(self.passed), dtype=torch.float64))
         if self.group is NO_COLUMN:
             object.__setattr__(self, "group", torch.full((len(self.passed),), -1))
+        if self.in_target is NO_COLUMN:
+            object.__setattr__(self, "in_target", self.targeted)
 
     def __len__(self) -> int:
         return len(self.passed)

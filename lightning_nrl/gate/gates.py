@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
 
+from torch import Tensor
+
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["GATES", "Accuracy", "Gate", "Instance", "Tolerance", "allowance", "read_number"]
+__all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance", "read_number"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ class Gate(ABC):
     def allowed(self, counts: FlipCounts) -> int:
         """The most broken samples that the gate lets through, given what became of all known samples."""
 
+    def harm(self, before: SampleResults, broken: Tensor) -> float:
+        """What broken samples, `N` bool, count against what is allowed; infinite if a protected one is among them."""
+        return before.harm(broken)
+
+    def lets_through(self, counts: FlipCounts) -> bool:
+        """Whether no more break than is allowed, where all samples count alike."""
+        return counts.broken <= self.allowed(counts)
+
     @property
     @abstractmethod
     def rule(self) -> str:
@@ -44,8 +55,13 @@ class Gate(ABC):
 
     @staticmethod
     def instance() -> Gate:
-        """Not one known sample broken (instance-level suppression; paper, section III)."""
+        """Not one known sample broken: stricter than the paper's instance level, which is about the target."""
         return Instance()
+
+    @staticmethod
+    def instance_in_target() -> Gate:
+        """Not one known sample of the class to be repaired broken (instance-level suppression; paper, section III)."""
+        return InstanceInTarget()
 
     @staticmethod
     def accuracy() -> Gate:
@@ -66,8 +82,8 @@ class Gate(ABC):
         """Reads a gate from text; a gate is given back as it is.
 
         Args:
-            gate: `instance`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or `tolerance:0.01` (of those that
-                passed).
+            gate: `instance`, `instance-in-target`, `accuracy`, `tolerance:3` (samples), `tolerance:1%` or
+                `tolerance:0.01` (of those that passed).
             argument: what it was given as, for an error.
 
         Raises:
@@ -100,6 +116,41 @@ class Instance(Gate):
 
     def __str__(self) -> str:
         return "instance"
+
+
+@GATES.register("instance-in-target")
+@dataclass(frozen=True)
+class InstanceInTarget(Gate):
+    """Not one known sample in the target may break (`Target.covers`); others may, save those that are protected.
+
+    A model that repairs one class at the price of another passes: look at `broken`, too.
+    """
+
+    def allowed(self, counts: FlipCounts) -> int:
+        return 0
+
+    def harm(self, before: SampleResults, broken: Tensor) -> float:
+        return before.harm(broken & (before.in_target | before.protected))
+
+    def lets_through(self, counts: FlipCounts) -> bool:
+        """Whether none in the target breaks.
+
+        Raises:
+            ConfigurationError: the counts are of data without a target.
+        """
+        if not isinstance(counts, TargetCounts):
+            raise ConfigurationError(
+                "`gate='instance-in-target'`: no failures are targeted here, so nothing is in the target.",
+                "write `instance` or `tolerance:1%`.",
+            )
+        return counts.broken_in_target == 0
+
+    @property
+    def rule(self) -> str:
+        return "none in the target"
+
+    def __str__(self) -> str:
+        return "instance-in-target"
 
 
 @GATES.register("accuracy")

@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import Literal
 
 from lightning_nrl.evaluation._quotas import below
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate.gates import Gate, allowance
+from lightning_nrl.gate.gates import Gate, InstanceInTarget, allowance
 
 __all__ = ["Verdict", "check_protected", "judge"]
 
@@ -67,12 +67,12 @@ def judge(
     status: Literal["repaired", "refused", "not repaired"] = "repaired"
     if target.repaired == 0:
         status = "not repaired"
-    elif lacking or before.harm(flips.broken) > gate.allowed(counts):
+    elif lacking or gate.harm(before, flips.broken) > gate.allowed(counts):
         status = "refused"
     broken = before.ids(flips.broken)
     return Verdict(
         status=status,
-        reason=_reason(status, gate, counts, target, broken)
+        reason=_reason(status, gate, flips.target_counts(before), target, broken)
         + _unequal_counts(before, flips)
         + "".join(
             f" Of the slice {name!r} {_count(got)} {'is' if got == 1 else 'are'} repaired; its quota is {need:,}."
@@ -103,7 +103,7 @@ def _unequal_counts(before: SampleResults, flips: Flips, kind: str = "", *, only
     return "" if harm == n or only_protected else f" Those that break count for {harm:,.0f}."
 
 
-def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, broken: Mapping[str, list[int]]) -> str:
+def _reason(status: str, gate: Gate, counts: TargetCounts, target: FlipCounts, broken: Mapping[str, list[int]]) -> str:
     if target.n == 0:
         return "No failed sample was targeted, so no change of weights is called for."
     now, breaks = ("pass now", "broke") if status == "repaired" else ("would pass", "would break")
@@ -112,6 +112,8 @@ def _reason(status: str, gate: Gate, counts: FlipCounts, target: FlipCounts, bro
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
     limit = allowance(gate, counts)
+    if isinstance(gate, InstanceInTarget):
+        limit += f" ({_count(counts.broken_in_target)} of {counts.passed_in_target:,} {breaks})"
     if status == "refused":
         sentences = f"{loss}; {limit}", gain
     elif status == "repaired":

@@ -13,6 +13,7 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationErro
 from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.gate import InstanceInTarget
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
 
@@ -65,7 +66,11 @@ def _kinds(sources: object) -> str:
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Refuses a limit and a mix where there are no calibration data that they are about."""
+    """Refuses a limit and a mix where there are no calibration data that they are about, and a limit on the target."""
+    if isinstance(settings.limit, InstanceInTarget):
+        raise ConfigurationError(
+            "`limit='instance-in-target'`: a limit is about all calibration data.", "write `tolerance:1%`."
+        )
     for name, value in (("limit", settings.limit), ("mix", settings.bounds.mix)):
         if value is not None and not calibrated:
             shown = repr(str(value)) if name == "limit" else "..."
@@ -121,7 +126,7 @@ def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settin
             pool[before.of(source.split)] = before.passed[before.of(source.split)]
     rows = pool.nonzero().flatten()
     generator = torch.Generator().manual_seed(settings.seed)
-    if len(rows) < settings.search.n_passed:
+    if 0 < len(rows) < settings.search.n_passed:
         splits = " and ".join(source.split for source in known if source.passed)
         warnings.warn(
             DataWarning(

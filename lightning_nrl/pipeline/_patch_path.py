@@ -135,8 +135,11 @@ class PatchPath:
         flips = Flips.between(before, problem.evaluate(state) if after is None else after)
         repaired = flips.repaired & before.targeted
         point = StrengthPoint(strength, int(repaired.sum()), flips.counts())
+        cost = self.gate.harm(before, flips.broken)
         if before.weighted:
-            point = replace(point, gain=before.gain(repaired), harm=before.harm(flips.broken))
+            point = replace(point, gain=before.gain(repaired))
+        if before.weighted or cost != point.known.broken:
+            point = replace(point, harm=cost)
         if self.calibration is None:
             return point
         held_out, results = self.calibration.flips(problem.evaluator, state), self.calibration.before

@@ -46,7 +46,7 @@ def split_report(split: str, role: Role, before: SampleResults, after: SampleRes
     return SplitReport(
         split=split,
         role=role,
-        counts=flips.target_counts(before.targeted, before.of(split)),
+        counts=flips.target_counts(before, before.of(split)),
         targeted_ids=tuple(before.ids(before.targeted)[split]),
         repaired_ids=tuple(before.ids(flips.repaired)[split]),
         broken_ids=tuple(before.ids(flips.broken)[split]),
@@ -78,7 +78,7 @@ def slice_reports(
     """Counts what became of the samples of each slice; samples in no slice are left out."""
     flips = Flips.between(before, before if after is None else after)
     return tuple(
-        SliceReport(name, role, flips.target_counts(before.targeted, before.group == number), (quotas or {}).get(name))
+        SliceReport(name, role, flips.target_counts(before, before.group == number), (quotas or {}).get(name))
         for number, name in enumerate(before.names)
     )
 

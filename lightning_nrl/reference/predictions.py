@@ -144,7 +144,8 @@ class Predictions:
         nothing = torch.full_like(like.margin, torch.nan)
         targeted = torch.zeros_like(like.targeted)
         loss = (~passed).to(like.loss)
-        return replace(like, prediction=said, passed=passed, loss=loss, margin=nothing, targeted=targeted)
+        told = replace(like, prediction=said, passed=passed, loss=loss, margin=nothing)
+        return replace(told, targeted=targeted, in_target=targeted)
 
 
 def _key(weights: State, results: SampleResults, task: Task | None) -> str:

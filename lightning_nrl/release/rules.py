@@ -87,7 +87,9 @@ class AtMostBroken(Rule):
     splits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gate", Gate.parse(self.gate))
+        gate = Gate.parse(self.gate)
+        gate.lets_through(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
+        object.__setattr__(self, "gate", gate)
         object.__setattr__(self, "splits", _names(self.splits))
 
     def check_data(self, splits: Sequence[str], sliced: bool) -> None:
@@ -99,7 +101,7 @@ class AtMostBroken(Rule):
         for split in check_splits(str(self), self.splits, pair.splits):
             rows = pair.rows(split)
             counts = pair.flips.counts(rows)
-            if counts.broken > self.gate.allowed(counts):
+            if not self.gate.lets_through(counts):
                 bad |= rows & pair.flips.broken
             words.append(
                 f"{split}: {counts.broken:,} of {counts.passed:,} that were right broke; "

@@ -85,7 +85,7 @@ class StrengthPoint:
         calibration: what becomes of the calibration data; None if there are none.
         polished: whether the weights were polished there, and the counts are those after it.
         gain: what the repaired targets are worth; None: as many as they are.
-        harm: what the broken known samples cost; `calibration_harm` likewise.
+        harm: what the broken known samples cost by the gate; `calibration_harm` likewise.
     """
 
     strength: float

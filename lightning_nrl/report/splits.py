@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lightning_nrl._utils.serialize import Derives, flat
@@ -15,6 +15,9 @@ __all__ = ["ROLES", "Role", "SetAside", "SliceReport", "SplitReport", "UpdateSpl
 Role = Literal["known", "calibration", "unseen"]
 """Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
 ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
+
+
+COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
 class _Counted(Derives):
@@ -63,6 +66,16 @@ class _Counted(Derives):
         return self.counts.repaired_in_target
 
     @property
+    def passed_in_target(self) -> int:
+        """Right samples of the kind that was to be repaired (`Target.covers`)."""
+        return self.counts.passed_in_target
+
+    @property
+    def broken_in_target(self) -> int:
+        """Those of them that are wrong after."""
+        return self.counts.broken_in_target
+
+    @property
     def accuracy_before(self) -> float:
         """Share of samples right before, in [0, 1]; NaN without samples."""
         return self.counts.accuracy_before
@@ -105,13 +118,12 @@ class SplitReport(_Counted):
     @property
     def numbers(self) -> dict[str, float]:
         """Every number of the split by name, as loggers take them: counts, accuracies, rates."""
-        counts = ("n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
-        return {name: getattr(self, name) for name in (*counts, "accuracy_before", "accuracy_after")} | self.rates
+        counts = ("n", *COUNTS, "accuracy_before", "accuracy_after")
+        return {name: getattr(self, name) for name in counts} | self.rates
 
     @property
     def derived(self) -> Mapping[str, object]:
-        own = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
-        return {name: value for name, value in self.numbers.items() if name not in own}
+        return {name: value for name, value in self.numbers.items() if name not in COUNTS}
 
 
 @dataclass(frozen=True)
@@ -165,9 +177,8 @@ class SetAside:
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no ids, since those of different data sets do not mix."""
-    names = ("kept", "broken", "repaired", "failing", "targeted", "repaired_in_target")
     return SplitReport(
-        "all", splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in names))
+        "all", splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in COUNTS))
     )
 
 

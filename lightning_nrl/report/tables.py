@@ -43,13 +43,22 @@ SHOWN_COMPATIBILITIES = ("backward_trust_compatibility", "backward_error_compati
 def outcome_table(splits: Sequence[SplitReport]) -> Table:
     """What a change of weights did to each split and, where there are several of a role, to all of them."""
     columns = _with_totals(splits, pool)
+    in_target: tuple[Row, ...] = ()
+    if any(0 < s.passed_in_target < s.passed for s in splits):
+        in_target = (
+            _row("right samples in the target", columns, lambda s: count(s.passed_in_target)),
+            _row("broken of these", columns, lambda s: count(s.broken_in_target), tone="harm", ends_group=True),
+        )
     return _table(
         columns,
         _row("samples", columns, lambda s: count(s.n)),
         _row("accuracy before", columns, lambda s: percent(s.accuracy_before)),
         _row("accuracy after", columns, lambda s: percent(s.accuracy_after), ends_group=True),
         _row("failures to repair (the target)", columns, lambda s: count(s.targeted)),
-        _row("repaired of these", columns, lambda s: count(s.repaired_in_target), tone="gain", ends_group=True),
+        _row(
+            "repaired of these", columns, lambda s: count(s.repaired_in_target), tone="gain", ends_group=not in_target
+        ),
+        *in_target,
         _row("repaired (was wrong, now right)", columns, lambda s: count(s.repaired)),
         _row("broken (was right, now wrong)", columns, lambda s: count(s.broken), tone="harm"),
         _row("kept (right before and after)", columns, lambda s: count(s.kept)),

@@ -142,7 +142,7 @@ def choose_weight(
         served = new if weight == 0 else old if weight == 1 else _blended(old, new, weight)
         right = predicts(served, labels)
         curve.append(WeightPoint(round(float(weight), 4), FlipCounts.of(was_right, right)))
-    within = [point for point in curve if gate is None or point.counts.broken <= gate.allowed(point.counts)]
+    within = [point for point in curve if gate is None or gate.lets_through(point.counts)]
     chosen = max(within, key=lambda point: (point.counts.right, point.weight))
     return WeightChoice(chosen, tuple(curve), "" if gate is None else str(gate))
 

@@ -127,7 +127,7 @@ def choose_threshold(
         )
         for at, b, r, above in columns
     ]
-    chosen = next(i for i, point in enumerate(curve) if point.counts.broken <= gate.allowed(point.counts))
+    chosen = next(i for i, point in enumerate(curve) if gate.lets_through(point.counts))
     kept = sorted({*_evenly(len(curve), points - 1), chosen})
     return ThresholdChoice(curve[chosen], tuple(curve[i] for i in kept), str(gate))
 

@@ -51,6 +51,29 @@ def test_select_chooses_the_samples_that_the_words_say(target: Target, expected:
     assert chosen(target) == expected
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (Target.all(), [0, 1, 2, 3, 4]),
+        (Target.label(3), [0, 1, 3]),
+        (Target.where(occluded), [0, 3, 4]),
+        # The class of a confusion, whatever its samples are taken for.
+        (Target.confusion(3, 5), [0, 1, 3]),
+        (Target.confusion(3, 5) & Target.where(occluded), [0, 3]),
+        (Target.confusion(3, 5) | Target.label(0), [0, 1, 3, 4]),
+        # Of every class something may fail otherwise than by this confusion.
+        (~Target.confusion(3, 5), [0, 1, 2, 3, 4]),
+        (~~Target.confusion(3, 5), [0, 1, 3]),
+        (~Target.label(3), [2, 4]),
+        (~(Target.label(3) | Target.confusion(5, 3)), [2, 4]),
+        (~(Target.label(3) & ~Target.where(occluded)), [0, 2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_covers_are_the_samples_that_would_be_chosen_if_they_failed(target: Target, expected: list[int]) -> None:
+    assert target.covers(batch(), LABEL, PREDICTION).nonzero().flatten().tolist() == expected
+
+
 def test_select_gives_one_bool_a_sample_on_the_cpu() -> None:
     mask = (Target.label(3) | Target.where(occluded)).select(batch(), LABEL, PREDICTION)
     assert mask.dtype == torch.bool

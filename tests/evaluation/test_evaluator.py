@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError, Target, TensorSource
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import EvaluationError
+from lightning_nrl.errors import DataWarning, EvaluationError, TargetError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
@@ -59,8 +59,23 @@ def test_targeted_are_the_failures_that_the_target_chooses_in_sources_marked_fai
     sources = [source("train"), source("new", failed=True)]
     evidence = Evaluator(nn.Identity()).run(sources, Target.label(1))
     assert evidence.ids(evidence.targeted) == {"train": [], "new": [2]}
+    # The passed data are not asked for failures, but for samples of the class.
+    assert evidence.ids(evidence.in_target) == {"train": [2, 3], "new": [2, 3]}
     everywhere = Evaluator(nn.Identity()).run(sources, Target.label(1), everywhere=True)
     assert everywhere.ids(everywhere.targeted) == {"train": [2], "new": [2]}
+
+
+def test_where_a_target_cannot_say_it_all_samples_count_as_in_it() -> None:
+    def second(batch: tuple[Tensor, ...]) -> Tensor:
+        return batch[2]
+
+    lacking, target = source("train"), Target.where(second)
+    with pytest.warns(DataWarning, match="all `train` samples count as in the target.*raised") as told:
+        evidence = Evaluator(nn.Identity()).run([lacking], target)
+    assert len(told) == 1
+    assert (evidence.in_target.all(), evidence.targeted.any()) == (True, False)
+    with pytest.raises(TargetError, match="raised"):
+        Evaluator(nn.Identity()).run([replace(lacking, failed=True)], target)
 
 
 def test_rows_of_a_split_are_found_by_position() -> None:

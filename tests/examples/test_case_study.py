@@ -20,14 +20,22 @@ import study  # noqa: E402
 from digits_in_place import draw  # noqa: E402
 from figures import Other, along, draw_all, tables_of  # noqa: E402
 from grid import LINES, studied  # noqa: E402
-from in_target import InTarget, read  # noqa: E402
 from questions import Interval, answers, effect, fewest_broken, interval, like, page, share  # noqa: E402
 
 ROW = PaperRow("eq1", 6, False, 282, 500, 200)
 
 
-def run(row: PaperRow = ROW, seed: int = 0, *, broken: int = 0, repaired: int = 0, known: int | None = None, **more):
-    """A line of the table: 100 samples in each role, 80 of them right before."""
+def run(
+    row: PaperRow = ROW,
+    seed: int = 0,
+    *,
+    broken: int = 0,
+    repaired: int = 0,
+    known: int | None = None,
+    in_target: int = 0,
+    **more,
+):
+    """A line of the table: 100 samples in each role, 80 of them right before, 40 of these in the target."""
     known_broken = broken if known is None else known
     found = {
         "setting": f"{row.equation} alpha={row.alpha} lw={row.n_weights} pos={row.n_passed} p={row.particles}",
@@ -43,7 +51,7 @@ def run(row: PaperRow = ROW, seed: int = 0, *, broken: int = 0, repaired: int = 
         "n_localized": min(row.n_weights, 63),
     }
     for role, gone in (("known", known_broken), ("unseen", broken)):
-        found[role] = TargetCounts(80 - gone, gone, repaired, 20 - repaired, 10, repaired)
+        found[role] = TargetCounts(80 - gone, gone, repaired, 20 - repaired, 10, repaired, 40, in_target)
     made = SimpleNamespace(**found | more)
     made.counts = lambda role: getattr(made, role)
     return made
@@ -121,9 +129,7 @@ def runs_of(broken: dict[tuple, int], seeds: int = 4) -> list:
 
 def verdicts(tables: dict) -> dict[str, bool | None]:
     return {
-        answer.paper.partition(":")[2].strip(): answer.agrees
-        for answer in answers(tables, {name: targets_of(runs) for name, runs in tables.items()})
-        if answer.question == "RQ3"
+        answer.paper.partition(":")[2].strip(): answer.agrees for answer in answers(tables) if answer.question == "RQ3"
     }
 
 
@@ -147,16 +153,11 @@ def test_no_difference_settles_nothing():
     assert verdicts({"B": runs_of({})}) == {ALPHA: None, PASSED: None, WEIGHTS: None}
 
 
-def targets_of(runs: list, broken: int = 0) -> list[InTarget]:
-    return [InTarget(r.setting, r.seed, 40, broken, r.unseen.repaired) for r in runs]
-
-
 def test_levels_and_drift_are_answered():
-    a = [run(seed=s, broken=1, repaired=5) for s in range(10)]
+    a = [run(seed=s, broken=1, repaired=5, in_target=1) for s in range(10)]
     b = [run(seed=s, repaired=2) for s in range(10)]
     c = [run(seed=s, repaired=1) for s in range(10)]
-    targets = {"A": targets_of(a, broken=1), "B": targets_of(b), "C": targets_of(c)}
-    found = {answer.paper: answer for answer in answers({"A": a, "B": b, "C": c}, targets)}
+    found = {answer.paper: answer for answer in answers({"A": a, "B": b, "C": c})}
     assert {answer.agrees for answer in found.values()} == {True}
     assert found["fewer repairs in C than in B"].found == (
         "eq1 alpha=6 lw=282 pos=500 p=200: of the known targets are repaired in "
@@ -181,14 +182,13 @@ def test_levels_and_drift_are_answered():
 @pytest.mark.parametrize(("broken", "agrees"), [((4, 4), True), ((6, 6), False), ((4, 6), None)])
 def test_the_level_of_accuracy_is_reached_if_the_interval_says_so(broken, agrees):
     runs = [run(seed=s, broken=broken[s % 2], repaired=5) for s in range(10)]
-    (answer,) = (a for a in answers({"B": runs}, {"B": targets_of(runs)}) if "accuracy" in a.paper)
+    (answer,) = (a for a in answers({"B": runs}) if "accuracy" in a.paper)
     assert answer.agrees is agrees
 
 
 def test_the_level_of_instances_takes_every_run_of_a_setting():
-    runs = [run(seed=s, repaired=1) for s in range(10)]
-    targets = targets_of(runs[:9]) + targets_of(runs[9:], broken=1)
-    (answer,) = (a for a in answers({"B": runs}, {"B": targets}) if "instances" in a.paper)
+    runs = [run(seed=s, repaired=1, in_target=int(s == 9)) for s in range(10)]
+    (answer,) = (a for a in answers({"B": runs}) if "instances" in a.paper)
     assert answer.agrees is False
     assert "in 9 of 10 runs (55 to 100 %), and in all runs of 0 of 1 settings" in answer.found
 
@@ -242,11 +242,8 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert table[0].known.n == 360  # of training and repair data
     assert table[0].known.targeted > 0
     assert table[0].unseen.n == 180
-    (target,) = read(folder / "C" / "in_target.csv")
-    assert target.setting == table[0].setting
-    assert 0 < target.passed < 120
-    assert target.broken <= table[0].unseen.broken
-    assert target.repaired == table[0].unseen.repaired_in_target
+    assert 0 < table[0].unseen.passed_in_target < 120
+    assert table[0].unseen.broken_in_target <= table[0].unseen.broken
     study.study("digits", "C", settings[:1], tmp_path / "convolution", **tiny, layer="features.15.body.3")
     (run,) = tables_of(tmp_path / "convolution")["C"]
     assert (run.layer, run.n_localized) == ("features.15.body.3", 32)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance
 
 
@@ -14,6 +16,7 @@ from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance
     [
         ("instance", Gate.instance()),
         (" Accuracy ", Gate.accuracy()),
+        ("instance-in-target", Gate.instance_in_target()),
         ("tolerance:3", Gate.tolerance(3)),
         ("tolerance: 3", Tolerance(3)),
         ("tolerance:0", Tolerance(0)),
@@ -46,6 +49,16 @@ def test_parse_reads_every_form(text: str | Gate, gate: Gate) -> None:
 def test_parse_refuses_what_it_cannot_read(text: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Gate.parse(text)
+
+
+def test_a_gate_on_the_target_needs_counts_of_one() -> None:
+    gate = Gate.instance_in_target()
+    counts = TargetCounts(kept=5, broken=2, repaired=1, failing=0, targeted=1, passed_in_target=3)
+    assert gate.lets_through(counts)
+    assert not gate.lets_through(replace(counts, broken_in_target=1))
+    assert not Gate.instance().lets_through(counts)
+    with pytest.raises(ConfigurationError, match="no failures are targeted here"):
+        gate.lets_through(FlipCounts(kept=5, broken=0, repaired=1, failing=0))
 
 
 @pytest.mark.parametrize("limit", [-1, -0.1, 1.5, 3.0, float("nan"), True, "3", None])

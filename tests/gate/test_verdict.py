@@ -79,6 +79,22 @@ def test_two_broken_two_repaired_of_five_passed(gate: str, accepted: bool) -> No
     assert judge(BEFORE, after(0, 1, 3, 5), Gate.parse(gate)).accepted is accepted
 
 
+def test_of_the_target_none_may_break_and_of_the_others_any_that_is_not_protected() -> None:
+    # Right before: 0, 1, 2, 4 and 7; of these 1 and 7 are in the target.
+    before = replace(BEFORE, in_target=torch.tensor([i in (1, 5, 6, 7) for i in range(8)]))
+    gate = Gate.instance_in_target()
+    others = judge(before, after(0, 2, 5), gate)
+    assert (others.status, others.counts.broken) == ("repaired", 2)
+    assert others.reason.endswith("2 broke (2 in train); the gate allows none in the target (none of 2 broke).")
+    refused = judge(before, after(0, 5, 7), gate)
+    assert refused.status == "refused"
+    assert "the gate allows none in the target (1 of 2 would break)." in refused.reason
+    weight = torch.ones(8, dtype=torch.float64)
+    heavy, protected = (replace(before, weight=weight.index_fill(0, torch.tensor(0), w)) for w in (3.0, torch.inf))
+    assert judge(heavy, after(0, 2, 5), gate).accepted
+    assert judge(protected, after(0, 2, 5), gate).status == "refused"
+
+
 def test_more_broken_than_repaired_is_refused_at_accuracy_level() -> None:
     verdict = judge(BEFORE, after(0, 1, 5), Gate.accuracy())
     assert verdict.reason == (

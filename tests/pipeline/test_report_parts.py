@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def test_a_split_counts_its_own_rows() -> None:
     train = split_report("train", "unseen", BEFORE, AFTER)
     assert (train.kept, train.broken, train.repaired, train.failing) == (1, 1, 1, 0)
     assert (train.role, train.broken_ids, train.repaired_ids) == ("unseen", (0,), (20,))
+
+
+def test_right_samples_of_the_target_are_counted_too() -> None:
+    # Right before are 0, 1, 4 and 7, of which 0 breaks; in the target are 0, 4 and those that fail.
+    before = replace(BEFORE, in_target=~BEFORE.passed | (BEFORE.index == 0) | (BEFORE.index == 40))
+    train, val = (split_report(split, "known", before, AFTER) for split in ("train", "val"))
+    assert (train.passed_in_target, train.broken_in_target) == (1, 1)
+    assert (val.passed_in_target, val.broken_in_target) == (1, 0)
+    assert pool([train, val]).numbers["broken_in_target"] == 1
 
 
 def test_accuracies_and_rates_follow_from_the_counts() -> None:

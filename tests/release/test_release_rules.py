@@ -216,6 +216,7 @@ def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pyt
         (lambda: MaxNegativeFlipRate(0.01, 95), "`confidence=95` is no share"),
         (lambda: NoSliceWorse("p"), "`by='p'` is unknown"),
         (lambda: NoSliceWorse(level=0), "`level=0` is no share"),
+        (lambda: AtMostBroken("instance-in-target"), "no failures are targeted here"),
         (lambda: AtMostBroken("instance", splits=3), "`splits=3` is no list of splits"),
         (lambda: ProtectedIntact(), "protects nothing"),
         (lambda: ProtectedIntact("nowhere.csv"), "`ids='nowhere.csv'` cannot be read"),

@@ -64,6 +64,20 @@ def test_outcome_has_the_numbers_of_a_decision_in_order(accepted: RepairReport) 
     ]
 
 
+def test_where_the_target_is_a_part_of_the_data_what_breaks_of_it_is_logged_and_shown(accepted: RepairReport) -> None:
+    test = accepted.splits[2]
+    counts = replace(test.counts, passed_in_target=6, broken_in_target=1)
+    report = replace(accepted, splits=(*accepted.splits[:2], replace(test, counts=counts)))
+    found = outcome(report)
+    assert (found["repair/unseen_broken_in_target"], found["repair/unseen_passed_in_target"]) == (1.0, 6.0)
+    assert "repair/known_broken_in_target" not in found
+    assert split_numbers(report)["repair_splits/test/broken_in_target"] == 1.0
+    assert (
+        "| right samples in the target | 0 | 0 | 0 | 6 |\n| **broken of these** | **0** | **0** | **0** | **1** |"
+        in (report.to_markdown())
+    )
+
+
 def test_outcome_of_refused_weights_tells_what_they_would_have_done(refused: RepairReport) -> None:
     found = outcome(refused)
     assert found["repair/accepted"] == 0.0

@@ -43,7 +43,8 @@ class Recount:
         """Counts what the weights of some runs do."""
         before, space = self.before, self.problem.space
         right, targeted = before.passed & before.loss.isfinite(), before.targeted
-        sums = torch.zeros(3, len(runs), dtype=torch.int64, device=space.device)
+        spared = right & before.in_target
+        sums = torch.zeros(4, len(runs), dtype=torch.int64, device=space.device)
         changed = [r for r, stored in enumerate(runs) if stored.run.changed]
 
         def whole(r: int) -> Mapping[str, Tensor]:
@@ -52,13 +53,13 @@ class Recount:
         small = len(changed) * space.size * space.dtype.itemsize <= STATES_MEMORY
         state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
         for batch in self._batches() if changed else ():
-            was, aimed = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted))
+            was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
             now = torch.stack([self._passed(batch, state(r)) for r in changed])
-            sums[:, changed] += torch.stack([now & aimed, now & ~was, ~now & was]).sum(2)
-        n, passed, aims = len(before), int(right.sum()), int(targeted.sum())
+            sums[:, changed] += torch.stack([now & aimed, now & ~was, ~now & was, ~now & own]).sum(2)
+        n, passed, n_targeted, n_spared = len(before), *(int(mask.sum()) for mask in (right, targeted, spared))
         return [
-            TargetCounts(passed - broken, broken, repaired, n - passed - repaired, aims, in_target)
-            for in_target, repaired, broken in sums.t().tolist()
+            TargetCounts(passed - broken, broken, repaired, n - passed - repaired, n_targeted, aimed, n_spared, own)
+            for aimed, repaired, broken, own in sums.t().tolist()
         ]
 
     def _passed(self, batch: ExactBatch, parameters: Mapping[str, Tensor]) -> Tensor:

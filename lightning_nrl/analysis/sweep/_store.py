@@ -28,7 +28,7 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["RunStore", "StoredRun", "digest", "exchanged", "results_digest"]
 
-DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "weight")
+DIGESTED_RESULTS = ("index", "label", "prediction", "passed", "targeted", "in_target", "weight")
 
 
 @dataclass(frozen=True)

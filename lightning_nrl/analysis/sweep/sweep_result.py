@@ -86,7 +86,8 @@ class SweepResult(Report):
         targets, breaks fewer known samples, repairs more of them, and comes first.
 
         Args:
-            under: what may break of the known data: `instance`, `accuracy`, `tolerance:3`, `tolerance:1%`, or a gate.
+            under: what may break of the known data: `instance`, `instance-in-target`, `accuracy`, `tolerance:1%`, or a
+                gate.
         """
         gate = Gate.parse(under, "under")
 
@@ -95,7 +96,7 @@ class SweepResult(Report):
             gain = calibration.repaired - calibration.broken
             return gain, -calibration.broken, known.repaired_in_target, -known.broken, known.repaired
 
-        fit = [run for run in self.runs if run.known.repaired_in_target and run.known.broken <= gate.allowed(run.known)]
+        fit = [run for run in self.runs if run.known.repaired_in_target and gate.lets_through(run.known)]
         return max(fit, key=worth, default=None)
 
     def arguments(self, run: Run) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from lightning_nrl.evaluation.flips import TargetCounts
 ASKED = ["setting", "fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles", "seed", "layer"]
 FOUND = ["n_localized", "iterations", "value", "patched", "intact", "changed"]
 COUNTED = [
-    "n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target", "accuracy_before", "accuracy_after",
+    "n", "kept", "broken", "repaired", "failing", "targeted", "repaired_in_target", "passed_in_target",
+    "broken_in_target", "accuracy_before", "accuracy_after",
 ]  # fmt: skip
 
 

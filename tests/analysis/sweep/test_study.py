@@ -54,7 +54,7 @@ def alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments: Any) 
 
 def counts_of(report: Any, role: str) -> tuple[int, ...]:
     splits = [split for split in report.splits if split.role == role]
-    names = ("n", "targeted", "repaired_in_target", "repaired", "broken")
+    names = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
     return tuple(sum(getattr(split, name) for split in splits) for name in names)
 
 
@@ -73,7 +73,7 @@ def check_alone(model: nn.Module, result: SweepResult, chosen: Run, **arguments:
     for name, value in outcome.parameters.items():
         assert torch.equal(state[name], value)
     for role in ("known", "calibration", "unseen"):
-        names = ("n", "targeted", "repaired_in_target", "repaired", "broken")
+        names = ("n", "targeted", "repaired_in_target", "passed_in_target", "broken_in_target", "repaired", "broken")
         assert counts_of(report, role) == tuple(getattr(chosen.counts(role), name) for name in names)
 
 
