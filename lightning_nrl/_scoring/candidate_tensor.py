@@ -107,13 +107,24 @@ class CandidateTensor(Tensor):
         if self.materialized is None:
             base, dim = self.base, self.axis
             if self.all_differ:
-                whole = self.changed.index_select(dim + 1, self.units.argsort())
+                whole = self._all_changed().contiguous()
             else:
                 whole = base.expand(self.copies, *base.shape).clone(memory_format=torch.contiguous_format)
                 if not self.identical:
                     whole.index_copy_(dim + 1, self.units, self.changed)
             self.materialized = whole.flatten(0, 1)
         return self.materialized
+
+    def dense_view(self) -> Tensor:
+        """The whole tensor, to be read only, in whatever layout costs least."""
+        if self.materialized is None and self.all_differ:
+            return self._all_changed().flatten(0, 1)
+        return self.dense()
+
+    def _all_changed(self) -> Tensor:
+        """All channels, `P x n x ...`, in memory of their own that has channels first if `changed` has."""
+        dim = self.axis + 1
+        return self.changed.movedim(dim, 0).index_select(0, self.units.argsort()).movedim(0, dim)
 
     def assign(self, other: Any) -> CandidateTensor:
         """Takes over another's contents, for an operation in place."""

@@ -129,13 +129,9 @@ class ChunkScorer:
         p = len(values)
         if self.cache.is_replayable(chunk):
             logits = self.cache.replay(chunk, edit_layers(self.deltas, values, gathered), copies=p)
-            logits = logits.dense() if isinstance(logits, CandidateTensor) else logits
+            logits = logits.dense_view() if isinstance(logits, CandidateTensor) else logits
         else:
             logits = self.cache.rerun(chunk, self.where, values)
-        target = repeat_all(chunk.target, p)
-        passed = self.task.passed(logits, target).view(p, -1)
-        if reserve is not None:
-            margin = self.task.margin(logits, target)
-            assert margin is not None
-            passed = passed & (margin.view(p, -1) >= reserve)
-        return passed, self.task.loss(logits, target).view(p, -1) if with_loss else None
+        own_reserve = None if reserve is None else reserve.repeat(p)
+        passed, loss = self.task.passed_and_loss(logits, repeat_all(chunk.target, p), own_reserve, with_loss)
+        return passed.view(p, -1), None if loss is None else loss.view(p, -1)

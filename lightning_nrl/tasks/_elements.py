@@ -23,15 +23,26 @@ class Elements(NamedTuple):
     label: Tensor  # n x E int64, 0 where the element is ignored
     counts: Tensor  # n x E bool, whether the element is not ignored
 
-    def lead(self) -> tuple[Tensor, Tensor]:
-        """The logit of the true class less the largest other one, `n x E`, and that other class, `n x E` int64.
+    def lead(self) -> Tensor:
+        """The logit of the true class less the largest other one, `n x E`.
 
         Above 0 where an element is right; minus infinity where logits are not numbers.
         """
-        own = self.label[:, None]
-        best, rival = self.logits.scatter(1, own, -torch.inf).max(1)
-        lead = self.logits.gather(1, own)[:, 0] - best
-        return torch.where(lead.isnan(), -torch.inf, lead), rival
+        others = self._others()
+        # Of equals `max` gives one the gradient, `amax` each a part; without gradients `amax` is much faster.
+        return self._above(others.max(1).values if others.requires_grad else others.amax(1))
+
+    def lead_and_rival(self) -> tuple[Tensor, Tensor]:
+        """The same, and the class of that largest other logit, `n x E` int64."""
+        best, rival = self._others().max(1)
+        return self._above(best), rival
+
+    def _others(self) -> Tensor:
+        return self.logits.scatter(1, self.label[:, None], -torch.inf)
+
+    def _above(self, best: Tensor) -> Tensor:
+        lead = self.logits.gather(1, self.label[:, None])[:, 0] - best
+        return torch.where(lead.isnan(), -torch.inf, lead)
 
     def mean(self, values: Tensor) -> Tensor:
         """`n`, the mean of `n x E` values over the elements that are not ignored; 0 where all are."""
@@ -53,6 +64,17 @@ class ElementsTask(Task):
         Raises:
             ConfigurationError: they have no such shape.
         """
+
+    @abstractmethod
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        """Whether each sample is right, `n` bool, and if a reserve is given, `n`, whether its margin is at least that.
+
+        Without ranking elements, as `elements_margin` must.
+        """
+
+    @abstractmethod
+    def elements_margin(self, elements: Elements) -> Tensor:
+        """The margin of each sample, `n`, differentiable."""
 
     def labels(self, target: Any, ndim: int) -> Tensor:
         """The true classes, `n x ...` int64, of so many dimensions.
@@ -91,9 +113,24 @@ class ElementsTask(Task):
                 "leave samples without any label out of the data.",
             )
 
+    def passed(self, output: Tensor, target: Any) -> Tensor:
+        return self.elements_passed(self.elements(output, target))
+
+    def margin(self, output: Tensor, target: Any) -> Tensor:
+        return self.elements_margin(self.elements(output, target))
+
     def loss(self, output: Tensor, target: Any) -> Tensor:
+        return _cross_entropy(self.elements(output, target))
+
+    def passed_and_loss(
+        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `passed` and `loss` give; the samples are taken apart once, unless a subclass has a rule of its own."""
+        own, plain = type(self), ElementsTask
+        if (own.passed, own.margin, own.loss) != (plain.passed, plain.margin, plain.loss):
+            return super().passed_and_loss(output, target, reserve, with_loss)
         elements = self.elements(output, target)
-        return elements.mean(F.cross_entropy(elements.logits, elements.label, reduction="none"))
+        return self.elements_passed(elements, reserve), _cross_entropy(elements) if with_loss else None
 
     def divergence(self, output: Tensor, teacher: Tensor, target: Any = None) -> Tensor:
         """The Kullback-Leibler divergence of the class probabilities from the teacher's, `n`, the mean over elements.
@@ -108,7 +145,12 @@ class ElementsTask(Task):
         label = self.labels(target, output.ndim - 1).flatten(1)
         counts = label != self.ignore_index
         logits = at_least_float32(self.classes_first(output).flatten(2))
-        return Elements(logits, torch.where(counts, label, 0), counts)
+        return Elements(logits, label.masked_fill(~counts, 0), counts)
 
     def _shapes_hint(self, output: Tensor, label: Tensor) -> str:
         return "the model must give logits for each element of the labels; an `adapter` can change these."
+
+
+def _cross_entropy(elements: Elements) -> Tensor:
+    """`n`, the mean over each sample's elements."""
+    return elements.mean(F.cross_entropy(elements.logits.contiguous(), elements.label, reduction="none"))

@@ -87,15 +87,14 @@ class Segmentation(ElementsTask):
                 f"give classes from 0 to {n_classes - 1}.",
             )
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        elements = self.elements(output, target)
-        lead, rival = elements.lead()
-        return self._reaches(elements, elements.label, rival, elements.counts, lead > 0)
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        lead, rival = elements.lead_and_rival()
+        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
+        return self._reaches(elements, elements.label, rival, elements.counts, right)
 
-    def margin(self, output: Tensor, target: Any) -> Tensor:
+    def elements_margin(self, elements: Elements) -> Tensor:
         """The lead of the deciding pixel, `n`: with all more certain ones right, it is the one that is needed too."""
-        elements = self.elements(output, target)
-        lead, rival = elements.lead()
+        lead, rival = elements.lead_and_rival()
         order = torch.where(elements.counts, lead.detach(), -torch.inf).argsort(dim=1, descending=True, stable=True)
         # Ignored pixels come last, also after those that are infinitely wrong.
         order = order.gather(1, (~elements.counts).gather(1, order).byte().argsort(dim=1, stable=True))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_real
-from lightning_nrl.tasks._elements import ElementsTask
+from lightning_nrl.tasks._elements import Elements, ElementsTask
 
 __all__ = ["Sequence"]
 
@@ -57,17 +56,21 @@ class Sequence(ElementsTask):
     def __str__(self) -> str:
         return f"Sequence: {'every token' if self.share == 1 else f'at least {self.share:.4g} of the tokens'} right"
 
-    def passed(self, output: Tensor, target: Any) -> Tensor:
-        return self.margin(output, target) > 0
+    def elements_passed(self, elements: Elements, reserve: Tensor | None = None) -> Tensor:
+        lead = elements.lead()
+        right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
+        # The margin is the lead in this place of the ranking, so at most so many tokens lie below.
+        return (elements.counts & ~right).sum(1) <= self._allowed_wrong(elements)
 
-    def margin(self, output: Tensor, target: Any) -> Tensor:
+    def elements_margin(self, elements: Elements) -> Tensor:
         """The least lead of a token's own class over the best other one, once the allowed wrong tokens are left out."""
-        elements = self.elements(output, target)
-        lead = torch.where(elements.counts, elements.lead()[0], torch.inf)
+        lead = torch.where(elements.counts, elements.lead(), torch.inf)
+        return lead.sort(1).values.gather(1, self._allowed_wrong(elements)[:, None])[:, 0]
+
+    def _allowed_wrong(self, elements: Elements) -> Tensor:
+        """How many tokens of each sample may be wrong, `n` int64: in whole numbers, so that 0.7 of 10 are 7 of them."""
         n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
-        # In whole numbers, so that 0.7 of 10 tokens are 7 of them.
-        wrong = n - (n * share.numerator + share.denominator - 1) // share.denominator
-        return lead.sort(1).values.gather(1, wrong[:, None])[:, 0]
+        return n - (n * share.numerator + share.denominator - 1) // share.denominator
 
     def classes_first(self, output: Tensor) -> Tensor:
         if output.ndim < 3 or output.shape[self.class_dim] < 2:

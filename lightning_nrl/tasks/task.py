@@ -30,6 +30,24 @@ class Task(ABC):
     def loss(self, output: Tensor, target: Any) -> Tensor:
         """Each sample's loss, `n`, at least float32, to be made small."""
 
+    def passed_and_loss(
+        self, output: Tensor, target: Any, reserve: Tensor | None = None, with_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `passed` and `loss` give, in one call for tasks that share work between them.
+
+        Args:
+            output: of `n` samples.
+            target: their truth.
+            reserve: `n`, the margin that each must keep to pass too; the task must have margins. None: any.
+            with_loss: whether the loss is needed; None is returned in its place if not.
+        """
+        passed = self.passed(output, target)
+        if reserve is not None:
+            margin = self.margin(output, target)
+            assert margin is not None
+            passed = passed & (margin >= reserve)
+        return passed, self.loss(output, target) if with_loss else None
+
     def check(self, output: Tensor, target: Any) -> None:
         """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
 

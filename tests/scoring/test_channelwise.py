@@ -145,6 +145,18 @@ def test_in_place_operations_change_the_tensor_and_not_what_is_shared() -> None:
     assert torch.equal(base, before)
 
 
+@pytest.mark.parametrize("units", [(), (4, 1), (5, 3, 0, 1, 4, 2)])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_whole_in_another_layout_has_the_same_values(units: tuple[int, ...], axis: int) -> None:
+    x = candidates(5, units=units)
+    changed = x.changed if units else x.base.new_empty(P, N, 0, 5)
+    turned = x if axis == 1 else CandidateTensor(x.base.mT, P, 2, x.units, changed.mT)
+    expected = x.dense() if axis == 1 else x.dense().mT
+    assert torch.equal(turned.dense_view(), expected)
+    assert torch.equal(turned.dense(), expected)
+    assert turned.dense().is_contiguous()
+
+
 def test_a_view_of_the_whole_shares_its_memory() -> None:
     x = candidates(5)
     x[:, 0].zero_()

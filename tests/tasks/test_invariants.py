@@ -77,6 +77,24 @@ def test_a_margin_is_above_0_exactly_where_a_sample_passed(make: Callable[..., A
 
 
 @pytest.mark.parametrize("make", ALL)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**31), class_major=st.booleans())
+def test_what_is_computed_in_one_call_is_what_each_gives(
+    make: Callable[..., Any], data: Any, seed: int, class_major: bool
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    task, output, target = data.draw(make(g))
+    margin = task.margin(output, target)
+    reserve = torch.where(torch.rand(6, generator=g) < 0.5, margin, logits(g, 6))
+    # In another layout too, as swarms give it.
+    laid_out = output.movedim(-1, 0).contiguous().movedim(0, -1) if class_major else output
+    passed, loss = task.passed_and_loss(laid_out, target, reserve)
+    assert torch.equal(passed, task.passed(output, target) & (margin >= reserve))
+    assert torch.equal(loss, task.loss(output, target))
+    assert torch.equal(task.passed_and_loss(laid_out, target, with_loss=False)[0], task.passed(output, target))
+
+
+@pytest.mark.parametrize("make", ALL)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_samples_are_judged_one_by_one(make: Callable[..., Any], data: Any, seed: int) -> None:

@@ -128,3 +128,11 @@ def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def test_it_says_what_right_means() -> None:
     assert str(Segmentation()) == "Segmentation: mean IoU at least 0.5"
     assert str(Segmentation(0.75, (1, 2))) == "Segmentation: mean IoU of classes 1, 2 at least 0.75"
+
+
+def test_a_reserve_is_a_margin_to_keep() -> None:
+    # The leads are 1, 2, 3 and -0.5; three pixels must be right, so the margin is 1.
+    logits, truth = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.5]]]]), torch.tensor([[[0, 1], [0, 0]]])
+    for reserve, expected in ((1.0, True), (1.25, False), (-torch.inf, True)):
+        passed, loss = Segmentation(iou=0.5).passed_and_loss(logits, truth, torch.tensor([reserve]), with_loss=False)
+        assert (passed.tolist(), loss) == ([expected], None)

@@ -69,6 +69,30 @@ def test_a_tie_and_what_is_no_number_do_not_pass() -> None:
     assert Sequence().margin(logits, labels).tolist() == [0.0, -torch.inf]
 
 
+def test_a_reserve_is_a_margin_to_keep() -> None:
+    # The margins are 0.5 and -1 if every token counts, 2 and 0.25 if half of them do.
+    for share, reserve, expected in (
+        (1.0, [0.5, -2.0], [True, False]),
+        (1.0, [0.625, -2.0], [False, False]),
+        (0.5, [2.0, 0.25], [True, True]),
+        (0.5, [2.5, -torch.inf], [False, True]),
+        (0.5, [torch.inf, 0.375], [False, False]),
+    ):
+        passed, loss = Sequence(share).passed_and_loss(LOGITS, LABELS, torch.tensor(reserve))
+        assert passed.tolist() == expected
+        assert loss is not None
+        assert torch.equal(loss, Sequence(share).loss(LOGITS, LABELS))
+
+
+def test_a_subclass_with_a_margin_of_its_own_is_asked_for_it() -> None:
+    class Doubled(Sequence):
+        def margin(self, output: Any, target: Any) -> torch.Tensor:
+            return 2 * super().margin(output, target)
+
+    passed, loss = Doubled().passed_and_loss(LOGITS, LABELS, torch.tensor([1.0, 1.0]), with_loss=False)
+    assert (passed.tolist(), loss) == ([True, False], None)
+
+
 @pytest.mark.parametrize(
     ("output", "target", "message"),
     [
