@@ -101,6 +101,8 @@ class HeadScorer:
         true_above = self.true_logit + self.true_changes * above.gather(0, unit)[0]
         best_below, best_above = ((rivals + b).amax(0).maximum(self.fixed_max) for b in (below, above))
         scale = magnitude.amax(0) + self.true_logit.abs() + best_below.abs() + best_above.abs()
+        if self.reserve is not None:
+            scale = scale + self.reserve.abs()
         rounding = scale * (2 * (terms + 8) * torch.finfo(scale.dtype).eps)
         return true_below > best_above + rounding, true_above + rounding < best_below
 

@@ -181,7 +181,10 @@ def make_scorer(
             weight=weight,
         )
         first = _most_fragile(own_passed, fragility)
-        fragile, others = make(first, room=room // 4), make(own_passed & ~first, room=room - room // 4)
+        fragile, others = (
+            make(mask, room=own_room, with_loss=passed_loss)
+            for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
+        )
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
         groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
     return SwarmScorer(

@@ -60,14 +60,14 @@ class Sequence(ElementsTask):
         lead = elements.lead()
         right = lead > 0 if reserve is None else (lead > 0) & (lead >= reserve[:, None])
         # The margin is the lead in this place of the ranking, so at most so many tokens lie below.
-        return (elements.counts & ~right).sum(1) <= self._allowed_wrong(elements)
+        return (elements.counts & ~right).sum(1) <= self.allowed_wrong(elements)
 
     def elements_margin(self, elements: Elements) -> Tensor:
         """The least lead of a token's own class over the best other one, once the allowed wrong tokens are left out."""
         lead = torch.where(elements.counts, elements.lead(), torch.inf)
-        return lead.sort(1).values.gather(1, self._allowed_wrong(elements)[:, None])[:, 0]
+        return lead.sort(1).values.gather(1, self.allowed_wrong(elements)[:, None])[:, 0]
 
-    def _allowed_wrong(self, elements: Elements) -> Tensor:
+    def allowed_wrong(self, elements: Elements) -> Tensor:
         """How many tokens of each sample may be wrong, `n` int64: in whole numbers, so that 0.7 of 10 are 7 of them."""
         n, share = elements.counts.sum(1), Fraction(self.share).limit_denominator(10_000)
         return n - (n * share.numerator + share.denominator - 1) // share.denominator

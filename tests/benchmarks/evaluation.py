@@ -1,6 +1,6 @@
 """SampleResults of 10,000 samples against `trainer.validate` on the same data.
 
-Run with `python tests/benchmarks/evidence.py`.
+Run with `python tests/benchmarks/evaluation.py`.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def main() -> None:
     )
     trainer.validate(model, loader, verbose=False)
 
-    def evidence() -> None:
+    def evaluate() -> None:
         source = make_source(loader, "val", trainer=trainer, model=model, passed=True, failed=True)
         with preserve(model):
             Evaluator(model).run([source], Target.label(3))
 
-    validated, collected = compare([lambda: trainer.validate(model, loader, verbose=False), evidence])
-    row = [milliseconds(validated), milliseconds(collected), f"{ratio(collected, validated):.2f}"]
-    show("SampleResults of 10,000 samples", ["trainer.validate", "evidence", "ratio"], [row])
+    validated, evaluated = compare([lambda: trainer.validate(model, loader, verbose=False), evaluate])
+    row = [milliseconds(validated), milliseconds(evaluated), f"{ratio(evaluated, validated):.2f}"]
+    show("SampleResults of 10,000 samples", ["trainer.validate", "Evaluator.run", "ratio"], [row])
 
 
 if __name__ == "__main__":
