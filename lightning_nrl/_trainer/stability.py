@@ -85,12 +85,15 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
                 )
             )
             sentences.append(f"No guarantee for `{source.split}`: {changed}.")
-        elif source.has_validation_view:
-            sentences.append(f"`{source.split}` was read with the `transform` of the validation data.")
+            continue
+        if source.has_validation_view:
+            sentence = f"`{source.split}` was read with the `transform` of the validation data."
         elif source.samples.draws:
-            sentences.append(f"`{source.split}` draws at random: each sample was counted in one fixed draw.")
-    for sentence in sentences:
+            sentence = f"`{source.split}` draws at random: each sample was counted in one fixed draw."
+        else:
+            continue
         rank_zero_info(sentence)
+        sentences.append(sentence)
     return " ".join(sentences)
 
 
