@@ -28,7 +28,11 @@ def compared(problems: Mapping[str, Runs]) -> str:
     methods = next(iter(problems.values()))
     pooled = {method: [run for runs in problems.values() for run in runs[method]] for method in methods}
     rows += [["**all**", *_row(method, runs)] for method, runs in pooled.items()]
-    parts = [_table(("problem", *HEADS), rows), _verdicts(problems), _estimates(pooled["default"])]
+    parts = [
+        _table(("problem", *HEADS), rows),
+        _verdicts({**problems, "**all**": pooled}),
+        _estimates(pooled["default"]),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -77,24 +81,26 @@ def _verdicts(problems: Mapping[str, Runs]) -> str:
     rows = []
     for name, methods in problems.items():
         default, tuned = methods["default"], methods["fine-tuning"]
-        points = mean(run.points for run in default) - mean(run.points for run in tuned)
+        apart = [run.points - other.points for run, other in zip(default, tuned, strict=True)]
+        points = mean(apart)
         broken = _ratio(default, tuned, lambda run: run.unseen_broken)
         time = _ratio(default, tuned, lambda run: run.seconds.processor)
         fit = mean(run.fit.processor for run in default)
         limit = SHORT_TIME_LIMIT if fit < SHORT_FIT else TIME_LIMIT
         known = max(run.known_broken for run in default)
-        checks = {
-            f"{points:+.2f}": points >= 0,
-            f"{broken:.2f}": broken <= BROKEN_LIMIT,
-            f"{time:.2f} of {limit:g}": time <= limit,
-            f"{known} ": known == 0,
-        }
-        held = all(checks.values())
+        checks = (
+            (f"{points:+.2f}", points >= 0),
+            (f"{broken:.2f}", broken <= BROKEN_LIMIT),
+            (f"{time:.2f} of {limit:g}", time <= limit),
+            (f"{known}", known == 0),
+        )
+        held = all(good for _, good in checks)
         accuracy = 100 * mean(run.train_accuracy for run in default)
-        cells = [text.strip() if good else f"**{text.strip()}**" for text, good in checks.items()]
+        cells = [text if good else f"**{text}**" for text, good in checks]
+        cells.insert(1, f"{min(apart):+.2f}")
         rows.append([name, f"{accuracy:.1f}", f"{fit:.1f}", *cells, "holds" if held else "**missed**"])
     heads = (
-        *("problem", "train accuracy, %", "the fit, s", "points beside fine-tuning's"),
+        *("problem", "train accuracy, %", "the fit, s", "points beside fine-tuning's", "worst seed"),
         *("unseen broken, share of its", "time, multiple of its", "known broken, worst", "verdict"),
     )
     return _table(heads, rows)

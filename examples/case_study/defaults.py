@@ -66,7 +66,16 @@ def _work(out: Path, name: str, seed: int) -> Work:
 
 
 def _run(work: Work, methods: dict[str, Callable[[], Run]]) -> dict[str, Run]:
-    return {name: read_or_run(work.folder / f"{file_name(name)}.json", run) for name, run in methods.items()}
+    found = {}
+    for method, run in methods.items():
+        one = found[method] = read_or_run(work.folder / f"{file_name(method)}.json", run)
+        print(
+            f"{work.name}, seed {work.seed}, {method}: {one.repaired} of {one.targeted}, "
+            f"{one.known_broken} known broken, unseen {one.unseen_repaired} : {one.unseen_broken}, "
+            f"{one.points:+.2f} points, {one.seconds.wall:.1f} s",
+            flush=True,
+        )
+    return found
 
 
 def in_parallel(
@@ -76,26 +85,15 @@ def in_parallel(
     jobs = [(name, seed) for name in names for seed in seeds]
     if workers == 1:
         prepare()
-        results = [_reported(run, *job) for job in jobs]
+        results = [run(*job) for job in jobs]
     else:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, spawn, prepare) as pool:
-            results = list(pool.map(partial(_reported, run), *zip(*jobs, strict=True)))
+            results = list(pool.map(run, *zip(*jobs, strict=True)))
     found: dict[str, dict[str, list[Run]]] = {name: {} for name in names}
     for (name, _), runs in zip(jobs, results, strict=True):
         for method, one in runs.items():
             found[name].setdefault(method, []).append(one)
-    return found
-
-
-def _reported(run: Callable[[str, int], dict[str, Run]], name: str, seed: int) -> dict[str, Run]:
-    found = run(name, seed)
-    for method, one in found.items():
-        print(
-            f"{name}, seed {seed}, {method}: {one.repaired} of {one.targeted}, {one.known_broken} known broken, "
-            f"unseen {one.unseen_repaired} : {one.unseen_broken}, {one.points:+.2f} points, {one.seconds.wall:.1f} s",
-            flush=True,
-        )
     return found
 
 

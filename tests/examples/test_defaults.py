@@ -165,11 +165,11 @@ def verdicts(default: Run, tuned: Run) -> list[str]:
 def test_verdicts_hold_up_to_their_limits():
     tuned = replace(RUN, unseen_broken=10, seconds=Seconds(1, 2), known_broken=7)
     held = replace(RUN, unseen_broken=6, seconds=Seconds(9, 3), fit=Seconds(2, 2))
-    assert verdicts(held, tuned) == ["+0.00", "0.60", "1.50 of 1.5", "0", "holds"]
+    assert verdicts(held, tuned) == ["+0.00", "+0.00", "0.60", "1.50 of 1.5", "0", "holds"]
     missed = replace(held, unseen_broken=7, accuracy_after=0.74, known_broken=1, seconds=Seconds(1, 4))
-    assert verdicts(missed, tuned) == ["**-1.00**", "**0.70**", "**2.00 of 1.5**", "**1**", "**missed**"]
+    assert verdicts(missed, tuned) == ["**-1.00**", "-1.00", "**0.70**", "**2.00 of 1.5**", "**1**", "**missed**"]
     short = replace(held, fit=Seconds(9, 1.9), seconds=Seconds(9, 4))
-    assert verdicts(short, tuned) == ["+0.00", "0.60", "2.00 of 2", "0", "holds"]
+    assert verdicts(short, tuned) == ["+0.00", "+0.00", "0.60", "2.00 of 2", "0", "holds"]
 
 
 def test_estimates_are_shown_beside_what_happened():
