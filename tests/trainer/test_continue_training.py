@@ -265,6 +265,19 @@ def test_training_data_are_augmented_by_their_data_set(clean: Any) -> None:
     assert sorted(seen) == sorted([*range(TRAIN)] * 2)
 
 
+class Drawn(Points):
+    """Numbers of samples are drawn anew whenever they are read."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, int]:
+        return self.points[i], self.labels[i], 1000 + int(torch.randint(10**9, ()))
+
+
+def test_a_data_set_that_augments_at_random_gives_new_draws_in_every_epoch() -> None:
+    assert fit(Net(), Continue(epochs=2), train_loader(Drawn(TRAIN))) is not None
+    numbers = [number for _, *batch in noted("batch") for number in batch if number >= 1000]
+    assert len(numbers) == len(set(numbers)) == 2 * TRAIN
+
+
 def augment(self: Any, batch: Any, dataloader_idx: int) -> Any:
     if self.trainer.training:
         Net.notes.append(("augmented", type(self).__name__))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     DistributedSampler,
@@ -125,6 +126,13 @@ def test_a_sample_is_the_same_in_every_pass_order_and_batch(workers: int) -> Non
     }
     other = rows(read(source(DataLoader(Noisy(), 6, num_workers=workers), seed=6)))
     assert all(other[i] != first[i] for i in first)
+
+
+def test_a_data_set_given_twice_has_two_draws_of_each_sample() -> None:
+    data = Noisy()
+    twice = source(DataLoader(ConcatDataset([data, data]), 4))
+    assert len({tuple(row) for row in rows(read(twice)).values()}) == 12
+    assert twice.identity[:6].tolist() == twice.identity[6:].tolist()
 
 
 def test_what_is_read_leaves_the_data_set_and_its_identity_as_the_user_made_them() -> None:
