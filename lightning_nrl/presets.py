@@ -70,9 +70,13 @@ def paper_row(row: str) -> PaperRow:
 def paper_arguments(row: str) -> dict[str, Any]:
     """Arguments of `RegressionFreeRepair`, and of `Settings`, for one row of Table II.
 
-    The swarm starts and stops as in the paper (half of it exactly the original weights; 100 iterations, at most 10
-    without a better fitness), and under pi a regression makes the fitness 0. What it finds is taken as it is. The gate
-    is `accuracy`, the paper's weaker level.
+    Weights are localised on I_neg and I_pos: `n_passed` passed samples of the data marked `passed`, by default the
+    training data. Half of the swarm starts exactly at the original weights (section II.2), and under pi a regression
+    makes the fitness 0 (section IV.B). What is found is taken as it is. The gate is `accuracy`, the paper's weaker
+    level (section III).
+
+    The paper does not say how the swarm moves nor when it stops. The steps are those of `ParticleSwarm`; it stops after
+    100 iterations, or 10 without a better fitness, as Arachne's does (Sohn et al. 2023), on which NeuRecover builds.
 
     Raises:
         ConfigurationError: Table II has no such row.

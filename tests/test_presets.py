@@ -41,9 +41,13 @@ def test_what_the_paper_says_outside_the_table() -> None:
     settings = Settings(**paper_arguments("EXP-C1"))
     assert settings.fitness.beta == 0.25
     assert settings.fitness.infeasible == "zero"
-    assert settings.method.patience == 10
     assert settings.method.start == "paper"
     assert str(settings.gate) == "accuracy"
+
+
+def test_the_swarm_stops_as_arachnes_does() -> None:
+    settings = Settings(**paper_arguments("EXP-C1"))
+    assert (settings.method.iterations, settings.method.patience) == (100, 10)
 
 
 def test_the_callback_takes_a_row_and_what_the_user_adds() -> None:

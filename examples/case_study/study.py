@@ -4,6 +4,7 @@
     python examples/case_study/study.py --quick    # Table II on few images, a short training, three seeds: minutes
     python examples/case_study/study.py --layer features.15.body.3   # the last convolution in place of the last layer
     python examples/case_study/study.py --data digits
+    python examples/case_study/study.py --loss-term inverse_ratio --delta 1   # as in the toolkit
 
 Draws the scenes, trains a network for each experiment, runs the settings on its last layer or another, and writes to
 `runs/study_<data>_<seed>/` a table for each experiment, the paper's figures 2 to 6 and `answers.md`. What is there is
@@ -32,7 +33,7 @@ from vehicles import PAK
 from lightning_nrl import sweep
 from lightning_nrl.analysis.sweep import SweepResult
 from lightning_nrl.presets import TABLE_II, PaperRow
-from lightning_nrl.search.fitness import LOSS_TERMS
+from lightning_nrl.search.fitness import LOSS_TERMS, Fitness
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}
 QUICK = {"total": 1_700, "epochs": 12, "seeds": 3}
@@ -61,15 +62,15 @@ def swept(
     )
 
 
-def setting_of(row: PaperRow, loss_term: str = "bounded") -> dict[str, object]:
-    """Arguments of a setting, and its name; the swarm starts and stops as in any row of Table II."""
+def setting_of(row: PaperRow, loss_term: str = "bounded", delta: float = Fitness().delta) -> dict[str, object]:
+    """Arguments of a setting, and its name; the swarm starts and stops as `from_paper` has it."""
     arguments = asdict(row)
     words = (
         f"{row.equation} alpha={row.alpha}",
         "pi" * row.perfect_intact,
         f"lw={row.n_weights} pos={row.n_passed} p={row.particles}",
     )
-    own = {"fitness": arguments.pop("equation"), "loss_term": loss_term, **arguments}
+    own = {"fitness": arguments.pop("equation"), "loss_term": loss_term, "delta": delta, **arguments}
     return {"row": next(iter(TABLE_II)), "name": " ".join(filter(None, words)), **own}
 
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of the search, ten as in the paper")
     parser.add_argument("--table-ii", action="store_true", help="the twelve rows of Table II alone")
     parser.add_argument("--loss-term", choices=LOSS_TERMS, default="bounded", help="how the paper's loss ratio is read")
+    parser.add_argument("--delta", type=float, default=Fitness().delta, help="the small constant in that ratio")
     parser.add_argument("--layer", default="auto", help="whose weights change; auto is the last Linear layer")
     parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
     chosen = parser.parse_args()
@@ -118,11 +120,12 @@ def main() -> None:
         print(f"{PAK} has no sprites of vehicles: this runs on digits.\nHINT: apt install simutrans-pak64")
     rows = tuple(TABLE_II.values()) if chosen.quick or chosen.table_ii else studied()
     kind = "_quick" * chosen.quick + f"_{chosen.loss_term}" * (chosen.loss_term != "bounded")
+    kind += f"_delta_{chosen.delta:g}" * (chosen.delta != Fitness().delta)
     kind += f"_{chosen.layer}" * (chosen.layer != "auto")
     study(
         name,
         chosen.experiments,
-        [setting_of(row, chosen.loss_term) for row in rows],
+        [setting_of(row, chosen.loss_term, chosen.delta) for row in rows],
         Path("runs") / f"study_{name}_{chosen.seed}{kind}",
         seed=chosen.seed,
         seeds=chosen.seeds or (QUICK["seeds"] if chosen.quick else 10),

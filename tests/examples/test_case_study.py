@@ -16,6 +16,7 @@ from lightning_nrl.presets import TABLE_II, PaperRow
 STUDY = ROOT / "examples" / "case_study"
 sys.path[:0] = [str(STUDY), str(STUDY.parent)]
 
+import delta  # noqa: E402
 import study  # noqa: E402
 from digits_in_place import draw  # noqa: E402
 from figures import Other, along, draw_all, tables_of  # noqa: E402
@@ -179,6 +180,17 @@ def test_levels_and_drift_are_answered():
     assert {line.count("|") for line in lines} == {5}
 
 
+def test_drift_is_answered_by_each_experiments_own_rows_too():
+    b = [run(TABLE_II["EXP-B1"], s, repaired=2) for s in range(4)]
+    c = [run(TABLE_II["EXP-B1"], s, repaired=1) for s in range(4)]
+    c += [run(TABLE_II[row], s, repaired=n) for row, n in (("EXP-C1", 2), ("EXP-C2", 4)) for s in range(4)]
+    same, own = (answer for answer in answers({"B": b, "C": c}) if "of the known targets" in answer.found)
+    assert same.agrees is True
+    # Of ten targets: 2 in B, in the mean of 2 and 4 in C.
+    assert own.found.endswith("B: 20.0 % [20.0, 20.0]; C: 30.0 % [30.0, 30.0]")
+    assert own.agrees is False
+
+
 @pytest.mark.parametrize(("broken", "agrees"), [((4, 4), True), ((6, 6), False), ((4, 6), None)])
 def test_the_level_of_accuracy_is_reached_if_the_interval_says_so(broken, agrees):
     runs = [run(seed=s, broken=broken[s % 2], repaired=5) for s in range(10)]
@@ -253,6 +265,21 @@ def test_a_study_runs_on_digits_and_goes_on_where_it_was(tmp_path, monkeypatch):
     assert again[1].setting == "eq1 alpha=6 lw=309 pos=500 p=200"
     assert (folder / "answers.md").read_text().startswith("| | the paper | here | agrees |")
     assert (folder / "trade_C.png").exists()
+
+
+def test_a_table_shows_what_delta_decides(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(delta, "DELTAS", (1e-3, 1.0))
+    monkeypatch.setattr(
+        sys, "argv", ["delta.py", "--data", "digits", "--row", "EXP-C4", "--seeds", "1", "--epochs", "1"]
+    )
+    delta.main()
+    shown = capsys.readouterr().out
+    assert "EXP-C4 on digits_B_0, means of 1 seeds" in shown
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith(("bounded", "inverse_ratio"))]
+    assert [row[:2] for row in rows] == [
+        ["bounded", "0.001"], ["bounded", "1"], ["inverse_ratio", "0.001"], ["inverse_ratio", "1"],
+    ]  # fmt: skip
 
 
 def test_without_sprites_it_says_how_to_get_them_and_takes_digits(tmp_path, monkeypatch, capsys):

@@ -67,7 +67,7 @@ class Run(Derives):
 
     @property
     def regression_free(self) -> bool:
-        """Whether something known is repaired and nothing known broken (instance level; paper, section III)."""
+        """Whether something known is repaired and nothing known broken, in the target or not."""
         return self.known.broken == 0 and self.known.repaired > 0
 
     def has(self, role: Role) -> bool:
