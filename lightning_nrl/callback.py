@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,7 @@ class RegressionFreeRepair(Callback):
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
+        self._fit_began: float | None = None
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
@@ -173,6 +175,7 @@ class RegressionFreeRepair(Callback):
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
+        self._fit_began = time.perf_counter()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -212,7 +215,10 @@ class RegressionFreeRepair(Callback):
     def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._ran = True
-        return self.repair.run(trainer, pl_module, epochs_of(trainer) if epochs is None else epochs)
+        if epochs is not None:
+            return self.repair.run(trainer, pl_module, epochs)
+        seconds = None if self._fit_began is None else time.perf_counter() - self._fit_began
+        return self.repair.run(trainer, pl_module, epochs_of(trainer), seconds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""

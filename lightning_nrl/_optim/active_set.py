@@ -41,8 +41,8 @@ MAX_WORKING_SET = 64 * BATCH_SIZE
 POLISH_RATE = 5e-5
 """Learning rate of Adam. Each step moves unmeasured samples too, so small steps are better than few."""
 RATE_PER_OPEN_SAMPLE, MAX_RATE_FACTOR = 1 / 8, 20.0
-"""How much faster for each sample that is open, while targets are insisted on, and at most: hundreds are out of reach
-of small steps, and few are not worth large ones."""
+"""How much faster for each sample that is open, and at most: hundreds are out of reach of small steps, and few are not
+worth large ones."""
 MAX_OPEN_TO_MEASURE = 32
 """While more than these are open, the margins that were measured during the steps suffice to go on."""
 MIN_STEPS_PER_ROUND = 8
@@ -59,7 +59,8 @@ class ActiveSet:
     where that is right.
 
     `insisted`, `N` bool, are targets that steps go on for however far from right they are; whoever owns the tensor may
-    change it between rounds.
+    change it between rounds. Without `holds_repairs` no step is made for a sample that the original model fails, nor is
+    it held where it is, unless it is insisted on.
 
     Attributes:
         margin: `N`, NaN where the loss is not finite.
@@ -67,8 +68,17 @@ class ActiveSet:
         multiplier: `N`, from 1.
     """
 
-    def __init__(self, problem: Problem, state: State, after: SampleResults, insisted: Tensor) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        state: State,
+        after: SampleResults,
+        insisted: Tensor,
+        *,
+        holds_repairs: bool = True,
+    ) -> None:
         before = problem.before
+        self._held = torch.full_like(before.passed, holds_repairs)
         self.problem, self.insisted = problem, insisted
         self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
@@ -82,7 +92,7 @@ class ActiveSet:
         # Failing targets that count more are tried from further away.
         reach = torch.where(before.targeted, weight.clamp(1, MAX_SAMPLE_WEIGHT), 1.0)
         self._reachable = -self._unit * REACHABLE_MARGIN * reach
-        self._right = after.passed
+        self._right = after.passed & (before.passed | self._held)
         self._teacher = Teacher(problem, (state, {}), (~self._right).long())
         self._generator = torch.Generator().manual_seed(problem.seed)
         self.margin = _margins(after)
@@ -122,7 +132,7 @@ class ActiveSet:
         self.multiplier.clamp_(max=MAX_MULTIPLIER)
         near = self.margin < self._unit * ACTIVE_MARGIN
         pursued = ~before.passed & (self.margin.abs() < self._unit * ACTIVE_MARGIN) & (self.margin > self._reachable)
-        pursued |= self.insisted & near
+        pursued = (pursued & self._held) | (self.insisted & near)
         is_active = self.working & ((before.passed & near) | pursued)
         active, others = is_active.nonzero().flatten(), (self.working & ~is_active).nonzero().flatten()
         rehearsed = others[torch.randperm(len(others), generator=self._generator)[: len(active)]]
@@ -140,7 +150,7 @@ class ActiveSet:
             divergence = self.problem.task.divergence(output, self._teacher(batch, rows, output.shape), batch.target)
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
-        n_open = int(self.open.sum()) if self.insisted.any() else 0
+        n_open = int(self.open.sum())
         rate = POLISH_RATE * min(max(1.0, RATE_PER_OPEN_SAMPLE * n_open), MAX_RATE_FACTOR)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
@@ -157,7 +167,7 @@ class ActiveSet:
         """`N` bool: the samples nearest to the boundary that can still matter, and targets insisted on."""
         before, margin = self.problem.before, self.margin
         repaired = (self._right | before.targeted) & ~before.passed & (margin > self._reachable)
-        close = (before.passed | repaired) & (margin < self._unit * WORKING_SET_MARGIN)
+        close = (before.passed | repaired) & self.problem.used & (margin < self._unit * WORKING_SET_MARGIN)
         rows = close.nonzero().flatten()
         nearest = torch.where(before.passed, margin, margin.abs())[rows].argsort(stable=True)[:MAX_WORKING_SET]
         chosen = self.insisted.clone()

@@ -22,7 +22,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
 
-__all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "distill"]
+__all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "WEIGHT_DECAY", "distill"]
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
 """Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
@@ -38,8 +38,13 @@ PACE_STEPS = 4
 """Steps that are timed, after a first one, to find how many there is time for."""
 
 
-def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
+def distill(
+    problem: Problem, *, deadline: Deadline | None = None, start: State | None = None, visits: int | None = None
+) -> State:
     """Steps on known data, in evaluation mode, of the parameters in the problem's scope.
+
+    They begin at `start`, by default the original weights, and go through so many samples, by default each of them
+    `VISITS_PER_SAMPLE` times.
 
     Each is on the sum of `w loss + 5 v divergence(output, original output)` over a mini-batch, w = 3 v for targets and
     1 for others, the second term for passed samples only; v is the weight of the sample, at most 10.
@@ -48,8 +53,9 @@ def distill(problem: Problem, *, deadline: Deadline | None = None) -> State:
     ones, the same on every rank, and the schedule ends with them. Without time for a step the parameters are the
     original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
     """
-    run = _Distillation(problem, deadline or Deadline())
-    rows = torch.arange(len(problem.before))
+    rows = problem.used.nonzero().flatten()
+    planned = VISITS_PER_SAMPLE * len(rows) if visits is None else visits
+    run = _Distillation(problem, deadline or Deadline(), start or {}, planned)
     try:
         while run.epoch(rows):
             rows = run.hard_and_some_easy()
@@ -68,10 +74,10 @@ class _Distillation:
         planned: how many that will be.
     """
 
-    def __init__(self, problem: Problem, deadline: Deadline) -> None:
+    def __init__(self, problem: Problem, deadline: Deadline, start: State, planned: int) -> None:
         before = problem.before
         self.problem, self.deadline = problem, deadline
-        self.descent = Descent(problem, {}, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
+        self.descent = Descent(problem, start, partial(torch.optim.AdamW, lr=DISTILL_RATE, weight_decay=WEIGHT_DECAY))
         self._teacher = Teacher(problem, ({},), torch.zeros(len(before), dtype=torch.int64))
         self._generator = torch.Generator().manual_seed(problem.seed)
         weight = before.weight.float().clamp(max=MAX_SAMPLE_WEIGHT)
@@ -80,7 +86,7 @@ class _Distillation:
         self._weights = torch.stack(weights, 1).to(problem.space.device)
         self._easy = EASY_MARGIN * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
         self.margin = before.margin.clone()
-        self.visits, self.planned = 0, VISITS_PER_SAMPLE * len(before)
+        self.visits, self.planned, self._most = 0, planned, planned
 
     def epoch(self, rows: Tensor) -> bool:
         """Steps on these rows in random order; whether there is time for another epoch."""
@@ -106,7 +112,8 @@ class _Distillation:
     def hard_and_some_easy(self) -> Tensor:
         """Rows for the next epoch: all but the easy ones, and a random part of these."""
         easy = (self.margin > self._easy) & (self.problem.before.margin > self._easy)
-        return (~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)).nonzero().flatten()
+        is_drawn = ~easy | (torch.rand(len(easy), generator=self._generator) < EASY_FRACTION)
+        return (is_drawn & self.problem.used).nonzero().flatten()
 
     def _loss(self, measured: list[tuple[Tensor, Tensor]], batch: Batch, rows: Tensor, output: Tensor) -> Tensor:
         task = self.problem.task
@@ -122,7 +129,7 @@ class _Distillation:
         """How many samples there is time for, by the pace since then; the first rank's answer."""
         if self.deadline.is_set and self.visits > start:
             more = max(0.0, self.deadline.seconds_left) * (self.visits - start) / (self.deadline.now() - began)
-            planned = min(VISITS_PER_SAMPLE * len(self.margin), self.visits + int(more))
+            planned = min(self._most, self.visits + int(more))
             self.planned = max(1, int(self.problem.collective.agreed(torch.tensor(planned))))
 
     def _report(self) -> None:

@@ -13,6 +13,9 @@ A polish is always in one of five phases (`Phase`). It begins with START and **s
 Of all the weights on its way that broke nothing, those whose repairs are worth most are the result; the original ones,
 which break nothing, are the last resort.
 
+What the gate allows to break may stay broken ("nothing broken" below: no more than that). Where steps have failed from
+some starts, those from later ones let go of what was repaired near the border, since it stands in the way.
+
 It **insists** on failing targets, if asked to, however far from right they are (`TargetSchedule`). Where time is
 limited it lets those that are not right go after some rounds, so that what broke on their behalf can be mended, and
 insists on them again once nothing is broken. With each retreat it **gives up** for good the lesser half of the targets
@@ -36,6 +39,7 @@ from lightning_nrl._optim.target_schedule import TargetSchedule
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
+from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
@@ -43,11 +47,13 @@ from lightning_nrl.problem import Problem
 __all__ = ["Phase", "polish"]
 
 NEEDS: tuple[Need, ...] = ("margins",)
-MAX_STALLED_ROUNDS, MAX_INSISTING_ROUNDS = 20, 100
-"""Rounds from one start, since it began or something was found that breaks nothing. With targets that are insisted on,
-since fewer samples were open than ever, as long as these are not more than the second number in all."""
+MAX_STALLED_ROUNDS, MAX_ROUNDS = 20, 100
+"""Rounds from one start, since it began, since something was found that keeps within the gate, or since fewer samples
+were open than ever, as long as these are not more than the second number in all."""
 RETREAT_FACTOR, MAX_RETREATS = 0.9, 4
 """How much of the way from the original weights is left after a retreat, where fewer samples are broken."""
+HOLDING_STARTS = 3
+"""From so many starts steps hold what was repaired; from later ones it may be lost, since it stands in the way."""
 RESERVED_PASSES = 3.0
 """Passes over known data that are left when rounds end: where a step back leads is counted."""
 
@@ -171,8 +177,9 @@ class _Polish:
         return actions[phase]()
 
     def _start(self) -> Phase:
-        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted)
-        if not self.active_set.open.any():
+        holds = self.retreats < HOLDING_STARTS
+        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted, holds_repairs=holds)
+        if self._is_settled(self.active_set.open):
             self._keep(self.state)
             if not self._may_insist_again or self._end_of_rounds.is_over():
                 return Phase.DONE
@@ -193,16 +200,16 @@ class _Polish:
         self._rounds_left -= 1
         is_open = self.active_set.open
         n_open = int(is_open.sum())
-        if self.targets.insisted.any() and n_open < self._fewest_open:
-            most = max(self._rounds_left, MAX_INSISTING_ROUNDS - self.rounds)
+        if n_open < self._fewest_open:
+            most = max(self._rounds_left, MAX_ROUNDS - self.rounds)
             self._rounds_left, self._fewest_open = min(MAX_STALLED_ROUNDS, most), n_open
-        return self._after_round() if (is_open & self.active_set.working).any() else Phase.VERIFY
+        return Phase.VERIFY if self._is_settled(is_open & self.active_set.working) else self._after_round()
 
     def _verify(self) -> Phase:
         state = self.descent.state()
         self.after = self._count(state)
         self.active_set.update(self.after)
-        if not self.active_set.open.any():
+        if self._is_settled(self.active_set.open):
             if not self._keep(state) or not self._may_insist_again:
                 return Phase.DONE
             self.targets.insist_again(self.active_set, self._end_of_rounds)
@@ -249,11 +256,19 @@ class _Polish:
         """Whether targets were let go, as happens only where time is limited."""
         return self._deadline.is_set and not self.targets.insists_on_all
 
+    def _is_settled(self, is_open: Tensor) -> bool:
+        """Whether open samples, `N` bool, are no more than the gate allows, and no targets that are insisted on."""
+        broken = is_open & self.problem.before.passed
+        if not broken.any() or (is_open & ~broken).any():
+            return not is_open.any()
+        counts = Flips.between(self.problem.before, self.after).counts(self.problem.used)
+        return self.problem.before.harm(broken) <= self.problem.allowed(counts)
+
     def _renew_rounds(self) -> None:
         self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
 
     def _keep(self, state: State) -> bool:
-        """Takes weights that break nothing as a result; whether they are the best so far."""
+        """Takes weights that keep within the gate as a result; whether they are the best so far."""
         found = PolishResult.counted(self.problem, state, self.after, self.rounds, RETREAT_FACTOR**self.retreats)
         is_better = self.best is None or found.gain > self.best.gain
         self.best = better_of(self.best, found)

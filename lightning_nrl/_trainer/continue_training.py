@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 from lightning_nrl._lightning import callbacks_of, data_module_of
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
-from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like
+from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
 from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
@@ -51,6 +51,7 @@ class ContinuedTraining:
     epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
     trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
+    fit_seconds: float | None = None  # how long the training took
     modes: tuple[bool, ...] = field(init=False, repr=False)  # the training flag of each part of the model
 
     def __post_init__(self) -> None:
@@ -60,6 +61,11 @@ class ContinuedTraining:
         if self.trained_on is None:
             # Once only: a data module may make its data anew every time.
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
+
+    @property
+    def visits(self) -> int:
+        """How many samples the training went through, each counted at each visit."""
+        return self.epochs * len(sample_index(self._like()))
 
     @property
     def obstacle(self) -> str:
@@ -84,19 +90,22 @@ class ContinuedTraining:
         clock: StageTimer,
         start: State | None = None,
         weight: Tensor | None = None,
+        epochs: int | None = None,
+        rate: float | None = None,
     ) -> State | None:
         """Trains a copy; the model, its trainer, its loggers and the global random state stay as they are.
 
         With a limit of time, a few steps are timed first, and as many epochs are trained as fit. Without one, the same
         seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
-        warned of.
+        warned of. A module that steps its optimizers itself has no other rate.
         """
         end = time.perf_counter() + seconds
-        if self.warn():
+        if (rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
+        how = _Course(seed, start or {}, weight, rate)
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                return self._trained(end, seed, clock, start or {}, weight, folder)
+                return self._trained(end, clock, self.epochs if epochs is None else epochs, how, folder)
         except CannotTrainError as error:
             self._warn(str(error).partition("\n")[0])
             return None
@@ -116,37 +125,40 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(
-        self, end: float, seed: int, clock: StageTimer, start: State, weight: Tensor | None, folder: str
-    ) -> State | None:
-        collective, epochs = Collective.current(self.model.device), self.epochs
+    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
+        collective, planned = Collective.current(self.model.device), epochs
         if math.isfinite(end):
             pace = TrainingTrial(end, collective)
-            self._fit(pace, epochs, seed, start, weight, folder)
+            self._fit(pace, epochs, course, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
-        if epochs < min(FEWEST_EPOCHS, self.epochs):
+        if epochs < min(FEWEST_EPOCHS, planned):
             return None
-        state = self._fit(TimeBudget(end, collective, clock), epochs, seed, start, weight, folder)
+        state = self._fit(TimeBudget(end, collective, clock), epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
-    def _fit(
-        self, budget: TimeBudget, epochs: int, seed: int, start: State, weight: Tensor | None, folder: str
-    ) -> State:
+    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
         """The state of a copy after training."""
-        outer = self.trainer
+        outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[pl.LightningModule, pl.Trainer, DataLoader[Any]]:
             live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
             try:
-                model = copied_module(self.model, {**live, **start}, self.modes, shared=shared, left_out=self.left_out)
+                model = copied_module(
+                    self.model,
+                    {**live, **course.start},
+                    self.modes,
+                    shared=shared,
+                    left_out=self.left_out,
+                    rate=course.rate,
+                )
                 trainer = inner_trainer(outer, budget, epochs=epochs, folder=folder)
             except Exception as error:
                 why = f"it or its trainer cannot be copied ({type(error).__name__}: {error})"
                 raise CannotTrainError(why) from error
-            return model, trainer, self._loader(seed, weight)
+            return model, trainer, self._loader(seed, course.weight)
 
         with random_state(), torch.enable_grad():
             # Ranks drop out and augment each in its own way.
@@ -198,18 +210,30 @@ class ContinuedTraining:
         return self.known[0].loader
 
 
+@dataclass(frozen=True)
+class _Course:
+    """How a copy is trained; see `lightning_nrl.problem.Training`."""
+
+    seed: int
+    start: State
+    weight: Tensor | None
+    rate: float | None
+
+
 class Shuffled(Sampler[int]):
     """Every sample once an epoch, in an order of its own; ranks share them in equal parts.
 
-    `weight` (`n`) is how often each sample comes in an epoch, on average; with it too an epoch has `n` samples.
+    `weight` (`n`) is how often each sample comes in an epoch, on average; those with 0 never do, and an epoch has as
+    many samples as there are others.
     """
 
     def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
-        self._n, self._rank, self._world_size, self._weight = n, rank, world_size, weight
+        self._rank, self._world_size, self._weight = rank, world_size, weight
+        self._all, self._n = n, n if weight is None else int((weight > 0).sum())
         self._generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._n, generator=self._generator)
+        order = torch.randperm(self._all, generator=self._generator)
         if self._weight is not None:
             order = self._drawn(order)
         yield from order[self._rank :: self._world_size][: len(self)].tolist()
@@ -221,8 +245,11 @@ class Shuffled(Sampler[int]):
         chance = torch.rand(len(order), generator=self._generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
         drawn = drawn[torch.randperm(len(drawn), generator=self._generator)]
-        # What is too few is made up for by the first ones, once more.
-        return torch.cat([drawn, order])[: self._n] if len(drawn) < self._n else drawn[: self._n]
+        if len(drawn) < self._n:
+            # What is too few is made up for by the first ones, once more.
+            allowed = order[weight > 0]
+            drawn = torch.cat([drawn, allowed.repeat(-(-self._n // max(1, len(allowed))))])
+        return drawn[: self._n]
 
     def __len__(self) -> int:
         return self._n // self._world_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import (
     BatchSizeFinder,
     Callback,
@@ -29,6 +31,7 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from typing_extensions import override
 
 from lightning_nrl._lightning import release_copy, shared_with_copies
+from lightning_nrl._optim.distill import WEIGHT_DECAY
 from lightning_nrl._utils.state import State, write
 
 __all__ = ["LEFT_OUT", "NullLogger", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
@@ -54,13 +57,15 @@ def copied_module(
     *,
     shared: Sequence[object] = (),
     left_out: tuple[type, ...] = (),
+    rate: float | None = None,
 ) -> pl.LightningModule:
     """A copy to be trained in the module's stead, which stays as it is, its trainer included.
 
     All of its hooks run, except those that fetch data and those after training, which save, export or report.
     `state` is put in after `setup`, which may make layers anew; `modes` has the training flag of each of
     `module.modules()`; `shared` is what the module may hold and the copy shares with it, such as data sets;
-    `left_out` are kinds of callbacks that it does not get, beside those of `LEFT_OUT`.
+    `left_out` are kinds of callbacks that it does not get, beside those of `LEFT_OUT`. With a `rate` it gets AdamW in
+    place of its own optimizers.
     """
     new = copy.deepcopy(module, {id(thing): thing for thing in (*shared, *shared_with_copies(module))})
     release_copy(new)
@@ -74,6 +79,8 @@ def copied_module(
         "on_train_end": _nothing,
         "on_fit_end": _nothing,
     }
+    if rate is not None:
+        hooks |= {"configure_optimizers": lambda: _adamw(new, rate), "lr_scheduler_step": _step_schedule}
     for name, hook in hooks.items():
         setattr(new, name, hook)
     return new
@@ -132,6 +139,10 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+WARM_UP_SHARE = 0.1
+"""Of the steps of AdamW in place of a module's own optimizers, those in which its rate rises."""
+
+
 class NullExperiment:
     """Takes whatever is done to it and does nothing, as an experiment that nobody reads."""
 
@@ -175,6 +186,25 @@ class NullLogger(DummyLogger):
     @override
     def __getattr__(self, name: str) -> Any:
         return getattr(NullExperiment(), name)
+
+
+def _adamw(module: pl.LightningModule, rate: float) -> dict[str, Any]:
+    """AdamW whose rate rises over the first steps and falls to 0 along a cosine."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)
+    total = max(1, int(module.trainer.estimated_stepping_batches))
+    warm_up = max(1, round(WARM_UP_SHARE * total))
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warm_up)
+        return rise * (1 + math.cos(math.pi * min(1.0, step / total))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _step_schedule(scheduler: Any, metric: Any) -> None:
+    scheduler.step()
 
 
 def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:

@@ -68,8 +68,13 @@ class TrainerRepair:
             if self.reference is None and self.settings.layer == "auto" and trains:
                 few.training.warn()
 
-    def run(self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int) -> Outcome:
-        """Searches a repair. The model, the trainer and the random state are left as found; see `opened`."""
+    def run(
+        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, fit_seconds: float | None = None
+    ) -> Outcome:
+        """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
+
+        The model was trained for so many epochs, which took so long; None where that is not known.
+        """
         with self.opened(trainer, model, epochs) as trained:
             outcome = repair_module(
                 trained.evaluator,
@@ -77,7 +82,7 @@ class TrainerRepair:
                 self.settings,
                 unseen=trained.unseen,
                 calibration=trained.calibration,
-                training=trained.training,
+                training=replace(trained.training, fit_seconds=fit_seconds),
                 reference=self.reference,
                 observer=trained.observer,
             )

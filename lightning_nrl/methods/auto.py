@@ -1,44 +1,56 @@
-"""The default: proposals under hard constraints first, then a local search that starts from them."""
+"""The default: a ladder of rungs, from the least change to the most; held-out data say which is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError, check_kind
-from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.finetune_polish import FineTunePolish
-from lightning_nrl.methods.linearized import Linearized
+from torch import Tensor
+
+from lightning_nrl.errors import check_kind
+from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.methods._held_out_estimate import best_index, held_out_rows
+from lightning_nrl.methods._rungs import (
+    RungResult,
+    exact_rung,
+    is_one_layer,
+    search_or_keep,
+    search_rung,
+    search_seconds,
+)
+from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.problem import Problem, Proposal, Solution, better
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.report.run_records import PricePoint
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 __all__ = ["Auto"]
 
-PROPOSAL_TIME_SHARE = 0.9
-"""Of the time, what proposals may take; the rest is the local search's."""
+UPDATE_TIME_SHARE = 0.9
+"""Of the time that is left, what the polish of an update may take; the rest is the search's."""
+
+PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
+"""Shares of the known passed samples that might break, for the price of the guarantee."""
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Does what repairs most where it may change what it likes, and the best that is left where it may not.
+    """Localises and searches first, then goes as far as it pays.
 
-    1. Proposals. Where the whole network, a block or several layers may change: training goes on and is polished
-       (`FineTunePolish`). Where one last Linear may change, or there is no time for a fit: `Convex`. Where that does
-       not apply: `Linearized`.
-    2. The weights of the chosen layer that matter for the failures that are left are localised, and a swarm searches
-       them from the proposals on, every known passed sample a constraint.
+    1. `search`: the weights of the chosen layer that matter for the failures are localised, and a swarm searches them
+       from the original weights on, every known passed sample a constraint.
+    2. `exact`: the layer's programmes are solved (`Convex`, or `Linearized` where one inner layer alone may change),
+       and the swarm searches again from there.
+    3. `training`, where more than one layer may change: the training goes on and is polished, then what is left is
+       localised and searched. In an update the new model is polished until what it broke is right again (`Polish`).
 
-    In an update the targets were right under the replaced model: the proposal is a polish of the new one that brings
-    them back (`Polish`). A task without margins is searched by the swarm alone.
+    Each rung is also tried on samples that it may not use; the repair is the last rung that these speak for. A task
+    without margins has the first rung alone.
 
     Attributes:
-        swarm: the searcher of the second part, a swarm or another one.
+        swarm: what searches, a swarm or another searcher.
 
     Raises:
         ConfigurationError: on construction, if `swarm` is no searcher.
@@ -52,61 +64,100 @@ class Auto:
         check_kind("Auto.swarm", self.swarm, fits, "searcher", "Auto(ParticleSwarm(particles=50))")
 
     def __call__(self, problem: Problem) -> Solution:
-        """Runs the parts in order; the steps of all are kept.
+        """Climbs; the steps of all rungs are kept.
 
         Raises:
             EmptyLocalizationError: the local search alone can be used and has no weights to search.
         """
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
-        solutions = tuple(_solutions(problem))
-        steps = tuple(step for solution in solutions for step in solution.steps)
-        proposals = [p for solution in solutions for p in (solution.proposal, *solution.others) if p is not None]
-        best = better(solution.proposal for solution in solutions)
-        if best is None or best.broken:
-            last = LocalSearch(self.swarm)(problem)
-            chosen = better([best, last.proposal])
-            reason = last.reason or " ".join(solution.reason for solution in solutions)
-            return replace(last, proposal=chosen, reason=reason, steps=(*steps, *last.steps))
-        try:
-            last = warm_started_search(problem, self.swarm, proposals, base=best.state)
-        except (EmptyLocalizationError, ReplayError) as error:
-            last = _without_search(best, str(error).partition("\n")[0].rstrip("."))
-        except (RuntimeError, MemoryError) as error:
-            # Of several ranks the others would wait for this one for ever.
-            if problem.collective.world_size > 1 or not is_out_of_memory(error):
-                raise
-            last = _without_search(best, "out of memory")
-        return replace(last, steps=(*steps, *last.steps), others=tuple(proposals))
+        results = list(_rungs(problem, self.swarm, None if problem.update else held_out_rows(problem)))
+        number, why = _chosen(results)
+        taken = None if number is None else results[number].solution
+        searched = [r.solution for r in results if r.solution.result is not None]
+        shown = taken if taken is not None and taken.result is not None else next(reversed(searched), None)
+        rungs = tuple(result.record(problem, number == i) for i, result in enumerate(results))
+        others = [p for r in results for p in (r.solution.proposal, *r.solution.others) if p is not None]
+        steps = tuple(step for result in results for step in result.solution.steps)
+        solution = Solution(
+            None if taken is None else taken.proposal,
+            why if taken is None else "",
+            steps,
+            tuple(others),
+            held_out=None if taken is None else taken.held_out,
+            rungs=rungs,
+            choice="" if taken is None else why,
+            price=_price(problem, results),
+        )
+        if shown is None:
+            return solution
+        return replace(solution, localization=shown.localization, result=shown.result, n_passed=shown.n_passed)
 
 
-def _without_search(best: Proposal, reason: str) -> Solution:
-    """The best proposal as it is, with a line for the report."""
-    return Solution(best, steps=(Step("swarm", best.repaired, best.broken, 0.0, f"not run: {reason}"),))
-
-
-def _solutions(problem: Problem) -> Iterator[Solution]:
-    """What other methods give; those that do not suit the model are passed over."""
+def _rungs(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> Iterator[RungResult]:
+    yield search_rung(problem, searcher, held_out)
     if problem.update:
-        yield Polish(share=PROPOSAL_TIME_SHARE)(problem)
+        yield _update_rung(problem, searcher)
         return
-    one_layer = len(problem.space.sites) == 1 and set(problem.scope) <= _layer_parameters(problem)
-    if not one_layer:
-        solution = FineTunePolish(PROPOSAL_TIME_SHARE)(problem)
-        yield solution
-        if not problem.whole or (solution.proposal is not None and solution.proposal.repaired):
-            return
-    for method in (Convex(), Linearized()) if one_layer else (Convex(),):
-        try:
-            solution = method(problem)
-        except ConfigurationError:
+    exact = exact_rung(problem, searcher, held_out) if problem.whole or is_one_layer(problem) else None
+    if exact is not None:
+        yield exact
+    if not is_one_layer(problem):
+        training = training_rung(problem, searcher, held_out)
+        if training is not None:
+            yield training
+
+
+def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
+    """The new model's regressions come back by a polish; no trial, since few samples are like them."""
+    began = problem.clock.elapsed
+    solution = Polish(share=UPDATE_TIME_SHARE)(problem)
+    if solution.proposal is not None:
+        last = search_or_keep(problem, searcher, solution.proposal, seconds=search_seconds(problem))
+        solution = replace(last, steps=(*solution.steps, *last.steps))
+    return RungResult("polish", solution, problem.clock.elapsed - began)
+
+
+def _chosen(results: Sequence[RungResult]) -> tuple[int | None, str]:
+    """The rung to take and why, in a sentence; without one, why there is none."""
+    usable = [i for i, result in enumerate(results) if result.usable is not None]
+    if not usable:
+        reasons = dict.fromkeys(r.solution.reason for r in results if r.solution.reason)
+        return None, " ".join(reasons) or "no rung repairs a target within the gate."
+    estimates = [results[i].held_out for i in usable]
+    if any(counts is None for counts in estimates):
+        best = max(usable, key=lambda i: (*_rank(results[i].usable), i))
+        return best, f"`{results[best].name}` repairs most."
+    best = usable[best_index(estimates)]
+    shown = ", ".join(f"`{results[i].name}` {_said(results[i].held_out)}" for i in usable)
+    return best, f"of held-out samples {shown}: `{results[best].name}` is taken."
+
+
+def _rank(proposal: Proposal | None) -> tuple[float, ...]:
+    assert proposal is not None
+    return proposal.rank
+
+
+def _said(counts: TargetCounts | None) -> str:
+    assert counts is not None
+    return f"repairs {counts.repaired:,} and breaks {counts.broken:,}"
+
+
+def _price(problem: Problem, results: Sequence[RungResult]) -> tuple[PricePoint, ...]:
+    """The most repairs in the target among all that was counted, by how many known samples may break."""
+    passed = int(problem.before.passed.sum())
+    counted = {}
+    for result in results:
+        for proposal in (result.solution.proposal, *result.solution.others, *result.tried):
+            if proposal is not None:
+                counted[id(proposal)] = (proposal, result)
+    points = []
+    for level in PRICE_LEVELS:
+        within = [both for both in counted.values() if both[0].broken <= level * passed]
+        if not within:
             continue
-        yield solution
-        return
-
-
-def _layer_parameters(problem: Problem) -> set[str]:
-    """Names of all parameters of the layer that is searched, its bias included."""
-    site = problem.space.sites[0]
-    prefix = f"{site.name}." if site.name else ""
-    return {f"{prefix}{name}" for name, _ in site.module.named_parameters(recurse=False)}
+        proposal, result = max(within, key=lambda both: (both[0].repaired, -both[0].broken))
+        flips = Flips.between(problem.before, proposal.after).counts()
+        point = PricePoint(level, flips.broken, proposal.repaired, flips.repaired, result.held_out)
+        points.append(point)
+    return tuple(points)

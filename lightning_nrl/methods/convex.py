@@ -16,6 +16,7 @@ from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods._known_activations import record_known
@@ -45,6 +46,11 @@ class _HeldOutFlips(NamedTuple):
     lost: int  # passed samples that were broken
     gain: float  # what the former weigh
     harm: float  # what the latter weigh
+
+    def counts(self, n_passed: int, n_targeted: int) -> TargetCounts:
+        """The same as counts of so many samples that were held out."""
+        kept, failing = n_passed - self.lost, n_targeted - self.gained
+        return TargetCounts(kept, self.lost, self.gained, failing, n_targeted, self.gained)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,9 @@ class Convex:
         ]
         best = _best(held, points)
         others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
+        folds = _folds(problem) >= 0
+        n_passed, n_targeted = int((folds & problem.before.passed).sum()), int((folds & problem.before.targeted).sum())
+        held_out = held[best].counts(n_passed, n_targeted)
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
@@ -87,8 +96,8 @@ class Convex:
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
         if proposal is None:
             reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
-            return Solution(None, reason, tuple(steps), others)
-        return Solution(proposal, steps=tuple(steps), others=others)
+            return Solution(None, reason, tuple(steps), others, held_out=held_out)
+        return Solution(proposal, steps=tuple(steps), others=others, held_out=held_out)
 
 
 def _check(problem: Problem) -> None:

@@ -19,7 +19,7 @@ from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 
-__all__ = ["FineTunePolish"]
+__all__ = ["FIT_STRENGTH", "POLISH_PASSES", "FineTunePolish", "visits_per_epoch"]
 
 POLISH_PASSES = 12.0
 """Passes over known data that a polish takes; so much time is kept for it."""
@@ -88,7 +88,7 @@ def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
     """Weights that repair, and in words how they came about; None if there is no time for it."""
     seconds = deadline.agreed_seconds_left()
     if seconds > 0 and problem.whole and problem.training is not None:
-        weight = _visits_per_epoch(problem)
+        weight = visits_per_epoch(problem)
         train = problem.training if weight is None else partial(problem.training, weight=weight)
         state = train(seconds=seconds, seed=problem.seed, clock=problem.clock)
         if state is not None:
@@ -97,8 +97,8 @@ def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
     return (distill(problem, deadline=deadline), "distilled steps") if seconds > 0 else None
 
 
-def _visits_per_epoch(problem: Problem) -> Tensor | None:
+def visits_per_epoch(problem: Problem) -> Tensor | None:
     """How often each sample is trained on in an epoch, `N`; None where all targets count alike."""
     before = problem.before
-    weight = torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)
+    weight = torch.where(before.targeted, before.weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0).where(problem.used, 0.0)
     return weight if bool((weight != 1).any()) else None

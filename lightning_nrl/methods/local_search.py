@@ -36,6 +36,7 @@ class SearchGoal:
     fitness: Fitness
     reserve: Tensor | None = None  # N, the margin that each must keep to count as passing; None: any
     deadline: Deadline = field(default_factory=Deadline)  # when it has to be over
+    scored: Tensor | None = None  # N bool, the samples that candidates are to get right; None: the targets (I_neg)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def localize_and_search(
     `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
     """
     space, clock, before = problem.space, problem.clock, problem.before
+    scored = before.targeted if goal.scored is None else goal.scored
     with clock.stage("localize"):
         # All that pass, so that a batch's share of a sum is, bit for bit, what it is in a sweep.
-        recording = record_known(problem, before.targeted | before.passed | goal.passed | goal.constrained)
+        recording = record_known(problem, scored | goal.failed | before.passed | goal.passed | goal.constrained)
         localization = problem.localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
     where = localization.weights.to(space.device)
     passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(goal.constrained.sum())
@@ -108,14 +110,14 @@ def localize_and_search(
         scorer = make_scorer(
             recording,
             where,
-            before.targeted,
+            scored,
             goal.constrained,
             problem.evaluator,
             budget=half_budget(problem),
             passed_loss=passed_loss,
             fragility=before.loss,
             reserve=goal.reserve,
-            weight=before.finite_weight if before.weighted else None,
+            weight=before.finite_weight if before.weighted and goal.scored is None else None,
         )
         result = search(
             scorer,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._utils.state import State, between, holding
+from lightning_nrl._utils.state import State, holding
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import Searcher
@@ -34,9 +34,6 @@ KEPT_MARGIN_SHARE = 0.5
 SUFFICIENT_MARGIN = 0.04
 """A margin that suffices, in parts of the median margin of passed samples: where a polish brings samples to, too."""
 
-EXTRAPOLATIONS = (1.15, 1.3)
-"""Steps beyond the base, from the original weights on: often free after a polish."""
-
 
 def warm_started_search(
     problem: Problem,
@@ -49,8 +46,9 @@ def warm_started_search(
     """Localises weights of the chosen layers under the base and searches new values for them.
 
     What passes under the base counts as passing while it keeps half of its margin there, or a small one if that is
-    less; what the base repairs beside the target is a constraint, too. The result is the best of base, proposals and
-    what was found; the note of its step says what the search added to them.
+    less; what the base repairs beside the target is a constraint, too. Where no target is left, samples that are right
+    by less than that margin are searched for: the result then has the same counts. It is the best of base, proposals
+    and what was found; the note of its step says what the search added to them.
 
     Args:
         problem: what is to be repaired.
@@ -70,21 +68,28 @@ def warm_started_search(
     best = better([start, *proposals])
     assert best is not None
     problem = problem.steered(start.after)
+    reserve = _reserve(problem, start)
     failed = problem.before.targeted & ~start.after.passed
-    if not failed.any():
-        step = replace(best.step(0.0, "not run: no target is left for it"), name="swarm")
+    narrow = _narrow(problem, start) if not failed.any() else None
+    if narrow is not None and not narrow.any():
+        step = replace(best.step(0.0, "not run: no target is left, no sample is near the border"), name="swarm")
         return Solution(best, steps=(step,))
+    kept = problem.before.passed | (start.after.passed & ~problem.before.targeted & problem.used)
+    if narrow is not None and reserve is not None:
+        failed, kept = narrow, (kept | problem.before.targeted) & ~narrow
+        reserve = reserve.where(~narrow, _sufficient(problem))
     goal = SearchGoal(
         failed,
-        start.after.passed,
-        problem.before.passed | (start.after.passed & ~problem.before.targeted),
+        start.after.passed & problem.used & ~failed,
+        kept,
         _constrained(problem.fitness),
-        _reserve(problem, start),
+        reserve,
         problem.deadline_of_method().within(seconds),
+        scored=None if narrow is None else narrow,
     )
     original = problem.space.parameters
     with holding(problem.model, base):
-        elites = partial(_elites, problem.space, original, base, proposals)
+        elites = partial(_elites, problem.space, original, proposals)
         found = localize_and_search(problem, searcher, goal, elites)
     new = None
     if found.state is not None:
@@ -92,7 +97,11 @@ def warm_started_search(
             new = problem.propose("swarm", {**base, **found.state})
     final = better([best, new])
     assert final is not None
-    step = replace(final.step(found.search.seconds, f"{found.note}; {_gain(best, final)}"), name="swarm")
+    gain = _gain(best, final)
+    if narrow is not None and new is not None and new.rank >= best.rank:
+        before, after = (int(_narrow(problem, one).sum()) for one in (start, new))
+        final, gain = (new, f"{before - after:,} of {before:,} narrow samples") if after < before else (best, gain)
+    step = replace(final.step(found.search.seconds, f"{found.note}; {gain}"), name="swarm")
     return Solution(
         final,
         steps=(step,),
@@ -102,24 +111,30 @@ def warm_started_search(
     )
 
 
+def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
+    """`N` bool, repaired targets, and passed samples that once had more, that are right by less than will do."""
+    before, after, sufficient = problem.before, proposal.after, _sufficient(problem)
+    was_wider = before.targeted | (before.passed & (before.margin > sufficient))
+    return was_wider & after.passed & (after.margin < sufficient)
+
+
+def _sufficient(problem: Problem) -> float:
+    return SUFFICIENT_MARGIN * float(problem.before.margin[problem.before.passed].median())
+
+
 def _elites(
     space: ParameterSpace,
     original: State,
-    base: State,
     proposals: Sequence[Proposal],
     where: Tensor,
     n_elites: int,
 ) -> Tensor:
-    """What proposals have at the localised weights (`where`, `K` int64), best first, and steps beyond the base.
+    """What proposals have at the localised weights (`where`, `K` int64), best first.
 
     `M x K` with M at most `n_elites`, none of them twice.
     """
     ranked = sorted(proposals, key=lambda proposal: proposal.rank, reverse=True)
-    beyond: list[State] = []
-    if base:
-        ends = {name: base.get(name, value) for name, value in original.items()}
-        beyond = [between(original, ends, step) for step in EXTRAPOLATIONS]
-    states: list[State] = [*(proposal.state for proposal in ranked), *beyond, {}]
+    states: list[State] = [*(proposal.state for proposal in ranked), {}]
     own = space.flat()[where]
     found: list[Tensor] = []
     for state in states:
@@ -133,11 +148,10 @@ def _elites(
 
 def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     """The margin that each sample must keep: a part of what it has at the start, none if it fails there."""
-    margin, passed = start.after.margin, problem.before.passed
+    margin = start.after.margin
     if margin.isnan().all():
         return None
-    sufficient = SUFFICIENT_MARGIN * float(problem.before.margin[passed].median())
-    kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0).clamp(0, sufficient)
+    kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0).clamp(0, _sufficient(problem))
     return torch.where(start.after.passed, kept, 0.0)
 
 

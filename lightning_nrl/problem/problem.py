@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import ParameterSpace
@@ -15,7 +16,7 @@ from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.solution import Proposal, Solution
@@ -31,20 +32,51 @@ LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
 
 
+def none_allowed(counts: FlipCounts) -> float:
+    """No known passed sample may break."""
+    return 0.0
+
+
 class Training(Protocol):
     """Goes on with the training of the model, the known failures added to the training data."""
 
+    @property
+    def epochs(self) -> int:
+        """How many epochs the model was trained for."""
+        ...
+
+    @property
+    def visits(self) -> int:
+        """How many samples that training went through, each counted at each visit."""
+        ...
+
+    @property
+    def fit_seconds(self) -> float | None:
+        """How long that training took; None where that is not known."""
+        ...
+
     def __call__(
-        self, *, seconds: float, seed: int, clock: StageTimer, start: State | None = None, weight: Tensor | None = None
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: StageTimer,
+        start: State | None = None,
+        weight: Tensor | None = None,
+        epochs: int | None = None,
+        rate: float | None = None,
     ) -> State | None:
         """Trains a copy; gives every parameter and persistent buffer on the model's device, None if time is too short.
 
         Args:
-            seconds: how long that may take; infinite: as many epochs as the model was trained for.
+            seconds: how long that may take; infinite: as long as the epochs take.
             seed: of the order of the samples and of all else that is random.
             clock: is notified of progress.
             start: weights to begin with, such as fresh ones; None: the model's own.
             weight: `N` by row of the results, how often a sample is trained on in an epoch, on average; None: once.
+            epochs: over all known data; None: as many as the model was trained for.
+            rate: of AdamW, in place of the module's own optimizers and schedules, whose `training_step` it stays; None:
+                these.
         """
         ...
 
@@ -71,6 +103,9 @@ class Problem:
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
         needed: how many targets of a slice are to be repaired at least, by the name of the slice.
+        allowed: how many known passed samples may break, by weight, given what became of all of them; by default none.
+        held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
+            They are neither passed nor targeted in `before`.
     """
 
     evaluator: Evaluator
@@ -88,6 +123,8 @@ class Problem:
     whole: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
+    allowed: Callable[[FlipCounts], float] = none_allowed
+    held_out: Tensor | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -103,6 +140,11 @@ class Problem:
     def collective(self) -> Collective:
         """The ranks that share the data."""
         return self.evaluator.collective
+
+    @property
+    def used(self) -> Tensor:
+        """`N` bool, the known samples that a method may use: all that are not held out."""
+        return torch.ones_like(self.before.passed) if self.held_out is None else ~self.held_out
 
     @property
     def deadline(self) -> Deadline:
@@ -126,8 +168,15 @@ class Problem:
         before, flips = self.before, Flips.between(self.before, after)
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
-        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), before.harm(broken), missing
+        harm = before.harm(broken)
+        excess = max(0.0, harm - self.allowed(flips.counts(self.used)))
+        counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
         return Proposal(name, state, after, *counts)
+
+    def without(self, held_out: Tensor) -> Problem:
+        """The same problem for a method that must not use some samples, `N` bool."""
+        before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
+        return replace(self, before=before, passed=self.passed & ~held_out, needed={}, held_out=held_out)
 
     def steered(self, after: SampleResults) -> Problem:
         """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_nrl._utils.state import State
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import PricePoint, Rung, Step
 from lightning_nrl.search.search_log import SearchResult
 
 __all__ = ["Proposal", "Solution", "better"]
@@ -28,6 +29,7 @@ class Proposal:
         gain: what the repairs are worth, see `SampleResults.weight`; as many as they are unless something else is said.
         harm: what the broken samples cost, likewise; infinite if one of them is protected.
         missing: repairs that slices lack of what they need.
+        excess: how much more is broken, by `harm`, than the gate allows; all of it where none may break.
     """
 
     name: str
@@ -38,16 +40,19 @@ class Proposal:
     gain: float = math.nan
     harm: float = math.nan
     missing: int = 0
+    excess: float = math.nan
 
     def __post_init__(self) -> None:
         for name, count in (("gain", self.repaired), ("harm", self.broken)):
             if math.isnan(getattr(self, name)):
                 object.__setattr__(self, name, float(count))
+        if math.isnan(self.excess):
+            object.__setattr__(self, "excess", self.harm)
 
     @property
-    def rank(self) -> tuple[float, int, float]:
-        """The larger the better: least harm, then the fewest repairs that slices lack, then most gain."""
-        return -self.harm, -self.missing, self.gain
+    def rank(self) -> tuple[float, int, float, float]:
+        """The larger the better: within the gate, then fewest repairs that slices lack, most gain, and least harm."""
+        return -self.excess, -self.missing, self.gain, -self.harm
 
     def step(self, seconds: float, note: str = "") -> Step:
         """A line for the report."""
@@ -66,6 +71,10 @@ class Solution:
         localization: which weights a swarm searched, if one did.
         result: the course of that search.
         n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
+        held_out: what the method does to known samples when it may not use them; None where that was not tried.
+        rungs: of a method that tries several, from the least change to the most.
+        choice: why one of them was taken, in a sentence.
+        price: what was found where some known samples may break.
     """
 
     proposal: Proposal | None
@@ -75,13 +84,17 @@ class Solution:
     localization: Localization | None = None
     result: SearchResult | None = None
     n_passed: int | None = None
+    held_out: TargetCounts | None = None
+    rungs: tuple[Rung, ...] = ()
+    choice: str = ""
+    price: tuple[PricePoint, ...] = ()
 
 
 def better(proposals: Iterable[Proposal | None]) -> Proposal | None:
     """The best proposal, of equals the earlier; None if there is none.
 
-    Fewest known broken, then most targets repaired, each counted by its weight; between these, of slices that need a
-    number of repairs, the fewest that are missing.
+    Fewest known broken beyond what the gate allows, then most targets repaired, each counted by its weight; between
+    these, of slices that need a number of repairs, the fewest that are missing.
     """
     best: Proposal | None = None
     for proposal in proposals:

@@ -11,7 +11,16 @@ from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_page import page_of_repair
 from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions
 from lightning_nrl.report.report_base import Report, page_of
-from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
+from lightning_nrl.report.run_records import (
+    Hashes,
+    LocalizationReport,
+    PricePoint,
+    Rung,
+    SearchReport,
+    Step,
+    StrengthPoint,
+    WeightChange,
+)
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = [
@@ -19,9 +28,11 @@ __all__ = [
     "Hashes",
     "LocalizationReport",
     "Page",
+    "PricePoint",
     "RepairReport",
     "Report",
     "Role",
+    "Rung",
     "SearchReport",
     "SetAside",
     "SliceLimit",

@@ -11,7 +11,16 @@ from typing import Any, Literal
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.report_base import Report
-from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
+from lightning_nrl.report.run_records import (
+    Hashes,
+    LocalizationReport,
+    PricePoint,
+    Rung,
+    SearchReport,
+    Step,
+    StrengthPoint,
+    WeightChange,
+)
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
@@ -54,6 +63,9 @@ class RepairReport(Report):
         localization: which weights were searched; None if that stage was not reached.
         search: how the search went; None if that stage was not reached.
         steps: what the method did, in order.
+        rungs: of a method that tries several, from the least change to the most; the taken one is marked.
+        choice: why that one, in a sentence; empty where there was no choice.
+        price: what was found where some known samples may break, from none to any number.
         strength: what the patch that was found does on the way from the original weights (0) to it (1) and beyond.
         chosen_strength: how much of the patch was taken; None if that stage was not reached.
         bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
@@ -81,6 +93,9 @@ class RepairReport(Report):
     localization: LocalizationReport | None = None
     search: SearchReport | None = None
     steps: tuple[Step, ...] = ()
+    rungs: tuple[Rung, ...] = ()
+    choice: str = ""
+    price: tuple[PricePoint, ...] = ()
     strength: tuple[StrengthPoint, ...] = ()
     chosen_strength: float | None = None
     bounds: CalibrationBounds | None = None

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 
-__all__ = ["Hashes", "LocalizationReport", "SearchReport", "Step", "StrengthPoint", "WeightChange"]
+__all__ = [
+    "Hashes",
+    "LocalizationReport",
+    "PricePoint",
+    "Rung",
+    "SearchReport",
+    "Step",
+    "StrengthPoint",
+    "WeightChange",
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,52 @@ class Step:
     broken: int
     seconds: float
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of the default's ladder, from the least change to the most.
+
+    Attributes:
+        name: `search` of localised weights of the chosen layer, its `exact` programmes, or `training` that goes on.
+        repaired_in_target: targeted samples that pass.
+        repaired: known samples that fail before and pass after it, in the target or not.
+        broken: known passed samples that fail after it.
+        weights_changed: weights that differ from the original ones.
+        seconds: wall time.
+        held_out: what the same procedure does to known samples when it may not use them; None where that was not tried.
+        taken: whether the repair is this one.
+        note: how it went, in words.
+    """
+
+    name: str
+    repaired_in_target: int
+    repaired: int
+    broken: int
+    weights_changed: int
+    seconds: float
+    held_out: TargetCounts | None = None
+    taken: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PricePoint:
+    """The best that was found where so many known passed samples may break: what a guarantee costs.
+
+    Attributes:
+        allowed: share of the known passed samples that may break, from 0; 1: any number.
+        broken: known passed samples that do.
+        repaired_in_target: targeted samples that pass.
+        repaired: known samples that fail before and pass then, in the target or not.
+        held_out: what the procedure does to known samples that it may not use; None where that was not tried.
+    """
+
+    allowed: float
+    broken: int
+    repaired_in_target: int
+    repaired: int
+    held_out: TargetCounts | None = None
 
 
 @dataclass(frozen=True)

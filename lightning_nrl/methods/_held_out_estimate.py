@@ -1,0 +1,75 @@
+"""What a method does to samples that it may not use: the one estimate that the default chooses by.
+
+Half of the samples that came in with the failed ones are held out, since the model was not trained on them: what
+becomes of them is what may be expected of unseen samples like these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.problem import Problem
+
+__all__ = ["best_index", "estimate", "held_out_rows", "net_rate"]
+
+HELD_OUT_FRACTION = 1 / 2
+"""Of each kind of sample: targets, other failures, passed ones."""
+
+MAX_HELD_OUT_PASSED = 1 / 5
+"""Of all known passed samples, so many at most are held out: where failed and passed data are one data set."""
+
+MIN_HELD_OUT_FAILURES = 2
+"""With fewer nothing can be said."""
+
+
+def held_out_rows(problem: Problem) -> Tensor | None:
+    """The known samples to be held out, `N` bool, the same on every rank; None where there are too few failures."""
+    before = problem.before
+    came = torch.zeros_like(before.passed)
+    for source in problem.known:
+        if source.failed:
+            came[before.of(source.split)] = True
+    generator = torch.Generator().manual_seed(problem.seed)
+    chosen = torch.zeros_like(came)
+    # What may not break at all is not to be left out.
+    kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
+    for kind in kinds:
+        rows = (came & kind).nonzero().flatten()
+        n = int(HELD_OUT_FRACTION * len(rows))
+        if kind is kinds[-1]:
+            n = min(n, int(MAX_HELD_OUT_PASSED * int(before.passed.sum())))
+        chosen[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
+    enough = int((chosen & before.targeted).sum()) >= MIN_HELD_OUT_FAILURES
+    return chosen if enough and bool((chosen & before.passed).any()) else None
+
+
+def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
+    """What became of the held-out samples; `before` are the results of the whole problem, where they do count."""
+    return Flips.between(before, after).target_counts(before.targeted, rows)
+
+
+def net_rate(counts: TargetCounts) -> float:
+    """Repaired less broken held-out samples, for each that passed before."""
+    return (counts.repaired - counts.broken) / max(1, counts.passed)
+
+
+def best_index(found: Sequence[TargetCounts | None]) -> int:
+    """The last of the procedures, in order of what they change, that held-out samples speak for.
+
+    Those whose net rate is less than a standard error below the best one count as equal to it, and the last of them is
+    taken: what changes more has also repaired more elsewhere. One without an estimate has the rate 0.
+    """
+    rates = [0.0 if counts is None else net_rate(counts) for counts in found]
+    top = max(range(len(rates)), key=lambda i: rates[i])
+    return max(i for i, rate in enumerate(rates) if rate >= rates[top] - _standard_error(found[top]))
+
+
+def _standard_error(counts: TargetCounts | None) -> float:
+    """Of a net rate: flips come about as by a Poisson process."""
+    return 0.0 if counts is None else math.sqrt(counts.repaired + counts.broken) / max(1, counts.passed)

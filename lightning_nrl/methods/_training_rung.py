@@ -1,0 +1,219 @@
+"""The rung that may change the whole network or a block: training that goes on, tried out first, then polished.
+
+A trial goes through a part of the budget without the held-out samples: by the owner's optimizers and schedule; where
+that hardly repairs anything, by steps of the repair's own through the owner's `training_step`, or by distilled steps.
+Held-out samples choose among them, and how far to go. The best trial goes on with all known data, then what broke is
+polished away. Nothing of the trial is wasted: the rest of the training begins where it ended.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_nrl._optim.distill import VISITS_PER_SAMPLE, distill
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.state import State, between
+from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.methods._held_out_estimate import estimate
+from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
+from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, POLISH_PASSES, visits_per_epoch
+from lightning_nrl.problem import Problem, Proposal, better
+from lightning_nrl.report.run_records import Step
+from lightning_nrl.search import Searcher
+
+__all__ = ["training_rung"]
+
+OWN_RATES = (1e-3, 1e-4)
+"""Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones."""
+
+TRIAL_SHARE, POLISH_SHARE = 0.25, 0.15
+"""Of the visits that the fit made, what each trial makes, and what is kept for the polish."""
+
+TRIAL_TIME_SHARE = 0.3
+"""Of the time that is left, where it is limited."""
+
+MAX_TRIALS = 2
+"""Without a limit of time; then a trial that hardly repairs anything is not replaced any more."""
+
+FEWEST_TRIAL_EPOCHS, FEWEST_EPOCHS_AFTER = 2, 3
+"""Schedules are not squeezed further, unless the fit had fewer."""
+
+HEALTHY_REPAIRS = 0.5
+"""A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
+
+STRENGTHS = (0.75, 1.0)
+"""Parts of the way from the original weights that are tried beside `FIT_STRENGTH`."""
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """A way to make steps: the owner's, AdamW at a rate through the owner's `training_step`, or distilled ones."""
+
+    name: str
+    rate: float | None = None
+    distilled: bool = False
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What steps gave without the held-out samples."""
+
+    steps: _Steps
+    state: State
+    strength: float
+    proposal: Proposal
+    held_out: TargetCounts | None
+
+    @property
+    def net(self) -> int:
+        counts = self.held_out
+        return self.proposal.repaired - self.proposal.broken if counts is None else counts.repaired - counts.broken
+
+
+def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> RungResult | None:
+    """Fits, polishes, localises what is left and searches it; None where the task has no margins or time is over."""
+    clock = problem.clock
+    began, deadline = clock.elapsed, problem.deadline_of_method().earlier(POLISH_PASSES * clock.one_pass)
+    steps: list[Step] = []
+    trials = list(_trials(problem, held_out, deadline, steps))
+    if not trials:
+        return None
+    trial = max(trials, key=lambda one: one.net)
+    with clock.stage("fit"):
+        started = clock.elapsed
+        state = _fit(
+            problem, trial.steps, _share_after(problem, len(trials)), FEWEST_EPOCHS_AFTER, deadline, trial.state
+        )
+        found = trial.state if state is None else state
+        fitted = problem.propose("fit", _scaled(problem, found, trial.strength))
+        note = "not enough time: the trial's weights" if state is None else trial.steps.name
+        steps.append(fitted.step(clock.elapsed - started, f"{note}, {trial.strength:.0%} of the way"))
+    polished = _polished(problem, fitted, steps)
+    if not polished.repaired and state is not None:
+        again = problem.propose("trial", _scaled(problem, trial.state, trial.strength))
+        polished = better([polished, _polished(problem, again, steps)]) or polished
+    last = search_or_keep(problem, searcher, polished, seconds=search_seconds(problem))
+    solution = replace(last, steps=(*steps, *last.steps), held_out=trial.held_out, others=(fitted,))
+    tried = (fitted, polished)
+    return RungResult("training", solution, clock.elapsed - began, trial.steps.name, tried)
+
+
+def _trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, steps: list[Step]) -> Iterator[_Trial]:
+    """Trials until one does well, or none are left to be made."""
+    clock, own = problem.clock, problem if held_out is None else problem.without(held_out)
+    done = 0
+    for kind in _kinds(problem):
+        left = deadline.agreed_seconds_left()
+        if left <= 0 or (done == MAX_TRIALS):
+            return
+        with clock.stage("fit"):
+            began = clock.elapsed
+            limit = deadline if math.isinf(left) else deadline.within(TRIAL_TIME_SHARE * left)
+            state = _fit(own, kind, TRIAL_SHARE, FEWEST_TRIAL_EPOCHS, limit)
+            if state is None:
+                continue
+            done += 1
+            trial = _judged(own, problem, kind, state, held_out)
+            steps.append(replace(trial.proposal.step(clock.elapsed - began, _trial_note(trial)), name="trial"))
+        yield trial
+        targets = int(own.before.targeted.sum())
+        if trial.proposal.repaired >= HEALTHY_REPAIRS * targets and trial.net > 0:
+            return
+
+
+def _kinds(problem: Problem) -> tuple[_Steps, ...]:
+    distilled = _Steps("distilled steps", distilled=True)
+    if not problem.whole or problem.training is None:
+        return (distilled,)
+    own = tuple(_Steps(f"own steps through training_step, rate {rate:g}", rate) for rate in OWN_RATES)
+    return (_Steps("continued training"), *own, distilled)
+
+
+def _fit(
+    problem: Problem, kind: _Steps, share: float, fewest: int, deadline: Deadline, start: State | None = None
+) -> State | None:
+    """Weights after a share of the budget; None where these steps cannot be made, or there is no time for them."""
+    n, training = int(problem.used.sum()), problem.training
+    seconds = deadline.agreed_seconds_left()
+    if seconds <= 0:
+        return None
+    if kind.distilled:
+        visits = round(share * (VISITS_PER_SAMPLE * n if training is None else _budget(problem)))
+        return distill(problem, deadline=deadline, start=start, visits=max(n, visits))
+    assert training is not None
+    epochs = max(round(share * _budget(problem) / n), min(fewest, training.epochs))
+    return training(
+        seconds=seconds,
+        seed=problem.seed,
+        clock=problem.clock,
+        start=start,
+        weight=visits_per_epoch(problem),
+        epochs=epochs,
+        rate=kind.rate,
+    )
+
+
+def _budget(problem: Problem) -> float:
+    """Visits that all training may make; with a limit of time that alone decides."""
+    training, n = problem.training, len(problem.before)
+    if training is None:
+        return float(VISITS_PER_SAMPLE * n)
+    if math.isfinite(problem.clock.left):
+        return float(max(training.visits, LIMITED_EPOCHS * n))
+    return float(training.visits)
+
+
+LIMITED_EPOCHS = 40
+"""Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
+
+
+def _share_after(problem: Problem, n_trials: int) -> float:
+    return max(TRIAL_SHARE, 1 - POLISH_SHARE - n_trials * TRIAL_SHARE)
+
+
+def _judged(own: Problem, problem: Problem, kind: _Steps, state: State, held_out: Tensor | None) -> _Trial:
+    """The trial at the strength that held-out samples speak for."""
+
+    def at(strength: float) -> _Trial:
+        proposal = own.propose("fit", _scaled(problem, state, strength))
+        counts = None if held_out is None else estimate(problem.before, proposal.after, held_out)
+        return _Trial(kind, state, strength, proposal, counts)
+
+    best = at(FIT_STRENGTH)
+    if held_out is None:
+        return best
+    for strength in STRENGTHS:
+        other = at(strength)
+        flips = Flips.between(best.proposal.after, other.proposal.after)
+        differ = int(((flips.broken | flips.repaired) & held_out).sum())
+        # By more than chance: where they differ, either may be right.
+        if other.net - best.net > math.sqrt(differ):
+            best = other
+    return best
+
+
+def _polished(problem: Problem, fitted: Proposal, steps: list[Step]) -> Proposal:
+    clock = problem.clock
+    with clock.stage("polish"):
+        began = clock.elapsed
+        steered = problem.steered(fitted.after)
+        result = polish(steered, fitted.state, deadline=problem.deadline_of_method(), after=fitted.after)
+        proposal = problem.counted("polish", result.state, result.after)
+        steps.append(proposal.step(clock.elapsed - began, result.note))
+    return proposal
+
+
+def _scaled(problem: Problem, state: State, strength: float) -> dict[str, Tensor]:
+    return between(problem.model.state_dict(), state, strength)
+
+
+def _trial_note(trial: _Trial) -> str:
+    counts = trial.held_out
+    held = "" if counts is None else f"; held out {counts.repaired} repaired, {counts.broken} broken"
+    return f"{trial.steps.name}, {trial.strength:.0%} of the way{held}"
