@@ -12,7 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl._tracking.scalars import (
     Scalars,
+    localization_numbers,
     outcome,
+    rung_numbers,
     search_curves,
     slice_numbers,
     split_numbers,
@@ -95,6 +97,7 @@ def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | 
     for strength, scalars in strength_curves(report, name).items():
         logger.log_metrics(scalars, step=strength)
     numbers = outcome(report, name) | split_numbers(report, name) | slice_numbers(report, name)
+    numbers |= rung_numbers(report, name) | localization_numbers(report, name)
     logger.log_metrics(numbers, step=step)
     if writer := writer_of(logger):
         write_extras(report, writer, step=step, change=change, name=name)

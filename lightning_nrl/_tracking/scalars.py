@@ -19,8 +19,10 @@ from lightning_nrl.report import RepairReport, SplitReport
 __all__ = [
     "SEARCH_CURVES",
     "Scalars",
+    "localization_numbers",
     "outcome",
     "release_numbers",
+    "rung_numbers",
     "search_curves",
     "slice_numbers",
     "split_numbers",
@@ -99,6 +101,27 @@ def slice_numbers(report: RepairReport, name: str = "repair") -> Scalars:
         for number in ("targeted", "repaired_in_target", "repaired", "broken"):
             found[f"{name}_slices/{one.name}/{one.role}_{number}"] = float(getattr(one, number))
     return found
+
+
+def rung_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+    """What each rung of the default's ladder repairs, breaks and changes; `held_out_...` are estimates."""
+    found: Scalars = {}
+    for rung in report.rungs:
+        place = f"{name}_rungs/{rung.name}"
+        for number in ("repaired_in_target", "repaired", "broken", "weights_changed", "seconds"):
+            found[f"{place}/{number}"] = float(getattr(rung, number))
+        if rung.held_out is not None:
+            found[f"{place}/held_out_repaired"] = float(rung.held_out.repaired)
+            found[f"{place}/held_out_broken"] = float(rung.held_out.broken)
+    return found
+
+
+def localization_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+    """How many weights were localised, N_g (the top weights of each set), and the sizes of the sets on the way."""
+    found = report.localization
+    if found is None:
+        return {}
+    return {f"{name}_localization/{k}": float(v) for k, v in {"n_g": found.n_g, **found.sizes}.items()}
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_nrl.report._formatting import from_here, sentence, setting
+from lightning_nrl.report.ladder import estimate_text, price_table, price_text, rungs_table
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_report import RepairReport, Status
 from lightning_nrl.report.report_base import page_of
@@ -45,7 +46,7 @@ def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     first = (*_verdict(report), *_tables(report))
     if full:
         return Page((*first, *_calibrated(report), *_details(report)))
-    course = _steps(report) if len(report.steps) > 1 else ()
+    course = _ladder(report) or (_steps(report) if len(report.steps) > 1 else ())
     facts = Facts((*_facts(report), *_files(report, from_here)))
     return Page((*first, *_calibrated(report), *course, facts))
 
@@ -81,6 +82,13 @@ def _calibrated(report: RepairReport) -> tuple[Block, ...]:
     return Heading("Calibration data, slice by slice"), calibration_table(report.bounds)
 
 
+def _ladder(report: RepairReport) -> tuple[Block, ...]:
+    if not report.rungs:
+        return ()
+    why = (Text(sentence(report.choice)),) if report.choice else ()
+    return Heading("The ladder"), rungs_table(report.rungs), *why
+
+
 def _steps(report: RepairReport) -> tuple[Block, ...]:
     return Heading("What the method did"), steps_table(report.steps)
 
@@ -96,6 +104,11 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
         facts.append(("weights searched", localization_text(report.localization)))
     if report.search is not None:
         facts.append(("search", search_text(report.search, report.seconds.get("search"))))
+    taken = next((rung for rung in report.rungs if rung.taken), None)
+    if taken is not None and taken.held_out is not None:
+        facts.append(("held-out estimate", estimate_text(taken.held_out)))
+    if price_text(report.price):
+        facts.append(("zero broken costs", price_text(report.price)))
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.bounds is not None:
@@ -112,6 +125,9 @@ def _files(report: RepairReport, shown: Callable[[str], str] = str) -> tuple[Fac
 def _details(report: RepairReport) -> tuple[Block, ...]:
     shown = report.candidate or report.splits
     blocks: list[Block] = [Heading("What was done"), Facts((*_facts(report), *_files(report)))]
+    blocks += _ladder(report)
+    if report.price:
+        blocks += [Heading("What it costs that none may break"), price_table(report.price)]
     if report.steps:
         blocks += _steps(report)
     if report.strength:
