@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State, between, holding, snapshot
-from lightning_nrl._utils.timing import Deadline
+from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -77,6 +77,33 @@ def make_problem(
         passed=before.passed,
         **given,
     )
+
+
+@dataclass
+class FakeTraining:
+    """A training that gives the same weights whatever it is asked for, or what `gives` says; it writes calls down."""
+
+    state: State | None = None
+    gives: Callable[..., State | None] | None = None
+    epochs: int = 10
+    visits: int = 1_000
+    fit_seconds: float | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def __call__(
+        self,
+        *,
+        seconds: float,
+        seed: int,
+        clock: StageTimer,
+        start: State | None = None,
+        weight: Tensor | None = None,
+        epochs: int | None = None,
+        rate: float | None = None,
+    ) -> State | None:
+        call = {"seconds": seconds, "seed": seed, "start": start, "weight": weight, "epochs": epochs, "rate": rate}
+        self.calls.append(call)
+        return self.state if self.gives is None else self.gives(**call)
 
 
 def cast(sources: Sequence[TensorSource], dtype: torch.dtype) -> list[TensorSource]:

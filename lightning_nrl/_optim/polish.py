@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
 
@@ -39,7 +40,7 @@ from lightning_nrl._optim.target_schedule import TargetSchedule
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
@@ -134,7 +135,7 @@ def polish(
     while phase is not Phase.DONE:
         phase = run.advance(phase)
     assert run.best is not None
-    return run.best
+    return replace(run.best, course=tuple(run.course))
 
 
 class _Polish:
@@ -145,6 +146,7 @@ class _Polish:
         state: where the present start began; once steps have ended, where they ended.
         after: the last count of all known samples.
         rounds: of steps that were made in all.
+        course: what became of the known samples at each count.
     """
 
     def __init__(
@@ -158,6 +160,7 @@ class _Polish:
     ) -> None:
         self.problem, self.state, self.masks = problem, state, masks
         self.best: PolishResult | None = None
+        self.course: list[TargetCounts] = []
         self.rounds = self.retreats = 0
         self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf
         self._deadline, self._one_pass = deadline, problem.clock.one_pass
@@ -278,5 +281,6 @@ class _Polish:
         """What the model does on all known data under a state; how long that took is kept."""
         began = self._deadline.now()
         after = self.problem.evaluate(state)
+        self.course.append(self.problem.target_counts(after))
         self._one_pass = self._deadline.now() - began
         return after

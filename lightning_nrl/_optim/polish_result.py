@@ -9,6 +9,7 @@ import torch
 from lightning_nrl._optim.active_set import ActiveSet
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal
 
@@ -27,10 +28,12 @@ class PolishResult(Proposal):
     Attributes:
         rounds: of steps that were made.
         strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
+        course: what became of the known samples, each time that all were counted.
     """
 
     rounds: int = 0
     strength: float = 1.0
+    course: tuple[TargetCounts, ...] = ()
 
     @classmethod
     def counted(

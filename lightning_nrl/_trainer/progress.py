@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
+
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
     from rich.progress import Progress
@@ -61,6 +63,14 @@ class RepairProgress:
         """Shows how far the search is, and its best candidate's counts; between stages there is no line for it."""
         counts = ((repaired, "repaired"), (broken, "broken"))
         self.show(done, total, ", ".join(f"{n} {what}" for n, what in counts if n is not None))
+
+    def announce(self, text: str) -> None:
+        """Prints a sentence above the bar, or where there is none."""
+        bar = self._trainer.progress_bar_callback
+        if bar is not None and self._line is not None:
+            bar.print(text)
+        else:
+            rank_zero_info(text)
 
     def show(self, done: int, total: int, note: str) -> None:
         """Shows how far a stage is, and a few words."""

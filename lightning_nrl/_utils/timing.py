@@ -30,6 +30,10 @@ class Observer(Protocol):
         """After some steps of a stage: how many of how many, and the best candidate's counts where there are any."""
         ...
 
+    def announce(self, text: str) -> None:
+        """Before something that takes longer than a few seconds: what will be done, and about how long it takes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Deadline:
@@ -126,3 +130,8 @@ class StageTimer:
         """Inside a stage: how many steps of how many were made, and the best candidate's counts, if there are any."""
         if self.observer:
             self.observer.search(done, total, repaired, broken)
+
+    def announce(self, text: str) -> None:
+        """What will be done, and about how long it takes, in a sentence for the screen."""
+        if self.observer:
+            self.observer.announce(text)

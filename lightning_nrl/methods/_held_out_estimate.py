@@ -1,6 +1,6 @@
 """What a method does to samples that it may not use: the one estimate that the default chooses by.
 
-Half of the samples that came in with the failed ones are held out, since the model was not trained on them: what
+A quarter of the samples that came in with the failed ones are held out, since the model was not trained on them: what
 becomes of them is what may be expected of unseen samples like these.
 """
 
@@ -18,7 +18,7 @@ from lightning_nrl.problem import Problem
 
 __all__ = ["best_index", "estimate", "held_out_rows", "net_rate"]
 
-HELD_OUT_FRACTION = 1 / 2
+HELD_OUT_FRACTION = 1 / 4
 """Of each kind of sample: targets, other failures, passed ones."""
 
 MAX_HELD_OUT_PASSED = 1 / 5
@@ -62,14 +62,17 @@ def net_rate(counts: TargetCounts) -> float:
 def best_index(found: Sequence[TargetCounts | None]) -> int:
     """The last of the procedures, in order of what they change, that held-out samples speak for.
 
-    Those whose net rate is less than a standard error below the best one count as equal to it, and the last of them is
-    taken: what changes more has also repaired more elsewhere. One without an estimate has the rate 0.
+    Those whose net rate is less than a standard error of the difference below the best one count as equal to it, and
+    the last of them is taken: what changes more repairs more, and its trial had less time and data than the repair. One
+    that breaks as many as it repairs, or more, is none of them.
     """
     rates = [0.0 if counts is None else net_rate(counts) for counts in found]
+    variances = [0.0 if counts is None else _variance(counts) for counts in found]
     top = max(range(len(rates)), key=lambda i: rates[i])
-    return max(i for i, rate in enumerate(rates) if rate >= rates[top] - _standard_error(found[top]))
+    close = (rates[top] - rate <= math.sqrt(variances[top] + variances[i]) for i, rate in enumerate(rates))
+    return max(i for i, is_close in enumerate(close) if i == top or (is_close and rates[i] > 0))
 
 
-def _standard_error(counts: TargetCounts | None) -> float:
+def _variance(counts: TargetCounts) -> float:
     """Of a net rate: flips come about as by a Poisson process."""
-    return 0.0 if counts is None else math.sqrt(counts.repaired + counts.broken) / max(1, counts.passed)
+    return (counts.repaired + counts.broken) / max(1, counts.passed) ** 2

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearized import Linearized
@@ -41,14 +41,14 @@ class RungResult:
         solution: its proposal and the steps to it.
         seconds: wall time, the trial without held-out samples included.
         note: how it went, in words.
-        tried: proposals of all kinds that were counted on the way, for the price of the guarantee.
+        tried: what became of the known samples under other weights that were counted on the way.
     """
 
     name: str
     solution: Solution
     seconds: float
     note: str = ""
-    tried: tuple[Proposal, ...] = ()
+    tried: tuple[TargetCounts, ...] = ()
 
     @property
     def held_out(self) -> TargetCounts | None:
@@ -66,8 +66,8 @@ class RungResult:
         proposal = self.solution.proposal
         counts = (0, 0, 0, 0)
         if proposal is not None:
-            flips = Flips.between(problem.before, proposal.after).counts()
-            counts = proposal.repaired, flips.repaired, flips.broken, weights_changed(problem, proposal)
+            found = problem.target_counts(proposal.after)
+            counts = proposal.repaired, found.repaired, found.broken, weights_changed(problem, proposal)
         return Rung(self.name, *counts, round(self.seconds, 3), self.held_out, taken, self.note)
 
 

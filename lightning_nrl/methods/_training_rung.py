@@ -23,7 +23,7 @@ from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, POLISH_PASSES, visits_per_epoch
-from lightning_nrl.problem import Problem, Proposal, better
+from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 
@@ -32,8 +32,8 @@ __all__ = ["training_rung"]
 OWN_RATES = (1e-3, 1e-4)
 """Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones."""
 
-TRIAL_SHARE, POLISH_SHARE = 0.25, 0.15
-"""Of the visits that the fit made, what each trial makes, and what is kept for the polish."""
+TRIAL_SHARE, FINAL_SHARE = 0.3, 0.7
+"""Of the visits that the fit made, what each trial makes, and what goes on from the best."""
 
 TRIAL_TIME_SHARE = 0.3
 """Of the time that is left, where it is limited."""
@@ -43,6 +43,15 @@ MAX_TRIALS = 2
 
 FEWEST_TRIAL_EPOCHS, FEWEST_EPOCHS_AFTER = 2, 3
 """Schedules are not squeezed further, unless the fit had fewer."""
+
+LIMITED_EPOCHS = 40
+"""Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
+
+MIN_ANNOUNCED_SECONDS = 3.0
+"""What takes less is not worth a line."""
+
+SECONDS_PER_VISIT = 3.0
+"""Of a training step on a sample, in forward passes."""
 
 HEALTHY_REPAIRS = 0.5
 """A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
@@ -81,27 +90,27 @@ def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | 
     clock = problem.clock
     began, deadline = clock.elapsed, problem.deadline_of_method().earlier(POLISH_PASSES * clock.one_pass)
     steps: list[Step] = []
+    _announce(problem)
     trials = list(_trials(problem, held_out, deadline, steps))
     if not trials:
         return None
     trial = max(trials, key=lambda one: one.net)
     with clock.stage("fit"):
         started = clock.elapsed
-        state = _fit(
-            problem, trial.steps, _share_after(problem, len(trials)), FEWEST_EPOCHS_AFTER, deadline, trial.state
-        )
+        state = _fit(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS_AFTER, deadline, trial.state)
         found = trial.state if state is None else state
         fitted = problem.propose("fit", _scaled(problem, found, trial.strength))
         note = "not enough time: the trial's weights" if state is None else trial.steps.name
         steps.append(fitted.step(clock.elapsed - started, f"{note}, {trial.strength:.0%} of the way"))
-    polished = _polished(problem, fitted, steps)
+    tried: list[TargetCounts] = []
+    polished = _polished(problem, fitted, steps, tried)
     if not polished.repaired and state is not None:
         again = problem.propose("trial", _scaled(problem, trial.state, trial.strength))
-        polished = better([polished, _polished(problem, again, steps)]) or polished
+        polished = better([polished, _polished(problem, again, steps, tried)]) or polished
     last = search_or_keep(problem, searcher, polished, seconds=search_seconds(problem))
-    solution = replace(last, steps=(*steps, *last.steps), held_out=trial.held_out, others=(fitted,))
-    tried = (fitted, polished)
-    return RungResult("training", solution, clock.elapsed - began, trial.steps.name, tried)
+    last, counts = _tried_search(problem, searcher, trial, held_out, polished, last)
+    solution = replace(last, steps=(*steps, *last.steps), held_out=counts, others=(fitted, polished))
+    return RungResult("training", solution, clock.elapsed - began, trial.steps.name, tuple(tried))
 
 
 def _trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, steps: list[Step]) -> Iterator[_Trial]:
@@ -169,12 +178,48 @@ def _budget(problem: Problem) -> float:
     return float(training.visits)
 
 
-LIMITED_EPOCHS = 40
-"""Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
+def _tried_search(
+    problem: Problem,
+    searcher: Searcher[Any],
+    trial: _Trial,
+    held_out: Tensor | None,
+    polished: Proposal,
+    found: Solution,
+) -> tuple[Solution, TargetCounts | None]:
+    """The search after the polish, unless held-out samples speak against one after the trial; and their counts.
+
+    With few targets left a search that finds values for them may know no more than these.
+    """
+    if held_out is None or found.proposal is None or found.proposal is polished:
+        return found, trial.held_out
+    own = problem.without(held_out)
+    after = search_or_keep(own, searcher, trial.proposal, seconds=search_seconds(problem)).proposal
+    counts = trial.held_out if after is None else estimate(problem.before, after.after, held_out)
+    assert counts is not None
+    if counts.repaired - counts.broken >= trial.net:
+        return found, counts
+    note = f"{found.steps[-1].note}; not taken, after the trial it broke {counts.broken} held-out samples"
+    step = replace(found.steps[-1], repaired=polished.repaired, broken=polished.broken, note=note)
+    return replace(found, proposal=polished, steps=(*found.steps[:-1], step)), trial.held_out
 
 
-def _share_after(problem: Problem, n_trials: int) -> float:
-    return max(TRIAL_SHARE, 1 - POLISH_SHARE - n_trials * TRIAL_SHARE)
+def _announce(problem: Problem) -> None:
+    """Says what comes and about how long it takes, if that is longer than a few seconds."""
+    clock, training, n = problem.clock, problem.training, len(problem.before)
+    if math.isfinite(clock.left):
+        seconds, bound = clock.left, "`max_time` bounds it"
+    elif training is not None and training.fit_seconds is not None:
+        seconds, bound = training.fit_seconds, f"as long as the fit took ({training.fit_seconds:,.0f} s) at most"
+    else:
+        seconds = SECONDS_PER_VISIT * clock.one_pass * _budget(problem) / max(1, n)
+        bound = "by the time of one pass over the data"
+    if seconds < MIN_ANNOUNCED_SECONDS:
+        return
+    how = "the training goes on" if problem.whole and training is not None else "distilled steps are made"
+    clock.announce(
+        f"Repair: the chosen layer was searched in {clock.elapsed:,.0f} s. Now {how} on {n:,} known samples, then what "
+        f"breaks is polished away: about {seconds:,.0f} s, {bound}. Give `max_time` for less."
+    )
 
 
 def _judged(own: Problem, problem: Problem, kind: _Steps, state: State, held_out: Tensor | None) -> _Trial:
@@ -198,7 +243,8 @@ def _judged(own: Problem, problem: Problem, kind: _Steps, state: State, held_out
     return best
 
 
-def _polished(problem: Problem, fitted: Proposal, steps: list[Step]) -> Proposal:
+def _polished(problem: Problem, fitted: Proposal, steps: list[Step], tried: list[TargetCounts]) -> Proposal:
+    """What is left when nothing known is broken; the counts on the way are added to `tried`."""
     clock = problem.clock
     with clock.stage("polish"):
         began = clock.elapsed
@@ -206,6 +252,7 @@ def _polished(problem: Problem, fitted: Proposal, steps: list[Step]) -> Proposal
         result = polish(steered, fitted.state, deadline=problem.deadline_of_method(), after=fitted.after)
         proposal = problem.counted("polish", result.state, result.after)
         steps.append(proposal.step(clock.elapsed - began, result.note))
+        tried.extend(result.course)
     return proposal
 
 

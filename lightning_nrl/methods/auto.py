@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from lightning_nrl.errors import check_kind
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import best_index, held_out_rows
+from lightning_nrl.methods._price_of_zero import price_points
 from lightning_nrl.methods._rungs import (
     RungResult,
     exact_rung,
@@ -23,16 +25,12 @@ from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.run_records import PricePoint
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 __all__ = ["Auto"]
 
 UPDATE_TIME_SHARE = 0.9
 """Of the time that is left, what the polish of an update may take; the rest is the search's."""
-
-PRICE_LEVELS = (0.0, 0.001, 0.005, 0.01, 0.02, 1.0)
-"""Shares of the known passed samples that might break, for the price of the guarantee."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Auto:
     """
 
     trains: ClassVar[bool] = True
-    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=ParticleSwarm)
+    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=partial(ParticleSwarm, iterations=100))
 
     def __post_init__(self) -> None:
         fits = isinstance(self.swarm, Searcher)
@@ -87,7 +85,7 @@ class Auto:
             held_out=None if taken is None else taken.held_out,
             rungs=rungs,
             choice="" if taken is None else why,
-            price=_price(problem, results),
+            price=price_points(both for result in results for both in _tried(problem, result)),
         )
         if shown is None:
             return solution
@@ -143,21 +141,10 @@ def _said(counts: TargetCounts | None) -> str:
     return f"repairs {counts.repaired:,} and breaks {counts.broken:,}"
 
 
-def _price(problem: Problem, results: Sequence[RungResult]) -> tuple[PricePoint, ...]:
-    """The most repairs in the target among all that was counted, by how many known samples may break."""
-    passed = int(problem.before.passed.sum())
-    counted = {}
-    for result in results:
-        for proposal in (result.solution.proposal, *result.solution.others, *result.tried):
-            if proposal is not None:
-                counted[id(proposal)] = (proposal, result)
-    points = []
-    for level in PRICE_LEVELS:
-        within = [both for both in counted.values() if both[0].broken <= level * passed]
-        if not within:
-            continue
-        proposal, result = max(within, key=lambda both: (both[0].repaired, -both[0].broken))
-        flips = Flips.between(problem.before, proposal.after).counts()
-        point = PricePoint(level, flips.broken, proposal.repaired, flips.repaired, result.held_out)
-        points.append(point)
-    return tuple(points)
+def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:
+    """What all weights that a rung counted do to known samples, and its estimate."""
+    for proposal in (result.solution.proposal, *result.solution.others):
+        if proposal is not None:
+            yield problem.target_counts(proposal.after), result.held_out
+    for counts in result.tried:
+        yield counts, result.held_out

@@ -46,11 +46,13 @@ class _HeldOutFlips(NamedTuple):
     lost: int  # passed samples that were broken
     gain: float  # what the former weigh
     harm: float  # what the latter weigh
+    others: int  # failures that are no targets and were repaired all the same
 
-    def counts(self, n_passed: int, n_targeted: int) -> TargetCounts:
+    def counts(self, n_passed: int, n_targeted: int, n_others: int) -> TargetCounts:
         """The same as counts of so many samples that were held out."""
-        kept, failing = n_passed - self.lost, n_targeted - self.gained
-        return TargetCounts(kept, self.lost, self.gained, failing, n_targeted, self.gained)
+        repaired = self.gained + self.others
+        failing = n_targeted + n_others - repaired
+        return TargetCounts(n_passed - self.lost, self.lost, repaired, failing, n_targeted, self.gained)
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ class Convex:
         ]
         best = _best(held, points)
         others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
-        folds = _folds(problem) >= 0
-        n_passed, n_targeted = int((folds & problem.before.passed).sum()), int((folds & problem.before.targeted).sum())
-        held_out = held[best].counts(n_passed, n_targeted)
+        folded, before = _folds(problem) >= 0, problem.before
+        kinds = (before.passed, before.targeted, ~before.passed & ~before.targeted)
+        held_out = held[best].counts(*(int((folded & kind).sum()) for kind in kinds))
         with problem.clock.stage("judge"):
             began = time.perf_counter()
             proposal, share = _deployed(problem, changes[best])
@@ -149,7 +151,7 @@ def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tens
     """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
     collective, n = problem.collective, len(SLACK_COSTS)
     changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
-    held = torch.zeros(n, 4, dtype=torch.float64)
+    held = torch.zeros(n, 5, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
         for i, (change, *found) in enumerate(_solved(problem, features, logits)):
@@ -157,14 +159,15 @@ def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tens
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
     return list(changes[: int(made)]), [
-        _HeldOutFlips(int(a), int(b), c, d) for a, b, c, d in held[: int(made)].tolist()
+        _HeldOutFlips(int(a), int(b), c, d, int(e)) for a, b, c, d, e in held[: int(made)].tolist()
     ]
 
 
-def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float]]:
+def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
     """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
-    How many targets they repair, how many passed samples they break, and what these weigh.
+    How many targets they repair, how many passed samples they break, what these weigh, and how many other failures they
+    repair.
     """
     before, device = problem.before, features.device
     known = (before.passed | before.targeted).to(device)
@@ -172,18 +175,23 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
     head = ConvexHead(
         features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
     )
-    fold = _folds(problem).to(device)[known]
+    folds = _folds(problem).to(device)
+    fold, others = folds[known], ~known & (folds >= 0)
+    other_labels = before.label.to(device)[others]
     paths = [regularization_path(head, SLACK_COSTS)]
     paths += [regularization_path(head, SLACK_COSTS, fold != number) for number in range(N_FOLDS)]
     counts = before.finite_weight.to(device)[known]
-    for change, *others in zip(*paths, strict=True):
-        flipped = torch.zeros_like(head.targeted)
-        for number, other in enumerate(others):
+    for change, *without in zip(*paths, strict=True):
+        flipped, n_others = torch.zeros_like(head.targeted), 0
+        for number, made in enumerate(without):
             out = fold == number
-            right = head.changed(other)[out].argmax(1) == head.label[out]
+            right = head.changed(made)[out].argmax(1) == head.label[out]
             flipped[out] = right == head.targeted[out]
+            outputs = logits[others] + (features[others].to(made) @ made.T).to(logits)
+            n_others += int(((outputs.argmax(1) == other_labels) & (folds[others] == number)).sum())
         gained, lost = flipped & head.targeted, flipped & ~head.targeted
-        yield change, int(gained.sum()), int(lost.sum()), float(counts[gained].sum()), float(counts[lost].sum())
+        weights = float(counts[gained].sum()), float(counts[lost].sum())
+        yield change, int(gained.sum()), int(lost.sum()), *weights, n_others
         if problem.clock.left <= 0:
             return
 
@@ -195,9 +203,10 @@ def _folds(problem: Problem) -> Tensor:
     for source in problem.known:
         if source.failed:
             fold[before.of(source.split)] = 0
-    here = (fold == 0) & (before.passed | before.targeted)
+    here = (fold == 0) & problem.used
+    fold[fold == 0] = -1
     generator = torch.Generator().manual_seed(problem.seed)
-    for kind in (before.passed, before.targeted):
+    for kind in (before.passed, before.targeted, ~before.passed & ~before.targeted):
         which = (here & kind).nonzero().flatten()
         fold[which] = torch.randperm(len(which), generator=generator) % N_FOLDS
     return fold

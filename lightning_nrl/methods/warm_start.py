@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
+from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import Searcher
@@ -82,7 +83,7 @@ def warm_started_search(
         failed,
         start.after.passed & problem.used & ~failed,
         kept,
-        _constrained(problem.fitness),
+        _constrained(problem, start),
         reserve,
         problem.deadline_of_method().within(seconds),
         scored=None if narrow is None else narrow,
@@ -155,11 +156,14 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     return torch.where(start.after.passed, kept, 0.0)
 
 
-def _constrained(fitness: Fitness) -> Fitness:
-    """The fitness with every passed sample as a hard constraint."""
+def _constrained(problem: Problem, start: Proposal) -> Fitness:
+    """The fitness with every passed sample as a hard constraint, but for as many as the gate allows to break."""
+    fitness = problem.fitness
     if not isinstance(fitness, Fitness):
         return fitness
-    return replace(fitness, perfect_intact=True, infeasible="ranked")
+    counts = Flips.between(problem.before, start.after).counts(problem.used)
+    tolerated = float(problem.allowed(counts))
+    return replace(fitness, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
 
 def _gain(best: Proposal, final: Proposal) -> str:

@@ -16,7 +16,7 @@ from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.solution import Proposal, Solution
@@ -172,6 +172,10 @@ class Problem:
         excess = max(0.0, harm - self.allowed(flips.counts(self.used)))
         counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
         return Proposal(name, state, after, *counts)
+
+    def target_counts(self, after: SampleResults) -> TargetCounts:
+        """What becomes of the known samples that a method may use."""
+        return Flips.between(self.before, after).target_counts(self.before.targeted, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
         """The same problem for a method that must not use some samples, `N` bool."""

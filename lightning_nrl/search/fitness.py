@@ -69,6 +69,8 @@ class Fitness:
         infeasible: what pi does then: `ranked` puts infeasible candidates below all feasible ones, in the order of the
             lexicographic kind, so that a search finds its way back; `zero` gives all of them the paper's 0, and
             feasible ones that would be worth less, as their losses rose, a small positive number in the same order.
+        tolerated: broken samples of I_pos, by weight, that do not count in the lexicographic order nor make a candidate
+            infeasible, at least 0: what a gate allows.
 
     Raises:
         ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
@@ -94,6 +96,7 @@ class Fitness:
     loss_term: Literal["bounded", "inverse_ratio", "as_printed"] = "bounded"
     perfect_intact: bool = False
     infeasible: Literal["ranked", "zero"] = "ranked"
+    tolerated: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("fitness.kind", self.kind, FITNESS_KINDS)
@@ -101,6 +104,7 @@ class Fitness:
         check_choice("fitness.infeasible", self.infeasible, INFEASIBLE_RANKINGS)
         for name in ("alpha", "beta"):
             check_real(f"fitness.{name}", getattr(self, name), "weight", "give a finite number of at least 0.", least=0)
+        check_real("fitness.tolerated", self.tolerated, "number", "give a number of samples from 0.", least=0)
         check_real("fitness.delta", self.delta, "constant", "give a finite number above 0.", above=0)
 
     @property
@@ -115,15 +119,14 @@ class Fitness:
         """
         any_number = torch.full_like(value, math.inf)
         if self.perfect_intact and self.infeasible == "zero":
-            return torch.where(value >= 0, 0.0, any_number)
-        ranked = (-value / (n_failed + 1)).ceil().clamp(min=0)
+            return torch.where(value >= 0, self.tolerated, any_number)
+        ranked = self.tolerated + (-value / (n_failed + 1)).ceil().clamp(min=0)
         if self.kind == "lexicographic":
             return ranked
         if not self.perfect_intact:
             return None
-        return torch.where(
-            value >= FEASIBLE_FLOOR, 0.0, ((FEASIBLE_FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0)
-        )
+        infeasible = ((FEASIBLE_FLOOR - value) / (n_failed + 1)).ceil().clamp(min=0)
+        return self.tolerated + torch.where(value >= FEASIBLE_FLOOR, 0.0, infeasible)
 
     def __call__(self, scores: Scores, original: Scores) -> Tensor:
         """The fitness of each candidate, `S x P` float64, from its scores, `S x P`, and those of the original, `S x 1`.
@@ -159,9 +162,9 @@ def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> Fitn
     """
     if all(one == fitness[0] for one in fitness):
         return fitness[0]
-    kinds: dict[tuple[str, str, bool, str], list[int]] = {}
+    kinds: dict[tuple[str, str, bool, str, float], list[int]] = {}
     for row, one in enumerate(fitness):
-        kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible), []).append(row)
+        kinds.setdefault((one.kind, one.loss_term, one.perfect_intact, one.infeasible, one.tolerated), []).append(row)
     groups = []
     for rows in kinds.values():
         members = [fitness[row] for row in rows]
@@ -193,13 +196,14 @@ def _evaluate(
     if scores.harm is not None:
         broken = scores.harm.to(dtype)
         intact = scores.n_passed - broken
+    excess = broken if not settings.tolerated else (broken - settings.tolerated).clamp(min=0)
 
     def lexicographic() -> Tensor:
         n = scores.n_failed + scores.n_passed
         loss = (scores.n_failed * loss_failed + scores.n_passed * loss_passed) / n
         before = (scores.n_failed * before_failed + scores.n_passed * before_passed) / n
         fall = (before - loss) / (before.abs() + delta)
-        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - broken * (scores.n_failed + 1)
+        return gain + scores.least * 0.25 * (1 + F.softsign(fall)) - excess * (scores.n_failed + 1)
 
     if settings.kind == "lexicographic":
         value = lexicographic()
@@ -211,9 +215,9 @@ def _evaluate(
         else:
             value = value + beta * _loss_term(settings.loss_term, loss_failed, before_failed, delta)
     if settings.perfect_intact and settings.infeasible == "zero":
-        value = _positive(value).masked_fill(broken > 0, 0.0)
+        value = _positive(value).masked_fill(excess > 0, 0.0)
     elif settings.perfect_intact and settings.kind != "lexicographic":
-        value = torch.where(broken > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
+        value = torch.where(excess > 0, FEASIBLE_FLOOR + lexicographic(), value.clamp(min=FEASIBLE_FLOOR))
     return value.masked_fill(~(loss_failed.isfinite() & loss_passed.isfinite()), -math.inf)
 
 

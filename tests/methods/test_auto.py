@@ -7,14 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import Marginless, broken, left_alone, make_problem, on_a_line, retrained, right
+from toy_problems import (
+    FakeTraining,
+    Marginless,
+    broken,
+    left_alone,
+    make_problem,
+    on_a_line,
+    retrained,
+    right,
+)
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
-from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
+from lightning_nrl.methods._price_of_zero import price_points
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
 
@@ -24,13 +34,6 @@ AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 def problem(layer: str = "auto", **rest: Any) -> Problem:
     own = make_problem(trained(), known(), layer, **rest)
     return replace(own, localizer=NeuRecoverLite(n_weights=12))
-
-
-def going_on(own: Problem) -> Any:
-    def training(*, seconds: float, seed: int, clock: StageTimer, start: State | None = None) -> State:
-        return retrained(own.model)
-
-    return training
 
 
 def names(solution: Solution) -> list[str]:
@@ -45,27 +48,84 @@ def checked(own: Problem, solution: Solution) -> Solution:
     return solution
 
 
-def test_where_everything_may_change_training_goes_on_then_a_swarm_from_there() -> None:
+def test_where_everything_may_change_all_rungs_are_climbed_and_one_is_taken() -> None:
     own = problem()
     with left_alone(own.model):
-        solution = checked(own, AUTO(replace(own, training=going_on(own))))
-    assert names(solution) == ["fit", "polish", "swarm"]
-    assert solution.steps[0].note == "continued training"
-    _, polished, last = solution.steps
-    assert last.repaired >= polished.repaired
-    assert "over its seeds" in last.note or "no target is left" in last.note
+        solution = checked(own, AUTO(replace(own, training=FakeTraining(retrained(own.model)))))
+    assert [rung.name for rung in solution.rungs] == ["search", "exact", "training"]
+    assert [rung.taken for rung in solution.rungs].count(True) == 1
+    assert names(solution)[0] == "swarm"
+    assert names(solution)[-4:] == ["trial", "fit", "polish", "swarm"]
+    assert "continued training" in solution.steps[-4].note
+    assert solution.localization is not None
+    assert solution.result is not None
+
+
+def test_each_rung_says_what_it_does_to_samples_that_it_may_not_use() -> None:
+    own = problem()
+    solution = AUTO(own)
+    came = len(own.known[1].index)
+    search, exact, training = (rung.held_out for rung in solution.rungs)
+    assert search is not None
+    assert exact is not None
+    assert training is not None
+    assert exact.n == came
+    assert search.n == training.n
+    assert came // 5 < search.n <= came // 4
+    taken = next(rung for rung in solution.rungs if rung.taken)
+    assert taken.held_out == solution.held_out
+    assert f"`{taken.name}` is taken" in solution.choice
+
+
+def test_the_counts_of_a_rung_are_those_of_the_deployed_model() -> None:
+    own = problem()
+    solution = checked(own, AUTO(own))
+    taken = next(rung for rung in solution.rungs if rung.taken)
+    assert solution.proposal is not None
+    now = right(own, solution.proposal.state)
+    assert taken.repaired == int((~own.before.passed & now).sum())
+    assert (taken.repaired_in_target, taken.broken) == (solution.proposal.repaired, 0)
+    live = dict(own.model.named_parameters())
+    differ = sum(int((live[k] != v).sum()) for k, v in solution.proposal.state.items() if k in live)
+    assert taken.weights_changed == differ
 
 
 def test_without_a_training_to_go_on_with_it_makes_steps_of_its_own() -> None:
     own = problem()
     solution = checked(own, AUTO(own))
-    assert names(solution) == ["fit", "polish", "swarm"]
-    assert solution.steps[0].note == "distilled steps"
+    trial = next(step for step in solution.steps if step.name == "trial")
+    assert trial.note.startswith("distilled steps")
 
 
-def test_a_last_linear_layer_alone_is_solved() -> None:
+def test_the_price_of_zero_is_what_more_could_be_repaired() -> None:
+    own = problem()
+    solution = AUTO(replace(own, training=FakeTraining(retrained(own.model))))
+    none, *_, any_number = solution.price
+    assert (none.allowed, none.broken, any_number.allowed) == (0.0, 0, 1.0)
+    assert none.repaired_in_target >= max(rung.repaired_in_target for rung in solution.rungs if not rung.broken)
+    assert any_number.repaired_in_target >= none.repaired_in_target
+
+
+def test_price_points_are_the_best_within_each_level() -> None:
+    fit = TargetCounts(990, 10, 30, 0, targeted=26, repaired_in_target=26)
+    polished, between = TargetCounts(1_000, 0, 6, 24, 26, 5), TargetCounts(996, 4, 20, 10, 26, 18)
+    estimated = TargetCounts(9, 1, 3, 2, 5, 3)
+    found = price_points([(fit, None), (polished, estimated), (between, None)])
+    assert [(p.allowed, p.broken, p.repaired_in_target, p.repaired) for p in found] == [
+        (0.0, 0, 5, 6),
+        (0.001, 0, 5, 6),
+        (0.005, 4, 18, 20),
+        (0.01, 10, 26, 30),
+        (0.02, 10, 26, 30),
+        (1.0, 10, 26, 30),
+    ]
+    assert found[0].held_out == estimated
+
+
+def test_a_last_linear_layer_alone_is_searched_and_solved() -> None:
     own = problem("2")
     solution = checked(own, AUTO(own))
+    assert [rung.name for rung in solution.rungs] == ["search", "exact"]
     assert set(names(solution)) == {"convex", "swarm"}
     assert solution.proposal is not None
     assert {name for name in solution.proposal.state if name != "2.bias"} == {"2.weight"}
@@ -104,7 +164,8 @@ def test_a_block_changes_inside_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Sequential(*trained()[:2]), trained()[2])
     own = make_problem(model, known(), ["0", "1"])
     solution = checked(own, AUTO(replace(own, localizer=NeuRecoverLite(n_weights=12))))
-    assert names(solution)[:2] == ["fit", "polish"]
+    assert [rung.name for rung in solution.rungs] == ["search", "training"]
+    assert names(solution)[1:4] == ["trial", "fit", "polish"]
 
 
 def test_what_is_no_swarm_or_no_solution_is_refused() -> None:

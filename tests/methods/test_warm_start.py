@@ -115,13 +115,30 @@ def test_passed_samples_keep_half_of_their_margin_or_what_is_enough() -> None:
     assert (solution.proposal.after.margin[passed] >= least - 1e-5).all()
 
 
-def test_where_no_target_is_left_there_is_nothing_to_search() -> None:
+def test_where_no_target_is_left_and_no_sample_is_near_the_border_nothing_is_searched() -> None:
     own = problem()
-    after = replace(own.before, passed=own.before.passed | own.before.targeted)
+    margin = own.before.margin.clamp(min=float(own.before.margin[own.before.passed].median()))
+    after = replace(own.before, passed=own.before.passed | own.before.targeted, margin=margin)
     seed = Proposal("all", {}, after, int(own.before.targeted.sum()), 0)
     solution = warm_started_search(own, QUICK, [seed], base=seed.state)
     assert solution.proposal is seed
     assert solution.result is None
+
+
+def test_where_no_target_is_left_more_margin_is_searched_for_at_the_same_counts() -> None:
+    own = problem()
+    # Targets are right by a hair's breadth under the base, which is the original model with another bias.
+    after = replace(
+        own.before,
+        passed=own.before.passed | own.before.targeted,
+        margin=torch.where(own.before.targeted, 1e-4, own.before.margin),
+    )
+    seed = Proposal("all", {}, after, int(own.before.targeted.sum()), 0)
+    solution = warm_started_search(own, QUICK, [seed], base=seed.state)
+    assert solution.result is not None
+    assert solution.localization is not None
+    assert solution.proposal is not None
+    assert solution.proposal.rank >= seed.rank
 
 
 def test_any_searcher_goes_on_from_a_base() -> None:

@@ -1,0 +1,65 @@
+"""Which known samples are held out, and what is chosen by what becomes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy_problems import make_problem, on_a_line
+from toy_repairs import known, trained
+
+from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.methods._held_out_estimate import best_index, estimate, held_out_rows, net_rate
+
+
+def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:
+    return TargetCounts(passed - broken, broken, repaired, failing - repaired, failing, repaired)
+
+
+def test_a_quarter_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kind() -> None:
+    own = make_problem(trained(), known())
+    before, rows = own.before, held_out_rows(own)
+    assert rows is not None
+    came = torch.zeros_like(rows)
+    came[before.of("new")] = True
+    assert not (rows & ~came).any()
+    for kind in (before.targeted, before.passed):
+        assert int((rows & kind).sum()) == int((came & kind).sum()) // 4
+    again = held_out_rows(own)
+    assert again is not None
+    assert torch.equal(rows, again)
+
+
+def test_what_is_protected_stays_in() -> None:
+    own = make_problem(trained(), known())
+    weight = torch.where(own.before.passed, torch.inf, 1.0).double()
+    assert held_out_rows(replace(own, before=replace(own.before, weight=weight))) is None
+
+
+def test_of_few_failures_nothing_is_held_out() -> None:
+    assert held_out_rows(on_a_line()) is None
+
+
+def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out() -> None:
+    own = make_problem(trained(), known())
+    rows = held_out_rows(own)
+    assert rows is not None
+    without = own.without(rows)
+    assert not (without.before.passed & rows).any()
+    assert not (without.before.targeted & rows).any()
+    assert torch.equal(without.used, ~rows)
+    everything = replace(own.before, passed=torch.ones_like(own.before.passed))
+    proposal = without.counted("all", {}, everything)
+    assert proposal.repaired == int((own.before.targeted & ~rows).sum())
+    found = estimate(own.before, everything, rows)
+    assert (found.repaired, found.broken) == (int((rows & ~own.before.passed).sum()), 0)
+
+
+def test_what_changes_more_is_taken_unless_held_out_samples_speak_against_it() -> None:
+    assert net_rate(counts(9, 1)) == pytest.approx(0.08)
+    # 0.08 and 0.07 differ by less than chance would.
+    assert best_index([counts(9, 1), counts(8, 1)]) == 1
+    # 0.19 and -0.02 do not: their difference has a standard error of 0.055.
+    assert best_index([counts(19, 0), counts(5, 7)]) == 0
+    assert best_index([None, counts(3, 5)]) == 0
