@@ -10,16 +10,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_nrl._tracking.scalars import (
-    Scalars,
-    localization_numbers,
-    outcome,
-    rung_numbers,
-    search_curves,
-    slice_numbers,
-    split_numbers,
-    strength_curves,
-)
+from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl._tracking.tensorboard import write_extras
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.release import ReleaseReport
@@ -96,9 +87,7 @@ def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | 
         logger.log_metrics(scalars, step=iteration)
     for strength, scalars in strength_curves(report, name).items():
         logger.log_metrics(scalars, step=strength)
-    numbers = outcome(report, name) | split_numbers(report, name) | slice_numbers(report, name)
-    numbers |= rung_numbers(report, name) | localization_numbers(report, name)
-    logger.log_metrics(numbers, step=step)
+    logger.log_metrics(final_numbers(report, name), step=step)
     if writer := writer_of(logger):
         write_extras(report, writer, step=step, change=change, name=name)
     # Now, as the process may end before loggers are finalised.

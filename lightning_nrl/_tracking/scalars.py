@@ -1,11 +1,11 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value.
 
 Tags begin with `<name>/` for the outcome, `<name>_search/` for the course of the search, `<name>_strength/` for the way
-from the original weights to the patch, `<name>_splits/<split>/` for the numbers of a split, and
-`<name>_slices/<slice>/` for those of a slice: TensorBoard and others make a group of what stands before the first
-slash, so the few numbers that matter come first. The outcome is single points, not lines from before to after:
-smoothing would bend those, and a reader would read wrong numbers. What is not finite is left out: several loggers
-refuse or misdraw it.
+from the original weights to the patch, `<name>_splits/<split>/` for the numbers of a split, `<name>_slices/<slice>/`
+for those of a slice, `<name>_rungs/<rung>/` for what each rung of the default's ladder does, and `<name>_localization/`
+for the weights that were searched: TensorBoard and others make a group of what stands before the first slash, so the
+few numbers that matter come first. The outcome is single points, not lines from before to after: smoothing would bend
+those, and a reader would read wrong numbers. What is not finite is left out: several loggers refuse or misdraw it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightning_nrl.report import RepairReport, SplitReport
 __all__ = [
     "SEARCH_CURVES",
     "Scalars",
+    "final_numbers",
     "localization_numbers",
     "outcome",
     "release_numbers",
@@ -122,6 +123,12 @@ def localization_numbers(report: RepairReport, name: str = "repair") -> Scalars:
     if found is None:
         return {}
     return {f"{name}_localization/{k}": float(v) for k, v in {"n_g": found.n_g, **found.sizes}.items()}
+
+
+def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+    """All single points: the outcome, and the numbers of splits, slices, rungs and localisation."""
+    parts = (outcome, split_numbers, slice_numbers, rung_numbers, localization_numbers)
+    return {tag: value for part in parts for tag, value in part(report, name).items()}
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:

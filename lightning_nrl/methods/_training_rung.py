@@ -35,7 +35,7 @@ OWN_RATES = (1e-3, 1e-4)
 TRIAL_SHARE, FINAL_SHARE = 0.3, 0.7
 """Of the visits that the fit made, what each trial makes, and what goes on from the best."""
 
-TRIAL_TIME_SHARE = 0.3
+TRIAL_SHARE_OF_TIME = 0.3
 """Of the time that is left, where it is limited."""
 
 MAX_TRIALS = 2
@@ -123,7 +123,7 @@ def _trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, steps
             return
         with clock.stage("fit"):
             began = clock.elapsed
-            limit = deadline if math.isinf(left) else deadline.within(TRIAL_TIME_SHARE * left)
+            limit = deadline if math.isinf(left) else deadline.within(TRIAL_SHARE_OF_TIME * left)
             state = _fit(own, kind, TRIAL_SHARE, FEWEST_TRIAL_EPOCHS, limit)
             if state is None:
                 continue

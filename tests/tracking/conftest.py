@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 
 from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
+from lightning_nrl.report import (
+    LocalizationReport,
+    PricePoint,
+    RepairReport,
+    Rung,
+    SearchReport,
+    SplitReport,
+    WeightChange,
+)
 
 HISTORY = {
     "best": [4.25, 6.5, 7.5],
@@ -48,6 +56,12 @@ def accepted() -> RepairReport:
         change=WeightChange(changed=8, total=640, l2=1.5, relative=0.25, largest=0.75),
         seed=3,
         seconds={"collect": 0.5, "search": 1.5},
+        rungs=(
+            Rung("search", 7, 9, 0, 8, 1.5, held_out=TargetCounts(20, 1, 2, 3, 4, 2), taken=True, note="8 weights"),
+            Rung("exact", 5, 5, 0, 640, 0.25),
+        ),
+        choice="of held-out samples ...: `search` is taken.",
+        price=(PricePoint(0.0, 0, 7, 9), PricePoint(1.0, 12, 9, 11)),
         settings={"n_passed": None, "fitness": {"kind": "eq2", "alpha": 6.0}, "layer": "auto"},
     )
 

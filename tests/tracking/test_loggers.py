@@ -18,7 +18,8 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._tracking import outcome, search_curves, split_numbers, track
+from lightning_nrl._tracking import outcome, search_curves, track
+from lightning_nrl._tracking.scalars import final_numbers
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 
@@ -76,7 +77,7 @@ def events(tmp_path: Path, accepted: RepairReport) -> EventAccumulator:
 
 def expected_points(report: RepairReport, step: int) -> dict[str, list[tuple[int, float]]]:
     points: dict[str, list[tuple[int, float]]] = {}
-    for at, scalars in (*enumerate(search_curves(report)), (step, outcome(report)), (step, split_numbers(report))):
+    for at, scalars in (*enumerate(search_curves(report)), (step, final_numbers(report))):
         for tag, value in scalars.items():
             points.setdefault(tag, []).append((at, pytest.approx(value)))
     return points
@@ -206,7 +207,7 @@ def test_csv_keeps_what_training_has_logged(tmp_path: Path, accepted: RepairRepo
 def test_a_logger_without_an_experiment_gets_every_number(accepted: RepairReport) -> None:
     notes = Notes()
     track(accepted, [notes], step=120, change=CHANGE)
-    final = outcome(accepted) | split_numbers(accepted)
+    final = final_numbers(accepted)
     assert notes.entries == [*enumerate(search_curves(accepted)), (120, final)]
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_nrl._tracking import outcome, search_curves, split_numbers, strength_curves
+from lightning_nrl._tracking.scalars import localization_numbers, rung_numbers
 from lightning_nrl._tracking.tensorboard import layout
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report import RepairReport, StrengthPoint
@@ -142,3 +143,24 @@ def test_the_way_to_the_patch_has_its_charts_before_those_of_the_search(accepted
 def test_tags_begin_with_the_name(accepted: RepairReport) -> None:
     scalars = outcome(accepted, "second") | split_numbers(accepted, "second") | search_curves(accepted, "second")[0]
     assert {tag.split("/")[0] for tag in scalars} == {"second", "second_splits", "second_search"}
+
+
+def test_each_rung_and_the_localised_weights_have_numbers(accepted: RepairReport) -> None:
+    found = rung_numbers(accepted) | localization_numbers(accepted)
+    assert found == {
+        "repair_rungs/search/repaired_in_target": 7.0,
+        "repair_rungs/search/repaired": 9.0,
+        "repair_rungs/search/broken": 0.0,
+        "repair_rungs/search/weights_changed": 8.0,
+        "repair_rungs/search/seconds": 1.5,
+        "repair_rungs/search/held_out_repaired": 2.0,
+        "repair_rungs/search/held_out_broken": 1.0,
+        "repair_rungs/exact/repaired_in_target": 5.0,
+        "repair_rungs/exact/repaired": 5.0,
+        "repair_rungs/exact/broken": 0.0,
+        "repair_rungs/exact/weights_changed": 640.0,
+        "repair_rungs/exact/seconds": 0.25,
+        "repair_localization/n_g": 20.0,
+        "repair_localization/localized": 8.0,
+        "repair_localization/total": 640.0,
+    }
