@@ -51,7 +51,7 @@ def held_out_rows(problem: Problem) -> Tensor | None:
 
 def estimate(before: SampleResults, after: SampleResults, rows: Tensor) -> TargetCounts:
     """What became of the held-out samples; `before` are the results of the whole problem, where they do count."""
-    return Flips.between(before, after).target_counts(before.targeted, rows)
+    return Flips.between(before, after).target_counts(before, rows)
 
 
 def net_rate(counts: TargetCounts) -> float:

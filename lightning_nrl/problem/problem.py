@@ -175,7 +175,7 @@ class Problem:
 
     def target_counts(self, after: SampleResults) -> TargetCounts:
         """What becomes of the known samples that a method may use."""
-        return Flips.between(self.before, after).target_counts(self.before.targeted, self.used)
+        return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
         """The same problem for a method that must not use some samples, `N` bool."""

@@ -19,7 +19,7 @@ def test_a_row_for_each_rung_the_taken_one_marked() -> None:
 def test_the_price_is_a_row_for_each_level_and_a_sentence() -> None:
     price = (PricePoint(0.0, 0, 5, 7), PricePoint(0.01, 9, 20, 28, HELD_OUT), PricePoint(1.0, 71, 20, 28))
     labels = [row.label for row in price_table(price).rows]
-    assert labels == ["none may break", "1.0 % may break", "any may break"]
+    assert labels == ["none may break", "1.00 % may break", "any may break"]
     assert price_table(price).rows[1].cells == ("9", "20", "28", "12", "4")
     assert price_text(price) == "20 targets would be repaired instead of 5 if 9 known samples might break"
     assert price_text(price[:1]).startswith("nothing")

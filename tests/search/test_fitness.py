@@ -244,3 +244,28 @@ def test_the_most_broken_by_hand():
     assert strict.most_broken(strict(AFTER, BEFORE), 4).tolist() == [[0.0, 1.0]]
     zero = Fitness("eq2", perfect_intact=True, infeasible="zero")
     assert zero.most_broken(zero(AFTER, BEFORE), 4).tolist() == [[0.0, 0.0]]
+
+
+def test_what_a_gate_allows_to_break_costs_nothing():
+    # One of ten broken is tolerated: the second candidate repairs more, and is feasible.
+    free = Fitness(delta=0.5, tolerated=1)(AFTER, BEFORE)
+    torch.testing.assert_close(free[0, 1], Fitness(delta=0.5)(AFTER, BEFORE)[0, 1] + 5)
+    two_broken = scores([4], [8], [0.0], [1.0])
+    for kind in ("lexicographic", "eq1", "eq2"):
+        strict, free = (Fitness(kind, perfect_intact=True, tolerated=n) for n in (0, 1))
+        assert strict(AFTER, BEFORE).argmax() == 0
+        assert free(AFTER, BEFORE).argmax() == 1
+        assert free(two_broken, BEFORE) < free(scores([0], [9], [2.0], [0.5]), BEFORE)
+    with pytest.raises(ConfigurationError, match=r"fitness\.tolerated"):
+        Fitness(tolerated=-1)
+
+
+@given(st.floats(-20, 20), st.integers(0, 5), st.sampled_from(["lexicographic", "eq1"]))
+def test_no_candidate_that_breaks_more_than_is_said_is_worth_more(value, tolerated, kind):
+    fitness = Fitness(kind, perfect_intact=True, tolerated=tolerated)
+    most = fitness.most_broken(torch.tensor([[value]], dtype=torch.float64), 4)
+    assert most is not None
+    for broken in range(11):
+        if broken > float(most):
+            best = scores([4], [10 - broken], [0.0], [0.0])
+            assert float(fitness(best, BEFORE)) <= value

@@ -95,7 +95,13 @@ class Continue(Callback):
             before = picture(trainer, pl_module)
             with preserve(pl_module):
                 for seed in seeds:
-                    state = training(seconds=self.seconds, seed=seed, clock=StageTimer(self), start=start)
+                    state = training(
+                        seconds=self.seconds,
+                        seed=seed,
+                        clock=StageTimer(self),
+                        start=start,
+                        rate=self.given.get("rate"),
+                    )
                     self.states.append(state)
             assert_same(before, picture(trainer, pl_module))
 
@@ -104,6 +110,9 @@ class Continue(Callback):
 
     def search(self, *progress: int) -> None:
         self.told.append(progress)
+
+    def announce(self, text: str) -> None:
+        raise AssertionError("nothing is announced here")
 
 
 def picture(trainer: Trainer, model: LightningModule) -> Any:
@@ -418,6 +427,27 @@ def test_training_may_begin_with_other_weights() -> None:
     start = {"head.weight": torch.full((3, 12), 0.5)}
     state = fit(Still(), Continue(start=start))
     assert torch.equal(state["head.weight"], start["head.weight"])
+
+
+def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_step() -> None:
+    class Still(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 0.0)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    weights = {name for name, _ in Still().named_parameters()}
+    model = Still()
+    assert not moved(fit(model, Continue()), model) & weights
+    model = Still()
+    state = fit(model, Continue(rate=1e-3))
+    assert moved(state, model) >= weights
+    # Adam's steps are at most as long as its rate: some 40 of them, along a cosine.
+    far = max(float((state[name] - value).abs().max()) for name, value in model.named_parameters())
+    assert 1e-3 < far < 0.1
+
+
+def test_a_module_that_steps_by_itself_has_no_other_rate() -> None:
+    assert fit(ByHand(), Continue(rate=1e-3)) is None
 
 
 class Compiled(Net):
