@@ -54,7 +54,7 @@ target:
       class_path: lightning_nrl.data.Not
       init_args: {target: {class_path: lightning_nrl.data.Label, init_args: {label: 1}}}
 gate: {class_path: lightning_nrl.gate.Tolerance, init_args: {limit: 3}}
-method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half}}
+method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5, start: half, inertia: 0.6}}
 search:
   class_path: lightning_nrl.SearchOptions
   init_args:
@@ -112,7 +112,7 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     assert str(settings.target) == "where is_noisy and not label 1"
     assert settings.gate == Tolerance(3)
     assert settings.fitness == Fitness("eq1", alpha=5, perfect_intact=True)
-    assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half")
+    assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half", inertia=0.6)
     assert settings.localizer == NeuRecoverLite(n_weights=12)
     assert set(repair_of(found).report.layers) <= {"network.1", "network.3"}
 
