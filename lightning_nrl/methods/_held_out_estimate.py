@@ -1,6 +1,6 @@
 """What a method does to samples that it may not use: the one estimate that the default chooses by.
 
-A quarter of the samples that came in with the failed ones are held out, since the model was not trained on them: what
+A third of the samples that came in with the failed ones are held out, since the model was not trained on them: what
 becomes of them is what may be expected of unseen samples like these.
 """
 
@@ -18,7 +18,7 @@ from lightning_nrl.problem import Problem
 
 __all__ = ["best_index", "estimate", "held_out_rows", "net_rate"]
 
-HELD_OUT_FRACTION = 1 / 4
+HELD_OUT_FRACTION = 1 / 3
 """Of each kind of sample: targets, other failures, passed ones."""
 
 MAX_HELD_OUT_PASSED = 1 / 5
@@ -64,13 +64,13 @@ def best_index(found: Sequence[TargetCounts | None]) -> int:
 
     Those whose net rate is less than a standard error of the difference below the best one count as equal to it, and
     the last of them is taken: what changes more repairs more, and its trial had less time and data than the repair. One
-    that breaks as many as it repairs, or more, is none of them.
+    that breaks more than it repairs is none of them.
     """
     rates = [0.0 if counts is None else net_rate(counts) for counts in found]
     variances = [0.0 if counts is None else _variance(counts) for counts in found]
     top = max(range(len(rates)), key=lambda i: rates[i])
     close = (rates[top] - rate <= math.sqrt(variances[top] + variances[i]) for i, rate in enumerate(rates))
-    return max(i for i, is_close in enumerate(close) if i == top or (is_close and rates[i] > 0))
+    return max(i for i, is_close in enumerate(close) if i == top or (is_close and rates[i] >= 0))
 
 
 def _variance(counts: TargetCounts) -> float:

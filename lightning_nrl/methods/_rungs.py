@@ -31,6 +31,9 @@ MIN_SEARCH_SECONDS, FIT_SHARE_OF_SEARCH = 5.0, 0.25
 
 UNKNOWN_FIT_SECONDS = 60.0
 
+PATIENCE_OF_STRENGTHS = 3
+"""See `Convex.patience`."""
+
 
 @dataclass(frozen=True)
 class RungResult:
@@ -108,7 +111,8 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     What comes of held-out samples is known of the solved weights, from which the search goes on.
     """
     began = problem.clock.elapsed
-    for method in (Convex(), Linearized()) if is_one_layer(problem) else (Convex(),):
+    convex = Convex(PATIENCE_OF_STRENGTHS)
+    for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
             solution = method(problem)
             if held_out is not None and solution.held_out is None and solution.proposal is not None:

@@ -9,7 +9,7 @@ polished away. Nothing of the trial is wasted: the rest of the training begins w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,9 @@ MAX_TRIALS = 2
 FEWEST_TRIAL_EPOCHS, FEWEST_EPOCHS_AFTER = 2, 3
 """Schedules are not squeezed further, unless the fit had fewer."""
 
+SMALL_BUDGET, SMALL_FIT_FACTOR = 120_000, 2
+"""Visits that are seconds' work for a small network: after a smaller fit, training may make twice as many as that."""
+
 LIMITED_EPOCHS = 40
 """Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
 
@@ -53,7 +56,7 @@ MIN_ANNOUNCED_SECONDS = 3.0
 SECONDS_PER_VISIT = 3.0
 """Of a training step on a sample, in forward passes."""
 
-HEALTHY_REPAIRS = 0.5
+HEALTHY_REPAIRS = 1 / 3
 """A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
 
 STRENGTHS = (0.75, 1.0)
@@ -94,7 +97,7 @@ def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | 
     trials = list(_trials(problem, held_out, deadline, steps))
     if not trials:
         return None
-    trial = max(trials, key=lambda one: one.net)
+    trial = _best_trial(trials, held_out)
     with clock.stage("fit"):
         started = clock.elapsed
         state = _fit(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS_AFTER, deadline, trial.state)
@@ -136,6 +139,18 @@ def _trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, steps
             return
 
 
+def _best_trial(trials: Sequence[_Trial], held_out: Tensor | None) -> _Trial:
+    """The first one, unless another does better on held-out samples by more than chance."""
+    best = trials[0]
+    for other in trials[1:]:
+        flips = Flips.between(best.proposal.after, other.proposal.after)
+        differ = flips.broken | flips.repaired
+        # Where they differ, either may be right.
+        if other.net - best.net > math.sqrt(int((differ if held_out is None else differ & held_out).sum())):
+            best = other
+    return best
+
+
 def _kinds(problem: Problem) -> tuple[_Steps, ...]:
     distilled = _Steps("distilled steps", distilled=True)
     if not problem.whole or problem.training is None:
@@ -175,7 +190,7 @@ def _budget(problem: Problem) -> float:
         return float(VISITS_PER_SAMPLE * n)
     if math.isfinite(problem.clock.left):
         return float(max(training.visits, LIMITED_EPOCHS * n))
-    return float(training.visits)
+    return float(max(training.visits, min(SMALL_BUDGET, SMALL_FIT_FACTOR * training.visits)))
 
 
 def _tried_search(
@@ -235,10 +250,7 @@ def _judged(own: Problem, problem: Problem, kind: _Steps, state: State, held_out
         return best
     for strength in STRENGTHS:
         other = at(strength)
-        flips = Flips.between(best.proposal.after, other.proposal.after)
-        differ = int(((flips.broken | flips.repaired) & held_out).sum())
-        # By more than chance: where they differ, either may be right.
-        if other.net - best.net > math.sqrt(differ):
+        if other.net > best.net:
             best = other
     return best
 

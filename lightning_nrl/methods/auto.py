@@ -55,7 +55,7 @@ class Auto:
     """
 
     trains: ClassVar[bool] = True
-    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=partial(ParticleSwarm, iterations=100))
+    swarm: ParticleSwarm | Searcher[Any] = field(default_factory=partial(ParticleSwarm, iterations=60))
 
     def __post_init__(self) -> None:
         fits = isinstance(self.swarm, Searcher)

@@ -15,7 +15,7 @@ from lightning_nrl._convex.head import ConvexHead, regularization_path
 from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -57,9 +57,22 @@ class _HeldOutFlips(NamedTuple):
 
 @dataclass(frozen=True)
 class Convex:
-    """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds."""
+    """Repairs a last Linear layer so that no known passed sample breaks: least change of logits, exact, in seconds.
+
+    Attributes:
+        patience: the path over strengths ends after so many in a row that held-out samples speak for less than for the
+            best; None: it goes to its end. Large strengths take the longest where data contradict each other.
+
+    Raises:
+        ConfigurationError: on construction, for a patience below 1.
+    """
 
     needs: ClassVar[tuple[Need, ...]] = ("classes",)
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None:
+            check_whole("Convex.patience", self.patience, 1)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves along strengths, and takes the strongest that held-out samples speak for.
@@ -73,7 +86,7 @@ class Convex:
         with problem.clock.stage("record"):
             features, logits = _recorded(problem)
         with problem.clock.stage("solve"):
-            changes, held = _path(problem, features, logits)
+            changes, held = _path(problem, features, logits, self.patience)
         if not len(changes):
             return Solution(None, "there was no time left to solve anything.")
         points = [
@@ -147,14 +160,16 @@ def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] |
 
 
 @torch.no_grad()
-def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tensor], list[_HeldOutFlips]]:
+def _path(
+    problem: Problem, features: Tensor, logits: Tensor, patience: int | None
+) -> tuple[list[Tensor], list[_HeldOutFlips]]:
     """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
     collective, n = problem.collective, len(SLACK_COSTS)
     changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
     held = torch.zeros(n, 5, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, *found) in enumerate(_solved(problem, features, logits)):
+        for i, (change, *found) in enumerate(_solved(problem, features, logits, patience)):
             changes[i], held[i] = change, torch.tensor(found)
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
@@ -163,7 +178,9 @@ def _path(problem: Problem, features: Tensor, logits: Tensor) -> tuple[list[Tens
     ]
 
 
-def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
+def _solved(
+    problem: Problem, features: Tensor, logits: Tensor, patience: int | None
+) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
     """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
     How many targets they repair, how many passed samples they break, what these weigh, and how many other failures they
@@ -181,6 +198,7 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
     paths = [regularization_path(head, SLACK_COSTS)]
     paths += [regularization_path(head, SLACK_COSTS, fold != number) for number in range(N_FOLDS)]
     counts = before.finite_weight.to(device)[known]
+    worth: list[float] = []
     for change, *without in zip(*paths, strict=True):
         flipped, n_others = torch.zeros_like(head.targeted), 0
         for number, made in enumerate(without):
@@ -192,7 +210,9 @@ def _solved(problem: Problem, features: Tensor, logits: Tensor) -> Iterator[tupl
         gained, lost = flipped & head.targeted, flipped & ~head.targeted
         weights = float(counts[gained].sum()), float(counts[lost].sum())
         yield change, int(gained.sum()), int(lost.sum()), *weights, n_others
-        if problem.clock.left <= 0:
+        worth.append(weights[0] - REGRESSION_PRICE * weights[1])
+        is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
+        if problem.clock.left <= 0 or is_past:
             return
 
 
