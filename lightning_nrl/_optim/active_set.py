@@ -40,9 +40,9 @@ MAX_WORKING_SET = 64 * BATCH_SIZE
 """Samples close to the boundary in the working set, at most, so that a round stays short however much is known."""
 POLISH_RATE = 5e-5
 """Learning rate of Adam. Each step moves unmeasured samples too, so small steps are better than few."""
-RATE_PER_OPEN_SAMPLE, MAX_RATE_FACTOR = 1 / 8, 20.0
-"""How much faster for each sample that is open, and at most: hundreds are out of reach of small steps, and few are not
-worth large ones."""
+RATE_PER_BROKEN_SAMPLE, RATE_PER_OPEN_TARGET, MAX_RATE_FACTOR = 1 / 2, 1 / 8, 20.0
+"""How much faster for each broken sample, for each open one while targets are insisted on, and at most: hundreds are
+out of reach of small steps, and few are not worth large ones."""
 MAX_OPEN_TO_MEASURE = 32
 """While more than these are open, the margins that were measured during the steps suffice to go on."""
 MIN_STEPS_PER_ROUND = 8
@@ -151,7 +151,8 @@ class ActiveSet:
             return (weight * F.relu(hinge - margin)).sum() + DISTILLATION_WEIGHT * (is_taught * divergence).sum()
 
         n_open = int(self.open.sum())
-        rate = POLISH_RATE * min(max(1.0, RATE_PER_OPEN_SAMPLE * n_open), MAX_RATE_FACTOR)
+        factor = (RATE_PER_OPEN_TARGET if self.insisted.any() else RATE_PER_BROKEN_SAMPLE) * n_open
+        rate = POLISH_RATE * min(max(1.0, factor), MAX_RATE_FACTOR)
         rows = torch.cat([active, rehearsed])
         self._teacher.prepare(rows)
         batches = shuffled_batches(rows, self._generator)

@@ -40,7 +40,7 @@ from lightning_nrl._optim.target_schedule import TargetSchedule
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
@@ -264,8 +264,7 @@ class _Polish:
         broken = is_open & self.problem.before.passed
         if not broken.any() or (is_open & ~broken).any():
             return not is_open.any()
-        counts = Flips.between(self.problem.before, self.after).counts(self.problem.used)
-        return self.problem.before.harm(broken) <= self.problem.allowed(counts)
+        return not self.problem.excess(self.after, broken)
 
     def _renew_rounds(self) -> None:
         self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf

@@ -16,13 +16,16 @@ from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
-__all__ = ["best_index", "estimate", "held_out_rows", "net_rate"]
+__all__ = ["MAX_STANDARD_ERRORS", "best_index", "estimate", "held_out_rows", "net_rate"]
 
 HELD_OUT_FRACTION = 1 / 3
 """Of each kind of sample: targets, other failures, passed ones."""
 
 MAX_HELD_OUT_PASSED = 1 / 5
 """Of all known passed samples, so many at most are held out: where failed and passed data are one data set."""
+
+MAX_STANDARD_ERRORS = 2.0
+"""Where net rates differ by less, chance may have done it."""
 
 MIN_HELD_OUT_FAILURES = 2
 """With fewer nothing can be said."""
@@ -60,17 +63,16 @@ def net_rate(counts: TargetCounts) -> float:
 
 
 def best_index(found: Sequence[TargetCounts | None]) -> int:
-    """The last of the procedures, in order of what they change, that held-out samples speak for.
+    """The last of the procedures, in order of what they change, that held-out samples do not speak against.
 
-    Those whose net rate is less than a standard error of the difference below the best one count as equal to it, and
-    the last of them is taken: what changes more repairs more, and its trial had less time and data than the repair. One
-    that breaks more than it repairs is none of them.
+    They do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference. What changes
+    more repairs more, and its trial had less time and data than the repair. One without an estimate has the rate 0.
     """
     rates = [0.0 if counts is None else net_rate(counts) for counts in found]
     variances = [0.0 if counts is None else _variance(counts) for counts in found]
     top = max(range(len(rates)), key=lambda i: rates[i])
-    close = (rates[top] - rate <= math.sqrt(variances[top] + variances[i]) for i, rate in enumerate(rates))
-    return max(i for i, is_close in enumerate(close) if i == top or (is_close and rates[i] >= 0))
+    errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
+    return max(i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i])
 
 
 def _variance(counts: TargetCounts) -> float:

@@ -20,7 +20,7 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips, TargetCounts
-from lightning_nrl.methods._held_out_estimate import estimate
+from lightning_nrl.methods._held_out_estimate import MAX_STANDARD_ERRORS, estimate
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, POLISH_PASSES, visits_per_epoch
 from lightning_nrl.problem import Problem, Proposal, Solution, better
@@ -44,7 +44,7 @@ MAX_TRIALS = 2
 FEWEST_TRIAL_EPOCHS, FEWEST_EPOCHS_AFTER = 2, 3
 """Schedules are not squeezed further, unless the fit had fewer."""
 
-SMALL_BUDGET, SMALL_FIT_FACTOR = 120_000, 2
+SMALL_BUDGET, SMALL_FIT_FACTOR = 60_000, 2
 """Visits that are seconds' work for a small network: after a smaller fit, training may make twice as many as that."""
 
 LIMITED_EPOCHS = 40
@@ -59,8 +59,9 @@ SECONDS_PER_VISIT = 3.0
 HEALTHY_REPAIRS = 1 / 3
 """A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
 
-STRENGTHS = (0.75, 1.0)
-"""Parts of the way from the original weights that are tried beside `FIT_STRENGTH`."""
+STRENGTHS = (1.0, 0.9, 0.75)
+"""Parts of the way from the original weights; less than all of it where held-out samples speak for that. Without any
+it is `FIT_STRENGTH`."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def _best_trial(trials: Sequence[_Trial], held_out: Tensor | None) -> _Trial:
         flips = Flips.between(best.proposal.after, other.proposal.after)
         differ = flips.broken | flips.repaired
         # Where they differ, either may be right.
-        if other.net - best.net > math.sqrt(int((differ if held_out is None else differ & held_out).sum())):
+        error = math.sqrt(int((differ if held_out is None else differ & held_out).sum()))
+        if other.net - best.net > MAX_STANDARD_ERRORS * error:
             best = other
     return best
 
@@ -201,7 +203,7 @@ def _tried_search(
     polished: Proposal,
     found: Solution,
 ) -> tuple[Solution, TargetCounts | None]:
-    """The search after the polish, unless held-out samples speak against one after the trial; and their counts.
+    """The search after the polish, if one after the trial gained held-out samples; and their counts.
 
     With few targets left a search that finds values for them may know no more than these.
     """
@@ -211,9 +213,10 @@ def _tried_search(
     after = search_or_keep(own, searcher, trial.proposal, seconds=search_seconds(problem)).proposal
     counts = trial.held_out if after is None else estimate(problem.before, after.after, held_out)
     assert counts is not None
-    if counts.repaired - counts.broken >= trial.net:
+    net = counts.repaired - counts.broken - trial.net
+    if net > 0:
         return found, counts
-    note = f"{found.steps[-1].note}; not taken, after the trial it broke {counts.broken} held-out samples"
+    note = f"{found.steps[-1].note}; not taken: after the trial it gained {net:+} held-out samples"
     step = replace(found.steps[-1], repaired=polished.repaired, broken=polished.broken, note=note)
     return replace(found, proposal=polished, steps=(*found.steps[:-1], step)), trial.held_out
 
@@ -245,14 +248,9 @@ def _judged(own: Problem, problem: Problem, kind: _Steps, state: State, held_out
         counts = None if held_out is None else estimate(problem.before, proposal.after, held_out)
         return _Trial(kind, state, strength, proposal, counts)
 
-    best = at(FIT_STRENGTH)
     if held_out is None:
-        return best
-    for strength in STRENGTHS:
-        other = at(strength)
-        if other.net > best.net:
-            best = other
-    return best
+        return at(FIT_STRENGTH)
+    return _best_trial([at(strength) for strength in STRENGTHS], held_out)
 
 
 def _polished(problem: Problem, fitted: Proposal, steps: list[Step], tried: list[TargetCounts]) -> Proposal:

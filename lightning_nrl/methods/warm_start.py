@@ -162,7 +162,7 @@ def _constrained(problem: Problem, start: Proposal) -> Fitness:
     if not isinstance(fitness, Fitness):
         return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    tolerated = float(problem.allowed(counts))
+    tolerated = float(problem.allowance.allowed(counts))
     return replace(fitness, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
 

@@ -45,5 +45,5 @@ def build_problem(
         whole=settings.layer == "auto",
         update=update,
         needed={} if needed is None else needed,
-        allowed=settings.gate.allowed,
+        allowance=settings.gate,
     )

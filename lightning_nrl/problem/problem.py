@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +23,7 @@ from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import Fitness
 from lightning_nrl.tasks import Task
 
-__all__ = ["Method", "Problem", "Training"]
+__all__ = ["Allowance", "Method", "NoneAllowed", "Problem", "Training"]
 
 JUDGING_PASSES = 3
 """Passes over known data after a method: its result is judged, unseen data are counted."""
@@ -32,9 +32,26 @@ LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
 
 
-def none_allowed(counts: FlipCounts) -> float:
+class Allowance(Protocol):
+    """How many known passed samples may break, as a gate says it."""
+
+    def harm(self, before: SampleResults, broken: Tensor) -> float:
+        """What broken samples, `N` bool, count against what is allowed."""
+        ...
+
+    def allowed(self, counts: FlipCounts) -> float:
+        """How much harm is allowed, given what became of all known samples."""
+        ...
+
+
+class NoneAllowed:
     """No known passed sample may break."""
-    return 0.0
+
+    def harm(self, before: SampleResults, broken: Tensor) -> float:
+        return before.harm(broken)
+
+    def allowed(self, counts: FlipCounts) -> float:
+        return 0.0
 
 
 class Training(Protocol):
@@ -103,7 +120,7 @@ class Problem:
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
         needed: how many targets of a slice are to be repaired at least, by the name of the slice.
-        allowed: how many known passed samples may break, by weight, given what became of all of them; by default none.
+        allowance: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
             They are neither passed nor targeted in `before`.
     """
@@ -123,7 +140,7 @@ class Problem:
     whole: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
-    allowed: Callable[[FlipCounts], float] = none_allowed
+    allowance: Allowance = field(default_factory=NoneAllowed)
     held_out: Tensor | None = None
 
     @property
@@ -169,7 +186,7 @@ class Problem:
         repaired, broken = flips.repaired & before.targeted, flips.broken
         missing = sum(need - got for got, need in below(before, repaired, self.needed).values())
         harm = before.harm(broken)
-        excess = max(0.0, harm - self.allowed(flips.counts(self.used)))
+        excess = self.excess(after, broken)
         counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
         return Proposal(name, state, after, *counts)
 
@@ -181,6 +198,11 @@ class Problem:
         """The same problem for a method that must not use some samples, `N` bool."""
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         return replace(self, before=before, passed=self.passed & ~held_out, needed={}, held_out=held_out)
+
+    def excess(self, after: SampleResults, broken: Tensor) -> float:
+        """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""
+        allowed = self.allowance.allowed(Flips.between(self.before, after).counts(self.used))
+        return max(0.0, self.allowance.harm(self.before, broken) - allowed)
 
     def steered(self, after: SampleResults) -> Problem:
         """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.

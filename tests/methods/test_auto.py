@@ -71,7 +71,7 @@ def test_each_rung_says_what_it_does_to_samples_that_it_may_not_use() -> None:
     assert training is not None
     assert exact.n == came
     assert search.n == training.n
-    assert came // 5 < search.n <= came // 4
+    assert came // 4 < search.n <= came // 3
     taken = next(rung for rung in solution.rungs if rung.taken)
     assert taken.held_out == solution.held_out
     assert f"`{taken.name}` is taken" in solution.choice
