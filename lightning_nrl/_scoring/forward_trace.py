@@ -108,7 +108,7 @@ def with_cached_outputs(
     A `ReplayError` comes from inside, if the pass does not call the frontier in the recorded order.
     """
     left = dict(Counter(calls))
-    patches: dict[str, ExitStack] = {}
+    restores: dict[str, Callable[[], None]] = {}
     at = 0
 
     def recorded(name: str) -> Callable[..., Any]:
@@ -118,7 +118,7 @@ def with_cached_outputs(
                 raise _out_of_order(name)
             left[name] -= 1
             if not left[name]:
-                patches.pop(name).close()
+                restores.pop(name)()
             at += 1
             return outputs[at - 1]
 
@@ -131,13 +131,12 @@ def with_cached_outputs(
 
     try:
         for name in left:
-            patches[name] = ExitStack()
-            patches[name].enter_context(_patched_forward(modules[name], recorded(name), hooks=False))
+            restores[name] = _patch_forward(modules[name], recorded(name), hooks=False)
         with _patched_forward(first, live), force_eager():
             yield
     finally:
-        for patch in patches.values():
-            patch.close()
+        for restore in restores.values():
+            restore()
 
 
 def force_eager() -> AbstractContextManager[Any]:
@@ -146,8 +145,17 @@ def force_eager() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool = True) -> Iterator[None]:
-    """Inside, the module runs `forward`, with or without the user's hooks around it.
+def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the module runs `forward`, with the user's hooks around it."""
+    restore = _patch_forward(module, forward, hooks=True)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _patch_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: bool) -> Callable[[], None]:
+    """From now on the module runs `forward`, with or without the user's hooks around it. Gives what undoes that.
 
     A hook of our own stays on: a module with a fused path, such as `TransformerEncoderLayer`, takes it only if none of
     its parts has hooks, and would not call them otherwise.
@@ -161,12 +169,13 @@ def _patched_forward(module: nn.Module, forward: Callable[..., Any], *, hooks: b
         new["_forward_hooks"], new["_forward_pre_hooks"] = OrderedDict(), OrderedDict()
     before = {name: held[name] for name in new if name in held}
     held.update(new)
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for name in new:
             held.pop(name, None)
         held.update(before)
+
+    return restore
 
 
 def _clone(x: Tensor) -> Tensor:
