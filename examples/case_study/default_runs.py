@@ -192,7 +192,11 @@ class Work:
 
 def held_out_estimate(report: RepairReport) -> tuple[float, float] | None:
     """What a report estimates of unseen data: repaired and broken, as shares of all samples; None: it does not."""
-    return None
+    taken = next((rung for rung in report.rungs if rung.taken), None)
+    if taken is None or taken.held_out is None:
+        return None
+    counts = taken.held_out
+    return counts.repaired / counts.n, counts.broken / counts.n
 
 
 def methods_of(work: Work) -> dict[str, Callable[[], Run]]:
