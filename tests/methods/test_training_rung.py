@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import FakeTraining, broken, left_alone, make_problem, retrained, right
+from toy_problems import FakeTraining, barely, broken, left_alone, make_problem, retrained, right
 from toy_repairs import known, trained
 
 from lightning_nrl import ParticleSwarm
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods._held_out_estimate import held_out_rows
 from lightning_nrl.methods._rungs import RungResult
@@ -27,10 +28,15 @@ def problem(**rest: Any) -> Problem:
     return replace(make_problem(trained().eval(), known(), **rest), localizer=NeuRecoverLite(n_weights=12))
 
 
-def run(own: Problem) -> RungResult:
+def run_rung(own: Problem) -> RungResult:
     with left_alone(own.model):
         result = training_rung(own, QUICK, held_out_rows(own))
     assert result is not None
+    return result
+
+
+def run(own: Problem) -> RungResult:
+    result = run_rung(own)
     proposal = result.solution.proposal
     assert proposal is not None
     assert broken(own, proposal.state) == proposal.broken == 0
@@ -85,6 +91,35 @@ def test_where_no_training_can_go_on_steps_are_distilled() -> None:
     assert result.note == "distilled steps"
 
 
+def test_training_that_does_harm_is_given_up_after_its_trials() -> None:
+    own = problem()
+    bad = {name: -value for name, value in snapshot(own.model).items()}
+    training = FakeTraining(bad)
+    result = run_rung(replace(own, training=training))
+    kinds = [step.note.partition(",")[0] for step in result.solution.steps if step.name == "trial"]
+    assert kinds[:3] == ["continued training"] + ["own steps through training_step"] * 2
+    # The distilled steps that are tried last do well.
+    assert kinds[3] == "distilled steps"
+    assert result.note == "distilled steps"
+
+
+def test_a_looser_gate_buys_repairs() -> None:
+    own = problem()
+    new = barely(own, retrained(own.model))
+    found = {}
+    for gate in ("instance", "tolerance:100%"):
+        given = replace(own, training=FakeTraining(new), allowance=Gate.parse(gate))
+        result = training_rung(given, QUICK, held_out_rows(own))
+        assert result is not None
+        found[gate] = result.solution.proposal
+    strict, loose = found.values()
+    assert strict is not None
+    assert loose is not None
+    assert strict.broken == 0 < loose.broken
+    assert loose.excess == 0
+    assert loose.repaired >= strict.repaired
+
+
 def test_weights_that_are_no_numbers_are_never_taken() -> None:
     own = problem()
     nan = {name: torch.full_like(value, math.nan) for name, value in snapshot(own.model).items()}
@@ -124,4 +159,5 @@ def test_what_takes_longer_than_a_few_seconds_is_announced_with_its_time() -> No
         training = FakeTraining(retrained(own.model), fit_seconds=seconds)
         run(replace(own, training=training, clock=StageTimer(screen)))
         assert bool(screen.lines) is said
-        assert not said or "about 45 s" in screen.lines[0]
+        # Twice the visits of a small fit, and the polish.
+        assert not said or "about 108 s, the fit took 45 s" in screen.lines[0]
