@@ -154,7 +154,7 @@ class Screen:
 
 def test_what_takes_longer_than_a_few_seconds_is_announced_with_its_time() -> None:
     own = problem()
-    for seconds, said in ((45.0, True), (2.0, False)):
+    for seconds, said in ((45.0, True), (1.0, False)):
         screen = Screen()
         training = FakeTraining(retrained(own.model), fit_seconds=seconds)
         run(replace(own, training=training, clock=StageTimer(screen)))
