@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.report._formatting import count, percent
-from lightning_nrl.report.page import Row, Table
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.report._formatting import count, percent, plural
+from lightning_nrl.report.page import Row, Table, Tone
 from lightning_nrl.report.run_records import PricePoint, Rung
 
-__all__ = ["estimate_text", "price_table", "price_text", "rungs_table"]
+__all__ = ["choice_text", "estimate_text", "price_table", "price_text", "rungs_table"]
 
 NO_ESTIMATE = "-"
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
-    """What each rung repairs, breaks and changes; of held-out samples what the same procedure did without them."""
-    columns = (
-        ("repaired", "of the target"),
-        ("repaired", "known"),
-        ("broken", "known"),
-        ("repaired", "held out"),
-        ("broken", "held out"),
-        ("weights", "changed"),
-        ("seconds", ""),
+    """A column for each rung, the taken one marked; of held-out samples what the same procedure did without them."""
+
+    def row(label: str, cell: Callable[[Rung], str], tone: Tone = "", ends_group: bool = False) -> Row:
+        return Row(label, tuple(map(cell, rungs)), tone, ends_group)
+
+    held_out = [_held_out(rung.held_out) for rung in rungs]
+    return Table(
+        tuple((rung.name, "taken" * rung.taken) for rung in rungs),
+        (
+            row("targets repaired", lambda rung: count(rung.repaired_in_target), "gain"),
+            row("known samples repaired", lambda rung: count(rung.repaired)),
+            row("known samples broken", lambda rung: count(rung.broken), "harm", ends_group=True),
+            Row("held-out failures repaired", tuple(repaired for repaired, _, _ in held_out)),
+            Row("held-out passed samples broken", tuple(broken for _, broken, _ in held_out)),
+            Row("held-out accuracy, points", tuple(points for _, _, points in held_out), ends_group=True),
+            row("weights changed", lambda rung: count(rung.weights_changed)),
+            row("seconds", lambda rung: f"{rung.seconds:,.1f}"),
+        ),
     )
-    rows = []
-    for rung in rungs:
-        known = (rung.repaired_in_target, rung.repaired, rung.broken)
-        cells = (*map(count, known), *_held_out(rung.held_out), count(rung.weights_changed), f"{rung.seconds:,.1f}")
-        rows.append(Row(rung.name + ", taken" * rung.taken, cells, "gain" if rung.taken else ""))
-    return Table(columns, tuple(rows))
+
+
+def choice_text(rungs: Sequence[Rung], choice: str) -> str:
+    """Why a rung was taken, in a sentence; `choice` is what the method says, for where there are no estimates."""
+    number = next((i for i, rung in enumerate(rungs) if rung.taken), None)
+    if number is None or rungs[number].held_out is None:
+        return choice
+    name = f"`{rungs[number].name}`"
+    later = rungs[number + 1 :]
+    if not later:
+        return f"{name} is taken: of the rungs that held-out samples do not speak against, it changes the most."
+    return f"{name} is taken: {', '.join(map(_against, later))}."
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
-    """The most that was repaired, by how many known passed samples may break."""
+    """The most that was repaired, by how many known passed samples may break; levels that buy nothing are left out."""
     columns = (
-        ("broken", "known"),
-        ("repaired", "of the target"),
-        ("repaired", "known"),
-        ("repaired", "held out"),
-        ("broken", "held out"),
+        ("targets", "repaired"),
+        ("known", "repaired"),
+        ("known", "broken"),
+        ("held out", "repaired"),
+        ("held out", "broken"),
+        ("held out", "points"),
     )
-    rows = [
-        Row(
-            _level(point.allowed),
-            (*map(count, (point.broken, point.repaired_in_target, point.repaired)), *_held_out(point.held_out)),
-        )
-        for point in price
-    ]
+    bought = [point for i, point in enumerate(price) if not i or _counts(point) != _counts(price[i - 1])]
+    rows = [Row(_level(point.allowed), (*map(count, _counts(point)), *_held_out(point.held_out))) for point in bought]
     return Table(columns, tuple(rows))
 
 
@@ -57,24 +68,53 @@ def price_text(price: Sequence[PricePoint]) -> str:
     if not price or price[0].allowed:
         return ""
     none, most = price[0], max(price, key=lambda point: (point.repaired_in_target, -point.broken))
-    if most.repaired_in_target <= none.repaired_in_target:
-        return "nothing: no more targets are repaired where known samples may break"
-    repaired = f"{count(most.repaired_in_target)} targets would be repaired instead of {count(none.repaired_in_target)}"
-    return f"{repaired} if {count(most.broken)} known samples might break"
+    further = most.repaired_in_target - none.repaired_in_target
+    if further <= 0:
+        return "nothing: of all that was tried, nothing repairs more targets by breaking known samples"
+    return (
+        f"{plural(further, 'target')}: {count(most.repaired_in_target)} instead of {count(none.repaired_in_target)} "
+        f"would be repaired if {plural(most.broken, 'known sample')} might break"
+    )
 
 
-def estimate_text(held_out: TargetCounts | None) -> str:
-    """What is to be expected of unseen data like the held-out samples; empty without any."""
+def estimate_text(held_out: TargetCounts | None, unseen: FlipCounts | None = None) -> str:
+    """What held-out samples say of unseen data like them, and what came of the unseen ones; empty without the first."""
     if held_out is None:
         return ""
-    repaired = f"{count(held_out.repaired)} of {count(held_out.repaired + held_out.failing)} failures repaired"
-    broken = f"{count(held_out.broken)} of {count(held_out.passed)} passed samples broken"
-    points = f"{100 * (held_out.accuracy_after - held_out.accuracy_before):+.1f} points"
-    return f"{repaired}, {broken}, {points}, of known samples that were held out"
+    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen)}"
+    return _shares(held_out) + counted
 
 
-def _held_out(counts: TargetCounts | None) -> tuple[str, str]:
-    return (NO_ESTIMATE, NO_ESTIMATE) if counts is None else (count(counts.repaired), count(counts.broken))
+def _shares(counts: FlipCounts) -> str:
+    failed = counts.repaired + counts.failing
+    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired"
+    broken = f"{count(counts.broken)} of {count(counts.passed)} passed samples broken"
+    return f"{repaired}, {broken}, {_points(counts)} points"
+
+
+def _against(rung: Rung) -> str:
+    """Why a rung was not taken that changes more."""
+    if not rung.repaired_in_target:
+        return f"`{rung.name}` repairs no target"
+    if rung.held_out is None:
+        return f"`{rung.name}` breaks more than the gate allows"
+    return f"held-out samples speak against `{rung.name}`"
+
+
+def _counts(point: PricePoint) -> tuple[int, int, int]:
+    return point.repaired_in_target, point.repaired, point.broken
+
+
+def _held_out(counts: TargetCounts | None) -> tuple[str, str, str]:
+    if counts is None:
+        return NO_ESTIMATE, NO_ESTIMATE, NO_ESTIMATE
+    failed = counts.repaired + counts.failing
+    shares = f"{count(counts.repaired)} of {count(failed)}", f"{count(counts.broken)} of {count(counts.passed)}"
+    return *shares, _points(counts)
+
+
+def _points(counts: FlipCounts) -> str:
+    return f"{100 * (counts.accuracy_after - counts.accuracy_before):+.1f}"
 
 
 def _level(allowed: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_nrl.report._formatting import from_here, sentence, setting
-from lightning_nrl.report.ladder import estimate_text, price_table, price_text, rungs_table
+from lightning_nrl.report.ladder import choice_text, estimate_text, price_table, price_text, rungs_table
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_report import RepairReport, Status
 from lightning_nrl.report.report_base import page_of
@@ -85,8 +85,9 @@ def _calibrated(report: RepairReport) -> tuple[Block, ...]:
 def _ladder(report: RepairReport) -> tuple[Block, ...]:
     if not report.rungs:
         return ()
-    why = (Text(sentence(report.choice)),) if report.choice else ()
-    return Heading("The ladder"), rungs_table(report.rungs), *why
+    choice = choice_text(report.rungs, report.choice)
+    why = (Text(sentence(choice)),) if choice else ()
+    return Heading("The ladder, from the least change to the most"), rungs_table(report.rungs), *why
 
 
 def _steps(report: RepairReport) -> tuple[Block, ...]:
@@ -106,7 +107,9 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
         facts.append(("search", search_text(report.search, report.seconds.get("search"))))
     taken = next((rung for rung in report.rungs if rung.taken), None)
     if taken is not None and taken.held_out is not None:
-        facts.append(("held-out estimate", estimate_text(taken.held_out)))
+        unseen = report.pooled("unseen") if report.status == "repaired" else None
+        counted = None if unseen is None else unseen.counts
+        facts.append(("held-out estimate", estimate_text(taken.held_out, counted)))
     if price_text(report.price):
         facts.append(("zero broken costs", price_text(report.price)))
     if report.chosen_strength not in (None, 1.0):
@@ -127,7 +130,7 @@ def _details(report: RepairReport) -> tuple[Block, ...]:
     blocks: list[Block] = [Heading("What was done"), Facts((*_facts(report), *_files(report)))]
     blocks += _ladder(report)
     if report.price:
-        blocks += [Heading("What it costs that none may break"), price_table(report.price)]
+        blocks += [Heading("What it costs that no known sample may break"), price_table(report.price)]
     if report.steps:
         blocks += _steps(report)
     if report.strength:
