@@ -36,7 +36,7 @@ __all__ = [
 OWN_RATES = (1e-3, 1e-4)
 """Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones."""
 
-TRIAL_SHARE, FINAL_SHARE = 0.3, 0.7
+TRIAL_SHARE, FINAL_SHARE = 0.2, 0.8
 """Of the visits that the fit made, what each trial makes, and what goes on from the best."""
 
 TRIAL_SHARE_OF_TIME = 0.3
@@ -57,7 +57,7 @@ LIMITED_EPOCHS = 40
 HEALTHY_REPAIRS = 1 / 3
 """A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
 
-STRENGTHS = (1.0, 0.9, 0.75)
+STRENGTHS = (1.0, 0.8)
 """Parts of the way from the original weights; less than all of it where held-out samples speak for that. Without any
 it is `FIT_STRENGTH`."""
 

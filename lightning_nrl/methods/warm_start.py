@@ -63,7 +63,9 @@ def warm_started_search(
         EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
     """
     start = next((proposal for proposal in proposals if proposal.state is base), None)
-    if start is None:
+    if start is None and not base:
+        start = problem.original("base")
+    elif start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)
     best = better([start, *proposals])

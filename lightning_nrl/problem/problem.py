@@ -123,6 +123,7 @@ class Problem:
         allowance: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
             They are neither passed nor targeted in `before`.
+        unmasked: with samples held out, what the model does on all known data.
     """
 
     evaluator: Evaluator
@@ -142,6 +143,7 @@ class Problem:
     needed: Mapping[str, int] = field(default_factory=dict)
     allowance: Allowance = field(default_factory=NoneAllowed)
     held_out: Tensor | None = None
+    unmasked: SampleResults | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -190,6 +192,10 @@ class Problem:
         counts = int(repaired.sum()), int(broken.sum()), before.gain(repaired), harm, missing, excess
         return Proposal(name, state, after, *counts)
 
+    def original(self, name: str) -> Proposal:
+        """The original weights as a proposal; nothing is run for it."""
+        return self.counted(name, {}, self.before if self.unmasked is None else self.unmasked)
+
     def target_counts(self, after: SampleResults) -> TargetCounts:
         """What becomes of the known samples that a method may use."""
         return Flips.between(self.before, after).target_counts(self.before, self.used)
@@ -197,7 +203,9 @@ class Problem:
     def without(self, held_out: Tensor) -> Problem:
         """The same problem for a method that must not use some samples, `N` bool."""
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
-        return replace(self, before=before, passed=self.passed & ~held_out, needed={}, held_out=held_out)
+        unmasked = self.before if self.unmasked is None else self.unmasked
+        passed = self.passed & ~held_out
+        return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""

@@ -50,10 +50,10 @@ def test_the_owners_steps_are_tried_first_and_go_on_from_the_trial() -> None:
     training = FakeTraining(new, visits=10 * len(own.before))
     result = run(replace(own, training=training))
     trial, final = training.calls
-    # Twice the small fit's visits: three tenths over what is not held out, seven tenths over all.
+    # Twice the small fit's visits: two tenths over what is not held out, eight tenths over all.
     n, used = len(own.before), len(own.before) - int(held_out_rows(own).sum())
-    assert (trial["rate"], trial["epochs"], trial["start"]) == (None, round(6 * n / used), None)
-    assert (final["rate"], final["epochs"]) == (None, 14)
+    assert (trial["rate"], trial["epochs"], trial["start"]) == (None, round(4 * n / used), None)
+    assert (final["rate"], final["epochs"]) == (None, 16)
     assert torch.equal(final["start"]["0.weight"], new["0.weight"])
     assert result.note == "continued training"
     assert [step.name for step in result.solution.steps] == ["trial", "fit", "polish", "swarm"]
