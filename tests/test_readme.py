@@ -92,8 +92,7 @@ def test_quickstart_repairs_and_says_what_to_do_next(tmp_path):
 def test_examples_of_other_tasks_repair_without_breaking_what_is_known(tmp_path, name):
     if name == "diamond_prices":
         pytest.importorskip("plotnine", reason="the data come with plotnine, which is not among the test dependencies")
-    limit = ("--max-time", "40") if name == "source_tokens" else ()
-    out = run_example(f"{name}.py", tmp_path, *limit)
+    out = run_example(f"{name}.py", tmp_path)
     assert out.lstrip().startswith("REPAIRED")
     assert "none broke; the gate allows none" in out
     assert re.search(r"^right means +(Sequence: every token right|Regression: every output within)", out, re.MULTILINE)
