@@ -3,7 +3,7 @@
     python examples/paper_rows.py            # ten runs a setting, as in the paper
     python examples/paper_rows.py --runs 5
     python examples/paper_rows.py --quick    # two runs a setting, on a network that was trained for a shorter time
-    python examples/paper_rows.py --settings swarm EXP-C1    # without the default, which trains on
+    python examples/paper_rows.py --settings swarm EXP-C1    # without the default, which may train on
 
 The network is trained once and kept in `runs/`. The failures to be repaired are those of upside-down garments.
 """
