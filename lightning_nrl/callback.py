@@ -42,15 +42,17 @@ class RegressionFreeRepair(Callback):
     """Repairs the model that `fit` has trained, and keeps what worked working.
 
     After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
-    matter for the failures and not for the rest, searches new values for them, and accepts the result only if it passes
-    the gate on all known data. It then writes `repaired.ckpt`, `report.json` and `report.md` to `<log_dir>/repair/`,
-    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
-    training left them.
+    matter for the failures and not for the rest, and searches new values for them. Then it goes further as far as it
+    pays: it solves that layer, and where more may change, training goes on and what broke is polished away. The result
+    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, `report.json` and
+    `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves the repaired weights in the model. If nothing
+    is accepted, the weights stay as training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
-            there is none, the last convolution) is searched, and methods that train may change the whole network.
+            there is none, the last convolution) is searched, and training may change the whole network. With a single
+            layer the default stays in it.
         gate: what is accepted: `instance` (no known passed sample broken), `instance-in-target` (none in the target),
             `accuracy` (at least as many repaired as broken), `tolerance:3` or `tolerance:1%`, or a `Gate`.
         method: how new weights are found: `auto`, `finetune-polish`, `convex`, `linearized`, `swarm`, or an object of
@@ -66,7 +68,7 @@ class RegressionFreeRepair(Callback):
         samples: what each sample counts, slices, and samples that may not break: `SampleOptions`.
         search: how candidates are ranked and searched: `SearchOptions`.
         bounds: how much of the change is made, and what is said of other samples: `BoundOptions`.
-        max_time: seconds that the repair may take; None: as long as its method needs.
+        max_time: seconds that the repair may take; None: about as long as the fit took, or as its method needs.
         seed: the same seed gives the same repair.
         dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
         verbose: whether the report is printed at the end.
