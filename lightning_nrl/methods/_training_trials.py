@@ -55,7 +55,7 @@ LIMITED_EPOCHS = 40
 """Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
 
 HEALTHY_REPAIRS = 1 / 3
-"""A trial that repairs this part of the targets that it may use, and more held-out samples than it breaks, will do."""
+"""A trial that repairs this part of the targets that it may use will do."""
 
 STRENGTHS = (1.0, 0.8)
 """Parts of the way from the original weights; less than all of it where held-out samples speak for that. Without any
@@ -87,6 +87,15 @@ class Trial:
         counts = self.held_out
         return self.proposal.repaired - self.proposal.broken if counts is None else counts.repaired - counts.broken
 
+    def does_well(self, n_targets: int) -> bool:
+        """Whether no other steps need to be tried.
+
+        Many of the targets that were used are repaired, or held-out samples gain by more than chance.
+        """
+        counts = self.held_out
+        gains = counts is not None and self.net > math.sqrt(counts.repaired + counts.broken)
+        return self.net > 0 and (gains or self.proposal.repaired >= HEALTHY_REPAIRS * n_targets)
+
     @property
     def is_harmful(self) -> bool:
         """Whether more held-out samples break than are repaired, by more than chance."""
@@ -113,8 +122,7 @@ def run_trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, st
             steps.append(replace(trial.proposal.step(clock.elapsed - began, _trial_note(trial)), name="trial"))
         harmful &= trial.is_harmful
         yield trial
-        targets = int(own.before.targeted.sum())
-        if trial.proposal.repaired >= HEALTHY_REPAIRS * targets and trial.net > 0:
+        if trial.does_well(int(own.before.targeted.sum())):
             return
 
 
