@@ -25,7 +25,11 @@ def price_points(tried: Iterable[tuple[TargetCounts, TargetCounts | None]]) -> t
     for level in PRICE_LEVELS:
         within = [both for both in counted if both[0].broken <= level * both[0].passed]
         if within:
-            known, held_out = max(within, key=lambda both: (both[0].repaired_in_target, -both[0].broken))
+            known, held_out = max(within, key=lambda both: _worth(both[0]))
             point = PricePoint(level, known.broken, known.repaired_in_target, known.repaired, held_out)
             points.append(point)
     return tuple(points)
+
+
+def _worth(counts: TargetCounts) -> tuple[int, int, int]:
+    return counts.repaired_in_target, -counts.broken, counts.repaired

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,8 +163,3 @@ def _caught(problem: Problem, search: Callable[[], Solution], base: Proposal | N
 
 def _note(solution: Solution) -> str:
     return solution.steps[-1].note if solution.steps else solution.reason
-
-
-def all_steps(results: Iterator[RungResult]) -> tuple[Step, ...]:
-    """The steps of all rungs, in order."""
-    return tuple(step for result in results for step in result.solution.steps)

@@ -107,7 +107,7 @@ def _announce(problem: Problem) -> None:
     """Says what comes and about how long it takes, if that is longer than a few seconds."""
     clock, training, n = problem.clock, problem.training, len(problem.before)
     if math.isfinite(clock.left):
-        seconds, bound = clock.left, "`max_time` bounds it"
+        seconds, bound = clock.left, "by `max_time`"
     elif training is not None and training.fit_seconds is not None:
         seconds = POLISH_FACTOR * training.fit_seconds * visit_budget(problem) / max(1, training.visits)
         bound = f"the fit took {training.fit_seconds:,.0f} s"
@@ -116,10 +116,11 @@ def _announce(problem: Problem) -> None:
         bound = "by the time of one pass over the data"
     if seconds < MIN_ANNOUNCED_SECONDS:
         return
-    how = "the training goes on" if problem.whole and training is not None else "distilled steps are made"
+    goes_on = problem.whole and training is not None
+    how = f"the training goes on, with {n:,} known samples" if goes_on else f"steps are made on {n:,} known samples"
     clock.announce(
-        f"Repair: the chosen layer was searched in {clock.elapsed:,.0f} s. Now {how} on {n:,} known samples, then what "
-        f"breaks is polished away: about {seconds:,.0f} s, {bound}. Give `max_time` for less."
+        f"Repair: the chosen layer was searched in {clock.elapsed:,.0f} s. Next {how}, and what breaks is polished "
+        f"away: about {seconds:,.0f} s ({bound}). Give `max_time` for less."
     )
 
 

@@ -25,6 +25,7 @@ from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.report.ladder import choice_text
 from lightning_nrl.search import ParticleSwarm, Searcher
 
 __all__ = ["Auto"]
@@ -84,7 +85,7 @@ class Auto:
             tuple(others),
             held_out=None if taken is None else taken.held_out,
             rungs=rungs,
-            choice="" if taken is None else why,
+            choice="" if taken is None else choice_text(rungs, why),
             price=price_points(both for result in results for both in _tried(problem, result)),
         )
         if shown is None:
@@ -127,18 +128,12 @@ def _chosen(results: Sequence[RungResult]) -> tuple[int | None, str]:
         best = max(usable, key=lambda i: (*_rank(results[i].usable), i))
         return best, f"`{results[best].name}` repairs most."
     best = usable[best_index(estimates)]
-    shown = ", ".join(f"`{results[i].name}` {_said(results[i].held_out)}" for i in usable)
-    return best, f"of held-out samples {shown}: `{results[best].name}` is taken."
+    return best, f"`{results[best].name}` is taken: held-out samples do not speak against it."
 
 
 def _rank(proposal: Proposal | None) -> tuple[float, ...]:
     assert proposal is not None
     return proposal.rank
-
-
-def _said(counts: TargetCounts | None) -> str:
-    assert counts is not None
-    return f"repairs {counts.repaired:,} and breaks {counts.broken:,}"
 
 
 def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:

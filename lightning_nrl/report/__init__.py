@@ -1,8 +1,8 @@
 """RepairReport: the account of a repair, as data, JSON, Markdown and a table.
 
-In: nothing but counts and what a caller writes down; `pipeline.report_parts` makes the parts. Out: records (`splits`,
-`stages`, `calibration`, `repair_report`), which import nothing that shows them, and pages of them (`document`,
-`formatting`, `tables`, `repair_page`).
+In: nothing but counts and what a caller writes down; `pipeline` makes the parts. Out: records (`splits`, `run_records`,
+`calibration`, `repair_report`), which import nothing that shows them, and pages of them (`page`, `tables`, `ladder`,
+`repair_page`).
 """
 
 from lightning_nrl._utils.hashing import hash_tensors

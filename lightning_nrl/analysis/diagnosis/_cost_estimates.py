@@ -29,6 +29,11 @@ SCORED_SHARE = 0.15
 """Share of all scores that a swarm really computes: fragile samples first, and most candidates are given up early."""
 
 
+LADDER_SEARCHES = 1.0
+"""The default's searches together, each a fifth as long as a swarm's own: with and without held-out samples, from the
+solved layer, and after the polish."""
+
+
 class Timings(NamedTuple):
     """Seconds that were measured."""
 
@@ -56,5 +61,6 @@ def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
         fit = (epochs or VISITS_PER_SAMPLE) * PASSES_PER_STEP * pace.one_pass + POLISH_PASSES * pace.one_pass
         how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
-        found.append(Cost("auto", around + fit + (search or 0.0), f"{how}, a polish, then a swarm from there"))
+        layer = LADDER_SEARCHES * (search or 0.0) + CONVEX_SOLVES * (pace.alone or 0.0)
+        found.append(Cost("auto", around + fit + layer, f"searches of the layer, {how}, then a polish"))
     return tuple(sorted(found, key=lambda cost: cost.seconds))
