@@ -127,14 +127,16 @@ class ContinuedTraining:
 
     def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
         collective, planned = Collective.current(self.model.device), epochs
+        # What a module does with its own optimizers, such as reading their second group, need not work with another.
+        optional = course.rate is not None
         if math.isfinite(end):
-            pace = TrainingTrial(end, collective)
+            pace = TrainingTrial(end, collective, optional=optional)
             self._fit(pace, epochs, course, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < min(FEWEST_EPOCHS, planned):
             return None
-        state = self._fit(TimeBudget(end, collective, clock), epochs, course, folder)
+        state = self._fit(TimeBudget(end, collective, clock, optional=optional), epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 

@@ -55,10 +55,15 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
 
 
 class TimeBudget(Callback):
-    """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is."""
+    """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is.
 
-    def __init__(self, end: float, collective: Collective, clock: StageTimer | None = None) -> None:
-        self._end, self._collective, self._clock = end, collective, clock
+    `optional`: whatever fails is a `CannotTrainError`, as where a module is trained in a way that is not its owner's.
+    """
+
+    def __init__(
+        self, end: float, collective: Collective, clock: StageTimer | None = None, *, optional: bool = False
+    ) -> None:
+        self._end, self._collective, self._clock, self._optional = end, collective, clock, optional
         self._done = 0
         self._has_met_failure = False
 
@@ -77,6 +82,8 @@ class TimeBudget(Callback):
         if failure is not None and (isinstance(failure, ConfigurationError) or is_out_of_memory(failure)):
             # Without its traceback, which holds what did not fit.
             failure = CannotTrainError(str(failure).partition("\n")[0])
+        elif self._optional and failure is not None and not isinstance(failure, RepairError):
+            failure = CannotTrainError(f"{type(failure).__name__}: {failure}".partition("\n")[0])
         check_ranks(self._collective, failure)
         return result
 
@@ -118,9 +125,9 @@ class TimeBudget(Callback):
 class TrainingTrial(TimeBudget):
     """Stops after a few batches and says how many epochs there is time for until `end`."""
 
-    def __init__(self, end: float, collective: Collective) -> None:
+    def __init__(self, end: float, collective: Collective, *, optional: bool = False) -> None:
         began = time.perf_counter()
-        super().__init__(began + TRIAL_TIME_SHARE * (end - began), collective)
+        super().__init__(began + TRIAL_TIME_SHARE * (end - began), collective, optional=optional)
         self._ends: list[float] = []
         self._epoch = 0
 

@@ -29,6 +29,7 @@ from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.errors import TrainingWarning
 
 TRAIN, FAILED = 50, 21
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
@@ -444,6 +445,20 @@ def test_where_the_owners_rate_is_zero_own_steps_go_through_the_owners_training_
     # Adam's steps are at most as long as its rate: some 40 of them, along a cosine.
     far = max(float((state[name] - value).abs().max()) for name, value in model.named_parameters())
     assert 1e-3 < far < 0.1
+
+
+@pytest.mark.parametrize("seconds", [math.inf, 60.0])
+def test_a_module_that_needs_its_own_optimizers_is_not_trained_by_another_one(seconds: float) -> None:
+    class Grouped(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([{"params": part.parameters()} for part in (self.body, self.head)], 0.1)
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            optimizer.param_groups[1]["lr"] *= 0.9
+
+    assert fit(Grouped(), Continue(seconds=seconds)) is not None
+    with pytest.warns(TrainingWarning, match="IndexError"):
+        assert fit(Grouped(), Continue(seconds=seconds, rate=1e-3)) is None
 
 
 def test_a_module_that_steps_by_itself_has_no_other_rate() -> None:
