@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
 from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import epochs_of, starting_weights
+from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.targets import Target
@@ -133,7 +132,7 @@ class RegressionFreeRepair(Callback):
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
-        self._fit_began: float | None = None
+        self._fit_timer: FitTimer | None = None
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
@@ -177,7 +176,7 @@ class RegressionFreeRepair(Callback):
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
-        self._fit_began = time.perf_counter()
+        self._fit_timer = FitTimer.start(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,7 +218,7 @@ class RegressionFreeRepair(Callback):
         self._ran = True
         if epochs is not None:
             return self.repair.run(trainer, pl_module, epochs)
-        seconds = None if self._fit_began is None else time.perf_counter() - self._fit_began
+        seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
         return self.repair.run(trainer, pl_module, epochs_of(trainer), seconds)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:

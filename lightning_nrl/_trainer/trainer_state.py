@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
 __all__ = [
+    "FitTimer",
     "StartingWeights",
     "borrowed",
     "epochs_of",
@@ -161,8 +163,30 @@ def epochs_of(trainer: pl.Trainer) -> int:
     epochs = loop.epoch_progress.current.ready
     if isinstance(loader, DataLoader):
         with suppress(TypeError):  # there are data without a length
-            epochs = min(epochs, round(loop.epoch_loop.batch_progress.total.ready / len(loader)))
+            epochs = min(epochs, round(_batches_of(trainer) / len(loader)))
     return max(1, epochs)
+
+
+@dataclass(frozen=True)
+class FitTimer:
+    """How long a training took: of one that was resumed, all of it by the pace of the part that ran since."""
+
+    began: float
+    batches: int  # that were trained on before
+
+    @classmethod
+    def start(cls, trainer: pl.Trainer) -> FitTimer:
+        """Begins now."""
+        return cls(time.perf_counter(), _batches_of(trainer))
+
+    def seconds(self, trainer: pl.Trainer) -> float:
+        """Seconds of all batches until now."""
+        batches = _batches_of(trainer)
+        return (time.perf_counter() - self.began) * batches / max(1, batches - self.batches)
+
+
+def _batches_of(trainer: pl.Trainer) -> int:
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
 def epochs_saved(checkpoint: Mapping[str, Any]) -> int:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import validating
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, epochs_of, epochs_saved, starting_weights
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, FitTimer, epochs_of, epochs_saved, starting_weights
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
@@ -87,6 +88,16 @@ def test_training_is_as_long_as_its_epochs_add_up_to(limits: dict[str, Any], epo
     four_batches = DataLoader(RandomDataset(32, 64), batch_size=16)
     trainer.fit(BoringModel(), four_batches)
     assert epochs_of(trainer) == epochs
+
+
+def test_a_resumed_training_took_as_long_as_all_its_batches_at_the_pace_of_the_last() -> None:
+    progress = SimpleNamespace(total=SimpleNamespace(ready=90))
+    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)))
+    timer = FitTimer.start(trainer)
+    timer = replace(timer, began=timer.began - 6.0)
+    progress.total.ready = 100
+    assert timer.seconds(trainer) == pytest.approx(60.0, rel=0.1)
+    assert replace(timer, batches=0).seconds(trainer) == pytest.approx(6.0, rel=0.1)
 
 
 def test_a_checkpoint_says_how_long_it_was_trained(tmp_path: Path) -> None:
