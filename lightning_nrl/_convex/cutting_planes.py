@@ -6,6 +6,7 @@ lie by some margin. With features h, label y and rival c, a change D of the weig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -26,12 +27,17 @@ class Programme(Protocol):
         ...
 
 
-def add_cutting_planes(programme: Programme, max_rounds: int) -> bool:
-    """Solves and adds violated rows in turns; whether an end was reached at which none is violated."""
+def add_cutting_planes(programme: Programme, max_rounds: int, is_over: Callable[[], bool] = lambda: False) -> bool:
+    """Solves and adds violated rows in turns; whether an end was reached at which none is violated.
+
+    `is_over` is asked after each round whether there is no time for another one.
+    """
     for _ in range(max_rounds):
         programme.solve()
         if not programme.add_violated():
             return True
+        if is_over():
+            break
     return False
 
 

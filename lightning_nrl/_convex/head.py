@@ -7,7 +7,7 @@ a part of its margin (hard) and targets get one (each at a price: the strength).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,7 +106,12 @@ class ConvexHead:
         return self.logits + self.features @ change.T.to(self.features)
 
 
-def regularization_path(head: ConvexHead, strengths: Sequence[float], used: Tensor | None = None) -> Iterator[Tensor]:
+def regularization_path(
+    head: ConvexHead,
+    strengths: Sequence[float],
+    used: Tensor | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[Tensor]:
     """The best change at each strength, weakest first, each solved from the one before.
 
     Args:
@@ -114,6 +119,7 @@ def regularization_path(head: ConvexHead, strengths: Sequence[float], used: Tens
         strengths: the price of a target's missing margin, from weak to strong, in units of what the median target
             would take if it were the only one.
         used: `N` bool, the samples that count; None: all.
+        is_over: whether time is over: then no more pairs are added, and more is lost by the scaling.
 
     Yields:
         `C x d`, a change under which every passed sample that counts stays right, with what the scaling left of the
@@ -125,7 +131,7 @@ def regularization_path(head: ConvexHead, strengths: Sequence[float], used: Tens
     programme = _PairProgramme(head, used)
     for strength in strengths:
         programme.begin(strength * unit)
-        add_cutting_planes(programme, MAX_PATH_ROUNDS)
+        add_cutting_planes(programme, MAX_PATH_ROUNDS, is_over)
         yield _scale_back(head, programme.change @ head.root, used)
 
 

@@ -26,6 +26,9 @@ __all__ = ["RungResult", "exact_rung", "search_or_keep", "search_rung"]
 SEARCH_TIME_SHARE = 0.1
 """Of the time that is left, what one search may take."""
 
+EXACT_TIME_SHARE = 0.2
+"""Of the time that is left, what solving the last layer may take."""
+
 MIN_SEARCH_SECONDS, FIT_SHARE_OF_SEARCH = 5.0, 0.25
 """Without a limit of time a search may take so long, or this part of what the fit took, if that is more."""
 
@@ -111,7 +114,7 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     What comes of held-out samples is known of the solved weights, from which the search goes on.
     """
     began = problem.clock.elapsed
-    convex = Convex(PATIENCE_OF_STRENGTHS)
+    convex = Convex(PATIENCE_OF_STRENGTHS, EXACT_TIME_SHARE * problem.clock.left)
     for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
             solution = method(problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from lightning_nrl._convex.head import ConvexHead, regularization_path
 from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
@@ -62,6 +64,7 @@ class Convex:
     Attributes:
         patience: the path over strengths ends after so many in a row that held-out samples speak for less than for the
             best; None: it goes to its end. Large strengths take the longest where data contradict each other.
+        seconds: how long solving may take; the weakest strength is solved at least in part.
 
     Raises:
         ConfigurationError: on construction, for a patience below 1.
@@ -69,6 +72,7 @@ class Convex:
 
     needs: ClassVar[tuple[Need, ...]] = ("classes",)
     patience: int | None = None
+    seconds: float = math.inf
 
     def __post_init__(self) -> None:
         if self.patience is not None:
@@ -86,7 +90,8 @@ class Convex:
         with problem.clock.stage("record"):
             features, logits = _recorded(problem)
         with problem.clock.stage("solve"):
-            changes, held = _path(problem, features, logits, self.patience)
+            end = problem.deadline_of_method().within(self.seconds)
+            changes, held = _path(problem, features, logits, self.patience, end)
         if not len(changes):
             return Solution(None, "there was no time left to solve anything.")
         points = [
@@ -161,7 +166,7 @@ def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] |
 
 @torch.no_grad()
 def _path(
-    problem: Problem, features: Tensor, logits: Tensor, patience: int | None
+    problem: Problem, features: Tensor, logits: Tensor, patience: int | None, end: Deadline
 ) -> tuple[list[Tensor], list[_HeldOutFlips]]:
     """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
     collective, n = problem.collective, len(SLACK_COSTS)
@@ -169,7 +174,7 @@ def _path(
     held = torch.zeros(n, 5, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, *found) in enumerate(_solved(problem, features, logits, patience)):
+        for i, (change, *found) in enumerate(_solved(problem, features, logits, patience, end)):
             changes[i], held[i] = change, torch.tensor(found)
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
@@ -179,14 +184,19 @@ def _path(
 
 
 def _solved(
-    problem: Problem, features: Tensor, logits: Tensor, patience: int | None
+    problem: Problem, features: Tensor, logits: Tensor, patience: int | None, end: Deadline
 ) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
     """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
     How many targets they repair, how many passed samples they break, what these weigh, and how many other failures they
-    repair.
+    repair. A strength that time cuts short is left out, but for the first.
     """
     before, device = problem.before, features.device
+
+    def is_over() -> bool:
+        # Of this rank, which solves for all.
+        return end.seconds_left <= 0
+
     known = (before.passed | before.targeted).to(device)
     weight = before.weight.to(features)[known] if before.weighted else None
     head = ConvexHead(
@@ -195,11 +205,13 @@ def _solved(
     folds = _folds(problem).to(device)
     fold, others = folds[known], ~known & (folds >= 0)
     other_labels = before.label.to(device)[others]
-    paths = [regularization_path(head, SLACK_COSTS)]
-    paths += [regularization_path(head, SLACK_COSTS, fold != number) for number in range(N_FOLDS)]
+    used = [None, *(fold != number for number in range(N_FOLDS))]
+    paths = [regularization_path(head, SLACK_COSTS, rows, is_over) for rows in used]
     counts = before.finite_weight.to(device)[known]
     worth: list[float] = []
     for change, *without in zip(*paths, strict=True):
+        if worth and is_over():
+            return
         flipped, n_others = torch.zeros_like(head.targeted), 0
         for number, made in enumerate(without):
             out = fold == number
@@ -212,7 +224,7 @@ def _solved(
         yield change, int(gained.sum()), int(lost.sum()), *weights, n_others
         worth.append(weights[0] - REGRESSION_PRICE * weights[1])
         is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
-        if problem.clock.left <= 0 or is_past:
+        if is_over() or is_past:
             return
 
 

@@ -53,6 +53,19 @@ def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> N
     assert repaired[0] <= repaired[-1] > 0
 
 
+def test_where_time_is_over_passed_samples_still_stay_right() -> None:
+    own, asked = head(), []
+
+    def is_over() -> bool:
+        asked.append(True)
+        return len(asked) >= 2
+
+    (change,) = regularization_path(own, (30.0,), is_over=is_over)
+    assert len(asked) == 2
+    assert change.any()
+    assert (own.changed(change).argmax(1) == own.label)[~own.targeted].all()
+
+
 def test_without_a_target_that_counts_nothing_changes() -> None:
     own = head()
     assert not any(change.any() for change in regularization_path(own, (1.0, 4.0), ~own.targeted))

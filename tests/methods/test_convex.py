@@ -75,3 +75,12 @@ def test_a_layer_whose_output_is_not_the_logits_is_refused_on_ranks_without_samp
         return "refused"
 
     assert on_ranks(2, refused) == ["refused", "refused"]
+
+
+def test_solving_ends_with_its_time() -> None:
+    own = make_problem(trained(), known())
+    assert len(Convex()(own).steps) > 3
+    solution = Convex(seconds=0.0)(own)
+    # The weakest strength, and the verdict on it.
+    assert len(solution.steps) == 2
+    assert solution.proposal is None or broken(own, solution.proposal.state) == 0
