@@ -22,7 +22,8 @@ HELD_OUT_FRACTION = 1 / 3
 """Of each kind of sample: targets, other failures, passed ones."""
 
 MAX_HELD_OUT_PASSED = 1 / 5
-"""Of all known passed samples, so many at most are held out: where failed and passed data are one data set."""
+"""Of all known passed samples, so many at most are held out, and as large a part of each other kind, or repairs would
+count for more than what breaks: where failed and passed data are one data set."""
 
 MAX_STANDARD_ERRORS = 2.0
 """Where net rates differ by less, chance may have done it."""
@@ -42,11 +43,10 @@ def held_out_rows(problem: Problem) -> Tensor | None:
     chosen = torch.zeros_like(came)
     # What may not break at all is not to be left out.
     kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
+    most = MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum()))
     for kind in kinds:
         rows = (came & kind).nonzero().flatten()
-        n = int(HELD_OUT_FRACTION * len(rows))
-        if kind is kinds[-1]:
-            n = min(n, int(MAX_HELD_OUT_PASSED * int(before.passed.sum())))
+        n = int(min(HELD_OUT_FRACTION, most) * len(rows))
         chosen[rows[torch.randperm(len(rows), generator=generator)[:n]]] = True
     enough = int((chosen & before.targeted).sum()) >= MIN_HELD_OUT_FAILURES
     return chosen if enough and bool((chosen & before.passed).any()) else None

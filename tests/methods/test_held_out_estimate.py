@@ -31,6 +31,14 @@ def test_a_third_of_what_came_in_with_the_failed_samples_is_held_out_of_each_kin
     assert torch.equal(rows, again)
 
 
+def test_where_failed_and_passed_data_are_one_a_fifth_of_each_kind_is_held_out() -> None:
+    own = make_problem(trained(), [replace(source, passed=True, failed=True) for source in known()])
+    before, rows = own.before, held_out_rows(own)
+    assert rows is not None
+    for kind in (before.targeted, before.passed):
+        assert int((rows & kind).sum()) == int(kind.sum()) // 5
+
+
 def test_what_is_protected_stays_in() -> None:
     own = make_problem(trained(), known())
     weight = torch.where(own.before.passed, torch.inf, 1.0).double()
