@@ -28,7 +28,7 @@ from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.ladder import choice_text
 from lightning_nrl.search import ParticleSwarm, Searcher
 
-__all__ = ["Auto"]
+__all__ = ["Auto", "chosen_rung"]
 
 UPDATE_TIME_SHARE = 0.9
 """Of the time that is left, what the polish of an update may take; the rest is the search's."""
@@ -71,7 +71,7 @@ class Auto:
         if not bool(problem.before.margin.isfinite().all()):
             return LocalSearch(self.swarm)(problem)
         results = list(_rungs(problem, self.swarm, None if problem.update else held_out_rows(problem)))
-        number, why = _chosen(results)
+        number, why = chosen_rung(results)
         taken = None if number is None else results[number].solution
         searched = [r.solution for r in results if r.solution.result is not None]
         shown = taken if taken is not None and taken.result is not None else next(reversed(searched), None)
@@ -117,12 +117,17 @@ def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
     return RungResult("polish", solution, problem.clock.elapsed - began)
 
 
-def _chosen(results: Sequence[RungResult]) -> tuple[int | None, str]:
-    """The rung to take and why, in a sentence; without one, why there is none."""
+def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
+    """The rung to take and why, in a sentence; without one, why there is none.
+
+    Rungs that give slices less of what they need than others are out of the question.
+    """
     usable = [i for i, result in enumerate(results) if result.usable is not None]
     if not usable:
         reasons = dict.fromkeys(r.solution.reason for r in results if r.solution.reason)
         return None, " ".join(reasons) or "no rung repairs a target within the gate."
+    fewest = min(_missing(results[i].usable) for i in usable)
+    usable = [i for i in usable if _missing(results[i].usable) == fewest]
     estimates = [results[i].held_out for i in usable]
     if any(counts is None for counts in estimates):
         best = max(usable, key=lambda i: (*_rank(results[i].usable), i))
@@ -134,6 +139,11 @@ def _chosen(results: Sequence[RungResult]) -> tuple[int | None, str]:
 def _rank(proposal: Proposal | None) -> tuple[float, ...]:
     assert proposal is not None
     return proposal.rank
+
+
+def _missing(proposal: Proposal | None) -> int:
+    assert proposal is not None
+    return proposal.missing
 
 
 def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:

@@ -95,7 +95,8 @@ def _shares(counts: FlipCounts) -> str:
 def _against(rung: Rung) -> str:
     """Why a rung was not taken that changes more."""
     if not rung.repaired_in_target:
-        return f"`{rung.name}` repairs no target"
+        given_up = rung.held_out is not None and rung.held_out.broken > rung.held_out.repaired
+        return f"held-out samples speak against `{rung.name}`" if given_up else f"`{rung.name}` repairs no target"
     if rung.held_out is None:
         return f"`{rung.name}` breaks more than the gate allows"
     return f"held-out samples speak against `{rung.name}`"

@@ -25,7 +25,9 @@ from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.methods._price_of_zero import price_points
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods._rungs import RungResult
+from lightning_nrl.methods.auto import chosen_rung
+from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
@@ -75,6 +77,17 @@ def test_each_rung_says_what_it_does_to_samples_that_it_may_not_use() -> None:
     taken = next(rung for rung in solution.rungs if rung.taken)
     assert taken.held_out == solution.held_out
     assert f"`{taken.name}` is taken" in solution.choice
+
+
+def test_a_rung_that_gives_slices_what_they_need_goes_before_one_that_does_not() -> None:
+    after = problem().before
+    good, bad = TargetCounts(100, 0, 20, 0, 20, 20), TargetCounts(90, 10, 1, 19, 20, 1)
+    lacking = Solution(Proposal("swarm", {}, after, 9, 0, missing=1, excess=0.0), held_out=good)
+    enough = Solution(Proposal("polish", {}, after, 9, 0, excess=0.0), held_out=bad)
+    rungs = [RungResult(name, one, 1.0) for name, one in (("search", lacking), ("training", enough))]
+    assert chosen_rung(rungs)[0] == 1
+    assert chosen_rung([rungs[0], replace(rungs[0], name="exact")])[0] == 1
+    assert chosen_rung(rungs[:1])[0] == 0
 
 
 def test_the_counts_of_a_rung_are_those_of_the_deployed_model() -> None:

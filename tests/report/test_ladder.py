@@ -12,6 +12,7 @@ from lightning_nrl.report.ladder import choice_text, estimate_text, price_table,
 
 HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
 
+HARM = TargetCounts(kept=70, broken=30, repaired=2, failing=18, targeted=15, repaired_in_target=2)
 
 SEARCH = Rung("search", 5, 6, 0, 64, 1.25, HELD_OUT)
 TRAINING = Rung("training", 20, 31, 2, 27_163, 30.0)
@@ -38,6 +39,8 @@ def test_a_column_for_each_rung_the_taken_one_marked() -> None:
         (replace(TRAINING, held_out=HELD_OUT), "held-out samples speak against `training`"),
         (TRAINING, "`training` breaks more than the gate allows"),
         (replace(TRAINING, repaired_in_target=0), "`training` repairs no target"),
+        (replace(TRAINING, repaired_in_target=0, held_out=HELD_OUT), "`training` repairs no target"),
+        (replace(TRAINING, repaired_in_target=0, held_out=HARM), "held-out samples speak against `training`"),
     ],
 )
 def test_the_choice_says_what_is_against_the_rungs_that_change_more(last: Rung, why: str) -> None:
