@@ -202,10 +202,11 @@ def _solved(
     head = ConvexHead(
         features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
     )
-    folds = _folds(problem).to(device)
+    by_row = _folds(problem)
+    folds = by_row.to(device)
     fold, others = folds[known], ~known & (folds >= 0)
     other_labels = before.label.to(device)[others]
-    used = [None, *(fold != number for number in range(N_FOLDS))]
+    used = [None, *(~problem.copies(by_row == number).to(device)[known] for number in range(N_FOLDS))]
     paths = [regularization_path(head, SLACK_COSTS, rows, is_over) for rows in used]
     counts = before.finite_weight.to(device)[known]
     worth: list[float] = []

@@ -13,6 +13,7 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl.data._sample_identity import Identified, is_among
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -201,11 +202,20 @@ class Problem:
         return Flips.between(self.before, after).target_counts(self.before, self.used)
 
     def without(self, held_out: Tensor) -> Problem:
-        """The same problem for a method that must not use some samples, `N` bool."""
+        """The same problem for a method that must not use some samples, `N` bool, nor their copies in another split."""
+        held_out = held_out | (self.copies(held_out) & ~self.before.protected)
         before = replace(self.before, passed=self.before.passed & ~held_out, targeted=self.before.targeted & ~held_out)
         unmasked = self.before if self.unmasked is None else self.unmasked
         passed = self.passed & ~held_out
         return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
+
+    def copies(self, rows: Tensor) -> Tensor:
+        """`N` bool, these rows and all that are the same place of the same data set, where sources know that."""
+        identities = [source.identity for source in self.known if isinstance(source, Identified)]
+        if len(identities) < max(2, len(self.known)):
+            return rows
+        samples = torch.cat(identities)
+        return rows | is_among(samples, samples[rows])
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from toy_problems import make_problem, on_a_line
-from toy_repairs import known, trained
+from toy_repairs import blobs, known, trained
 
+from lightning_nrl import TensorSource
 from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.methods import Convex
 from lightning_nrl.methods._held_out_estimate import best_index, estimate, held_out_rows, net_rate
 
 
@@ -37,6 +40,40 @@ def test_where_failed_and_passed_data_are_one_a_fifth_of_each_kind_is_held_out()
     assert rows is not None
     for kind in (before.targeted, before.passed):
         assert int((rows & kind).sum()) == int(kind.sum()) // 5
+
+
+class Placed(TensorSource):
+    """Knows which samples of one data set it has."""
+
+    @property
+    def identity(self) -> Tensor:
+        return torch.stack([torch.zeros_like(self.index), self.index], 1)
+
+
+def test_of_what_is_in_two_splits_both_copies_are_held_out_and_one_is_counted() -> None:
+    points, labels = blobs(60, 1.5)
+    hard = Placed(points[:40], labels[:40], split="hard", failed=True)
+    own = make_problem(trained(), [Placed(points, labels, split="train", passed=True), hard])
+    rows = held_out_rows(own)
+    assert rows is not None
+    assert not rows[own.before.of("train")].any()
+    out = own.without(rows).held_out
+    assert out is not None
+    assert torch.equal(out[own.before.of("hard")], rows[own.before.of("hard")])
+    assert torch.equal(out[own.before.of("train")][:40], rows[own.before.of("hard")])
+
+
+def test_no_fold_of_the_exact_programmes_keeps_copies_of_what_it_leaves_out() -> None:
+    points, labels = blobs(240, 1.5)
+    marks = [{"split": "train", "passed": True}, {"split": "hard", "failed": True}]
+    copied, known_twice = ([kind(points, labels, **mark) for mark in marks] for kind in (Placed, TensorSource))
+    found = Convex()(make_problem(trained(), copied)).held_out
+    assert found is not None
+    assert found.broken > 0
+    # Where nobody knows that they are the same, copies stay, and have to stay right.
+    blind = Convex()(make_problem(trained(), known_twice)).held_out
+    assert blind is not None
+    assert blind.broken == 0
 
 
 def test_what_is_protected_stays_in() -> None:
