@@ -62,17 +62,19 @@ def net_rate(counts: TargetCounts) -> float:
     return (counts.repaired - counts.broken) / max(1, counts.passed)
 
 
-def best_index(found: Sequence[TargetCounts | None]) -> int:
-    """The last of the procedures, in order of what they change, that held-out samples do not speak against.
+def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> int:
+    """Of the procedures that held-out samples do not speak against, the one that repairs most; of equals the last.
 
-    They do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference. What changes
-    more repairs more, and its trial had less time and data than the repair. One without an estimate has the rate 0.
+    They do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference. One without
+    an estimate has the rate 0. `gains` are what the repairs are worth: a trial may have gone well, and the repair may
+    have had no time left, or have gone back almost all of its way.
     """
     rates = [0.0 if counts is None else net_rate(counts) for counts in found]
     variances = [0.0 if counts is None else _variance(counts) for counts in found]
     top = max(range(len(rates)), key=lambda i: rates[i])
     errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
-    return max(i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i])
+    able = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
+    return max(able, key=lambda i: (gains[i], i))
 
 
 def _variance(counts: TargetCounts) -> float:

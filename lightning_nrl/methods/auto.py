@@ -45,8 +45,8 @@ class Auto:
     3. `training`, where more than one layer may change: the training goes on and is polished, then what is left is
        localised and searched. In an update the new model is polished until what it broke is right again (`Polish`).
 
-    Each rung is also tried on samples that it may not use; the repair is the last rung that these speak for. A task
-    without margins has the first rung alone.
+    Each rung is also tried on samples that it may not use; of the rungs that these do not speak against, the one that
+    repairs most is taken. A task without margins has the first rung alone.
 
     Attributes:
         swarm: what searches, a swarm or another searcher.
@@ -132,13 +132,18 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
     if any(counts is None for counts in estimates):
         best = max(usable, key=lambda i: (*_rank(results[i].usable), i))
         return best, f"`{results[best].name}` repairs most."
-    best = usable[best_index(estimates)]
+    best = usable[best_index(estimates, [_gain(results[i].usable) for i in usable])]
     return best, f"`{results[best].name}` is taken: held-out samples do not speak against it."
 
 
 def _rank(proposal: Proposal | None) -> tuple[float, ...]:
     assert proposal is not None
     return proposal.rank
+
+
+def _gain(proposal: Proposal | None) -> float:
+    assert proposal is not None
+    return proposal.gain
 
 
 def _missing(proposal: Proposal | None) -> int:

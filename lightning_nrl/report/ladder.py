@@ -45,7 +45,7 @@ def choice_text(rungs: Sequence[Rung], choice: str) -> str:
     later = rungs[number + 1 :]
     if not later:
         return f"{name} is taken: of the rungs that held-out samples do not speak against, it changes the most."
-    return f"{name} is taken: {', '.join(map(_against, later))}."
+    return f"{name} is taken: {', '.join(_against(rung, rungs[number]) for rung in later)}."
 
 
 def price_table(price: Sequence[PricePoint]) -> Table:
@@ -92,13 +92,15 @@ def _shares(counts: FlipCounts) -> str:
     return f"{repaired}, {broken}, {_points(counts)} points"
 
 
-def _against(rung: Rung) -> str:
-    """Why a rung was not taken that changes more."""
+def _against(rung: Rung, taken: Rung) -> str:
+    """Why a rung was not taken that changes more than the one that was."""
     if not rung.repaired_in_target:
         given_up = rung.held_out is not None and rung.held_out.broken > rung.held_out.repaired
         return f"held-out samples speak against `{rung.name}`" if given_up else f"`{rung.name}` repairs no target"
     if rung.held_out is None:
         return f"`{rung.name}` breaks more than the gate allows"
+    if rung.repaired_in_target < taken.repaired_in_target:
+        return f"`{rung.name}` repairs fewer targets"
     return f"held-out samples speak against `{rung.name}`"
 
 

@@ -104,8 +104,12 @@ def test_a_method_is_given_neither_targets_nor_passed_samples_that_are_held_out(
 def test_what_changes_more_is_taken_unless_held_out_samples_speak_against_it() -> None:
     assert net_rate(counts(9, 1)) == pytest.approx(0.08)
     # 0.08 and 0.07 differ by less than chance would.
-    assert best_index([counts(9, 1), counts(8, 1)]) == 1
+    assert best_index([counts(9, 1), counts(8, 1)], [5, 9]) == best_index([counts(9, 1), counts(8, 1)], [9, 9]) == 1
     # 0.19 and -0.02 do not: their difference has a standard error of 0.056.
-    assert best_index([counts(19, 0), counts(5, 7)]) == 0
-    assert best_index([None, counts(3, 5)]) == 1
-    assert best_index([None, counts(0, 9)]) == 0
+    assert best_index([counts(19, 0), counts(5, 7)], [5, 9]) == 0
+    assert best_index([None, counts(3, 5)], [5, 9]) == 1
+    assert best_index([None, counts(0, 9)], [5, 9]) == 0
+
+
+def test_what_repairs_less_than_its_trial_promised_is_not_taken_for_the_trial() -> None:
+    assert best_index([counts(8, 1), counts(9, 1)], [9, 2]) == 0

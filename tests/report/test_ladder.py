@@ -37,6 +37,7 @@ def test_a_column_for_each_rung_the_taken_one_marked() -> None:
     ("last", "why"),
     [
         (replace(TRAINING, held_out=HELD_OUT), "held-out samples speak against `training`"),
+        (replace(TRAINING, repaired_in_target=4, held_out=HELD_OUT), "`training` repairs fewer targets"),
         (TRAINING, "`training` breaks more than the gate allows"),
         (replace(TRAINING, repaired_in_target=0), "`training` repairs no target"),
         (replace(TRAINING, repaired_in_target=0, held_out=HELD_OUT), "`training` repairs no target"),
