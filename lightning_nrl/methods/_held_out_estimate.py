@@ -28,6 +28,9 @@ count for more than what breaks: where failed and passed data are one data set."
 MAX_STANDARD_ERRORS = 2.0
 """Where net rates differ by less, chance may have done it."""
 
+FEWEST_REPAIRS_SHARE = 0.5
+"""What repairs less than this part of what a cheaper procedure does is not taken, whatever its trial promised."""
+
 MIN_HELD_OUT_FAILURES = 2
 """With fewer nothing can be said."""
 
@@ -63,18 +66,27 @@ def net_rate(counts: TargetCounts) -> float:
 
 
 def best_index(found: Sequence[TargetCounts | None], gains: Sequence[float]) -> int:
-    """Of the procedures that held-out samples do not speak against, the one that repairs most; of equals the last.
+    """The last of the procedures, in order of what they change, that nothing speaks against.
 
-    They do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference. One without
-    an estimate has the rate 0. `gains` are what the repairs are worth: a trial may have gone well, and the repair may
-    have had no time left, or have gone back almost all of its way.
+    Held-out samples do where its net rate is below the best one by more than `MAX_STANDARD_ERRORS` of the difference.
+    What changes more repairs more, and its trial had less time and data than the repair. So does an earlier one that is
+    ahead of it in net rate and in known targets repaired, or that repairs far more of these: a trial may have gone
+    well, and the repair may have had no time left, or have gone back almost all of its way.
+
+    Args:
+        found: what each did to held-out samples; one without an estimate has the rate 0.
+        gains: what its repairs of known targets are worth.
     """
     rates = [0.0 if counts is None else net_rate(counts) for counts in found]
     variances = [0.0 if counts is None else _variance(counts) for counts in found]
     top = max(range(len(rates)), key=lambda i: rates[i])
     errors = [MAX_STANDARD_ERRORS * math.sqrt(variances[top] + variance) for variance in variances]
-    able = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
-    return max(able, key=lambda i: (gains[i], i))
+    close = [i for i, rate in enumerate(rates) if i == top or rates[top] - rate <= errors[i]]
+
+    def is_behind(i: int, j: int) -> bool:
+        return gains[i] < FEWEST_REPAIRS_SHARE * gains[j] or (gains[i] < gains[j] and rates[i] < rates[j])
+
+    return max(i for i in close if not any(is_behind(i, j) for j in close if j < i))
 
 
 def _variance(counts: TargetCounts) -> float:

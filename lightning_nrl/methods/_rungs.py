@@ -23,7 +23,7 @@ from lightning_nrl.search import Searcher
 
 __all__ = ["RungResult", "exact_rung", "search_or_keep", "search_rung"]
 
-SEARCH_TIME_SHARE = 0.1
+SEARCH_TIME_SHARE = 0.05
 """Of the time that is left, what one search may take."""
 
 EXACT_TIME_SHARE = 0.2

@@ -15,17 +15,21 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods._training_trials import (
     FEWEST_EPOCHS_AFTER,
     FINAL_SHARE,
+    SECONDS_PER_VISIT,
     Trial,
     best_trial,
     fit_weights,
+    leaves_time_for_trials,
     run_trials,
     scaled,
+    untried,
     visit_budget,
 )
 from lightning_nrl.methods.finetune_polish import POLISH_PASSES
@@ -41,9 +45,6 @@ MIN_ANNOUNCED_SECONDS = 3.0
 POLISH_FACTOR = 1.2
 """Of the time of all training, with the polish."""
 
-SECONDS_PER_VISIT = 3.0
-"""Of a training step on a sample, in forward passes."""
-
 
 def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> RungResult | None:
     """Fits, polishes, localises what is left and searches it; None where the task has no margins or time is over."""
@@ -51,30 +52,40 @@ def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | 
     began, deadline = clock.elapsed, problem.deadline_of_method().earlier(POLISH_PASSES * clock.one_pass)
     steps: list[Step] = []
     _announce(problem)
-    trials = list(run_trials(problem, held_out, deadline, steps))
-    if not trials:
+    if leaves_time_for_trials(problem, deadline):
+        trials = list(run_trials(problem, held_out, deadline, steps))
+        trial = best_trial(trials, held_out) if trials else None
+    else:
+        trial, held_out = untried(problem, deadline, steps), None
+    if trial is None:
         return None
-    trial = best_trial(trials, held_out)
     if trial.is_harmful:
         reason = "training that goes on breaks more held-out samples than it repairs."
         solution = Solution(None, reason, tuple(steps), held_out=trial.held_out)
         return RungResult("training", solution, clock.elapsed - began, trial.steps.name)
-    with clock.stage("fit"):
-        started = clock.elapsed
-        state = fit_weights(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS_AFTER, deadline, trial.state)
-        found = trial.state if state is None else state
-        fitted = problem.propose("fit", scaled(problem, found, trial.strength))
-        note = "not enough time: the trial's weights" if state is None else trial.steps.name
-        steps.append(fitted.step(clock.elapsed - started, f"{note}, {trial.strength:.0%} of the way"))
+    fitted = trial.proposal if trial.is_final else _fitted(problem, trial, deadline, steps)
     tried: list[TargetCounts] = []
     polished = _polished(problem, fitted, steps, tried)
-    if not polished.repaired and state is not None:
+    if not polished.repaired and not trial.is_final:
         again = problem.propose("trial", scaled(problem, trial.state, trial.strength))
         polished = better([polished, _polished(problem, again, steps, tried)]) or polished
     last = search_or_keep(problem, searcher, polished, seconds=search_seconds(problem))
     last, counts = _tried_search(problem, searcher, trial, held_out, polished, last)
     solution = replace(last, steps=(*steps, *last.steps), held_out=counts, others=(fitted, polished))
     return RungResult("training", solution, clock.elapsed - began, trial.steps.name, tuple(tried))
+
+
+def _fitted(problem: Problem, trial: Trial, deadline: Deadline, steps: list[Step]) -> Proposal:
+    """What goes on from the trial, on all known data; the trial's weights where there is no time for it."""
+    clock = problem.clock
+    with clock.stage("fit"):
+        began = clock.elapsed
+        state = fit_weights(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS_AFTER, deadline, trial.state)
+        found = trial.state if state is None else state
+        fitted = problem.propose("fit", scaled(problem, found, trial.strength))
+        note = "not enough time: the trial's weights" if state is None else trial.steps.name
+        steps.append(fitted.step(clock.elapsed - began, f"{note}, {trial.strength:.0%} of the way"))
+    return fitted
 
 
 def _tried_search(

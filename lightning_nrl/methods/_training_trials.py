@@ -24,12 +24,15 @@ from lightning_nrl.report.run_records import Step
 __all__ = [
     "FEWEST_EPOCHS_AFTER",
     "FINAL_SHARE",
+    "SECONDS_PER_VISIT",
     "StepKind",
     "Trial",
     "best_trial",
     "fit_weights",
+    "leaves_time_for_trials",
     "run_trials",
     "scaled",
+    "untried",
     "visit_budget",
 ]
 
@@ -38,6 +41,12 @@ OWN_RATES = (1e-3, 1e-4)
 
 TRIAL_SHARE, FINAL_SHARE = 0.2, 0.8
 """Of the visits that the fit made, what each trial makes, and what goes on from the best."""
+
+FEWEST_LIMITED_EPOCHS = 5
+"""A trial in limited time is not made for less; the pace is measured first, which takes a part of its time."""
+
+SECONDS_PER_VISIT = 3.0
+"""Of a training step on a sample, in forward passes."""
 
 TRIAL_SHARE_OF_TIME = 0.3
 """Of the time that is left, where it is limited."""
@@ -80,6 +89,7 @@ class Trial:
     strength: float
     proposal: Proposal
     held_out: TargetCounts | None
+    is_final: bool = False  # whether it was trained on all known data for all of the time
 
     @property
     def net(self) -> int:
@@ -124,6 +134,31 @@ def run_trials(problem: Problem, held_out: Tensor | None, deadline: Deadline, st
         yield trial
         if trial.does_well(int(own.before.targeted.sum())):
             return
+
+
+def leaves_time_for_trials(problem: Problem, deadline: Deadline) -> bool:
+    """Whether a trial can have a few epochs of the owner's training; without a limit, or without a training, always."""
+    training = problem.training
+    if not deadline.is_set or training is None or not problem.whole:
+        return True
+    n, fit = len(problem.before), training.fit_seconds
+    visit = SECONDS_PER_VISIT * problem.clock.one_pass / max(1, n) if fit is None else fit / max(1, training.visits)
+    return deadline.leaves(FEWEST_LIMITED_EPOCHS * n * visit / TRIAL_SHARE_OF_TIME)
+
+
+def untried(problem: Problem, deadline: Deadline, steps: list[Step]) -> Trial | None:
+    """The owner's training on all known data for as long as there is time, else distilled steps; no estimate."""
+    clock = problem.clock
+    for kind in (StepKind("continued training"), StepKind("distilled steps", distilled=True)):
+        with clock.stage("fit"):
+            began = clock.elapsed
+            state = fit_weights(problem, kind, 1.0, FEWEST_EPOCHS_AFTER, deadline)
+            if state is not None:
+                proposal = problem.propose("fit", scaled(problem, state, FIT_STRENGTH))
+                note = f"{kind.name}, {FIT_STRENGTH:.0%} of the way; no time for a trial"
+                steps.append(proposal.step(clock.elapsed - began, note))
+                return Trial(kind, state, FIT_STRENGTH, proposal, None, is_final=True)
+    return None
 
 
 def best_trial(trials: Sequence[Trial], held_out: Tensor | None) -> Trial:

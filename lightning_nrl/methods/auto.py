@@ -45,8 +45,8 @@ class Auto:
     3. `training`, where more than one layer may change: the training goes on and is polished, then what is left is
        localised and searched. In an update the new model is polished until what it broke is right again (`Polish`).
 
-    Each rung is also tried on samples that it may not use; of the rungs that these do not speak against, the one that
-    repairs most is taken. A task without margins has the first rung alone.
+    Each rung is also tried on samples that it may not use; the last rung that nothing speaks against is taken, these
+    samples or a cheaper rung that repairs more. A task without margins has the first rung alone.
 
     Attributes:
         swarm: what searches, a swarm or another searcher.
