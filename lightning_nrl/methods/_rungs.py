@@ -14,6 +14,7 @@ from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
+from lightning_nrl.methods._pace_of_training import leaves_time_for_epochs
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.warm_start import warm_started_search
@@ -26,8 +27,11 @@ __all__ = ["RungResult", "exact_rung", "search_or_keep", "search_rung"]
 SEARCH_TIME_SHARE = 0.05
 """Of the time that is left, what one search may take."""
 
-EXACT_TIME_SHARE = 0.2
-"""Of the time that is left, what solving the last layer may take."""
+EXACT_TIME_SHARE, EXACT_ALONE_TIME_SHARE = 0.2, 0.8
+"""Of the time that is left, what solving the last layer may take, and where no training fits in the rest."""
+
+EPOCHS_WORTH_TIME = 5.0
+"""Training is left time for where so many epochs of it fit in."""
 
 MIN_SEARCH_SECONDS, FIT_SHARE_OF_SEARCH = 5.0, 0.25
 """Without a limit of time a search may take so long, or this part of what the fit took, if that is more."""
@@ -114,7 +118,9 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     What comes of held-out samples is known of the solved weights, from which the search goes on.
     """
     began = problem.clock.elapsed
-    convex = Convex(PATIENCE_OF_STRENGTHS, EXACT_TIME_SHARE * problem.clock.left)
+    trains = problem.whole and leaves_time_for_epochs(problem, EPOCHS_WORTH_TIME, 1 - EXACT_TIME_SHARE)
+    share = EXACT_TIME_SHARE if trains else EXACT_ALONE_TIME_SHARE
+    convex = Convex(PATIENCE_OF_STRENGTHS, share * problem.clock.left)
     for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
             solution = method(problem)

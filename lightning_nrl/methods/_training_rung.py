@@ -18,11 +18,11 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
+from lightning_nrl.methods._pace_of_training import SECONDS_PER_VISIT
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods._training_trials import (
     FEWEST_EPOCHS_AFTER,
     FINAL_SHARE,
-    SECONDS_PER_VISIT,
     Trial,
     best_trial,
     fit_weights,

@@ -17,6 +17,7 @@ from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.methods._held_out_estimate import MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
 from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.report.run_records import Step
@@ -24,7 +25,6 @@ from lightning_nrl.report.run_records import Step
 __all__ = [
     "FEWEST_EPOCHS_AFTER",
     "FINAL_SHARE",
-    "SECONDS_PER_VISIT",
     "StepKind",
     "Trial",
     "best_trial",
@@ -44,9 +44,6 @@ TRIAL_SHARE, FINAL_SHARE = 0.2, 0.8
 
 FEWEST_LIMITED_EPOCHS = 5
 """A trial in limited time is not made for less; the pace is measured first, which takes a part of its time."""
-
-SECONDS_PER_VISIT = 3.0
-"""Of a training step on a sample, in forward passes."""
 
 TRIAL_SHARE_OF_TIME = 0.3
 """Of the time that is left, where it is limited."""
@@ -141,9 +138,7 @@ def leaves_time_for_trials(problem: Problem, deadline: Deadline) -> bool:
     training = problem.training
     if not deadline.is_set or training is None or not problem.whole:
         return True
-    n, fit = len(problem.before), training.fit_seconds
-    visit = SECONDS_PER_VISIT * problem.clock.one_pass / max(1, n) if fit is None else fit / max(1, training.visits)
-    return deadline.leaves(FEWEST_LIMITED_EPOCHS * n * visit / TRIAL_SHARE_OF_TIME)
+    return deadline.leaves(FEWEST_LIMITED_EPOCHS * epoch_seconds(problem) / TRIAL_SHARE_OF_TIME)
 
 
 def untried(problem: Problem, deadline: Deadline, steps: list[Step]) -> Trial | None:
