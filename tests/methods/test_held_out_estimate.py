@@ -113,3 +113,13 @@ def test_what_changes_more_is_taken_unless_held_out_samples_speak_against_it() -
 
 def test_what_repairs_less_than_its_trial_promised_is_not_taken_for_the_trial() -> None:
     assert best_index([counts(8, 1), counts(9, 1)], [9, 2]) == 0
+
+
+def test_what_repairs_less_than_a_cheaper_one_is_taken_only_if_held_out_samples_are_for_it() -> None:
+    alike = [counts(9, 1), counts(8, 1)]
+    assert best_index(alike, [20, 20]) == 1
+    # Behind in both.
+    assert best_index(alike, [20, 19]) == 0
+    # Behind on known targets alone, and far behind.
+    assert best_index(alike[::-1], [20, 19]) == 1
+    assert best_index(alike[::-1], [20, 9]) == 0
