@@ -55,7 +55,7 @@ def better_of(best: PolishResult | None, other: PolishResult) -> PolishResult:
 
 
 def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: int, deadline: Deadline) -> PolishResult:
-    """The furthest of some states between the original weights and these that breaks nothing.
+    """The furthest of some states between the original weights and these that breaks no more than the gate allows.
 
     What is broken says by bisection how far to go back. Then all known samples are counted; what else is broken there
     has a say in the next bisection. Where that does not end, or time is over after the first count, it is the original
@@ -77,7 +77,7 @@ def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: in
         scaled = between(original, state, strength)
         after = problem.evaluate(scaled)
         active_set.update(after)
-        if not active_set.broken.any():
+        if not active_set.broken.any() or not problem.excess(after, active_set.broken):
             return PolishResult.counted(problem, scaled, after, rounds, strength)
         rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
     return PolishResult.counted(problem, between(original, state, 0.0), problem.before, rounds, 0.0)

@@ -122,10 +122,12 @@ class CpuRandomState:
 
     def is_current(self) -> bool:
         """Whether the generators have not moved since."""
-        mine, now = self.numpy["state"], np.random.get_state(legacy=False)["state"]
+        whole = np.random.get_state(legacy=False)
+        mine, now = self.numpy["state"], whole["state"]
         return (
             torch.equal(self.torch, torch.get_rng_state())
             and mine["pos"] == now["pos"]
+            and self.numpy["has_gauss"] == whole["has_gauss"]
             and np.array_equal(mine["key"], now["key"])
             and self.python == random.getstate()
         )

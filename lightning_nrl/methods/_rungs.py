@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,10 @@ SEARCH_TIME_SHARE = 0.05
 
 EXACT_TIME_SHARE, EXACT_ALONE_TIME_SHARE = 0.2, 0.8
 """Of the time that is left, what solving the last layer may take, and where no training fits in the rest."""
+
+SOLVING_FACTOR = 3.0
+"""How much longer than one search it may take where time is not limited: where data contradict each other, and there
+are many of them, programmes grow large."""
 
 EPOCHS_WORTH_TIME = 5.0
 """Training is left time for where so many epochs of it fit in."""
@@ -118,12 +123,10 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     What comes of held-out samples is known of the solved weights, from which the search goes on.
     """
     began = problem.clock.elapsed
-    trains = problem.whole and leaves_time_for_epochs(problem, EPOCHS_WORTH_TIME, 1 - EXACT_TIME_SHARE)
-    share = EXACT_TIME_SHARE if trains else EXACT_ALONE_TIME_SHARE
-    convex = Convex(PATIENCE_OF_STRENGTHS, share * problem.clock.left)
+    convex = Convex(PATIENCE_OF_STRENGTHS, _solving_seconds(problem))
     for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
-            solution = method(problem)
+            solution = _caught(problem, partial(method, problem))
             if held_out is not None and solution.held_out is None and solution.proposal is not None:
                 trial = method(problem.without(held_out)).proposal
                 if trial is not None:
@@ -135,6 +138,14 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
             solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
         return RungResult("exact", solution, problem.clock.elapsed - began, type(method).__name__.lower())
     return None
+
+
+def _solving_seconds(problem: Problem) -> float:
+    """How long solving the last layer may take; it ends between two rounds of cutting planes."""
+    if math.isinf(problem.clock.left):
+        return SOLVING_FACTOR * search_seconds(problem)
+    trains = problem.whole and leaves_time_for_epochs(problem, EPOCHS_WORTH_TIME, 1 - EXACT_TIME_SHARE)
+    return (EXACT_TIME_SHARE if trains else EXACT_ALONE_TIME_SHARE) * problem.clock.left
 
 
 def search_or_keep(problem: Problem, searcher: Searcher[Any], base: Proposal, *, seconds: float) -> Solution:

@@ -16,7 +16,7 @@ from lightning_nrl._optim.distill import VISITS_PER_SAMPLE, distill
 from lightning_nrl._utils.state import State, between
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips, TargetCounts
-from lightning_nrl.methods._held_out_estimate import MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods._held_out_estimate import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate
 from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
 from lightning_nrl.problem import Problem, Proposal
@@ -157,14 +157,16 @@ def untried(problem: Problem, deadline: Deadline, steps: list[Step]) -> Trial | 
 
 
 def best_trial(trials: Sequence[Trial], held_out: Tensor | None) -> Trial:
-    """The first one, unless another does better on held-out samples by more than chance."""
+    """The first one, unless another does better on held-out samples by more than chance, or far more on known ones."""
     best = trials[0]
     for other in trials[1:]:
         flips = Flips.between(best.proposal.after, other.proposal.after)
         differ = flips.broken | flips.repaired
         # Where they differ, either may be right.
         error = math.sqrt(int((differ if held_out is None else differ & held_out).sum()))
-        if other.net - best.net > MAX_STANDARD_ERRORS * error:
+        # One that hardly repairs anything, known or held out, is no better for breaking nothing.
+        does_more = best.proposal.repaired < FEWEST_REPAIRS_SHARE * other.proposal.repaired and other.net >= best.net
+        if does_more or other.net - best.net > MAX_STANDARD_ERRORS * error:
             best = other
     return best
 

@@ -76,13 +76,11 @@ class Auto:
         searched = [r.solution for r in results if r.solution.result is not None]
         shown = taken if taken is not None and taken.result is not None else next(reversed(searched), None)
         rungs = tuple(result.record(problem, number == i) for i, result in enumerate(results))
-        others = [p for r in results for p in (r.solution.proposal, *r.solution.others) if p is not None]
         steps = tuple(step for result in results for step in result.solution.steps)
         solution = Solution(
             None if taken is None else taken.proposal,
             why if taken is None else "",
             steps,
-            tuple(others),
             held_out=None if taken is None else taken.held_out,
             rungs=rungs,
             choice="" if taken is None else choice_text(rungs, why),
