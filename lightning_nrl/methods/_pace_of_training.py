@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from lightning_nrl.methods.finetune_polish import POLISH_PASSES
 from lightning_nrl.problem import Problem
 
-__all__ = ["SECONDS_PER_VISIT", "epoch_seconds", "leaves_time_for_epochs"]
+__all__ = ["epoch_seconds", "leaves_time_for_epochs"]
 
 SECONDS_PER_VISIT = 3.0
 """Of a training step on a sample, in forward passes."""
-
-RESERVED_PASSES_OF_POLISH = 12.0
-"""Passes over known data that a polish takes."""
 
 
 def epoch_seconds(problem: Problem) -> float:
@@ -23,5 +21,5 @@ def epoch_seconds(problem: Problem) -> float:
 
 def leaves_time_for_epochs(problem: Problem, epochs: float, share: float) -> bool:
     """Whether a share of the time that is left is enough for so many epochs and a polish; always without a limit."""
-    seconds = epochs * epoch_seconds(problem) + RESERVED_PASSES_OF_POLISH * problem.clock.one_pass
+    seconds = epochs * epoch_seconds(problem) + POLISH_PASSES * problem.clock.one_pass
     return problem.deadline_of_method().leaves(seconds / share)

@@ -126,9 +126,10 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     convex = Convex(PATIENCE_OF_STRENGTHS, _solving_seconds(problem))
     for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
-            solution = _caught(problem, partial(method, problem))
+            name = type(method).__name__.lower()
+            solution = _caught(problem, partial(method, problem), name=name)
             if held_out is not None and solution.held_out is None and solution.proposal is not None:
-                trial = method(problem.without(held_out)).proposal
+                trial = _caught(problem, partial(method, problem.without(held_out)), name=name).proposal
                 if trial is not None:
                     solution = replace(solution, held_out=estimate(problem.before, trial.after, held_out))
         except ConfigurationError:
@@ -136,7 +137,7 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
         if solution.proposal is not None:
             last = search_or_keep(problem, searcher, solution.proposal, seconds=search_seconds(problem))
             solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
-        return RungResult("exact", solution, problem.clock.elapsed - began, type(method).__name__.lower())
+        return RungResult("exact", solution, problem.clock.elapsed - began, name)
     return None
 
 
@@ -166,8 +167,10 @@ def is_one_layer(problem: Problem) -> bool:
     return set(problem.scope) <= own
 
 
-def _caught(problem: Problem, search: Callable[[], Solution], base: Proposal | None = None) -> Solution:
-    """What a search gives; where there is nothing to search, or no memory for it, a line that says so."""
+def _caught(
+    problem: Problem, search: Callable[[], Solution], base: Proposal | None = None, name: str = "swarm"
+) -> Solution:
+    """What a search or a method gives; where there is nothing to search, or no memory for it, a line that says so."""
     try:
         return search()
     except (EmptyLocalizationError, ReplayError) as error:
@@ -178,7 +181,7 @@ def _caught(problem: Problem, search: Callable[[], Solution], base: Proposal | N
             raise
         reason = "out of memory"
     repaired, broken = (0, 0) if base is None else (base.repaired, base.broken)
-    return Solution(None, f"{reason}.", (Step("swarm", repaired, broken, 0.0, f"not run: {reason}"),))
+    return Solution(None, f"{reason}.", (Step(name, repaired, broken, 0.0, f"not run: {reason}"),))
 
 
 def _note(solution: Solution) -> str:

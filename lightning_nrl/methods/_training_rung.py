@@ -18,7 +18,7 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
-from lightning_nrl.methods._pace_of_training import SECONDS_PER_VISIT
+from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods._training_trials import (
     FEWEST_EPOCHS_AFTER,
@@ -117,13 +117,12 @@ def _tried_search(
 def _announce(problem: Problem) -> None:
     """Says what comes and about how long it takes, if that is longer than a few seconds."""
     clock, training, n = problem.clock, problem.training, len(problem.before)
+    seconds = POLISH_FACTOR * epoch_seconds(problem) * visit_budget(problem) / max(1, n)
     if math.isfinite(clock.left):
         seconds, bound = clock.left, "by `max_time`"
     elif training is not None and training.fit_seconds is not None:
-        seconds = POLISH_FACTOR * training.fit_seconds * visit_budget(problem) / max(1, training.visits)
         bound = f"the fit took {training.fit_seconds:,.0f} s"
     else:
-        seconds = POLISH_FACTOR * SECONDS_PER_VISIT * clock.one_pass * visit_budget(problem) / max(1, n)
         bound = "by the time of one pass over the data"
     if seconds < MIN_ANNOUNCED_SECONDS:
         return

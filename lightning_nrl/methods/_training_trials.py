@@ -227,6 +227,7 @@ def _judged(own: Problem, problem: Problem, kind: StepKind, state: State, held_o
 
 
 def scaled(problem: Problem, state: State, strength: float) -> dict[str, Tensor]:
+    """A part of the way from the original weights to a state."""
     return between(problem.model.state_dict(), state, strength)
 
 

@@ -24,6 +24,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
+from lightning_nrl.methods import _rungs as rungs_module
 from lightning_nrl.methods._price_of_zero import price_points
 from lightning_nrl.methods._rungs import RungResult
 from lightning_nrl.methods.auto import chosen_rung
@@ -231,3 +232,21 @@ def test_where_the_search_runs_out_of_memory_the_proposals_are_kept() -> None:
     assert solution.proposal is not None
     assert solution.proposal.repaired == best.repaired
     assert solution.steps[-1].note == "not run: out of memory"
+
+
+def test_where_the_layer_cannot_be_solved_for_want_of_memory_the_search_is_still_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Full:
+        def __init__(self, *settings: Any) -> None:
+            return None
+
+        def __call__(self, problem: Problem) -> Solution:
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(rungs_module, "Convex", Full)
+    own = problem("2")
+    solution = checked(own, AUTO(own))
+    assert [(rung.name, rung.taken) for rung in solution.rungs] == [("search", True), ("exact", False)]
+    (step,) = (step for step in solution.steps if step.name == "full")
+    assert step.note == "not run: out of memory"
