@@ -21,6 +21,7 @@ from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
+from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
@@ -48,7 +49,7 @@ class RegressionFreeRepair(Callback):
     is accepted, the weights stay as training left them.
 
     Args:
-        target: which failures are to be repaired, such as `Target.label(3)`; None: all.
+        target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
         layer: dotted name of the layer or block to be repaired, several names, or `auto`: the last Linear (where
             there is none, the last convolution) is searched, and training may change the whole network. With a single
             layer the default stays in it.
@@ -88,7 +89,7 @@ class RegressionFreeRepair(Callback):
 
     def __init__(
         self,
-        target: Target | None = None,
+        target: Target | str | None = None,
         layer: str | list[str] = "auto",
         gate: str | Gate = "instance",
         method: str | Method | Searcher[Any] = "auto",
@@ -107,7 +108,7 @@ class RegressionFreeRepair(Callback):
     ) -> None:
         super().__init__()
         self.settings = Settings(
-            target=Target.all() if target is None else target,
+            target=parse_target("all" if target is None else target),
             layer=layer,
             gate=Gate.parse(gate),
             method=METHODS.parse("method", method),

@@ -6,6 +6,7 @@ condition that says which failures are to be repaired.
 
 from lightning_nrl.data.batch import Adapter, Batch, Source, unpack
 from lightning_nrl.data.columns import Column, Field
+from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where
 from lightning_nrl.data.tensor_source import TensorSource
 
@@ -24,5 +25,6 @@ __all__ = [
     "Target",
     "TensorSource",
     "Where",
+    "parse_target",
     "unpack",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.data.target_parsing import target_in
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 
@@ -55,13 +56,15 @@ def find_column(argument: str, value: Any) -> Column:
     """The column that an argument stands for.
 
     A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
-    (`package.module:function`), or a target. Text with a colon or a dot is an address.
+    (`package.module:function`), or a target, also as text (`"label 3"`). Other text with a colon or a dot is an
+    address.
 
     Raises:
         ConfigurationError: it is none of these.
     """
-    if isinstance(value, Target):
-        return value
+    target = target_in(value) if isinstance(value, str) else value
+    if isinstance(target, Target):
+        return target
     if isinstance(value, str) and (":" in value or "." in value):
         return import_function(argument, value)
     if isinstance(value, (str, int)) and not isinstance(value, bool):

@@ -7,7 +7,6 @@ them with `&`, `|` and `~`. A target is a value: frozen, comparable, and readabl
 from __future__ import annotations
 
 import operator
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,7 +64,7 @@ class Target(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """What is chosen, in words, as reports print it."""
+        """What is chosen, in words, as reports print it; `parse_target` reads it, where predicates are addresses."""
 
     @staticmethod
     def all() -> Target:
@@ -89,7 +88,7 @@ class Target(ABC):
         Args:
             predicate: a function of the whole batch as the data loader gives it, extras included, that returns one bool
                 a sample; or its address as text, `package.module:function`.
-            name: what reports call it; by default the function's name.
+            name: what reports call it; by default the function's name, or its address.
         """
         return Where(predicate, name)
 
@@ -178,7 +177,7 @@ class Where(Target):
 
     Attributes:
         predicate: a function of the raw batch that returns one bool a sample, or its address, `package.mod:function`.
-        name: what reports call it; None for the function's own name.
+        name: what reports call it; None for the function's own name, or its address.
 
     Raises:
         ConfigurationError: on construction, if the predicate cannot be found or called.
@@ -205,7 +204,7 @@ class Where(Target):
         if self.name is not None:
             return f"where {self.name}"
         if isinstance(self.predicate, str):
-            return f"where {re.split('[:.]', self.predicate)[-1]}"
+            return f"where {self.predicate}"
         name = getattr(self.predicate, "__name__", type(self.predicate).__name__)
         code = getattr(self.predicate, "__code__", None)
         if name == "<lambda>" and code is not None:
@@ -234,7 +233,7 @@ class And(TargetPair):
         return self.left.covers(batch, label, prediction) & self.right.covers(batch, label, prediction)
 
     def __str__(self) -> str:
-        return f"{_grouped(self.left, Or)} and {_grouped(self.right, Or)}"
+        return f"{_grouped(self.left, Or)} and {_grouped(self.right, And, Or)}"
 
 
 class Or(TargetPair):
@@ -247,7 +246,7 @@ class Or(TargetPair):
         return self.left.covers(batch, label, prediction) | self.right.covers(batch, label, prediction)
 
     def __str__(self) -> str:
-        return f"{_grouped(self.left, And)} or {_grouped(self.right, And)}"
+        return f"{_grouped(self.left, And)} or {_grouped(self.right, And, Or)}"
 
 
 @dataclass(frozen=True)

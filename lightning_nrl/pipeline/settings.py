@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import layer_names
+from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.errors import check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
@@ -29,7 +30,7 @@ class Settings:
     """What to repair and how. The defaults are the strongest regression-free setting there is.
 
     Attributes:
-        target: which failures are to be repaired.
+        target: which failures are to be repaired; also as text, such as `label 3`.
         layer: dotted name of the layer, several names, or `auto`: the last Linear (where there is none, the
             last convolution), and for methods that train the whole network. For these it may be a block too: all layers
             inside may change.
@@ -61,7 +62,7 @@ class Settings:
     samples: SampleOptions = field(default_factory=SampleOptions)
 
     def __post_init__(self) -> None:
-        check_kind("target", self.target, isinstance(self.target, Target), "Target", "Target.label(3)")
+        object.__setattr__(self, "target", parse_target(self.target))
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
         layer_names(self.layer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.strict_csv import read_csv
+from lightning_nrl.data.target_parsing import target_in
 from lightning_nrl.data.targets import Predicate, Target
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release.model_pair import ModelPair, check_splits
@@ -31,7 +32,7 @@ class ProtectedIntact(Rule):
         ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
             positions alone where there is one split.
         where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
-            its address.
+            its address; a target also as text, such as `label 3`.
 
     Raises:
         ConfigurationError: on construction, if neither is given or the file cannot be read.
@@ -49,7 +50,9 @@ class ProtectedIntact(Rule):
             raise ConfigurationError(
                 "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
             )
-        target = self.where if self.where is None or isinstance(self.where, Target) else Target.where(self.where)
+        named = target_in(self.where) if isinstance(self.where, str) else None
+        where = self.where if named is None else named
+        target = where if where is None or isinstance(where, Target) else Target.where(where)
         object.__setattr__(self, "where", target)
         object.__setattr__(self, "_file", str(self.ids) if isinstance(self.ids, (str, Path)) else "")
         ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids

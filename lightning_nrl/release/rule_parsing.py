@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.data.target_parsing import target_in
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.gate.gates import read_number
 from lightning_nrl.release.protected import ProtectedIntact
@@ -74,9 +75,11 @@ def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) ->
     return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
 
 
-@RULES.register("protected", "protected:ids.csv")
+@RULES.register("protected", "protected:ids.csv", "protected:label 3")
 def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
-    return ProtectedIntact(text.partition(":")[2].strip()) if given else None
+    what = text.partition(":")[2].strip()
+    target = target_in(what)
+    return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
 
 
 def _number(text: str, rule: Any) -> float:

@@ -36,7 +36,7 @@ trainer:
 
 WORDS = """
 layer: network.3
-target: {class_path: lightning_nrl.data.Label, init_args: {label: 3}}
+target: label 3 and not where test_cli:is_noisy
 gate: tolerance:1%
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
 search: {fitness: eq2, n_passed: 100}
@@ -97,11 +97,11 @@ def repair_of(found: LightningCLI) -> RegressionFreeRepair:
 def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, WORDS)
     settings = repair_of(found).settings
-    assert settings.target == Target.label(3)
+    assert settings.target == Target.label(3) & ~Target.where("test_cli:is_noisy")
     assert settings.gate == Tolerance(0.01)
     assert settings.fitness == Fitness("eq2")
     assert settings.method == ParticleSwarm(particles=10, iterations=5)
-    assert repair_of(found).report.target == "label 3"
+    assert repair_of(found).report.target == "label 3 and not where test_cli:is_noisy"
     assert (tmp_path / "repair" / "report.json").exists()
 
 
@@ -109,7 +109,7 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, OBJECTS)
     settings = repair_of(found).settings
     assert settings.layer == ["network.1", "network.3"]
-    assert str(settings.target) == "where is_noisy and not label 1"
+    assert str(settings.target) == "where test_cli:is_noisy and not label 1"
     assert settings.gate == Tolerance(3)
     assert settings.fitness == Fitness("eq1", alpha=5, perfect_intact=True)
     assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half", inertia=0.6)

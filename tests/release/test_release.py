@@ -348,6 +348,6 @@ def test_every_rule_in_the_how_to_can_be_read(tmp_path: Path, monkeypatch: pytes
     assert table is not None
     rows = [line.split("|")[1] for line in table[0].strip().splitlines()[2:]]
     texts = [text for row in rows for text in re.findall("`(.*?)`", row)]
-    assert len(texts) == 11
+    assert len(texts) == 12
     rules = [parse_rules(text)[0] for text in texts]
     assert [str(parse_rules(str(rule))[0]) for rule in rules] == [str(rule) for rule in rules]
