@@ -6,17 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, publish, report_files
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy, warn_without_step
+from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
 from lightning_nrl._utils.state import State, changed
@@ -38,7 +37,7 @@ from lightning_nrl.tasks import Task, parse_task
 __all__ = ["RegressionFreeRepair"]
 
 
-class RegressionFreeRepair(Callback):
+class RegressionFreeRepair(CallbackBase):
     """Repairs the model that `fit` has trained, and keeps what worked working.
 
     After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
@@ -161,40 +160,38 @@ class RegressionFreeRepair(Callback):
         return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_namespace(trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
         if stage == "fit":
             check_strategy(trainer)
             check_order(self, trainer, (WeightInterpolation,), self.data.start_from)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
         self._fit_timer = FitTimer.start(trainer)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with starting_weights(self.data.start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
             self.finish(trainer, pl_module, outcome)
             start.keep = outcome.parameters is not None
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._ran:
             warn_without_step()
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the repaired weights into the file, whatever other callbacks have put there.
 
         That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
@@ -214,7 +211,7 @@ class RegressionFreeRepair(Callback):
         if "report" in state_dict:
             self.report = RepairReport.from_json(state_dict["report"])
 
-    def attempt(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> Outcome:
+    def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._ran = True
         if epochs is not None:
@@ -222,7 +219,7 @@ class RegressionFreeRepair(Callback):
         seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
         return self.repair.run(trainer, pl_module, epochs_of(trainer), seconds)
 
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outcome: Outcome) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
         written = REPORT_FILES if outcome.parameters is None else {"checkpoint": "repaired.ckpt", **REPORT_FILES}
         files, name = report_files(self.dirpath, trainer, "repair", written)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from lightning_package import DistributedSamplerWrapper, LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import lightning_nrl
 from lightning_nrl import _lightning
 
 PACKAGE = Path(lightning_nrl.__file__).parent
-LIGHTNING = ("pytorch_lightning", "lightning_fabric")
+LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._lightning")
 OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
 """Private parts of torch, which other modules may touch."""
 
@@ -39,11 +39,26 @@ def test_the_search_for_private_uses_finds_them() -> None:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_touches_private_parts_of_lightning(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    uses = private_uses(source) if "pytorch_lightning" in source else []
-    if path.name == "_lightning.py":
+    uses = private_uses(source) if any(name in source for name in LIGHTNING) else []
+    if path == PACKAGE / "_lightning" / "private_parts.py":
         assert {"_trainer", "_data_source", "_combined_loader", "_on_before_batch_transfer"} < set(uses)
+    elif path == PACKAGE / "_lightning" / "packages.py":
+        assert uses == ["_load", "_WrappingCheckpointIO"]
     else:
         assert uses == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_module_alone_imports_lightning(path: Path) -> None:
+    modules = {"lightning", "lightning_fabric", "pytorch_lightning"}
+    imported = [
+        name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        if name.split(".")[0] in modules
+    ]
+    assert bool(imported) == (path == PACKAGE / "_lightning" / "packages.py")
 
 
 def test_a_module_without_a_trainer_has_none() -> None:
@@ -56,7 +71,7 @@ def test_a_wrapped_sampler_is_given_with_its_wrapper() -> None:
     outer, inner = _lightning.sampler_of(plain)
     assert isinstance(outer, RandomSampler)
     assert inner is outer
-    wrapped = _lightning.DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
+    wrapped = DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
     outer, inner = _lightning.sampler_of(DataLoader(data, sampler=wrapped))
     assert isinstance(outer, DistributedSampler)
     assert isinstance(inner, RandomSampler)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_nrl._lightning import Logger, TensorBoardLogger, rank_zero_only, rank_zero_warn
 from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl._tracking.tensorboard import write_extras
 from lightning_nrl.errors import LoggingWarning

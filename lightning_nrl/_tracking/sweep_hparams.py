@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Literal
 
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
-
+from lightning_nrl._lightning import Logger, rank_zero_only
 from lightning_nrl._tracking.loggers import to_each, writer_of
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import check_choice

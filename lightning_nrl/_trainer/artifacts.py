@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_nrl._lightning import batch_limit
+from lightning_nrl._lightning import Trainer, batch_limit
 from lightning_nrl._tracking import outcome, track
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release import ReleaseReport
@@ -30,7 +29,7 @@ __all__ = [
 REPORT_FILES = {"json": "report.json", "markdown": "report.md"}
 
 
-def base_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path:
+def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
     """The folder that the user named, or one of this name in the log folder; refuses what is no local folder."""
     found = dirpath if dirpath is not None else trainer.log_dir or trainer.default_root_dir  # asks all ranks
     if "://" in str(found):
@@ -41,7 +40,7 @@ def base_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "re
     return Path(found) if dirpath is not None else Path(found) / name
 
 
-def output_folder(dirpath: str | Path | None, trainer: pl.Trainer, name: str = "repair") -> Path | None:
+def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
     """The folder for the files, made on the first rank, the same on all; None in a `fast_dev_run`, which writes none.
 
     In the log folder it is the next free of `name`, `name-1`, `name-2` ..., where an earlier one has left its report.
@@ -67,7 +66,7 @@ def parse_prefix(prefix: str, default: str) -> str:
 
 
 def report_files(
-    dirpath: str | Path | None, trainer: pl.Trainer, name: str, files: Mapping[str, str]
+    dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
     """The paths of a report's files by kind, and the name that it has in logs.
 
@@ -96,7 +95,7 @@ def show(report: Shown) -> None:
         get_console().print(report.to_table())
 
 
-def publish(report: RepairReport, trainer: pl.Trainer, name: str, *, change: Tensor | None, verbose: bool) -> None:
+def publish(report: RepairReport, trainer: Trainer, name: str, *, change: Tensor | None, verbose: bool) -> None:
     """Saves the checkpoint, writes the files, logs and prints.
 
     `change` is that of each weight that differs; tags begin with `name`.

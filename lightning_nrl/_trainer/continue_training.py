@@ -11,14 +11,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelPruning
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from lightning_nrl._lightning import callbacks_of, data_module_of
+from lightning_nrl._lightning import (
+    LightningModule,
+    ModelPruning,
+    Trainer,
+    callbacks_of,
+    data_module_of,
+    rank_zero_warn,
+)
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
@@ -45,8 +49,8 @@ class ContinuedTraining:
     in batches as large as in training. Callbacks of the outer trainer have no part in it.
     """
 
-    trainer: pl.Trainer
-    model: pl.LightningModule
+    trainer: Trainer
+    model: LightningModule
     known: Sequence[LoaderSource]
     epochs: int = ASSUMED_EPOCHS
     left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
@@ -144,7 +148,7 @@ class ContinuedTraining:
         """The state of a copy after training."""
         outer, seed = self.trainer, course.seed
 
-        def copies() -> tuple[pl.LightningModule, pl.Trainer, DataLoader[Any]]:
+        def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
             live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
             try:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import data_module_of, given_loaders
+from lightning_nrl._lightning import LightningModule, Trainer, class_for, data_module_of, given_loaders
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
 from lightning_nrl._trainer.validation_view import with_validation_view
@@ -114,8 +113,8 @@ class DataRequest:
 class SplitLoaders:
     """A trainer's data loaders in a fit, each asked for once: a data module may make its data anew every time."""
 
-    trainer: pl.Trainer
-    model: pl.LightningModule
+    trainer: Trainer
+    model: LightningModule
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
@@ -125,7 +124,7 @@ class SplitLoaders:
         return self._loaders[split]
 
 
-def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> Any:
+def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
     """The trainer's data loader of a split: `train`, `val`, `repair` or `test`; None where there is none."""
     if split in ("train", "val"):
         ready = trainer.train_dataloader if split == "train" else trainer.val_dataloaders
@@ -133,7 +132,8 @@ def find_loader(split: str, trainer: pl.Trainer, model: pl.LightningModule) -> A
         if given is not None:
             return given
     data = data_module_of(trainer)
-    holder, base = (model, pl.LightningModule) if data is None else (data, pl.LightningDataModule)
+    holder = model if data is None else data
+    base = class_for(trainer, "pytorch.LightningModule" if data is None else "pytorch.LightningDataModule")
     if split == "repair":
         return holder.repair_dataloader() if isinstance(holder, _HasRepairData) else None
     name = f"{split}_dataloader"

@@ -11,26 +11,29 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
+from typing_extensions import override
+
+from lightning_nrl._lightning import (
+    LOGGER_NAMES,
     BatchSizeFinder,
     Callback,
     Checkpoint,
     DeviceStatsMonitor,
+    DummyLoggerBase,
     EarlyStopping,
     LearningRateFinder,
     LearningRateMonitor,
+    LightningDataModule,
+    LightningModule,
     ModelSummary,
     ProgressBar,
     Timer,
+    Trainer,
+    class_for,
+    release_copy,
+    shared_with_copies,
 )
-from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.strategies import SingleDeviceStrategy
-from typing_extensions import override
-
-from lightning_nrl._lightning import release_copy, shared_with_copies
 from lightning_nrl._optim.distill import WEIGHT_DECAY
 from lightning_nrl._utils.state import State, write
 
@@ -51,14 +54,14 @@ LEFT_OUT: tuple[type, ...] = (
 
 
 def copied_module(
-    module: pl.LightningModule,
+    module: LightningModule,
     state: State,
     modes: Sequence[bool],
     *,
     shared: Sequence[object] = (),
     left_out: tuple[type, ...] = (),
     rate: float | None = None,
-) -> pl.LightningModule:
+) -> LightningModule:
     """A copy to be trained in the module's stead, which stays as it is, its trainer included.
 
     All of its hooks run, except those that fetch data and those after training, which save, export or report.
@@ -86,7 +89,7 @@ def copied_module(
     return new
 
 
-def copied_data_module(data: pl.LightningDataModule, loader: Any) -> pl.LightningDataModule:
+def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataModule:
     """A data module with the same data and batch hooks, another trainer to ask, and another loader for training."""
     new = copy.copy(data)
     for name in ("prepare_data", "setup", "teardown"):
@@ -95,18 +98,18 @@ def copied_data_module(data: pl.LightningDataModule, loader: Any) -> pl.Lightnin
     return new
 
 
-def inner_trainer(outer: pl.Trainer, callback: Callback, *, epochs: int, folder: str) -> pl.Trainer:
+def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, folder: str) -> Trainer:
     """A trainer on the same device, with the precision, clipping and accumulation of the outer one.
 
     What the module writes by itself goes into `folder`.
     """
     device = outer.strategy.root_device
-    return pl.Trainer(
+    trainer: Trainer = class_for(outer, "pytorch.Trainer")(
         accelerator=device.type,
-        strategy=SingleDeviceStrategy(device),
+        strategy=class_for(outer, "pytorch.strategies.SingleDeviceStrategy")(device),
         devices=1,
         # Whatever cluster there is, the outer trainer deals with it.
-        plugins=[LightningEnvironment()],
+        plugins=[class_for(outer, "fabric.plugins.environments.LightningEnvironment")()],
         precision=outer.precision,
         max_epochs=epochs,
         gradient_clip_val=outer.gradient_clip_val,
@@ -121,12 +124,13 @@ def inner_trainer(outer: pl.Trainer, callback: Callback, *, epochs: int, folder:
         enable_model_summary=False,
         default_root_dir=folder,
     )
+    return trainer
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Lightning says nothing about a trainer: all of it was said about the outer one."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    loggers = [logging.getLogger(name) for name in LOGGER_NAMES]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -161,7 +165,7 @@ class NullExperiment:
         pass
 
 
-class NullLogger(DummyLogger):
+class NullLogger(DummyLoggerBase):
     """Stands where a logger stood. Lightning's own dummy fails on `self.logger.experiment.config.update(...)`."""
 
     def __init__(self, folder: str) -> None:
@@ -188,7 +192,7 @@ class NullLogger(DummyLogger):
         return getattr(NullExperiment(), name)
 
 
-def _adamw(module: pl.LightningModule, rate: float) -> dict[str, Any]:
+def _adamw(module: LightningModule, rate: float) -> dict[str, Any]:
     """AdamW whose rate rises over the first steps and falls to 0 along a cosine."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=WEIGHT_DECAY)

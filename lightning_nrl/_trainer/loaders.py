@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
-from lightning_nrl._lightning import prepare_batch, sampler_of
+from lightning_nrl._lightning import LightningModule, Trainer, prepare_batch, sampler_of
 from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import seed_all
@@ -110,8 +109,8 @@ def make_source(
     loader: Any,
     split: str,
     *,
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     passed: bool = False,
     failed: bool = False,
     adapter: Adapter = unpack,

@@ -7,9 +7,9 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
 from torch import Tensor
 
+from lightning_nrl._lightning import LightningModule
 from lightning_nrl._trainer.output_capture import Call, is_same
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
@@ -30,10 +30,10 @@ class StepWrapper:
     """
 
     def __init__(self) -> None:
-        self._module: pl.LightningModule | None = None
+        self._module: LightningModule | None = None
         self._own: dict[str, Any] = {}
 
-    def wrap(self, module: pl.LightningModule, around: Callable[..., Any]) -> None:
+    def wrap(self, module: LightningModule, around: Callable[..., Any]) -> None:
         """From now on `training_step(*args)` is `around(training_step, *args)`."""
         self.unwrap()
         self._module, self._own = module, {k: v for k, v in vars(module).items() if k == "training_step"}

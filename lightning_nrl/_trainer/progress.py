@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from lightning_nrl._lightning import RichProgressBar, TQDMProgressBar, Trainer, rank_zero_info
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Trainer
     from rich.progress import Progress
 
 __all__ = ["RepairProgress"]
@@ -79,8 +78,6 @@ class RepairProgress:
 
 
 def _line_beside(trainer: Trainer) -> _RichLine | _TqdmLine | None:
-    from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
-
     bar = trainer.progress_bar_callback
     if not trainer.is_global_zero or not isinstance(bar, (RichProgressBar, TQDMProgressBar)) or bar.is_disabled:
         return None

@@ -5,11 +5,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-import pytorch_lightning as pl
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import data_module_of
+from lightning_nrl._lightning import LightningModule, Trainer, data_module_of
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_module
 from lightning_nrl._utils.checkpoint import fitting, read_state
@@ -50,7 +49,7 @@ def parse_with_weights(reference: object) -> OldModel:
 
 
 def reference_module(
-    trainer: pl.Trainer, module: pl.LightningModule, given: nn.Module | State | str | Path, held: ExitStack
+    trainer: Trainer, module: LightningModule, given: nn.Module | State | str | Path, held: ExitStack
 ) -> nn.Module:
     """The replaced model on the device of the new one, in evaluation mode until `held` is closed.
 
@@ -63,7 +62,7 @@ def reference_module(
     return model
 
 
-def _copy(trainer: pl.Trainer, module: pl.LightningModule, given: State | str | Path) -> pl.LightningModule:
+def _copy(trainer: Trainer, module: LightningModule, given: State | str | Path) -> LightningModule:
     """A module of the same architecture with other weights."""
     state = fitting("reference", read_state("reference", given), module)
     data = find_loader("train", trainer, module)

@@ -8,7 +8,6 @@ from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -19,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_nrl._lightning import sampler_of, validating, validation_loaders
+from lightning_nrl._lightning import LightningModule, Trainer, sampler_of, validating, validation_loaders
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source
 from lightning_nrl._trainer.output_capture import Probe
 from lightning_nrl._trainer.trainer_state import make_evaluator
@@ -51,7 +50,7 @@ class ReferenceResults:
     parts: tuple[str, ...]  # the part of the new model whose output is the model's, by its dotted name, if any is
 
 
-def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+def validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
     """The data loader that a trainer validates on, and how many of its batches; None: all."""
     found = validation_loaders(trainer)
     if found is None:
@@ -76,8 +75,8 @@ def validation_loader(trainer: pl.Trainer, dataloader: int) -> tuple[DataLoader[
 
 def evaluate_reference(
     reference: Reference,
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     *,
     dataloader: int = 0,
     slices: Slices | None = None,
@@ -115,7 +114,7 @@ def evaluate_reference(
     )
 
 
-def is_same_validation(known: ReferenceResults, trainer: pl.Trainer, dataloader: int) -> bool:
+def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
     """Whether the data that are to be validated are still those that the replaced model was asked about."""
     loader, most = validation_loader(trainer, dataloader)
     if loader is known.loader:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_nrl._lightning import rank_zero_info, rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl._utils.preserve import random_state, seed_cpu

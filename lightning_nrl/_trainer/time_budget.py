@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from typing_extensions import override
 
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
@@ -54,7 +53,7 @@ def check_ranks(collective: Collective, error: Exception | None = None, *, is_ov
     return bool(n_over)
 
 
-class TimeBudget(Callback):
+class TimeBudget(CallbackBase):
     """Keeps ranks in step, stops at `end` (of `time.perf_counter`), and reports to the clock how far training is.
 
     `optional`: whatever fails is a `CannotTrainError`, as where a module is trained in a way that is not its owner's.
@@ -88,13 +87,13 @@ class TimeBudget(Callback):
         return result
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for config in trainer.lr_scheduler_configs:
             # What is measured on validation data is not there.
             config.strict = False
 
     @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages gradients over ranks; those that are accumulated are the same on all ranks, and stay so."""
         if self._collective.world_size > 1:
             self._meet()
@@ -102,7 +101,7 @@ class TimeBudget(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._done += 1
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
@@ -132,7 +131,7 @@ class TrainingTrial(TimeBudget):
         self._epoch = 0
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._epoch = int(trainer.num_training_batches)
         self._ends = [time.perf_counter()]
@@ -155,7 +154,7 @@ class TrainingTrial(TimeBudget):
 
 
 @torch.no_grad()
-def _average_gradients(model: pl.LightningModule, collective: Collective) -> None:
+def _average_gradients(model: LightningModule, collective: Collective) -> None:
     """Parameters without a gradient on some ranks count as 0 there; without one on any rank they stay without."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ranks = collective.sum(torch.tensor([parameter.grad is not None for parameter in parameters]))

@@ -4,29 +4,50 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelPruning
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
-from lightning_nrl._lightning import averaging_callbacks, callbacks_of
+from lightning_nrl._lightning import (
+    Callback,
+    ModelPruning,
+    Trainer,
+    averaging_callbacks,
+    callbacks_of,
+    data_module_of,
+    original_module,
+    packages_of,
+    rank_zero_warn,
+)
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
-__all__ = ["check_namespace", "check_order", "check_strategy", "warn_without_step"]
+__all__ = ["check_order", "check_packages", "check_strategy", "warn_without_step"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
-def check_namespace(trainer: Any) -> None:
-    """Refuses a trainer of the package `lightning`, whose classes are others than those of `pytorch_lightning`."""
-    if not isinstance(trainer, pl.Trainer):
+def check_packages(trainer: Any, **others: object) -> None:
+    """Refuses a trainer that is none, and whatever is of the other package of Lightning than the trainer.
+
+    Checked are the trainer's callbacks, loggers and data module, and `others` by the names of their arguments.
+    """
+    if not isinstance(trainer, Trainer):
         raise ConfigurationError(
             f"`trainer`: found a {type(trainer).__name__} of `{type(trainer).__module__}`.",
-            "import everything from `pytorch_lightning`; the classes of `lightning.pytorch` do not mix with it.",
+            "give a Trainer of `lightning.pytorch` or of `pytorch_lightning`.",
         )
+    own = packages_of(trainer)[0]
+    attached: list[tuple[str, object]] = [("callbacks", callback) for callback in callbacks_of(trainer)]
+    attached += [("logger", logger) for logger in trainer.loggers]
+    for argument, thing in (*others.items(), *attached, ("datamodule", data_module_of(trainer))):
+        packages = packages_of(original_module(thing) if isinstance(thing, nn.Module) else thing)
+        if packages and own not in packages:
+            raise ConfigurationError(
+                f"`{argument}`: {type(thing).__name__} is of `{packages[0]}`, the Trainer of `{own}`.",
+                "import all of it from one of them; their classes do not mix.",
+            )
 
 
 def check_strategy(
-    trainer: pl.Trainer,
+    trainer: Trainer,
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
@@ -38,7 +59,7 @@ def check_strategy(
 
 def check_order(
     callback: Callback,
-    trainer: pl.Trainer,
+    trainer: Trainer,
     earlier: tuple[type, ...] = (),
     start_from: str = "last",
     what: str = "the repair",

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 
-from lightning_nrl._lightning import batch_limit, validating
+from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.continue_training import ContinuedTraining
@@ -38,7 +37,7 @@ __all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
 class TrainedModel:
     """A trained module and its data, as they are inside a fit."""
 
-    model: pl.LightningModule
+    model: LightningModule
     known: list[LoaderSource]
     unseen: list[LoaderSource]
     calibration: list[LoaderSource]
@@ -58,7 +57,7 @@ class TrainerRepair:
     data: DataRequest
     left_out: tuple[type, ...]
 
-    def check(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    def check(self, trainer: Trainer, model: LightningModule) -> None:
         """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
         with random_state(), validating(trainer):
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
@@ -68,9 +67,7 @@ class TrainerRepair:
             if self.reference is None and self.settings.layer == "auto" and trains:
                 few.training.warn()
 
-    def run(
-        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, fit_seconds: float | None = None
-    ) -> Outcome:
+    def run(self, trainer: Trainer, model: LightningModule, epochs: int, fit_seconds: float | None = None) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
 
         The model was trained for so many epochs, which took so long; None where that is not known.
@@ -91,7 +88,7 @@ class TrainerRepair:
 
     @contextmanager
     def opened(
-        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, whole: bool = False
+        self, trainer: Trainer, model: LightningModule, epochs: int, *, whole: bool = False
     ) -> Iterator[TrainedModel]:
         """The model with all its data, in a `fast_dev_run` a few batches of them; random states stay as they are.
 
@@ -103,7 +100,7 @@ class TrainerRepair:
             yield replace(found, observer=progress, randomness=randomness)
 
     def _trained(
-        self, trainer: pl.Trainer, model: pl.LightningModule, epochs: int, *, limit: int | None, whole: bool
+        self, trainer: Trainer, model: LightningModule, epochs: int, *, limit: int | None, whole: bool
     ) -> TrainedModel:
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}

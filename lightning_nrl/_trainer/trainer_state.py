@@ -10,20 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import (
+from torch.utils.data import DataLoader
+
+from lightning_nrl._lightning import (
     BatchSizeFinder,
     Callback,
     Checkpoint,
     LearningRateFinder,
+    LightningModule,
     ModelCheckpoint,
     ProgressBar,
+    Trainer,
+    callbacks_of,
+    rank_zero_warn,
+    reading_checkpoints,
+    set_callbacks,
 )
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader
-
-from lightning_nrl._lightning import callbacks_of, reading_checkpoints, set_callbacks
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
@@ -58,7 +61,7 @@ class StartingWeights:
 
 
 @contextmanager
-def borrowed(trainer: pl.Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
+def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True) -> Iterator[None]:
     """The trainer for one fit that makes no step, with one callback more and without those that tune by training.
 
     Afterwards its callbacks and its limits of training are as found, it knows the metrics that it knew, and the global
@@ -83,7 +86,7 @@ def borrowed(trainer: pl.Trainer, callback: Callback, *, weights_only: bool = Tr
 
 
 @contextmanager
-def untracked(trainer: pl.Trainer) -> Iterator[None]:
+def untracked(trainer: Trainer) -> Iterator[None]:
     """The trainer with loggers that write nothing, and without callbacks that tune, show or stop.
 
     Its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as found
@@ -106,7 +109,7 @@ def untracked(trainer: pl.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningModule) -> Iterator[StartingWeights]:
+def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) -> Iterator[StartingWeights]:
     """The model that a repair starts from, the same on every rank.
 
     With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
@@ -137,14 +140,14 @@ def starting_weights(start_from: str, trainer: pl.Trainer, model: pl.LightningMo
                     tensor.copy_(value)
 
 
-def _load_best(path: str, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def _load_best(path: str, trainer: Trainer, model: LightningModule) -> None:
     otherwise = "repair it later by `lightning_nrl.repair(..., ckpt_path=..., weights_only=False)` if you trust it."
     with reading_checkpoints(trainer, "start_from", otherwise=otherwise):
         checkpoint = trainer.strategy.load_checkpoint(path)
     trainer.strategy.load_model_state_dict(checkpoint, strict=model.strict_loading)
 
 
-def _best_path(trainer: pl.Trainer) -> str:
+def _best_path(trainer: Trainer) -> str:
     checkpoint = trainer.checkpoint_callback
     path = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
     if not path:
@@ -157,7 +160,7 @@ def _best_path(trainer: pl.Trainer) -> str:
     return path
 
 
-def epochs_of(trainer: pl.Trainer) -> int:
+def epochs_of(trainer: Trainer) -> int:
     """How many epochs a training had, at least 1; parts of epochs are added up, where limits cut them short."""
     loop, loader = trainer.fit_loop, trainer.train_dataloader
     epochs = loop.epoch_progress.current.ready
@@ -175,17 +178,17 @@ class FitTimer:
     batches: int  # that were trained on before
 
     @classmethod
-    def start(cls, trainer: pl.Trainer) -> FitTimer:
+    def start(cls, trainer: Trainer) -> FitTimer:
         """Begins now."""
         return cls(time.perf_counter(), _batches_of(trainer))
 
-    def seconds(self, trainer: pl.Trainer) -> float:
+    def seconds(self, trainer: Trainer) -> float:
         """Seconds of all batches until now."""
         batches = _batches_of(trainer)
         return (time.perf_counter() - self.began) * batches / max(1, batches - self.batches)
 
 
-def _batches_of(trainer: pl.Trainer) -> int:
+def _batches_of(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
@@ -197,6 +200,6 @@ def epochs_saved(checkpoint: Mapping[str, Any]) -> int:
         return ASSUMED_EPOCHS
 
 
-def make_evaluator(trainer: pl.Trainer, model: pl.LightningModule, task: Task) -> Evaluator:
+def make_evaluator(trainer: Trainer, model: LightningModule, task: Task) -> Evaluator:
     """A module as its trainer runs it: on its device, in its precision, its ranks sharing the data."""
     return Evaluator(model, task, trainer.precision_plugin.forward_context, Collective.current(model.device))

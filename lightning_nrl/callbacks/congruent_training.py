@@ -8,19 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import callbacks_of, trainer_of, validating
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.artifacts import parse_prefix
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
 from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWrapper, add_to_loss, find_forward_pass
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
@@ -35,7 +33,7 @@ from lightning_nrl.tasks import Task, parse_task
 __all__ = ["PositiveCongruentTraining", "regression_loss"]
 
 
-class PositiveCongruentTraining(Callback):
+class PositiveCongruentTraining(CallbackBase):
     """Adds a term to the training loss, so that the new model breaks less of what the replaced one gets right.
 
     The idea, and the default term, are those of Yan et al. 2021, Positive-Congruent Training: Towards Regression-Free
@@ -90,8 +88,8 @@ class PositiveCongruentTraining(Callback):
         self._called = False
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_namespace(trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
         self._release()
         if stage != "fit":
             return
@@ -105,9 +103,7 @@ class PositiveCongruentTraining(Callback):
         self._outputs.attach(pl_module)
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._teacher is None:
             try:
                 self._check_first_batch(trainer, pl_module, batch)
@@ -118,35 +114,35 @@ class PositiveCongruentTraining(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._step.unwrap()
 
     @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A batch that was skipped has no end.
         self._step.unwrap()
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
 
-    def loss(self, pl_module: pl.LightningModule, batch: Any, output: Any) -> Tensor:
+    def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
         """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
         args, kwargs, target = self.adapter(batch)
         self._called = True
         return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
 
     def _step_with_terms(
-        self, pl_module: pl.LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
+        self, pl_module: LightningModule, batch: Any, step: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         self._called = False
         self._outputs.begin()
@@ -164,7 +160,7 @@ class PositiveCongruentTraining(Callback):
         call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
         return add_to_loss(result, self._loss(pl_module, call, target, batch))
 
-    def _loss(self, pl_module: pl.LightningModule, call: ForwardPass, target: Any, raw: Any) -> Tensor:
+    def _loss(self, pl_module: LightningModule, call: ForwardPass, target: Any, raw: Any) -> Tensor:
         assert self._teacher is not None
         logits = call.logits
         with validating(pl_module.trainer):
@@ -175,7 +171,7 @@ class PositiveCongruentTraining(Callback):
         return torch.stack(list(means.values())).sum()
 
     @torch.no_grad()
-    def _check_first_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+    def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Both models on the first batch: whatever does not fit is found before anything is trained."""
         args, kwargs, target = self.adapter(batch)
         probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
@@ -194,7 +190,7 @@ class PositiveCongruentTraining(Callback):
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 
-    def _make_teacher(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceTeacher:
+    def _make_teacher(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceTeacher:
         if isinstance(self.reference, Predictions):
             assert self.index is not None
             return PredictedTeacher(self.reference, "train", self.task, self.index)
@@ -209,7 +205,7 @@ class PositiveCongruentTraining(Callback):
         self._teacher, self._called = None, False
 
 
-def regression_loss(module: pl.LightningModule, batch: Any, output: Any) -> Tensor:
+def regression_loss(module: LightningModule, batch: Any, output: Any) -> Tensor:
     """What `PositiveCongruentTraining` adds to the loss, for a `training_step` that says itself where.
 
     Needed where the step optimises by itself, calls the model several times, or mixes samples and labels; possible

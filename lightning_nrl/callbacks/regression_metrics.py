@@ -7,18 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.artifacts import parse_prefix
 from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
 from lightning_nrl._trainer.loaders import parse_adapter
 from lightning_nrl._trainer.output_capture import OutputCapture
 from lightning_nrl._trainer.reference_validation import ReferenceResults, evaluate_reference, is_same_validation
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
@@ -32,7 +30,7 @@ from lightning_nrl.tasks import Task, parse_task
 __all__ = ["RegressionMetrics"]
 
 
-class RegressionMetrics(Callback):
+class RegressionMetrics(CallbackBase):
     """Logs in every validation what the new model breaks and repairs of what the replaced one does.
 
     It logs `regression/nfr`, `pfr`, `relative_nfr`, `btc`, `bec`, `broken`, `repaired`, `accuracy` and
@@ -87,28 +85,28 @@ class RegressionMetrics(Callback):
         self._warned = False
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_namespace(trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
         if stage in ("fit", "validate"):
             self._reset()
             self._outputs.attach(pl_module)
 
     @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._reset()
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._reset()
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.limit_val_batches != 0:
             self._evaluate_reference(trainer, pl_module)
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
         known = self._reference_results
@@ -119,7 +117,7 @@ class RegressionMetrics(Callback):
 
     @override
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._counter is not None and dataloader_idx == self.dataloader:
             self._outputs.begin()
@@ -127,8 +125,8 @@ class RegressionMetrics(Callback):
     @override
     def on_validation_batch_end(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -147,7 +145,7 @@ class RegressionMetrics(Callback):
         self._counter.add(batch_idx, right, self.task.label(target))
 
     @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._counter is None:
             return
         names, counts = self._counter.counts(Collective.current(pl_module.device))
@@ -158,7 +156,7 @@ class RegressionMetrics(Callback):
         # The counts are the same on every rank; `sync_dist` keeps Lightning from doubting it.
         pl_module.log_dict(found, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _evaluate_reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ReferenceResults:
+    def _evaluate_reference(self, trainer: Trainer, pl_module: LightningModule) -> ReferenceResults:
         means = {"dataloader": self.dataloader, "slices": self.slices, "task": self.task, "adapter": self.adapter}
         known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
         self._outputs.attach(pl_module, known.parts)

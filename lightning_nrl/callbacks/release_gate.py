@@ -8,17 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import batch_limit
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
@@ -35,7 +32,7 @@ from lightning_nrl.tasks import Task, parse_task
 __all__ = ["ReleaseGate"]
 
 
-class ReleaseGate(Callback):
+class ReleaseGate(CallbackBase):
     """Judges in `trainer.test` or `trainer.validate` whether the model may replace the one in use.
 
     After the test itself, each model makes one pass over all of its data, each sample once, in the precision of the
@@ -96,31 +93,31 @@ class ReleaseGate(Callback):
         self.report: ReleaseReport | None = None
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_namespace(trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
         if stage in ("test", "validate"):
             check_strategy(trainer, "which are needed whole", "test with a single device or with ddp.")
 
     @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check(trainer, pl_module, "test")
 
     @override
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module, "test")
 
     @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
             self._check(trainer, pl_module, "val")
 
     @override
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in the validation of a fit, where nothing is to be released.
-        if trainer.state.fn == TrainerFn.VALIDATING:
+        if trainer.state.fn == "validate":
             self._run(trainer, pl_module, "val")
 
-    def _check(self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]) -> None:
+    def _check(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
         """What can be known before anything runs."""
         self.report = None
         base_folder(self.dirpath, trainer, "release")
@@ -128,7 +125,7 @@ class ReleaseGate(Callback):
         for rule in self.rules:
             rule.check_data([source.split for source in sources], self.slices is not None)
 
-    def _run(self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]) -> None:
+    def _run(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> None:
         path = trainer.ckpt_path
         with random_state():
             pair, report = judge_pair(
@@ -154,9 +151,7 @@ class ReleaseGate(Callback):
         numbers = release_numbers(self.report, name)
         model.log_dict(numbers, sync_dist=trainer.world_size > 1, add_dataloader_idx=False)
 
-    def _sources(
-        self, trainer: pl.Trainer, model: pl.LightningModule, stage: Literal["test", "val"]
-    ) -> list[LoaderSource]:
+    def _sources(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> list[LoaderSource]:
         given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
         how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": batch_limit(trainer)}
         return [

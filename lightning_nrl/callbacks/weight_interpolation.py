@@ -7,22 +7,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import batch_limit, validating
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit, rank_zero_warn, validating
 from lightning_nrl._tracking import track_numbers
 from lightning_nrl._trainer.artifacts import parse_prefix, show
 from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.interpolation_data import choice_numbers, find_calibration, find_one
 from lightning_nrl._trainer.loaders import LoaderSource, check_data, make_source, parse_adapter
 from lightning_nrl._trainer.reference_copy import parse_with_weights
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_order, check_strategy
+from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator, starting_weights
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve, random_state
@@ -48,7 +45,7 @@ MIN_COSINE = 0.5
 """Weights with a smaller cosine did not begin at the old ones: those of two random beginnings have about 0."""
 
 
-class WeightInterpolation(Callback):
+class WeightInterpolation(CallbackBase):
     """After `fit`, moves the weights a share back to those of the replaced model: `(1 - share) new + share old`.
 
     Fewer samples break, for little or no accuracy, and the model still costs one forward pass (Wortsman et al. 2022,
@@ -130,8 +127,8 @@ class WeightInterpolation(Callback):
         self._changed = False
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_namespace(trainer)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
         if stage != "fit":
             return
         check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
@@ -141,14 +138,14 @@ class WeightInterpolation(Callback):
             raise ConfigurationError("`reference` is the very model that is trained.", hint)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read now and kept, since training may overwrite the very file.
         self._reference_state = read_state("reference", self.reference.model)
         fitting("reference", self._reference_state, pl_module, SERVING_HINT)
         self.choice, self._changed = None, False
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with random_state(), validating(trainer):
             # Of as many batches each rank has some samples: batch norm needs more than one.
             counted, training = self._sources(trainer, pl_module, limit=4 * trainer.world_size)
@@ -169,7 +166,7 @@ class WeightInterpolation(Callback):
             )
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         evaluator = make_evaluator(trainer, pl_module, self.task)
         how: dict[str, Any] = {"batches": self.batches, "seed": self.seed}
         limit = (batch_limit(trainer) or 0) * trainer.world_size or None
@@ -193,7 +190,7 @@ class WeightInterpolation(Callback):
             start.keep = self._changed
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where it was stopped before its first step, another work than training was done.
         if self._reference_state and not trainer.should_stop:
             rank_zero_warn(
@@ -205,19 +202,17 @@ class WeightInterpolation(Callback):
         self._reference_state = {}
 
     @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._reference_state = {}
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the live weights into the file once they are changed: weight averaging would save its average."""
         if self._changed:
             checkpoint["state_dict"].update(pl_module.state_dict())
 
     def _sources(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None
+        self, trainer: Trainer, pl_module: LightningModule, limit: int | None
     ) -> tuple[LoaderSource | None, LoaderSource | None]:
         """Data to count on, if there are any, and data for statistics, if they are needed."""
         make = partial(make_source, trainer=trainer, model=pl_module, adapter=self.adapter, seed=self.seed, limit=limit)
@@ -227,7 +222,7 @@ class WeightInterpolation(Callback):
         training = None if fixed else find_one("statistics", self.statistics, loaders)
         return None if counted is None else make(*counted), None if training is None else make(*training)
 
-    def _log(self, trainer: pl.Trainer, numbers: Mapping[str, float]) -> None:
+    def _log(self, trainer: Trainer, numbers: Mapping[str, float]) -> None:
         tags = {f"{self.prefix}/{name}": value for name, value in numbers.items()}
         if trainer.is_global_zero:
             track_numbers(tags, trainer.loggers, step=trainer.global_step, what="interpolation")

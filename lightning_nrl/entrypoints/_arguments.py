@@ -7,10 +7,9 @@ import inspect
 from dataclasses import fields
 from typing import Any
 
-import pytorch_lightning as pl
 from torch import nn
 
-from lightning_nrl._lightning import original_module
+from lightning_nrl._lightning import LightningModule, original_module
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints._option_support import OPTION_CLASSES, check_heeded
 from lightning_nrl.errors import ConfigurationError
@@ -38,8 +37,8 @@ def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
 def check_model(model: Any, without_lightning: str) -> None:
     """Refuses a plain module, which has neither data nor a training that a Trainer knows; a compiled one is none."""
     inner = original_module(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, pl.LightningModule):
+    if not isinstance(inner, LightningModule):
         raise ConfigurationError(
             f"`model`: found a {type(inner).__name__} of `{type(inner).__module__}`, not a LightningModule.",
-            f"give a module of `pytorch_lightning`; for a plain PyTorch module there is `{without_lightning}`.",
+            f"give a LightningModule; for a plain PyTorch module there is `{without_lightning}`.",
         )

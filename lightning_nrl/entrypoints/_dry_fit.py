@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import pytorch_lightning as pl
 from typing_extensions import override
 
-from lightning_nrl._lightning import callbacks_of
-from lightning_nrl._trainer.trainer_checks import check_namespace, check_strategy
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of
+from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, borrowed, epochs_of, epochs_saved, untracked
 from lightning_nrl.callback import RegressionFreeRepair
@@ -21,15 +20,15 @@ from lightning_nrl.pipeline.repair_module import Outcome
 __all__ = ["Work", "dry_fit", "without_training"]
 
 Result = TypeVar("Result")
-Work = Callable[[pl.Trainer, pl.LightningModule, int], Outcome | None]
+Work = Callable[[Trainer, LightningModule, int], Outcome | None]
 """What is done with a trainer, its module, and the epochs that the model was trained for."""
 
 
 def dry_fit(
     work: Callable[[TrainedModel], Result],
     callback: RegressionFreeRepair,
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     *loaders: Any,
     whole: bool = False,
     weights_only: bool = True,
@@ -47,10 +46,10 @@ def dry_fit(
         weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
         **arguments: `datamodule` and `ckpt_path`, as for `fit`.
     """
-    check_namespace(trainer)
+    check_packages(trainer, model=model, datamodule=arguments.get("datamodule"))
     results: list[Result] = []
 
-    def inside(trainer: pl.Trainer, module: pl.LightningModule, epochs: int) -> None:
+    def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
         with callback.repair.opened(trainer, module, epochs, whole=whole) as trained:
             results.append(work(trained))
 
@@ -65,14 +64,13 @@ def dry_fit(
 
 @contextmanager
 def without_training(
-    trainer: pl.Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
+    trainer: Trainer, callback: RegressionFreeRepair, work: Work, weights_only: bool = True
 ) -> Iterator[None]:
     """Inside, a `fit` works on the model as it is and makes no step; afterwards the trainer is as found (`borrowed`).
 
     If an outcome comes of the work, it is saved, logged and written into the model. A trainer that holds a repair, or
     wants a minimum of training, is refused.
     """
-    check_namespace(trainer)
     if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
         hint = "use a trainer without it, or call `fit`."
         raise ConfigurationError("`trainer` has a RegressionFreeRepair of its own.", hint)
@@ -90,13 +88,13 @@ def without_training(
         yield
 
 
-class _WithoutTraining(pl.Callback):
+class _WithoutTraining(CallbackBase):
     """Works at the start of a fit and stops it before its first step.
 
     The trainer knows how long it trained a module before; a checkpoint that is loaded knows better.
     """
 
-    def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: pl.Trainer) -> None:
+    def __init__(self, callback: RegressionFreeRepair, work: Work, trainer: Trainer) -> None:
         self.callback = callback
         self.work = work
         self.outcome: Outcome | None = None
@@ -110,18 +108,16 @@ class _WithoutTraining(pl.Callback):
         return self.callback.state_key
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Order does not matter: nothing else happens in this fit.
         check_strategy(trainer)
 
     @override
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = epochs_saved(checkpoint)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without a limit, a checkpoint may have any number of epochs. Before, optimizers were configured, and schedules
         # may have asked how long training is.
         trainer.fit_loop.max_epochs = -1
@@ -132,15 +128,13 @@ class _WithoutTraining(pl.Callback):
         trainer.should_stop = True
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
         if self.outcome is not None:
             self.callback.finish(trainer, pl_module, self.outcome)
 
     @override
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     @override

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
 from lightning_nrl.entrypoints._arguments import callback_with, check_model
@@ -17,12 +17,12 @@ __all__ = ["compare"]
 
 
 def compare(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     *,
-    datamodule: pl.LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
     methods: Methods | None = None,

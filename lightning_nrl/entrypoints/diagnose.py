@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-
+from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.entrypoints._arguments import callback_with, check_model
@@ -16,12 +15,12 @@ __all__ = ["diagnose"]
 
 
 def diagnose(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     *,
-    datamodule: pl.LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
     **arguments: Any,

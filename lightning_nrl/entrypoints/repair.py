@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
-
-from lightning_nrl._trainer.trainer_checks import check_namespace
+from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
+from lightning_nrl._trainer.trainer_checks import check_packages
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints._arguments import callback_with, check_model
 from lightning_nrl.entrypoints._dry_fit import without_training
@@ -19,12 +18,12 @@ __all__ = ["repair"]
 
 
 def repair(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     *,
-    datamodule: pl.LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
     callback: RegressionFreeRepair | None = None,
@@ -63,8 +62,8 @@ def repair(
         kind = isinstance(callback, RegressionFreeRepair)
         check_kind("callback", callback, kind, "RegressionFreeRepair", "RegressionFreeRepair(...)")
         check_heeded("repair", {"data": callback.data})
-    check_namespace(trainer)
     check_model(model, "repair_module")
+    check_packages(trainer, model=model, datamodule=datamodule)
     with without_training(trainer, callback, callback.attempt, weights_only):
         trainer.fit(model, train_dataloaders, val_dataloaders, datamodule=datamodule, ckpt_path=ckpt_path)
     if callback.report is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 from torch.utils.data import DataLoader
 
+from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._tracking import track_sweep
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import starting_weights
@@ -32,14 +32,14 @@ LOGS = ("setting", "run", "none")
 
 
 def sweep(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
+    trainer: Trainer,
+    model: LightningModule,
     train_dataloaders: Any = None,
     val_dataloaders: Any = None,
     *,
     settings: Sweepable,
     seeds: Seeds = 10,
-    datamodule: pl.LightningDataModule | None = None,
+    datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
     unseen: str | DataLoader[Any] | None = "test",

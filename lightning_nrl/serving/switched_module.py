@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_nrl._lightning import LightningModule, LightningModuleMixin
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.serving.margin_switch import Classes, SwitchRule
 
 __all__ = ["SwitchedModule"]
 
 
-class SwitchedModule(LightningModule):
+class SwitchedModule(LightningModuleMixin):
     """A copy of the user's new LightningModule whose `forward` is a `MarginSwitch`.
 
     It is an instance of the new module's class too: its steps, metrics, hooks, data loaders and hyperparameters are

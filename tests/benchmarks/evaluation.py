@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import warnings
 
-import pytorch_lightning as pl
 import torch
 from bench import compare, milliseconds, ratio, show
+from lightning_package import pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

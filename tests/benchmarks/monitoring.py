@@ -10,9 +10,9 @@ import logging
 import time
 import warnings
 
-import pytorch_lightning as pl
 import torch
 from bench import ResNet27, milliseconds, ratio, show
+from lightning_package import pl
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

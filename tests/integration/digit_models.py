@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import yaml
+from lightning_package import LightningCLI, LightningDataModule, LightningModule, Trainer, callbacks, pl
 from options import with_options
 from packaging.version import Version
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer, callbacks
-from pytorch_lightning.cli import LightningCLI
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F

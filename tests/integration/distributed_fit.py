@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from digit_models import Classifier, Digits, quick_repair
-from pytorch_lightning import Callback, Trainer
+from lightning_package import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
 from lightning_nrl import RegressionFreeRepair, repair

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
 from distributed_fit import Leave
+from lightning_package import LightningDataModule, LightningModule
 from options import with_options
-from pytorch_lightning import LightningDataModule, LightningModule
 from task_models import CASES
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from digit_models import digits
-from pytorch_lightning import LightningDataModule, LightningModule
+from lightning_package import LightningDataModule, LightningModule
 from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import OVERWRITING, Classifier, Digits, overwriting, quick_repair, quiet_trainer, right, since_2_6
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from lightning_package import ModelCheckpoint, Trainer
 from torch import Tensor
 
 from lightning_nrl import RepairReport, Target

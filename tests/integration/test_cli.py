@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from digit_models import Classifier, Digits
-from pytorch_lightning.cli import LightningCLI
+from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target

@@ -17,9 +17,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, cnn, configured, quick_repair, quiet_trainer, right
-from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import CombinedLoader
+from lightning_package import Callback, CombinedLoader, LightningModule, ModelCheckpoint
 from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F

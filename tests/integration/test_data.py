@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
-from pytorch_lightning import Callback, LightningModule, Trainer
+from lightning_package import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from lightning_package import CSVLogger, ModelCheckpoint
 
 from lightning_nrl import ConfigurationError, Target, diagnose
 from lightning_nrl._utils.hashing import hash_tensors

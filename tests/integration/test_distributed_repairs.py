@@ -13,7 +13,7 @@ import pytest
 import torch
 from digit_models import quiet_trainer
 from distributed_repairs import HEEDED, jobs
-from pytorch_lightning import seed_everything
+from lightning_package import seed_everything
 from task_models import CASES
 
 from lightning_nrl import RepairReport

@@ -12,9 +12,7 @@ import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
 from distributed_fit import Continued
-from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
+from lightning_package import Callback, CSVLogger, ModelCheckpoint, Trainer
 
 import lightning_nrl._trainer.artifacts
 import lightning_nrl._utils.timing

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from lightning_package import TensorBoardLogger
 from repository import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -26,8 +26,7 @@ from digit_models import (
     right,
     since_2_6,
 )
-from pytorch_lightning import Callback, LightningModule
-from pytorch_lightning.loggers import CSVLogger
+from lightning_package import Callback, CSVLogger, LightningModule
 from repository import ROOT
 from torch.utils.data import DataLoader
 

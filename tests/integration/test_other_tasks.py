@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from digit_models import quiet_trainer
+from lightning_package import TensorBoardLogger, seed_everything
 from options import with_options
-from pytorch_lightning import seed_everything
-from pytorch_lightning.loggers import TensorBoardLogger
 from task_models import CASES, Case, Data, Net, Tokens, dim, rows_of_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor

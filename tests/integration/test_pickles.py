@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.plugins.io import AsyncCheckpointIO
+from lightning_package import AsyncCheckpointIO, ModelCheckpoint
 
 from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation, compare, diagnose, repair, sweep
 from lightning_nrl.callbacks import PositiveCongruentTraining

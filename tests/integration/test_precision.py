@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
-from pytorch_lightning import Callback, Trainer
+from lightning_package import Callback, Trainer
 from torch import Tensor
 
 PRECISIONS = ["32-true", "64-true", "16-true", "bf16-true", "bf16-mixed"]

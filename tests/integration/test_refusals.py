@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer
-from pytorch_lightning import LightningDataModule
-from pytorch_lightning.strategies import SingleDeviceStrategy
+from lightning_package import LightningDataModule, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_nrl import (

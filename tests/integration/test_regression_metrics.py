@@ -17,10 +17,16 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, configured, mlp, quiet_trainer, right
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import CombinedLoader
+from lightning_package import (
+    Callback,
+    CombinedLoader,
+    CSVLogger,
+    EarlyStopping,
+    LightningModule,
+    ModelCheckpoint,
+    TensorBoardLogger,
+    Trainer,
+)
 from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F

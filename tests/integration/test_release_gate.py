@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, configured, quiet_trainer, right
-from pytorch_lightning import LightningModule
-from pytorch_lightning.loggers import TensorBoardLogger
+from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Digits, quick_repair, quiet_trainer
-from pytorch_lightning import Callback, Trainer
+from lightning_package import Callback, Trainer
 from self_writing import SELF_WRITING, classifier, fingerprint
 from torch import Tensor
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer
 from distributed_sweep import SWEEP
-from pytorch_lightning.loggers import TensorBoardLogger
+from lightning_package import TensorBoardLogger
 
 from lightning_nrl import ConfigurationError, Grid, repair, sweep
 from lightning_nrl._utils.hashing import hash_tensors

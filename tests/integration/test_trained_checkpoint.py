@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
+from lightning_package import CSVLogger, EarlyStopping, LearningRateFinder, ModelCheckpoint, Trainer
 from options import with_options
-from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, repair
 from lightning_nrl.evaluation import FlipCounts

@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, RichProgressBar, TQDMProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from lightning_package import (
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LightningModule,
+    RichProgressBar,
+    TensorBoardLogger,
+    TQDMProgressBar,
+    Trainer,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer, right
-from pytorch_lightning import Callback, Trainer
+from lightning_package import Callback, Trainer
 from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_lightning import LightningModule, Trainer
+from lightning_package import LightningModule, Trainer
 from repository import ROOT
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

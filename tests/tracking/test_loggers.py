@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
-from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from lightning_package import (
+    Callback,
+    CSVLogger,
+    DummyLogger,
+    LightningModule,
+    Logger,
+    TensorBoardLogger,
+    Trainer,
+    rank_zero_only,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2

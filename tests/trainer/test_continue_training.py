@@ -13,9 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
-from pytorch_lightning.loggers import CSVLogger
+from lightning_package import (
+    NAME,
+    Callback,
+    CSVLogger,
+    EarlyStopping,
+    LightningDataModule,
+    LightningModule,
+    ModelCheckpoint,
+    ModelPruning,
+    Trainer,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
@@ -32,7 +40,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 
 TRAIN, FAILED = 50, 21
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pytorch_lightning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(f"ignore::UserWarning:{NAME}", "ignore::FutureWarning")
 
 
 class Points(Dataset):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
+from lightning_package import DistributedSamplerWrapper
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,

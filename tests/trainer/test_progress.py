@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Callback, ProgressBar, RichProgressBar, TQDMProgressBar
+from lightning_package import Callback, LightningModule, ProgressBar, RichProgressBar, TQDMProgressBar, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl._trainer.progress import RepairProgress

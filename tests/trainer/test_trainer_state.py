@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.demos.boring_classes import BoringModel, RandomDataset
-from pytorch_lightning.trainer.states import RunningStage
+from lightning_package import BoringModel, LightningModule, ModelCheckpoint, RandomDataset, RunningStage, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,7 +18,8 @@ from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, FitTimer, epoch
 
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_the_stage_is_as_found(error: type[BaseException] | None) -> None:
-    trainer: Any = SimpleNamespace(state=SimpleNamespace(stage=RunningStage.TRAINING))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.state.stage = RunningStage.TRAINING
     with nullcontext() if error is None else pytest.raises(error), validating(trainer):
         assert trainer.state.stage is RunningStage.VALIDATING
         if error is not None:

@@ -10,18 +10,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pytorch_lightning as pl
-from lightning_fabric.utilities.cloud_io import _load
-from lightning_fabric.utilities.distributed import DistributedSamplerWrapper
-from pytorch_lightning import callbacks as lightning_callbacks
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
-from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
-from pytorch_lightning.trainer.states import RunningStage, TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_nrl._lightning.packages import (
+    Callback,
+    CheckpointIO,
+    CheckpointIOBase,
+    DistributedSamplerWrapper,
+    LightningDataModule,
+    LightningModule,
+    TorchCheckpointIO,
+    Trainer,
+    WrappingCheckpointIO,
+    class_for,
+    classes,
+    load_checkpoint,
+)
 from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl.errors import ConfigurationError
 
@@ -51,49 +57,49 @@ COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "p
 TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
 
 
-def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The callbacks of a trainer. `Trainer.callbacks` is set by a connector, so that it has no type."""
     untyped: Any = trainer
     found: list[Callback] = untyped.callbacks
     return found
 
 
-def set_callbacks(trainer: pl.Trainer, callbacks: list[Callback]) -> None:
+def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
     """Gives a trainer other callbacks; see `callbacks_of`."""
     untyped: Any = trainer
     untyped.callbacks = callbacks
 
 
-def data_module_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+def data_module_of(trainer: Trainer) -> LightningDataModule | None:
     """The data module of a trainer's last call, if it had one. `Trainer.datamodule` is set by a connector."""
     untyped: Any = trainer
-    found: pl.LightningDataModule | None = untyped.datamodule
+    found: LightningDataModule | None = untyped.datamodule
     return found
 
 
-def batch_limit(trainer: pl.Trainer) -> int | None:
+def batch_limit(trainer: Trainer) -> int | None:
     """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
     untyped: Any = trainer
     return int(untyped.fast_dev_run) or None
 
 
-def trainer_of(module: pl.LightningModule) -> pl.Trainer | None:
+def trainer_of(module: LightningModule) -> Trainer | None:
     """The trainer of a module, None where it has none: `LightningModule.trainer` raises (`_trainer`)."""
     return module._trainer
 
 
 @contextmanager
-def validating(trainer: pl.Trainer) -> Iterator[None]:
+def validating(trainer: Trainer) -> Iterator[None]:
     """The trainer says that it validates (`state.stage`), so that augmentation which asks it is left to training."""
     stage = trainer.state.stage
-    trainer.state.stage = RunningStage.VALIDATING
+    trainer.state.stage = class_for(trainer, "pytorch.trainer.states.RunningStage").VALIDATING
     try:
         yield
     finally:
         trainer.state.stage = stage
 
 
-def prepare_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A raw batch on the device, as validation has it: converted, through the module's hooks, moved.
 
     `_on_before_batch_transfer` calls the hook of the module or of the data module, whichever the trainer would.
@@ -103,7 +109,7 @@ def prepare_batch(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def given_loaders(trainer: pl.Trainer, split: str) -> Any:
+def given_loaders(trainer: Trainer, split: str) -> Any:
     """What was given to `fit` as data loaders of `train` or `val`; None where hooks make them.
 
     The trainer shows them only when it begins to train, which it does not in a repair of a trained checkpoint
@@ -111,7 +117,7 @@ def given_loaders(trainer: pl.Trainer, split: str) -> Any:
     """
     loop: Any = trainer.fit_loop if split == "train" else trainer.fit_loop.epoch_loop.val_loop
     holder = loop._data_source.instance
-    return None if isinstance(holder, (pl.LightningModule, pl.LightningDataModule)) else holder
+    return None if isinstance(holder, (LightningModule, LightningDataModule)) else holder
 
 
 class ValidationLoaders(NamedTuple):
@@ -122,12 +128,12 @@ class ValidationLoaders(NamedTuple):
     mode: str  # how several are read: `sequential`, or one that mixes them in one batch
 
 
-def validation_loaders(trainer: pl.Trainer) -> ValidationLoaders | None:
+def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
     """The loaders that a trainer in `fit` or `validate` validates on, made if they are not yet; None: there are none.
 
     `_combined_loader` of the evaluation loop and its `_mode`; `val_dataloaders` gives the user's nesting instead.
     """
-    fitting = trainer.state.fn == TrainerFn.FITTING
+    fitting = trainer.state.fn == "fit"
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
     with validating(trainer):
         loop.setup_data()
@@ -157,13 +163,13 @@ def is_compiled(module: nn.Module) -> bool:
 
     `_compiled_call_impl` of torch after `module.compile()`, `_compiler_ctx` of Lightning after `torch.compile(module)`.
     """
-    by_lightning = isinstance(module, pl.LightningModule) and module._compiler_ctx is not None
+    by_lightning = isinstance(module, LightningModule) and module._compiler_ctx is not None
     return by_lightning or module._compiled_call_impl is not None
 
 
 def shared_with_copies(module: nn.Module) -> list[object]:
     """What a deep copy of a module would copy although it is not the module's: `_trainer` and `_compiler_ctx`."""
-    parts = [part for part in module.modules() if isinstance(part, pl.LightningModule)]
+    parts = [part for part in module.modules() if isinstance(part, LightningModule)]
     return [thing for part in parts for thing in (part._trainer, part._compiler_ctx) if thing is not None]
 
 
@@ -174,7 +180,7 @@ def release_copy(copy: nn.Module) -> None:
     `_compiler_ctx`.
     """
     for part in copy.modules():
-        if isinstance(part, pl.LightningModule):
+        if isinstance(part, LightningModule):
             part._trainer = part._current_fx_name = None
             part._metric_attributes = None
             if part._compiler_ctx is not None:
@@ -185,13 +191,13 @@ def release_copy(copy: nn.Module) -> None:
 
 def averaging_callbacks() -> tuple[type[Callback], ...]:
     """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
-    later = getattr(lightning_callbacks, "WeightAveraging", None)
-    return (lightning_callbacks.StochasticWeightAveraging, *([] if later is None else [later]))
+    names = "StochasticWeightAveraging", "WeightAveraging"
+    return tuple(kind for name in names for kind in classes(f"pytorch.callbacks.{name}"))
 
 
 @contextmanager
 def reading_checkpoints(
-    trainer: pl.Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
+    trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
 ) -> Iterator[None]:
     """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
 
@@ -201,7 +207,7 @@ def reading_checkpoints(
     """
     strategy = trainer.strategy
     stored = strategy.checkpoint_io
-    if not isinstance(stored, (TorchCheckpointIO, _WrappingCheckpointIO)):
+    if not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
         yield
         return
     strategy.checkpoint_io = _CheckpointReader(stored, argument, weights_only, otherwise)
@@ -211,8 +217,8 @@ def reading_checkpoints(
         strategy.checkpoint_io = stored
 
 
-class _CheckpointReader(CheckpointIO):
-    """Stores checkpoints as another plugin does, and reads only what it may (`_load` of lightning_fabric)."""
+class _CheckpointReader(CheckpointIOBase):
+    """Stores checkpoints as another plugin does, and reads only what it may."""
 
     def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
         self._stored, self._argument, self._weights_only, self._otherwise = stored, argument, weights_only, otherwise
@@ -235,7 +241,9 @@ class _CheckpointReader(CheckpointIO):
     ) -> dict[str, Any]:
         """On the CPU, where Lightning takes tensors from anyway; `weights_only` is what was said before."""
         try:
-            found: dict[str, Any] = _load(path, map_location=map_location or "cpu", weights_only=self._weights_only)
+            found: dict[str, Any] = load_checkpoint(
+                path, map_location=map_location or "cpu", weights_only=self._weights_only
+            )
         except OSError:
             raise
         except Exception as error:
