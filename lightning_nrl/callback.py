@@ -12,7 +12,14 @@ from typing_extensions import override
 
 from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
 from lightning_nrl._model.layers import find_scope
-from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, publish, report_files
+from lightning_nrl._trainer.artifacts import (
+    REPAIRED_FILES,
+    REPORT_FILES,
+    base_folder,
+    publish,
+    report_files,
+    write_patch_file,
+)
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
@@ -43,9 +50,10 @@ class RegressionFreeRepair(CallbackBase):
     After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
     matter for the failures and not for the rest, and searches new values for them. Then it goes further as far as it
     pays: it solves that layer, and where more may change, training goes on and what broke is polished away. The result
-    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, `report.json` and
-    `report.md` to `<log_dir>/repair/`, logs to every logger, and leaves the repaired weights in the model. If nothing
-    is accepted, the weights stay as training left them.
+    is accepted only if it passes the gate on all known data. The callback writes `repaired.ckpt`, the weight change
+    (`repair.patch.safetensors`, where safetensors is installed), `report.json` and `report.md` to `<log_dir>/repair/`,
+    logs to every logger, and leaves the repaired weights in the model. If nothing is accepted, the weights stay as
+    training left them.
 
     Args:
         target: which failures are to be repaired, such as `Target.label(3)` or `"label 3"`; None: all.
@@ -156,6 +164,11 @@ class RegressionFreeRepair(CallbackBase):
         return "" if self.report is None else self.report.files.get("checkpoint", "")
 
     @property
+    def patch_path(self) -> str:
+        """The weight change as a file, for `Patch.load`; empty without an accepted repair, or without safetensors."""
+        return "" if self.report is None else self.report.files.get("patch", "")
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
 
@@ -221,11 +234,12 @@ class RegressionFreeRepair(CallbackBase):
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome) -> None:
         """Writes the files, logs, prints, and last of all changes the weights."""
-        written = REPORT_FILES if outcome.parameters is None else {"checkpoint": "repaired.ckpt", **REPORT_FILES}
+        written = REPORT_FILES if outcome.parameters is None else REPAIRED_FILES
         files, name = report_files(self.dirpath, trainer, "repair", written)
         report = self.report = replace(outcome.report, files=files)
         self._parameters, self._pending = outcome.parameters, True
         try:
+            write_patch_file(report, trainer, pl_module, outcome.parameters or {})
             publish(report, trainer, name, change=outcome.change, verbose=self.verbose)
         except BaseException:
             self.report = self._parameters = None

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_nrl._lightning import Trainer, batch_limit
 from lightning_nrl._tracking import outcome, track
+from lightning_nrl._utils.state import State, live_tensors
 from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Shown
 
 __all__ = [
+    "REPAIRED_FILES",
     "REPORT_FILES",
     "base_folder",
     "output_folder",
@@ -23,10 +26,12 @@ __all__ = [
     "publish",
     "report_files",
     "show",
+    "write_patch_file",
     "write_report",
 ]
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md"}
+REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
@@ -68,14 +73,15 @@ def parse_prefix(prefix: str, default: str) -> str:
 def report_files(
     dirpath: str | Path | None, trainer: Trainer, name: str, files: Mapping[str, str]
 ) -> tuple[dict[str, str], str]:
-    """The paths of a report's files by kind, and the name that it has in logs.
+    """The paths of a report's files by kind, and the name that it has in logs; a patch needs safetensors.
 
     A second report in one log gets tags of its own, as it gets a folder of its own.
     """
     folder = output_folder(dirpath, trainer, name)
     if folder is None:
         return {}, name
-    return {kind: str(folder / file) for kind, file in files.items()}, folder.name if dirpath is None else name
+    written = {kind: str(folder / file) for kind, file in files.items() if kind != "patch" or safetensors_installed()}
+    return written, folder.name if dirpath is None else name
 
 
 def write_report(report: RepairReport | ReleaseReport) -> None:
@@ -83,6 +89,13 @@ def write_report(report: RepairReport | ReleaseReport) -> None:
     for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
         if kind in report.files:
             Path(report.files[kind]).write_text(text, encoding="utf-8")
+
+
+def write_patch_file(report: RepairReport, trainer: pl.Trainer, model: nn.Module, parameters: State) -> None:
+    """Writes the change from the model as it is to one with these parameters, if the report names a file for it."""
+    if "patch" in report.files and trainer.is_global_zero:
+        old = live_tensors(model)
+        Patch.between(old, {**old, **parameters}, report).save(report.files["patch"])
 
 
 def show(report: Shown) -> None:

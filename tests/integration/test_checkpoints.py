@@ -12,6 +12,7 @@ from lightning_package import ModelCheckpoint, Trainer
 from torch import Tensor
 
 from lightning_nrl import RepairReport, Target
+from lightning_nrl.patches import PATCH_NAME
 
 
 def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:
@@ -196,7 +197,7 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
     folder = tmp_path / (dirpath or "repair")
     repair = quick_repair(dirpath=dirpath and folder)
     fit(tmp_path, repair, max_epochs=1)
-    assert {file.name for file in folder.iterdir()} == {"repaired.ckpt", "report.json", "report.md"}
+    assert {file.name for file in folder.iterdir()} == {"repaired.ckpt", PATCH_NAME, "report.json", "report.md"}
 
 
 def weights_of(model: Classifier) -> Tensor:

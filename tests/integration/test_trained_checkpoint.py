@@ -14,8 +14,10 @@ from lightning_package import CSVLogger, EarlyStopping, LearningRateFinder, Mode
 from options import with_options
 
 from lightning_nrl import ConfigurationError, DataOptions, RepairReport, Target, repair
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.evaluation import FlipCounts
 from lightning_nrl.gate import Instance
+from lightning_nrl.patches import Patch
 
 
 def repaired(path: Path, model: Classifier, *loaders: Any, **arguments: Any) -> RepairReport:
@@ -46,6 +48,19 @@ def test_the_repaired_checkpoint_has_the_state_of_training(tmp_path: Path, train
     assert all(torch.equal(new["state_dict"][name], value) for name, value in model.state_dict().items())
     changed = [name for name, value in old["state_dict"].items() if not torch.equal(new["state_dict"][name], value)]
     assert changed == ["network.3.weight"]
+
+
+def test_the_patch_makes_one_checkpoint_of_the_other(tmp_path: Path, trained_path: Path) -> None:
+    report = repaired(tmp_path, Classifier(), datamodule=Digits(), ckpt_path=trained_path)
+    old, new = (
+        torch.load(path, weights_only=True)["state_dict"] for path in (trained_path, report.files["checkpoint"])
+    )
+    patch = Patch.load(report.files["patch"])
+    assert patch.report == report
+    assert patch.names == ("network.3.weight",)
+    assert (patch.base, patch.result) == (report.hashes.model_before, report.hashes.model_after)
+    assert hash_tensors(patch.apply(old)) == hash_tensors(new)
+    assert hash_tensors(patch.revert(new)) == hash_tensors(old)
 
 
 def test_training_goes_on_from_it(tmp_path: Path, trained_path: Path) -> None:

@@ -10,6 +10,7 @@ from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
 from lightning_nrl._trainer.artifacts import (
+    REPAIRED_FILES,
     REPORT_FILES,
     base_folder,
     headline,
@@ -17,6 +18,7 @@ from lightning_nrl._trainer.artifacts import (
     report_files,
     write_report,
 )
+from lightning_nrl.patches import safetensors_file
 
 
 def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:
@@ -74,6 +76,14 @@ def test_files_are_named_by_kind(tmp_path: Path) -> None:
         "markdown": str(tmp_path / "report.md"),
     }
     assert report_files(None, trainer_in(tmp_path, fast=1), "repair", REPORT_FILES) == ({}, "repair")
+
+
+def test_a_patch_is_named_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ["checkpoint", "patch", "json", "markdown"]
+    assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
+    monkeypatch.setattr(safetensors_file, "find_spec", lambda name: None)
+    kinds.remove("patch")
+    assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
 
 
 def test_a_second_report_in_a_log_has_a_name_of_its_own(tmp_path: Path) -> None:
