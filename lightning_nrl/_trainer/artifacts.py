@@ -91,7 +91,7 @@ def write_report(report: RepairReport | ReleaseReport) -> None:
             Path(report.files[kind]).write_text(text, encoding="utf-8")
 
 
-def write_patch_file(report: RepairReport, trainer: pl.Trainer, model: nn.Module, parameters: State) -> None:
+def write_patch_file(report: RepairReport, trainer: Trainer, model: nn.Module, parameters: State) -> None:
     """Writes the change from the model as it is to one with these parameters, if the report names a file for it."""
     if "patch" in report.files and trainer.is_global_zero:
         old = live_tensors(model)
