@@ -13,6 +13,7 @@ __all__ = [
     "DeviceMemoryError",
     "EmptyLocalizationError",
     "EvaluationError",
+    "InseparableBatchError",
     "LoggingWarning",
     "NotRepairedWarning",
     "OtherRankError",
@@ -68,6 +69,10 @@ class EmptyLocalizationError(RepairError):
 
 class ReplayError(RepairError):
     """The part of the network after a layer cannot be run on its own."""
+
+
+class InseparableBatchError(ReplayError):
+    """Samples cannot be taken out of a batch, as of one of graphs, and the layer is not the last one."""
 
 
 class RepairWarning(UserWarning):

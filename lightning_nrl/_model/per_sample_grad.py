@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_nrl._model.layer_inputs import CONVOLUTION_WEIGHT_GRAD, as_rows, pad_input
 from lightning_nrl._model.layers import Convolution, Layer
 from lightning_nrl._utils.precision import Context, at_least_float32, no_autocast, repeatable_gradients
-from lightning_nrl.data.batch import Batch
+from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
@@ -88,9 +88,12 @@ class OutputProbe:
             calls[name].append(LayerCall(*(at_least_float32(as_rows(self.layers[name], t)) for t in (x, gradient))))
         return calls
 
-    def not_batch_first(self, n: int) -> set[str]:
-        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance."""
-        return {name for name, x, _ in self._seen if len(x) % n}
+    def not_batch_first(self, n: int, *, folded: bool = True) -> set[str]:
+        """Layers with a call whose first dimension is no multiple of `n`: with time first, for instance.
+
+        Unless the samples may be `folded`, it must be `n`: that of the nodes of graphs may be a multiple by chance.
+        """
+        return {name for name, x, _ in self._seen if (len(x) % n if folded else len(x) != n)}
 
 
 def margin_calls(
@@ -112,7 +115,8 @@ def margin_calls(
                 "give the task a `margin`.",
             )
         calls = probe.calls(margin)
-    for name in probe.not_batch_first(len(margin)):
+    sliceable = is_sliceable((batch.args, batch.kwargs), len(margin))
+    for name in probe.not_batch_first(len(margin), folded=sliceable):
         calls[name] = []
     return margin, calls
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
-from lightning_nrl._scoring.recording import find_group, find_whole_group
+from lightning_nrl._scoring.recording import can_be_cut, find_group, find_whole_group
 from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.sparse_delta import output_under
 from lightning_nrl.data.batch import Batch
@@ -67,11 +67,18 @@ def exact_batches(
     editable = EditableModel(evaluator, space)
     own = {name: parameter.detach() for name, parameter in space.parameters.items()}
     known: list[ReplayGroup] = []
+    sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
         with torch.no_grad():
             inputs: Inputs = (batch.args, batch.kwargs)
             cache = ActivationCache(editable, list(known), rows)
-            group, stored = find_group(cache, inputs, len(rows), space.device)
+            if sliceable is None:
+                sliceable = can_be_cut(editable, inputs, len(rows))
+            if sliceable:
+                group, stored = find_group(cache, inputs, len(rows), space.device)
+            else:
+                reason = "samples cannot be taken out of its batches"
+                group, stored = find_whole_group(cache, inputs, len(rows), space.device, reason)
             known = [other for other in cache.groups if other.plan is not None]
             made = _of_one_batch(editable, group, stored, batch, rows)
             if made.replayed and not torch.equal(made.logits(own), editable.logits(inputs, {})):

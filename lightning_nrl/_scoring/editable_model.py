@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,6 +23,11 @@ Inputs = tuple[tuple[object, ...], Mapping[str, object]]
 """What a model is called with: positional and keyword arguments."""
 LayerEdit = Callable[[LayerRef, Tensor, Tensor], Tensor]
 """Takes a site, the layer's input and its output, and gives the output to go on with."""
+
+
+@runtime_checkable
+class _Clonable(Protocol):
+    def clone(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,6 @@ def edit_outputs(sites: Sequence[LayerRef], edit: LayerEdit) -> Iterator[None]:
 
 
 def _cloned(inputs: Inputs) -> Inputs:
-    """The inputs in memory of their own, since a model may change what it is given."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(inputs[0]), dict(inputs[1])))
+    """The inputs in memory of their own, since a model may change what it is given; of graphs too."""
+    args, kwargs = pytree.tree_map_only((Tensor, _Clonable), lambda x: x.clone(), (tuple(inputs[0]), dict(inputs[1])))
     return args, kwargs

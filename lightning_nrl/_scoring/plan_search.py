@@ -21,7 +21,7 @@ from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas, 
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.errors import ReplayError
 
-__all__ = ["find_replay_plan", "may_use_tf32", "same_values"]
+__all__ = ["find_replay_plan", "may_use_tf32", "perturbed", "same_values"]
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
@@ -98,8 +98,8 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
     First all weights change, then a few, whose effect is followed channel by channel.
     """
     flat = model.space.flat()
-    perturbed = _perturbed(flat)
-    whole = model.space.changed(torch.arange(len(flat), device=flat.device), perturbed)
+    changed = perturbed(flat)
+    whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
 
     def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
         if site is not plan.first:
@@ -107,7 +107,7 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
         return torch.cat([y, output_under(whole, site, x)])
 
     where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
-    values = torch.stack([flat, perturbed])[:, where]
+    values = torch.stack([flat, changed])[:, where]
     sparse = edit_layers(make_layer_deltas(model.space, where), values)
     unchanged, few = (model.space.changed(where, v) for v in values)
     for some_edit, weights in ((edit, ({}, whole)), (sparse, (unchanged, few))):
@@ -120,7 +120,8 @@ def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs:
     return ""
 
 
-def _perturbed(flat: Tensor) -> Tensor:
+def perturbed(flat: Tensor) -> Tensor:
+    """Other weights of the same size, the same ones every time."""
     noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
     return flat + noise * flat.std(correction=0).clamp_min(1e-3)
 

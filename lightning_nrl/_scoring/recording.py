@@ -17,15 +17,17 @@ from torch import Tensor
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
-from lightning_nrl._scoring.plan_search import find_replay_plan, same_values
+from lightning_nrl._scoring.plan_search import find_replay_plan, perturbed, same_values
 from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_batch
-from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import PerformanceWarning
+from lightning_nrl._scoring.sparse_delta import output_under
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl.data.batch import Batch, is_sliceable
+from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 
-__all__ = ["find_group", "find_whole_group", "record"]
+__all__ = ["can_be_cut", "find_group", "find_head_group", "find_whole_group", "record"]
 
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 
@@ -46,15 +48,23 @@ def record(
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
     budget = _default_budget(space.device) if budget is None else budget
     held, device = 0, space.device
+    sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
         index = keep.cpu()[rows].nonzero().flatten()
         if not len(index):
             continue
         inputs: Inputs = (batch.args, batch.kwargs)
         target = batch.target
+        if sliceable is None:
+            sliceable = can_be_cut(cache.model, inputs, len(rows))
         if len(index) < len(rows):
-            inputs, target = (index_batch(tree, index, len(rows)) for tree in (inputs, target))
-        group, stored = find_group(cache, inputs, len(index), device)
+            target = index_batch(target, index, len(rows))
+            inputs = index_batch(inputs, index, len(rows)) if sliceable else inputs
+        if sliceable:
+            group, stored = find_group(cache, inputs, len(index), device)
+        else:
+            group, stored = find_head_group(cache, inputs, len(rows), device)
+            stored = [x.index_select(0, index.to(x.device)) for x in stored]
         held += sum(x.nbytes for x in stored)
         if device.type != "cpu" and held > budget:
             device = torch.device("cpu")
@@ -101,6 +111,60 @@ def find_group(
     stored = plan.match(trace, inputs, n)
     if stored is None or not replays(plan, stored):
         return find_whole_group(cache, inputs, n, device, OTHER_OUTPUTS)
+    cache.groups.append(ReplayGroup(plan, plan.layouts, device))
+    return cache.groups[-1], stored
+
+
+def can_be_cut(model: EditableModel, inputs: Inputs, n: int) -> bool:
+    """Whether the model gives the samples of a batch what it gives some of them, taken from its tensors.
+
+    Where tensors are there that do not count samples, a pass with two of the samples says so.
+    """
+    if is_sliceable(inputs, n):
+        return True
+    some = torch.tensor([0, 0]) if n == 1 else torch.arange(min(2, n - 1))
+    try:
+        few, whole = model.logits(index_batch(inputs, some, n), {}), model.logits(inputs, {})
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if is_out_of_memory(error):  # which says nothing of the batch
+            raise
+        return False
+    return len(whole) == n and same_values(few, whole[some.to(whole.device)])
+
+
+def find_head_group(
+    cache: ActivationCache, inputs: Inputs, n: int, device: torch.device
+) -> tuple[ReplayGroup, list[Tensor]]:
+    """As `find_group`, of a batch that is run as it is, whose samples nothing but the logits tells apart.
+
+    An `InseparableBatchError` unless there is one layer, which gives the logits from one row a sample.
+    """
+    model = cache.model
+    trace, logits = model.trace(inputs, lambda name: False)
+    if len(logits) != n:
+        raise ConfigurationError(
+            f"`task`: the model returned logits {list(logits.shape)} for a batch of {n} samples.",
+            "the model's output and the target must count the same samples; an `adapter` says what both are.",
+        )
+    stored = [] if trace.input is None or trace.output is None else [trace.input, trace.output]
+    first = model.sites[trace.layer_order[0]]
+    flat = model.space.flat()
+    changed = model.space.changed(torch.arange(len(flat), device=flat.device), perturbed(flat))
+    if (
+        len(trace.layer_order) > 1
+        or any(len(x) != n for x in stored)
+        or not same_values(stored[1], logits)
+        or not same_values(output_under(changed, first, stored[0]), model.logits(inputs, changed))
+    ):
+        raise InseparableBatchError(
+            f"`layer={first.name!r}`: samples cannot be taken out of these batches, and the layer's output is not what "
+            "the model returns as logits, so the layer cannot be searched.",
+            "name the last Linear layer, or use a method that trains, such as `finetune-polish`.",
+        )
+    plan = ReplayPlan.of_last_layer(first, *stored)
+    for group in cache.groups:
+        if group.plan is not None and group.plan.is_like(plan):
+            return group, stored
     cache.groups.append(ReplayGroup(plan, plan.layouts, device))
     return cache.groups[-1], stored
 

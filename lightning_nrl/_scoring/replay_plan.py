@@ -67,6 +67,24 @@ class ReplayPlan:
     leaves: tuple[LeafSpec, ...]  # what that tree holds
     is_last_layer: bool = False  # whether the first site's output is what the model returns: nothing has to be run
 
+    @classmethod
+    def of_last_layer(cls, site: LayerRef, x: Tensor, y: Tensor) -> ReplayPlan:
+        """The plan where the layer's output is what the model returns: nothing but its input and output is kept."""
+        leaves = [LeafSpec(SampleLayout(0), True, t[:1].clone(), repeats=False) for t in (x, y)]
+        spec = pytree.tree_structure((((), {}), [], (x, y)))
+        return cls((), {}, site, {site.name: 0}, spec, tuple(leaves), is_last_layer=True)
+
+    def is_like(self, other: ReplayPlan) -> bool:
+        """Whether samples of another plan of a last layer can be kept with those of this one."""
+        return (
+            self.is_last_layer
+            and self.spec == other.spec
+            and all(
+                a.value.shape == b.value.shape and a.value.dtype == b.value.dtype
+                for a, b in zip(self.leaves, other.leaves, strict=True)
+            )
+        )
+
     @property
     def live_calls(self) -> frozenset[str]:
         """Modules whose outputs are to be kept when a pass is traced."""

@@ -16,8 +16,10 @@ from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data._sample_identity import base_samples
-from lightning_nrl.data.batch import Adapter, Batch, unpack
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.data.batch import Adapter, Batch
+from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.errors import ConfigurationError, RepairError
 
 __all__ = [
     "LoaderSource",
@@ -79,13 +81,12 @@ class LoaderSource:
         at = 0
         for raw in self._read(batch_size=self.batch_size, sampler=self.index[self.positions].tolist()):
             raw = self.transfer(raw)
-            args, kwargs, target = self.adapter(raw)
-            n = length_of(target)
+            args, kwargs, target, n = self._taken_apart(raw)
             expected = min(self.batch_size, len(self.positions) - at)
             if n != expected:
                 raise ConfigurationError(
-                    f"`{self.split}` data: a batch of {expected} samples came with {n} targets.",
-                    "the target's first dimension must count samples; pass an `adapter` for your batches.",
+                    f"`{self.split}` data: a batch of {expected} samples came with {n} targets.\n{describe(raw)}",
+                    f"the target's first dimension must count samples; {adapter_hint(raw)}",
                 )
             yield Batch(args, target, self.positions[at : at + n], kwargs, raw)
             at += n
@@ -97,6 +98,19 @@ class LoaderSource:
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
             yield Batch(args, target, position, kwargs, raw)
+
+    def _taken_apart(self, raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any, int]:
+        """Arguments, keyword arguments, truth, and how many samples there are."""
+        try:
+            args, kwargs, target = self.adapter(raw)
+            return args, kwargs, target, length_of(target)
+        except RepairError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"`adapter` raised {type(error).__name__} on `{self.split}` data: {error}\n{describe(raw)}",
+                adapter_hint(raw),
+            ) from error
 
     def _read(self, **batches: Any) -> DataLoader[Any]:
         own = self.loader
@@ -132,6 +146,7 @@ def make_source(
         positions = positions[trainer.global_rank :: trainer.world_size]
     transfer = partial(prepare_batch, trainer, model)
     samples = SeededDataset(loader.dataset, seed)
+    adapter = bind_adapter(adapter, model)
     return LoaderSource(split, passed, failed, index, positions, loader, samples, transfer, adapter, seed)
 
 

@@ -20,10 +20,20 @@ from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
-from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import EmptyLocalizationError, EvaluationError, OtherRankError
-from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.data._observed_source import ObservedSource
+from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.errors import (
+    ConfigurationError,
+    EmptyLocalizationError,
+    EvaluationError,
+    InseparableBatchError,
+    OtherRankError,
+    RepairError,
+)
+from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
@@ -122,9 +132,9 @@ def run_sanity_check(
     Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
     """
     model, task = evaluator.model, evaluator.task
-    space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
-        few, _ = settings.samples.columns().evaluate(evaluator, sources, settings.target)
+        few = _evaluated(evaluator, sources, settings)
         if reference is not None:
             # Without its cache, which is for all samples.
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
@@ -145,5 +155,36 @@ def run_sanity_check(
                 settings.localizer(recording, evaluator, failed=failed, passed=known & ~failed)
         except OtherRankError:
             raise
+        except InseparableBatchError:
+            # Training goes on without a search.
+            if not getattr(settings.method, "trains", False) or set(scope) <= set(space.parameters):
+                raise
         except (EmptyLocalizationError, EvaluationError):
             return
+
+
+class _LastBatch(ObservedSource):
+    """A source that keeps the batch that it gave last."""
+
+    batch: Batch | None = None
+
+    def observe(self, batch: Batch) -> None:
+        self.batch = batch
+
+
+def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:
+    """What the model does on the samples; whatever it raises says what the batch holds and how to take it apart."""
+    watched = [_LastBatch(source) for source in sources]
+    try:
+        few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
+    except RepairError:
+        raise
+    except Exception as error:
+        *_, last = [None, *(source.batch for source in watched if source.batch is not None)]
+        if last is None or is_out_of_memory(error):
+            raise
+        raise ConfigurationError(
+            f"`adapter`: the model raised {type(error).__name__} on the first batch: {error}\n{describe(last.raw)}",
+            adapter_hint(last.raw),
+        ) from error
+    return few

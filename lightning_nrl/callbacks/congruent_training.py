@@ -23,6 +23,7 @@ from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.unpacking import bind_adapter
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
 from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
@@ -137,7 +138,7 @@ class PositiveCongruentTraining(CallbackBase):
 
     def loss(self, pl_module: LightningModule, batch: Any, output: Any) -> Tensor:
         """The sum of the terms for a batch, a scalar, logged on the way (see `regression_loss`)."""
-        args, kwargs, target = self.adapter(batch)
+        args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         self._called = True
         return self._loss(pl_module, ForwardPass(args, kwargs, self.task.logits(output)), target, batch)
 
@@ -156,7 +157,7 @@ class PositiveCongruentTraining(CallbackBase):
             raise ConfigurationError(
                 "`training_step` optimises by itself, so nothing can be added to its loss.", ONE_LINE
             )
-        plain, named, target = self.adapter(batch)
+        plain, named, target = bind_adapter(self.adapter, pl_module)(batch)
         call = find_forward_pass(name, calls, plain, named, length_of(target), self.task)
         return add_to_loss(result, self._loss(pl_module, call, target, batch))
 
@@ -173,7 +174,7 @@ class PositiveCongruentTraining(CallbackBase):
     @torch.no_grad()
     def _check_first_batch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Both models on the first batch: whatever does not fit is found before anything is trained."""
-        args, kwargs, target = self.adapter(batch)
+        args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         probe, teacher = Probe(pl_module), self._make_teacher(trainer, pl_module)
         with preserve(pl_module), trainer.precision_plugin.forward_context(), validating(trainer):
             try:

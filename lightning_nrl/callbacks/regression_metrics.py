@@ -23,6 +23,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
+from lightning_nrl.data.unpacking import bind_adapter
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
@@ -134,7 +135,7 @@ class RegressionMetrics(CallbackBase):
     ) -> None:
         if self._counter is None or dataloader_idx != self.dataloader:
             return
-        args, kwargs, target = self.adapter(batch)
+        args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
         logits = self._logits(output, self._counter.size(batch_idx))
         if logits is None:

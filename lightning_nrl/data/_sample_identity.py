@@ -5,16 +5,18 @@ Either way a sample is known by two 64-bit numbers, a row of a tensor.
 
 from __future__ import annotations
 
+import secrets
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data._observed_source import ObservedSource
-from lightning_nrl.data.batch import Batch, tensors_in
+from lightning_nrl.data.batch import Batch, is_sliceable, tensors_in
 
 __all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
 
@@ -80,9 +82,13 @@ def content_keys(batch: Batch) -> Tensor:
     """Two 64-bit numbers for each sample, alike for samples whose inputs and truths are alike to the bit: `n x 2`.
 
     Each is a sum of the numbers in a sample with random weights, modulo 2^64, so that two samples that differ share
-    both with a probability below 2^-64. Zeros count nothing: sequences may be padded to different lengths.
+    both with a probability below 2^-64. Zeros count nothing: sequences may be padded to different lengths. Where it
+    cannot be said which of the inputs belong to a sample, no two samples are alike.
     """
     n = len(batch)
+    if not is_sliceable((batch.args, batch.kwargs), n) and not _has_samples(batch):
+        generator = torch.Generator("cpu").manual_seed(secrets.randbits(63))
+        return torch.randint(-(2**62), 2**62, (n, 2), generator=generator, device="cpu")
     total: Tensor | None = None
     for place, x in enumerate(tensors_in((batch.args, batch.kwargs, batch.target))):
         if x.ndim == 0 or len(x) != n:
@@ -96,6 +102,12 @@ def content_keys(batch: Batch) -> Tensor:
             own += torch.stack([(numbers * row).sum(1) for row in weight], 1)
         total = own if total is None else total + own.to(total.device)
     return torch.zeros(n, 2, dtype=torch.int64) if total is None else total
+
+
+def _has_samples(batch: Batch) -> bool:
+    """Whether all inputs are tensors, and one of several dimensions has a row a sample, as images have."""
+    leaves = [x for x in pytree.tree_leaves((batch.args, batch.kwargs)) if not isinstance(x, (int, float, str))]
+    return all(isinstance(x, Tensor) for x in leaves) and any(x.ndim > 1 and len(x) == len(batch) for x in leaves)
 
 
 @lru_cache(maxsize=16)

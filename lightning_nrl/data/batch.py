@@ -8,13 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
-from lightning_nrl.errors import ConfigurationError
-
-__all__ = ["Adapter", "Batch", "Source", "tensors_in", "unpack", "unpacked"]
-
-TARGET_KEYS = ("label", "labels", "target", "targets", "y")
-INPUT_KEYS = ("input", "inputs", "image", "images", "x", "pixel_values", "features", "data")
+__all__ = ["Adapter", "Batch", "Source", "is_sliceable", "tensors_in", "unpacked"]
 
 Adapter = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any], Any]]
 """Turns a raw batch into `(args, kwargs, target)`: what the model is called with, and the truth."""
@@ -78,41 +75,6 @@ class Source(Protocol):
         ...
 
 
-def unpack(raw: Any) -> tuple[tuple[Any, ...], Mapping[str, Any], Any]:
-    """The default adapter: `(x, y)`, `(x, y, *extras)`, or a mapping with one of the usual keys.
-
-    Args:
-        raw: a batch as a data loader gives it.
-
-    Returns:
-        `(args, kwargs, target)`. A mapping without a usual input key is passed to the model as keyword arguments, its
-        target and all that is no tensor left out, as text models expect.
-
-    Raises:
-        ConfigurationError: the batch has no shape that is known here.
-    """
-    hint = "pass `adapter=f` with f(batch) -> (args, kwargs, target)."
-    if isinstance(raw, Mapping):
-        keys = sorted(map(str, raw))
-        target_key = next((key for key in TARGET_KEYS if key in raw), None)
-        if target_key is None:
-            raise ConfigurationError(
-                f"`adapter`: a batch with the keys {keys} lacks a target key: {list(TARGET_KEYS)}.", hint
-            )
-        input_key = next((key for key in INPUT_KEYS if key in raw), None)
-        if input_key is not None:
-            return (raw[input_key],), {}, raw[target_key]
-        rest = {key: value for key, value in raw.items() if key != target_key and isinstance(value, Tensor)}
-        if not rest:
-            raise ConfigurationError(f"`adapter`: a batch with the keys {keys} has no tensor beside the target.", hint)
-        return (), rest, raw[target_key]
-    if isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) >= 2:
-        return (raw[0],), {}, raw[1]
-    raise ConfigurationError(
-        f"`adapter`: a batch of type {type(raw).__name__} is neither (x, y, *extras) nor a mapping.", hint
-    )
-
-
 def unpacked(
     batches: Source | Iterable[Any], adapter: Adapter, device: torch.device
 ) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any], Any]]:
@@ -128,6 +90,20 @@ def unpacked(
             yield batch.args, batch.kwargs, batch.target
         else:
             yield adapter(_moved(batch, device))
+
+
+def is_sliceable(inputs: Any, n: int) -> bool:
+    """Whether some of `n` samples can be taken from a batch's inputs by taking entries of each of their tensors.
+
+    So it is where every tensor counts the samples in its first dimension. Graphs in one object and packed sequences
+    can only be read again, by `Source.draw`.
+    """
+    leaves = pytree.tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
+    plain = (bool, int, float, str, type(None))
+    return all(
+        isinstance(x, plain) or (isinstance(x, Tensor) and (not x.ndim or (not x.is_nested and len(x) == n)))
+        for x in leaves
+    )
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

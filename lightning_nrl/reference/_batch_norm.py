@@ -15,7 +15,8 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, Source, unpack, unpacked
+from lightning_nrl.data.batch import Adapter, Source, unpacked
+from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 
@@ -81,8 +82,8 @@ def estimate_statistics(
     chosen = _drawn(data, batches, seed, collective) if isinstance(data, Source) else islice(data, batches)
 
     def run() -> int:
-        n = 0
-        for args, kwargs, _ in unpacked(chosen, adapter, device_of(evaluator.model)):
+        n, bound = 0, bind_adapter(adapter, evaluator.model)
+        for args, kwargs, _ in unpacked(chosen, bound, device_of(evaluator.model)):
             with evaluator.context():
                 evaluator.model(*args, **kwargs)
             n += 1

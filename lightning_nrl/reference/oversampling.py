@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, unpack, unpacked
+from lightning_nrl.data.batch import Adapter, unpacked
+from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task, parse_task
 
@@ -92,7 +93,7 @@ class Oversampler(Sampler[int]):
         passed, margins = [], []
         with preserve(model), torch.no_grad():
             batches = DataLoader(data, **{"batch_size": 256, **loader})
-            for args, kwargs, target in unpacked(batches, adapter, device_of(model)):
+            for args, kwargs, target in unpacked(batches, bind_adapter(adapter, model), device_of(model)):
                 output = task.logits(model(*args, **kwargs))
                 task.check(output, target)
                 right = task.passed(output, target) & task.loss(output, target).isfinite()

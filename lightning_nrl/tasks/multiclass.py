@@ -14,14 +14,27 @@ from lightning_nrl.tasks.task import Task, class_divergence, described
 
 __all__ = ["Multiclass"]
 
+PROBABILITY_ROUNDING = 1e-2
+"""How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
+
 
 class Multiclass(Task):
-    """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32."""
+    """One of C classes from `n x C` logits: right is arg max, the loss is cross entropy in at least float32.
+
+    The truth is a class number a sample, `n` or `n x 1`, whole or float; or `n x C` probabilities, one-hot or soft. Of
+    probabilities the largest says which class is right, and the loss is the cross entropy with all of them.
+    """
 
     def check(self, output: Tensor, target: Tensor) -> None:
-        """Refuses a label for which there is no logit, which on a GPU would end the process."""
+        """Refuses counts that do not fit, and a label without a logit, which on a GPU would end the process."""
         self.prediction(output)
         label, classes = self.label(target), output.shape[1]
+        if len(label) != len(output):
+            raise ConfigurationError(
+                f"`task`: the model returned {len(output)} rows of logits for {len(label)} targets.",
+                "the model must give one row a sample; an `adapter` says what it is called with and what the truth is.",
+            )
+        self._check_values(target, classes)
         if len(label) and int(label.max()) >= classes:
             raise ConfigurationError(
                 f"`task`: there is a label {int(label.max())}, and the model returned {classes} logits a sample.",
@@ -33,7 +46,9 @@ class Multiclass(Task):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         # A label below 0 is no class: an `Evaluator` refuses such samples by name, after a whole pass.
-        return F.cross_entropy(at_least_float32(output), self.label(target).clamp_min(0), reduction="none")
+        output = at_least_float32(output)
+        truth = target.to(output) if _is_soft(target) else self.label(target).clamp_min(0)
+        return F.cross_entropy(output, truth, reduction="none")
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         """The logit of the true class less the largest other one, `n`."""
@@ -53,9 +68,31 @@ class Multiclass(Task):
         return output.argmax(1)
 
     def label(self, target: Tensor) -> Tensor:
-        if not isinstance(target, Tensor) or target.ndim != 1 or target.is_floating_point():
+        if not isinstance(target, Tensor) or target.ndim not in (1, 2) or target.is_complex():
             raise ConfigurationError(
                 f"`task`: multiclass needs whole labels [samples], found {described(target)}.",
                 "give class numbers in the batch, or pass an `adapter` or a `task` that fits.",
             )
-        return target.long()
+        return target.float().argmax(1) if _is_soft(target) else target.flatten().long()
+
+    def _check_values(self, target: Tensor, classes: int) -> None:
+        """Refuses float labels that are no whole numbers, and rows that are no probabilities of the classes."""
+        if _is_soft(target):
+            rows = target.double()
+            fits = target.shape[1] == classes and bool((rows >= 0).all())
+            if not fits or bool(((rows.sum(1) - 1).abs() > PROBABILITY_ROUNDING).any()):
+                raise ConfigurationError(
+                    f"`task`: multiclass found {described(target)} that are no probabilities of {classes} classes.",
+                    "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
+                    "`task='multilabel'`.",
+                )
+        elif target.is_floating_point() and bool((target != target.round()).any()):
+            raise ConfigurationError(
+                "`task`: multiclass found labels that are no whole numbers.",
+                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+            )
+
+
+def _is_soft(target: Tensor) -> bool:
+    """Whether a target is a probability for each class."""
+    return target.ndim == 2 and target.shape[1] > 1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl.data.batch_structure import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Task", "class_divergence", "described", "masked_mean"]
+__all__ = ["OUTPUT_KEYS", "Task", "class_divergence", "described", "masked_mean"]
+
+OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
+"""Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
 
 
 class Task(ABC):
@@ -59,22 +63,28 @@ class Task(ABC):
     def logits(self, output: Any) -> Tensor:
         """The tensor to be judged inside whatever the model returns.
 
-        A tensor is taken as it is; else the `logits` of an object or mapping; else the first of a sequence.
+        A tensor is taken as it is. Of an object, a mapping or a named tuple it is the field `logits`, else another of
+        `OUTPUT_KEYS`, else the only tensor with samples; of a sequence the first tensor with samples, so that a loss
+        before it does not matter.
 
         Raises:
             ConfigurationError: there is no such tensor.
         """
         if isinstance(output, Tensor):
             return output
-        found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        if found is None and isinstance(output, (tuple, list)) and output:
-            found = output[0]
-        if isinstance(found, Tensor):
-            return found
-        raise ConfigurationError(
-            f"`task`: no tensor of logits in the {type(output).__name__} that the model's forward returned.",
-            "return the logits from `forward`, or pass a `Task` of your own that overrides `logits`.",
-        )
+        named = _fields(output)
+        found = next((named[key] for key in OUTPUT_KEYS if isinstance(named.get(key), Tensor)), None)
+        if found is None:
+            values = list(output) if isinstance(output, (tuple, list)) else list(named.values())
+            tensors = [x for x in values if isinstance(x, Tensor) and x.ndim]
+            found = tensors[0] if len(tensors) == 1 or (tensors and isinstance(output, (tuple, list))) else None
+        if found is None:
+            raise ConfigurationError(
+                f"`task`: no tensor of logits in what the model's forward returned.\n{describe(output, 'output')}",
+                "return the logits from `forward`, name a head with `NamedHead`, or pass a `Task` of your own that "
+                "overrides `logits`.",
+            )
+        return found
 
     def margin(self, output: Tensor, target: Any) -> Tensor | None:
         """How far each sample is from being wrong, `n`, at least float32: above 0 where it passed, below where not.
@@ -112,6 +122,19 @@ class Task(ABC):
     def __str__(self) -> str:
         """What right means, in words, as reports print it."""
         return type(self).__name__
+
+
+def _fields(output: Any) -> Mapping[str, Any]:
+    """The fields of an output by name; an object without a list of them has `logits` or nothing."""
+    named = fields_of(output)
+    if named is not None:
+        return named
+    return {"logits": output.logits} if isinstance(output, _HasLogits) else {}
+
+
+@runtime_checkable
+class _HasLogits(Protocol):
+    logits: Any
 
 
 def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.data.batch import INPUT_KEYS, TARGET_KEYS, Batch, Source, unpack, unpacked
+from lightning_nrl.data.batch import Batch, Source, unpacked
+from lightning_nrl.data.unpacking import INPUT_KEYS, TARGET_KEYS, unpack
 
 X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
 Pair = namedtuple("Pair", "image digit")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,12 @@ LABELS = torch.tensor([0, 0, 1])
 class Named(NamedTuple):
     loss: Tensor
     logits: Tensor
+
+
+@dataclass
+class Output:
+    prediction: Tensor
+    attention: Tensor | None = None
 
 
 def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
@@ -65,7 +72,45 @@ def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
         Multiclass().passed(torch.zeros(shape), LABELS)
 
 
-@pytest.mark.parametrize("target", [LABELS[:, None], LABELS.float(), torch.eye(3)[:, :2], [0, 0, 1]])
+@pytest.mark.parametrize(
+    "target",
+    [
+        LABELS[:, None],
+        LABELS.double(),
+        LABELS[:, None].float(),
+        torch.eye(2)[LABELS],
+        torch.eye(2, dtype=torch.bool)[LABELS],
+        torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.25, 0.75]]),
+    ],
+)
+def test_labels_are_also_columns_floats_one_hot_and_soft(target: Tensor) -> None:
+    Multiclass().check(LOGITS, target)
+    assert Multiclass().label(target).tolist() == [0, 0, 1]
+    assert Multiclass().passed(LOGITS, target).tolist() == [True, False, False]
+    assert Multiclass().margin(LOGITS, target).tolist() == [0.0, -1.0, -2.0]
+
+
+def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None:
+    soft = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
+    # ln 2; ln(1 + 1 / e); ln(1 + e^2) - 2 / 4
+    torch.testing.assert_close(Multiclass().loss(LOGITS, soft), torch.tensor([0.693147, 0.313262, 1.626928]))
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        (torch.tensor([0.0, 0.5, 1.0]), "no whole numbers"),
+        (torch.eye(3), "no probabilities of 2 classes"),
+        (torch.tensor([[1, 1], [0, 1], [1, 0]]), "no probabilities of 2 classes"),
+        (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: str) -> None:
+    with pytest.raises(ConfigurationError, match=found):
+        Multiclass().check(LOGITS, target)
+
+
+@pytest.mark.parametrize("target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]])
 def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"multiclass needs whole labels \[samples\]"):
         Multiclass().label(target)
@@ -73,13 +118,26 @@ def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
 
 @pytest.mark.parametrize(
     "output",
-    [LOGITS, {"logits": LOGITS}, SimpleNamespace(logits=LOGITS), Named(LABELS, LOGITS), (LOGITS, LABELS), [LOGITS]],
+    [
+        LOGITS,
+        {"logits": LOGITS},
+        {"loss": torch.tensor(1.0), "out": LOGITS, "aux": LOGITS + 1},
+        {"loss": torch.tensor(1.0), "scores": LOGITS},
+        SimpleNamespace(logits=LOGITS),
+        Named(LABELS, LOGITS),
+        Output(LOGITS),
+        (LOGITS, LABELS),
+        (torch.tensor(1.0), LOGITS, LABELS),
+        [LOGITS],
+    ],
 )
 def test_logits_are_found_in_what_models_return(output: Any) -> None:
     assert Multiclass().logits(output) is LOGITS
 
 
-@pytest.mark.parametrize("output", [None, {"scores": LOGITS}, (), ("a", LOGITS), SimpleNamespace(logits=None)])
+@pytest.mark.parametrize(
+    "output", [None, {"a": LOGITS, "b": LOGITS}, (), ("a",), (torch.tensor(1.0),), SimpleNamespace(logits=None)]
+)
 def test_output_without_logits_is_refused(output: Any) -> None:
     with pytest.raises(ConfigurationError, match="`task`: no tensor of logits"):
         Multiclass().logits(output)
