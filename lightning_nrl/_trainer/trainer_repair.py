@@ -34,6 +34,7 @@ from lightning_nrl.errors import (
     RepairError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
+from lightning_nrl.methods import Convex, LocalSearch
 from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
@@ -132,7 +133,7 @@ def run_sanity_check(
     Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
     """
     model, task = evaluator.model, evaluator.task
-    space, scope = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:
@@ -156,8 +157,8 @@ def run_sanity_check(
         except OtherRankError:
             raise
         except InseparableBatchError:
-            # Training goes on without a search.
-            if not getattr(settings.method, "trains", False) or set(scope) <= set(space.parameters):
+            # Other methods do without a recording, but for a task without margins.
+            if isinstance(settings.method, (LocalSearch, Convex)) or not bool(few.margin.isfinite().all()):
                 raise
         except (EmptyLocalizationError, EvaluationError):
             return

@@ -134,14 +134,14 @@ def _check(problem: Problem) -> None:
 def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     """The layer's inputs, `N x d`, with a column of ones if its bias may change, and its outputs, by row."""
     site = problem.space.sites[0]
-    recording = record_known(problem, torch.ones_like(problem.before.passed))
+    try:
+        recording = record_known(problem, torch.ones_like(problem.before.passed))
+    except InseparableBatchError as error:
+        raise _not_last(site.name) from error
     parts = [_direct(recording, chunk) for chunk in recording.chunks()]
     # On all ranks alike, also where one has no such samples, or none at all.
     if problem.collective.any(any(part is None for part in parts)):
-        raise ConfigurationError(
-            f"`method='convex'`: the output of `layer={site.name!r}` is not what the model returns as logits.",
-            "name the last Linear layer, or use `method='linearized'`.",
-        )
+        raise _not_last(site.name)
     n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
     device = problem.space.device
     found = [torch.cat(part, 1) for part in parts if part is not None]
@@ -152,6 +152,13 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
     if _bias_name(problem) is not None:
         features = F.pad(features, (0, 1), value=1.0)
     return features, logits
+
+
+def _not_last(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
+        "name the last Linear layer, or use `method='linearized'`.",
+    )
 
 
 def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
