@@ -17,7 +17,7 @@ from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, check_whole
+from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
