@@ -204,7 +204,7 @@ class ContinuedTraining:
             data = source.loader.dataset
             if source.passed and not source.failed and len(like.dataset) == len(data):  # type: ignore[arg-type]
                 data = like.dataset
-            whole = len(source.index) == len(data)  # type: ignore[arg-type]
+            whole = source.draws == 1 and len(source.index) == len(data)  # type: ignore[arg-type]
             parts.append(data if whole else Subset(data, source.index.tolist()))
         return parts
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.loaders import SPLITS, check_data, parse_adapter
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import check_choice
+from lightning_nrl.errors import check_choice, check_whole
 
 __all__ = ["DataOptions"]
 
@@ -27,6 +27,8 @@ class DataOptions:
             validation data), `train`, `val`, `test`, `repair` or a DataLoader.
         adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address,
             `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
+        draws: how many fixed draws of each known sample are counted where its data set draws at random, as
+            augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
         start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
 
     Raises:
@@ -37,6 +39,7 @@ class DataOptions:
     passed: str | DataLoader[Any] = "auto"
     failed: str | DataLoader[Any] = "auto"
     adapter: str | Adapter | None = None
+    draws: int = 1
     start_from: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -44,6 +47,7 @@ class DataOptions:
             object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
         adapter = parse_adapter(self.adapter)
         object.__setattr__(self, "adapter", adapter)
+        check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
     @property

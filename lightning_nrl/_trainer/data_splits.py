@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_nrl._lightning import LightningModule, Trainer, class_for, data_module_of, given_loaders
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
+from lightning_nrl._trainer.stability import draws_at_random
 from lightning_nrl._trainer.validation_view import with_validation_view
 from lightning_nrl.data._sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, check_kind
@@ -98,7 +99,10 @@ class DataRequest:
         found = self.find(loaders)
 
         def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:
-            return with_validation_view(make_source(loader, split, **marks, **how), partial(loaders.get, "val"))
+            source = make_source(loader, split, **marks, **how)
+            source = with_validation_view(source, partial(loaders.get, "val"))
+            several = marks and self.known.draws > 1 and draws_at_random(source)
+            return source.with_draws(self.known.draws) if several else source
 
         passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,13 +53,14 @@ class LoaderSource:
     split: str
     passed: bool
     failed: bool
-    index: Tensor  # data-set positions of all its samples, over all ranks
+    index: Tensor  # data-set positions of all its samples, over all ranks; of several draws one after another
     positions: Tensor  # this rank's places in that order
     loader: DataLoader[Any]  # the user's, with the data set as the user made it
     samples: SeededDataset  # what is read: that data set, or a view of it, each sample with one draw
     transfer: Callable[[Any], Any]  # brings a raw batch to the device, as Lightning does in validation
     adapter: Adapter = unpack
     seed: int = 0  # what a model that draws random numbers is seeded with at every pass
+    draws: int = 1  # how often each sample is in the split, each time with random numbers of its own
 
     @property
     def batch_size(self) -> int:
@@ -79,7 +80,7 @@ class LoaderSource:
     def __iter__(self) -> Iterator[Batch]:
         seed_all(self.seed)
         at = 0
-        for raw in self._read(batch_size=self.batch_size, sampler=self.index[self.positions].tolist()):
+        for raw in self._read(batch_size=self.batch_size, sampler=self._codes(self.positions)):
             raw = self.transfer(raw)
             args, kwargs, target, n = self._taken_apart(raw)
             expected = min(self.batch_size, len(self.positions) - at)
@@ -93,7 +94,7 @@ class LoaderSource:
 
     def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
         """Chosen samples, the same as in an ordinary pass, read by as many workers."""
-        chosen = [self.index[position].tolist() for position in batches]
+        chosen = [self._codes(position) for position in batches]
         for position, raw in zip(batches, self._read(batch_sampler=chosen), strict=True):
             raw = self.transfer(raw)
             args, kwargs, target = self.adapter(raw)
@@ -111,6 +112,17 @@ class LoaderSource:
                 f"`adapter` raised {type(error).__name__} on `{self.split}` data: {error}\n{describe(raw)}",
                 adapter_hint(raw),
             ) from error
+
+    def with_draws(self, draws: int) -> LoaderSource:
+        """The same split with each sample several times, each time a draw of its own, which counts as a sample."""
+        n = len(self.index)
+        positions = torch.cat([self.positions + draw * n for draw in range(draws)])
+        return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
+
+    def _codes(self, positions: Tensor) -> list[int]:
+        """Samples and draws of some places, as `SeededDataset` numbers them."""
+        draw = positions // max(1, len(self.index) // self.draws)
+        return (self.index[positions] + draw * len(self.samples)).tolist()
 
     def _read(self, **batches: Any) -> DataLoader[Any]:
         own = self.loader

@@ -24,6 +24,8 @@ class SeededDataset(Dataset[Any]):
     (on the CPU), numpy and `random`; they are as found afterwards. A data set with a generator of its own is not
     reached.
 
+    Of `n` samples, position `i + k * n` is draw `k` of sample `i`: the same sample under other random numbers.
+
     Where no sample has drawn a random number yet, a batch is read as it is, and once more with seeds if one of its
     samples did: data without randomness cost no seeds, only a comparison of states a batch.
 
@@ -56,12 +58,13 @@ class SeededDataset(Dataset[Any]):
             found.restore()
 
     def _unseeded(self, index: list[int]) -> list[Any]:
-        dataset = self.dataset
+        dataset, n = self.dataset, len(self)
+        index = [i % n for i in index]
         return dataset.__getitems__(index) if isinstance(dataset, _ReadsBatches) else [dataset[i] for i in index]
 
     def _seeded(self, i: int) -> Any:
         seed_cpu(mixed_seed(self.seed, i))
-        return self.dataset[i]
+        return self.dataset[i % len(self)]
 
 
 def init_worker(function: Callable[[int], None] | None, worker_id: int) -> None:

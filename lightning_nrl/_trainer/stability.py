@@ -16,7 +16,7 @@ from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl._utils.preserve import random_state, seed_cpu
 from lightning_nrl.errors import DataWarning
 
-__all__ = ["Stability", "check_stability", "checked_positions", "is_same", "report_stability"]
+__all__ = ["Stability", "check_stability", "checked_positions", "draws_at_random", "is_same", "report_stability"]
 
 MAX_SAMPLES_CHECKED = 32
 """Samples of a split that are read twice: those that change are noticed with 95 % if they are a tenth."""
@@ -66,6 +66,12 @@ def checked_positions(source: LoaderSource) -> list[int]:
     return source.index[order[:MAX_SAMPLES_CHECKED].sort().values].tolist()
 
 
+def draws_at_random(source: LoaderSource) -> bool:
+    """Whether reading a source depends on random numbers, as far as some of its samples show."""
+    check_stability(source.samples, checked_positions(source), source.loader.collate_fn)
+    return source.samples.draws
+
+
 def report_stability(sources: Sequence[LoaderSource]) -> str:
     """Sentences for a report: which splits draw at random and how they are read, and which come with no guarantee.
 
@@ -89,7 +95,8 @@ def report_stability(sources: Sequence[LoaderSource]) -> str:
         if source.has_validation_view:
             sentence = f"`{source.split}` was read with the `transform` of the validation data."
         elif source.samples.draws:
-            sentence = f"`{source.split}` draws at random: each sample was counted in one fixed draw."
+            fixed = "one fixed draw" if source.draws == 1 else f"{source.draws} fixed draws, as so many samples"
+            sentence = f"`{source.split}` draws at random: each sample was counted in {fixed}."
         else:
             continue
         rank_zero_info(sentence)

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.seeded_dataset import SeededDataset
-from lightning_nrl._trainer.stability import check_stability, checked_positions, is_same
+from lightning_nrl._trainer.stability import check_stability, checked_positions, draws_at_random, is_same
 from lightning_nrl.data.batch import tensors_in
 
 __all__ = ["with_validation_view"]
@@ -40,10 +40,9 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
         dataset = _with_transforms(dataset, _transforms_of(validation()))
     if dataset is source.loader.dataset:
         return source
-    positions, collate = checked_positions(source), source.loader.collate_fn
-    check_stability(source.samples, positions, collate)
-    if not source.samples.draws:
+    if not draws_at_random(source):
         return source
+    positions, collate = checked_positions(source), source.loader.collate_fn
     view = SeededDataset(dataset, source.seed)
     try:
         stable = not check_stability(view, positions, collate).unstable and not view.draws

@@ -32,6 +32,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "data.passed": WITH_A_TRAINER,
     "data.failed": WITH_A_TRAINER,
     "data.adapter": (*WITH_A_TRAINER, "ReleaseGate"),
+    "data.draws": WITH_A_TRAINER,
     "data.start_from": ("RegressionFreeRepair",),
     "samples.importance": SEARCHES,
     "samples.slices": (*REPAIRS, "ReleaseGate"),

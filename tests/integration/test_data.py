@@ -21,7 +21,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_nrl import ConfigurationError, RegressionFreeRepair, RepairReport, Target, repair
+from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RepairReport, Target, repair
 from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl.errors import DataWarning
 
@@ -334,22 +334,24 @@ def drawn(data: Dataset[Any], n: int) -> TensorDataset:
     return TensorDataset(*(torch.stack(column) for column in columns))
 
 
+@pytest.mark.parametrize("draws", [1, 3])
 def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are_counted(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    draws: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     data, model = Jittered(), Classifier()
-    callback = RegressionFreeRepair(verbose=False, unseen="test")
+    callback = RegressionFreeRepair(verbose=False, unseen="test", data=DataOptions(draws=draws))
     before: dict[str, Tensor] = {}
 
     class Before(Callback):
         def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            before["train"] = right(model, drawn(Jitter(data.train), 400))
+            before["train"] = right(model, drawn(Jitter(data.train), 400 * draws))
 
     quiet_trainer(tmp_path, Before(), callback, max_epochs=3).fit(model, datamodule=data)
     report = callback.report
     assert report is not None
-    now = right(model, drawn(Jitter(data.train), 400))
+    now = right(model, drawn(Jitter(data.train), 400 * draws))
     train, repair, _ = report.splits
+    assert (train.n, repair.n) == (400 * draws, len(data.repair))
     assert report.status == "repaired"
     assert int((before["train"] & ~now).sum()) == train.broken == repair.broken == 0
     assert int((~before["train"] & now).sum()) == train.repaired > 0

@@ -54,6 +54,15 @@ def test_a_draw_depends_on_seed_and_position_alone(draw: Callable[[], float]) ->
 
 
 @DRAWS
+def test_later_positions_are_other_draws_of_the_same_samples(draw: Callable[[], float]) -> None:
+    data = SeededDataset(Drawn(draw, range(1, 8)), 3)
+    several = data.__getitems__([0, 1, 8, 9, 17])
+    assert several[0] == several[2] == 0.0
+    assert len({several[1], several[3], several[4]}) == 3
+    assert data.__getitems__([17, 1])[::-1] == [several[1], several[4]]
+
+
+@DRAWS
 def test_samples_that_draw_are_noticed_wherever_they_are(draw: Callable[[], float]) -> None:
     data = SeededDataset(Drawn(draw, range(1, 8, 2)), 3)
     assert data.__getitems__([0, 2]) == [0.0, 2.0]

@@ -146,3 +146,20 @@ def test_samples_with_the_same_values_are_the_same(make: Callable[[], Any]) -> N
 )
 def test_samples_with_other_values_are_not(a: Any, b: Any) -> None:
     assert not is_same(a, b)
+
+
+def test_draws_of_a_sample_are_counted_as_samples_and_read_the_same_in_any_order() -> None:
+    several = source(by_torch_every_second).with_draws(3)
+    assert several.index.tolist() == [*range(100)] * 3
+    passes = [torch.cat([batch.args[0] for batch in several]) for _ in range(2)]
+    assert torch.equal(*passes)
+    first, second, third = passes[0].chunk(3)
+    odd = torch.arange(100) % 2 == 1
+    assert torch.equal(first[~odd], third[~odd])
+    assert not (first == second)[odd].any()
+    (drawn,) = several.draw([torch.tensor([205, 4, 105])])
+    assert drawn.args[0].tolist() == passes[0][[205, 4, 105]].tolist()
+
+
+def test_several_draws_are_named_in_a_report() -> None:
+    assert "3 fixed draws" in report_stability([source(by_torch_every_second).with_draws(3)])
