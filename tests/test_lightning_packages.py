@@ -1,0 +1,205 @@
+"""`lightning.pytorch` and `pytorch_lightning`: each works, without the other too, and they are not mixed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_package import NAME, OTHER
+from repository import ROOT
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from toy_repairs import QUICK, blobs, mlp
+
+from lightning_nrl import (
+    ConfigurationError,
+    PositiveCongruentTraining,
+    RegressionFreeRepair,
+    RegressionMetrics,
+    ReleaseGate,
+    WeightInterpolation,
+    compare,
+    diagnose,
+    repair,
+    sweep,
+)
+from lightning_nrl.serving import SwitchedModule
+
+PACKAGES = sorted([NAME, OTHER])
+PAIRS = [(NAME, OTHER), (OTHER, NAME)]
+FABRIC = {"pytorch_lightning": "lightning_fabric", "lightning.pytorch": "lightning"}
+
+TELLING = (
+    "test_trained_checkpoint.py::test_the_report_is_that_of_the_callback_after_training",
+    "test_regression_metrics.py::test_every_validation_counts_as_two_plain_passes_do",
+    "test_regression_metrics.py::test_two_processes_count_as_one",
+    "test_cli.py::test_words_in_a_file_make_a_repair",
+)
+"""Integration tests that run under the other package too: in a fit, on a checkpoint, counted, by two ranks, by CLI."""
+
+
+@cache
+def net(package: str) -> Any:
+    """A class of modules of a package."""
+
+    class Net(import_module(package).LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(x)
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("test_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=0.02)
+
+    return Net
+
+
+def loader(n: int, shift: float = 0.0, **how: Any) -> DataLoader:
+    return DataLoader(TensorDataset(*blobs(n, shift)), 32, **how)
+
+
+DATA = {"train_dataloaders": loader(120, shuffle=True), "val_dataloaders": loader(60, 1.5)}
+
+
+def trainer_of(package: str, folder: Path, *callbacks: Any, **arguments: Any) -> Any:
+    settings = {"max_epochs": 4, "accelerator": "cpu", "logger": False, "default_root_dir": folder} | arguments
+    return import_module(package).Trainer(
+        callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False, **settings
+    )
+
+
+def fitted(package: str, folder: Path) -> tuple[Any, RegressionFreeRepair]:
+    """A module and the callback that repaired it in a fit, by default: training goes on in an inner trainer."""
+    model, callback = net(package)(), RegressionFreeRepair(verbose=False)
+    trainer_of(package, folder, callback).fit(model, **DATA)
+    return model, callback
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def repaired(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Any]:
+    return request.param, *fitted(request.param, tmp_path_factory.mktemp("fit"))
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint that a trainer of one package saved; both read it."""
+    folder = tmp_path_factory.mktemp("old")
+    trainer = trainer_of(OTHER, folder, max_epochs=2)
+    trainer.fit(net(OTHER)(), **DATA)
+    trainer.save_checkpoint(folder / "old.ckpt")
+    return str(folder / "old.ckpt")
+
+
+def test_a_fit_is_repaired_and_training_goes_on_in_a_trainer_of_the_same_package(
+    repaired: tuple[str, Any, Any],
+) -> None:
+    _, _, callback = repaired
+    assert callback.report.status == "repaired"
+    assert callback.report.splits[0].broken == callback.report.splits[1].broken == 0
+    assert {rung.name for rung in callback.report.rungs} == {"search", "exact", "training"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_checkpoint_is_read_whichever_package_saved_it(package: str, old: str, tmp_path: Path) -> None:
+    model = net(package).load_from_checkpoint(old)
+    trainer, quick = trainer_of(package, tmp_path), {**DATA, "ckpt_path": old}
+    assert diagnose(trainer, model, **quick).known["failed"] > 0
+    assert compare(trainer, model, **quick, methods=["swarm"], unseen=None, search=QUICK["search"]).entries
+    report = repair(trainer, model, **quick, **QUICK, verbose=False)
+    assert report.status == "repaired"
+    assert torch.load(report.files["checkpoint"], weights_only=True)["state_dict"].keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_update_is_trained_counted_interpolated_and_released(package: str, old: str, tmp_path: Path) -> None:
+    metrics, gate = RegressionMetrics(old), ReleaseGate(reference=old, rules=["nfr:50%"], verbose=False)
+    trainer = trainer_of(
+        package, tmp_path, PositiveCongruentTraining(old), metrics, WeightInterpolation(old, verbose=False), gate
+    )
+    model = net(package)()
+    trainer.fit(model, **DATA)
+    assert "regression/nfr" in trainer.callback_metrics
+    trainer.test(model, loader(60, 0.5), verbose=False)
+    assert gate.report is not None
+
+
+def test_two_modules_are_served_as_one_of_their_package(repaired: tuple[str, Any, Any], tmp_path: Path) -> None:
+    package, model, _ = repaired
+    served = SwitchedModule(net(package)(), model, 0.5)
+    assert isinstance(served, import_module(package).LightningModule)
+    trainer = trainer_of(package, tmp_path)
+    trainer.test(served, loader(60, 0.5), verbose=False)
+    assert "test_loss" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize(("own", "other"), PAIRS)
+def test_what_is_of_the_other_package_is_refused_before_anything_runs(own: str, other: str, tmp_path: Path) -> None:
+    theirs, model = import_module(other), net(own)()
+    foreign = {
+        "callbacks": ("Timer", {"callbacks": [theirs.callbacks.Timer()]}),
+        "logger": ("CSVLogger", {"logger": theirs.loggers.CSVLogger(tmp_path)}),
+    }
+    for argument, (name, arguments) in foreign.items():
+        callbacks = [RegressionFreeRepair(), *arguments.pop("callbacks", [])]
+        with pytest.raises(ConfigurationError, match=f"`{argument}`: {name} is of `{other}`, the Trainer of `{own}`"):
+            trainer_of(own, tmp_path, *callbacks, **arguments).fit(model, **DATA)
+    trainer = trainer_of(own, tmp_path)
+    for work in (repair, diagnose, compare, partial(sweep, settings=[{}])):
+        with pytest.raises(ConfigurationError, match=f"`model`: Net is of `{other}`, the Trainer of `{own}`"):
+            work(trainer, net(other)(), **DATA)
+        with pytest.raises(ConfigurationError, match=f"`datamodule`: LightningDataModule is of `{other}`"):
+            work(trainer, model, datamodule=theirs.LightningDataModule())
+
+
+@pytest.mark.parametrize(("name", "other"), PAIRS)
+def test_neither_package_needs_the_other(name: str, other: str, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+sys.modules[{other!r}] = sys.modules[{FABRIC[other]!r}] = None
+from test_lightning_packages import fitted
+assert fitted({name!r}, Path({str(tmp_path)!r}))[1].report.status == "repaired"
+assert sys.modules[{other!r}] is None
+"""
+    run(["-c", script], name)
+
+
+def test_messages_stay_with_the_package_that_was_imported_first() -> None:
+    script = f"import {OTHER}, lightning_nrl, lightning_utilities.core.rank_zero as r; print(r.log.name)"
+    assert run(["-c", script], OTHER).startswith(OTHER)
+
+
+@pytest.mark.slow
+def test_telling_integration_tests_pass_under_the_other_package() -> None:
+    tests = [str(ROOT / "tests" / "integration" / name) for name in TELLING]
+    assert "passed" in run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests], OTHER)
+
+
+def run(arguments: list[str], package: str) -> str:
+    """What a new Python process prints, in which tests use a package."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**kept, "NRL_LIGHTNING": package, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
