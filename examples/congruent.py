@@ -24,7 +24,7 @@ from statistics import mean
 
 import torch
 from digits import DigitNet
-from pytorch_lightning import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from seeds import reports_of
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--interpolate", action="store_true", help="further rows with weights between old and new")
     parser.add_argument("--terms", nargs="+", choices=list(TERMS), default=list(TERMS))
     given = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     runs, seeds = Path("runs") / "congruent", range(given.first, given.first + given.seeds)

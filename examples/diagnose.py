@@ -13,7 +13,7 @@ import warnings
 
 import torch
 from digits import DigitNet, SlashedZeros
-from pytorch_lightning import Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from rich import print
 
 from lightning_nrl import ConfigurationError, Target, diagnose
@@ -23,8 +23,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="of data and training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
 
     seed_everything(arguments.seed, verbose=False)
     trainer = Trainer(

@@ -8,7 +8,7 @@ now on are slashed, and the network takes many of them for another digit.
 from __future__ import annotations
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F

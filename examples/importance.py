@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from digits import DigitNet, SlashedZeros
-from pytorch_lightning import Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from rich import print
 from rich.table import Table
 from torch import Tensor
@@ -108,6 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print(main(arguments.epochs, arguments.seed))

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 
 from fashion_mnist import DriftingFashion, FashionNet
-from pytorch_lightning import Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from rich import box, print
 from rich.progress import track
 from rich.table import Table
@@ -100,7 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="which to run")
     arguments = parser.parse_args()
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     data = DriftingFashion()
     checkpoint = trained(data, epochs=6 if arguments.quick else 20)

@@ -16,8 +16,8 @@ from statistics import mean
 
 import torch
 from digits import DigitNet, SlashedZeros
-from pytorch_lightning import Trainer, seed_everything
-from pytorch_lightning.callbacks import Timer
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Timer
 from rich import box, print
 from rich.progress import track
 from rich.table import Table
@@ -170,8 +170,8 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, help="how many repairs, from seed 0; prints one table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     if arguments.seeds:
         many_repairs(range(arguments.seeds))
     else:

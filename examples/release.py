@@ -16,7 +16,7 @@ from copy import deepcopy
 
 import torch
 from digits import DigitNet, SlashedZeros
-from pytorch_lightning import Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -55,8 +55,8 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=30, help="of each training")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
 
     data = SlashedZeros()
     seed_everything(0, verbose=False)

@@ -13,7 +13,7 @@ import logging
 import warnings
 
 from digits import DigitNet, SlashedZeros
-from pytorch_lightning import Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 from lightning_nrl import Target, repair
 
@@ -29,8 +29,8 @@ def train() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", help="a checkpoint of DigitNet")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     checkpoint = parser.parse_args().checkpoint or train()
 
     trainer = Trainer(accelerator="cpu", enable_model_summary=False)

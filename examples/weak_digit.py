@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from rich import print
 from seeds import reports_of, table_of
 from torch import Tensor, nn
@@ -119,8 +119,8 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="auto", help="how new weights are found")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning.pytorch")
     reports = reports_of(
         Path("runs") / f"weak_digit_{arguments.method}",
         range(arguments.first, arguments.first + arguments.seeds),

@@ -16,8 +16,8 @@ import math
 import warnings
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from network import VehicleNet, Vehicles, trained
-from pytorch_lightning import Trainer
 from repairs import TARGETS
 from rich import box, print
 from rich.table import Table
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser.add_argument("--max-time", type=float, help="seconds for each method but retraining")
     parser.add_argument("--methods", nargs="+", help="names of methods and baselines; all if there are none")
     chosen = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     for seed in range(chosen.first, chosen.first + chosen.seeds):
         folder = Path("runs") / f"comparison_{chosen.experiment}_{seed}"

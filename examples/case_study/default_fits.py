@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from default_problems import Batch, Case
-from pytorch_lightning import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from pytorch_lightning import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.nn import functional as F

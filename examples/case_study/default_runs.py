@@ -12,7 +12,7 @@ import torch
 from default_fits import Fit
 from default_problems import SPLITS, Case
 from default_records import Run, Seconds, now, since
-from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 

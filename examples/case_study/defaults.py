@@ -28,7 +28,7 @@ from default_problems import PROBLEMS, SensorNet, drifting_sensors
 from default_records import Run, read_or_run
 from default_runs import Work, file_name, methods_of, repaired_after, timed_methods
 from default_tables import compared, fitted, timed
-from pytorch_lightning import Trainer
+from lightning.pytorch import Trainer
 
 MAX_TIMES = (0.1, 0.25, 0.5, 1.0, 2.0)
 
@@ -100,7 +100,7 @@ def in_parallel(
 def prepare() -> None:
     """One thread for each run, and no notes of Lightning; a first fit, so that none of the study loads modules."""
     torch.set_num_threads(1)  # the networks are so small that threads only wait for each other
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     trainer = Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(SensorNet(), datamodule=drifting_sensors(0))

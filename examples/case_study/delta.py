@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the search")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the training")
     chosen = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     data = DATA[chosen.data](chosen.experiment, 0, None)
     name = f"{chosen.data}_{chosen.experiment}_0"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lightning.pytorch import LightningModule
 from network import EPOCHS, Drifting, Vehicles, trained
-from pytorch_lightning import LightningModule
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

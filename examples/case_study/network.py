@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from digits_in_place import draw
-from pytorch_lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset

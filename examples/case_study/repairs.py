@@ -16,8 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from network import BACK, EPOCHS, FRONT, VehicleNet, Vehicles, trained
-from pytorch_lightning import Trainer
 from rich import print
 from torch import Tensor
 
@@ -69,7 +69,7 @@ if __name__ == "__main__":
     parser.add_argument("--method", default="auto", help="how new weights are found")
     parser.add_argument("--max-time", type=float, help="seconds for each repair")
     chosen = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     limit = "" if chosen.max_time is None else f"_{chosen.max_time:g}s"
     name = f"vehicles_{chosen.experiment}_{chosen.method}{limit}"

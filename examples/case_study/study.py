@@ -22,8 +22,8 @@ from pathlib import Path
 
 from figures import draw_all, others_of, tables_of
 from grid import studied
+from lightning.pytorch import Trainer
 from network import EPOCHS, Digits, Scenes, Vehicles, trained
-from pytorch_lightning import Trainer
 from questions import answers, page
 from repairs import TARGETS
 from rich import print
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--layer", default="auto", help="whose weights change; auto is the last Linear layer")
     parser.add_argument("--quick", action="store_true", help="few images, a short training, Table II alone")
     chosen = parser.parse_args()
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     name = chosen.data or ("vehicles" if PAK.exists() else "digits")
     if chosen.data is None and name == "digits":

@@ -24,7 +24,7 @@ from statistics import mean
 
 import torch
 from in_use import DATA, InUse
-from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from torch import Tensor
@@ -200,7 +200,7 @@ def main() -> None:
         parser.error(f"`--experiment` is of the vehicles, and --data is {chosen.data}\nHINT: leave one of them out")
     more = {"experiment": chosen.experiment, "epochs": chosen.epochs}
     more = {name: value for name, value in more.items() if value}
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     rows = []
     for seed in range(chosen.first, chosen.first + chosen.seeds):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from repository import ROOT
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -20,7 +21,6 @@ import defaults  # noqa: E402
 from default_problems import PROBLEMS, SPLITS, Case, SensorNet, Splits, drifting_sensors  # noqa: E402
 from default_records import Run, Seconds, read_or_run  # noqa: E402
 from default_runs import Work, right  # noqa: E402
-from lightning_package import LightningModule  # noqa: E402
 
 from lightning_nrl import RepairReport  # noqa: E402
 
