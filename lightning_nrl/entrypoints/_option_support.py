@@ -10,7 +10,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 
-__all__ = ["ENTRY_POINTS", "HEEDED_BY", "OPTION_CLASSES", "check_heeded"]
+__all__ = ["ENTRY_POINTS", "HEEDED_BY", "OPTION_CLASSES", "check_heeded", "heeded"]
 
 OPTION_CLASSES = {"data": DataOptions, "samples": SampleOptions, "search": SearchOptions, "bounds": BoundOptions}
 """The arguments of a repair that are option objects."""
@@ -87,6 +87,12 @@ def check_heeded(entry_point: str, arguments: Mapping[str, Any]) -> None:
         else:
             continue
         raise ConfigurationError(f"`{name}={value!r}`: {why}.", hint.format(value=value))
+
+
+def heeded(entry_point: str, argument: str) -> bool:
+    """Whether an argument, or any option in it, has an effect."""
+    own = [names for option, names in HEEDED_BY.items() if option.partition(".")[0] == argument]
+    return any(entry_point in names for names in own)
 
 
 def _given(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

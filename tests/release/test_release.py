@@ -20,10 +20,10 @@ from toy_repairs import blobs, mlp, right, trained
 from lightning_nrl import ConfigurationError, OldModel, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl.command_line import main
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.reference import Predictions
 from lightning_nrl.release import ProtectedIntact, ReleaseReport, parse_rules, release
-from lightning_nrl.release.__main__ import main
 
 HOW_TO = ROOT / "docs" / "release.md"
 RULES = ["accuracy", "nfr:20%", "slices", "slices:count"]
@@ -185,6 +185,10 @@ def test_what_cannot_be_judged_is_refused(arguments: dict[str, Any], message: st
         release(**{"new": mlp(), "old": mlp(), "data": data(), **arguments})
 
 
+def decide(arguments: list[str]) -> int:
+    return main(["release", *arguments])
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReleaseReport]:
     """Predictions of two models as files, slices, and what the models themselves are judged to be."""
@@ -205,13 +209,13 @@ def test_files_are_judged_as_the_models_are(
     folder, expected = files
     rules = [part for rule in (*RULES, "instance") for part in ("--rule", rule)]
     given = [str(folder / "old.csv"), str(folder / "new.csv"), *rules, "--slices", str(folder / "slices.csv")]
-    assert main([*given, "--out", str(tmp_path / "out")]) == 1
+    assert decide([*given, "--out", str(tmp_path / "out")]) == 1
     found = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
     assert (found.findings, found.rows, found.broken_ids) == (expected.findings, expected.rows, expected.broken_ids)
     assert (found.new.sha256, found.old.sha256) == (expected.new.sha256, expected.old.sha256)
     assert capsys.readouterr().out.startswith("REFUSED")
     assert (tmp_path / "out" / "report.md").read_text() == found.to_markdown()
-    assert main([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
+    assert decide([str(folder / "new.csv"), str(folder / "new.csv"), "--rule", "instance"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -225,21 +229,18 @@ def test_files_are_judged_as_the_models_are(
 def test_misuse_has_an_exit_status_of_its_own(
     more: list[str], message: str, files: tuple[Path, ReleaseReport], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(files[0] / "old.csv"), str(files[0] / "new.csv"), *more])
-    assert stopped.value.code == 2
+    assert decide([str(files[0] / "old.csv"), str(files[0] / "new.csv"), *more]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_files_that_do_not_say_what_is_right_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare.csv").write_text("split,id,prediction\ntest,0,1\n")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")])
+    assert decide([str(tmp_path / "bare.csv"), str(tmp_path / "bare.csv")]) == 2
     assert re.search(r"`new`: of 1 samples.*HINT: give the column `passed`", capsys.readouterr().err, re.DOTALL)
 
 
 def test_the_command_can_be_called(files: tuple[Path, ReleaseReport]) -> None:
-    command = [sys.executable, "-m", "lightning_nrl.release", files[0] / "old.csv", files[0] / "new.csv"]
+    command = [sys.executable, "-m", "lightning_nrl", "release", files[0] / "old.csv", files[0] / "new.csv"]
     done = subprocess.run([*command, "--rule", "nfr:90%"], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "ACCEPTED"), done.stderr
 
@@ -252,22 +253,17 @@ def write(path: Path, rows: dict[int, str], header: str = "split,id,prediction,p
 def test_samples_that_are_left_out_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = write(tmp_path / "old.csv", dict.fromkeys(range(100), "1,1"))
     new = write(tmp_path / "new.csv", dict.fromkeys(range(30, 100), "1,1"))  # 0 to 29 are what broke
-    with pytest.raises(SystemExit) as stopped:
-        main([old, new])
-    assert stopped.value.code == 2
+    assert decide([old, new]) == 2
     assert "30 of 100 samples of `test`" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([old, new, "--allow-missing", "train"])
+    assert decide([old, new, "--allow-missing", "train"]) == 2
     assert "names the split 'train'" in capsys.readouterr().err
-    assert main([old, new, "--allow-missing", "test", "--out", str(tmp_path / "out")]) == 0
+    assert decide([old, new, "--allow-missing", "test", "--out", str(tmp_path / "out")]) == 0
     report = ReleaseReport.from_json((tmp_path / "out" / "report.json").read_text())
     assert report.missing == {"test": 30}
     assert "30 samples were NOT compared" in capsys.readouterr().out
     whole = tmp_path / "other.csv"
     whole.write_text("split,id,prediction,passed\nval,1,1,1\n")
-    with pytest.raises(SystemExit) as stopped:
-        main([old, str(whole)])  # no sample in common
-    assert stopped.value.code == 2
+    assert decide([old, str(whole)]) == 2  # no sample in common
 
 
 @pytest.mark.parametrize(
@@ -300,9 +296,7 @@ def test_a_file_that_cannot_be_read_strictly_ends_with_status_2(
         "ids": [good, good, "--rule", f"protected:{bad}"],
         "slices": [good, good, "--rule", "slices", "--slices", str(bad)],
     }
-    with pytest.raises(SystemExit) as stopped:
-        main(given[name])
-    assert stopped.value.code == 2
+    assert decide(given[name]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -311,12 +305,8 @@ def test_no_fault_ends_with_the_status_of_a_refusal(
 ) -> None:
     good = write(tmp_path / "good.csv", dict.fromkeys(range(4), "1,1"))
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(SystemExit) as stopped:
-        main([good, good, "--out", str(tmp_path / "file" / "out")])
-    assert stopped.value.code == 2
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
+    assert decide([good, good, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert decide(["--help"]) == 0
     assert "nfr:1%" in capsys.readouterr().out
 
 

@@ -1,31 +1,23 @@
-"""The release gate on a command line, from files of predictions: exits with 0 if accepted, 1 if refused, 2 if misused.
-
-python -m lightning_nrl.release old.csv new.csv --rule instance --rule "nfr:1% in test"
-"""
+"""The release gate from files of predictions: no model is needed to decide."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_nrl.errors import RepairError
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release._prediction_files import check_missing, pair_from_files, read_slices
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
 from lightning_nrl.release.rule_parsing import RULES, parse_rules
 
-__all__ = ["main"]
+__all__ = ["release_command"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Judges, prints and writes; gives the exit status, which is 1 for a refusal and for nothing else."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_nrl.release", description=(__doc__ or "").splitlines()[0]
-    )
+def release_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
+    """Judges, prints and writes; the exit status is 1 for a refusal and for nothing else."""
+    parser = argparse.ArgumentParser(program, description=purpose)
     rules = ", ".join(RULES.forms).replace("%", "%%")
     parser.add_argument("old", help="predictions of the model in use, a CSV file with split,id,prediction,passed")
     parser.add_argument("new", help="predictions of the new model, likewise; such as predictions.csv of a ReleaseGate")
@@ -40,15 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", help="folder for report.json and report.md")
     given = parser.parse_args(arguments)
-    try:
-        report = _judged(given.old, given.new, given.rule or ["instance"], given.slices, given.allow_missing)
-        if given.out:
-            report = _written(report, Path(given.out))
-    except (RepairError, OSError) as error:
-        parser.error(str(error))
-    except Exception:
-        traceback.print_exc()
-        parser.error("this should not have happened; nothing was decided.")
+    report = _judged(given.old, given.new, given.rule or ["instance"], given.slices, given.allow_missing)
+    if given.out:
+        report = _written(report, Path(given.out))
     print(report.render(120), end="")
     return report.exit_status
 
@@ -77,7 +63,3 @@ def _written(report: ReleaseReport, folder: Path) -> ReleaseReport:
     for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
         Path(report.files[kind]).write_text(text, encoding="utf-8")
     return report
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Commands on files: patches, checkpoints, reports."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_nrl._utils.checkpoint import reason
+from lightning_nrl._utils.deserialize import parse_json
+from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.patches import Patch, patch_checkpoint
+from lightning_nrl.release import ReleaseReport
+from lightning_nrl.report import RepairReport
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
+from lightning_nrl.report.report_base import Report
+
+__all__ = ["inspect_command", "patch_command", "report_command"]
+
+PAGE_WIDTH = 120  # characters
+
+
+def patch_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
+    """`apply` and `revert`: a checkpoint with a patch in it, or without it."""
+    parser = argparse.ArgumentParser(program, description=purpose)
+    parser.add_argument("--patch", required=True, help="the patch, such as repair.patch.safetensors")
+    parser.add_argument("--ckpt", required=True, help="the checkpoint to read")
+    parser.add_argument("--out", required=True, help="the checkpoint to write; it may be the same file")
+    parser.add_argument(
+        "--weights_only",
+        choices=("true", "false"),
+        default="true",
+        help="false: you trust the checkpoint, which may hold objects and run their code",
+    )
+    given = parser.parse_args(arguments)
+    patch, undo = Patch.load(given.patch), program.endswith("revert")
+    patch_checkpoint(patch, given.ckpt, given.out, undo=undo, weights_only=given.weights_only == "true")
+    done = "taken out" if undo else "applied"
+    print(f"{given.out}: {patch.n_changed:,} values in {len(patch.names)} tensors, {done}.")
+    return 0
+
+
+def inspect_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
+    """What a file holds, as a page."""
+    parser = argparse.ArgumentParser(program, description=purpose)
+    parser.add_argument("file", help="a patch, a checkpoint, or report.json")
+    path = Path(parser.parse_args(arguments).file)
+    if path.suffix == ".safetensors":
+        page = _page_of_patch(Patch.load(path))
+    elif path.suffix == ".json":
+        page = read_report(path).to_table()
+    else:
+        page = _page_of_checkpoint(path)
+    print(page.plain(PAGE_WIDTH), end="")
+    return 0
+
+
+def report_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
+    """A report as Markdown, on the screen or in a file."""
+    parser = argparse.ArgumentParser(program, description=purpose)
+    parser.add_argument("file", help="report.json of a repair or of a release, or a patch with a report")
+    parser.add_argument("--out", help="the Markdown file to write; by default it is printed")
+    given = parser.parse_args(arguments)
+    text = read_report(given.file).to_markdown()
+    if given.out is None:
+        print(text, end="")
+    else:
+        Path(given.out).write_text(text, encoding="utf-8")
+    return 0
+
+
+def read_report(path: str | Path) -> Report:
+    """The report in a JSON file or a patch.
+
+    Raises:
+        ConfigurationError: it cannot be read, or there is none.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        found = Patch.load(path).report
+        if found is None:
+            raise ConfigurationError(f"`{path}` holds no report.", "give report.json of the repair.")
+        return found
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"`{path}` cannot be read ({error}).", "give report.json of a repair.") from error
+    plain = parse_json(text)
+    kind = ReleaseReport if isinstance(plain, Mapping) and "findings" in plain else RepairReport
+    return kind.from_dict(plain)
+
+
+def _page_of_patch(patch: Patch) -> Page:
+    rows = tuple(
+        Row(
+            name,
+            (
+                str(list(change.shape)),
+                str(change.old.dtype).removeprefix("torch."),
+                f"{change.n_changed:,}",
+                "all values" if change.index is None else "positions",
+            ),
+        )
+        for name, change in patch.changes.items()
+    )
+    columns = (("shape", ""), ("dtype", ""), ("values", ""), ("kept as", ""))
+    facts = (("weights before", patch.base), ("weights after", patch.result), *patch.versions.items())
+    blocks: list[Block] = [Heading("Patch", 1), Table(columns, rows), Facts(facts)]
+    return Page((*blocks, *(patch.report.to_table().blocks if patch.report else ())))
+
+
+def _page_of_checkpoint(path: Path) -> Page:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ConfigurationError(
+            f"`{path}` cannot be read ({reason(error)}).",
+            "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`.",
+        ) from error
+    inside = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    if not isinstance(inside, Mapping):
+        raise ConfigurationError(f"`{path}` holds a {type(found).__name__}.", "give a checkpoint.")
+    tensors = {name: value for name, value in inside.items() if isinstance(value, torch.Tensor)}
+    facts = [
+        ("tensors", f"{len(tensors):,}"),
+        ("values", f"{sum(value.numel() for value in tensors.values()):,}"),
+        ("weights", hash_tensors(tensors)),
+        *((name.replace("_", " "), str(found[name])) for name in ("epoch", "global_step") if name in found),
+    ]
+    blocks: list[Block] = [Heading("Checkpoint", 1), Facts(tuple(facts))]
+    for text in _reports_in(found.get("callbacks")):
+        blocks += RepairReport.from_json(text).to_table().blocks
+    return Page(tuple(blocks))
+
+
+def _reports_in(callbacks: Any) -> list[str]:
+    """The reports that `RegressionFreeRepair` keeps in a checkpoint."""
+    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
+    own = [state for name, state in states if str(name).startswith("RegressionFreeRepair")]
+    return [state["report"] for state in own if isinstance(state, Mapping) and isinstance(state.get("report"), str)]

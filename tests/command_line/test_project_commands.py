@@ -1,0 +1,160 @@
+"""The project and the commands of docs/command_line.md, as they stand there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+from repository import ROOT
+
+from lightning_nrl import RepairReport
+from lightning_nrl.command_line import COMMANDS, main
+from lightning_nrl.command_line import project as project_module
+
+PAGE = (ROOT / "docs" / "command_line.md").read_text()
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*deprecated"),
+    pytest.mark.filterwarnings("ignore:.*dirpath has changed"),
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The project of the page, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "my_project.py").write_text(blocks("python")[0])
+    (folder / "config.yaml").write_text(blocks("yaml")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        module = import_module("my_project")
+        torch.manual_seed(0)
+        trainer = lightning.Trainer(
+            max_epochs=5, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+        )
+        trainer.fit(module.Classifier(24), datamodule=module.Digits())
+        trainer.save_checkpoint("best.ckpt", weights_only=False)
+        yield folder
+        sys.modules.pop("my_project")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(lines) == 9
+    shown = {}
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "lightning-nrl"
+        assert main(arguments) == 0, line
+        shown[line] = capsys.readouterr().out
+    assert "target  " in shown[lines[0]]
+    assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[0]].split())
+    report = RepairReport.from_json((folder / "three" / "report.json").read_text())
+    assert (report.target, report.layers, report.settings["seed"]) == ("label 3", ("network.3",), 0)
+    assert [split.split for split in report.splits if split.role == "unseen"] == ["test"]
+    old, patched, reverted, repaired = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in ("best.ckpt", "patched.ckpt", "reverted.ckpt", "three/repaired.ckpt")
+    )
+    assert all(torch.equal(old[name], reverted[name]) for name in old)
+    assert all(torch.equal(patched[name], repaired[name]) for name in old)
+    assert not torch.equal(old["network.3.weight"], patched["network.3.weight"])
+    assert "network.3.weight" in shown[lines[6]]
+    assert "REPAIRED" in shown[lines[7]]
+    assert (folder / "report.md").read_text().startswith("# Repaired\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: lightning-nrl {command}")
+    assert ("--repair.target" in shown) == (command in ("repair", "diagnose", "compare"))
+
+
+def test_the_program_has_help_and_a_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {command} " in shown for command in COMMANDS)
+    assert main(["--version"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert main([]) == 2
+    assert main(["reapir"]) == 2
+    assert "invalid choice: 'reapir'" in capsys.readouterr().err
+
+
+def failing(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said of arguments that cannot be used, without a traceback."""
+    assert main(["diagnose", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+def test_errors_are_said_with_a_hint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    project = ("--config", "config.yaml", "--ckpt_path", "best.ckpt")
+    assert "`three` found" in failing(folder, capsys, *project, "--repair.target", "label three")
+    assert "HINT: write `label 3`" in failing(folder, capsys, *project, "--repair.target", "label three")
+    assert "nowhere.ckpt" in failing(folder, capsys, "--config", "config.yaml", "--ckpt_path", "nowhere.ckpt")
+    assert "nowhere.yaml" in failing(folder, capsys, "--config", "nowhere.yaml")
+    assert "no_such" in failing(folder, capsys, *project, "--model", "no_such.Model")
+    assert "HINT" in failing(folder, capsys, "--ckpt_path", "nowhere.ckpt")
+
+
+def test_a_fault_of_the_project_ends_with_2_and_its_traceback(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "faulty.py").write_text(
+        "from my_project import *\nclass Faulty(Digits):\n  def setup(self, stage): 1 / 0\n"
+    )
+    arguments = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--data", "faulty.Faulty"]
+    assert main(["diagnose", *arguments]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_refusal_ends_with_1(folder: Path) -> None:
+    arguments = ["--config", "config.yaml", "--ckpt_path", "best.ckpt", "--repair.dirpath", "refused"]
+    quick = ["--repair.method", "lightning_nrl.ParticleSwarm", "--repair.method.iterations", "1"]
+    tiny = ["--repair.method.particles", "2", "--repair.verbose", "false", "--repair.bounds.strength", "0.000001"]
+    assert main(["repair", *arguments, *quick, *tiny]) == 1
+    assert RepairReport.from_json((folder / "refused" / "report.json").read_text()).status != "repaired"
+
+
+def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load("best.ckpt", weights_only=True)
+    checkpoint["hyper_parameters"] = {"_class_path": "my_project.Classifier", "hidden": 24, "_instantiator": "x"}
+    checkpoint["datamodule_hyper_parameters"] = {"_class_path": "my_project.Digits"}
+    torch.save(checkpoint, "named.ckpt")
+    quiet = ["--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    assert main(["diagnose", "--ckpt_path", "named.ckpt", *quiet]) == 0
+    assert "Room by layer" in capsys.readouterr().out
+
+
+def test_without_jsonargparse_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(project_module, "find_spec", lambda name: None)
+    assert main(["repair"]) == 2
+    assert "jsonargparse[signatures]" in capsys.readouterr().err
+
+
+def test_the_configuration_of_the_page_is_one_of_lightning_cli(folder: Path) -> None:
+    from lightning.pytorch.cli import LightningCLI
+
+    made = LightningCLI(args=["--config", "config.yaml"], run=False, save_config_callback=None)
+    assert type(made.model).__name__ == "Classifier"
+    assert yaml.safe_load(blocks("yaml")[0])["trainer"]["max_epochs"] == made.trainer.max_epochs
