@@ -21,7 +21,10 @@ Command = Callable[[str, str, Sequence[str]], int]
 COMMANDS: Mapping[str, tuple[Command, str]] = {
     "repair": (repair_command, "repair the model of a project: 0 if repaired, or if nothing is to be repaired; else 1"),
     "diagnose": (diagnose_command, "say what can be repaired, what stands in the way, and what it costs"),
-    "compare": (compare_command, "run repairs and baselines on one model, and count what each fixes and breaks"),
+    "compare": (
+        compare_command,
+        "count what repairs and baselines fix and break, or a new checkpoint against an old one",
+    ),
     "release": (release_command, "decide from files of predictions: 0 if the new model is accepted, 1 if refused"),
     "apply": (patch_command, "write a checkpoint with a patch applied"),
     "revert": (patch_command, "write a checkpoint with a patch taken out again, to the bit"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,14 @@ __all__ = ["Project", "read_project"]
 HYPER_PARAMETERS = {"model": "hyper_parameters", "data": "datamodule_hyper_parameters"}
 """Where a checkpoint of LightningCLI says how each was made."""
 
+COMPARED: Mapping[str, tuple[Any, str]] = {
+    "methods": (list[str], "repairs and baselines by name, such as [convex, fine-tuning]; all by default"),
+    "old": (str, "a checkpoint, or predictions (CSV), of the model in use: `new` is tested against it"),
+    "new": (str, "the checkpoint of the model that is to replace it"),
+    "rules": (list[str], "what `new` must satisfy to be accepted, as in a release; [instance] by default"),
+}
+"""What a comparison is given beside a project, with its type."""
+
 
 @dataclass(frozen=True)
 class Project:
@@ -29,15 +37,15 @@ class Project:
     Attributes:
         source: trainer, model, data module and checkpoint, by the arguments that they are.
         options: arguments of `RegressionFreeRepair` that are not as by default.
-        methods: what is to be compared; None: everything.
+        compared: what else a comparison was given: `methods`, or two checkpoints, `old` and `new`, and `rules`.
     """
 
     source: dict[str, Any]
     options: dict[str, Any]
-    methods: list[str] | None = None
+    compared: dict[str, Any]
 
 
-def read_project(program: str, purpose: str, arguments: Sequence[str], methods: bool = False) -> Project:
+def read_project(program: str, purpose: str, arguments: Sequence[str], compares: bool = False) -> Project:
     """Model, data and trainer, made by LightningCLI of the model's own Lightning package.
 
     How to repair is said by the `RegressionFreeRepair` among the trainer's callbacks, if there is one, and by
@@ -47,7 +55,7 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], methods: 
         program: the command, for its help.
         purpose: likewise, what it is for.
         arguments: those of LightningCLI without a subcommand, with `ckpt_path`, `weights_only` and `repair`.
-        methods: whether `methods` may be given too.
+        compares: whether what is to be compared may be given too.
 
     Raises:
         RepairError: jsonargparse is not installed.
@@ -60,7 +68,7 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], methods: 
             'python -m pip install "jsonargparse[signatures]>=4.34.1"',
         )
     sketch = _Sketch.of(arguments)
-    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch.model)), {"compares": methods})
+    kind = type("ProjectCLI", (_ProjectArguments, _cli_class(sketch.model)), {"compares": compares})
     cli = kind(
         save_config_callback=None,
         run=False,
@@ -76,7 +84,7 @@ def read_project(program: str, purpose: str, arguments: Sequence[str], methods: 
         "ckpt_path": config.ckpt_path,
         "weights_only": config.weights_only is not False,
     }
-    return Project(source, cli.options(), config.methods if methods else None)
+    return Project(source, cli.options(), {name: config[name] for name in COMPARED} if compares else {})
 
 
 class _ProjectArguments:
@@ -100,9 +108,8 @@ class _ProjectArguments:
         )
         parser.add_class_arguments(RegressionFreeRepair, "repair", instantiate=False)
         if self.compares:
-            parser.add_argument(
-                "--methods", type=list[str] | None, default=None, help="what to compare; all by default"
-            )
+            for name, (kind, purpose) in COMPARED.items():
+                parser.add_argument(f"--{name}", type=kind | None, default=None, help=purpose)
 
     def before_instantiate_classes(self) -> None:
         """Moves what the trainer's `RegressionFreeRepair` says to `repair`, where that does not say it."""

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 9
+    assert len(lines) == 10
     shown = {}
     for line in lines:
         program, *arguments = shlex.split(line)
@@ -63,6 +63,7 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
         shown[line] = capsys.readouterr().out
     assert "target  " in shown[lines[0]]
     assert "not label 1 and not where my_project:is_dark" in " ".join(shown[lines[0]].split())
+    assert "ACCEPTED" in shown[lines[4]]
     report = RepairReport.from_json((folder / "three" / "report.json").read_text())
     assert (report.target, report.layers, report.settings["seed"]) == ("label 3", ("network.3",), 0)
     assert [split.split for split in report.splits if split.role == "unseen"] == ["test"]
@@ -73,8 +74,8 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
     assert all(torch.equal(old[name], reverted[name]) for name in old)
     assert all(torch.equal(patched[name], repaired[name]) for name in old)
     assert not torch.equal(old["network.3.weight"], patched["network.3.weight"])
-    assert "network.3.weight" in shown[lines[6]]
-    assert "REPAIRED" in shown[lines[7]]
+    assert "network.3.weight" in shown[lines[7]]
+    assert "REPAIRED" in shown[lines[8]]
     assert (folder / "report.md").read_text().startswith("# Repaired\n")
 
 
@@ -130,6 +131,18 @@ def test_a_refusal_ends_with_1(folder: Path) -> None:
     tiny = ["--repair.method.particles", "2", "--repair.verbose", "false", "--repair.bounds.strength", "0.000001"]
     assert main(["repair", *arguments, *quick, *tiny]) == 1
     assert RepairReport.from_json((folder / "refused" / "report.json").read_text()).status != "repaired"
+
+
+def test_a_checkpoint_that_breaks_something_is_refused_by_the_default_rule(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load("best.ckpt", weights_only=True)
+    state["state_dict"]["network.3.bias"][3] = -9.0
+    torch.save(state, "worse.ckpt")
+    assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt", "--new", "worse.ckpt"]) == 1
+    assert "REFUSED" in capsys.readouterr().out
+    assert main(["compare", "--config", "config.yaml", "--old", "best.ckpt"]) == 2
+    assert "HINT: give both" in capsys.readouterr().err
 
 
 def test_model_and_data_come_from_a_checkpoint_of_lightning_cli(
