@@ -181,7 +181,8 @@ class RegressionFreeRepair(CallbackBase):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
+        if self.settings.layer != "auto":  # which takes a layer that the prediction calls
+            find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False
 
     @override

@@ -40,6 +40,7 @@ __all__ = [
     "given_loaders",
     "is_compiled",
     "original_module",
+    "overrides",
     "prepare_batch",
     "reading_checkpoints",
     "release_copy",
@@ -86,6 +87,12 @@ def batch_limit(trainer: Trainer) -> int | None:
 def trainer_of(module: LightningModule) -> Trainer | None:
     """The trainer of a module, None where it has none: `LightningModule.trainer` raises (`_trainer`)."""
     return module._trainer
+
+
+def overrides(module: LightningModule, name: str) -> bool:
+    """Whether a module has a step or hook of its own, not the one that every LightningModule has."""
+    owner = next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
+    return owner is not None and owner.__module__.partition(".")[0] not in ("pytorch_lightning", "lightning")
 
 
 @contextmanager

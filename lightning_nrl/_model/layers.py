@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,15 +127,20 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
 
 
 def find_scope(
-    model: nn.Module, layer: str | Sequence[str] = "auto", *, include_bias: bool = False
+    model: nn.Module,
+    layer: str | Sequence[str] = "auto",
+    *,
+    include_bias: bool = False,
+    called: Collection[str] | None = None,
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
     """What may change: the layers whose weights can be searched, and names of all parameters that training may move.
 
     `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
-    for all of its parameters. `auto` lets training move all parameters that are not frozen.
+    for all of its parameters. `auto` lets training move all parameters that are not frozen. It takes a layer that is
+    `called`; None: any.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = [_last_inside(name, modules) for name in _names(layer, modules)]
+    names = [_last_inside(name, modules) for name in _names(layer, modules, called)]
     space = find_layers(model, names, include_bias=include_bias)
     parameters = dict(model.named_parameters())
     if layer == "auto" and "auto" not in modules:
@@ -153,13 +158,16 @@ def layer_names(layer: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _names(layer: str | Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _names(
+    layer: str | Sequence[str], modules: Mapping[str, nn.Module], called: Collection[str] | None = None
+) -> list[str]:
     names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
     # A network without any Linear, as those for segmentation are, ends in a convolution.
     for kind in (nn.Linear, Layer):
         found = [name for name, module in modules.items() if isinstance(module, kind)]
+        found = [name for name in found if called is None or name in called]
         if found:
             # Whoever froze a layer wants it as it is, unless all are frozen.
             free = [name for name in found if modules[name].weight.requires_grad]
@@ -230,7 +238,11 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
     }
 
 
-def last_linear(model: nn.Module) -> tuple[str | None, nn.Linear | None]:
-    """The last Linear layer and its name; None where there is none."""
-    linear = [(name, layer) for name, layer in layers_of(model).items() if isinstance(layer, nn.Linear)]
+def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tuple[str | None, nn.Linear | None]:
+    """The last Linear layer, among those that are `called` where that is known, and its name; None if there is none."""
+    linear = [
+        (name, layer)
+        for name, layer in layers_of(model).items()
+        if isinstance(layer, nn.Linear) and (called is None or name in called)
+    ]
     return linear[-1] if linear else (None, None)

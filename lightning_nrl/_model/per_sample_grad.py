@@ -18,6 +18,7 @@ from lightning_nrl._model.layer_inputs import CONVOLUTION_WEIGHT_GRAD, as_rows, 
 from lightning_nrl._model.layers import Convolution, Layer
 from lightning_nrl._utils.precision import Context, at_least_float32, no_autocast, repeatable_gradients
 from lightning_nrl.data.batch import Batch, is_sliceable
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
@@ -107,7 +108,7 @@ def margin_calls(
     probe = OutputProbe(layers)
     with probe.hooked(), torch.enable_grad(), repeatable_gradients(model):
         with context():
-            output = task.logits(model(*batch.args, **batch.kwargs))
+            output = task.logits(run_model(model, batch.args, batch.kwargs))
         margin = task.margin(output, batch.target)
         if margin is None:
             raise ConfigurationError(

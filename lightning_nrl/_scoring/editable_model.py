@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
 from lightning_nrl._utils.state import holding
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 
@@ -55,7 +56,7 @@ class EditableModel:
         modules = {site.name: site.module for site in self.space.sites}
         with trace_forward(self.model, modules, keep) as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
-            output = self.model(*args, **kwargs)
+            output = run_model(self.model, args, kwargs)
         for name in self.sites:
             if name not in trace.layer_order:
                 raise ReplayError(
@@ -69,7 +70,7 @@ class EditableModel:
         """The logits of a pass, which may change its inputs."""
         args, kwargs = inputs
         with self.evaluator.context():
-            return self.evaluator.task.logits(self.model(*args, **kwargs))
+            return self.evaluator.task.logits(run_model(self.model, args, kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
         """The logits of the whole model with some parameters replaced."""

@@ -18,6 +18,7 @@ from lightning_nrl._utils.preserve import seed_all
 from lightning_nrl.data._sample_identity import base_samples
 from lightning_nrl.data.batch import Adapter, Batch
 from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.data.model_call import as_adapter
 from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError, RepairError
 
@@ -76,6 +77,12 @@ class LoaderSource:
     def has_validation_view(self) -> bool:
         """Whether what is read is a view of the data set, by the transform of the validation data."""
         return self.samples.dataset is not self.loader.dataset
+
+    def first_batch(self) -> Any:
+        """The first raw batch of the split on the device, the same on every rank; seeds the global generators."""
+        seed_all(self.seed)
+        samples = [self.samples[i] for i in self.index[: self.batch_size].tolist()]
+        return self.transfer(self.loader.collate_fn(samples))
 
     def __iter__(self) -> Iterator[Batch]:
         seed_all(self.seed)
@@ -230,7 +237,7 @@ def sample_index(loader: DataLoader[Any]) -> Tensor:
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:
     """What takes batches apart: a function, its address, or by default `unpack`."""
-    return unpack if adapter is None else import_function("adapter", adapter)
+    return unpack if adapter is None else as_adapter(import_function("adapter", adapter))
 
 
 def length_of(target: Any) -> int:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._lightning import is_compiled, original_module
+from lightning_nrl.data.model_call import run_model
 
 __all__ = ["Call", "OutputCapture", "Probe", "is_same"]
 
@@ -99,11 +100,11 @@ class Probe:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.parts is not None:
-            return self.model(*args, **kwargs)
+            return run_model(self.model, args, kwargs)
         last: dict[str, Any] = {}
         handles = [part.register_forward_hook(partial(_note, last, name)) for name, part in _parts(self.model)]
         try:
-            output = self.model(*args, **kwargs)
+            output = run_model(self.model, args, kwargs)
         finally:
             for handle in handles:
                 handle.remove()

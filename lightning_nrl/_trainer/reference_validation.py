@@ -19,8 +19,10 @@ from torch.utils.data import (
 )
 
 from lightning_nrl._lightning import LightningModule, Trainer, sampler_of, validating, validation_loaders
+from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source
 from lightning_nrl._trainer.output_capture import Probe
+from lightning_nrl._trainer.own_step import check_own_step
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
@@ -48,6 +50,7 @@ class ReferenceResults:
     group: Tensor  # `n` int64, the number of each sample's slice; -1: in none
     names: tuple[str, ...]  # the slices, the same on every rank
     parts: tuple[str, ...]  # the part of the new model whose output is the model's, by its dotted name, if any is
+    adapter: Adapter  # with which batches are run as the new model is deployed
 
 
 def validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
@@ -93,8 +96,9 @@ def evaluate_reference(
         which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
         again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
+        evaluator, ((source,),) = as_deployed(model, make_evaluator(trainer, model, task), [source])
+        check_own_step(trainer, model, evaluator, [source])
         recorder = SliceRecorder(source, slices, task)
-        evaluator = make_evaluator(trainer, model, task)
         probe = Probe(model)
         with preserve(model):
             new = evaluator.run([recorder], forward=probe)
@@ -111,6 +115,7 @@ def evaluate_reference(
         group[rows],
         names,
         probe.parts or (),
+        source.adapter,
     )
 
 

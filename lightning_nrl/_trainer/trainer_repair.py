@@ -16,7 +16,9 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.own_step import check_own_step
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
@@ -116,8 +118,11 @@ class TrainerRepair:
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
         known, unseen, calibration = self.data.sources(loaders, **how)
+        evaluator = make_evaluator(trainer, model, self.task)
+        evaluator, (known, unseen, calibration) = as_deployed(model, evaluator, known, unseen, calibration)
+        check_own_step(trainer, model, evaluator, known)
         training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
-        return TrainedModel(model, known, unseen, calibration, training, make_evaluator(trainer, model, self.task))
+        return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 
 @torch.no_grad()
@@ -133,7 +138,8 @@ def run_sanity_check(
     Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
     """
     model, task = evaluator.model, evaluator.task
-    space, _ = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    include_bias = settings.localizer.include_bias
+    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:

@@ -22,8 +22,8 @@ from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.columns import find_column
+from lightning_nrl.data.model_call import ModelCall, run_model
 from lightning_nrl.data.targets import Target
-from lightning_nrl.data.unpacking import bind_adapter
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
@@ -135,13 +135,16 @@ class RegressionMetrics(CallbackBase):
     ) -> None:
         if self._counter is None or dataloader_idx != self.dataloader:
             return
-        args, kwargs, target = bind_adapter(self.adapter, pl_module)(batch)
+        assert self._reference_results is not None
+        args, kwargs, target = self._reference_results.adapter(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
-        logits = self._logits(output, self._counter.size(batch_idx))
+        is_forward = not (args and isinstance(args[0], ModelCall))
+        logits = self._logits(output, self._counter.size(batch_idx)) if is_forward else None
         if logits is None:
-            self._warn_once()
+            if is_forward:
+                self._warn_once()
             with random_state(), trainer.precision_plugin.forward_context():
-                logits = self.task.logits(pl_module(*args, **kwargs))
+                logits = self.task.logits(run_model(pl_module, args, kwargs))
         right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
         self._counter.add(batch_idx, right, self.task.label(target))
 

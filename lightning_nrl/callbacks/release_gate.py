@@ -14,7 +14,9 @@ from typing_extensions import override
 from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
+from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
+from lightning_nrl._trainer.own_step import check_own_step
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
@@ -154,10 +156,14 @@ class ReleaseGate(CallbackBase):
     def _sources(self, trainer: Trainer, model: LightningModule, stage: Literal["test", "val"]) -> list[LoaderSource]:
         given = trainer.test_dataloaders if stage == "test" else trainer.val_dataloaders
         how: dict[str, Any] = {"adapter": self.adapter, "seed": self.seed, "limit": batch_limit(trainer)}
-        return [
+        sources = [
             make_source(loader, name, trainer=trainer, model=model, **how)
             for name, loader in _loaders_by_name(given, stage, self.splits).items()
         ]
+        with random_state():
+            evaluator, (sources,) = as_deployed(model, make_evaluator(trainer, model, self.task), sources)
+            check_own_step(trainer, model, evaluator, sources)
+        return sources
 
 
 def _loaders_by_name(given: Any, stage: str, splits: Sequence[str] | None) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from lightning_nrl.data.model_call import ModelCall
+
 __all__ = ["Adapter", "Batch", "Source", "is_sliceable", "tensors_in", "unpacked"]
 
 Adapter = Callable[[Any], tuple[tuple[Any, ...], Mapping[str, Any], Any]]
@@ -99,7 +101,7 @@ def is_sliceable(inputs: Any, n: int) -> bool:
     can only be read again, by `Source.draw`.
     """
     leaves = pytree.tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
-    plain = (bool, int, float, str, type(None))
+    plain = (bool, int, float, str, type(None), ModelCall)
     return all(
         isinstance(x, plain) or (isinstance(x, Tensor) and (not x.ndim or (not x.is_nested and len(x) == n)))
         for x in leaves

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.batch_structure import Graphs, adapter_hint, describe, fields_of
+from lightning_nrl.data.model_call import bound
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["INPUT_KEYS", "TARGET_KEYS", "ForwardSignature", "bind_adapter", "unpack"]
@@ -62,8 +63,10 @@ class ForwardSignature:
 
 
 def bind_adapter(adapter: Adapter, module: nn.Module) -> Adapter:
-    """The adapter itself; `unpack` as it is for a module whose forward is known."""
-    return partial(unpack, signature=ForwardSignature.of(module)) if adapter is unpack else adapter
+    """An adapter for one module: `unpack` with what its forward takes, one that runs the module with it (`bound`)."""
+    if adapter is unpack:
+        return partial(unpack, signature=ForwardSignature.of(module))
+    return bound(adapter, module)
 
 
 def unpack(raw: Any, signature: ForwardSignature | None = None) -> Unpacked:

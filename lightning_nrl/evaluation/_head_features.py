@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Source
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator, Forward
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -93,7 +94,7 @@ class _HeadRecorder:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._calls.clear()
-            output = evaluator.model(*args, **kwargs)
+            output = run_model(evaluator.model, args, kwargs)
             if self.usable:
                 logits = evaluator.task.logits(output)
                 self.usable = len(self._calls) == 1 and logits.ndim == 2 and torch.equal(self._calls[0][1], logits)

@@ -100,7 +100,8 @@ def find_label_issues(evaluator: Evaluator, known: Sequence[Source], results: Sa
     the logits. `results` are what the model does on this rank's share of the splits.
     """
     found = torch.zeros_like(results.passed)
-    features = collect_features(evaluator, known, last_linear(evaluator.model)[1], AllFailures()).features
+    _, head = last_linear(evaluator.model, evaluator.called)
+    features = collect_features(evaluator, known, head, AllFailures()).features
     if features is None:
         return found
     label, passed, targeted = (x[features.rows] for x in (results.label, results.passed, results.targeted))

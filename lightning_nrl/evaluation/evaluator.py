@@ -16,6 +16,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.batch import Batch, Source, tensors_in
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, check_kind
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -49,6 +50,7 @@ class Evaluator:
         task: what passed, loss and margin mean.
         context: entered around every forward pass, such as autocast.
         collective: the ranks that share the data; all of them make the same calls in the same order.
+        called: names of the layers that the prediction calls, the last call last; None: it is not known.
 
     Raises:
         ConfigurationError: on construction, for what is no module or no task.
@@ -58,6 +60,7 @@ class Evaluator:
     task: Task = field(default_factory=Multiclass)
     context: Context = nullcontext
     collective: Collective = field(default_factory=Collective)
+    called: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         is_module = isinstance(self.model, nn.Module)
@@ -72,7 +75,9 @@ class Evaluator:
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
         """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""
         with self.context():
-            return self.task.logits((forward or self.model)(*batch.args, **batch.kwargs))
+            if forward is not None:
+                return self.task.logits(forward(*batch.args, **batch.kwargs))
+            return self.task.logits(run_model(self.model, batch.args, batch.kwargs))
 
     @torch.no_grad()
     def run(

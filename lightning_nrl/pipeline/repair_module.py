@@ -106,7 +106,8 @@ def repair_module(
     clock = StageTimer(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
-    layers = find_scope(evaluator.model, settings.layer, include_bias=settings.localizer.include_bias)
+    include_bias = settings.localizer.include_bias
+    layers = find_scope(evaluator.model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve(evaluator.model):
         baseline = evaluate_baseline(
             evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock, reference=reference

@@ -16,6 +16,7 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, Source, unpacked
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
@@ -85,7 +86,7 @@ def estimate_statistics(
         n, bound = 0, bind_adapter(adapter, evaluator.model)
         for args, kwargs, _ in unpacked(chosen, bound, device_of(evaluator.model)):
             with evaluator.context():
-                evaluator.model(*args, **kwargs)
+                run_model(evaluator.model, args, kwargs)
             n += 1
         return n
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._optim.logit_cache import LogitCache
 from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.model_call import bound, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.reference.loss_terms import OldAnswers
 from lightning_nrl.reference.old_model import Classes, table_for
@@ -56,7 +57,8 @@ class ModelTeacher(ReferenceTeacher):
         classes: Classes | None = None,
         index: Index | None = None,
     ) -> None:
-        self.model, self.task, self.adapter = model, task, adapter
+        self.model, self.task = model, task
+        self.adapter = None if adapter is None else bound(adapter, model)
         self.classes = table_for(task, classes)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
@@ -105,7 +107,7 @@ class ModelTeacher(ReferenceTeacher):
         cast = self._dtype
         args, kwargs = tuple(_cast(x, cast) for x in args), {name: _cast(x, cast) for name, x in kwargs.items()}
         try:
-            output = self.task.logits(self.model(*args, **kwargs))
+            output = self.task.logits(run_model(self.model, args, kwargs))
         except Exception as error:
             raise ConfigurationError(
                 f"`reference`: the old model raised {type(error).__name__} on a batch ({error}).",

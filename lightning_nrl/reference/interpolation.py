@@ -14,6 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
 from lightning_nrl.data.batch import Adapter, Source, unpacked
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
@@ -270,7 +271,7 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
         rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
         for args, kwargs, target in unpacked(data, bind_adapter(adapter, model), device_of(model)):
             with evaluator.context():
-                output = task.logits(model(*args, **kwargs))
+                output = task.logits(run_model(model, args, kwargs))
             task.check(output, target)
             right, label = task.passed(output, target) & task.loss(output, target).isfinite(), task.label(target)
             rights.append(right)

@@ -14,6 +14,7 @@ from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl.data.batch import Adapter, Batch, Source
+from lightning_nrl.data.model_call import bound
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -102,7 +103,9 @@ class OldModel:
         return fitting("reference", read_state("reference", self.model), model)
 
     def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
-        seen = [source if self.adapter is None else _Adapted(source, self.adapter) for source in sources]
+        own = self.model if isinstance(self.model, nn.Module) else evaluator.model
+        adapter = None if self.adapter is None else bound(self.adapter, own)
+        seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
         if state is not None:
             with preserve(evaluator.model):
                 return evaluator.run_with(state, seen)

@@ -13,6 +13,7 @@ from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
 from lightning_nrl.data.batch import Adapter, unpacked
+from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task, parse_task
@@ -94,7 +95,7 @@ class Oversampler(Sampler[int]):
         with preserve(model), torch.no_grad():
             batches = DataLoader(data, **{"batch_size": 256, **loader})
             for args, kwargs, target in unpacked(batches, bind_adapter(adapter, model), device_of(model)):
-                output = task.logits(model(*args, **kwargs))
+                output = task.logits(run_model(model, args, kwargs))
                 task.check(output, target)
                 right = task.passed(output, target) & task.loss(output, target).isfinite()
                 margin = task.margin(output, target)

@@ -84,7 +84,8 @@ def compare_module(
     model = evaluator.model
     chosen = parse_methods(methods)
     check_sources(known, unseen, settings)
-    layers = find_scope(model, settings.layer, include_bias=settings.localizer.include_bias)
+    include_bias = settings.localizer.include_bias
+    layers = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
     with preserve(model):
         collecting, leaks = StageTimer(observer), LeakCheck(known, {"unseen": unseen})
         with collecting.stage("collect"):

@@ -57,7 +57,7 @@ def diagnose_module(
     """
     settings, evaluator, clock = given_or_default(settings), Evaluator.of(model), StageTimer(observer)
     check_sources(known, (), settings)
-    head, layer = last_linear(evaluator.model)
+    head, layer = last_linear(evaluator.model, evaluator.called)
     with preserve(evaluator.model):
         with clock.stage("collect"):
             seen = collect_features(evaluator, known, layer, settings.target)

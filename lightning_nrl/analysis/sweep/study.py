@@ -157,7 +157,9 @@ class Study:
         if include_bias not in self._searches:
             problem = self.problem
             if include_bias != self.base.localizer.include_bias:
-                space, scope = find_scope(problem.model, self.base.layer, include_bias=include_bias)
+                called = problem.evaluator.called
+                layer = self.base.layer
+                space, scope = find_scope(problem.model, layer, include_bias=include_bias, called=called)
                 problem = replace(problem, space=space, scope=scope)
             recounts = {role: Recount(problem, sources, before) for role, (sources, before) in self.data.items()}
             self._searches[include_bias] = BatchSearch(problem, self.base), recounts

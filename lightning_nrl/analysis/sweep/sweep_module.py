@@ -78,7 +78,8 @@ def sweep_module(
     check_sources(known, (*calibration, *unseen), base)
     _check_counting(base)
     _check_whole((*known, *calibration, *unseen))
-    layers = find_scope(evaluator.model, base.layer, include_bias=base.localizer.include_bias)
+    include_bias = base.localizer.include_bias
+    layers = find_scope(evaluator.model, base.layer, include_bias=include_bias, called=evaluator.called)
     # Each rank looks at all data, as they share out the runs.
     own, clock = replace(evaluator, collective=Collective()), StageTimer(observer)
     with preserve(evaluator.model):

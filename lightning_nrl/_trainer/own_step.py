@@ -1,0 +1,244 @@
+"""Whether a module's own step gives the network what a repair gives it: inputs normalised, embedded, chosen alike.
+
+Losses do not tell: label smoothing, weights of classes and regularisation move them, and before training all are alike.
+So the last layer is listened to, in the module's own step and in our evaluation of the same batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._lightning import LightningModule, Trainer, overrides, rank_zero_warn
+from lightning_nrl._scoring.forward_trace import force_eager
+from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._utils.preserve import preserve, seed_all
+from lightning_nrl.data.model_call import ADAPTER_HINT, ModelAdapter, run_model
+from lightning_nrl.errors import ConfigurationError, DataWarning
+from lightning_nrl.evaluation import Evaluator
+
+__all__ = ["check_own_step"]
+
+TOLERANCE = 1e-3
+"""Part of its size by which a layer's input or output may differ between two ways to the same."""
+SEEDS_OF_AUGMENTATION = 4
+"""How often a step that augments at random is run, to see how far its inputs spread."""
+SPREAD_FACTOR = 3.0
+"""How much farther than from each other they may lie from ours, on average, if no more than augmentation is at work."""
+LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
+"""Our loss is suspicious above so many times the module's own, and so much."""
+MAX_ITEMS_KEPT = 10_000
+"""Lists and dicts with more items are not given back as they were; they are data, no state of a step."""
+
+Calls = list[tuple[Tensor, Tensor]]
+"""What a layer was given and what it gave, call by call."""
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    calls: Calls
+    loss: float  # NaN where the step gives none
+
+
+def check_own_step(
+    trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
+) -> None:
+    """Compares a module's own step with our evaluation, in evaluation mode on the first batch of known data.
+
+    The step is `validation_step`, where that is missing or does not call the last layer `training_step`. It runs
+    without gradients and logs nothing; weights, buffers, metrics and the random state are as found afterwards. An
+    augmentation at random is told from other inputs: steps with several seeds lie as far from each other as from ours.
+
+    Raises:
+        ConfigurationError: the step gives the network something else.
+
+    Warns:
+        DataWarning: the same, where an adapter runs the module itself, which is then right; or only losses could be
+            compared, and ours is far above.
+    """
+    if not known or evaluator.called is None:
+        return
+    names = evaluator.called
+    layer = model.get_submodule(names[-1]) if names else None
+    for step, source in (("validation_step", known[-1]), ("training_step", known[0])):
+        if not overrides(model, step) or (step == "training_step" and not model.automatic_optimization):
+            continue
+        adapter, raw = source.adapter, source.first_batch()
+        args, kwargs, target = adapter(raw)
+        try:
+            with _listening(model, layer) as ours, evaluator.context():
+                logits = evaluator.task.logits(run_model(model, args, kwargs))
+                evaluator.task.check(logits, target)
+                loss = float(evaluator.task.loss(logits, target).mean())
+        except Exception:
+            return  # what does not fit is said when the model is evaluated
+        own = _run_step(trainer, model, evaluator, layer, step, source, seed=0)
+        if own is None:
+            continue
+        apart = min(_distances(own.calls, ours), default=math.nan)
+        if apart <= TOLERANCE:
+            return
+        losses = f"the loss of its own step is {own.loss:.3g}, ours {loss:.3g}"
+        if math.isnan(apart):
+            if loss > LOSS_FACTOR * own.loss + LOSS_OFFSET and not isinstance(adapter, ModelAdapter):
+                found = f"`model`: `{step}` may not predict as the repair does: {losses} on the same batch"
+                rank_zero_warn(DataWarning(f"{found}.", "if so, " + ADAPTER_HINT))
+                return
+            continue
+        if _is_augmented(apart, own, ours, trainer, model, evaluator, layer, step, source):
+            return
+        found = (
+            f"`model`: `{step}` gives the layer {names[-1]!r} other inputs than the prediction that would be repaired "
+            f"(relative distance {apart:.2g}); {losses} on the same batch"
+        )
+        if not isinstance(adapter, ModelAdapter):
+            hint = "do in `forward` all that the step does to a batch, or " + ADAPTER_HINT
+            raise ConfigurationError(f"{found}.", hint)
+        rank_zero_warn(DataWarning(f"{found}.", "make sure that the adapter gives what is deployed."))
+        return
+
+
+def _is_augmented(apart: float, own: _StepResult, ours: Calls, *step: Any) -> bool:
+    """Whether the step's inputs differ from ours no more than from seed to seed."""
+    runs = [own.calls]
+    for seed in range(1, SEEDS_OF_AUGMENTATION):
+        again = _run_step(*step, seed=seed)
+        if again is None:
+            return True
+        runs.append(again.calls)
+    from_ours = [min(_distances(run, ours), default=math.inf) for run in runs]
+    spread = [min(_distances(a, b), default=0.0) for a, b in combinations(runs, 2)]
+    return sum(from_ours) / len(from_ours) <= SPREAD_FACTOR * sum(spread) / len(spread)
+
+
+def _run_step(
+    trainer: Trainer,
+    model: LightningModule,
+    evaluator: Evaluator,
+    layer: nn.Module | None,
+    step: str,
+    source: LoaderSource,
+    *,
+    seed: int,
+) -> _StepResult | None:
+    """What a step does, None where it cannot be run at this time."""
+    raw = source.first_batch()
+    method = getattr(model, step)
+    with untracked(trainer), _without_logging(model), _attributes_kept(model), _listening(model, layer) as calls:
+        seed_all(seed)
+        try:
+            with evaluator.context():
+                found = method(raw, 0)
+        except Exception:
+            return None
+    loss = found.get("loss") if isinstance(found, Mapping) else found
+    return _StepResult(calls, float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan)
+
+
+@contextmanager
+def _listening(model: nn.Module, layer: nn.Module | None) -> Iterator[Calls]:
+    """Inside, the model is in evaluation mode without gradients, and the calls of a layer are noted."""
+    calls: Calls = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
+
+    with ExitStack() as stack:
+        stack.enter_context(preserve(model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(force_eager())
+        if layer is not None:
+            stack.callback(layer.register_forward_hook(note).remove)
+        seed_all(0)
+        yield calls
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Relative to the smaller one, so that it is large whichever of the two is scaled down."""
+    return float((x - y).norm() / torch.minimum(x.norm(), y.norm()).clamp_min(1e-12))
+
+
+def _distances(calls: Calls, others: Calls) -> Iterator[float]:
+    """How far apart each call of one list and each of the other are, relative to size; none where shapes differ."""
+    for a in calls:
+        for b in others:
+            # A step may put several views of a batch side by side.
+            parts = zip(*(x.split(len(y)) for x, y in zip(a, b, strict=True) if len(y)), strict=False)
+            for part in parts:
+                if all(x.shape == y.shape for x, y in zip(part, b, strict=True)):
+                    yield max(_distance(x, y) for x, y in zip(part, b, strict=True))
+
+
+@contextmanager
+def _without_logging(model: nn.Module) -> Iterator[None]:
+    """Inside, `self.log` of modules does nothing."""
+    parts = [part for part in model.modules() if isinstance(part, LightningModule)]
+    before = [{name: own for name, own in vars(part).items() if name in ("log", "log_dict")} for part in parts]
+    try:
+        for part in parts:
+            vars(part).update(log=_nothing, log_dict=_nothing)
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            for name in ("log", "log_dict"):
+                vars(part).pop(name, None)
+            vars(part).update(own)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of modules are as found afterwards, with the tensors, lists and dicts in them: states of metrics."""
+    restores: list[Callable[[], None]] = []
+    for module in model.modules():
+        held = vars(module)
+        before = dict(held)
+
+        def restore(held: dict[str, Any] = held, before: dict[str, Any] = before) -> None:
+            held.clear()
+            held.update(before)
+
+        restores.append(restore)
+        for name, value in before.items():
+            if name not in ("_parameters", "_buffers"):
+                restores += _restores(value)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for undo in restores:
+                undo()
+
+
+def _write(value: Tensor, copy: Tensor) -> None:
+    if not torch.equal(value, copy):
+        value.data.copy_(copy)
+
+
+def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
+    if isinstance(value, Tensor):
+        copy = value.detach().clone()
+        return [partial(_write, value, copy)]
+    if type(value) not in (list, dict, set, deque, OrderedDict) or len(value) > MAX_ITEMS_KEPT or not depth:
+        return []
+    items = value.copy()
+
+    def restore() -> None:
+        value.clear()
+        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
+
+    inside = items.values() if isinstance(items, dict) else items
+    return [restore, *(undo for item in inside for undo in _restores(item, depth - 1))]
