@@ -25,7 +25,7 @@ from lightning_nrl._trainer.data_splits import DataRequest
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
-from lightning_nrl._utils.state import State, changed
+from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import Target
@@ -213,8 +213,10 @@ class RegressionFreeRepair(CallbackBase):
         """
         if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
             state = checkpoint["state_dict"]
-            for name, value in self._parameters.items():
-                state[name] = value.to(state.get(name, value).device, copy=True)
+            saved = saved_names(pl_module)
+            for key in (*saved, *(self._parameters.keys() - saved.values())):
+                if (value := self._parameters.get(saved.get(key, key))) is not None:
+                    state[key] = value.to(state.get(key, value).device, copy=True)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -145,6 +145,8 @@ def find_scope(
     parameters = dict(model.named_parameters())
     if layer == "auto" and "auto" not in modules:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        # Where all that the prediction calls is frozen, such as a moving average, training moves something else.
+        scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []
     else:
         scope = [name for name in parameters if any(_is_inside(name, block) for block in layer_names(layer))]
     return space, tuple(scope or space.parameters)

@@ -30,7 +30,7 @@ from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, Tra
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl._utils.state import State, snapshot
+from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 
@@ -149,7 +149,7 @@ class ContinuedTraining:
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
-            live = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
+            live = current_state(self.model)
             shared = (outer, data_module_of(outer), *outer.loggers, *(source.loader.dataset for source in self.known))
             try:
                 model = copied_module(

@@ -24,6 +24,7 @@ from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.batch_structure import adapter_hint, describe
@@ -140,6 +141,7 @@ def run_sanity_check(
     model, task = evaluator.model, evaluator.task
     include_bias = settings.localizer.include_bias
     space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
+    check_saved(model, space.parameters)
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
         if reference is not None:

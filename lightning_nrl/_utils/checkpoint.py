@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.state import State
+from lightning_nrl._utils.state import State, live_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["fitting", "read_state", "reason"]
@@ -48,7 +48,8 @@ def fitting(
     argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHER_ARCHITECTURE_HINT
 ) -> dict[str, Tensor]:
     """Tensors in the dtypes and on the device of a model's own; refuses what is missing, more, or of another shape."""
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    live, names = live_tensors(model), saved_names(model)
+    own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
     given = {name: value for name, value in new.items() if isinstance(value, Tensor)}
     wrong = [name for name in own if name not in given or given[name].shape != own[name].shape]
     more = [name for name in given if name not in own]
@@ -63,7 +64,7 @@ def fitting(
             f"{found}; {others} more tensors do not fit." if others else f"{found}.",
             f"give weights of the same architecture, or {otherwise}.",
         )
-    return {name: given[name].detach().to(value.device, value.dtype) for name, value in own.items()}
+    return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 
 
 def _state_in(found: Mapping[str, Any]) -> Mapping[str, Any]:

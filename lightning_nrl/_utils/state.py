@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,19 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["State", "between", "changed", "device_of", "holding", "live_tensors", "snapshot", "write"]
+__all__ = [
+    "State",
+    "between",
+    "changed",
+    "check_saved",
+    "current_state",
+    "device_of",
+    "holding",
+    "live_tensors",
+    "saved_names",
+    "snapshot",
+    "write",
+]
 
 State = Mapping[str, Tensor]
 """Whole parameters and buffers by the names that the state dict has for them."""
@@ -96,9 +108,68 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, the very objects that the model holds."""
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """Parameters and persistent buffers by name, the very objects that the model holds.
+
+    Their names are those of the module tree, whatever a `state_dict` of the user's own leaves out or renames.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        kept = {name: x for name, x in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, value in (*module._parameters.items(), *kept.items()):
+            if value is not None:
+                found[f"{prefix}.{name}" if prefix else name] = value
+    return found
+
+
+def current_state(model: nn.Module) -> dict[str, Tensor]:
+    """What `live_tensors` gives, detached: in the memory of the model."""
+    return {name: value.detach() for name, value in live_tensors(model).items()}
+
+
+@torch.no_grad()
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Names in the state dict to the names of the live tensors that they save, as they are or as a copy of them.
+
+    A `state_dict` of the user's own may leave tensors out, rename them, or save others, such as a moving average.
+    """
+    live, state = live_tensors(model), model.state_dict()
+    places = {_place(value): name for name, value in live.items()}
+    names: dict[str, str] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel():
+            found = key if key in live and _place(live[key]) == _place(value) else places.get(_place(value))
+            names |= {} if found is None else {key: found}
+        elif key in live:
+            names[key] = key
+    left = set(live) - set(names.values())
+    other = {name: live[name].detach() + 1 for name in left if name in state and live[name].is_floating_point()}
+    if other:
+        with holding(model, other):
+            state = model.state_dict()
+        copied = (n for n, x in other.items() if x.shape == state[n].shape and torch.allclose(state[n].to(x), x, 1e-2))
+        names |= {name: name for name in copied}
+    return names
+
+
+def check_saved(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuses a model whose state dict lacks some tensors of these names, or saves others in their place.
+
+    Raises:
+        ConfigurationError: as above: what is loaded would not be what was repaired.
+    """
+    saved = set(saved_names(model).values())
+    missing = [name for name in names if name not in saved]
+    if missing:
+        raise ConfigurationError(
+            f"`model`: its `state_dict` does not save {missing[0]!r} as it is; what is loaded would not be what was "
+            "repaired.",
+            "put the weights that it saves, such as a moving average, into the model before the repair, name a "
+            "`layer` that is saved, or save all that is trained.",
+        )
+
+
+def _place(value: Tensor) -> tuple[int, torch.Size, torch.device]:
+    return value.data_ptr(), value.shape, value.device
 
 
 def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lightning_nrl._optim.distill import VISITS_PER_SAMPLE, distill
-from lightning_nrl._utils.state import State, between
+from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.methods._held_out_estimate import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate
@@ -228,7 +228,7 @@ def _judged(own: Problem, problem: Problem, kind: StepKind, state: State, held_o
 
 def scaled(problem: Problem, state: State, strength: float) -> dict[str, Tensor]:
     """A part of the way from the original weights to a state."""
-    return between(problem.model.state_dict(), state, strength)
+    return between(current_state(problem.model), state, strength)
 
 
 def _trial_note(trial: Trial) -> str:

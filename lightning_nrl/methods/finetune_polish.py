@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
-from lightning_nrl._utils.state import State, between
+from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.requirements import Need, check_needs
@@ -68,7 +68,7 @@ class FineTunePolish:
             if found is None:
                 reason = f"no time was left for a repair after {clock.elapsed:.1f} s; raise `max_time`."
                 return Solution(None, reason)
-            state, how = between(problem.model.state_dict(), found[0], FIT_STRENGTH), found[1]
+            state, how = between(current_state(problem.model), found[0], FIT_STRENGTH), found[1]
             fitted = problem.propose("fit", state)
         steps = [fitted.step(time.perf_counter() - began, how)]
         began = time.perf_counter()

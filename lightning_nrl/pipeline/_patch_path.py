@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from lightning_nrl._optim.polish import polish
-from lightning_nrl._utils.state import State, between
+from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation import Flips, SampleResults
 from lightning_nrl.gate import Gate
@@ -50,7 +50,7 @@ class PatchPath:
 
     def state(self, strength: float) -> State:
         """The weights at a strength."""
-        return between(self.problem.model.state_dict(), self.patch, strength)
+        return between(current_state(self.problem.model), self.patch, strength)
 
     def count(
         self,

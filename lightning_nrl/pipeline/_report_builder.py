@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.state import State
+from lightning_nrl._utils.state import State, current_state
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -98,7 +98,7 @@ class ReportBuilder:
             held_out: likewise on held-out data, if it was accepted.
             bounds: what the calibration data say of it, if there are any and it was accepted.
         """
-        old = {name: value for name, value in self.evaluator.model.state_dict().items() if name in new}
+        old = {name: value for name, value in current_state(self.evaluator.model).items() if name in new}
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
         results: Mapping[Role, SampleResults] = {"known": after, **(held_out if verdict.accepted else NOTHING)}
@@ -185,4 +185,4 @@ class ReportBuilder:
 
     def _hash_model(self, changed: State) -> str:
         """Of the whole state dict with some tensors changed."""
-        return hash_tensors({**self.evaluator.model.state_dict(), **changed})
+        return hash_tensors({**current_state(self.evaluator.model), **changed})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, changed, holding, write
+from lightning_nrl._utils.state import State, changed, current_state, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
@@ -156,7 +156,7 @@ def _repair(problem: Problem, builder: ReportBuilder) -> Outcome:
         reason = f"at strength {result.chosen:g} nothing is left of the change."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
-    old = problem.model.state_dict()
+    old = current_state(problem.model)
     return Outcome(report, patch if report.status == "repaired" else None, _changes(old, patch))
 
 
