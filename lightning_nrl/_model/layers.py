@@ -166,14 +166,15 @@ def _names(
     names = layer_names(layer)
     if names != ["auto"] or "auto" in modules:
         return names
+    pools = [modules] if called is None else [{name: modules[name] for name in modules if name in called}, modules]
     # A network without any Linear, as those for segmentation are, ends in a convolution.
-    for kind in (nn.Linear, Layer):
-        found = [name for name, module in modules.items() if isinstance(module, kind)]
-        found = [name for name in found if called is None or name in called]
-        if found:
-            # Whoever froze a layer wants it as it is, unless all are frozen.
-            free = [name for name in found if modules[name].weight.requires_grad]
-            return (free or found)[-1:]
+    for pool in pools:
+        for kind in (nn.Linear, Layer):
+            found = [name for name, module in pool.items() if isinstance(module, kind)]
+            if found:
+                # Whoever froze a layer wants it as it is, unless all are frozen.
+                free = [name for name in found if modules[name].weight.requires_grad]
+                return (free or found)[-1:]
     hint = "only Linear and Conv1d/2d/3d can be repaired."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 

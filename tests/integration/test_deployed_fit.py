@@ -1,0 +1,150 @@
+"""What is judged is what is deployed: counts of a repair beside those of the module's own validation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deployed_models as models
+import pytest
+import torch
+from digit_models import QUICK, quiet_trainer
+from lightning_package import Callback
+
+from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RegressionMetrics
+from lightning_nrl.errors import DataWarning
+
+ADAPTER = "deployed_models:predict"
+
+
+class Training(Exception):
+    """The rehearsal is over."""
+
+
+class StopBeforeTraining(Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise Training
+
+
+def rehearse(tmp_path: Path, module: Any, adapter: Any = None, *callbacks: Any) -> None:
+    repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
+    trainer = quiet_trainer(tmp_path, *(callbacks or (repair,)), StopBeforeTraining(), enable_checkpointing=False)
+    trainer.fit(module, datamodule=models.Clusters())
+
+
+@pytest.mark.parametrize("kind", ["Plain", "Smoothed", "Mixed", "Flipped", "Predicts", "PredictsProbabilities"])
+def test_what_agrees_beyond_augmentation_and_regularisation_goes_on(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(Training):
+        rehearse(tmp_path, getattr(models, kind)())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["StepNormalises", "StepScales", "StepEmbeds", "StepNormalisesWithNoise", "MixedAndNormalised", "BothNormalise"],
+)
+def test_a_step_that_changes_the_inputs_is_refused_before_training(tmp_path: Path, kind: str) -> None:
+    step = "validation_step" if kind == "BothNormalise" else "training_step"
+    with pytest.raises(ConfigurationError, match=rf"`{step}` gives the layer 'net.2' other inputs.* loss .*\nHINT"):
+        rehearse(tmp_path, getattr(models, kind)())
+
+
+def test_the_users_own_adapter_is_believed(tmp_path: Path) -> None:
+    module = models.BothNormalise()
+    with pytest.raises(Training):
+        rehearse(tmp_path, module, ADAPTER)
+    with pytest.raises(Training), pytest.warns(DataWarning, match="other inputs"):
+        rehearse(tmp_path, module, lambda module, batch: (module(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("WithoutForward", "no `forward` and no `predict_step`(.|\n)*def predict"),
+        ("PredictsOtherClasses", "gives torch.int64 .*no logits"),
+        ("PredictsWithoutGradients", "no gradients come through `predict_step`"),
+        ("SavesAverage", "does not save 'net.2.weight' as it is"),
+    ],
+)
+def test_what_cannot_be_repaired_is_refused_before_training(tmp_path: Path, kind: str, match: str) -> None:
+    with pytest.raises(ConfigurationError, match=match):
+        rehearse(tmp_path, getattr(models, kind)())
+
+
+def test_forward_stands_for_a_step_that_predicts_the_same_classes(tmp_path: Path) -> None:
+    with pytest.raises(Training), pytest.warns(DataWarning, match="no logits, so `forward` stands for it"):
+        rehearse(tmp_path, models.PredictsClasses())
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "layer"),
+    [
+        ("Predicts", None, "net.2"),
+        ("PredictsProbabilities", None, "net.2"),
+        ("WithoutForward", ADAPTER, "net.2"),
+        ("LeavesOut", None, "net.2"),
+        ("Renames", None, "net.2"),
+        ("Averages", None, "average.2"),
+        ("Adversarial", None, "net.2"),
+    ],
+)
+def test_counts_are_those_of_the_modules_own_validation(
+    tmp_path: Path, kind: str, adapter: str | None, layer: str
+) -> None:
+    module, data = getattr(models, kind)(), models.Clusters()
+    repair = RegressionFreeRepair(data=DataOptions(adapter=adapter), **QUICK)
+    trained: dict[str, Any] = {}
+
+    class Copy(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trained.update({name: x.clone() for name, x in pl_module.state_dict().items()})
+
+    quiet_trainer(tmp_path, Copy(), repair, max_epochs=2, enable_checkpointing=False).fit(module, data)
+    assert repair.report is not None
+    assert repair.report.layers == (layer,)
+    [split] = [split for split in repair.report.splits if split.split == "val"]
+    assert split.repaired
+
+    def right(state: dict[str, Any]) -> int:
+        other = getattr(models, kind)()
+        other.load_state_dict(state, strict=kind != "LeavesOut")
+        trainer = quiet_trainer(tmp_path, enable_checkpointing=False)
+        return round(trainer.validate(other, data, verbose=False)[0]["right"] * split.n)
+
+    assert right(trained) == split.counts.kept + split.counts.broken
+    repaired = torch.load(repair.repaired_model_path, weights_only=True)["state_dict"]
+    assert repaired.keys() == trained.keys()
+    assert right(repaired) == split.counts.kept + split.counts.repaired
+
+
+@pytest.mark.parametrize(("kind", "adapter"), [("Predicts", None), ("WithoutForward", ADAPTER)])
+def test_an_update_is_counted_on_what_is_deployed(tmp_path: Path, kind: str, adapter: str | None) -> None:
+    module, data = getattr(models, kind)(), models.Clusters()
+    metrics = RegressionMetrics(getattr(models, kind)(), adapter=adapter)
+    trainer = quiet_trainer(tmp_path, metrics, max_epochs=2, enable_checkpointing=False)
+    trainer.fit(module, data)
+    own = trainer.validate(module, data, verbose=False)[0]
+    assert own["regression/accuracy"] == pytest.approx(float(own["right"]))
+    assert own["regression/accuracy"] > own["regression/reference_accuracy"]
+
+
+def test_the_module_is_as_found_after_its_step(tmp_path: Path) -> None:
+    class Remembers(models.Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+            self.total = torch.zeros(1)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            self.seen.append(len(batch[0]))
+            self.total += 1
+            self.count = 1
+
+    module = Remembers()
+    with pytest.raises(Training):
+        rehearse(tmp_path, module)
+    sanity = [40, 40]
+    assert module.seen == sanity
+    assert module.total.item() == len(sanity)
+    assert module.training
+    assert "log" not in vars(module)
