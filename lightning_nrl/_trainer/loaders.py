@@ -82,7 +82,9 @@ class LoaderSource:
         """The first raw batch of the split on the device, the same on every rank; seeds the global generators."""
         seed_all(self.seed)
         samples = [self.samples[i] for i in self.index[: self.batch_size].tolist()]
-        return self.transfer(self.loader.collate_fn(samples))
+        raw = self.transfer(self.loader.collate_fn(samples))
+        self._taken_apart(raw)  # says what does not fit
+        return raw
 
     def __iter__(self) -> Iterator[Batch]:
         seed_all(self.seed)
