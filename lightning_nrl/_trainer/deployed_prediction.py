@@ -26,7 +26,7 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["PredictStep", "as_deployed", "called_layers", "deployed_adapter"]
 
-OUTPUT_TOLERANCE = 1e-3
+SAME_OUTPUT_TOLERANCE = 1e-3
 """Two ways to the same outputs differ by less than this part of the largest one."""
 
 
@@ -214,7 +214,7 @@ def _logits(task: Task, output: Any, target: Any) -> Tensor | None:
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
     a, b = a.float(), b.float()
-    return bool((a - b).abs().max() <= OUTPUT_TOLERANCE * b.abs().max())
+    return bool((a - b).abs().max() <= SAME_OUTPUT_TOLERANCE * b.abs().max())
 
 
 def _are_probabilities(x: Tensor) -> bool:

@@ -29,7 +29,7 @@ from lightning_nrl.evaluation import Evaluator
 
 __all__ = ["check_own_step"]
 
-TOLERANCE = 1e-3
+LAYER_TOLERANCE = 1e-3
 """Part of its size by which a layer's input or output may differ between two ways to the same."""
 SEEDS_OF_AUGMENTATION = 4
 """How often a step that augments at random is run, to see how far its inputs spread."""
@@ -86,7 +86,7 @@ def check_own_step(
         if own is None:
             continue
         apart = min(_distances(own.calls, ours), default=math.nan)
-        if apart <= TOLERANCE:
+        if apart <= LAYER_TOLERANCE:
             return
         losses = f"the loss of its own step is {own.loss:.3g}, ours {loss:.3g}"
         if math.isnan(apart):
