@@ -81,7 +81,8 @@ class LoaderSource:
     def first_batch(self) -> Any:
         """The first raw batch of the split on the device, the same on every rank; seeds the global generators."""
         seed_all(self.seed)
-        samples = [self.samples[i] for i in self.index[: self.batch_size].tolist()]
+        first = torch.arange(len(self.index))[: self.batch_size]
+        samples = [self.samples[i] for i in self._codes(first)]
         raw = self.transfer(self.loader.collate_fn(samples))
         self._taken_apart(raw)  # says what does not fit
         return raw
