@@ -25,7 +25,8 @@ class DataOptions:
             DataLoader.
         failed: where failures come from: `auto` (the data module's `repair_dataloader()` if it has one, else the
             validation data), `train`, `val`, `test`, `repair` or a DataLoader.
-        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or its address,
+        adapter: takes your batches apart, `f(batch) -> (args, kwargs, target)`, or runs the module on them as it is
+            deployed, `f(module, batch) -> (logits, target)`; the function, or its address,
             `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
         draws: how many fixed draws of each known sample are counted where its data set draws at random, as
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.

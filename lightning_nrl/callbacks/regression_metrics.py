@@ -47,7 +47,8 @@ class RegressionMetrics(CallbackBase):
         prefix: what the tags begin with.
         dataloader: which validation data loader is counted, where there are several.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
+            or its address; None: `(x, y, *extras)` or the usual keys.
 
     Raises:
         ConfigurationError: an argument cannot be used, or validation shuffles its data; before training begins.

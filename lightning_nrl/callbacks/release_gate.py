@@ -49,7 +49,8 @@ class ReleaseGate(CallbackBase):
         splits: names for the data loaders, where there are several; None: the keys of a mapping, else `test-0`,
             `test-1` and so on. A single one is called `test`, or `val` in `validate`.
         task: what right means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
+            or its address; None: `(x, y, *extras)` or the usual keys.
         seed: for random transforms of the data.
         dirpath: folder for the files; None: `<log_dir>/release`.
         verbose: whether the verdict is printed.

@@ -71,7 +71,8 @@ class WeightInterpolation(CallbackBase):
         batches: how many batches of them, in random order; None: all, one pass for each share.
         prefix: what tags begin with.
         task: what passed means, a name or an object of `lightning_nrl.tasks`; None: multiclass classification.
-        adapter: `f(batch) -> (args, kwargs, target)`, or its address; None: `(x, y, *extras)` or the usual keys.
+        adapter: `f(batch) -> (args, kwargs, target)`, or `f(module, batch) -> (logits, target)`, which runs the module,
+            or its address; None: `(x, y, *extras)` or the usual keys.
         seed: of the order of batches for statistics, and of random transforms of the data.
         verbose: whether the choice is printed.
 
