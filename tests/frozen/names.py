@@ -25,6 +25,7 @@ from lightning_nrl.callbacks import (
     WeightInterpolation,
     regression_loss,
 )
+from lightning_nrl.command_line import main
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
 from lightning_nrl.entrypoints._option_support import OPTION_CLASSES
@@ -45,7 +46,6 @@ from lightning_nrl.reference import (
     interpolate,
 )
 from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, release
-from lightning_nrl.release.__main__ import main as release_command
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
 from lightning_nrl.serving import (
@@ -336,3 +336,8 @@ def sweep_page(result: Any) -> list[str]:
     """The lines of a sweep as it is shown, without times."""
     runs = tuple(replace(run, seconds=0.0) for run in result.runs)
     return replace(result, runs=runs, versions={}).render(160).splitlines()
+
+
+def release_command(arguments: Sequence[str]) -> int:
+    """The release gate on files of predictions."""
+    return main(["release", *arguments])
