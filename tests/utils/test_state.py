@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_nrl._utils.state import between, changed, holding, snapshot, write
+from lightning_nrl._utils.state import between, changed, check_saved, holding, saved_names, snapshot, write
 from lightning_nrl.errors import ConfigurationError
 
 
@@ -151,3 +153,35 @@ def test_a_recurrent_layer_runs_on_other_tensors_too() -> None:
     assert torch.equal(model(x)[0], own)
     write(model, snapshot(other))
     assert torch.equal(model(x)[0], expected)
+
+
+class Saves(nn.Linear):
+    """Gives its state dict in another form."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__(2, 2)
+        self.form = form
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.form(super().state_dict(*args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        (dict, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {f"net.{name}": x for name, x in state.items()}, {"net.weight": "weight", "net.bias": "bias"}),
+        (lambda state: {"bias": state["bias"]}, {"bias": "bias"}),
+        (lambda state: {name: x.half().clone() for name, x in state.items()}, {"weight": "weight", "bias": "bias"}),
+        (lambda state: {**state, "weight": torch.zeros(2, 2)}, {"bias": "bias"}),
+    ],
+)
+def test_a_state_dict_says_which_tensors_it_saves(form: Any, names: dict[str, str]) -> None:
+    model = Saves(form)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    assert saved_names(model) == names
+    assert all(torch.equal(x, before[name]) for name, x in model.named_parameters())
+    check_saved(model, names.values())
+    if "weight" not in names.values():
+        with pytest.raises(ConfigurationError, match="does not save 'weight' as it is"):
+            check_saved(model, ["bias", "weight"])
