@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._lightning import Trainer, batch_limit
 from lightning_nrl._tracking import outcome, track
-from lightning_nrl._utils.state import State, live_tensors
+from lightning_nrl._utils.state import State, saved_names
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
 from lightning_nrl.release import ReleaseReport
@@ -94,8 +94,9 @@ def write_report(report: RepairReport | ReleaseReport) -> None:
 def write_patch_file(report: RepairReport, trainer: Trainer, model: nn.Module, parameters: State) -> None:
     """Writes the change from the model as it is to one with these parameters, if the report names a file for it."""
     if "patch" in report.files and trainer.is_global_zero:
-        old = live_tensors(model)
-        Patch.between(old, {**old, **parameters}, report).save(report.files["patch"])
+        old = model.state_dict()
+        new = {key: parameters[name] for key, name in saved_names(model).items() if name in parameters}
+        Patch.between(old, {**old, **new}, report).save(report.files["patch"])
 
 
 def show(report: Shown) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import read_state
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.state import live_tensors, write
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl._utils.state import saved_names, write
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.patches.patch_file import PatchParts, read_patch, write_patch
 from lightning_nrl.patches.tensor_change import TensorChange, hash_tensor
 from lightning_nrl.report import RepairReport
@@ -151,7 +151,7 @@ class Patch:
         if not isinstance(to, (nn.Module, Mapping)):
             found = type(to).__name__
             raise ConfigurationError(f"`to`: found a {found}, no module and no state dict.", "load the model first.")
-        state = live_tensors(to) if isinstance(to, nn.Module) else _tensors(to)
+        state = _tensors(to.state_dict() if isinstance(to, nn.Module) else to)
         self._check_state(state, undo)
         made: dict[tuple[int, ...], Tensor] = {}
         new: dict[str, Tensor] = {}
@@ -166,13 +166,14 @@ class Patch:
             copied = copy(to) if isinstance(to, dict) else dict(to)  # of a dict also what torch notes on it
             copied.update(new)
             return copied
-        write(to, new)
-        written = live_tensors(to)
-        if any(hash_tensor(written[name]) != hash_tensor(value) for name, value in new.items()):
-            raise RepairError(
-                f"the state dict of {type(to).__name__} does not hold the module's own tensors.",
+        live = saved_names(to)
+        unknown = [name for name in new if name not in live]
+        if unknown:
+            raise ConfigurationError(
+                f"`{unknown[0]}` in the state dict of {type(to).__name__} is none of the module's own tensors.",
                 "apply the patch to the state dict, and load that into the module.",
             )
+        write(to, {live[name]: value for name, value in new.items()})
         return to
 
     def _check_state(self, state: Mapping[str, Tensor], undo: bool) -> None:

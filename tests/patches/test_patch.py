@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
-from lightning_nrl import ConfigurationError, RepairError, repair_module
+from lightning_nrl import ConfigurationError, repair_module
 from lightning_nrl.patches import Patch, patch_checkpoint
 
 DTYPES = (
@@ -233,12 +233,20 @@ def test_states_that_make_no_patch_are_refused(old: Any, new: Any, problem: str)
         Patch.between(old, new)
 
 
-def test_a_state_dict_of_copies_is_noticed() -> None:
-    class Copies(nn.Linear):
-        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            return OrderedDict((name, value.clone()) for name, value in super().state_dict(*args, **kwargs).items())
+class Saving(nn.Linear):
+    """A module with a state dict of its own: copies under other names, and what is no tensor of it."""
 
-    model = Copies(2, 2)
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        own = super().state_dict(*args, **kwargs)
+        return OrderedDict(saved=own["weight"], bias=own["bias"].clone(), mean=own["weight"].mean(0))
+
+
+def test_a_patch_has_the_names_of_the_state_dict() -> None:
+    model = Saving(2, 2)
     old = copied(model)
-    with pytest.raises(RepairError, match=r"state dict of Copies does not hold the module's own"):
-        Patch.between(old, changed(old, "weight", 0, 9.0)).apply(model)
+    new = changed(changed(old, "saved", 0, 9.0), "bias", 1, 8.0)
+    new["mean"] = old["mean"]
+    Patch.between(old, new).apply(model)
+    assert (model.weight[0, 0].item(), model.bias[1].item()) == (9, 8)
+    with pytest.raises(ConfigurationError, match="`mean` in the state dict of Saving is none of the module's own"):
+        Patch.between(copied(model), changed(copied(model), "mean", 0, 0.5)).apply(model)
