@@ -16,11 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_nrl.errors import ReplayError
 
-__all__ = ["ForwardTrace", "OutputEdit", "edit_output", "force_eager", "trace_forward", "with_cached_outputs"]
+__all__ = [
+    "ForwardTrace",
+    "OutputEdit",
+    "edit_output",
+    "force_eager",
+    "is_packed",
+    "trace_forward",
+    "with_cached_outputs",
+]
 
 OutputEdit = Callable[[Tensor, Tensor], Tensor]
 """Takes a layer's input and its output, and gives the output to go on with."""
@@ -54,7 +63,8 @@ def trace_forward(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if not trace.layer_order:
                 open_calls.pop()
-                copy = _clone if keep(name) else _shape_only
+                # The index of a packed sequence cannot be without values.
+                copy = _clone if keep(name) or is_packed(output) else _shape_only
                 open_calls[-1].append((name, pytree.tree_map_only(Tensor, copy, output)))
 
         return hook
@@ -81,6 +91,12 @@ def trace_forward(
             stack.enter_context(edit_output(module, edit(name)))
         stack.enter_context(force_eager())
         yield trace
+
+
+def is_packed(output: Any) -> bool:
+    """Whether there is a packed sequence in what a module returned."""
+    leaves = pytree.tree_leaves(output, is_leaf=lambda x: isinstance(x, PackedSequence))
+    return any(isinstance(x, PackedSequence) for x in leaves)
 
 
 @contextmanager

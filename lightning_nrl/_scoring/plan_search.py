@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_nrl._model.layers import LayerRef
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
-from lightning_nrl._scoring.forward_trace import ForwardTrace, with_cached_outputs
+from lightning_nrl._scoring.forward_trace import ForwardTrace, is_packed, with_cached_outputs
 from lightning_nrl._scoring.replay_plan import LeafSpec, ReplayPlan, flatten_trace
 from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
 from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
@@ -37,6 +37,8 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
         return f"layer {again!r} is called {trace.layer_order.count(again)} times in one pass"
     if trace.calls != other.calls or trace.layer_order != other.layer_order:
         return "the order in which modules are called depends on the data"
+    if is_packed(trace.outputs):
+        return "a module returns a packed sequence"
     leaves, spec = flatten_trace(few, trace)
     others, other_spec = flatten_trace(more, other)
     if spec != other_spec:

@@ -106,7 +106,10 @@ def find_group(
         return find_whole_group(cache, inputs, n, device, reason)
     plan = find_replay_plan(model, inputs, n)
     if isinstance(plan, str):
-        return find_whole_group(cache, inputs, n, device, plan)
+        try:
+            return find_head_group(cache, inputs, n, device)
+        except InseparableBatchError:
+            return find_whole_group(cache, inputs, n, device, plan)
     trace, logits = model.trace(inputs, plan.live_calls.__contains__)
     stored = plan.match(trace, inputs, n)
     if stored is None or not replays(plan, stored):

@@ -97,14 +97,24 @@ def unpacked(
 def is_sliceable(inputs: Any, n: int) -> bool:
     """Whether some of `n` samples can be taken from a batch's inputs by taking entries of each of their tensors.
 
-    So it is where every tensor counts the samples in its first dimension. Graphs in one object and packed sequences
-    can only be read again, by `Source.draw`.
+    So it is where every tensor counts the samples in its first dimension. Graphs in one object, packed sequences and
+    lists of numbers or texts can only be read again, by `Source.draw`.
     """
-    leaves = pytree.tree_leaves(inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
-    plain = (bool, int, float, str, type(None), ModelCall)
-    return all(
-        isinstance(x, plain) or (isinstance(x, Tensor) and (not x.ndim or (not x.is_nested and len(x) == n)))
-        for x in leaves
+
+    def is_whole(x: Any) -> bool:
+        if isinstance(x, (list, tuple)) and len(x) == n:
+            return not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(x))
+        return isinstance(x, PackedSequence)
+
+    leaves = pytree.tree_leaves(inputs, is_leaf=is_whole)
+    tensors = [x for x in leaves if isinstance(x, Tensor) and x.ndim]
+    constants = sum(isinstance(x, (bool, int, float, str, Tensor, ModelCall, type(None))) for x in leaves) - len(
+        tensors
+    )
+    return (
+        bool(tensors)
+        and len(tensors) + constants == len(leaves)
+        and all(not x.is_nested and len(x) == n for x in tensors)
     )
 
 

@@ -16,6 +16,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.batch import Batch, Source, tensors_in
+from lightning_nrl.data.batch_structure import adapter_hint, describe
 from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, check_kind
@@ -131,6 +132,7 @@ class Evaluator:
         for batch in source:
             try:
                 output = self.output(batch, forward)
+                _check_count(batch, output)
                 self.task.check(output, batch.target)
                 lowest = -1 if self.task.label(batch.target) is None else 0
                 columns = _columns(batch, output, self.task, marker)
@@ -179,6 +181,14 @@ class _Marker:
                 problem = f"`target`: all `{self.split}` samples count as in the target, for it cannot say: {reason}"
                 warnings.warn(DataWarning(problem), stacklevel=2)
         return nothing, ~nothing
+
+
+def _check_count(batch: Batch, output: Tensor) -> None:
+    if output.shape[:1] != (len(batch),):
+        raise ConfigurationError(
+            f"`task`: the model returned {list(output.shape)} for {len(batch)} targets.\n{describe(batch.raw)}",
+            f"its first dimension must count samples; {adapter_hint(batch.raw)}",
+        )
 
 
 def _explain_devices(split: str, batch: Batch, device: torch.device, error: RuntimeError) -> None:

@@ -5,54 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
-from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.data.batch import Batch, Source, unpacked
-from lightning_nrl.data.unpacking import INPUT_KEYS, TARGET_KEYS, unpack
+from lightning_nrl import TensorSource
+from lightning_nrl.data.batch import Batch, Source, is_sliceable, unpacked
+from lightning_nrl.data.unpacking import unpack
 
-X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
+X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "image digit")
-
-
-@pytest.mark.parametrize("raw", [(X, Y), [X, Y], (X, Y, EXTRA), Pair(X, Y)])
-def test_a_sequence_is_input_then_target_then_extras(raw: Any) -> None:
-    args, kwargs, target = unpack(raw)
-    assert len(args) == 1
-    assert args[0] is X
-    assert kwargs == {}
-    assert target is Y
-
-
-@pytest.mark.parametrize("target_key", TARGET_KEYS)
-@pytest.mark.parametrize("input_key", INPUT_KEYS)
-def test_a_mapping_with_usual_keys_is_one_input(input_key: str, target_key: str) -> None:
-    args, kwargs, target = unpack({"id": 7, input_key: X, target_key: Y})
-    assert args[0] is X
-    assert kwargs == {}
-    assert target is Y
-
-
-def test_other_mappings_become_keyword_arguments_as_text_models_expect() -> None:
-    raw = UserDict(input_ids=X, attention_mask=X > 0, labels=Y, text=["a", "b"])
-    args, kwargs, target = unpack(raw)
-    assert args == ()
-    assert sorted(kwargs) == ["attention_mask", "input_ids"]
-    assert target is Y
-
-
-@pytest.mark.parametrize(
-    ("raw", "found"),
-    [
-        (X, "a batch of type Tensor is neither"),
-        ((X,), "a batch of type tuple is neither"),
-        ("xy", "a batch of type str is neither"),
-        ({"image": X, "class": Y}, r"the keys \['class', 'image'\] lacks a target key"),
-        ({"label": Y, "text": ["a", "b"]}, "no tensor beside the target"),
-    ],
-)
-def test_what_is_no_batch_is_refused_with_the_way_out(raw: Any, found: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"`adapter`: .*{found}[\s\S]*HINT: pass `adapter=f`"):
-        unpack(raw)
 
 
 def test_a_batch_is_as_long_as_it_has_positions() -> None:
@@ -82,3 +42,21 @@ def test_raw_batches_are_moved_to_the_device(raw: Any) -> None:
     inputs = kwargs or args[0]
     assert (inputs["x"] if isinstance(inputs, dict) else inputs).is_meta
     assert target.is_meta
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sliceable"),
+    [
+        ((X, Y), True),
+        (((X, Y), {"mask": X, "mode": "train", "scale": torch.tensor(2.0)}), True),
+        ([X[:1], X], False),
+        ((X, torch.zeros(2, 7).T), False),
+        ((X, object()), False),
+        ((X, ["a", "b"]), False),
+        ([[1.0], [2.0, 3.0]], False),
+        (pack_sequence([X[0], X[1, :2]], enforce_sorted=False), False),
+        ("a", False),
+    ],
+)
+def test_samples_can_be_taken_from_inputs_that_count_them_everywhere(inputs: Any, sliceable: bool) -> None:
+    assert is_sliceable(inputs, 2) is sliceable

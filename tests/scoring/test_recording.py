@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from graphs import GraphNet, graph_loader
 from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import LayerRef, find_layers
+from lightning_nrl._model.per_sample_grad import margin_calls
 from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.errors import ReplayError
+from lightning_nrl.errors import InseparableBatchError, ReplayError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.tasks import Multiclass
 
 
 def unedited(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
@@ -207,3 +213,70 @@ def test_other_errors_are(when: str, fallback: bool) -> None:
     model = ShortOfMemory(when, RuntimeError("no such kernel")).eval()
     problem = Problem(model, find_layers(model, "first"), (torch.rand(8, 3),), torch.zeros(8, dtype=torch.int64))
     assert (problem.recording(8).fallback_reason is not None) is fallback
+
+
+def graph_recording(layer: str, keep: Tensor) -> tuple[GraphNet, ActivationCache, Tensor]:
+    """A recording of 40 graphs in batches of 16, and the logits of all."""
+    torch.manual_seed(0)
+    model, raws = GraphNet().eval(), list(graph_loader(40, seed=1))
+    rows = torch.arange(40).split(16)
+    batches = [(Batch((raw,), raw.y, at), at) for raw, at in zip(raws, rows, strict=True)]
+    with torch.no_grad():
+        logits = torch.cat([model(raw) for raw in raws])
+    return model, record(Evaluator(model), batches, find_layers(model, layer), keep), logits
+
+
+def test_of_batches_that_cannot_be_cut_the_last_layer_is_replayed_sample_by_sample() -> None:
+    keep = torch.arange(40) % 3 == 0
+    model, recording, logits = graph_recording("head", keep)
+    rows, found = replayed(recording, size=5)
+    assert rows.tolist() == keep.nonzero().flatten().tolist()
+    assert recording.fallback_reason is None
+    assert len(recording.groups) == 1
+    torch.testing.assert_close(found, logits[keep])
+    where, values = torch.tensor([3]), torch.tensor([[5.0]])
+    (chunk,) = recording.chunks()
+    edited = recording.replay(chunk, edit_layers(make_layer_deltas(recording.space, where), values))
+    with torch.no_grad():
+        model.head.weight[0, 3] = 5.0
+        changed = torch.cat([model(raw) for raw in graph_loader(40, seed=1)])
+    torch.testing.assert_close(edited, changed[chunk.rows])
+
+
+@pytest.mark.parametrize("layer", ["node", "graph"])
+def test_other_layers_of_such_batches_are_refused(layer: str) -> None:
+    with pytest.raises(InseparableBatchError, match=rf"`layer='{layer}'`: samples cannot be taken out"):
+        graph_recording(layer, torch.ones(40, dtype=torch.bool))
+
+
+def test_gradients_of_samples_come_where_a_layer_has_one_row_for_each() -> None:
+    torch.manual_seed(0)
+    model, raw = GraphNet().eval(), next(iter(graph_loader(16, seed=1)))
+    # 64 nodes are a multiple of 16 graphs by chance.
+    raw.x, raw.batch = raw.x.repeat(64, 1)[:64], torch.cat([torch.arange(16), torch.zeros(48).long()]).sort().values
+    layers = {"node": model.node, "graph": model.graph}
+    _, calls = margin_calls(model, layers, Batch((raw,), raw.y, torch.arange(16)), Multiclass(), nullcontext)
+    assert calls["node"] == []
+    assert len(calls["graph"][0].input) == 16
+
+
+class Lengths(nn.Module):
+    """Sequences that are packed on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True, enforce_sorted=False)
+        return self.head(self.rnn(packed)[1][-1])
+
+
+def test_a_module_that_returns_a_packed_sequence_stands_in_no_way_of_the_last_layer() -> None:
+    torch.manual_seed(0)
+    model, x, n = Lengths().eval(), torch.randn(10, 5, 3), 1 + torch.arange(10) % 5
+    at = torch.arange(10)
+    recording = record(Evaluator(model), [(Batch((x, n), at % 2, at), at)], find_layers(model, "head"), at >= 0)
+    assert recording.fallback_reason is None
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(recording, 3)[1], model(x, n))

@@ -1,0 +1,108 @@
+"""Batches as they come: of graphs, which cannot be cut, of names, and of what is no batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import quiet_trainer
+from graphs import GraphNet, graph_loader
+from lightning_package import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_nrl import ConfigurationError, RegressionFreeRepair
+from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.errors import RepairError
+
+
+class GraphClassifier(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = GraphNet()
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        return self.net.pooled(x, batch)
+
+    def training_step(self, batch: Any, i: int) -> Tensor:
+        return F.cross_entropy(self(batch.x, batch.batch), batch.y)
+
+    def validation_step(self, batch: Any, i: int) -> None:
+        right = (self(batch.x, batch.batch).argmax(1) == batch.y).float().mean()
+        self.log("accuracy", right, batch_size=len(batch.y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def fitted(path: Path, model: LightningModule, train: Any, val: Any, **arguments: Any) -> Any:
+    repair = RegressionFreeRepair(dirpath=path / "repair", **arguments)
+    trainer = quiet_trainer(path, repair, max_epochs=3)
+    trainer.fit(model, train, val)
+    return repair.report, trainer
+
+
+@pytest.mark.parametrize("method", ["convex", "swarm", "finetune-polish"])
+def test_graphs_are_repaired_and_counted_as_the_module_counts_them(tmp_path: Path, method: str) -> None:
+    torch.manual_seed(0)
+    model, val = GraphClassifier(), graph_loader(60, seed=2)
+    report, trainer = fitted(tmp_path, model, graph_loader(120, seed=1), val, method=method)
+    (found,) = (split for split in report.splits if split.split == "val")
+    assert found.broken == 0
+    measured = trainer.validate(model, val, verbose=False)[0]["accuracy"]
+    assert (found.kept + found.repaired) / 60 == pytest.approx(measured)
+    assert report.status == "repaired" or method == "swarm"  # which searches a few weights of the last layer
+
+
+def test_a_layer_of_nodes_cannot_be_searched_and_that_is_known_before_training(tmp_path: Path) -> None:
+    graphs = graph_loader(40, seed=1)
+    with pytest.raises(RepairError, match=r"`layer='net\.node'`: samples cannot be taken out"):
+        fitted(tmp_path, GraphClassifier(), graphs, graphs, method="swarm", layer="net.node")
+
+
+class Signals(LightningModule):
+    """Reads `signal`, of which the default adapter knows nothing."""
+
+    def __init__(self, copies: int = 1) -> None:
+        super().__init__()
+        self.layer, self.copies = nn.Linear(3, 2), copies
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return self.layer(signal.repeat(self.copies, 1))
+
+    def training_step(self, batch: Any, i: int) -> Tensor:
+        raise AssertionError("this is found before training")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("copies", "size", "truth", "found"),
+    [
+        (1, 3, "grade", "lacks a target key"),
+        (1, 5, "y", "the model raised RuntimeError"),
+        (2, 3, "y", r"the model returned \[16, 2\] for 8 targets"),
+    ],
+)
+def test_what_does_not_fit_shows_the_batch_and_an_adapter(
+    tmp_path: Path, copies: int, size: int, truth: str, found: str
+) -> None:
+    data = DataLoader([{"signal": torch.zeros(size), truth: 1}] * 20, 8)  # type: ignore[arg-type]
+    shown = rf"{found}[\s\S]*signal: float32 \[8, {size}\][\s\S]*HINT: [\s\S]*\(batch\['signal'\],\), {{}}"
+    with pytest.raises(ConfigurationError, match=shown):
+        fitted(tmp_path, Signals(copies), data, data)
+
+
+def test_a_batch_of_torch_geometric_is_taken_apart() -> None:
+    data = pytest.importorskip("torch_geometric.data")
+    graphs = [data.Data(x=torch.ones(3, 4), edge_index=torch.zeros(2, 1).long(), y=torch.tensor([i])) for i in (0, 1)]
+    batch = data.Batch.from_data_list(graphs)
+    args, _, target = unpack(batch)
+    assert args[0] is batch
+    assert target.tolist() == [0, 1]
+    _, kwargs, _ = bind_adapter(unpack, GraphClassifier())(batch)
+    assert kwargs["batch"].tolist() == [0, 0, 0, 1, 1, 1]
