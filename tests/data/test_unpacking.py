@@ -111,7 +111,13 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
 
 def test_a_module_that_takes_anything_says_nothing() -> None:
     assert ForwardSignature.of(module_of(lambda self, *args, **kwargs: 0)) is None
-    assert bind_adapter(taken, module_of(lambda self, x: 0)) is taken
+
+
+def test_an_adapter_of_the_users_own_stays_as_it_is() -> None:
+    def own(batch: Any) -> Any:
+        return (batch,), {}, Y
+
+    assert bind_adapter(own, module_of(lambda self, x: 0)) is own
 
 
 @pytest.mark.parametrize(
