@@ -50,7 +50,7 @@ class Record(Derives):
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Reads what `to_json` gives; a null in place of a number is NaN. Raises what `from_dict` does."""
-        return from_plain(cls, parse_json(text))
+        return cls.from_dict(_object(parse_json(text), ""))
 
 
 def from_plain(kind: type[T], data: object) -> T:

@@ -55,18 +55,28 @@ def to_plain(value: Any) -> Any:
 
 
 def dumps(value: Any, indent: str = "") -> str:
-    """Strict JSON of plain values, a list of numbers or words on one line; a number that is not finite is null."""
+    """Strict JSON of plain values; a number that is not finite is null.
+
+    A list of numbers or words is on one line, and so is each object in a list if it has nothing but such.
+    """
     deeper = indent + "  "
     if isinstance(value, dict) and value:
         lines = [f"{deeper}{json.dumps(key)}: {dumps(item, deeper)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        lines = [deeper + dumps(item, deeper) for item in value]
+        lines = [deeper + (_one_line(item) or dumps(item, deeper)) for item in value]
         return "[\n" + ",\n".join(lines) + f"\n{indent}]"
     if isinstance(value, list):
         return f"[{', '.join(dumps(item) for item in value)}]"
     finite = not isinstance(value, float) or math.isfinite(value)
     return json.dumps(value if finite else None, allow_nan=False, ensure_ascii=False)
+
+
+def _one_line(value: Any) -> str:
+    """An object of scalars; empty for anything else."""
+    if not isinstance(value, dict) or any(isinstance(item, (dict, list)) for item in value.values()):
+        return ""
+    return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
 
 
 def written_fields(kind: type[Any]) -> list[Field[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_nrl.pipeline._report_parts import (
     update_text,
     weight_change,
 )
+from lightning_nrl.pipeline._sample_records import margin_edges
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Solution
 from lightning_nrl.report import (
@@ -160,9 +162,13 @@ class ReportBuilder:
         """What the original model does, known data first."""
         return {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
 
+    @cached_property
+    def _margin_edges(self) -> tuple[float, ...]:
+        return margin_edges(self.baseline.known.margin)
+
     def _splits(self, after: Mapping[Role, SampleResults]) -> tuple[SplitReport, ...]:
         return tuple(
-            split_report(split, role, before, after.get(role))
+            split_report(split, role, before, after.get(role), self._margin_edges)
             for role, before in self._before.items()
             for split in before.splits
         )
@@ -178,7 +184,7 @@ class ReportBuilder:
     def _updates(self, after: Mapping[Role, SampleResults]) -> tuple[UpdateSplit, ...]:
         update = self.baseline.update
         return tuple(
-            update_split(split, role, old, self._before[role], after.get(role))
+            update_split(split, role, old, self._before[role], after.get(role), self._margin_edges)
             for role, old in (update.answers.items() if update is not None else ())
             for split in old.splits
         )

@@ -11,6 +11,12 @@ from torch import Tensor
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization
+from lightning_nrl.pipeline._sample_records import (
+    class_counts,
+    confusion_cells,
+    flipped_samples,
+    margin_histogram,
+)
 from lightning_nrl.report import (
     LocalizationReport,
     Role,
@@ -36,29 +42,50 @@ __all__ = [
 ]
 
 
-def split_report(split: str, role: Role, before: SampleResults, after: SampleResults | None = None) -> SplitReport:
+def split_report(
+    split: str,
+    role: Role,
+    before: SampleResults,
+    after: SampleResults | None = None,
+    margin_edges: tuple[float, ...] = (),
+) -> SplitReport:
     """Counts what became of the samples of one split that both tables have; without `after` the weights are unchanged.
+
+    Args:
+        split: its name.
+        role: what was allowed to look at it.
+        before: under the original weights.
+        after: under the new ones.
+        margin_edges: those of the histogram of margins; none is made without.
 
     Raises:
         EvaluationError: the tables are not about the same samples in the same order.
     """
-    flips = Flips.between(before, before if after is None else after)
+    now = before if after is None else after
+    flips, rows = Flips.between(before, now), before.of(split)
     return SplitReport(
         split=split,
         role=role,
-        counts=flips.target_counts(before, before.of(split)),
+        counts=flips.target_counts(before, rows),
         targeted_ids=tuple(before.ids(before.targeted)[split]),
-        repaired_ids=tuple(before.ids(flips.repaired)[split]),
-        broken_ids=tuple(before.ids(flips.broken)[split]),
+        flipped=flipped_samples(before, now, flips, rows),
+        confusion=confusion_cells(before, now, rows),
+        classes=class_counts(before, flips, rows),
+        margins=margin_histogram(before, now, rows, margin_edges),
     )
 
 
 def update_split(
-    split: str, role: Role, old: SampleResults, trained: SampleResults, now: SampleResults | None = None
+    split: str,
+    role: Role,
+    old: SampleResults,
+    trained: SampleResults,
+    now: SampleResults | None = None,
+    margin_edges: tuple[float, ...] = (),
 ) -> UpdateSplit:
     """Counts one split of an update: the replaced model, the new one as training left it, and as it is now."""
-    first = split_report(split, role, old, trained)
-    return UpdateSplit(first, first if now is None else split_report(split, role, old, now))
+    first = split_report(split, role, old, trained, margin_edges)
+    return UpdateSplit(first, first if now is None else split_report(split, role, old, now, margin_edges))
 
 
 def update_text(splits: Sequence[UpdateSplit]) -> str:

@@ -9,13 +9,13 @@ from lightning_nrl.report.ladder import choice_text, estimate_text, price_table,
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Text, Tone
 from lightning_nrl.report.repair_report import RepairReport, Status
 from lightning_nrl.report.report_base import page_of
+from lightning_nrl.report.sample_tables import sample_blocks
 from lightning_nrl.report.tables import (
     Fact,
     calibration_facts,
     calibration_table,
     change_text,
     hash_facts,
-    id_facts,
     localization_text,
     outcome_table,
     rates_table,
@@ -137,7 +137,7 @@ def _details(report: RepairReport) -> tuple[Block, ...]:
         path = strength_table(report.strength, report.chosen_strength)
         blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
     if report.status == "repaired" or report.candidate:
-        blocks += [Heading("Samples, by position in their data set"), Facts(id_facts(shown, "report.json"))]
+        blocks += sample_blocks(report)
         blocks += [Heading("Rates"), rates_table(shown)]
     if report.set_aside:
         blocks += [Heading("Failures that were set aside"), Facts(set_aside_facts(report.set_aside))]

@@ -8,6 +8,8 @@ from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
+from typing_extensions import Self
+
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.report_base import Report
@@ -21,6 +23,7 @@ from lightning_nrl.report.run_records import (
     StrengthPoint,
     WeightChange,
 )
+from lightning_nrl.report.schema import SCHEMA, upgraded
 from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
@@ -76,6 +79,8 @@ class RepairReport(Report):
         versions: versions of the software by name.
         files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
+        class_names: of the task's classes, in their order; empty where they are not known.
+        schema: the version of the form in which it is written (`lightning_nrl.report.schema`).
     """
 
     status: Status
@@ -106,10 +111,28 @@ class RepairReport(Report):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     files: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    schema: int = SCHEMA
 
     def __post_init__(self) -> None:
         for name in ("leaked", "seconds", "files", "settings"):
             object.__setattr__(self, name, to_plain(getattr(self, name)))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Reads what `to_dict` gives, also that of an older version.
+
+        Raises:
+            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
+                message names the place. A newer version wrote it.
+        """
+        return super().from_dict(upgraded(data))
+
+    def class_name(self, label: int) -> str:
+        """What a class is called: its name where that is known, else its number; `-` for none."""
+        if label < 0:
+            return "-"
+        return self.class_names[label] if label < len(self.class_names) else str(label)
 
     def pooled(self, role: Role) -> SplitReport | None:
         """All splits of a role taken together; None if there is none."""

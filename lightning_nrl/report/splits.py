@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lightning_nrl._utils.serialize import Derives, flat
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.metrics.rates import rates_of
+from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip, FlippedSample, MarginHistogram
 
 __all__ = ["ROLES", "Role", "SetAside", "SliceReport", "SplitReport", "UpdateSplit", "pool", "pool_updates"]
 
@@ -95,16 +97,33 @@ class SplitReport(_Counted):
         role: what was allowed to look at it.
         counts: what became of its samples.
         targeted_ids: the samples that were to be repaired.
-        repaired_ids: the repaired samples, targeted or not.
-        broken_ids: the broken samples.
+        flipped: the repaired and the broken samples.
+        confusion: what classes are taken for, without what is 0 before and after; empty where the task has no classes.
+        classes: what became of each class, in ascending order; empty where the task has none.
+        margins: before and after; None where the task has none.
     """
 
     split: str
     role: Role
     counts: TargetCounts = field(metadata=flat())
     targeted_ids: tuple[int, ...] = ()
-    repaired_ids: tuple[int, ...] = ()
-    broken_ids: tuple[int, ...] = ()
+    flipped: tuple[FlippedSample, ...] = ()
+    confusion: tuple[ConfusionCell, ...] = ()
+    classes: tuple[ClassCounts, ...] = ()
+    margins: MarginHistogram | None = None
+
+    @property
+    def repaired_ids(self) -> tuple[int, ...]:
+        """The repaired samples, targeted or not."""
+        return self._ids("repaired")
+
+    @property
+    def broken_ids(self) -> tuple[int, ...]:
+        """The broken samples."""
+        return self._ids("broken")
+
+    def _ids(self, flip: Flip) -> tuple[int, ...]:
+        return tuple(sample.id for sample in self.flipped if sample.flip == flip)
 
     @property
     def rates(self) -> dict[str, float]:
@@ -176,10 +195,46 @@ class SetAside:
 
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
-    """The sum of several splits of one role. It has no ids, since those of different data sets do not mix."""
+    """The sum of several splits of one role. It has no samples, since those of different data sets do not mix."""
+    counts = TargetCounts(*(sum(getattr(s, count) for s in splits) for count in COUNTS))
     return SplitReport(
-        "all", splits[0].role, TargetCounts(*(sum(getattr(s, count) for s in splits) for count in COUNTS))
+        "all",
+        splits[0].role,
+        counts,
+        confusion=_pooled_confusion(splits),
+        classes=_pooled_classes(splits),
+        margins=_pooled_margins([s.margins for s in splits]),
     )
+
+
+def _pooled_confusion(splits: Sequence[SplitReport]) -> tuple[ConfusionCell, ...]:
+    before, after = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for cell in (cell for split in splits for cell in split.confusion):
+        before[cell.label, cell.prediction] += cell.before
+        after[cell.label, cell.prediction] += cell.after
+    return tuple(ConfusionCell(*pair, before[pair], after[pair]) for pair in sorted(before.keys() | after.keys()))
+
+
+def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
+    found: dict[int, list[FlipCounts]] = {}
+    for one in (one for split in splits for one in split.classes):
+        found.setdefault(one.label, []).append(one.counts)
+    names = [f.name for f in fields(FlipCounts)]
+    return tuple(
+        ClassCounts(label, FlipCounts(*(sum(getattr(one, name) for one in counts) for name in names)))
+        for label, counts in sorted(found.items())
+    )
+
+
+def _pooled_margins(histograms: Sequence[MarginHistogram | None]) -> MarginHistogram | None:
+    found = [histogram for histogram in histograms if histogram is not None]
+    if not found or any(histogram.edges != found[0].edges for histogram in found):
+        return None
+    sums = [
+        tuple(map(sum, zip(*columns, strict=True)))
+        for columns in zip(*((h.before, h.after) for h in found), strict=True)
+    ]
+    return MarginHistogram(found[0].edges, *sums)
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:

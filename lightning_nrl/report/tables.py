@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_nrl.metrics.rates import RATES
-from lightning_nrl.report._formatting import count, list_ids, number, percent, plural
+from lightning_nrl.report._formatting import count, number, percent, plural
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.page import Row, Table
 from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
@@ -19,7 +19,6 @@ __all__ = [
     "calibration_table",
     "change_text",
     "hash_facts",
-    "id_facts",
     "localization_text",
     "outcome_table",
     "rates_table",
@@ -183,13 +182,6 @@ def calibration_facts(bounds: CalibrationBounds) -> tuple[Fact, ...]:
     if bounds.warning:
         facts.append(("warning", f"beside the repair data, {bounds.warning}"))
     return tuple(facts)
-
-
-def id_facts(splits: Sequence[SplitReport], where: str) -> tuple[Fact, ...]:
-    """Which samples were broken and repaired, by split: the first few data-set positions, and `where` all are."""
-    broken = [(f"broken in {split.split}", list_ids(split.broken_ids, where)) for split in splits]
-    repaired = [(f"repaired in {split.split}", list_ids(split.repaired_ids, where)) for split in splits]
-    return (*broken, *repaired)
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:

@@ -36,14 +36,15 @@ AFTER = evidence("-+++++-++")
 
 
 def test_a_split_counts_its_own_rows() -> None:
-    assert split_report("val", "known", BEFORE, AFTER) == SplitReport(
+    val = split_report("val", "known", BEFORE, AFTER)
+    assert val == SplitReport(
         split="val",
         role="known",
         counts=TargetCounts(kept=2, broken=0, repaired=3, failing=1, targeted=3, repaired_in_target=2),
         targeted_ids=(30, 60, 80),
-        repaired_ids=(30, 50, 80),
-        broken_ids=(),
+        flipped=val.flipped,
     )
+    assert (val.repaired_ids, val.broken_ids) == ((30, 50, 80), ())
     train = split_report("train", "unseen", BEFORE, AFTER)
     assert (train.kept, train.broken, train.repaired, train.failing) == (1, 1, 1, 0)
     assert (train.role, train.broken_ids, train.repaired_ids) == ("unseen", (0,), (20,))

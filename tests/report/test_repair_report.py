@@ -3,6 +3,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,22 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report._formatting import percent
+from lightning_nrl.report.sample_records import FlippedSample
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
+
+def flipped(repaired: Iterable[int] = (), broken: Iterable[int] = ()) -> tuple[FlippedSample, ...]:
+    """Samples of class 3 that were taken for 5 and are not any more, and those that are now."""
+    return (
+        *(FlippedSample(i, "repaired", True, 3, 5, 3, -0.5, 0.25 + i) for i in repaired),
+        *(FlippedSample(i, "broken", False, 3, 3, 5, 1.5, -0.125) for i in broken),
+    )
+
+
 STATES = ("repaired", "refused", "nothing")
-TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), (1, 5, 7, 8, 9, 33, 44, 55, 66), ())
-VAL = SplitReport("val", "known", TargetCounts(288, 0, 14, 16, 30, 14), tuple(range(30)), tuple(range(14)), ())
-TEST = SplitReport("test", "unseen", TargetCounts(270, 1, 12, 14, 22, 11), tuple(range(22)), tuple(range(12)), (17,))
+TRAIN = SplitReport("train", "known", TargetCounts(1172, 0, 9, 17, 0, 0), (), flipped((1, 5, 7, 8, 9, 33, 44, 55, 66)))
+VAL = SplitReport("val", "known", TargetCounts(288, 0, 14, 16, 30, 14), tuple(range(30)), flipped(range(14)))
+TEST = SplitReport("test", "unseen", TargetCounts(270, 1, 12, 14, 22, 11), tuple(range(22)), flipped(range(12), (17,)))
 
 
 @pytest.fixture
@@ -69,7 +80,10 @@ def refused(repaired: RepairReport) -> RepairReport:
             SplitReport("val", "known", TargetCounts(288, 0, 0, 30, 30, 0), tuple(range(30))),
             SplitReport("test", "unseen", TargetCounts(271, 0, 0, 26, 22, 0), tuple(range(22))),
         ),
-        candidate=(TRAIN, replace(VAL, counts=replace(VAL.counts, kept=285, broken=3), broken_ids=(7, 99, 130))),
+        candidate=(
+            TRAIN,
+            replace(VAL, counts=replace(VAL.counts, kept=285, broken=3), flipped=flipped(range(14), (27, 99, 130))),
+        ),
         hashes=Hashes("a" * 64, "a" * 64),
         files={},
     )
@@ -120,16 +134,11 @@ def test_what_is_not_finite_is_null_and_comes_back_as_nan(repaired: RepairReport
 
 def test_json_gives_every_number_of_a_split_with_its_name_and_role(repaired: RepairReport) -> None:
     test = json.loads(repaired.to_json())["splits"][2]
-    assert (test["split"], test["role"], test["n"], test["broken"], test["broken_ids"]) == (
-        "test",
-        "unseen",
-        297,
-        1,
-        [17],
-    )
+    assert (test["split"], test["role"], test["n"], test["broken"]) == ("test", "unseen", 297, 1)
+    assert [one["id"] for one in test["flipped"] if one["flip"] == "broken"] == [17]
     assert test["negative_flip_rate"] == pytest.approx(1 / 297)
     assert test["accuracy_after"] == pytest.approx(282 / 297)
-    assert "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]" in repaired.to_json()
+    assert '      {"id": 17, "flip": "broken", "in_target": false, "label": 3,' in repaired.to_json()
 
 
 @pytest.mark.parametrize(
@@ -195,8 +204,10 @@ def test_markdown_of_a_repair_has_counts_ids_rates_and_hashes(repaired: RepairRe
         "- **search**: 62 iterations in 3.2 s, scored on 30 failed and 1,460 passed samples, fitness 1.5 -> 0.25; "
         "stopped: no better fitness for 20 iterations",
         "- **weights changed**: 31 of 640, by at most 0.04; norm of the change 0.123 (1.23 % of the layers' norm)",
-        "- **broken in val**: none",
-        "- **broken in test**: 17",
+        "## Broken in test, by position in the data set",
+        "| 17 | 3 | 3 | 5 | 1.5 | -0.125 |  |",
+        "## Repaired in test, by position in the data set, 10 of 12",
+        "| 11 | 3 | 5 | 3 | -0.5 | 11.25 | yes |",
         "| break rate: broken of those right before | 0.00 % | 0.00 % | 0.00 % | 0.37 % |",
         f"- **sha256 of the layers before**: {'a' * 64}",
         "- **seed**: 7",
@@ -209,7 +220,7 @@ def test_markdown_of_a_repair_has_counts_ids_rates_and_hashes(repaired: RepairRe
 def test_markdown_of_a_refusal_tells_what_would_have_broken(refused: RepairReport) -> None:
     text = refused.to_markdown()
     assert "| **broken (was right, now wrong)** | **0** | **3** | **3** |" in text
-    assert "- **broken in val**: 7, 99, 130" in text
+    assert "| 99 | 3 | 3 | 5 | 1.5 | -0.125 |  |" in text
     assert "| right | 1,172 | 288 | 1,460 | 271 |" in text
     assert f"- **sha256 of the layers, unchanged**: {'a' * 64}" in text
 
@@ -219,11 +230,12 @@ def test_markdown_of_no_candidate_has_no_table_of_flips(nothing: RepairReport) -
     assert "| failures to repair (the target) | 0 | 30 | 30 | 22 |" in nothing.to_markdown()
 
 
-def test_long_lists_of_ids_are_cut_short(repaired: RepairReport) -> None:
-    many = replace(repaired.splits[0], repaired_ids=tuple(range(1234)))
+def test_of_many_repaired_samples_those_that_gained_most_are_listed(repaired: RepairReport) -> None:
+    many = replace(repaired.splits[0], flipped=flipped(range(1234)))
     text = replace(repaired, splits=(many,)).to_markdown()
-    assert "17, 18, 19 ... all 1,234 in report.json" in text
-    assert "20, 21" not in text
+    assert "Repaired in train, by position in the data set, 10 of 1,234" in text
+    assert next(line for line in text.splitlines() if line.startswith("| 12")).startswith("| 1233 |")
+    assert "| 1223 |" not in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -43,11 +43,24 @@ from lightning_nrl.report import (
     UpdateSplit,
     WeightChange,
 )
+from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.serving.switch_report import SwitchReport, SwitchSplit, Timing
 from lightning_nrl.serving.threshold import ThresholdChoice, ThresholdPoint
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
-SPLIT = SplitReport("train", "known", COUNTS, (1, 2, 3, 4), (1, 2), (9,))
+SPLIT = SplitReport(
+    "train",
+    "known",
+    COUNTS,
+    (1, 2, 3, 4),
+    (
+        FlippedSample(1, "repaired", True, 0, 1, 0, -0.5, 0.5, "day"),
+        FlippedSample(9, "broken", False, 0, 0, 1, 0.5, math.nan),
+    ),
+    (ConfusionCell(0, 1, 3, 2), ConfusionCell(1, 1, 4, 4)),
+    (ClassCounts(0, FLIPS),),
+    MarginHistogram((-1.0, 0.0, 1.0), (4, 7), (3, 8)),
+)
 VERSIONS = {"torch": "2.9.0"}
 REPORTS: dict[str, Record] = {
     "repair": RepairReport(
