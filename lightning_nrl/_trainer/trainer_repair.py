@@ -14,6 +14,7 @@ import torch
 from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
+from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
 from lightning_nrl._trainer.deployed_prediction import as_deployed
@@ -98,7 +99,8 @@ class TrainerRepair:
                 observer=trained.observer,
             )
             reason = f"{outcome.report.reason} {trained.randomness}".rstrip()
-            return replace(outcome, report=replace(outcome.report, reason=reason))
+            names = class_names(trained.known)
+            return replace(outcome, report=replace(outcome.report, reason=reason, class_names=names))
 
     @contextmanager
     def opened(

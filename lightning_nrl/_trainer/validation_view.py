@@ -14,7 +14,7 @@ from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl._trainer.stability import check_stability, checked_positions, draws_at_random, is_same
 from lightning_nrl.data.batch import tensors_in
 
-__all__ = ["with_validation_view"]
+__all__ = ["innermost_datasets", "with_validation_view"]
 
 TRANSFORMS = ("transform", "transforms")
 """Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
@@ -36,7 +36,7 @@ def with_validation_view(source: LoaderSource, validation: Callable[[], Any]) ->
         validation: gives the validation data loader or loaders, as a trainer holds them; None if there are none.
     """
     dataset = source.loader.dataset
-    if any(map(_own_transforms, _innermost(dataset))):
+    if any(map(_own_transforms, innermost_datasets(dataset))):
         dataset = _with_transforms(dataset, _transforms_of(validation()))
     if dataset is source.loader.dataset:
         return source
@@ -67,7 +67,7 @@ def _transforms_of(loaders: Any) -> OwnTransforms:
     """The transforms of the innermost validation data sets by class; a class with several is left out."""
     found: dict[type, Mapping[str, Any]] = {}
     ambiguous = set()
-    for dataset in _innermost(loaders):
+    for dataset in innermost_datasets(loaders):
         own = _own_transforms(dataset)
         known = found.setdefault(type(dataset), own)
         if known.keys() != own.keys() or any(known[name] is not own[name] for name in own):
@@ -75,17 +75,17 @@ def _transforms_of(loaders: Any) -> OwnTransforms:
     return {kind: own for kind, own in found.items() if own and kind not in ambiguous}
 
 
-def _innermost(data: Any) -> Iterator[Dataset[Any]]:
+def innermost_datasets(data: Any) -> Iterator[Dataset[Any]]:
     """The data sets in loaders, subsets and unions."""
     if isinstance(data, Mapping):
         data = list(data.values())
     if isinstance(data, (list, tuple)):
         for one in data:
-            yield from _innermost(one)
+            yield from innermost_datasets(one)
     elif isinstance(data, (DataLoader, Subset)):
-        yield from _innermost(data.dataset)
+        yield from innermost_datasets(data.dataset)
     elif isinstance(data, ConcatDataset):
-        yield from _innermost(data.datasets)
+        yield from innermost_datasets(data.datasets)
     elif isinstance(data, Dataset):
         yield data
 

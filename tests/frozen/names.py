@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from lightning_nrl.release.__main__ import main as release_command
 from torch import Tensor, nn
 
 from lightning_nrl import metrics
