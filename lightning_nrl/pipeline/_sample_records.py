@@ -14,7 +14,7 @@ from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip
 
 __all__ = ["class_counts", "confusion_cells", "flipped_samples", "margin_edges", "margin_histogram"]
 
-MARGIN_BINS = 40
+REPORTED_MARGIN_BINS = 40
 OUTER_MARGIN_SHARE = 0.01
 """Of all margins, so many lie below the first edge, and so many above the last one."""
 
@@ -75,9 +75,9 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
     quantiles = finite.sort().values
     outer = int(OUTER_MARGIN_SHARE * (len(quantiles) - 1))
     low, high = min(float(quantiles[outer]), 0.0), max(float(quantiles[len(quantiles) - 1 - outer]), 0.0)
-    width = (high - low) / (MARGIN_BINS - 1) or 1.0
+    width = (high - low) / (REPORTED_MARGIN_BINS - 1) or 1.0
     first = math.floor(low / width)
-    return tuple(width * (first + i) for i in range(MARGIN_BINS + 1))
+    return tuple(width * (first + i) for i in range(REPORTED_MARGIN_BINS + 1))
 
 
 def margin_histogram(

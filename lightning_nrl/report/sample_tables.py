@@ -21,7 +21,7 @@ __all__ = [
 
 ClassName = Callable[[int], str]
 
-LISTED_SAMPLES: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
+LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 
 
@@ -39,7 +39,7 @@ def sample_blocks(report: RepairReport) -> Iterator[Block]:
                 yield Heading(f"Confusions that changed, {role} data")
                 yield confusion_table(together.confusion, report.class_name)
     for split in splits:
-        for flip, most in LISTED_SAMPLES.items():
+        for flip, most in LISTED_FLIPS.items():
             samples = [one for one in most_telling(split.flipped) if one.flip == flip]
             if samples:
                 listed = f", {most} of {len(samples):,}" if len(samples) > most else ""

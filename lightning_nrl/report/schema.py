@@ -46,11 +46,11 @@ def _from_0(data: Plain) -> Plain:
     for name in ("splits", "candidate"):
         plain[name] = _each(plain.get(name), _split_from_0)
     plain["update"] = _each(plain.get("update"), lambda both: {name: _split_from_0(one) for name, one in both.items()})
-    plain["slices"] = _each(plain.get("slices"), lambda one: {**TARGET_COUNTS, **one})
+    plain["slices"] = _each(plain.get("slices"), lambda one: {**NO_TARGET_COUNTS, **one})
     return plain
 
 
-TARGET_COUNTS = {"passed_in_target": 0, "broken_in_target": 0}
+NO_TARGET_COUNTS = {"passed_in_target": 0, "broken_in_target": 0}
 
 
 def _split_from_0(split: Any) -> Any:
@@ -61,7 +61,7 @@ def _split_from_0(split: Any) -> Any:
     unknown |= {"margin_before": None, "margin_after": None}
     flipped = [{"id": one, "flip": flip, **unknown} for flip, own in ids.items() for one in own]
     kept = {name: value for name, value in split.items() if name not in ("repaired_ids", "broken_ids")}
-    return {**TARGET_COUNTS, "flipped": flipped, "confusion": [], "classes": [], "margins": None, **kept}
+    return {**NO_TARGET_COUNTS, "flipped": flipped, "confusion": [], "classes": [], "margins": None, **kept}
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:
