@@ -6,13 +6,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl._tracking.scalars import outcome, search_curves, strength_curves
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import RepairReport, repair_figures
+from lightning_nrl.report._figures import image_of
 
 __all__ = ["hparams", "layout", "write_extras"]
 
@@ -29,6 +31,9 @@ def write_extras(
     own. Layouts of several runs are shown together; of hyperparameters only the columns of the first run that has any.
     """
     writer.add_text(f"{name}/report", report.to_markdown(), step)
+    if find_spec("matplotlib") is not None:
+        for title, figure in repair_figures(report).items():
+            writer.add_image(f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC")
     if change is not None and change.numel():
         writer.add_histogram(f"{name}/weight_change", change.detach().float().cpu(), step)
     charts = layout(report, name)

@@ -30,7 +30,7 @@ __all__ = [
     "write_report",
 ]
 
-REPORT_FILES = {"json": "report.json", "markdown": "report.md"}
+REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
 
 
@@ -86,9 +86,9 @@ def report_files(
 
 def write_report(report: RepairReport | ReleaseReport) -> None:
     """Writes the report to the files that it names."""
-    for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
+    for kind, text in (("json", report.to_json), ("markdown", report.to_markdown), ("html", report.to_html)):
         if kind in report.files:
-            Path(report.files[kind]).write_text(text, encoding="utf-8")
+            Path(report.files[kind]).write_text(text(), encoding="utf-8")
 
 
 def write_patch_file(report: RepairReport, trainer: Trainer, model: nn.Module, parameters: State) -> None:

@@ -60,12 +60,14 @@ def inspect_command(program: str, purpose: str, arguments: Sequence[str]) -> int
 
 
 def report_command(program: str, purpose: str, arguments: Sequence[str]) -> int:
-    """A report as Markdown, on the screen or in a file."""
+    """A report as Markdown on the screen, or as Markdown or HTML in a file."""
     parser = argparse.ArgumentParser(program, description=purpose)
     parser.add_argument("file", help="report.json of a repair or of a release, or a patch with a report")
-    parser.add_argument("--out", help="the Markdown file to write; by default it is printed")
+    parser.add_argument("--out", help="the file to write, HTML if its name ends so; by default it is printed")
     given = parser.parse_args(arguments)
-    text = read_report(given.file).to_markdown()
+    report = read_report(given.file)
+    as_html = given.out is not None and Path(given.out).suffix in (".html", ".htm")
+    text = report.to_html() if as_html else report.to_markdown()
     if given.out is None:
         print(text, end="")
     else:

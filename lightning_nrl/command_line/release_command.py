@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lightning_nrl._trainer.artifacts import REPORT_FILES, write_report
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release._prediction_files import check_missing, pair_from_files, read_slices
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
@@ -30,7 +31,7 @@ def release_command(program: str, purpose: str, arguments: Sequence[str]) -> int
         metavar="SPLIT",
         help="a split of which samples may lack new predictions; how many do is in the report",
     )
-    parser.add_argument("--out", help="folder for report.json and report.md")
+    parser.add_argument("--out", help="folder for report.json, report.md and report.html")
     given = parser.parse_args(arguments)
     report = _judged(given.old, given.new, given.rule or ["instance"], given.slices, given.allow_missing)
     if given.out:
@@ -59,7 +60,6 @@ def _judged(old: str, new: str, rules: list[str], slices: str | None, allow_miss
 
 def _written(report: ReleaseReport, folder: Path) -> ReleaseReport:
     folder.mkdir(parents=True, exist_ok=True)
-    report = replace(report, files={"json": str(folder / "report.json"), "markdown": str(folder / "report.md")})
-    for kind, text in (("json", report.to_json()), ("markdown", report.to_markdown())):
-        Path(report.files[kind]).write_text(text, encoding="utf-8")
+    report = replace(report, files={kind: str(folder / name) for kind, name in REPORT_FILES.items()})
+    write_report(report)
     return report

@@ -18,6 +18,9 @@ REPORTED_MARGIN_BINS = 40
 OUTER_MARGIN_SHARE = 0.01
 """Of all margins, so many lie below the first edge, and so many above the last one."""
 
+MARGIN_GROWTH = 1.5
+"""Margins after a repair may be larger by so much and have a bin of their own."""
+
 
 def flipped_samples(
     before: SampleResults, after: SampleResults, flips: Flips, rows: slice
@@ -75,6 +78,7 @@ def margin_edges(margin: Tensor) -> tuple[float, ...]:
     quantiles = finite.sort().values
     outer = int(OUTER_MARGIN_SHARE * (len(quantiles) - 1))
     low, high = min(float(quantiles[outer]), 0.0), max(float(quantiles[len(quantiles) - 1 - outer]), 0.0)
+    low, high = MARGIN_GROWTH * low, MARGIN_GROWTH * high
     width = (high - low) / (REPORTED_MARGIN_BINS - 1) or 1.0
     first = math.floor(low / width)
     return tuple(width * (first + i) for i in range(REPORTED_MARGIN_BINS + 1))

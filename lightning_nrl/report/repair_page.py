@@ -37,7 +37,7 @@ STATUS_TONES: dict[Status, Tone] = {
     "nothing to repair": "good",
 }
 USUAL_TASK = "Multiclass"
-FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)"}
+FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}
 
 
 @page_of.register
@@ -45,7 +45,7 @@ def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     """The verdict, a table of the splits, then what one needs next (the console) or everything else (a reviewer)."""
     first = (*_verdict(report), *_tables(report))
     if full:
-        return Page((*first, *_calibrated(report), *_details(report)))
+        return Page((*first, *_calibrated(report), *sample_blocks(report), *_details(report)))
     course = _ladder(report) or (_steps(report) if len(report.steps) > 1 else ())
     facts = Facts((*_facts(report), *_files(report, from_here)))
     return Page((*first, *_calibrated(report), *course, facts))
@@ -137,7 +137,6 @@ def _details(report: RepairReport) -> tuple[Block, ...]:
         path = strength_table(report.strength, report.chosen_strength)
         blocks += [Heading("From the original weights (0) to the change that was found (1)"), path]
     if report.status == "repaired" or report.candidate:
-        blocks += sample_blocks(report)
         blocks += [Heading("Rates"), rates_table(shown)]
     if report.set_aside:
         blocks += [Heading("Failures that were set aside"), Facts(set_aside_facts(report.set_aside))]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from typing_extensions import Self
 
 from lightning_nrl._utils.serialize import to_plain
+from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.report_base import Report
 from lightning_nrl.report.run_records import (
@@ -24,7 +25,7 @@ from lightning_nrl.report.run_records import (
     WeightChange,
 )
 from lightning_nrl.report.schema import SCHEMA, upgraded
-from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
@@ -43,9 +44,9 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class RepairReport(Report):
-    """The account of one repair. `rich.print(report)` shows it as a table.
+@dataclass(frozen=True, repr=False)
+class RepairReport(Report, Plotted):
+    """The account of one repair. `rich.print(report)` shows it as a table, a notebook too.
 
     Attributes:
         status: `repaired`, `refused` by the gate, `not repaired` or `nothing to repair`; the first alone changes
@@ -127,6 +128,15 @@ class RepairReport(Report):
                 message names the place. A newer version wrote it.
         """
         return super().from_dict(upgraded(data))
+
+    def __repr__(self) -> str:
+        """One line: how it ended, and the counts of known and unseen data."""
+        counts = []
+        for role in ROLES:
+            split = self.pooled(role)
+            if split is not None:
+                counts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
+        return f"<RepairReport: {'; '.join((self.status, *counts))}>"
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

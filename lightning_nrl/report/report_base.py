@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import singledispatch
 
 from lightning_nrl._utils.deserialize import Record
-from lightning_nrl.report.page import Page, Shown
+from lightning_nrl.report.html_page import html_fragment, html_page
+from lightning_nrl.report.page import Heading, Page, Shown
 
-__all__ = ["Report", "page_of"]
+__all__ = ["Report", "html_of", "page_of"]
 
 
 @singledispatch
@@ -21,6 +22,14 @@ def page_of(report: object, full: bool = False) -> Page:
     raise TypeError(f"no page is known of a {type(report).__name__}")
 
 
+@singledispatch
+def html_of(report: object) -> str:
+    """The HTML document of a report: its whole page; the module that has more to show registers its kind here."""
+    page = page_of(report, full=True)
+    title = next((block.text for block in page.blocks if isinstance(block, Heading)), type(report).__name__)
+    return html_page(title, page)
+
+
 class Report(Record, Shown):
     """A frozen dataclass of results. `rich.print(report)` shows it as tables."""
 
@@ -31,3 +40,11 @@ class Report(Record, Shown):
     def to_markdown(self) -> str:
         """The page for a reviewer as Markdown: all of it, with whole paths."""
         return page_of(self, full=True).markdown()
+
+    def to_html(self) -> str:
+        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed."""
+        return html_of(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the page for the console."""
+        return html_fragment(page_of(self))

@@ -197,7 +197,13 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
     folder = tmp_path / (dirpath or "repair")
     repair = quick_repair(dirpath=dirpath and folder)
     fit(tmp_path, repair, max_epochs=1)
-    assert {file.name for file in folder.iterdir()} == {"repaired.ckpt", PATCH_NAME, "report.json", "report.md"}
+    assert {file.name for file in folder.iterdir()} == {
+        "repaired.ckpt",
+        PATCH_NAME,
+        "report.json",
+        "report.md",
+        "report.html",
+    }
 
 
 def weights_of(model: Classifier) -> Tensor:

@@ -69,17 +69,18 @@ def test_a_folder_that_is_not_local_is_refused(dirpath: str | None, root: str) -
 
 def test_files_are_named_by_kind(tmp_path: Path) -> None:
     files, name = report_files(tmp_path, trainer_in(tmp_path), "repair", {"checkpoint": "a.ckpt", **REPORT_FILES})
-    assert list(files) == ["checkpoint", "json", "markdown"]
+    assert list(files) == ["checkpoint", "json", "markdown", "html"]
     assert (files["checkpoint"], name) == (str(tmp_path / "a.ckpt"), "repair")
     assert report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0] == {
         "json": str(tmp_path / "report.json"),
         "markdown": str(tmp_path / "report.md"),
+        "html": str(tmp_path / "report.html"),
     }
     assert report_files(None, trainer_in(tmp_path, fast=1), "repair", REPORT_FILES) == ({}, "repair")
 
 
 def test_a_patch_is_named_where_it_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = ["checkpoint", "patch", "json", "markdown"]
+    kinds = ["checkpoint", "patch", "json", "markdown", "html"]
     assert list(report_files(tmp_path, trainer_in(tmp_path), "repair", REPAIRED_FILES)[0]) == kinds
     monkeypatch.setattr(safetensors_file, "find_spec", lambda name: None)
     kinds.remove("patch")
@@ -103,6 +104,7 @@ def test_a_report_is_written_where_it_says(tmp_path: Path, report: RepairReport)
     write_report(report)
     assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.md").read_text() == report.to_markdown()
+    assert (tmp_path / "report.html").read_text() == report.to_html()
 
 
 def test_the_headline_is_named_as_the_logs_are(report: RepairReport) -> None:

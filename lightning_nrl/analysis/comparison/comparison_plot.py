@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from lightning_nrl.analysis._figures import INK, figure_of, new_figure
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
+from lightning_nrl.report._figures import INK, figure_of, new_figure
 
 __all__ = ["COLOURS", "FAINT", "draw_comparison", "label_points"]
 

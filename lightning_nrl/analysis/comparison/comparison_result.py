@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from lightning_nrl.analysis._figures import Plotted
 from lightning_nrl.errors import check_choice
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report._figures import Plotted
 
 __all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead"]
 

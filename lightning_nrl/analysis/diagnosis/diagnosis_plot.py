@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_nrl.analysis._figures import INK, figure_of, new_figure
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
+from lightning_nrl.report._figures import INK, figure_of, new_figure
 from lightning_nrl.report._formatting import rough_percent
 
 __all__ = ["draw_diagnosis"]

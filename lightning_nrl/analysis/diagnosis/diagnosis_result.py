@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_nrl._utils.serialize import null_is
-from lightning_nrl.analysis._figures import Plotted
 from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report._figures import Plotted
 
 __all__ = [
     "Binding",

@@ -6,11 +6,14 @@ from functools import singledispatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["INK", "Plotted", "figure_of", "new_figure"]
+__all__ = ["INK", "Plotted", "figure_of", "image_of", "new_figure"]
 
 INK = "#333333"
+DOTS_PER_INCH = 150
 
 
 @singledispatch
@@ -33,7 +36,7 @@ class Plotted:
         """
         figure = figure_of(self)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=DOTS_PER_INCH)
         return figure
 
 
@@ -49,3 +52,10 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def image_of(figure: Any) -> Any:
+    """What a figure of `new_figure` shows: `height x width x 3` uint8."""
+    figure.set_dpi(DOTS_PER_INCH)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

@@ -1,0 +1,187 @@
+"""A page as one HTML file that needs nothing else: no network, no scripts but its own, readable on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from io import StringIO
+from typing import Any
+
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Table, Text, Tone
+
+__all__ = ["HtmlTable", "html_fragment", "html_page", "svg_of"]
+
+TONE_CLASSES: Mapping[Tone, str] = {"": "", "good": "good", "warn": "warn", "gain": "gain", "harm": "harm"}
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --good: #00734f; --bad: #b34700; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #161616; --line: #444; --good: #4cc9a0; --bad: #ff9b57; }
+  figure svg { background: #fff; }
+}
+.report { color: var(--ink); background: var(--paper); font: 15px/1.45 system-ui, sans-serif; max-width: 72rem;
+  margin: 0 auto; padding: 1rem 1.5rem; }
+.report h1 { font-size: 1.7rem; margin: .4rem 0; }
+.report h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; }
+.report table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .3rem 0; display: block;
+  overflow-x: auto; }
+.report th, .report td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+.report th:first-child, .report td.words { text-align: left; }
+.report tbody th { font-weight: normal; }
+.report th small { display: block; font-weight: normal; }
+.report tr.ends td, .report tr.ends th { border-bottom: 2px solid var(--line); }
+.report tr.gain, .report .good { color: var(--good); font-weight: 600; }
+.report tr.harm td.some, .report .warn { color: var(--bad); font-weight: 600; }
+.report dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
+.report dt { opacity: .7; } .report dd { margin: 0; overflow-wrap: anywhere; }
+.report .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
+.report figure { margin: 0; max-width: 30rem; } .report figure svg { width: 100%; height: auto; }
+.report figcaption { font-size: .9rem; }
+.report input { font: inherit; padding: .2rem .5rem; width: 22rem; max-width: 100%; }
+.report th button { all: unset; cursor: pointer; font-weight: 600; }
+.report th button:focus-visible { outline: 2px solid currentColor; }
+@media print { .report input { display: none; } .report h2 { break-after: avoid; } .report tr { break-inside: avoid; } }
+"""
+
+SCRIPT = """
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0], rows = [...body.rows], field = document.getElementById(table.dataset.filter);
+  const value = (row, i) => row.cells[i].textContent, number = text => parseFloat(text.replaceAll(",", ""));
+  [...table.tHead.rows[0].cells].forEach((head, i) => head.firstElementChild.addEventListener("click", () => {
+    const up = head.ariaSort !== "ascending";
+    for (const other of table.tHead.rows[0].cells) other.ariaSort = "none";
+    head.ariaSort = up ? "ascending" : "descending";
+    rows.sort((a, b) => {
+      const [x, y] = [value(a, i), value(b, i)], [p, q] = [number(x), number(y)];
+      const order = isNaN(p) || isNaN(q) ? x.localeCompare(y) : p - q;
+      return up ? order : -order;
+    });
+    body.append(...rows);
+  }));
+  const count = document.getElementById(table.dataset.filter + "-count");
+  field.addEventListener("input", () => {
+    const words = field.value.toLowerCase().split(" ").filter(Boolean);
+    let shown = 0;
+    for (const row of rows) {
+      const text = [...row.cells].map(cell => cell.textContent.toLowerCase()).join(" ");
+      row.hidden = !words.every(word => text.includes(word));
+      shown += !row.hidden;
+    }
+    count.textContent = shown + " of " + rows.length;
+  });
+}
+"""
+
+
+class HtmlTable:
+    """A table of any length that a reader sorts by its heads and filters by words.
+
+    Attributes:
+        title: the heading above it.
+        columns: the heads.
+        rows: cells as text, a row for each line.
+    """
+
+    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.title, self.columns, self.rows = title, columns, rows
+
+    def html(self, identifier: str) -> str:
+        """The table and the field that filters it."""
+        heads = "".join(
+            f'<th scope="col" aria-sort="none"><button type="button">{escape(name)}</button></th>'
+            for name in self.columns
+        )
+        lines = "\n".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in self.rows)
+        n = len(self.rows)
+        return (
+            f'<h2 id="{identifier}-title">{escape(self.title)}</h2>\n'
+            f'<p><label>Filter <input id="{identifier}" type="search" placeholder="such as: broken val"></label> '
+            f'<span id="{identifier}-count" role="status">{n} of {n}</span></p>\n'
+            f'<table class="sortable" data-filter="{identifier}" aria-labelledby="{identifier}-title">'
+            f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table>"
+        )
+
+
+def html_page(
+    title: str, page: Page, figures: Mapping[str, str] | None = None, tables: Sequence[HtmlTable] = ()
+) -> str:
+    """A whole document.
+
+    Args:
+        title: of the window.
+        page: what it shows; the figures stand behind its first table.
+        figures: SVG by caption.
+        tables: come last.
+    """
+    body = html_fragment(page, figures, tables)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+    )
+
+
+def html_fragment(page: Page, figures: Mapping[str, str] | None = None, tables: Sequence[HtmlTable] = ()) -> str:
+    """The same as a part of another document, such as a notebook; without scripts."""
+    parts: list[str] = []
+    drawn = _figures(figures or {})
+    for block in page.blocks:
+        parts += _html(block)
+        if isinstance(block, Table) and drawn:
+            parts.append(drawn)
+            drawn = ""
+    parts += [drawn] if drawn else []
+    parts += [table.html(f"table-{i}") for i, table in enumerate(tables)]
+    return f'<style>{STYLE}</style>\n<div class="report">\n' + "\n".join(parts) + "\n</div>"
+
+
+def svg_of(figure: Any) -> str:
+    """A matplotlib figure as an `<svg>` element, the same for the same figure."""
+    from matplotlib import rc_context
+
+    text = StringIO()
+    with rc_context({"svg.hashsalt": "lightning_nrl", "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    found = text.getvalue()
+    return found[found.index("<svg") :]
+
+
+def _figures(figures: Mapping[str, str]) -> str:
+    drawn = "\n".join(
+        f'<figure role="img" aria-label="{escape(caption)}"><figcaption>{escape(caption)}</figcaption>{svg}</figure>'
+        for caption, svg in figures.items()
+    )
+    return f'<div class="figures">\n{drawn}\n</div>' if drawn else ""
+
+
+def _html(block: Block) -> Iterator[str]:
+    if isinstance(block, Heading):
+        level, tone = min(block.level, 6), TONE_CLASSES[block.tone]
+        yield f'<h{level} class="{tone}">{escape(block.text)}</h{level}>'
+    elif isinstance(block, Text):
+        yield f"<p>{escape(block.text)}</p>"
+    elif isinstance(block, Facts):
+        items = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in block.items)
+        yield f"<dl>\n{items}\n</dl>"
+    else:
+        yield _table(block)
+
+
+def _table(table: Table) -> str:
+    last = len(table.columns) - 1
+    head = ""
+    if table.headed:
+        cells = (
+            f'<th scope="col">{escape(name)}{f"<small>{escape(kind)}</small>" if kind else ""}</th>'
+            for name, kind in table.columns
+        )
+        head = f"<thead><tr><td></td>{''.join(cells)}</tr></thead>\n"
+    lines = []
+    for row in table.rows:
+        cells = (
+            f'<td class="{"words" if table.notes and i == last else "some" if cell != "0" else ""}">{escape(cell)}</td>'
+            for i, cell in enumerate(row.cells)
+        )
+        classes = f"{TONE_CLASSES[row.tone]} {'ends' if row.ends_group else ''}".strip()
+        lines.append(f'<tr class="{classes}"><th scope="row">{escape(row.label)}</th>{"".join(cells)}</tr>')
+    return f"<table>{head}<tbody>\n" + "\n".join(lines) + "\n</tbody></table>"

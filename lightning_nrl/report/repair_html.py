@@ -1,0 +1,53 @@
+"""The HTML page of a repair: what a reviewer reads, with figures and every sample that flipped."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from lightning_nrl.report._formatting import number
+from lightning_nrl.report.html_page import HtmlTable, html_page, svg_of
+from lightning_nrl.report.page import Page, Text
+from lightning_nrl.report.repair_page import page_of_repair
+from lightning_nrl.report.repair_plot import repair_figures
+from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.report_base import html_of
+
+__all__ = ["html_of_repair"]
+
+COLUMNS = (
+    "split",
+    "position",
+    "flip",
+    "true",
+    "before",
+    "after",
+    "margin before",
+    "margin after",
+    "in target",
+    "slice",
+)
+
+
+@html_of.register
+def html_of_repair(report: RepairReport) -> str:
+    """The whole page for a reviewer, figures where matplotlib is installed, and a table of all flipped samples."""
+    page, figures = page_of_repair(report, full=True), {}
+    if find_spec("matplotlib") is None:
+        hint = "The figures are left out: they need matplotlib (python -m pip install matplotlib)."
+        page = Page((*page.blocks, Text(hint)))
+    else:
+        figures = {title: svg_of(figure) for title, figure in repair_figures(report).items()}
+    title = f"{report.status.capitalize()}: {report.target}"
+    return html_page(title, page, figures, _flipped(report))
+
+
+def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
+    splits = tuple(both.now for both in report.update) or report.candidate or report.splits
+    rows = []
+    for split in splits:
+        for one in split.flipped:
+            cells = [split.split, str(one.id), one.flip]
+            cells += [report.class_name(label) for label in (one.label, one.predicted_before, one.predicted_after)]
+            cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else "no", one.slice]
+            rows.append(cells)
+    return (HtmlTable(f"All {len(rows):,} samples that flipped", COLUMNS, rows),) if rows else ()

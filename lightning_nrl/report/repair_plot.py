@@ -1,0 +1,152 @@
+"""Figures of a repair: margins, confusions, the path of the patch and the course of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_nrl.report._figures import INK, figure_of, new_figure
+from lightning_nrl.report.repair_report import RepairReport
+from lightning_nrl.report.sample_tables import confusion_changes
+from lightning_nrl.report.splits import ROLES, SplitReport, pool
+
+__all__ = ["draw_repair", "repair_figures"]
+
+BEFORE_COLOUR, AFTER_COLOUR = "#999999", "#0072B2"
+REPAIRED_COLOUR, BROKEN_COLOUR = "#009E73", "#D55E00"
+"""Okabe and Ito's colours, told apart by colour-blind readers too."""
+LINE_COLOUR = "#DDDDDD"
+PLOTTED_CONFUSIONS = 12
+PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
+
+Draw = Callable[[Any], None]
+"""Draws one panel on matplotlib axes."""
+
+
+def repair_figures(report: RepairReport) -> dict[str, Any]:
+    """Each panel as a `matplotlib.figure.Figure` of its own, by its title; those without data are left out.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    figures = {}
+    for title, draw in _panels(report).items():
+        figure = new_figure(PANEL_WIDTH, PANEL_HEIGHT)
+        draw(figure.subplots())
+        figures[title] = figure
+    return figures
+
+
+@figure_of.register
+def draw_repair(report: RepairReport) -> Any:
+    """All panels in one figure, two a row."""
+    panels = _panels(report)
+    n_rows = max(1, -(-len(panels) // 2))
+    figure = new_figure(2 * PANEL_WIDTH, n_rows * PANEL_HEIGHT)
+    figure.suptitle(f"{report.status.capitalize()}: {report.target}", color=INK, fontsize=12)
+    axes = figure.subplots(n_rows, 2, squeeze=False).flatten()
+    for own, (title, draw) in zip(axes, panels.items(), strict=False):
+        draw(own)
+        own.set_title(title, color=INK, fontsize=10)
+    for own in axes[len(panels) :]:
+        own.set_axis_off()
+    return figure
+
+
+def _panels(report: RepairReport) -> Mapping[str, Draw]:
+    panels: dict[str, Draw] = {}
+    splits = report.candidate or report.splits
+    for role in ROLES:
+        own = [split for split in splits if split.role == role]
+        if not own:
+            continue
+        together = pool(own)
+        if together.margins is not None and together.n:
+            panels[f"Margins of {role} data"] = _margins(together)
+        if confusion_changes(together.confusion):
+            panels[f"Confusions that changed, {role} data"] = _confusions(together, report.class_name)
+    if len(report.strength) > 1:
+        panels["How far to go: known samples by strength"] = _strength(report)
+    if report.search is not None and len(report.search.history.get("patched", ())) > 1:
+        panels["Course of the search"] = _search(report)
+    return panels
+
+
+def _margins(split: SplitReport) -> Draw:
+    histogram = split.margins
+    assert histogram is not None
+
+    def draw(axes: Any) -> None:
+        axes.stairs(histogram.before, histogram.edges, fill=True, color=BEFORE_COLOUR, alpha=0.45, label="before")
+        axes.stairs(histogram.after, histogram.edges, color=AFTER_COLOUR, linewidth=1.6, label="after")
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=9)
+        _dress(axes, "margin: wrong below 0, right above", "samples")
+
+    return draw
+
+
+def _confusions(split: SplitReport, name: Callable[[int], str]) -> Draw:
+    cells = confusion_changes(split.confusion)[:PLOTTED_CONFUSIONS][::-1]
+
+    def draw(axes: Any) -> None:
+        changes = [cell.after - cell.before for cell in cells]
+        colours = [BROKEN_COLOUR if change > 0 else REPAIRED_COLOUR for change in changes]
+        labels = [f"{name(cell.label)} taken for {name(cell.prediction)}" for cell in cells]
+        bars = axes.barh(range(len(cells)), changes, color=colours)
+        axes.bar_label(bars, [f"{cell.before} -> {cell.after}" for cell in cells], padding=3, fontsize=8)
+        axes.set_yticks(range(len(cells)), labels, fontsize=8)
+        axes.axvline(0, color=INK, linewidth=1)
+        axes.margins(x=0.25)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _dress(axes, "wrong predictions, after less before", "")
+
+    return draw
+
+
+def _strength(report: RepairReport) -> Draw:
+    points = sorted(report.strength, key=lambda point: point.strength)
+
+    def draw(axes: Any) -> None:
+        at = [0.0, *(point.strength for point in points)]
+        axes.plot(at, [0, *(p.known.repaired for p in points)], "o-", color=REPAIRED_COLOUR, label="repaired")
+        axes.plot(at, [0, *(p.known.broken for p in points)], "s--", color=BROKEN_COLOUR, label="broken")
+        if report.chosen_strength is not None:
+            axes.axvline(report.chosen_strength, color=INK, linewidth=1, linestyle=":", label="chosen")
+        _finish_curves(axes, "strength: 0 the original weights, 1 the patch", "known samples")
+
+    return draw
+
+
+def _search(report: RepairReport) -> Draw:
+    search = report.search
+    assert search is not None
+    repaired: Sequence[float] = search.history["patched"]
+    intact = search.history.get("intact", ())
+
+    def draw(axes: Any) -> None:
+        axes.plot(repaired, color=REPAIRED_COLOUR, label="repaired by the best")
+        if intact and search.n_passed is not None:
+            broken = [search.n_passed - one for one in intact]
+            axes.plot(broken, "--", color=BROKEN_COLOUR, label="broken by the best")
+        _finish_curves(axes, "iteration", "scored samples")
+
+    return draw
+
+
+def _finish_curves(axes: Any, across: str, up: str) -> None:
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
+    _dress(axes, across, up)
+
+
+def _dress(axes: Any, across: str, up: str) -> None:
+    axes.set_xlabel(across, color=INK, fontsize=9)
+    axes.set_ylabel(up, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(axis="both", color=LINE_COLOUR, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint, repair_html
+from lightning_nrl.report.repair_plot import draw_repair, repair_figures
+from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+
+SPLIT = SplitReport(
+    "val",
+    "known",
+    TargetCounts(5, 1, 1, 0, 1, 1),
+    (2,),
+    (
+        FlippedSample(2, "repaired", True, 1, 0, 1, -1.0, 0.5),
+        FlippedSample(7, "broken", False, 0, 0, 1, 0.5, -0.25, "night"),
+    ),
+    (ConfusionCell(0, 0, 5, 4), ConfusionCell(0, 1, 0, 1), ConfusionCell(1, 0, 1, 0)),
+    (ClassCounts(0, FlipCounts(4, 1, 0, 0)), ClassCounts(1, FlipCounts(1, 0, 1, 0))),
+    MarginHistogram((-1.0, 0.0, 1.0), (1, 6), (1, 6)),
+)
+REPORT = RepairReport(
+    status="repaired",
+    reason="1 of 1 passes now.",
+    layers=("head",),
+    target="label <1>",
+    gate="accuracy",
+    task="Multiclass",
+    splits=(SPLIT,),
+    search=SearchReport(1, "patience", 1.0, 0.5, {"patched": [0, 1], "intact": [6, 5]}, 1, 6),
+    strength=(StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 1)), StrengthPoint(1.0, 1, FlipCounts(5, 1, 1, 0))),
+    chosen_strength=1.0,
+    class_names=("cat", "d<o>g"),
+)
+PANELS = [
+    "Margins of known data",
+    "Confusions that changed, known data",
+    "How far to go: known samples by strength",
+    "Course of the search",
+]
+
+
+def test_every_flipped_sample_is_in_the_table_with_the_names_of_its_classes() -> None:
+    text = REPORT.to_html()
+    assert "All 2 samples that flipped" in text
+    cells = ("val", "7", "broken", "cat", "cat", "d&lt;o&gt;g", "0.5", "-0.25", "no", "night")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert "<title>Repaired: label &lt;1&gt;</title>" in text
+
+
+def test_there_is_a_figure_for_each_panel_that_has_data() -> None:
+    pytest.importorskip("matplotlib")
+    assert list(repair_figures(REPORT)) == PANELS
+    assert REPORT.to_html().count("<svg") == len(PANELS)
+    bare = replace(REPORT, splits=(replace(SPLIT, margins=None, confusion=()),), search=None, strength=())
+    assert repair_figures(bare) == {}
+    assert "<svg" not in bare.to_html()
+
+
+def test_all_panels_are_one_figure() -> None:
+    pytest.importorskip("matplotlib")
+    axes = draw_repair(REPORT).axes
+    assert [one.get_title() for one in axes] == PANELS
+    (margins, confusions, strength, search) = axes
+    assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
+    assert [bar.get_width() for bar in confusions.patches] == [-1, 1]
+    assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
+    assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
+
+
+def test_without_matplotlib_the_page_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_html, "find_spec", lambda name: None)
+    text = REPORT.to_html()
+    assert "<svg" not in text
+    assert "they need matplotlib" in text
+
+
+def test_a_report_is_one_line_and_a_table_in_a_notebook() -> None:
+    assert repr(REPORT) == "<RepairReport: repaired; known 1 repaired, 1 broken of 7>"
+    assert REPORT._repr_html_().count("<table>") == 1
