@@ -38,8 +38,8 @@ class ReleaseGate(CallbackBase):
     """Judges in `trainer.test` or `trainer.validate` whether the model may replace the one in use.
 
     After the test itself, each model makes one pass over all of its data, each sample once, in the precision of the
-    trainer. The verdict is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md` and `report.html`, with
-    `predictions.csv` of the new model: the `reference` of the next release.
+    trainer. The verdict is printed, logged and written to `<log_dir>/release/` as `report.json`, `report.md` and
+    `report.html`, with `predictions.csv` of the new model: the `reference` of the next release.
 
     Args:
         reference: the model in use: a module, the path of its checkpoint or of its predictions (CSV), or an `OldModel`.

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.slow
 def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(lines) == 10
+    assert len(lines) == 11
     shown = {}
     for line in lines:
         program, *arguments = shlex.split(line)
@@ -77,6 +77,7 @@ def test_the_commands_of_the_page_work_as_they_stand(folder: Path, capsys: pytes
     assert "network.3.weight" in shown[lines[7]]
     assert "REPAIRED" in shown[lines[8]]
     assert (folder / "report.md").read_text().startswith("# Repaired\n")
+    assert "<title>Repaired: " in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
