@@ -23,6 +23,13 @@ from lightning_nrl.errors import ReplayError
 
 __all__ = ["ActivationCache", "Chunk"]
 
+STORAGE_WORDS = {
+    "memory": "in memory",
+    "half": "in half the precision",
+    "mapped": "in a temporary file",
+    "recomputed": "computed again each time",
+}
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -50,6 +57,16 @@ class ActivationCache:
     def space(self) -> ParameterSpace:
         """The layers to be repaired."""
         return self.model.space
+
+    @property
+    def storage(self) -> str:
+        """Where samples are kept, in words; empty if all are in memory as they came."""
+        counts: dict[str, int] = {}
+        for group in self.groups:
+            counts[group.kind] = counts.get(group.kind, 0) + len(group.rows[0])
+        if set(counts) <= {"memory"}:
+            return ""
+        return "activations of " + ", ".join(f"{n:,} samples {STORAGE_WORDS[kind]}" for kind, n in counts.items())
 
     def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterator[Chunk]:
         """The recorded samples that `keep`, `N` bool by row of the results, marks, group by group, `size` at most."""
@@ -79,7 +96,7 @@ class ActivationCache:
     def activations(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The first site's input and output, samples first."""
         plan, group = self.plan(chunk), self.groups[chunk.group]
-        x, y = (group.take_one(i, chunk.samples, self.space.device) for i in range(len(group.parts))[-2:])
+        x, y = group.take_last_two(chunk.samples, self.space.device)
         dim = plan.dims[plan.first.name]
         return x.movedim(dim, 0), y.movedim(dim, 0)
 

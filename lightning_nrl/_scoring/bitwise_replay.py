@@ -8,7 +8,7 @@ Elsewhere, and where nothing can be replayed, the whole model is run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -91,9 +91,9 @@ def exact_batches(
 def _of_one_batch(
     model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
 ) -> ExactBatch:
-    own = replace(group, parts=[], targets=[], rows=[])
+    own = group.empty_like("memory", model.space.device, ())
     own.add(stored, batch.target, rows)
-    own.concatenate()
+    own.finish()
     cache = ActivationCache(model, [own], rows)
     (chunk,) = cache.chunks()
     return ExactBatch(cache, chunk)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "measure_allocations"]
+__all__ = ["default_budget", "free_memory", "measure_allocations"]
 
 BUDGET_DIVISOR = 4
 """One part in so many of the free memory is the default budget."""
@@ -19,14 +20,40 @@ BUDGET_DIVISOR = 4
 
 def default_budget(device: torch.device) -> int:
     """A share of the memory that is free on a device, in bytes."""
+    return free_memory(device) // BUDGET_DIVISOR
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; of main memory those that this process may still take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // BUDGET_DIVISOR
+        return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() // BUDGET_DIVISOR
+        return torch.mps.recommended_max_memory()
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // BUDGET_DIVISOR
+        # What the system holds in memory of files counts as free, as it does for the system.
+        text = Path("/proc/meminfo").read_text()
+        available = 1024 * int(text.split("MemAvailable:")[1].split()[0])
+    except (OSError, IndexError, ValueError):
+        available = _installed_memory() // 2
+    return min([available, *_container_limit()])
+
+
+def _installed_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
-        return 1 << 30
+        return 8 << 30
+
+
+def _container_limit() -> list[int]:
+    """What a container's limit (control groups, version 2) leaves; nothing where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        files = (folder / "memory.stat").read_text().split("\ninactive_file ")[1].split()[0]
+    except (OSError, IndexError, ValueError):
+        return []
+    return [max(0, limit - used + int(files))]
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 Nothing is taken on trust. The first pass of each shape is replayed under changed weights and compared with the whole
 model, every later one under the original weights. What cannot be replayed is kept as model inputs and run as a whole:
-slower, as exact.
+slower, as exact. What is kept where is decided by `storage_choice`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,26 @@ from torch import Tensor
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
+from lightning_nrl._scoring.memory import free_memory
 from lightning_nrl._scoring.plan_search import find_replay_plan, perturbed, same_values
+from lightning_nrl._scoring.recorded_tensors import half_nbytes, halved
 from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_batch
 from lightning_nrl._scoring.sparse_delta import output_under
+from lightning_nrl._scoring.storage_choice import StorageChoice, free_disk
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.data.batch import Batch, is_sliceable
-from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning
+from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning, ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 
 __all__ = ["can_be_cut", "find_group", "find_head_group", "find_whole_group", "record"]
 
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
+
+
+Draw = Callable[[Tensor], Iterable[tuple[Batch, Tensor]]]
+"""Reads samples again, by their rows in the results, ascending: batches with their rows."""
 
 
 @torch.no_grad()
@@ -39,15 +47,18 @@ def record(
     space: ParameterSpace,
     keep: Tensor,  # N bool by row of the results, which samples are wanted
     *,
-    budget: int | None = None,  # bytes on the model's device, then on the CPU; None: half of a GPU's free ones
+    budget: int | None = None,  # bytes of memory on the model's device; None: half of what is free
+    disk: int | None = None,  # bytes of temporary files; None: most of what is free
+    draw: Draw | None = None,  # for what fits nowhere; None: it is kept in memory all the same
 ) -> ActivationCache:
     """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
 
-    A layer that is never called is a `ReplayError`.
+    Beside a GPU's memory as much main memory is used as a model on the CPU would get by default. A layer that is never
+    called is a `ReplayError`.
     """
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
-    budget = _default_budget(space.device) if budget is None else budget
-    held, device = 0, space.device
+    choice = _storage_choice(space.device, budget, disk, draw is not None)
+    n_wanted = int(keep.sum()) / evaluator.collective.world_size
     sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
         index = keep.cpu()[rows].nonzero().flatten()
@@ -57,20 +68,23 @@ def record(
         target = batch.target
         if sliceable is None:
             sliceable = can_be_cut(cache.model, inputs, len(rows))
+            # Batches made of other samples might be padded, or put together, in another way.
+            choice.can_recompute &= sliceable and is_sliceable(inputs, len(rows))
         if len(index) < len(rows):
             target = index_batch(target, index, len(rows))
             inputs = index_batch(inputs, index, len(rows)) if sliceable else inputs
         if sliceable:
-            group, stored = find_group(cache, inputs, len(index), device)
+            group, stored = find_group(cache, inputs, len(index), space.device)
         else:
-            group, stored = find_head_group(cache, inputs, len(rows), device)
+            group, stored = find_head_group(cache, inputs, len(rows), space.device)
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
-        held += sum(x.nbytes for x in stored)
-        if device.type != "cpu" and held > budget:
-            device = torch.device("cpu")
-        _on_device(cache, group, device).add(stored, target, rows[index])
+        again = None if draw is None else partial(_stored_again, cache.model, group, draw)
+        alike = partial(_half_is_alike, cache.model, group, stored, target, len(index))
+        _place(cache, group, stored, choice, n_wanted / len(index), alike).add(stored, target, rows[index], again)
     for group in cache.groups:
-        group.concatenate(pin=space.device.type == "cuda" and group.device.type == "cpu")
+        group.finish(
+            pin=space.device.type == "cuda" and group.kind in ("memory", "half") and group.device.type == "cpu"
+        )
     cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
     if cache.fallback_reason is not None:
         warnings.warn(
@@ -185,17 +199,73 @@ def find_whole_group(
     return new, stored
 
 
-def _on_device(cache: ActivationCache, group: ReplayGroup, device: torch.device) -> ReplayGroup:
-    """The group itself, or one for passes like its own that keeps them on another device."""
+def _storage_choice(device: torch.device, budget: int | None, disk: int | None, can_recompute: bool) -> StorageChoice:
+    memory = {device: free_memory(device) // 2 if budget is None else budget}
+    if device.type != "cpu":
+        main = torch.device("cpu")
+        memory[main] = free_memory(main) // 2
+    return StorageChoice(memory, free_disk() if disk is None else disk, can_recompute)
+
+
+def _place(
+    cache: ActivationCache,
+    group: ReplayGroup,
+    stored: list[Tensor],
+    choice: StorageChoice,
+    n_batches: float,
+    half_is_alike: Callable[[], bool],
+) -> ReplayGroup:
+    """The group for passes like these of a batch where that is to be kept, made where there is none."""
+    same = _first_equal(stored)
+    kept = [stored[i] for i in sorted(set(same))]
+    nbytes, half = sum(x.nbytes for x in kept), sum(half_nbytes(x) for x in kept)
+    kind, device = choice.next(nbytes, half, n_batches, half_is_alike)
     if not group.rows:
-        group.device = device
-    same = (other for other in cache.groups if other.constants is group.constants and other.device == device)
-    found = next(same, None)
-    if found is None:
-        found = replace(group, device=device, parts=[], targets=[], rows=[])
-        cache.groups.append(found)
-    return found
+        group.kind, group.device, group.same = kind, device, same
+    for other in cache.groups:
+        if other.constants is group.constants and (other.kind, other.device, other.same) == (kind, device, same):
+            return other
+    cache.groups.append(group.empty_like(kind, device, same))
+    return cache.groups[-1]
 
 
-def _default_budget(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 1 << 62
+def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
+    """For each tensor the first that is equal to it: a block's input is what its first layer and its shortcut get."""
+
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+    return tuple(next(j for j in range(i + 1) if j == i or equal(stored[j], x)) for i, x in enumerate(stored))
+
+
+def _half_is_alike(model: EditableModel, group: ReplayGroup, stored: list[Tensor], target: Any, n: int) -> bool:
+    """Whether the same samples pass when what is stored of them has been rounded to half the precision."""
+
+    def passed(stored: list[Tensor]) -> Tensor:
+        if group.plan is None:
+            logits = model.logits(group.inputs(stored), {})
+        else:
+            logits = group.plan.resume(model, stored, n, lambda site, x, y: y)
+        return model.evaluator.task.passed(logits, target)
+
+    return torch.equal(passed([halved(x).to(x.dtype) for x in stored]), passed(stored))
+
+
+@torch.no_grad()
+def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
+    """What is stored of some samples, from passes of their own."""
+    parts = []
+    for batch, own in draw(rows):
+        inputs: Inputs = (batch.args, batch.kwargs)
+        if group.plan is None:
+            stored: list[Tensor] | None = split_inputs(inputs, len(own), group.device)[1]
+        else:
+            trace, _ = model.trace(inputs, group.plan.live_calls.__contains__)
+            stored = group.plan.match(trace, inputs, len(own))
+        if stored is None:
+            raise ReplayError(
+                "`layer`: samples that were read once more took another way through the model than before.",
+                "raise `SearchOptions.budget`, so that nothing has to be read again.",
+            )
+        parts.append(stored)
+    return [torch.cat(xs, layout.dim) for xs, layout in zip(zip(*parts, strict=True), group.layouts, strict=True)]

@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, record
+from lightning_nrl.evaluation._head_features import drawn
 from lightning_nrl.problem import Problem
 
 __all__ = ["half_budget", "record_known"]
@@ -19,7 +20,8 @@ def record_known(problem: Problem, keep: Tensor) -> ActivationCache:
     """
     rows = problem.before.rows
     batches = ((batch, rows(source.split, batch.position)) for source in problem.known for batch in source)
-    work = partial(record, problem.evaluator, batches, problem.space, keep, budget=half_budget(problem))
+    draw = partial(drawn, problem.known, problem.before)
+    work = partial(record, problem.evaluator, batches, problem.space, keep, budget=half_budget(problem), draw=draw)
     return problem.collective.all_or_none(work, "known data could not be recorded on another rank.")
 
 

@@ -46,11 +46,13 @@ class LocalSearchResult:
     localization: Localization  # the weights that were searched
     search: SearchResult  # the best candidate and the course of the search
     state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
+    storage: str = ""  # where known data were kept, in words; empty if in memory
 
     @property
     def note(self) -> str:
         """For a line of the report."""
-        return f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
+        made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
+        return f"{made}; {self.storage}" if self.storage else made
 
 
 @dataclass(frozen=True)
@@ -135,4 +137,5 @@ def localize_and_search(
         result = replace(result, history=replace(result.history, loss_passed=unknown))
     values = problem.collective.agreed(result.values)
     unchanged = torch.equal(values, space.flat()[where])
-    return LocalSearchResult(localization, result, None if unchanged else space.changed(where, values))
+    state = None if unchanged else space.changed(where, values)
+    return LocalSearchResult(localization, result, state, recording.storage)
