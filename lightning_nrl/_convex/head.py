@@ -48,6 +48,9 @@ PAIRS_PER_ROUND = 400
 VIOLATION_TOLERANCE = 1e-3
 """A pair counts as violated if this part of the unit is missing; the last rest is scaled away exactly."""
 
+ROWS_PER_BLOCK = 65_536
+"""Samples whose features are held in double precision at once."""
+
 LEAST_KEPT_MARGIN = 0.01
 """What a passed sample keeps at least of the margin required, after that scaling."""
 
@@ -89,17 +92,20 @@ class ConvexHead:
     @cached_property
     def root(self) -> Tensor:
         """`d x d`: C^(-1/2), where C is the second moment of the features of passed data."""
-        passed = self.features[~self.targeted].to(widest(self.features.device))
-        moment = passed.T @ passed / len(passed)
+        dtype, passed = widest(self.features.device), ~self.targeted
+        moment = self.features.new_zeros(self.features.shape[1], self.features.shape[1], dtype=dtype)
+        for features, which in zip(self.features.split(ROWS_PER_BLOCK), passed.split(ROWS_PER_BLOCK), strict=True):
+            own = features[which].to(dtype)
+            moment += own.T @ own
+        moment /= passed.sum()
         values, vectors = torch.linalg.eigh(moment)
         values = values.clamp_min(0) + HEAD_RIDGE * values.clamp_min(0).mean().clamp_min(1e-30)
         root: Tensor = (vectors * values.rsqrt()) @ vectors.T
         return root
 
-    @cached_property
-    def white(self) -> Tensor:
-        """`N x d`: the features in coordinates in which the passed ones have a second moment of 1."""
-        return self.features.to(self.root.dtype) @ self.root
+    def white(self, rows: Tensor) -> Tensor:
+        """`n x d`: the features of some samples in coordinates in which the passed ones have a second moment of 1."""
+        return self.features[rows].to(self.root.dtype) @ self.root
 
     def changed(self, change: Tensor) -> Tensor:
         """The logits under a change of the weights, `C x d`."""
@@ -127,7 +133,7 @@ def regularization_path(
     """
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required[:, None] - head.margins).amax(1)[used & head.targeted]
-    unit = float((missing / (2 * head.white[used & head.targeted].square().sum(1))).median())
+    unit = float((missing / (2 * head.white(used & head.targeted).square().sum(1))).median())
     programme = _PairProgramme(head, used)
     for strength in strengths:
         programme.begin(strength * unit)
@@ -144,10 +150,10 @@ class _PairProgramme:
 
     def __init__(self, head: ConvexHead, used: Tensor) -> None:
         self.head, self.used, self.price = head, used, 0.0
-        device = head.white.device
+        device = head.root.device
         self._code = torch.zeros(0, dtype=torch.int64, device=device)  # sample * C + class
-        self._multipliers = head.white.new_zeros(0)
-        self.change = head.white.new_zeros(head.logits.shape[1], head.white.shape[1])
+        self._multipliers = head.root.new_zeros(0)
+        self.change = head.root.new_zeros(head.logits.shape[1], head.root.shape[1])
 
     def begin(self, price: float) -> None:
         """Goes on at another price of a target's missing margin, with the pairs that bind."""
@@ -158,7 +164,7 @@ class _PairProgramme:
         """Finds the change that the pairs ask for."""
         head, n_classes = self.head, self.head.logits.shape[1]
         sample, rival = self._code // n_classes, self._code % n_classes
-        features = head.white[sample]
+        features = head.white(sample)
         required = (head.required[sample] - head.margins.view(-1)[self._code]).to(features.dtype)
         price = self.price if head.weight is None else self.price * head.weight[sample]
         limit = torch.where(head.targeted[sample], price, torch.inf).to(features.dtype)

@@ -33,6 +33,9 @@ SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 N_FOLDS = 4
 """Of the samples that came in with the failed ones, each is held out once."""
 
+ROWS_PER_COPY = 4096
+"""Samples whose features are copied out of a recording at once."""
+
 REGRESSION_PRICE = 1
 """Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
 break, so that the whole of it repairs several times as many."""
@@ -138,20 +141,29 @@ def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
         recording = record_known(problem, torch.ones_like(problem.before.passed))
     except InseparableBatchError as error:
         raise _not_last(site.name) from error
-    parts = [_direct(recording, chunk) for chunk in recording.chunks()]
+    n_in, n_out, has_bias = site.module.weight.shape[1], site.module.weight.shape[0], _bias_name(problem) is not None
+    # Filled part by part, so that beside the recording it is held once.
+    own = torch.ones(len(recording.rows), n_in + has_bias + n_out, device=problem.space.device)
+    start, is_last = 0, True
+    for chunk in recording.chunks(ROWS_PER_COPY):
+        part = _direct(recording, chunk)
+        if part is None:
+            is_last = False
+            break
+        if part[0].dtype != own.dtype:
+            own = own.to(part[0].dtype)
+        here = slice(start, start + len(chunk))
+        own[here, :n_in], own[here, n_in + has_bias :] = part
+        start += len(chunk)
     # On all ranks alike, also where one has no such samples, or none at all.
-    if problem.collective.any(any(part is None for part in parts)):
+    if problem.collective.any(not is_last):
         raise _not_last(site.name)
-    n_in, n_out = site.module.weight.shape[1], site.module.weight.shape[0]
-    device = problem.space.device
-    found = [torch.cat(part, 1) for part in parts if part is not None]
-    own = torch.cat(found) if found else torch.zeros(0, n_in + n_out, device=device)
-    order = torch.cat(problem.collective.gather(recording.rows)).argsort()
-    whole = torch.cat(problem.collective.gather(own))[order.to(device)]
-    features, logits = whole[:, :n_in], whole[:, n_in:]
-    if _bias_name(problem) is not None:
-        features = F.pad(features, (0, 1), value=1.0)
-    return features, logits
+    rows = torch.cat(problem.collective.gather(recording.rows))
+    del recording
+    whole = torch.cat(problem.collective.gather(own)) if problem.collective.world_size > 1 else own
+    if not torch.equal(rows, torch.arange(len(rows))):
+        whole = whole[rows.argsort().to(whole.device)]
+    return whole[:, : n_in + has_bias], whole[:, n_in + has_bias :]
 
 
 def _not_last(name: str) -> ConfigurationError:
