@@ -27,8 +27,9 @@ class SearchOptions:
             `NeuRecoverLite(n_weights=32)`.
         n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
             all that are known.
-        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for what is
-            recorded of the data: on a GPU more than that is kept in main memory, on a CPU all is kept.
+        budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
+            activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
+            kept in half the precision, in a temporary file, or computed again each time; the step's note says which.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.

@@ -1,0 +1,221 @@
+"""Memory of repairs of large models and of many samples. Run with `python tests/benchmarks/large.py [NAME ...]`.
+
+Each row is a process of its own, so that its peak is its own: of all memory that the process ever held (`ru_maxrss`),
+less what it held when model and data were there. Needs torchvision and transformers; weights are random, the samples
+nearest to another class are labelled as that. Budgets are small on purpose, to force each way to keep activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bench import show
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nrl._model.layers import find_layers
+from lightning_nrl._scoring import record
+from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.methods import LocalSearch
+from lightning_nrl.pipeline import SearchOptions, Settings, repair_module
+from lightning_nrl.search import ParticleSwarm
+
+MIB = 2**20
+SWARM = LocalSearch(ParticleSwarm(particles=20, iterations=3))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, data, and how much memory its search may use."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[Tensor], Tensor]  # of samples by their number
+    layers: tuple[str, ...]
+    n: int
+    batch_size: int
+    budget: int | None = None  # MiB; None: as by default
+    disk: bool = True  # whether temporary files may be written
+    method: Any = SWARM
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples that are made when they are read, so that data take no memory."""
+
+    case: Case
+    label: Tensor
+    split: str = "train"
+    passed: bool = True
+    failed: bool = True
+
+    @property
+    def index(self) -> Tensor:
+        return torch.arange(len(self.label))
+
+    @property
+    def positions(self) -> Tensor:
+        return self.index
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.draw(self.index.split(self.case.batch_size))
+
+    def draw(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        for position in batches:
+            yield Batch((self.case.inputs(position),), self.label[position], position)
+
+
+def images(pixels: int) -> Callable[[Tensor], Tensor]:
+    """Smooth noise."""
+
+    def make(number: Tensor) -> Tensor:
+        small = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in number]
+        return F.interpolate(torch.stack(small), size=pixels, mode="bilinear")
+
+    return make
+
+
+def tokens(number: Tensor) -> Tensor:
+    return torch.stack([torch.randint(5, 1000, (64,), generator=torch.Generator().manual_seed(int(i))) for i in number])
+
+
+def numbers(number: Tensor) -> Tensor:
+    return torch.stack([torch.sin(number * (k + 1) * 0.7311) for k in range(10)], 1).float() * 2
+
+
+def vision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import torchvision
+
+        model: nn.Module = getattr(torchvision.models, name)(weights=None)
+        if name.startswith("vit"):
+            nn.init.normal_(model.heads.head.weight, std=0.05)  # zeros by default
+        return model
+
+    return make
+
+
+class Bert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        size = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+        self.bert = BertForSequenceClassification(BertConfig(vocab_size=1000, num_labels=10, **size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.bert(input_ids=ids).logits
+        return logits
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+RESNET, VIT = ("layer4.2.conv3", "fc"), ("encoder.layers.encoder_layer_11.mlp.3", "heads.head")
+BERT = ("bert.bert.encoder.layer.3.output.dense", "bert.classifier")
+CASES = {
+    "resnet50 64 px, fits": Case(vision("resnet50"), images(64), RESNET, 256, 32, 256),
+    "resnet50 64 px, half": Case(vision("resnet50"), images(64), RESNET, 256, 32, 28),
+    "resnet50 64 px, mapped": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8),
+    "resnet50 64 px, again": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8, disk=False),
+    "resnet50 224 px, fits": Case(vision("resnet50"), images(224), RESNET, 48, 8, 256),
+    "resnet50 224 px, mapped": Case(vision("resnet50"), images(224), RESNET, 48, 8, 16),
+    "vit_b_16 224 px, fits": Case(vision("vit_b_16"), images(224), VIT, 24, 8, 512),
+    "vit_b_16 224 px, mapped": Case(vision("vit_b_16"), images(224), VIT, 24, 8, 16),
+    "bert 256 x 4, fits": Case(Bert, tokens, BERT, 400, 50, 512),
+    "bert 256 x 4, half": Case(Bert, tokens, BERT, 400, 50, 200),
+    "bert 256 x 4, mapped": Case(Bert, tokens, BERT, 400, 50, 32),
+    "small 1e5, swarm": Case(mlp, numbers, ("2",), 10**5, 4096),
+    "small 1e6, swarm": Case(mlp, numbers, ("2",), 10**6, 4096),
+    "small 1e5, convex": Case(mlp, numbers, ("2",), 10**5, 4096, method="convex"),
+    "small 1e6, convex": Case(mlp, numbers, ("2",), 10**6, 4096, method="convex"),
+}
+
+
+def labelled(case: Case, model: nn.Module) -> tuple[Generated, float]:
+    """Each sample has the class that the model gives it, 16 of the nearest the next; and seconds for one pass."""
+    source = Generated(case, torch.zeros(case.n, dtype=torch.int64))
+    began = time.perf_counter()
+    with torch.no_grad():
+        best = [model(*batch.args).topk(2) for batch in source]
+    seconds = time.perf_counter() - began
+    margin, (first, second) = (
+        torch.cat([b.values.diff(dim=1).abs()[:, 0] for b in best]),
+        torch.cat([b.indices for b in best]).T,
+    )
+    near = margin.argsort()[:16]
+    label = first.clone()
+    label[near] = second[near]
+    return Generated(case, label), seconds
+
+
+def measured(name: str) -> list[str]:
+    """One row of the table."""
+    case = CASES[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = case.model().eval()
+    source, seconds = labelled(case, model)
+    few = next(source.draw([torch.arange(2)]))
+    sample = record(Evaluator(model), [(few, few.position)], find_layers(model, case.layers), torch.ones(2).bool())
+    per_sample = sum(group.nbytes for group in sample.groups) // 2
+    if not case.disk:
+        shutil.disk_usage = lambda path: SimpleNamespace(free=0)  # type: ignore[assignment]
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    budget = None if case.budget is None else case.budget * MIB
+    layer = case.layers if len(case.layers) > 1 else case.layers[0]
+    settings = Settings(layer=layer, method=case.method, search=SearchOptions(budget=budget), max_time=500)
+    report = repair_module(model, [source], settings).report
+    whole = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kept = report.steps[-1].note.partition("activations of ")[2] or "in memory"
+    spent = report.seconds
+    counts = f"{report.splits[0].repaired} : {report.splits[0].broken}"
+    return [
+        name,
+        f"{case.n:,}",
+        "default" if case.budget is None else f"{case.budget} MiB",
+        f"{per_sample / 1000:,.1f} kB",
+        kept,
+        f"{seconds:.1f} s",
+        f"{spent.get('localize', 0):.1f} s",
+        f"{spent.get('search', 0) + spent.get('solve', 0):.1f} s",
+        f"{whole:.1f} s",
+        f"{base / 1024:,.0f} + {(peak - base) / 1024:,.0f} MiB",
+        counts,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"cases whose names begin so: {list(CASES)}")
+    parser.add_argument("--one", action="store_true", help="measure one case in this process, print JSON")
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measured(given.names[0])))
+        return
+    rows = []
+    for name in CASES:
+        if given.names and not name.startswith(tuple(given.names)):
+            continue
+        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    columns = ["model", "samples", "budget", "a sample", "activations", "one pass", "record and localise", "search"]
+    show("Large models and data", [*columns, "in all", "peak memory", "repaired : broken"], rows)
+
+
+if __name__ == "__main__":
+    main()
