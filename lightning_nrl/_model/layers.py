@@ -175,6 +175,9 @@ def _names(
                 # Whoever froze a layer wants it as it is, unless all are frozen.
                 free = [name for name in found if modules[name].weight.requires_grad]
                 return (free or found)[-1:]
+    found_outside = _outside_tree(modules)
+    if found_outside:
+        raise _outside_error("auto", next(iter(found_outside)))
     hint = "only Linear and Conv1d/2d/3d can be repaired."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
@@ -193,6 +196,9 @@ def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
     if name not in modules:
+        for attribute in _outside_tree(modules):
+            if name == attribute or name.startswith(f"{attribute}."):
+                raise _outside_error(name, attribute)
         raise ConfigurationError(
             f"`layer={name!r}` is not in the model.", f"the nearest names are {_suggest(name, modules)}."
         )
@@ -210,9 +216,31 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
     if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
         raise ConfigurationError(
             f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
-            "remove a parametrisation with `torch.nn.utils.parametrize`; repair before quantising.",
+            "remove a parametrisation with `torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`; "
+            "repair before quantising.",
         )
     return module
+
+
+def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Attributes, by dotted name, that hold layers in plain lists, tuples or dicts, where torch does not know them."""
+    known = {id(module) for module in modules.values()}
+    found = []
+    for name, module in modules.items():
+        for attribute, value in vars(module).items():
+            inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            layers = (layer for x in inside if isinstance(x, nn.Module) for layer in x.modules())
+            if not attribute.startswith("_") and any(isinstance(x, Layer) and id(x) not in known for x in layers):
+                found.append(f"{name}.{attribute}" if name else attribute)
+    return found
+
+
+def _outside_error(layer: str, attribute: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`layer={layer!r}`: `{attribute}` holds layers in a plain list or dict, outside of the module tree: no "
+        "optimizer gets them by `parameters()`, and no checkpoint has them.",
+        "make it an `nn.ModuleList` or an `nn.ModuleDict`.",
+    )
 
 
 def _check_shared(model: nn.Module, sites: Sequence[LayerRef]) -> None:

@@ -142,6 +142,8 @@ class ContinuedTraining:
             return None
         state = self._fit(TimeBudget(end, collective, clock, optional=optional), epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
+        if all(torch.equal(value, state[name]) for name, value in {**current_state(self.model), **course.start}.items()):
+            raise CannotTrainError("its copy stays as it is; a lambda may hold the module itself, or all is frozen")
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
@@ -160,11 +162,12 @@ class ContinuedTraining:
                     left_out=self.left_out,
                     rate=course.rate,
                 )
-                trainer = inner_trainer(outer, budget, epochs=epochs, folder=folder)
+                loader = self._loader(seed, course.weight)
+                trainer = inner_trainer(outer, budget, epochs=epochs, batches=len(loader), folder=folder)
             except Exception as error:
                 why = f"it or its trainer cannot be copied ({type(error).__name__}: {error})"
                 raise CannotTrainError(why) from error
-            return model, trainer, self._loader(seed, course.weight)
+            return model, trainer, loader
 
         with random_state(), torch.enable_grad():
             # Ranks drop out and augment each in its own way.
@@ -174,7 +177,7 @@ class ContinuedTraining:
             data = data_module_of(outer)
             given = {"train_dataloaders": loader} if data is None else {"datamodule": copied_data_module(data, loader)}
             budget.on_all_ranks(partial(trainer.fit, model, **given))
-        state = snapshot(model)
+        state = snapshot(model.eval())  # adapters are merged then, as they are in the model that is repaired
         del model, trainer, loader, given
         gc.collect()  # they refer to each other, and may be large
         return state

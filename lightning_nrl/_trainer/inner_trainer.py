@@ -6,12 +6,13 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nrl._lightning import (
@@ -68,9 +69,13 @@ def copied_module(
     `state` is put in after `setup`, which may make layers anew; `modes` has the training flag of each of
     `module.modules()`; `shared` is what the module may hold and the copy shares with it, such as data sets;
     `left_out` are kinds of callbacks that it does not get, beside those of `LEFT_OUT`. With a `rate` it gets AdamW in
-    place of its own optimizers.
+    place of its own optimizers. What cannot be copied, such as locks, open files and generators, is shared as well.
     """
-    new = copy.deepcopy(module, {id(thing): thing for thing in (*shared, *shared_with_copies(module))})
+    memo: dict[int, Any] = {id(thing): thing for thing in (*shared, *shared_with_copies(module))}
+    try:
+        new = copy.deepcopy(module, dict(memo))
+    except Exception:
+        new = copy.deepcopy(module, {**memo, **_not_copied(module, memo)})
     release_copy(new)
     for part, training in zip(new.modules(), modes, strict=True):
         part.training = training
@@ -98,10 +103,11 @@ def copied_data_module(data: LightningDataModule, loader: Any) -> LightningDataM
     return new
 
 
-def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, folder: str) -> Trainer:
+def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, batches: int, folder: str) -> Trainer:
     """A trainer on the same device, with the precision, clipping and accumulation of the outer one.
 
-    What the module writes by itself goes into `folder`.
+    Where that one has a limit of steps, for schedules to ask for, so has this one: those of its epochs of so many
+    `batches`. What the module writes by itself goes into `folder`.
     """
     device = outer.strategy.root_device
     trainer: Trainer = class_for(outer, "pytorch.Trainer")(
@@ -112,6 +118,7 @@ def inner_trainer(outer: Trainer, callback: Callback, *, epochs: int, folder: st
         plugins=[class_for(outer, "fabric.plugins.environments.LightningEnvironment")()],
         precision=outer.precision,
         max_epochs=epochs,
+        max_steps=-1 if outer.max_steps < 0 else epochs * -(-batches // outer.accumulate_grad_batches),
         gradient_clip_val=outer.gradient_clip_val,
         gradient_clip_algorithm=outer.gradient_clip_algorithm,
         accumulate_grad_batches=outer.accumulate_grad_batches,
@@ -214,6 +221,34 @@ def _step_schedule(scheduler: Any, metric: Any) -> None:
 def _kept(callbacks: Sequence[Callback] | Callback, left_out: tuple[type, ...]) -> list[Callback]:
     found = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
     return [callback for callback in found if not isinstance(callback, (*LEFT_OUT, *left_out))]
+
+
+def _not_copied(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """What the attributes of modules hold that cannot be copied, by identity; a result of a graph without the graph."""
+    found: dict[int, Any] = {}
+
+    def search(value: Any) -> None:
+        if id(value) in memo or id(value) in found or isinstance(value, nn.Module):
+            return
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                found[id(value)] = value.detach().clone()
+            return
+        inside = value.values() if isinstance(value, dict) else value
+        if isinstance(inside, (list, tuple, set, type({}.values()))):
+            for item in inside:
+                search(item)
+            return
+        try:
+            copy.deepcopy(value, {**memo, **found})
+        except Exception:
+            found[id(value)] = value
+
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                search(value)
+    return found
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

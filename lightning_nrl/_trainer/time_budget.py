@@ -91,6 +91,9 @@ class TimeBudget(CallbackBase):
         for config in trainer.lr_scheduler_configs:
             # What is measured on validation data is not there.
             config.strict = False
+        if not pl_module.automatic_optimization:
+            # Steps of several optimizers all count; schedules have asked by now.
+            trainer.fit_loop.epoch_loop.max_steps = -1
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

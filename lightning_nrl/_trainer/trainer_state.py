@@ -29,7 +29,7 @@ from lightning_nrl._lightning import (
 )
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import random_state
+from lightning_nrl._utils.preserve import has_own_modes, own_flags, random_state, set_modes
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
@@ -114,17 +114,28 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
 
     With `last` that is the model as it is; ranks whose buffers differ, such as statistics of a batch norm that is not
     synchronised, get those of the first rank, which are what a checkpoint holds. With `best` it is the best checkpoint.
-    All of it comes back bit for bit afterwards, also after an exception, unless `keep` was set.
+    Lightning ends a validation by flags alone, so that an adapter that `eval()` merged into the weights stays in them:
+    what is in training mode goes there once more, by its own `train()`. All of it comes back bit for bit afterwards,
+    also after an exception, unless `keep` was set.
     """
     start = StartingWeights()
     path = _best_path(trainer) if start_from == "best" else ""
-    if not path and trainer.world_size == 1:
+    own_modes = has_own_modes(model)
+    if not path and trainer.world_size == 1 and not own_modes:
         yield start
         return
     collective = Collective.current(model.device)
-    written = (*model.parameters(), *model.buffers()) if path else tuple(model.buffers())
+    written = (*model.parameters(), *model.buffers()) if path or own_modes else tuple(model.buffers())
+    modules = list(model.modules())
+    flags = own_flags(modules)
     tensors = [(tensor, tensor.detach().clone()) for tensor in written]
     try:
+        if own_modes:
+            modes = [module.training for module in modules]
+            for module in modules:
+                if module.training:
+                    module.train()
+            set_modes(modules, modes)
         if path:
             collective.all_or_none(
                 partial(_load_best, path, trainer, model), "the best checkpoint could not be read on another rank."
@@ -138,6 +149,8 @@ def starting_weights(start_from: str, trainer: Trainer, model: LightningModule) 
             with torch.no_grad():
                 for tensor, value in tensors:
                     tensor.copy_(value)
+            for module, values in zip(modules, flags, strict=True):
+                vars(module).update(values)
 
 
 def _load_best(path: str, trainer: Trainer, model: LightningModule) -> None:

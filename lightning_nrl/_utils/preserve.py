@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 __all__ = [
     "CpuRandomState",
     "evaluating",
+    "has_own_modes",
     "mixed_seed",
+    "own_flags",
     "preserve",
     "random_state",
     "seed_all",
@@ -30,19 +32,21 @@ PRESERVED: set[int] = set()
 
 
 @contextmanager
-def preserve(model: nn.Module) -> Iterator[None]:
+def preserve(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """The model in evaluation mode; afterwards it is to the bit as before, and so are the random states.
 
     Some models draw random numbers even in evaluation mode. See `evaluating` for the rest.
     """
     # Inference mode would forbid the gradients that localisation needs.
-    with random_state(), torch.inference_mode(False), evaluating(model):
-        yield
+    with random_state(), torch.inference_mode(False), evaluating(model) as rewritten:
+        yield rewritten
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[Mapping[int, Tensor]]:
     """The model in evaluation mode; afterwards its parameters, buffers and flags are as before.
+
+    Gives the values before `eval()` of the tensors that it wrote to, by the identities of these tensors.
 
     Models write to their own weights: `Embedding(max_norm=)` and clamps in `forward`, adapters that are merged in
     `eval()`. So the way back is the modules' own `train()`; then every tensor is compared, bit by bit, with a copy, and
@@ -56,12 +60,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     parameters = [_TensorSnapshot(module._parameters, _is_copied_once) for module in modules]
     snapshots = [*parameters, *(_TensorSnapshot(module._buffers, _has_values) for module in modules)]
     held = {identity for snapshot in parameters for identity in snapshot.identities()}
-    own = [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
+    own = own_flags(modules)
     PRESERVED.update(held)
     try:
+        rewritten: dict[int, Tensor] = {}
         if any(flags):
             model.eval()
-        yield
+            for snapshot in snapshots if has_own_modes(model) else ():
+                rewritten |= snapshot.rewritten()
+        yield rewritten
     finally:
         PRESERVED.difference_update(held)
         try:
@@ -71,6 +78,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 snapshot.restore()
             for module, values in zip(modules, own, strict=True):
                 vars(module).update(values)
+
+
+def own_flags(modules: Sequence[nn.Module]) -> list[dict[str, bool]]:
+    """What each module holds that is true or false, such as `training` and `merged`."""
+    return [{name: value for name, value in vars(module).items() if isinstance(value, bool)} for module in modules]
+
+
+def has_own_modes(model: nn.Module) -> bool:
+    """Whether a module inside does more in `train()` or `eval()` than torch does, such as merging an adapter."""
+    return any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in model.modules())
 
 
 def set_modes(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
@@ -175,6 +192,14 @@ class _TensorSnapshot:
     def identities(self) -> set[int]:
         """Of the tensors of which a copy is held."""
         return {id(value) for value, _, _ in self._copied}
+
+    def rewritten(self) -> dict[int, Tensor]:
+        """Copies of the tensors that hold something else now, by identity."""
+        return {
+            id(value): copy
+            for value, memory, copy in self._copied
+            if not (_is_at(value, memory) and _is_same(memory, copy))
+        }
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline._calibration_bounds import bounds_after
 from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline._line_search import LineSearchResult, line_search
+from lightning_nrl.pipeline._loaded_weights import to_be_loaded
 from lightning_nrl.pipeline._problem_builder import build_problem
 from lightning_nrl.pipeline._report_builder import ReportBuilder
 from lightning_nrl.pipeline._sparsify import sparsify
@@ -108,7 +109,7 @@ def repair_module(
     check_limit(settings, bool(calibration))
     include_bias = settings.localizer.include_bias
     layers = find_scope(evaluator.model, settings.layer, include_bias=include_bias, called=evaluator.called)
-    with preserve(evaluator.model):
+    with preserve(evaluator.model) as rewritten:
         baseline = evaluate_baseline(
             evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock, reference=reference
         )
@@ -128,10 +129,10 @@ def repair_module(
             needed=quotas,
         )
         obstacle = impossible or _nothing_passes(problem)
-        return _give_up(builder, obstacle) if obstacle else _repair(problem, builder)
+        return _give_up(builder, obstacle) if obstacle else _repair(problem, builder, rewritten)
 
 
-def _repair(problem: Problem, builder: ReportBuilder) -> Outcome:
+def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
     """From a problem to an outcome: method, sparse patch, line search, verdict."""
     settings = builder.settings
     try:
@@ -150,14 +151,14 @@ def _repair(problem: Problem, builder: ReportBuilder) -> Outcome:
     if result.chosen is None:
         reason = f"no strength keeps within the limit ({settings.limit})."
         return Outcome(builder.without_candidate("not repaired", reason))
-    patch = changed(problem.model, result.state)
+    saved, patch = to_be_loaded(problem.model, changed(problem.model, result.state), rewritten)
     if not patch:
-        # The polish of a weaker patch went all the way back, or the change is below what the weights resolve.
+        # The polish of a weaker patch went all the way back, or `eval()` does, or the change is below what the weights resolve.
         reason = f"at strength {result.chosen:g} nothing is left of the change."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)
     old = current_state(problem.model)
-    return Outcome(report, patch if report.status == "repaired" else None, _changes(old, patch))
+    return Outcome(report, saved if report.status == "repaired" else None, _changes(old, patch))
 
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:

@@ -1,0 +1,244 @@
+"""Modules as they are: optimized by hand, with schedules, locks, lambdas, adapters, or layers outside the tree."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
+from distributed_fit import Continued
+from self_writing import LowRank, classifier
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
+
+from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, RepairReport, repair
+from lightning_nrl.errors import TrainingWarning
+
+
+def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any) -> RepairReport:
+    """The report of a fit after which the training goes on."""
+    callback = RegressionFreeRepair(method=Continued(), gate=Gate.accuracy(), verbose=False)
+    defaults = {"max_epochs": 2, "enable_checkpointing": False}
+    quiet_trainer(path, callback, **{**defaults, **arguments}).fit(model, datamodule=data or Digits())
+    assert callback.report is not None
+    return callback.report
+
+
+def assert_loads(report: RepairReport, fresh: Classifier) -> None:
+    """What is loaded from the repaired checkpoint is what was counted."""
+    fresh.load_state_dict(torch.load(report.files["checkpoint"], weights_only=True)["state_dict"])
+    data = Digits()
+    for split in report.splits:
+        now = right(fresh, getattr(data, split.split))
+        assert split.kept + split.repaired == int(now.sum())
+
+
+class ByHand(Classifier):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        weights = list(self.network.parameters())
+        return torch.optim.Adam(weights[:2], 3e-3), torch.optim.SGD(weights[2:], 0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+
+class Scheduled(Classifier):
+    """Its schedule asks how long training is; one step more than that raises."""
+
+    def steps(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters())
+        schedule = OneCycleLR(optimizer, 1e-2, total_steps=self.steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class ScheduledByLoader(Scheduled):
+    def steps(self) -> int:
+        return len(self.trainer.datamodule.train_dataloader()) * self.trainer.max_epochs  # type: ignore[attr-defined,operator]
+
+
+class ScheduledBySteps(Scheduled):
+    def steps(self) -> int:
+        return self.trainer.max_steps
+
+
+class Uncopyable(Classifier):
+    """Holds what no copy can hold: locks, a file, a generator, a result with its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock, self.numbers = threading.Lock(), iter(int, 1)
+        self.kept: dict[str, Any] = {"locks": [threading.RLock()], "losses": []}
+        self.loss_function = partial(F.cross_entropy, label_smoothing=0.1)
+        self.batches = (i for i in range(10**9))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with self.lock, self.kept["locks"][0]:
+            next(self.batches)
+            loss = self.loss_function(self(batch[0]), batch[1])
+            self.kept["losses"] = [loss]
+            return loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (ByHand, {}),
+        (ByHand, {"max_steps": 40, "max_epochs": -1}),
+        (Scheduled, {}),
+        (ScheduledByLoader, {}),
+        (ScheduledBySteps, {"max_steps": 24, "max_epochs": -1}),
+        (Uncopyable, {}),
+    ],
+)
+def test_the_training_goes_on(tmp_path: Path, kind: type[Classifier], arguments: dict[str, Any]) -> None:
+    report = continued(tmp_path, kind(), **arguments)
+    assert report.status == "repaired"
+    assert report.splits[1].repaired > 20
+    assert_loads(report, kind())
+
+
+class Closed(Classifier):
+    """A lambda that holds the module itself, whatever copy calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss_function = lambda x, y: F.cross_entropy(self(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss_function(batch[0], batch[1])
+
+
+class NeverCopied(Classifier):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("this one is not copied")
+
+
+@pytest.mark.parametrize(("kind", "match"), [(Closed, "its copy stays as it is"), (NeverCopied, "cannot be copied")])
+def test_a_training_that_cannot_go_on_is_warned_of(tmp_path: Path, kind: type[Classifier], match: str) -> None:
+    with pytest.warns(TrainingWarning, match=match):
+        assert continued(tmp_path, kind()).status == "not repaired"
+
+
+class Merged(Classifier):
+    """Adapters in both layers, merged by `eval()` (Hu et al. 2021)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), LowRank(64, 32), nn.ReLU(), LowRank(32, 10))
+        with torch.no_grad():
+            self.network[1].b.mul_(0.3)
+            self.network[3].b.mul_(0.3)
+
+
+def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path: Path) -> None:
+    """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be merged again."""
+    assert_loads(continued(tmp_path / "continued", Merged()), Merged())
+    searched = RegressionFreeRepair(method="convex", verbose=False)
+    trainer = quiet_trainer(tmp_path / "fit", searched, max_epochs=2, enable_checkpointing=False)
+    model = Merged()
+    trainer.fit(model, datamodule=Digits())
+    assert searched.report is not None
+    assert searched.report.status == "repaired"
+    assert_loads(searched.report, Merged())
+    assert_loads(searched.report, model)
+
+
+def test_a_checkpoint_with_merged_adapters_is_judged_as_it_is_loaded(tmp_path: Path) -> None:
+    model = Merged()
+    trainer = quiet_trainer(tmp_path, max_epochs=2, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(model, datamodule=Digits())
+    trainer.save_checkpoint(tmp_path / "trained.ckpt")
+    report = repair(
+        quiet_trainer(tmp_path),
+        Merged(),
+        datamodule=Digits(),
+        ckpt_path=tmp_path / "trained.ckpt",
+        callback=RegressionFreeRepair(method="convex", verbose=False),
+    )
+    assert report.status == "repaired"
+    assert_loads(report, Merged())
+
+
+class Rounded(Classifier):
+    """Rounds its weights in `eval()`."""
+
+    def train(self, mode: bool = True) -> Any:
+        if not mode:
+            with torch.no_grad():
+                for weight in self.parameters():
+                    weight.copy_((weight * 16).round() / 16)
+        return super().train(mode)
+
+
+def test_weights_that_eval_rewrites_are_judged_rewritten(tmp_path: Path) -> None:
+    assert_loads(continued(tmp_path, Rounded()), Rounded())
+    callback = quick_repair()
+    quiet_trainer(tmp_path, callback, max_epochs=2, enable_checkpointing=False).fit(Rounded(), datamodule=Digits())
+    assert callback.report is not None
+    assert callback.report.status == "refused"  # rounded, the new weights break something
+
+
+def parametrized(name: str) -> Classifier:
+    model = Untrainable()
+    model.network[3] = getattr(nn.utils.parametrizations, name)(model.network[3])
+    return model
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_another_layer_is_searched_than_a_parametrized_one(tmp_path: Path, name: str) -> None:
+    model = parametrized(name)
+    with pytest.raises(AssertionError, match="training has begun"):
+        quiet_trainer(tmp_path, quick_repair()).fit(model, datamodule=Digits())
+    with pytest.raises(ConfigurationError, match="remove_parametrizations"):
+        quiet_trainer(tmp_path, quick_repair(layer="network.3")).fit(model, datamodule=Digits())
+
+
+class Outside(Untrainable):
+    """Its layers are in a list, not in the module tree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.network = nn.Flatten(), None
+        self.layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([weight for layer in self.layers for weight in layer.parameters()])
+
+
+@pytest.mark.parametrize("layer", ["auto", "layers.2"])
+def test_layers_outside_of_the_module_tree_are_named(tmp_path: Path, layer: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"`layers`(.|\n)*HINT(.|\n)*nn.ModuleList"):
+        quiet_trainer(tmp_path, quick_repair(layer=layer)).fit(Outside(), datamodule=Digits())
+
+
+def test_what_eval_merges_is_left_as_found_where_nothing_is_repaired(tmp_path: Path) -> None:
+    model = classifier("merge")
+    callback = quick_repair(target="label 3 and label 4")
+    quiet_trainer(tmp_path, callback, max_epochs=1, enable_checkpointing=False).fit(model, datamodule=Digits())
+    assert callback.report is not None
+    assert callback.report.status == "nothing to repair"
