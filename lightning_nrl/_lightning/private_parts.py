@@ -40,6 +40,7 @@ __all__ = [
     "given_loaders",
     "is_compiled",
     "original_module",
+    "overfit_batches",
     "overrides",
     "prepare_batch",
     "reading_checkpoints",
@@ -82,6 +83,13 @@ def batch_limit(trainer: Trainer) -> int | None:
     """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
     untyped: Any = trainer
     return int(untyped.fast_dev_run) or None
+
+
+def overfit_batches(trainer: Trainer) -> int | float:
+    """`overfit_batches` of a trainer: a number of batches, a part of them, or 0. The attribute has no type."""
+    untyped: Any = trainer
+    found: int | float = untyped.overfit_batches
+    return found
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -142,8 +142,14 @@ class ContinuedTraining:
             return None
         state = self._fit(TimeBudget(end, collective, clock, optional=optional), epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
-        if all(torch.equal(value, state[name]) for name, value in {**current_state(self.model), **course.start}.items()):
-            raise CannotTrainError("its copy stays as it is; a lambda may hold the module itself, or all is frozen")
+        before = {**current_state(self.model), **course.start}
+        if all(torch.equal(value, state[name]) for name, value in before.items()):
+            rank_zero_warn(
+                TrainingWarning(
+                    f"the training of {type(self.model).__name__} went on for a repair and changed nothing.",
+                    "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method.",
+                )
+            )
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:

@@ -11,15 +11,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import LightningModule, Trainer, class_for, data_module_of, given_loaders
+from lightning_nrl._lightning import (
+    LightningModule,
+    Trainer,
+    batch_limit,
+    class_for,
+    data_module_of,
+    given_loaders,
+    overfit_batches,
+    rank_zero_warn,
+)
 from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl._trainer.loaders import SPLITS, LoaderSource, check_data, check_loader, make_source, sample_index
+from lightning_nrl._trainer.loaders import (
+    SPLITS,
+    LoaderSource,
+    check_data,
+    check_loader,
+    make_source,
+    sample_index,
+    split_and_loader,
+)
 from lightning_nrl._trainer.stability import draws_at_random
 from lightning_nrl._trainer.validation_view import with_validation_view
 from lightning_nrl.data._sample_identity import base_samples, is_among
-from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind
 
-__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "find_data", "find_loader"]
+__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "describe_limits", "find_data", "find_loader"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
@@ -55,7 +72,11 @@ class DataRequest:
     def find(self, loaders: SplitLoaders) -> FoundData:
         """The data loaders and names of all data; unseen and calibration data may not be used for anything else."""
         passed = find_data("passed", self.known.passed, loaders, automatic=("train",))
-        failed = find_data("failed", self.known.failed, loaders, automatic=("repair", "val"))
+        failed = find_data("failed", self.known.failed, loaders, automatic=("repair", "val", "train"))
+        if self.known.failed == "auto" and failed[1] == "train":
+            problem = "no `repair_dataloader()` or `val_dataloader()`: failures of the train data are repaired."
+            hint = "add one, since what a model gets wrong of other data says more; or name it, `failed='train'`."
+            rank_zero_warn(DataWarning(problem, hint))
         others: dict[str, Sequence[Found]] = {"known": (passed, failed)}
         unseen = self._find_held_out("unseen", self.unseen, others, loaders)
         others["unseen"] = () if unseen is None else (unseen,)
@@ -99,14 +120,15 @@ class DataRequest:
         found = self.find(loaders)
 
         def make(loader: DataLoader[Any], split: str, **marks: Any) -> LoaderSource:
-            source = make_source(loader, split, **marks, **how)
+            limit = overfit_limit(loaders.trainer, loader) if marks and how["limit"] is None else how["limit"]
+            source = make_source(loader, split, **marks, **{**how, "limit": limit})
             source = with_validation_view(source, partial(loaders.get, "val"))
             several = marks and self.known.draws > 1 and draws_at_random(source)
             return source.with_draws(self.known.draws) if several else source
 
         passed, failed = found.passed, found.failed
         if passed[1] == failed[1] or _same_samples(passed[0], failed[0]):
-            known = [make(*(passed if passed[1] in SPLITS else failed), passed=True, failed=True)]
+            known = [make(*(passed if split_and_loader(passed[1])[0] in SPLITS else failed), passed=True, failed=True)]
         else:
             known = [make(*passed, passed=True), make(*failed, failed=True)]
         unseen, calibration = ([] if one is None else [make(*one)] for one in (found.unseen, found.calibration))
@@ -122,10 +144,23 @@ class SplitLoaders:
     _loaders: dict[str, Any] = field(default_factory=dict)
 
     def get(self, split: str) -> Any:
-        """The data loader of a split; None where there is none, see `find_loader`."""
+        """The data loader of a split; None where there is none, see `find_loader`.
+
+        Of several, `val:1` is the second, or the one with the key `1`.
+        """
+        split, which = split_and_loader(split)
         if split not in self._loaders:
             self._loaders[split] = find_loader(split, self.trainer, self.model)
-        return self._loaders[split]
+        found = self._loaders[split]
+        if not which or found is None:
+            return found
+        several = found if isinstance(found, (list, tuple, Mapping)) else [found]
+        named = several if isinstance(several, Mapping) else {str(i): loader for i, loader in enumerate(several)}
+        if which not in named:
+            raise ConfigurationError(
+                f"`{split}:{which}`: `{split}` data have no loader {which!r}.", f"take one of {list(named)}."
+            )
+        return named[which]
 
 
 def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
@@ -152,6 +187,31 @@ def find_loader(split: str, trainer: Trainer, model: LightningModule) -> Any:
         # Only now: a data module may split its data anew in every `setup`.
         data.setup("test")
         return hook()
+
+
+def overfit_limit(trainer: Trainer, loader: DataLoader[Any]) -> int | None:
+    """How many batches of a loader `overfit_batches` leaves; None: all."""
+    share = overfit_batches(trainer)
+    return max(1, int(share * len(loader))) if isinstance(share, float) and share else int(share) or None
+
+
+def describe_limits(trainer: Trainer, known: Sequence[LoaderSource]) -> str:
+    """Sentences for a report: what the trainer's limits of batches mean for known data."""
+    if batch_limit(trainer):
+        return ""
+    sentences = []
+    for source in known:
+        n, split = len(source.index), split_and_loader(source.split)[0]
+        if overfit_batches(trainer):
+            sentences.append(f"`overfit_batches`: known data are {n:,} samples of `{source.split}`.")
+            continue
+        limits = {"train": trainer.limit_train_batches, "val": trainer.limit_val_batches}
+        limit, batches = limits.get(split, 1.0), -(-n // source.batch_size)
+        if limit is not None and limit < (1.0 if isinstance(limit, float) else batches):
+            sentences.append(
+                f"All {n:,} samples of `{source.split}` are known data, whatever `limit_{split}_batches` says."
+            )
+    return " ".join(sentences)
 
 
 def find_data(

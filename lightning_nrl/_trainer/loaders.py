@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.distributed import get_world_size, is_initialized
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_nrl._lightning import LightningModule, Trainer, prepare_batch, sampler_of
 from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
-from lightning_nrl._utils.preserve import seed_all
+from lightning_nrl._utils.preserve import random_state, seed_all
 from lightning_nrl.data._sample_identity import base_samples
 from lightning_nrl.data.batch import Adapter, Batch
 from lightning_nrl.data.batch_structure import adapter_hint, describe
@@ -32,6 +44,7 @@ __all__ = [
     "make_source",
     "parse_adapter",
     "sample_index",
+    "split_and_loader",
 ]
 
 SPLITS = ("train", "val", "repair", "test")
@@ -173,9 +186,12 @@ def make_source(
 
 
 def batch_size_of(loader: DataLoader[Any]) -> int:
-    """How many samples a loader puts into a batch; 1 where a batch sampler of the user's own does not say."""
+    """How many samples a loader puts into a batch; on average, where a batch sampler of the user's own does not say."""
     sampler = loader.batch_sampler
-    return loader.batch_size or (sampler.batch_size if isinstance(sampler, _HasBatchSize) else None) or 1
+    said = loader.batch_size or (sampler.batch_size if isinstance(sampler, _HasBatchSize) else None)
+    if said or not isinstance(sampler, Sized) or not len(sampler):
+        return said or 1
+    return -(-len(sample_index(loader)) // len(sampler))
 
 
 def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **arguments: Any) -> DataLoader[Any]:
@@ -191,6 +207,12 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
     )
 
 
+def split_and_loader(name: str) -> tuple[str, str]:
+    """`val:1` as the split and the number or key of one of its loaders; `val` as that and nothing."""
+    split, _, which = name.partition(":")
+    return split, which
+
+
 def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
     """The one data loader inside what the user gave; refuses what cannot be read sample by sample.
 
@@ -204,7 +226,8 @@ def check_loader(loader: Any, split: str, instead: str = "") -> DataLoader[Any]:
         loader = list(loader.values())
     if isinstance(loader, (list, tuple)):
         if len(loader) != 1:
-            hint = "name one of them: pass a single DataLoader as `passed=` or `failed=`."
+            names = f"such as '{split}:0', or " if split in SPLITS and loader else ""
+            hint = f"name one of them: {names}pass a single DataLoader as `passed=` or `failed=`."
             raise refused(f"{len(loader)} data loaders at once", hint)
         return check_loader(loader[0], split, instead)
     if not isinstance(loader, DataLoader):
@@ -223,7 +246,8 @@ def check_data(
     argument: str, value: str | DataLoader[Any] | None, names: Sequence[str] = SPLITS, *, optional: bool = False
 ) -> str | DataLoader[Any] | None:
     """What the user said about data: the name of a split, the one data loader inside of what was given, or None."""
-    if (isinstance(value, str) and value not in names) or (value is None and not optional):
+    known = (*names, *(f"{name}:{split_and_loader(value)[1]}" for name in SPLITS)) if isinstance(value, str) else names
+    if (isinstance(value, str) and value not in known) or (value is None and not optional):
         raise ConfigurationError(
             f"`{argument}={value!r}` is no split.", f"write one of {list(names)} or pass a DataLoader."
         )
@@ -231,11 +255,37 @@ def check_data(
 
 
 def sample_index(loader: DataLoader[Any]) -> Tensor:
-    """Positions of the samples that a loader would give, ascending: a subset sampler's, else the whole data set."""
-    _, sampler = sampler_of(loader)
+    """Positions of the samples that a loader gives, ascending: those that its sampler is over, else the whole data set.
+
+    A sampler of the user's own is over a subset if it draws the same one twice; one with weights, over those above 0.
+    """
+    n = len(loader.dataset)  # type: ignore[arg-type]
+    outer, sampler = sampler_of(loader)
     if isinstance(sampler, _HasIndices) and sampler.indices is not None and not isinstance(sampler, SequentialSampler):
         return torch.as_tensor(sorted({int(i) for i in sampler.indices}), dtype=torch.int64)
-    return torch.arange(len(loader.dataset))  # type: ignore[arg-type]
+    if isinstance(sampler, WeightedRandomSampler) and len(sampler.weights) == n:
+        return sampler.weights.cpu().nonzero().flatten()
+    makes_batches = outer is sampler and type(loader.batch_sampler) is not BatchSampler
+    own = loader.batch_sampler if makes_batches else sampler
+    # Over several ranks each would draw its own share.
+    shared = isinstance(own, DistributedSampler) or (is_initialized() and get_world_size() > 1)
+    if shared or isinstance(own, (SequentialSampler, RandomSampler, WeightedRandomSampler)):
+        return torch.arange(n)
+    with random_state():
+        first, second = _drawn(own, n), _drawn(own, n)
+    return torch.tensor(sorted(first)) if first and first == second else torch.arange(n)
+
+
+def _drawn(sampler: Any, n: int) -> set[int] | None:
+    """The positions that a copy of a sampler draws; None where it cannot be copied, or draws what is no position."""
+    found: set[int] = set()
+    try:
+        # One that never ends draws no more than as many batches as there are samples.
+        for item in islice(copy.deepcopy(sampler), n):
+            found |= {int(i) for i in item} if isinstance(item, Iterable) else {int(item)}
+    except Exception:
+        return None
+    return found if all(0 <= i < n for i in found) else None
 
 
 def parse_adapter(adapter: str | Adapter | None) -> Adapter:

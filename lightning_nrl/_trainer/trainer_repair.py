@@ -16,7 +16,7 @@ from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
-from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
 from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.own_step import check_own_step
@@ -59,7 +59,7 @@ class TrainedModel:
     training: ContinuedTraining
     evaluator: Evaluator
     observer: RepairProgress | None = None
-    randomness: str = ""  # sentences on splits that draw at random, for the report
+    notes: str = ""  # sentences on limits of batches, and on splits that draw at random, for the report
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TrainerRepair:
                 reference=self.reference,
                 observer=trained.observer,
             )
-            reason = f"{outcome.report.reason} {trained.randomness}".rstrip()
+            reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             names = class_names(trained.known)
             return replace(outcome, report=replace(outcome.report, reason=reason, class_names=names))
 
@@ -113,7 +113,8 @@ class TrainerRepair:
         with random_state(), validating(trainer), RepairProgress(trainer) as progress:
             found = self._trained(trainer, model, epochs, limit=batch_limit(trainer), whole=whole)
             randomness = report_stability([*found.known, *found.unseen, *found.calibration])
-            yield replace(found, observer=progress, randomness=randomness)
+            notes = f"{describe_limits(trainer, found.known)} {randomness}".strip()
+            yield replace(found, observer=progress, notes=notes)
 
     def _trained(
         self, trainer: Trainer, model: LightningModule, epochs: int, *, limit: int | None, whole: bool

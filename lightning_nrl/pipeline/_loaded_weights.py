@@ -16,7 +16,9 @@ from lightning_nrl._utils.state import State, changed, live_tensors, snapshot, w
 __all__ = ["to_be_loaded"]
 
 
-def to_be_loaded(model: nn.Module, patch: State, rewritten: Mapping[int, Tensor]) -> tuple[State, State]:
+def to_be_loaded(
+    model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
+) -> tuple[State, dict[str, Tensor]]:
     """What to save so that `eval()` makes of it what is wanted, as nearly as the module lets it.
 
     Args:
@@ -49,7 +51,7 @@ def to_be_loaded(model: nn.Module, patch: State, rewritten: Mapping[int, Tensor]
 
 
 def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
-    """The module's own way back by `train()`, the same change of the weights before `eval()`, and the weights wanted."""
+    """The module's own way back by `train()`, the same change before `eval()`, and the weights wanted."""
     write(model, wanted)
     model.train()
     yield snapshot(model)

@@ -153,7 +153,7 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
         return Outcome(builder.without_candidate("not repaired", reason))
     saved, patch = to_be_loaded(problem.model, changed(problem.model, result.state), rewritten)
     if not patch:
-        # The polish of a weaker patch went all the way back, or `eval()` does, or the change is below what the weights resolve.
+        # The polish of a weaker patch, or `eval()`, went all the way back, or the change is below what weights resolve.
         reason = f"at strength {result.chosen:g} nothing is left of the change."
         return Outcome(builder.without_candidate("not repaired", reason))
     report = _judged(problem, patch, builder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
+    Sampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    random_split,
 )
 
 from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RepairReport, Target, repair
@@ -61,6 +64,43 @@ SAMPLERS: dict[str, tuple[Callable[[Any], dict[str, Any]], int]] = {
         134,
     ),
     "weighted": (lambda n: {"sampler": WeightedRandomSampler([1.0] * n, 50), "batch_size": 32}, 400),
+}
+
+
+class OwnSampler(Sampler[int]):
+    """Every third position, in reverse, without saying so."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(0, self.n, 3)[::-1])
+
+
+class OwnBatches(OwnSampler):
+    """The same in batches of 10."""
+
+    def __iter__(self) -> Iterator[Any]:
+        positions = list(super().__iter__())
+        return iter([positions[i : i + 10] for i in range(0, len(positions), 10)])
+
+    def __len__(self) -> int:
+        return 14
+
+
+class RandomThird(OwnSampler):
+    def __iter__(self) -> Iterator[int]:
+        return iter(torch.randperm(self.n)[: self.n // 3].tolist())
+
+
+SAMPLERS |= {
+    "own": (lambda n: {"sampler": OwnSampler(n), "batch_size": 32}, 134),
+    "own in batches": (lambda n: {"batch_sampler": OwnBatches(n)}, 134),
+    "own at random": (lambda n: {"sampler": RandomThird(n), "batch_size": 32}, 400),
+    "zero weights": (
+        lambda n: {"sampler": WeightedRandomSampler([float(i % 3 == 0) for i in range(n)], 50), "batch_size": 32},
+        134,
+    ),
 }
 
 
@@ -485,3 +525,100 @@ def test_each_loader_is_asked_for_once_a_pass(tmp_path: Path, trained: Classifie
     repair(quiet_trainer(tmp_path), trained, datamodule=data, callback=callback)
     # A pass before, over a batch of each, and the repair itself; and Lightning's own fit, which makes no step.
     assert data.asked == {"train": 3, "val": 2, "repair": 2, "test": 2}
+
+
+class SeveralValidations(Digits):
+    repair_dataloader = None  # type: ignore[assignment]
+
+    def val_dataloader(self) -> Any:
+        return {"clean": DataLoader(self.val, 64), "noisy": DataLoader(self.repair, 64)}
+
+
+class Listed(SeveralValidations):
+    def val_dataloader(self) -> Any:
+        return list(super().val_dataloader().values())
+
+
+class ValidatesSeveral(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SeveralValidations, "val:noisy"), (Listed, "val:1")])
+def test_one_of_several_validation_loaders_is_named(tmp_path: Path, kind: type[Digits], name: str) -> None:
+    report, model = repaired(tmp_path, kind(), ValidatesSeveral(), failed=name)
+    assert sizes(report) == {"train": 400, name: 203}
+    assert_true(report, name, model, Digits().repair)
+    with pytest.raises(ConfigurationError, match=r"`val` data have no loader '7'.\nHINT: take one of"):
+        repaired(tmp_path, kind(), ValidatesSeveral(), failed="val:7")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n", "said"),
+    [
+        ({"overfit_batches": 2}, [64, 128], "`overfit_batches`: known data are 64 samples of `train`"),
+        ({"overfit_batches": 0.5}, [192, 128], "`overfit_batches`: known data are 192 samples of `train`"),
+        ({"limit_train_batches": 2}, [400, 203], "All 400 samples of `train` are known data, whatever"),
+        ({"limit_train_batches": 0.5}, [400, 203], "All 400 samples of `train` are known data, whatever"),
+        ({"limit_val_batches": 0}, [400, 203], ""),
+    ],
+)
+def test_it_is_said_what_limits_of_batches_mean_for_known_data(
+    tmp_path: Path, arguments: dict[str, Any], n: list[int], said: str
+) -> None:
+    callback = quick_repair()
+    quiet_trainer(tmp_path, callback, max_epochs=1, **arguments).fit(Classifier(), datamodule=Digits())
+    assert callback.report is not None
+    assert [split.n for split in callback.report.splits] == n
+    assert said in callback.report.reason
+    assert ("batches`" in callback.report.reason) == bool(said)
+
+
+class SplitAnew(Digits):
+    """Splits at random in every `setup`; test data are there after their own."""
+
+    repair_dataloader = None  # type: ignore[assignment]
+
+    def setup(self, stage: str) -> None:
+        parts = random_split(Digits().train if self.reads_anew else self.train, [200, 100, 100])
+        if stage == "fit":
+            self.train_part, self.val_part, _ = parts
+        else:
+            self.test_part = parts[2]
+
+    reads_anew = False
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_part, 32)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.val_part, 64)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.test_part, 64)
+
+
+class ReadAnew(SplitAnew):
+    reads_anew = True
+
+
+@pytest.mark.parametrize("kind", [SplitAnew, ReadAnew])
+def test_test_data_that_a_new_split_makes_known_are_noticed(tmp_path: Path, kind: type[Digits]) -> None:
+    with pytest.warns(DataWarning, match=r"`unseen`: \d+ of the 100 samples of `test` are known"):
+        report, _ = repaired(tmp_path, kind(), unseen="test")
+    assert sizes(report) == {"train": 200, "val": 100, "test": 100}
+
+
+def test_subsets_that_overlap_are_known_in_both(tmp_path: Path) -> None:
+    class Overlapping(Digits):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(Subset(self.train, range(300)), 32)
+
+        def repair_dataloader(self) -> DataLoader:
+            return DataLoader(Subset(self.train, range(200, 400)), 32)
+
+    report, model = repaired(tmp_path, Overlapping())
+    images, labels, _ = Digits().train.tensors
+    assert sizes(report) == {"train": 300, "repair": 200}
+    assert_true(report, "train", model, TensorDataset(images[:300], labels[:300]))
+    assert_true(report, "repair", model, TensorDataset(images[200:], labels[200:]))

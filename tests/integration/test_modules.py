@@ -132,8 +132,8 @@ class NeverCopied(Classifier):
         raise TypeError("this one is not copied")
 
 
-@pytest.mark.parametrize(("kind", "match"), [(Closed, "its copy stays as it is"), (NeverCopied, "cannot be copied")])
-def test_a_training_that_cannot_go_on_is_warned_of(tmp_path: Path, kind: type[Classifier], match: str) -> None:
+@pytest.mark.parametrize(("kind", "match"), [(Closed, "changed nothing"), (NeverCopied, "cannot be copied")])
+def test_a_training_that_does_not_go_on_is_warned_of(tmp_path: Path, kind: type[Classifier], match: str) -> None:
     with pytest.warns(TrainingWarning, match=match):
         assert continued(tmp_path, kind()).status == "not repaired"
 

@@ -24,7 +24,7 @@ from lightning_nrl import (
     diagnose,
     repair,
 )
-from lightning_nrl.errors import ReplayError
+from lightning_nrl.errors import DataWarning, ReplayError
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.search import Fitness
 
@@ -126,7 +126,9 @@ class Several(Digits):
 
 
 def test_several_loaders_at_once_are_refused(tmp_path: Path) -> None:
-    assert refused(tmp_path, Several(), quick_repair()).startswith("`train` data: 2 data loaders at once.")
+    message = refused(tmp_path, Several(), quick_repair())
+    assert message.startswith("`train` data: 2 data loaders at once.")
+    assert "such as 'train:0'" in message
 
 
 def test_one_of_several_loaders_may_be_named(tmp_path: Path) -> None:
@@ -155,9 +157,11 @@ class TrainAlone(LightningDataModule):
         return Digits().train_dataloader()
 
 
-def test_without_data_that_may_fail_there_is_an_error(tmp_path: Path) -> None:
-    message = refused(tmp_path, TrainAlone(), quick_repair())
-    assert message.startswith("`failed='auto'`: there is no `repair_dataloader()` or `val_dataloader()`")
+def test_without_validation_data_failures_of_the_train_data_are_repaired_and_that_is_said(tmp_path: Path) -> None:
+    repair = quick_repair()
+    with pytest.warns(DataWarning, match="failures of the train data are repaired"):
+        quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=TrainAlone())
+    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400)]
 
 
 def test_failures_may_come_from_the_train_data_alone(tmp_path: Path) -> None:
