@@ -109,10 +109,19 @@ class ContinuedTraining:
         how = _Course(seed, start or {}, weight, rate)
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
-                return self._trained(end, clock, self.epochs if epochs is None else epochs, how, folder)
+                state = self._trained(end, clock, self.epochs if epochs is None else epochs, how, folder)
         except CannotTrainError as error:
             self._warn(str(error).partition("\n")[0])
             return None
+        before = {**current_state(self.model), **how.start}
+        if state is not None and all(torch.equal(value, state[name]) for name, value in before.items()):
+            rank_zero_warn(
+                TrainingWarning(
+                    f"the training of {type(self.model).__name__} went on for a repair and changed nothing.",
+                    "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method.",
+                )
+            )
+        return state
 
     def warn(self) -> bool:
         """Warns if training cannot go on, and says whether it did."""
@@ -142,14 +151,6 @@ class ContinuedTraining:
             return None
         state = self._fit(TimeBudget(end, collective, clock, optional=optional), epochs, course, folder)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
-        before = {**current_state(self.model), **course.start}
-        if all(torch.equal(value, state[name]) for name, value in before.items()):
-            rank_zero_warn(
-                TrainingWarning(
-                    f"the training of {type(self.model).__name__} went on for a repair and changed nothing.",
-                    "a lambda or closure in it may hold the module itself, which a copy then trains; make it a method.",
-                )
-            )
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
     def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:

@@ -518,19 +518,28 @@ def test_callbacks_that_the_model_asks_for_take_part_unless_they_save_or_stop() 
 
 
 class Caching(Net):
-    """Keeps a tensor of the graph, which cannot be copied."""
+    """Keeps a tensor of the graph, which is copied without it."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.loss = super().training_step(batch, batch_idx)
         return self.loss
 
 
+def test_a_result_with_its_graph_does_not_keep_a_model_from_being_copied() -> None:
+    assert fit(Caching(), Continue()) is not None
+
+
+class Uncopied(Net):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("this one is not copied")
+
+
 def test_a_model_that_cannot_be_copied_is_warned_of() -> None:
     with pytest.warns(
         UserWarning,
-        match=r"training of Caching cannot go on for a repair: it or its trainer cannot be copied.*\n.*HINT",
+        match=r"training of Uncopied cannot go on for a repair: it or its trainer cannot be copied.*\n.*HINT",
     ):
-        assert fit(Caching(), Continue()) is None
+        assert fit(Uncopied(), Continue()) is None
 
 
 BARE = TensorDataset(*blobs(9))
