@@ -28,6 +28,7 @@ from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import SearchOptions, Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
@@ -48,6 +49,7 @@ class Case:
     budget: int | None = None  # MiB; None: as by default
     disk: bool = True  # whether temporary files may be written
     method: Any = SWARM
+    localizer: Any = "neurecover-lite"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ CASES = {
     "resnet50 64 px, half": Case(vision("resnet50"), images(64), RESNET, 256, 32, 28),
     "resnet50 64 px, mapped": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8),
     "resnet50 64 px, again": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8, disk=False),
+    "resnet50 64 px, head": Case(vision("resnet50"), images(64), ("fc",), 256, 32, 256, method="convex"),
     "resnet50 224 px, fits": Case(vision("resnet50"), images(224), RESNET, 16, 4, 256),
     "resnet50 224 px, mapped": Case(vision("resnet50"), images(224), RESNET, 16, 4, 6),
     "vit_b_16 224 px, fits": Case(vision("vit_b_16"), images(224), VIT, 8, 2, 512),
@@ -137,8 +140,8 @@ CASES = {
     "bert 256 x 4, fits": Case(Bert, tokens, BERT, 400, 50, 512),
     "bert 256 x 4, half": Case(Bert, tokens, BERT, 400, 50, 200),
     "bert 256 x 4, mapped": Case(Bert, tokens, BERT, 400, 50, 32),
-    "small 1e5, swarm": Case(mlp, numbers, ("2",), 10**5, 4096),
-    "small 1e6, swarm": Case(mlp, numbers, ("2",), 10**6, 4096),
+    "small 1e5, swarm": Case(mlp, numbers, ("2",), 10**5, 4096, localizer=AllWeights()),
+    "small 1e6, swarm": Case(mlp, numbers, ("2",), 10**6, 4096, localizer=AllWeights()),
     "small 1e5, convex": Case(mlp, numbers, ("2",), 10**5, 4096, method="convex"),
     "small 1e6, convex": Case(mlp, numbers, ("2",), 10**6, 4096, method="convex"),
 }
@@ -177,11 +180,12 @@ def measured(name: str) -> list[str]:
     began = time.perf_counter()
     budget = None if case.budget is None else case.budget * MIB
     layer = case.layers if len(case.layers) > 1 else case.layers[0]
-    settings = Settings(layer=layer, method=case.method, search=SearchOptions(budget=budget), max_time=500)
+    search = SearchOptions(budget=budget, localizer=case.localizer)
+    settings = Settings(layer=layer, method=case.method, search=search, max_time=500)
     report = repair_module(model, [source], settings).report
     whole = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kept = report.steps[-1].note.partition("activations of ")[2] or "in memory"
+    kept = report.steps[-1].note.partition("activations of ")[2] if report.steps else "-"
     spent = report.seconds
     counts = f"{report.splits[0].repaired} : {report.splits[0].broken}"
     return [
@@ -189,7 +193,7 @@ def measured(name: str) -> list[str]:
         f"{case.n:,}",
         "default" if case.budget is None else f"{case.budget} MiB",
         f"{per_sample / 1000:,.1f} kB",
-        kept,
+        kept or "in memory",
         f"{seconds:.1f} s",
         f"{spent.get('localize', 0):.1f} s",
         f"{spent.get('search', 0) + spent.get('solve', 0):.1f} s",
