@@ -243,7 +243,7 @@ class RegressionFreeRepair(CallbackBase):
         self._parameters, self._pending = outcome.parameters, True
         try:
             write_patch_file(report, trainer, pl_module, outcome.parameters or {})
-            publish(report, trainer, name, change=outcome.change, verbose=self.verbose)
+            publish(report, trainer, name, change=outcome.change, verbose=self.verbose, views=outcome.views)
         except BaseException:
             self.report = self._parameters = None
             raise

@@ -14,6 +14,7 @@ from lightning_nrl._tracking.tensorboard import write_extras
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["to_each", "track", "track_numbers", "track_release", "writer_of"]
 
@@ -26,6 +27,7 @@ def track(
     step: int,
     change: Tensor | None = None,
     name: str = "repair",
+    views: Sequence[SampleView] = (),
 ) -> None:
     """Writes a repair to every logger, on rank zero.
 
@@ -34,9 +36,9 @@ def track(
     To be called before the loggers are finalised: a TensorBoard writer that is used later opens a second file.
 
     The change of every searched weight is for a histogram; None if there was no candidate. Tags begin with `name`; a
-    second repair in the same log needs another one.
+    second repair in the same log needs another one. Views of samples are for TensorBoard's images.
     """
-    to_each(loggers, partial(_write, report, step=step, change=change, name=name), "repair")
+    to_each(loggers, partial(_write, report, step=step, change=change, name=name, views=views), "repair")
 
 
 @rank_zero_only
@@ -81,13 +83,21 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
             )
 
 
-def _write(report: RepairReport, logger: Logger, *, step: int, change: Tensor | None, name: str) -> None:
+def _write(
+    report: RepairReport,
+    logger: Logger,
+    *,
+    step: int,
+    change: Tensor | None,
+    name: str,
+    views: Sequence[SampleView],
+) -> None:
     for iteration, scalars in enumerate(search_curves(report, name)):
         logger.log_metrics(scalars, step=iteration)
     for strength, scalars in strength_curves(report, name).items():
         logger.log_metrics(scalars, step=strength)
     logger.log_metrics(final_numbers(report, name), step=step)
     if writer := writer_of(logger):
-        write_extras(report, writer, step=step, change=change, name=name)
+        write_extras(report, writer, step=step, change=change, name=name, views=views)
     # Now, as the process may end before loggers are finalised.
     logger.save()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_nrl._tracking.scalars import outcome, search_curves, strength_curves
 from lightning_nrl.report import RepairReport, repair_figures
 from lightning_nrl.report._figures import image_of
+from lightning_nrl.report.repair_plot import gallery_figures
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["hparams", "layout", "write_extras"]
 
@@ -23,7 +25,13 @@ FIRST = ("accepted", "known_repaired_in_target", "known_broken", "unseen_repaire
 
 
 def write_extras(
-    report: RepairReport, writer: SummaryWriter, *, step: int, change: Tensor | None, name: str = "repair"
+    report: RepairReport,
+    writer: SummaryWriter,
+    *,
+    step: int,
+    change: Tensor | None,
+    name: str = "repair",
+    views: Sequence[SampleView] = (),
 ) -> None:
     """Writes what only TensorBoard shows, for a writer of the run in which the scalars are; arguments as of `track`.
 
@@ -34,6 +42,8 @@ def write_extras(
     if find_spec("matplotlib") is not None:
         for title, figure in repair_figures(report).items():
             writer.add_image(f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC")
+        for title, figure in gallery_figures(views).items():
+            writer.add_image(f"{name}_samples/{title}", image_of(figure), step, dataformats="HWC")
     if change is not None and change.numel():
         writer.add_histogram(f"{name}/weight_change", change.detach().float().cpu(), step)
     charts = layout(report, name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Shown
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = [
     "REPAIRED_FILES",
@@ -84,9 +86,13 @@ def report_files(
     return written, folder.name if dirpath is None else name
 
 
-def write_report(report: RepairReport | ReleaseReport) -> None:
-    """Writes the report to the files that it names."""
-    for kind, text in (("json", report.to_json), ("markdown", report.to_markdown), ("html", report.to_html)):
+def write_report(report: RepairReport | ReleaseReport, views: Sequence[SampleView] = ()) -> None:
+    """Writes the report to the files that it names, with views of samples where these can be shown."""
+    for kind, text in (
+        ("json", report.to_json),
+        ("markdown", report.to_markdown),
+        ("html", partial(report.to_html, views)),
+    ):
         if kind in report.files:
             Path(report.files[kind]).write_text(text(), encoding="utf-8")
 
@@ -109,7 +115,15 @@ def show(report: Shown) -> None:
         get_console().print(report.to_table())
 
 
-def publish(report: RepairReport, trainer: Trainer, name: str, *, change: Tensor | None, verbose: bool) -> None:
+def publish(
+    report: RepairReport,
+    trainer: Trainer,
+    name: str,
+    *,
+    change: Tensor | None,
+    verbose: bool,
+    views: Sequence[SampleView] = (),
+) -> None:
     """Saves the checkpoint, writes the files, logs and prints.
 
     `change` is that of each weight that differs; tags begin with `name`.
@@ -117,8 +131,8 @@ def publish(report: RepairReport, trainer: Trainer, name: str, *, change: Tensor
     if "checkpoint" in report.files:
         trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
     if trainer.is_global_zero:
-        write_report(report)
-        track(report, trainer.loggers, step=trainer.global_step, change=change, name=name)
+        write_report(report, views)
+        track(report, trainer.loggers, step=trainer.global_step, change=change, name=name, views=views)
         if verbose:
             show(report)
     trainer.callback_metrics.update(headline(report, name))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
 
 from lightning_nrl._trainer.loaders import SPLITS, check_data, parse_adapter
+from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import check_choice, check_whole
 
@@ -30,6 +32,8 @@ class DataOptions:
             `package.module:function`; None: `(x, y, *extras)` or a mapping with the usual keys.
         draws: how many fixed draws of each known sample are counted where its data set draws at random, as
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
+        render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
+            its address; None: inputs that look like images are shown.
         start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
 
     Raises:
@@ -41,6 +45,7 @@ class DataOptions:
     failed: str | DataLoader[Any] = "auto"
     adapter: str | Adapter | None = None
     draws: int = 1
+    render: str | Callable[[Any], Any] | None = None
     start_from: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -48,8 +53,15 @@ class DataOptions:
             object.__setattr__(self, name, check_data(name, getattr(self, name), ("auto", *SPLITS)))
         adapter = parse_adapter(self.adapter)
         object.__setattr__(self, "adapter", adapter)
+        if self.render is not None:
+            object.__setattr__(self, "render", import_function("render", self.render))
         check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
+
+    @property
+    def renderer(self) -> Callable[[Any], Any] | None:
+        """Makes an image or text of a sample."""
+        return cast(Callable[[Any], Any] | None, self.render)
 
     @property
     def unpack(self) -> Adapter:

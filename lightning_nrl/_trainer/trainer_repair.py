@@ -18,6 +18,7 @@ from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
 from lightning_nrl._trainer.deployed_prediction import as_deployed
+from lightning_nrl._trainer.flipped_inputs import sample_views
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.own_step import check_own_step
 from lightning_nrl._trainer.progress import RepairProgress
@@ -100,7 +101,10 @@ class TrainerRepair:
             )
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             names = class_names(trained.known)
-            return replace(outcome, report=replace(outcome.report, reason=reason, class_names=names))
+            report = replace(outcome.report, reason=reason, class_names=names)
+            sources = [*trained.known, *trained.unseen, *trained.calibration]
+            views = sample_views(report, sources, self.data.known.renderer) if trainer.is_global_zero else ()
+            return replace(outcome, report=report, views=views)
 
     @contextmanager
     def opened(

@@ -33,6 +33,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "data.failed": WITH_A_TRAINER,
     "data.adapter": (*WITH_A_TRAINER, "ReleaseGate"),
     "data.draws": WITH_A_TRAINER,
+    "data.render": ("RegressionFreeRepair", "repair"),
     "data.start_from": ("RegressionFreeRepair",),
     "samples.importance": SEARCHES,
     "samples.slices": (*REPAIRS, "ReleaseGate"),

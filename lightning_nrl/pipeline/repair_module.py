@@ -31,6 +31,7 @@ from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -47,11 +48,13 @@ class Outcome:
         parameters: whole repaired parameters and buffers by the names of the state dict, to be written into the model;
             None unless accepted.
         change: the change of each weight that differs, accepted or not; None if no candidate was found.
+        views: flipped samples to be shown to a reviewer.
     """
 
     report: RepairReport
     parameters: State | None = None
     change: Tensor | None = None
+    views: tuple[SampleView, ...] = ()
 
     def write(self, model: nn.Module) -> bool:
         """Copies the repaired weights into a model; one whose repair was not accepted stays as it is.

@@ -36,6 +36,9 @@ STYLE = """
 .report dt { opacity: .7; } .report dd { margin: 0; overflow-wrap: anywhere; }
 .report .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
 .report figure { margin: 0; max-width: 30rem; } .report figure svg { width: 100%; height: auto; }
+.report .gallery { display: flex; flex-wrap: wrap; gap: .8rem; }
+.report .gallery figure { width: 9.5rem; } .report .gallery img { width: 100%; image-rendering: pixelated; }
+.report .gallery pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
 .report figcaption { font-size: .9rem; }
 .report input { font: inherit; padding: .2rem .5rem; width: 22rem; max-width: 100%; }
 .report th button { all: unset; cursor: pointer; font-weight: 600; }
@@ -102,8 +105,16 @@ class HtmlTable:
         )
 
 
+Gallery = Sequence[tuple[str, str]]
+"""Captions, each with what is shown above it, as HTML."""
+
+
 def html_page(
-    title: str, page: Page, figures: Mapping[str, str] | None = None, tables: Sequence[HtmlTable] = ()
+    title: str,
+    page: Page,
+    figures: Mapping[str, str] | None = None,
+    tables: Sequence[HtmlTable] = (),
+    galleries: Mapping[str, Gallery] | None = None,
 ) -> str:
     """A whole document.
 
@@ -112,8 +123,9 @@ def html_page(
         page: what it shows; the figures stand behind its first table.
         figures: SVG by caption.
         tables: come last.
+        galleries: by heading, stand behind the figures.
     """
-    body = html_fragment(page, figures, tables)
+    body = html_fragment(page, figures, tables, galleries)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -121,10 +133,15 @@ def html_page(
     )
 
 
-def html_fragment(page: Page, figures: Mapping[str, str] | None = None, tables: Sequence[HtmlTable] = ()) -> str:
+def html_fragment(
+    page: Page,
+    figures: Mapping[str, str] | None = None,
+    tables: Sequence[HtmlTable] = (),
+    galleries: Mapping[str, Gallery] | None = None,
+) -> str:
     """The same as a part of another document, such as a notebook; without scripts."""
     parts: list[str] = []
-    drawn = _figures(figures or {})
+    drawn = _figures(figures or {}) + "".join(_gallery(title, own) for title, own in (galleries or {}).items())
     for block in page.blocks:
         parts += _html(block)
         if isinstance(block, Table) and drawn:
@@ -152,6 +169,11 @@ def _figures(figures: Mapping[str, str]) -> str:
         for caption, svg in figures.items()
     )
     return f'<div class="figures">\n{drawn}\n</div>' if drawn else ""
+
+
+def _gallery(title: str, items: Gallery) -> str:
+    shown = "\n".join(f"<figure>{html}<figcaption>{escape(caption)}</figcaption></figure>" for caption, html in items)
+    return f'\n<h2>{escape(title)}: what was seen</h2>\n<div class="gallery">\n{shown}\n</div>'
 
 
 def _html(block: Block) -> Iterator[str]:

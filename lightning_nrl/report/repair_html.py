@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from html import escape
 from importlib.util import find_spec
 
 from lightning_nrl.report._formatting import number
@@ -11,6 +13,8 @@ from lightning_nrl.report.repair_page import page_of_repair
 from lightning_nrl.report.repair_plot import repair_figures
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.report_base import html_of
+from lightning_nrl.report.sample_tables import flipped_splits
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["html_of_repair"]
 
@@ -29,7 +33,7 @@ COLUMNS = (
 
 
 @html_of.register
-def html_of_repair(report: RepairReport) -> str:
+def html_of_repair(report: RepairReport, views: Sequence[SampleView] = ()) -> str:
     """The whole page for a reviewer, figures where matplotlib is installed, and a table of all flipped samples."""
     page, figures = page_of_repair(report, full=True), {}
     if find_spec("matplotlib") is None:
@@ -38,13 +42,21 @@ def html_of_repair(report: RepairReport) -> str:
     else:
         figures = {title: svg_of(figure) for title, figure in repair_figures(report).items()}
     title = f"{report.status.capitalize()}: {report.target}"
-    return html_page(title, page, figures, _flipped(report))
+    return html_page(title, page, figures, _flipped(report), _galleries(views))
+
+
+def _galleries(views: Sequence[SampleView]) -> dict[str, list[tuple[str, str]]]:
+    """By heading the captions of samples, each with its picture or its text as HTML."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for view in views:
+        shown = f'<img src="{view.png}" alt="">' if view.pixels is not None else f"<pre>{escape(view.text)}</pre>"
+        found.setdefault(f"{view.flip.capitalize()} in {view.split}", []).append((view.caption, shown))
+    return found
 
 
 def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
-    splits = tuple(both.now for both in report.update) or report.candidate or report.splits
     rows = []
-    for split in splits:
+    for split in flipped_splits(report):
         for one in split.flipped:
             cells = [split.split, str(one.id), one.flip]
             cells += [report.class_name(label) for label in (one.label, one.predicted_before, one.predicted_after)]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from lightning_nrl.report._figures import INK, figure_of, new_figure
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_tables import confusion_changes
+from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ROLES, SplitReport, pool
 
-__all__ = ["draw_repair", "repair_figures"]
+__all__ = ["draw_repair", "gallery_figures", "repair_figures"]
 
 BEFORE_COLOUR, AFTER_COLOUR = "#999999", "#0072B2"
 REPAIRED_COLOUR, BROKEN_COLOUR = "#009E73", "#D55E00"
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
 LINE_COLOUR = "#DDDDDD"
 PLOTTED_CONFUSIONS = 12
+GALLERY_COLUMNS, GALLERY_CELL, CAPTION_HEIGHT = 6, 1.6, 0.5  # inches
+CAPTION_WIDTH = 26  # characters
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 
 Draw = Callable[[Any], None]
@@ -35,6 +39,28 @@ def repair_figures(report: RepairReport) -> dict[str, Any]:
         draw(figure.subplots())
         figures[title] = figure
     return figures
+
+
+def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
+    """Pictures of flipped samples with their captions, by flip and split; those shown as text are left out."""
+    galleries: dict[str, list[SampleView]] = {}
+    for view in views:
+        if view.pixels is not None:
+            galleries.setdefault(f"{view.flip} in {view.split}", []).append(view)
+    return {title: _gallery(own) for title, own in galleries.items()}
+
+
+def _gallery(views: Sequence[SampleView]) -> Any:
+    n_columns = min(len(views), GALLERY_COLUMNS)
+    n_rows = -(-len(views) // n_columns)
+    figure = new_figure(GALLERY_CELL * n_columns, (GALLERY_CELL + CAPTION_HEIGHT) * n_rows)
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    for own in axes:
+        own.set_axis_off()
+    for own, view in zip(axes, views, strict=False):
+        own.imshow(view.pixels, interpolation="nearest")
+        own.set_title("\n".join(wrap(view.caption, CAPTION_WIDTH)), color=INK, fontsize=7)
+    return figure
 
 
 @figure_of.register

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import singledispatch
 
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl.report.html_page import html_fragment, html_page
 from lightning_nrl.report.page import Heading, Page, Shown
+from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["Report", "html_of", "page_of"]
 
@@ -23,7 +25,7 @@ def page_of(report: object, full: bool = False) -> Page:
 
 
 @singledispatch
-def html_of(report: object) -> str:
+def html_of(report: object, views: Sequence[SampleView] = ()) -> str:
     """The HTML document of a report: its whole page; the module that has more to show registers its kind here."""
     page = page_of(report, full=True)
     title = next((block.text for block in page.blocks if isinstance(block, Heading)), type(report).__name__)
@@ -41,9 +43,13 @@ class Report(Record, Shown):
         """The page for a reviewer as Markdown: all of it, with whole paths."""
         return page_of(self, full=True).markdown()
 
-    def to_html(self) -> str:
-        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed."""
-        return html_of(self)
+    def to_html(self, views: Sequence[SampleView] = ()) -> str:
+        """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
+
+        Args:
+            views: flipped samples to be shown.
+        """
+        return html_of(self, views)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page for the console."""

@@ -8,12 +8,13 @@ from lightning_nrl.report._formatting import count, number, percent
 from lightning_nrl.report.page import Block, Heading, Row, Table
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip, FlippedSample
-from lightning_nrl.report.splits import ROLES, pool
+from lightning_nrl.report.splits import ROLES, SplitReport, pool
 
 __all__ = [
     "class_table",
     "confusion_changes",
     "confusion_table",
+    "flipped_splits",
     "most_telling",
     "sample_blocks",
     "sample_table",
@@ -27,7 +28,7 @@ LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
 
 def sample_blocks(report: RepairReport) -> Iterator[Block]:
     """By role the classes and confusions that changed, then the samples; of an update against the replaced model."""
-    splits = tuple(both.now for both in report.update) or report.candidate or report.splits
+    splits = flipped_splits(report)
     for role in ROLES:
         own = [split for split in splits if split.role == role]
         if own and any(split.broken or split.repaired for split in own):
@@ -45,6 +46,11 @@ def sample_blocks(report: RepairReport) -> Iterator[Block]:
                 listed = f", {most} of {len(samples):,}" if len(samples) > most else ""
                 yield Heading(f"{flip.capitalize()} in {split.split}, by position in the data set{listed}")
                 yield sample_table(samples[:most], report.class_name)
+
+
+def flipped_splits(report: RepairReport) -> tuple[SplitReport, ...]:
+    """The splits whose flips matter: of an update against the replaced model, of refused weights what they would do."""
+    return tuple(both.now for both in report.update) or report.candidate or report.splits
 
 
 def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:

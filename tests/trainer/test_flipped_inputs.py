@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl._trainer.flipped_inputs import sample_views, to_pixels
+from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl.errors import DataWarning
+from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl.report.sample_records import FlippedSample
+
+
+def source(x: torch.Tensor) -> LoaderSource:
+    data = TensorDataset(x, torch.arange(len(x)))
+    place = torch.arange(len(x))
+    return LoaderSource("val", True, True, place, place, DataLoader(data), SeededDataset(data, 0), lambda raw: raw)
+
+
+def report(*samples: FlippedSample) -> RepairReport:
+    split = SplitReport("val", "known", TargetCounts(0, 0, 0, 0), flipped=samples)
+    return RepairReport("repaired", "", (), "", "", "", (split,), class_names=("cat", "dog"))
+
+
+def with_pairs(one: LoaderSource) -> LoaderSource:
+
+    return replace(one, adapter=lambda raw: ((raw[0],), {}, raw[1]))
+
+
+IMAGES = torch.arange(3 * 16.0).reshape(3, 1, 4, 4)
+REPAIRED = FlippedSample(2, "repaired", True, 1, 0, 1, -0.5, 2.0)
+BROKEN = FlippedSample(0, "broken", False, 0, 0, 1, 0.5, -1.0)
+
+
+def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
+    views = sample_views(report(REPAIRED, BROKEN), [with_pairs(source(IMAGES))])
+    assert [view.flip for view in views] == ["broken", "repaired"]
+    assert views[0].caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
+    assert views[1].caption == "2: true dog, cat -> dog, margin -0.5 -> 2"
+    for view in views:
+        assert view.pixels is not None
+        assert (view.pixels.shape, view.pixels.dtype) == ((4, 4, 3), np.uint8)
+        assert (view.pixels[0, 0].tolist(), view.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
+
+
+def test_what_is_no_image_is_left_out() -> None:
+    assert sample_views(report(BROKEN), [with_pairs(source(torch.zeros(3, 10)))]) == ()
+    assert sample_views(report(BROKEN), []) == ()
+
+
+def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
+    rows = source(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    text = sample_views(report(BROKEN, REPAIRED), [rows], lambda sample: f"age {sample[0][1]:g}")
+    assert [(view.pixels, view.text) for view in text] == [(None, "age 2"), (None, "age 6")]
+    (image,) = sample_views(report(BROKEN), [rows], lambda sample: np.full((5, 6), 128, dtype=np.uint8))
+    assert image.pixels is not None
+    assert (image.pixels.shape, image.pixels.min(), image.pixels.max()) == ((5, 6, 3), 128, 128)
+
+
+def test_a_render_that_raises_costs_the_pictures_alone() -> None:
+    def render(sample: Any) -> Any:
+        raise ValueError("no such font")
+
+    with pytest.warns(DataWarning, match=r"`render`: .*ValueError: no such font"):
+        assert sample_views(report(BROKEN), [source(IMAGES)], render) == ()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (torch.full((3, 4, 5), 0.5), (4, 5, 3)),
+        (torch.full((4, 5, 3), 0.5), (4, 5, 3)),
+        (torch.full((1, 4, 5), 2.0), (4, 5, 3)),
+        (torch.zeros(4, 5, dtype=torch.bool), (4, 5, 3)),
+        (torch.full((4, 5), torch.nan), (4, 5, 3)),
+        (torch.zeros(7), None),
+        (torch.zeros(2, 4, 5), None),
+        (torch.zeros(3, 1, 5), None),
+        (torch.zeros(1, 3, 4, 5), None),
+    ],
+)
+def test_images_of_all_forms(image: torch.Tensor, expected: tuple[int, ...] | None) -> None:
+    pixels = to_pixels(image)
+    assert (None if pixels is None else pixels.shape) == expected
