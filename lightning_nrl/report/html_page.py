@@ -173,7 +173,7 @@ def _figures(figures: Mapping[str, str]) -> str:
 
 def _gallery(title: str, items: Gallery) -> str:
     shown = "\n".join(f"<figure>{html}<figcaption>{escape(caption)}</figcaption></figure>" for caption, html in items)
-    return f'\n<h2>{escape(title)}: what was seen</h2>\n<div class="gallery">\n{shown}\n</div>'
+    return f'\n<h2>{escape(title)}</h2>\n<div class="gallery">\n{shown}\n</div>'
 
 
 def _html(block: Block) -> Iterator[str]:

@@ -50,7 +50,7 @@ def _galleries(views: Sequence[SampleView]) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for view in views:
         shown = f'<img src="{view.png}" alt="">' if view.pixels is not None else f"<pre>{escape(view.text)}</pre>"
-        found.setdefault(f"{view.flip.capitalize()} in {view.split}", []).append((view.caption, shown))
+        found.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append((view.caption, shown))
     return found
 
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint, repair_html
-from lightning_nrl.report.repair_plot import draw_repair, repair_figures
+from lightning_nrl.report.repair_plot import draw_repair, gallery_figures, repair_figures
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.report.sample_views import SampleView
 
 SPLIT = SplitReport(
     "val",
@@ -81,3 +83,22 @@ def test_without_matplotlib_the_page_says_what_is_missing(monkeypatch: pytest.Mo
 def test_a_report_is_one_line_and_a_table_in_a_notebook() -> None:
     assert repr(REPORT) == "<RepairReport: repaired; known 1 repaired, 1 broken of 7>"
     assert REPORT._repr_html_().count("<table>") == 1
+
+
+def test_views_of_samples_are_pictures_and_text_under_the_figures() -> None:
+    picture = SampleView("val", "broken", "7: true cat", np.zeros((4, 4, 3), dtype=np.uint8))
+    text = SampleView("val", "repaired", "2: true dog", text="a <b> c")
+    found = REPORT.to_html([picture, text])
+    assert found.count('<img src="data:image/png;base64,') == 1
+    assert "<pre>a &lt;b&gt; c</pre><figcaption>2: true dog</figcaption>" in found
+    assert found.index("Inputs of samples broken in val") < found.index("Inputs of samples repaired in val")
+
+
+def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
+    pytest.importorskip("matplotlib")
+    views = [SampleView("val", "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8)) for i in range(7)]
+    figures = gallery_figures([*views, SampleView("val", "repaired", "", text="words")])
+    assert list(figures) == ["broken in val"]
+    shown = [axes for axes in figures["broken in val"].axes if axes.images]
+    assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == list(range(7))
+    assert shown[3].get_title() == "3"
