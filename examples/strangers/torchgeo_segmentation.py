@@ -46,10 +46,11 @@ def project() -> Project:
         package="torchgeo",
         lightning=L,
         make_module=lambda: SemanticSegmentationTask(
-            model="unet", backbone="resnet18", weights=None, in_channels=1, task="multiclass", num_classes=2
+            model="fcn", num_filters=16, weights=None, in_channels=1, task="multiclass", num_classes=2, lr=5e-3
         ),
         make_data=lambda: (DataLoader(Masks("train"), 20, shuffle=True), DataLoader(Masks("val"), 20)),
         n_validated=100,
+        epochs=8,
         options={"task": Segmentation(iou=IOU)},
         counting={"task": Segmentation(iou=IOU)},
         count=right_images,

@@ -165,8 +165,11 @@ def main(description: str | None, project: Callable[[], Project]) -> None:
             loading = {"ckpt_path": trained, "weights_only": it.weights_only}
             found = diagnose(it.trainer(folder / "diagnose"), it.module(), **it.data(), **loading, **options)
             agree = found.known["targeted"] == it.n_validated - it.right(trained, folder)
-            fixable = found.count("yes")
-            return f"{fixable} of {found.known['targeted']} can be fixed: {'agrees' if agree else 'DIFFERS'}"
+            judged = found.count("yes") + found.count("no")
+            fixable = (
+                f"{found.count('yes')} of {judged} that could be judged" if judged else "how many, cannot be judged"
+            )
+            return f"{found.known['targeted']} failures: {'agrees' if agree else 'DIFFERS'}; can be fixed: {fixable}"
 
         for name, use in (("fit", fit), ("repair", checkpoint), ("update", update), ("diagnose", diagnosis)):
             started = time.perf_counter()
