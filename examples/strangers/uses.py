@@ -166,9 +166,7 @@ def main(description: str | None, project: Callable[[], Project]) -> None:
             found = diagnose(it.trainer(folder / "diagnose"), it.module(), **it.data(), **loading, **options)
             agree = found.known["targeted"] == it.n_validated - it.right(trained, folder)
             judged = found.count("yes") + found.count("no")
-            fixable = (
-                f"{found.count('yes')} of {judged} that could be judged" if judged else "how many, cannot be judged"
-            )
+            fixable = f"{found.count('yes')} of {judged} that could be judged" if judged else "cannot be judged"
             return f"{found.known['targeted']} failures: {'agrees' if agree else 'DIFFERS'}; can be fixed: {fixable}"
 
         for name, use in (("fit", fit), ("repair", checkpoint), ("update", update), ("diagnose", diagnosis)):
