@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 from grid import LINES, Line
+from lightning_nrl.analysis._figures import INK
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from questions import Tables, fewest_broken, interval, like
 
-from lightning_nrl.analysis._figures import INK
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, label_points

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.state import State, live_tensors, saved_names
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["fitting", "read_state", "reason"]
+__all__ = ["fitting", "load_mapping", "read_state", "reason"]
 
 OTHER_ARCHITECTURE_HINT = "the module itself where another architecture will do"
 
@@ -23,19 +23,32 @@ def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[
         return given.state_dict()
     if isinstance(given, Mapping):
         return _state_in(given)
+    hint = "give the path of a checkpoint that loads with `weights_only=True`, or the model itself."
+    return _state_in(load_mapping(argument, given, hint))
+
+
+def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bool = True) -> Mapping[str, Any]:
+    """What is in a checkpoint, or in a file with a state dict, on the CPU.
+
+    Args:
+        argument: that names the file.
+        path: of the file.
+        hint: what to give in place of one that cannot be read.
+        weights_only: refuses what holds more than tensors and plain values, which may run code of its own.
+
+    Raises:
+        ConfigurationError: it cannot be read, or holds something else.
+    """
     try:
-        found = torch.load(given, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
-        raise ConfigurationError(
-            f"`{argument}`: {str(given)!r} cannot be read ({reason(error)}).",
-            "give the path of a checkpoint that loads with `weights_only=True`, or the model itself.",
-        ) from error
+        raise ConfigurationError(f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint) from error
     if not isinstance(found, Mapping):
         raise ConfigurationError(
-            f"`{argument}`: {str(given)!r} holds a {type(found).__name__}.",
+            f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.",
             "give a Lightning checkpoint or a file with a state dict.",
         )
-    return _state_in(found)
+    return found
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_nrl._utils.checkpoint import reason
+from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.deserialize import parse_json
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.errors import ConfigurationError
@@ -116,14 +116,9 @@ def _page_of_patch(patch: Patch) -> Page:
 
 
 def _page_of_checkpoint(path: Path) -> Page:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigurationError(
-            f"`{path}` cannot be read ({reason(error)}).",
-            "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`.",
-        ) from error
-    inside = found.get("state_dict", found) if isinstance(found, Mapping) else None
+    hint = "give a patch (.safetensors), a report (.json), or a checkpoint that loads with `weights_only=True`."
+    found = load_mapping("file", path, hint)
+    inside = found.get("state_dict", found)
     if not isinstance(inside, Mapping):
         raise ConfigurationError(f"`{path}` holds a {type(found).__name__}.", "give a checkpoint.")
     tensors = {name: value for name, value in inside.items() if isinstance(value, torch.Tensor)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_nrl._lightning import classes
-from lightning_nrl._utils.checkpoint import reason
+from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.errors import ConfigurationError, RepairError
@@ -157,15 +157,8 @@ class _Sketch:
         missing = [name for name in HYPER_PARAMETERS if getattr(self, name) is None]
         if not missing or self.ckpt_path is None:
             return
-        import torch
-
-        try:
-            checkpoint = torch.load(self.ckpt_path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ConfigurationError(
-                f"`ckpt_path={self.ckpt_path!r}` cannot be read ({reason(error)}).",
-                "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values.",
-            ) from error
+        hint = "give `model` and `data` in a YAML, and a checkpoint of tensors and plain values."
+        checkpoint = load_mapping("ckpt_path", self.ckpt_path, hint)
         for name in missing:
             own = dict(checkpoint.get(HYPER_PARAMETERS[name]) or {})
             own.pop("_instantiator", None)

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_nrl._utils.checkpoint import reason
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl.patches.patch import Patch
 from lightning_nrl.patches.safetensors_file import replacing
 
@@ -31,16 +30,8 @@ def patch_checkpoint(
     Raises:
         ConfigurationError: the checkpoint cannot be read, or is not of the weights that the patch was made for.
     """
-    try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
-    except Exception as error:
-        raise ConfigurationError(
-            f"`checkpoint={str(checkpoint)!r}` cannot be read ({reason(error)}).",
-            "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file.",
-        ) from error
-    if not isinstance(found, Mapping):
-        problem = f"`checkpoint={str(checkpoint)!r}` holds a {type(found).__name__}."
-        raise ConfigurationError(problem, "give a Lightning checkpoint or a file with a state dict.")
+    hint = "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file."
+    found = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
     inside: Any = found.get("state_dict")
     state = inside if isinstance(inside, Mapping) else found
     new = patch.revert(state) if undo else patch.apply(state)
