@@ -62,7 +62,7 @@ class TensorChange:
         if len(at) > WHOLE_TENSOR_SHARE * old.numel():
             return cls(tuple(old.shape), None, old.clone(), new.clone(), *hashes)
         index = at.int() if old.numel() < 2**31 else at
-        return cls(tuple(old.shape), index, old.reshape(-1)[at], new.reshape(-1)[at], *hashes)
+        return cls(tuple(old.shape), index, _values(old, at), _values(new, at), *hashes)
 
     @property
     def n_changed(self) -> int:
@@ -82,6 +82,11 @@ class TensorChange:
 def hash_tensor(tensor: Tensor) -> str:
     """SHA-256 of one tensor, whatever it is called."""
     return hash_tensors({"": tensor})
+
+
+def _values(tensor: Tensor, index: Tensor) -> Tensor:
+    """The values of a contiguous tensor at these places; by their bytes, since not every torch can index float8."""
+    return tensor.reshape(-1).view(torch.uint8).view(-1, tensor.element_size())[index].view(tensor.dtype).flatten()
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def margin_over(logits: Tensor, classes: Tensor) -> Tensor:
         tensor([2., 0.])
     """
     exact = at_least_float32(logits)
-    return (exact.amax(1) - exact.gather(1, classes[:, None]).squeeze(1)).float()
+    return (exact.amax(1) - exact.gather(1, classes.unsqueeze(1)).squeeze(1)).float()
 
 
 def predicts(logits: Tensor, classes: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class SwitchRule(ClassMapping):
     def choose(self, old: Tensor, new: Tensor) -> Tensor:
         """The logits that are served, `n x C`, of the dtype that holds both; errors are those of `side_by_side`."""
         old, both = self.side_by_side(old, new)
-        return torch.where(self.is_served(old, both)[:, None], both, old)
+        return torch.where(self.is_served(old, both).unsqueeze(1), both, old)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = self.threshold

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
 import warnings
@@ -590,7 +591,8 @@ def test_a_checkpoint_of_a_switch_is_read_back(tmp_path: Path) -> None:
     assert loaded.margin_switch.threshold == 1.5
     # An instance with other weights and another threshold, by the Trainer.
     other = SwitchedModule(Plain(fresh()), Plain(fresh()), INF, classes=list(range(10)))
-    (tested,) = trainer.test(other, loader(), ckpt_path=path, verbose=False, weights_only=True)
+    safe = {"weights_only": True} if "weights_only" in inspect.signature(trainer.test).parameters else {}
+    (tested,) = trainer.test(other, loader(), ckpt_path=path, verbose=False, **safe)
     assert tested["accuracy"] == pytest.approx(trainer.test(served, loader(), verbose=False)[0]["accuracy"])
     # The new module alone, by its own class.
     with pytest.warns(UserWarning, match="not in the model state dict"):
@@ -623,7 +625,8 @@ def test_a_switched_module_can_be_copied_pickled_exported_and_put_behind_another
     for twin in (copy.deepcopy(served), pickle.loads(pickle.dumps(served))):
         assert type(twin) is type(served)
         assert torch.equal(twin(x), served(x))
-    program = torch.export.export(served, (x[:8],), dynamic_shapes={"args": ({0: torch.export.Dim("batch")},)})
+    shapes = {"args": ({0: torch.export.Dim("batch")},)}
+    program = torch.export.export(served, (x[:8],), dynamic_shapes=shapes, strict=False)
     assert torch.equal(program.module()(x), served(x))
     again = SwitchedModule(served, Plain(old), -INF)
     assert torch.equal(again(x), old(x))
