@@ -9,6 +9,7 @@ import pytest
 import torch
 from digit_models import OVERWRITING, Classifier, Digits, overwriting, quick_repair, quiet_trainer, right, since_2_6
 from lightning_package import ModelCheckpoint, Trainer
+from packaging.version import Version
 from torch import Tensor
 
 from lightning_nrl import RepairReport, Target
@@ -21,13 +22,13 @@ def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> 
     return trainer, model
 
 
-def saved(path: str | Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+def saved(path: str | Path, weights_only: bool = True) -> dict[str, Any]:
+    return torch.load(path, weights_only=weights_only)
 
 
-def assert_holds(path: str | Path, model: Classifier) -> None:
+def assert_holds(path: str | Path, model: Classifier, weights_only: bool = True) -> None:
     """The checkpoint has, bit for bit, the weights of the model."""
-    state = saved(path)["state_dict"]
+    state = saved(path, weights_only)["state_dict"]
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
@@ -113,9 +114,11 @@ def test_what_averages_or_prunes_may_stand_before_the_repair(tmp_path: Path, bef
     assert repair.report.status == "repaired"
     known = {split.split: split for split in repair.report.splits}
     assert int(right(model, Digits().repair).sum()) == known["repair"].kept + known["repair"].repaired
-    assert_holds(repair.repaired_model_path, model)
+    # The state of torch 2.6's own schedule for averaged weights holds a function.
+    plain = before != "StochasticWeightAveraging" or Version(torch.__version__) >= Version("2.7")
+    assert_holds(repair.repaired_model_path, model, plain)
     trainer.save_checkpoint(tmp_path / "later.ckpt", weights_only=False)
-    assert_holds(tmp_path / "later.ckpt", model)
+    assert_holds(tmp_path / "later.ckpt", model, plain)
 
 
 def test_a_repair_may_start_from_the_best_checkpoint(tmp_path: Path) -> None:

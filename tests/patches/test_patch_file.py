@@ -53,7 +53,7 @@ def test_every_flipped_byte_is_refused_or_means_the_same(path: Path) -> None:
             assert torch.equal(found.apply(OLD)["a"], NEW["a"])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_give_one_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
