@@ -17,6 +17,7 @@ from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page
 from lightning_nrl.serving.margin_switch import Classes, ClassMapping, check_logits, margin_over, predicts
 from lightning_nrl.tasks import Multiclass
+from lightning_nrl.tasks.multiclass import check_whole_labels
 
 __all__ = ["ThresholdChoice", "ThresholdPoint", "choose_threshold", "gate_of", "judged"]
 
@@ -150,7 +151,9 @@ def judged(old: Tensor, new: Tensor, labels: Tensor, rule: ClassMapping) -> tupl
     Raises:
         ConfigurationError: they do not fit together.
     """
-    labels = Multiclass().label(labels).cpu()
+    classes = Multiclass().label(labels).cpu()
+    check_whole_labels(labels)
+    labels = classes
     for argument, given in (("old", old), ("new", new)):
         if not isinstance(given, Tensor) or given.shape[:1] != labels.shape or not len(labels):
             found = f"is {list(given.shape)}" if isinstance(given, Tensor) else f"is a {type(given).__name__}"

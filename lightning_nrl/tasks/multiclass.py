@@ -12,7 +12,7 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task, class_divergence, described
 
-__all__ = ["Multiclass"]
+__all__ = ["Multiclass", "check_whole_labels"]
 
 PROBABILITY_ROUNDING = 1e-2
 """How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
@@ -86,11 +86,17 @@ class Multiclass(Task):
                     "give class numbers [samples], or rows that add up to 1; of several labels a sample, "
                     "`task='multilabel'`.",
                 )
-        elif target.is_floating_point() and bool((target != target.round()).any()):
-            raise ConfigurationError(
-                "`task`: multiclass found labels that are no whole numbers.",
-                "numbers to be predicted are for `task=Regression(tolerance=...)`.",
-            )
+        else:
+            check_whole_labels(target)
+
+
+def check_whole_labels(labels: Tensor) -> None:
+    """Refuses floating-point labels that are no whole numbers."""
+    if labels.is_floating_point() and bool((labels != labels.round()).any()):
+        raise ConfigurationError(
+            "`task`: multiclass needs whole labels, and found others.",
+            "numbers to be predicted are for `task=Regression(tolerance=...)`.",
+        )
 
 
 def _is_soft(target: Tensor) -> bool:

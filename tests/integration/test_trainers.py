@@ -69,7 +69,12 @@ def test_the_whole_data_are_known_however_training_ends(tmp_path: Path, way: str
     repair = quick_repair()
     trainer, model = fit(tmp_path, *arguments.pop("callbacks", []), repair, **arguments)
     assert trainer.global_step == steps
-    assert [(split.split, split.n) for split in repair.report.splits] == [("train", 400), ("repair", 203)]
+    sizes = [(split.split, split.n) for split in repair.report.splits]
+    if way == "overfit_batches":
+        # Two batches of each split are all the data that there are.
+        assert sizes == [("train", 64), ("repair", 128)]
+        return
+    assert sizes == [("train", 400), ("repair", 203)]
     found = repair.report.splits[1]
     assert found.kept + found.repaired == int(right(model, Digits().repair).sum())
 

@@ -325,7 +325,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends_and_the_choice() -> None:
         ({"new": AFTER.tolist()}, "`new` is a list"),
         ({"new": PREDICTED}, r"`new`: the switch needs logits .* torch.int64 \[6\]"),
         ({"old": PREDICTED.float()}, r"`old`: the switch needs logits .* torch.float32 \[6\]"),
-        ({"labels": LABELS.float()}, "multiclass needs whole labels"),
+        ({"labels": LABELS + 0.5}, "multiclass needs whole labels"),
         ({"old": PREDICTED[:0], "new": AFTER[:0], "labels": LABELS[:0]}, "`labels` has 0 samples"),
         ({"limit": "tolerance"}, "is no gate"),
         ({"limit": -1}, "`limit=-1`"),

@@ -99,7 +99,7 @@ def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None
 @pytest.mark.parametrize(
     ("target", "found"),
     [
-        (torch.tensor([0.0, 0.5, 1.0]), "no whole numbers"),
+        (torch.tensor([0.0, 0.5, 1.0]), "needs whole labels"),
         (torch.eye(3), "no probabilities of 2 classes"),
         (torch.tensor([[1, 1], [0, 1], [1, 0]]), "no probabilities of 2 classes"),
         (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
