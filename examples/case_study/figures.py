@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from grid import LINES, Line
-from lightning_nrl.analysis._figures import INK
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -31,6 +30,7 @@ from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.presets import TABLE_II
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report._figures import INK
 
 BLUE, VERMILLION, GREEN = COLOURS[:3]
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}

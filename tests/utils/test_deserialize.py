@@ -162,7 +162,7 @@ def test_a_whole_number_is_a_number_where_none_is_lost() -> None:
         Thing.from_dict(changed(price=2**53 + 1))
 
 
-def test_json_has_a_list_of_numbers_on_one_line() -> None:
-    assert dumps(to_plain({"a": (1, 2.5), "b": [{"c": math.nan}]})) == (
-        '{\n  "a": [1, 2.5],\n  "b": [\n    {\n      "c": null\n    }\n  ]\n}'
+def test_json_has_lists_of_numbers_and_objects_of_scalars_in_lists_on_one_line() -> None:
+    assert dumps(to_plain({"a": (1, 2.5), "b": [{"c": math.nan, "d": "e"}, {"f": [3]}]})) == (
+        '{\n  "a": [1, 2.5],\n  "b": [\n    {"c": null, "d": "e"},\n    {\n      "f": [3]\n    }\n  ]\n}'
     )
