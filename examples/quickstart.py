@@ -80,7 +80,7 @@ def one_repair(seed: int) -> None:
         "that was right keeps a margin. Each rung is tried on known samples that it may not use (held out); the last "
         "one that these do not speak against is taken.\n"
     )
-    print(f"The report          {default.files['markdown']}")
+    print(f"The report          {default.files['html']}")
     print(f"The repaired model  {default.files.get('checkpoint', 'none, the weights are those of training')}")
     print(f"Curves and charts   tensorboard --logdir {trainer.log_dir}")
     print("For your own model  README.md, the part Use it")

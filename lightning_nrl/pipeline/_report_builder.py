@@ -104,7 +104,7 @@ class ReportBuilder:
         before = hash_tensors(old), self._hash_model({})
         now = (hash_tensors(new), self._hash_model(new)) if verdict.accepted else before
         results: Mapping[Role, SampleResults] = {"known": after, **(held_out if verdict.accepted else NOTHING)}
-        refused = [split for split in self._splits(results) if split.role == "known" and not verdict.accepted]
+        refused = [] if verdict.accepted else [split for split in self._splits(results) if split.role == "known"]
         return self._report(
             verdict.status,
             verdict.reason,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from typing import Any
 
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Table, Text, Tone
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Table, Text
 
 __all__ = ["HtmlTable", "html_fragment", "html_page", "svg_of"]
-
-TONE_CLASSES: Mapping[Tone, str] = {"": "", "good": "good", "warn": "warn", "gain": "gain", "harm": "harm"}
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --good: #00734f; --bad: #b34700; }
@@ -76,6 +75,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 """
 
 
+@dataclass(frozen=True)
 class HtmlTable:
     """A table of any length that a reader sorts by its heads and filters by words.
 
@@ -85,8 +85,9 @@ class HtmlTable:
         rows: cells as text, a row for each line.
     """
 
-    def __init__(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        self.title, self.columns, self.rows = title, columns, rows
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
     def html(self, identifier: str) -> str:
         """The table and the field that filters it."""
@@ -178,8 +179,7 @@ def _gallery(title: str, items: Gallery) -> str:
 
 def _html(block: Block) -> Iterator[str]:
     if isinstance(block, Heading):
-        level, tone = min(block.level, 6), TONE_CLASSES[block.tone]
-        yield f'<h{level} class="{tone}">{escape(block.text)}</h{level}>'
+        yield f'<h{block.level} class="{block.tone}">{escape(block.text)}</h{block.level}>'
     elif isinstance(block, Text):
         yield f"<p>{escape(block.text)}</p>"
     elif isinstance(block, Facts):
@@ -204,6 +204,6 @@ def _table(table: Table) -> str:
             f'<td class="{"words" if table.notes and i == last else "some" if cell != "0" else ""}">{escape(cell)}</td>'
             for i, cell in enumerate(row.cells)
         )
-        classes = f"{TONE_CLASSES[row.tone]} {'ends' if row.ends_group else ''}".strip()
+        classes = f"{row.tone} {'ends' if row.ends_group else ''}".strip()
         lines.append(f'<tr class="{classes}"><th scope="row">{escape(row.label)}</th>{"".join(cells)}</tr>')
     return f"<table>{head}<tbody>\n" + "\n".join(lines) + "\n</tbody></table>"
