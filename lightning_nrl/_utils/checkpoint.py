@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["fitting", "load_mapping", "read_state", "reason"]
 
+REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
+"""What torch's message names, behind several lines of advice and escape codes of the terminal."""
 OTHER_ARCHITECTURE_HINT = "the module itself where another architecture will do"
 
 
@@ -54,6 +57,8 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
 def reason(error: Exception) -> str:
     """Why a checkpoint cannot be read. No such file raises whatever comes of reading its bytes as instructions."""
     text = str(error).partition("\n")[0].partition(". In PyTorch")[0]
+    if refused := REFUSED_OBJECT.search(str(error)):
+        text = f"it holds objects, such as a `{refused[1]}`"
     return f"{type(error).__name__}: {text}"
 
 

@@ -119,18 +119,18 @@ def _announce(problem: Problem) -> None:
     clock, training, n = problem.clock, problem.training, len(problem.before)
     seconds = POLISH_FACTOR * epoch_seconds(problem) * visit_budget(problem) / max(1, n)
     if math.isfinite(clock.left):
-        seconds, bound = clock.left, "by `max_time`"
+        seconds, bound = clock.left, "as `max_time` says"
     elif training is not None and training.fit_seconds is not None:
-        bound = f"the fit took {training.fit_seconds:,.0f} s"
+        bound = f"the fit took {training.fit_seconds:,.0f} s; give `max_time` for less"
     else:
-        bound = "by the time of one pass over the data"
+        bound = "by the time of one pass over the data; give `max_time` for less"
     if seconds < MIN_ANNOUNCED_SECONDS:
         return
     goes_on = problem.whole and training is not None
     how = f"the training goes on, with {n:,} known samples" if goes_on else f"steps are made on {n:,} known samples"
     clock.announce(
         f"Repair: the chosen layer was searched in {clock.elapsed:,.0f} s. Next {how}, and what breaks is polished "
-        f"away: about {seconds:,.0f} s ({bound}). Give `max_time` for less."
+        f"away: about {seconds:,.0f} s ({bound})."
     )
 
 
