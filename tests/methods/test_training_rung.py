@@ -160,4 +160,4 @@ def test_what_takes_longer_than_a_few_seconds_is_announced_with_its_time() -> No
         run(replace(own, training=training, clock=StageTimer(screen)))
         assert bool(screen.lines) is said
         # Twice the visits of a small fit, and the polish.
-        assert not said or "about 108 s (the fit took 45 s)" in screen.lines[0]
+        assert not said or "about 108 s (the fit took 45 s; give `max_time` for less)" in screen.lines[0]
