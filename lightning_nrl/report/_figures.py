@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,8 +40,11 @@ class Plotted:
         return figure
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure, in inches, that can measure text whatever the screen; see `Plotted.plot`."""
+def new_figure(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Any:
+    """An empty figure, in inches, that can measure text whatever the screen; see `Plotted.plot`.
+
+    `layout` is matplotlib's; `none` takes no time, for axes whose places are known.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -49,7 +52,7 @@ def new_figure(width: float, height: float) -> Any:
         raise ConfigurationError(
             "`plot`: matplotlib is not installed.", "install it: `pip install lightning_nrl[plots]`."
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

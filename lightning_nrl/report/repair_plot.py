@@ -53,8 +53,11 @@ def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
 def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns = min(len(views), GALLERY_COLUMNS)
     n_rows = -(-len(views) // n_columns)
-    figure = new_figure(GALLERY_CELL * n_columns, (GALLERY_CELL + CAPTION_HEIGHT) * n_rows)
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).flatten()
+    height = (GALLERY_CELL + CAPTION_HEIGHT) * n_rows
+    figure = new_figure(GALLERY_CELL * n_columns, height, layout="none")
+    places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - CAPTION_HEIGHT / height}
+    gaps = {"wspace": 0.1, "hspace": CAPTION_HEIGHT / GALLERY_CELL}
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=places | gaps).flatten()
     for own in axes:
         own.set_axis_off()
     for own, view in zip(axes, views, strict=False):
