@@ -40,10 +40,10 @@ class Plotted:
         return figure
 
 
-def new_figure(width: float, height: float, layout: Literal["constrained", "none"] = "constrained") -> Any:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Any:
     """An empty figure, in inches, that can measure text whatever the screen; see `Plotted.plot`.
 
-    `layout` is matplotlib's; `none` takes no time, for axes whose places are known.
+    `layout` is matplotlib's; None takes no time, for axes whose places are known.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -54,7 +54,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
     n_columns = min(len(views), GALLERY_COLUMNS)
     n_rows = -(-len(views) // n_columns)
     height = (GALLERY_CELL + CAPTION_HEIGHT) * n_rows
-    figure = new_figure(GALLERY_CELL * n_columns, height, layout="none")
+    figure = new_figure(GALLERY_CELL * n_columns, height, layout=None)
     places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - CAPTION_HEIGHT / height}
     gaps = {"wspace": 0.1, "hspace": CAPTION_HEIGHT / GALLERY_CELL}
     axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=places | gaps).flatten()
