@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from digits import DigitNet, SlashedZeros
 from weak_digit import EPOCHS, WEAK, DigitCNN, WeakDigit, shifted
 

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from network import EPOCHS, Drifting, Vehicles, trained
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from fashion_mnist import DriftingFashion
 
 RUNS = Path("runs")

@@ -21,7 +21,7 @@ from network import BACK, EPOCHS, FRONT, VehicleNet, Vehicles, trained
 from rich import print
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 from seeds import reports_of, table_of
 
 from lightning_nrl import RepairReport, Target, repair

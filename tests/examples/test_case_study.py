@@ -14,7 +14,7 @@ from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.presets import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"
-sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]
 
 import delta  # noqa: E402
 import study  # noqa: E402

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 STUDY = ROOT / "examples" / "case_study"
-sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]
 
 import default_fits  # noqa: E402
 import default_tables  # noqa: E402

@@ -11,7 +11,7 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Target, repair_module
 
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "examples" / "studies"))
 from paper_rows import table_of
 
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 
 STUDY = ROOT / "examples" / "case_study"
-sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]
 
 import fashion_mnist  # noqa: E402
 import in_use  # noqa: E402

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_nrl import RegressionFreeRepair, SampleOptions, Target, repair
 from lightning_nrl.errors import ConfigurationError
 
-EXAMPLES = ROOT / "examples"
+STUDIES = ROOT / "examples" / "studies"
 
 
 def camera(batch: Any) -> list[str]:
@@ -72,8 +72,8 @@ def test_doubted_labels_are_set_aside_and_listed(tmp_path: Path) -> None:
 def test_the_example_shows_that_importance_changes_what_is_repaired(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    example = runpy.run_path(str(EXAMPLES / "importance.py"))
+    monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
+    example = runpy.run_path(str(STUDIES / "importance.py"))
     model, data = example["trained"](4, 1)
     found = {
         name: example["repaired"](model, data, str(tmp_path), 1, **example["WAYS"][name])

@@ -1,9 +1,9 @@
 """Some failures matter more than others: one network repaired again and again, each time with something else to heed.
 
-    python examples/importance.py
+    python examples/studies/importance.py
 
 All failures are to be repaired, by a change of the last layer alone, where not all of them can be. The zeros with a
-slash through them (see `digits.py`) are one slice of the data, all other digits another. For each way to say what
+slash through them (see `../digits.py`) are one slice of the data, all other digits another. For each way to say what
 counts the table has, slice by slice, how many failures were repaired.
 """
 
@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
-from digits import DigitNet, SlashedZeros
 from lightning.pytorch import Trainer, seed_everything
 from rich import print
 from rich.table import Table
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from digits import DigitNet, SlashedZeros
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, SampleOptions, Target, repair
 

@@ -1,9 +1,9 @@
 """Retraining with and without a term that holds the new model to what the old one gets right: one table.
 
-    python examples/congruent.py                  # ten seeds from scratch, all terms
-    python examples/congruent.py --start old      # the same, going on from the old weights
-    python examples/congruent.py --start old --interpolate  # the same, and each with weights between old and new
-    python examples/congruent.py --terms plain "focal distillation" --seeds 3
+    python examples/studies/congruent.py                  # ten seeds from scratch, all terms
+    python examples/studies/congruent.py --start old      # the same, going on from the old weights
+    python examples/studies/congruent.py --start old --interpolate  # and each with weights between old and new
+    python examples/studies/congruent.py --terms plain "focal distillation" --seeds 3
 
 A network for handwritten digits (scikit-learn) was trained on 300 images; it is replaced by one that is trained on
 these and 300 more. What the new one breaks of the old one is counted on 997 images that nothing has looked at, right
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -23,13 +24,15 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from digits import DigitNet
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from rich import box, print
 from rich.table import Table
 from seeds import reports_of
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from digits import DigitNet
 
 from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport, WeightInterpolation
 from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler

