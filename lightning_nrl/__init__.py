@@ -5,19 +5,24 @@ What most people need stands here; the rest in its package, such as `lightning_n
 for users.
 """
 
-from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl.analysis.sweep import Grid
-from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
-from lightning_nrl.data import Target, TensorSource
-from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
-from lightning_nrl.evaluation import SampleOptions
-from lightning_nrl.gate import Gate
-from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
-from lightning_nrl.reference import OldModel
-from lightning_nrl.report import RepairReport
-from lightning_nrl.search import ParticleSwarm
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_nrl._trainer.data_options import DataOptions
+    from lightning_nrl.analysis.sweep import Grid
+    from lightning_nrl.callback import RegressionFreeRepair
+    from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
+    from lightning_nrl.data import Target, TensorSource
+    from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
+    from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
+    from lightning_nrl.evaluation import SampleOptions
+    from lightning_nrl.gate import Gate
+    from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
+    from lightning_nrl.reference import OldModel
+    from lightning_nrl.report import RepairReport
+    from lightning_nrl.search import ParticleSwarm
 
 __all__ = [
     "BoundOptions",
@@ -46,3 +51,36 @@ __all__ = [
     "repair_module",
     "sweep",
 ]
+
+# TensorBoard imports this package for its tab; names are imported when they are asked for, and torch with them.
+_PACKAGES = {
+    "_trainer.data_options": "DataOptions",
+    "analysis.sweep": "Grid",
+    "callback": "RegressionFreeRepair",
+    "callbacks": "PositiveCongruentTraining RegressionMetrics ReleaseGate WeightInterpolation",
+    "data": "Target TensorSource",
+    "entrypoints": "compare diagnose repair sweep",
+    "errors": "ConfigurationError RepairError RepairWarning",
+    "evaluation": "SampleOptions",
+    "gate": "Gate",
+    "pipeline": "BoundOptions SearchOptions Settings repair_module",
+    "reference": "OldModel",
+    "report": "RepairReport",
+    "search": "ParticleSwarm",
+}
+_HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        found: Any = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        found = import_module(f"{__name__}.{name}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
