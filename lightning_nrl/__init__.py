@@ -7,22 +7,6 @@ for users.
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning_nrl._trainer.data_options import DataOptions
-    from lightning_nrl.analysis.sweep import Grid
-    from lightning_nrl.callback import RegressionFreeRepair
-    from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
-    from lightning_nrl.data import Target, TensorSource
-    from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-    from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
-    from lightning_nrl.evaluation import SampleOptions
-    from lightning_nrl.gate import Gate
-    from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
-    from lightning_nrl.reference import OldModel
-    from lightning_nrl.report import RepairReport
-    from lightning_nrl.search import ParticleSwarm
 
 __all__ = [
     "BoundOptions",
@@ -52,7 +36,8 @@ __all__ = [
     "sweep",
 ]
 
-# TensorBoard imports this package for its tab; names are imported when they are asked for, and torch with them.
+# TensorBoard imports this package for its tab: names are imported when they are asked for, and torch with them.
+# Type checkers read `__init__.pyi`.
 _PACKAGES = {
     "_trainer.data_options": "DataOptions",
     "analysis.sweep": "Grid",
@@ -71,9 +56,9 @@ _PACKAGES = {
 _HOMES = {name: package for package, names in _PACKAGES.items() for name in names.split()}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
-        found: Any = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name.startswith("__") or find_spec(f"{__name__}.{name}") is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     else:

@@ -83,6 +83,13 @@ def test_every_public_name_has_a_docstring() -> None:
     assert not without
 
 
+def test_type_checkers_see_the_names_that_there_are() -> None:
+    stub = ast.parse(Path(lightning_nrl.__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    homes = {alias.name: node.module for node in stub if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert homes == {name: f"lightning_nrl.{home}" for name, home in lightning_nrl._HOMES.items()}  # type: ignore[attr-defined]
+    assert sorted(homes) == sorted(lightning_nrl.__all__)
+
+
 def test_the_face_can_be_held() -> None:
     assert len(lightning_nrl.__all__) <= 25
 

@@ -17,6 +17,7 @@ from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Shown
+from lightning_nrl.report.sample_files import write_sample_files
 from lightning_nrl.report.sample_views import SampleView
 
 __all__ = [
@@ -87,7 +88,7 @@ def report_files(
 
 
 def write_report(report: RepairReport | ReleaseReport, views: Sequence[SampleView] = ()) -> None:
-    """Writes the report to the files that it names, with views of samples where these can be shown."""
+    """Writes the report to the files that it names, and views of samples beside it."""
     for kind, text in (
         ("json", report.to_json),
         ("markdown", report.to_markdown),
@@ -95,6 +96,8 @@ def write_report(report: RepairReport | ReleaseReport, views: Sequence[SampleVie
     ):
         if kind in report.files:
             Path(report.files[kind]).write_text(text(), encoding="utf-8")
+    if "json" in report.files and isinstance(report, RepairReport):
+        write_sample_files(Path(report.files["json"]).parent, views)
 
 
 def write_patch_file(report: RepairReport, trainer: Trainer, model: nn.Module, parameters: State) -> None:

@@ -71,11 +71,11 @@ def _views(
             shown = None if first is None or not len(first) else first[0]
         caption = caption_of(one, report.class_name)
         if isinstance(shown, str):
-            yield SampleView(source.split, one.flip, caption, text=shown)
+            yield SampleView(source.split, one.id, one.flip, caption, text=shown)
             continue
         pixels = to_pixels(shown, stretched=render is None)
         if pixels is not None:
-            yield SampleView(source.split, one.flip, caption, pixels)
+            yield SampleView(source.split, one.id, one.flip, caption, pixels)
 
 
 def to_pixels(image: Any, stretched: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]] | None:

@@ -2,77 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Table, Text
 
-__all__ = ["HtmlTable", "html_fragment", "html_page", "svg_of"]
+__all__ = ["HtmlTable", "html_blocks", "html_fragment", "html_page", "svg_of"]
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --line: #ddd; --good: #00734f; --bad: #b34700; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #161616; --line: #444; --good: #4cc9a0; --bad: #ff9b57; }
-  figure svg { background: #fff; }
-}
-.report { color: var(--ink); background: var(--paper); font: 15px/1.45 system-ui, sans-serif; max-width: 72rem;
-  margin: 0 auto; padding: 1rem 1.5rem; }
-.report h1 { font-size: 1.7rem; margin: .4rem 0; }
-.report h2 { font-size: 1.15rem; margin: 1.6rem 0 .4rem; }
-.report table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .3rem 0; display: block;
-  overflow-x: auto; }
-.report th, .report td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-.report th:first-child, .report td.words { text-align: left; }
-.report tbody th { font-weight: normal; }
-.report th small { display: block; font-weight: normal; }
-.report tr.ends td, .report tr.ends th { border-bottom: 2px solid var(--line); }
-.report tr.gain, .report .good { color: var(--good); font-weight: 600; }
-.report tr.harm td.some, .report .warn { color: var(--bad); font-weight: 600; }
-.report dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; }
-.report dt { opacity: .7; } .report dd { margin: 0; overflow-wrap: anywhere; }
-.report .figures { display: flex; flex-wrap: wrap; gap: 1rem; }
-.report figure { margin: 0; max-width: 30rem; } .report figure svg { width: 100%; height: auto; }
-.report .gallery { display: flex; flex-wrap: wrap; gap: .8rem; }
-.report .gallery figure { width: 9.5rem; } .report .gallery img { width: 100%; image-rendering: pixelated; }
-.report .gallery pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; }
-.report figcaption { font-size: .9rem; }
-.report input { font: inherit; padding: .2rem .5rem; width: 22rem; max-width: 100%; }
-.report th button { all: unset; cursor: pointer; font-weight: 600; }
-.report th button:focus-visible { outline: 2px solid currentColor; }
-@media print { .report input { display: none; } .report h2 { break-after: avoid; } .report tr { break-inside: avoid; } }
-"""
-
-SCRIPT = """
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0], rows = [...body.rows], field = document.getElementById(table.dataset.filter);
-  const value = (row, i) => row.cells[i].textContent, number = text => parseFloat(text.replaceAll(",", ""));
-  [...table.tHead.rows[0].cells].forEach((head, i) => head.firstElementChild.addEventListener("click", () => {
-    const up = head.ariaSort !== "ascending";
-    for (const other of table.tHead.rows[0].cells) other.ariaSort = "none";
-    head.ariaSort = up ? "ascending" : "descending";
-    rows.sort((a, b) => {
-      const [x, y] = [value(a, i), value(b, i)], [p, q] = [number(x), number(y)];
-      const order = isNaN(p) || isNaN(q) ? x.localeCompare(y) : p - q;
-      return up ? order : -order;
-    });
-    body.append(...rows);
-  }));
-  const count = document.getElementById(table.dataset.filter + "-count");
-  field.addEventListener("input", () => {
-    const words = field.value.toLowerCase().split(" ").filter(Boolean);
-    let shown = 0;
-    for (const row of rows) {
-      const text = [...row.cells].map(cell => cell.textContent.toLowerCase()).join(" ");
-      row.hidden = !words.every(word => text.includes(word));
-      shown += !row.hidden;
-    }
-    count.textContent = shown + " of " + rows.length;
-  });
-}
-"""
+STYLE, SCRIPT = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("report.css", "table.js"))
+"""Of the page, and of its tables that are sorted and filtered; TensorBoard's tab has the same."""
+START = 'for (const table of document.querySelectorAll("table.sortable")) sortable(table);'
 
 
 @dataclass(frozen=True)
@@ -130,7 +73,8 @@ def html_page(
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n</head>\n<body>\n{body}\n"
+        f'<script type="module">\n{SCRIPT}\n{START}\n</script>\n</body>\n</html>\n'
     )
 
 
@@ -151,6 +95,11 @@ def html_fragment(
     parts += [drawn] if drawn else []
     parts += [table.html(f"table-{i}") for i, table in enumerate(tables)]
     return f'<style>{STYLE}</style>\n<div class="report">\n' + "\n".join(parts) + "\n</div>"
+
+
+def html_blocks(blocks: Iterable[Block]) -> str:
+    """Blocks of a page as a part of another document that has the style."""
+    return "\n".join(part for block in blocks for part in _html(block))
 
 
 def svg_of(figure: Any) -> str:

@@ -49,7 +49,7 @@ def _galleries(views: Sequence[SampleView]) -> dict[str, list[tuple[str, str]]]:
     """By heading the captions of samples, each with its picture or its text as HTML."""
     found: dict[str, list[tuple[str, str]]] = {}
     for view in views:
-        shown = f'<img src="{view.png}" alt="">' if view.pixels is not None else f"<pre>{escape(view.text)}</pre>"
+        shown = f'<img src="{view.data_uri}" alt="">' if view.pixels is not None else f"<pre>{escape(view.text)}</pre>"
         found.setdefault(f"Inputs of samples {view.flip} in {view.split}", []).append((view.caption, shown))
     return found
 

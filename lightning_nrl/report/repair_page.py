@@ -27,6 +27,7 @@ from lightning_nrl.report.tables import (
     unchanged_table,
     update_table,
 )
+from lightning_nrl.report.unseen_limit import unseen_text
 
 __all__ = ["page_of_repair"]
 
@@ -116,6 +117,8 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.bounds is not None:
         facts += calibration_facts(report.bounds)
+    if unseen_text(report):
+        facts.append(("unseen data", unseen_text(report)))
     if report.change is not None:
         facts.append(("weights changed" if report.status == "repaired" else "would change", change_text(report.change)))
     return tuple(facts)

@@ -22,6 +22,7 @@ class SampleView:
 
     Attributes:
         split: the split that it is in.
+        id: its position in the data set of that split.
         flip: whether it was repaired or broken.
         caption: what it is, was and is taken for.
         pixels: `height x width x 3` uint8; None where it is shown as text.
@@ -29,20 +30,26 @@ class SampleView:
     """
 
     split: str
+    id: int
     flip: Flip
     caption: str
     pixels: npt.NDArray[np.uint8] | None = None
     text: str = ""
 
     @property
-    def png(self) -> str:
-        """The picture as a data URI."""
+    def png(self) -> bytes:
+        """The picture as a PNG file."""
         from PIL import Image
 
         held = BytesIO()
         assert self.pixels is not None
         Image.fromarray(self.pixels).save(held, "PNG")
-        return f"data:image/png;base64,{b64encode(held.getvalue()).decode()}"
+        return held.getvalue()
+
+    @property
+    def data_uri(self) -> str:
+        """The picture as a part of a page."""
+        return f"data:image/png;base64,{b64encode(self.png).decode()}"
 
 
 def caption_of(sample: FlippedSample, name: Callable[[int], str]) -> str:

@@ -86,8 +86,8 @@ def test_a_report_is_one_line_and_a_table_in_a_notebook() -> None:
 
 
 def test_views_of_samples_are_pictures_and_text_under_the_figures() -> None:
-    picture = SampleView("val", "broken", "7: true cat", np.zeros((4, 4, 3), dtype=np.uint8))
-    text = SampleView("val", "repaired", "2: true dog", text="a <b> c")
+    picture = SampleView("val", 7, "broken", "7: true cat", np.zeros((4, 4, 3), dtype=np.uint8))
+    text = SampleView("val", 2, "repaired", "2: true dog", text="a <b> c")
     found = REPORT.to_html([picture, text])
     assert found.count('<img src="data:image/png;base64,') == 1
     assert "<pre>a &lt;b&gt; c</pre><figcaption>2: true dog</figcaption>" in found
@@ -96,8 +96,8 @@ def test_views_of_samples_are_pictures_and_text_under_the_figures() -> None:
 
 def test_pictures_are_drawn_side_by_side_and_text_is_left_out() -> None:
     pytest.importorskip("matplotlib")
-    views = [SampleView("val", "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8)) for i in range(7)]
-    figures = gallery_figures([*views, SampleView("val", "repaired", "", text="words")])
+    views = [SampleView("val", i, "broken", str(i), np.full((4, 5, 3), i, dtype=np.uint8)) for i in range(7)]
+    figures = gallery_figures([*views, SampleView("val", 9, "repaired", "", text="words")])
     assert list(figures) == ["broken in val"]
     shown = [axes for axes in figures["broken in val"].axes if axes.images]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == list(range(7))

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_repairs import known, quick, trained
 
@@ -19,6 +20,7 @@ from lightning_nrl._trainer.artifacts import (
     write_report,
 )
 from lightning_nrl.patches import safetensors_file
+from lightning_nrl.report.sample_views import SampleView
 
 
 def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:
@@ -105,6 +107,16 @@ def test_a_report_is_written_where_it_says(tmp_path: Path, report: RepairReport)
     assert RepairReport.from_json((tmp_path / "report.json").read_text()) == report
     assert (tmp_path / "report.md").read_text() == report.to_markdown()
     assert (tmp_path / "report.html").read_text() == report.to_html()
+
+
+def test_views_of_samples_lie_beside_the_report(tmp_path: Path, report: RepairReport) -> None:
+    report = replace(report, files=report_files(tmp_path, trainer_in(tmp_path), "repair", REPORT_FILES)[0])
+    picture = SampleView("val/0", 7, "broken", "", np.full((4, 5, 3), 128, dtype=np.uint8))
+    write_report(report, [picture, SampleView("test", 2, "repaired", "", text="a film")])
+    folder = tmp_path / "flipped_samples"
+    assert sorted(path.name for path in folder.iterdir()) == ["test-2.txt", "val%2F0-7.png"]
+    assert (folder / "val%2F0-7.png").read_bytes() == picture.png
+    assert (folder / "test-2.txt").read_text() == "a film"
 
 
 def test_the_headline_is_named_as_the_logs_are(report: RepairReport) -> None:

@@ -40,7 +40,7 @@ BROKEN = FlippedSample(0, "broken", False, 0, 0, 1, 0.5, -1.0)
 
 def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
     views = sample_views(report(REPAIRED, BROKEN), [with_pairs(source(IMAGES))])
-    assert [view.flip for view in views] == ["broken", "repaired"]
+    assert [(view.split, view.id, view.flip) for view in views] == [("val", 0, "broken"), ("val", 2, "repaired")]
     assert views[0].caption == "0: true cat, cat -> dog, margin 0.5 -> -1"
     assert views[1].caption == "2: true dog, cat -> dog, margin -0.5 -> 2"
     for view in views:

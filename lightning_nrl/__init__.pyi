@@ -1,0 +1,41 @@
+from lightning_nrl._trainer.data_options import DataOptions
+from lightning_nrl.analysis.sweep import Grid
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
+from lightning_nrl.data import Target, TensorSource
+from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
+from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
+from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.gate import Gate
+from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
+from lightning_nrl.reference import OldModel
+from lightning_nrl.report import RepairReport
+from lightning_nrl.search import ParticleSwarm
+
+__all__ = [
+    "BoundOptions",
+    "ConfigurationError",
+    "DataOptions",
+    "Gate",
+    "Grid",
+    "OldModel",
+    "ParticleSwarm",
+    "PositiveCongruentTraining",
+    "RegressionFreeRepair",
+    "RegressionMetrics",
+    "ReleaseGate",
+    "RepairError",
+    "RepairReport",
+    "RepairWarning",
+    "SampleOptions",
+    "SearchOptions",
+    "Settings",
+    "Target",
+    "TensorSource",
+    "WeightInterpolation",
+    "compare",
+    "diagnose",
+    "repair",
+    "repair_module",
+    "sweep",
+]

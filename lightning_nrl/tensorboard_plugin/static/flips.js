@@ -1,0 +1,141 @@
+// The flipped samples: sorted, filtered, a page of them at a time, with their pictures.
+
+import { address, count, h, number } from "./dom.js";
+import { bindHeads, compareCells, matchesWords } from "./table.js";
+
+const PAGE_SIZES = [25, 50, 100];
+const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER, IN_TARGET, SLICE, KIND] =
+  Array(11).keys();
+
+/** What a class is called. */
+export const nameOf = (repair, label) => (label < 0 ? "-" : repair.classes[label] ?? String(label));
+
+/**
+ * The section of the flipped samples of a repair.
+ *
+ * Gives its `element`, and `choosePair({role, label, prediction} or null, dropped)`, which leaves the samples of a class
+ * that were or are taken for another; `dropped` is called when a reader takes the filter off.
+ */
+export function flippedSamples(repair) {
+  const { rows, slices } = repair.flips, { splits } = repair;
+  const columns = [
+    ["split", row => splits[row[SPLIT]].name],
+    ["position", row => String(row[POSITION])],
+    ["flip", row => row[FLIP]],
+    ["true", row => nameOf(repair, row[LABEL])],
+    ["before", row => nameOf(repair, row[BEFORE])],
+    ["after", row => nameOf(repair, row[AFTER])],
+    ["margin before", row => number(row[MARGIN_BEFORE])],
+    ["margin after", row => number(row[MARGIN_AFTER])],
+    ["in target", row => (row[IN_TARGET] ? "yes" : "no")],
+    ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? ""]] : []),
+  ];
+  const all = rows.map(row => ({ row, cells: columns.map(([, cell]) => cell(row)) }));
+  for (const one of all) one.text = `${one.cells.join(" ")} ${splits[one.row[SPLIT]].role}`.toLowerCase();
+  const asked = { words: "", flip: "", split: "", slice: "", target: "", pair: null, dropped: null };
+  let shown = all, page = 0, size = PAGE_SIZES[0], order = null;
+
+  const body = h("tbody");
+  const heads = h("tr", {}, h("th", { scope: "col" }, "input"),
+    columns.map(([name]) => h("th", { scope: "col", "aria-sort": "none" }, h("button", { type: "button" }, name))));
+  const table = h("table", { class: "flips", "aria-labelledby": "flips-title" }, h("thead", {}, heads), body);
+  const status = h("span", { role: "status", class: "count" });
+  const chip = h("button", { type: "button", class: "chip", hidden: true, onclick: () => choosePair(null) });
+  const view = sampleView(repair);
+
+  function draw() {
+    const start = page * size, seen = shown.slice(start, start + size);
+    table.setAttribute("aria-rowcount", shown.length + 1);
+    body.replaceChildren(...seen.map(({ row, cells }, i) =>
+      h("tr", { class: row[FLIP], "aria-rowindex": start + i + 2 }, h("td", { class: "input" }, view.thumbnail(row)),
+        cells.map((text, j) => h("td", { class: j === 2 ? "flip" : "" }, text)))));
+    const range = shown.length > size ? `, ${count(start + 1)} to ${count(start + seen.length)} on this page` : "";
+    status.textContent = `${count(shown.length)} of ${count(all.length)}${range}`;
+    for (const [button, possible] of [[first, page > 0], [previous, page > 0], [next, start + size < shown.length],
+      [last, start + size < shown.length]]) button.disabled = !possible;
+  }
+
+  function filter() {
+    const { words, flip, split, slice, target, pair } = asked;
+    shown = all.filter(({ row, text }) =>
+      (!flip || row[FLIP] === flip)
+      && (!split || row[SPLIT] === Number(split))
+      && (!slice || row[SLICE] === Number(slice))
+      && (!target || row[IN_TARGET] === (target === "yes"))
+      && (!pair || (splits[row[SPLIT]].role === pair.role && row[LABEL] === pair.label
+        && (row[BEFORE] === pair.prediction || row[AFTER] === pair.prediction)))
+      && matchesWords(text, words));
+    if (order) shown.sort((a, b) => (order.up ? 1 : -1) * compareCells(a.cells[order.column], b.cells[order.column]));
+    page = 0;
+    draw();
+  }
+
+  function choosePair(pair, dropped = null) {
+    if (!pair) asked.dropped?.();
+    Object.assign(asked, { pair, dropped });
+    chip.hidden = !pair;
+    if (pair) {
+      chip.textContent = `${pair.role}: ${nameOf(repair, pair.label)} taken for ${nameOf(repair, pair.prediction)} ✕`;
+      chip.setAttribute("aria-label", `Take the filter off: ${chip.textContent.slice(0, -2)}`);
+    }
+    filter();
+  }
+
+  // The first column holds pictures.
+  bindHeads(heads, (i, up) => { order = { column: i - 1, up }; filter(); });
+  const turn = (name, to) => h("button", { type: "button", onclick: () => { page = to(); draw(); } }, name);
+  const first = turn("First", () => 0), previous = turn("Previous", () => page - 1), next = turn("Next", () => page + 1);
+  const last = turn("Last", () => Math.ceil(shown.length / size) - 1);
+  const choice = (name, key, options) => h("label", {}, `${name} `,
+    h("select", { onchange: event => { asked[key] = event.target.value; filter(); } },
+      h("option", { value: "" }, "all"), options.map(([value, text]) => h("option", { value }, text))));
+  const sizes = h("label", {}, "a page ",
+    h("select", { onchange: event => { size = Number(event.target.value); page = 0; draw(); } },
+      PAGE_SIZES.map(n => h("option", { value: n }, String(n)))));
+  const filters = h("div", { class: "filters", role: "search", "aria-label": "Filter of flipped samples" },
+    h("label", {}, "Filter ", h("input", { type: "search", placeholder: "such as: broken test",
+      oninput: event => { asked.words = event.target.value; filter(); } })),
+    choice("flip", "flip", [["broken", "broken"], ["repaired", "repaired"]]),
+    splits.length > 1 ? choice("split", "split", splits.map(({ name, role }, i) => [i, `${name} (${role})`])) : null,
+    slices.length ? choice("slice", "slice", slices.map((name, i) => [i, name])) : null,
+    choice("in target", "target", [["yes", "yes"], ["no", "no"]]),
+    chip, status);
+  filter();
+  const title = `${repair.accepted ? "Samples that flipped" : "Samples that would flip"}, broken ones first`;
+  const element = h("section", { "aria-labelledby": "flips-title" },
+    h("h2", { id: "flips-title" }, title),
+    ...(all.length
+      ? [filters, h("div", { class: "wide" }, table),
+        h("nav", { class: "pages", "aria-label": "Pages of flipped samples" }, first, previous, next, last, sizes)]
+      : [h("p", {}, "None.")]),
+    view.dialog);
+  return { element, choosePair };
+}
+
+/** Thumbnails of samples, and the dialog in which one of them is seen large. */
+function sampleView(repair) {
+  const place = h("div"), caption = h("p");
+  const dialog = h("dialog", { "aria-label": "The input of a sample" }, place, caption,
+    h("form", { method: "dialog" }, h("button", {}, "Close")));
+  const source = row => address("sample", {
+    name: repair.name, split: repair.splits[row[SPLIT]].name, position: row[POSITION], kind: row[KIND],
+  });
+  const captionOf = row => `${repair.splits[row[SPLIT]].name} ${row[POSITION]}, ${row[FLIP]}: `
+    + `true ${nameOf(repair, row[LABEL])}, ${nameOf(repair, row[BEFORE])} before, ${nameOf(repair, row[AFTER])} after, `
+    + `margin ${number(row[MARGIN_BEFORE])} before, ${number(row[MARGIN_AFTER])} after`;
+
+  async function open(row) {
+    caption.textContent = captionOf(row);
+    if (row[KIND] === "picture") place.replaceChildren(h("img", { src: source(row), alt: captionOf(row) }));
+    else place.replaceChildren(h("pre", {}, await (await fetch(source(row))).text()));
+    dialog.showModal();
+  }
+
+  function thumbnail(row) {
+    if (!row[KIND]) return "";
+    const inside = row[KIND] === "picture" ? h("img", { src: source(row), alt: "", loading: "lazy" }) : "text";
+    return h("button", { type: "button", class: "thumbnail", "aria-label": `Show ${captionOf(row)}`,
+      onclick: () => open(row) }, inside);
+  }
+  return { dialog, thumbnail };
+}

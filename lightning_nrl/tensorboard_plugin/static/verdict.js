@@ -1,0 +1,50 @@
+// The verdict, the numbers that it is judged by, and what data to come may look like.
+
+import { count, fromReport, h } from "./dom.js";
+
+/** Elements from the verdict to the table of splits. */
+export function verdict(repair) {
+  return [
+    h("h1", { class: repair.tone }, repair.status[0].toUpperCase() + repair.status.slice(1)),
+    h("p", { class: "reason" }, repair.reason),
+    h("ul", { class: "tiles" }, tiles(repair)),
+    repair.bounds.length
+      ? h("dl", { class: "bounds" }, repair.bounds.flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)]))
+      : null,
+    h("dl", { class: "asked" }, Object.entries({
+      "repair": repair.name,
+      "target": repair.target,
+      "gate": repair.gate,
+      "layer": repair.layers,
+      "compared with": repair.against,
+    }).flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)])),
+    h("details", { class: "more" }, h("summary", {}, "Split by split"), fromReport(repair.outcome)),
+  ].filter(Boolean);
+}
+
+function tiles({ known, unseen, accepted, at_most, bounds }) {
+  const would = accepted ? "" : "would be ";
+  const found = [];
+  if (known) {
+    found.push(tile(`known samples ${would}broken`, count(known.broken), `of ${count(known.right)} that were right`,
+      known.broken ? "warn" : "good"));
+    const [part, whole] = known.targeted ? [known.repaired_in_target, known.targeted] : [known.repaired, known.wrong];
+    const what = known.targeted ? "targets" : "known failures";
+    found.push(tile(`${what} ${would}repaired`, count(part), `of ${count(whole)}`, part ? "good" : "warn"));
+  }
+  if (unseen) {
+    found.push(tile("unseen samples broken", count(unseen.broken),
+      `of ${count(unseen.right)} that were right`, unseen.broken ? "warn" : "good"));
+    if (at_most) found.push(tile("of others like them break", `≤ ${at_most}`, "with 95 % confidence", ""));
+    found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`,
+      unseen.repaired > unseen.broken ? "good" : ""));
+    found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));
+  } else if (accepted) {
+    const text = bounds.length ? "calibration data alone say something" : "nothing is known; give unseen= next time";
+    found.push(tile("unseen data", "none", text, bounds.length ? "" : "warn"));
+  }
+  return found;
+}
+
+const tile = (name, value, text, tone) =>
+  h("li", {}, h("span", { class: "name" }, name), " ", h("strong", { class: tone }, value), " ", h("span", {}, text));

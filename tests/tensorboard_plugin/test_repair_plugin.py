@@ -1,0 +1,265 @@
+"""What TensorBoard's tab answers a browser, and what it never tells."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from repository import ROOT
+from tensorboard.plugins.base_plugin import TBContext
+from werkzeug import Response
+from werkzeug.test import Client
+
+from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint
+from lightning_nrl.report.sample_files import write_sample_files
+from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.tensorboard_plugin import RepairPlugin, repair_plugin
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+KNOWN = SplitReport(
+    "repair",
+    "known",
+    TargetCounts(6, 0, 1, 1, 2, 1),
+    (2, 3),
+    (FlippedSample(2, "repaired", True, 1, 0, 1, -1.23456, 0.5),),
+    (ConfusionCell(0, 0, 6, 6), ConfusionCell(1, 0, 2, 1), ConfusionCell(1, 1, 0, 1)),
+)
+UNSEEN = SplitReport(
+    "test",
+    "unseen",
+    TargetCounts(98, 2, 3, 1, 4, 3),
+    (),
+    (
+        *(FlippedSample(i, "repaired", True, 1, 0, 1, -1.0, 0.25 + i) for i in range(3)),
+        FlippedSample(7, "broken", False, 0, 0, 1, 0.5, -0.25, "night"),
+        FlippedSample(8, "broken", False, 0, 0, 1, float("nan"), -2.0, HOSTILE),
+    ),
+)
+REPORT = RepairReport(
+    status="repaired",
+    reason=f"1 of 2 passes now {HOSTILE}.",
+    layers=("head",),
+    target=HOSTILE,
+    gate="instance",
+    task="Multiclass",
+    splits=(KNOWN, UNSEEN),
+    search=SearchReport(1, "patience", 1.0, 0.5, {"best": [0.5, 1], "patched": [0, 1], "intact": [6, 5]}, 2, 6),
+    strength=(StrengthPoint(0.5, 0, FlipCounts(6, 0, 0, 2)), StrengthPoint(1.0, 1, FlipCounts(6, 0, 1, 1))),
+    chosen_strength=1.0,
+    class_names=("cat", HOSTILE),
+    seconds={"search": 2.0},
+)
+VIEWS = (
+    SampleView("test", 7, "broken", "", np.zeros((4, 4, 3), dtype=np.uint8)),
+    SampleView("repair", 2, "repaired", "", text=HOSTILE),
+)
+
+
+def write(folder: Path, report: RepairReport = REPORT) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(report.to_json())
+    return folder
+
+
+class Asked:
+    """A plugin for a log folder, asked as a browser asks it."""
+
+    def __init__(self, log_dir: Path) -> None:
+        self.plugin = RepairPlugin(TBContext(logdir=str(log_dir)))
+        self.apps = self.plugin.get_plugin_apps()
+
+    def get(self, path: str, **values: Any) -> Response:
+        app = self.apps["/static/*" if path.startswith("/static/") else path]
+        return Client(app).get(path, query_string=values)
+
+    def json(self, path: str, **values: Any) -> Any:
+        found = self.get(path, **values)
+        assert found.status_code == 200, found.text
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(constant)
+
+        return json.loads(found.text, parse_constant=refuse)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Asked:
+    write_sample_files(write(tmp_path / "log" / "version_0" / "repair"), VIEWS)
+    return Asked(tmp_path / "log")
+
+
+def test_there_is_a_tab_where_there_is_a_repair(tmp_path: Path, asked: Asked) -> None:
+    assert asked.plugin.is_active()
+    assert not Asked(tmp_path / "none").plugin.is_active()
+    assert not RepairPlugin(TBContext()).is_active()
+
+
+def test_a_row_of_the_list_has_what_a_repair_is_judged_by(asked: Asked) -> None:
+    listed = asked.json("/repairs")
+    assert listed["found"] == 1
+    (row,) = listed["repairs"]
+    assert (row["name"], row["status"], row["tone"], row["seconds"]) == ("version_0/repair", "repaired", "good", 2.0)
+    known, unseen = row["known"], row["unseen"]
+    assert (known["broken"], known["right"], known["repaired_in_target"], known["targeted"]) == (0, 6, 1, 2)
+    assert (unseen["broken"], unseen["right"], unseen["repaired"], unseen["wrong"]) == (2, 100, 3, 4)
+    # Clopper and Pearson's limit of 2 in 100 with 95 %, rounded up.
+    assert row["at_most"] == "6.17 %"
+
+
+def test_a_repair_has_its_flips_the_broken_ones_first(asked: Asked) -> None:
+    found = asked.json("/repair", name="version_0/repair")
+    rows = found["flips"]["rows"]
+    assert [row[:3] for row in rows] == [
+        [1, 8, "broken"],
+        [1, 7, "broken"],
+        [0, 2, "repaired"],
+        [1, 2, "repaired"],
+        [1, 1, "repaired"],
+        [1, 0, "repaired"],
+    ]
+    assert rows[0][3:] == [0, 0, 1, None, -2.0, False, 1, ""]
+    assert rows[1][3:] == [0, 0, 1, 0.5, -0.25, False, 0, "picture"]
+    assert rows[2][3:] == [1, 0, 1, -1.235, 0.5, True, -1, "text"]
+    assert found["flips"]["slices"] == ["night", HOSTILE]
+    assert found["confusion"] == {"known": [[1, 0, 2, 1]]}
+    assert found["search"]["curves"]["broken"] == [0, 1]
+    assert [point["strength"] for point in found["strength"]] == [0, 0.5, 1.0]
+    assert [point["repaired"] for point in found["strength"]] == [0, 0, 1]
+    assert found["bounds"][-1][1].startswith("broken 2 of 100 that were right; with 95 % confidence at most 6.17 %")
+
+
+def test_text_in_parts_of_the_page_is_escaped(asked: Asked) -> None:
+    found = asked.json("/repair", name="version_0/repair")
+    assert "&lt;img" in found["more"]
+    assert "<img" not in found["more"] + found["outcome"]
+    assert "<script" not in found["more"] + found["outcome"]
+
+
+def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
+    as_it_is = replace(KNOWN, counts=TargetCounts(6, 0, 0, 2, 2, 0), flipped=())
+    refused = replace(REPORT, status="refused", splits=(as_it_is,), candidate=(KNOWN,))
+    write(tmp_path / "repair", refused)
+    found = Asked(tmp_path).json("/repair", name="repair")
+    assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (False, "warn", 1, "")
+    assert len(found["flips"]["rows"]) == 1
+    assert "What the refused weights would have done" in found["outcome"]
+
+
+def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:
+    picture = asked.get("/sample", name="version_0/repair", split="test", position=7, kind="picture")
+    assert picture.content_type == "image/png"
+    assert picture.data.startswith(b"\x89PNG")
+    text = asked.get("/sample", name="version_0/repair", split="repair", position=2, kind="text")
+    assert text.content_type.startswith("text/plain")
+    assert text.headers["X-Content-Type-Options"] == "nosniff"
+    assert text.text == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("/repair", {}),
+        ("/repair", {"name": "../log/version_0/repair"}),
+        ("/repair", {"name": "/etc"}),
+        ("/sample", {"name": "version_0/repair", "split": "../../test", "position": 7, "kind": "picture"}),
+        ("/sample", {"name": "version_0/repair", "split": "test", "position": 9, "kind": "picture"}),
+        ("/sample", {"name": "version_0/repair", "split": "test", "position": "7/../8", "kind": "picture"}),
+        ("/sample", {"name": "version_0/repair", "split": "test", "position": 8, "kind": "picture"}),
+        ("/sample", {"name": "version_0/repair", "split": "test", "position": 7, "kind": "../report.json"}),
+        ("/static/repair_plugin.py", {}),
+        ("/static/../repair_plugin.py", {}),
+    ],
+)
+def test_nothing_else_is_served(asked: Asked, path: str, values: dict[str, Any]) -> None:
+    found = asked.get(path, **values)
+    assert found.status_code == 404
+    assert set(found.json or {}) == {"problem"}
+
+
+def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: Asked) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"\x89PNG secret")
+    picture = tmp_path / "log/version_0/repair/flipped_samples/test-7.png"
+    picture.unlink()
+    picture.symlink_to(secret)
+    assert asked.get("/sample", name="version_0/repair", split="test", position=7, kind="picture").status_code == 404
+    outside = write(tmp_path / "elsewhere")
+    (tmp_path / "log" / "linked").symlink_to(outside)
+    (tmp_path / "log" / "one").mkdir()
+    (tmp_path / "log" / "one" / "report.json").symlink_to(outside / "report.json")
+    assert [row["name"] for row in Asked(tmp_path / "log").json("/repairs")["repairs"]] == ["version_0/repair"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"status": "repaired", "reason": "', "Unterminated"),
+        ('{"status": "repaired", "reason": "", "class_names": [], "schema": 99}', "schema: expected a whole"),
+        ('{"status": "repaired", "reason": ""' + " " * 3000 + "}", "1 are read at most"),
+    ],
+)
+def test_a_report_that_cannot_be_read_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, problem: str
+) -> None:
+    if problem.startswith("1 "):
+        monkeypatch.setattr(repair_plugin, "MAX_REPORT_BYTES", 1000)
+        problem = "are read at most"
+    (tmp_path / "report.json").write_text(text)
+    (row,) = Asked(tmp_path).json("/repairs")["repairs"]
+    assert (row["name"], problem in row["problem"]) == (tmp_path.name, True), row
+    assert Asked(tmp_path).get("/repair", name=tmp_path.name).json == {"problem": row["problem"]}
+
+
+def test_other_reports_are_left_out_and_new_ones_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_plugin, "LOOK_SECONDS", 0.0)
+    asked = Asked(tmp_path)
+    (tmp_path / "report.json").write_text('{"status": "accepted", "findings": []}')
+    assert asked.json("/repairs") == {"repairs": [], "found": 0}
+    folder = write(tmp_path / "repair")
+    assert asked.json("/repairs")["repairs"][0]["status"] == "repaired"
+    (folder / "report.json").write_text(replace(REPORT, status="not repaired").to_json())
+    assert asked.json("/repairs")["repairs"][0]["status"] == "not repaired"
+
+
+def test_log_folders_by_name_are_looked_into(tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    write(tmp_path / "a" / "repair")
+    write(tmp_path / "b")
+    flags = Namespace(logdir="", logdir_spec=f"first:{tmp_path / 'a'},{tmp_path / 'b'}")
+    plugin = RepairPlugin(TBContext(logdir=flags.logdir_spec, flags=flags))
+    found = Client(plugin.get_plugin_apps()["/repairs"]).get("/repairs").json
+    assert found is not None
+    assert sorted(row["name"] for row in found["repairs"]) == ["b", "first/repair"]
+
+
+def test_everything_that_the_page_imports_is_served_and_nothing_comes_from_elsewhere(asked: Asked) -> None:
+    seen, waiting = set(), ["index.js", "tab.css", "report.css"]
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        found = asked.get(f"/static/{name}")
+        assert found.status_code == 200, name
+        waiting += re.findall(r'from "\./([\w.]+)"', found.text)
+        assert set(re.findall(r"https?://[\w./]+", found.text)) <= {"http://www.w3.org/2000/svg"}
+    assert seen == set(repair_plugin.STATIC_FILES)
+
+
+def test_tensorboard_need_not_load_torch_to_have_the_tab() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    (address,) = re.findall(r'\[project\.entry-points\.tensorboard_plugins\]\n\w+ = "([\w.:]+)"', text)
+    module, name = address.split(":")
+    code = f"import sys; from {module} import {name}; print({name}.plugin_name, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.split() == ["lightning_nrl", "False"], done.stderr
