@@ -1,19 +1,12 @@
-"""Repairs by each task, and with arguments that tell samples apart, for `test_distributed_repairs.py`.
-
-Also a script, since plain `ddp` starts it again:
-
-python distributed_repairs.py FOLDER
-"""
+"""Repairs by each task, and with arguments that tell samples apart, for `test_distributed_repairs.py`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer
 from distributed_fit import Leave
 from lightning_package import LightningDataModule, LightningModule
@@ -95,7 +88,7 @@ def _repaired(
     Leave(callback).on_train_end(trainer, model)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def make_all(folder: Path) -> None:
+    """All of them, by a rank of two."""
     for _, job in jobs():
-        job(Path(sys.argv[1]), 2)
+        job(folder, 2)

@@ -1,11 +1,7 @@
-"""A sweep on two processes, for `test_sweep_call.py`; plain `ddp` starts this script again.
-
-python distributed_sweep.py FOLDER CHECKPOINT
-"""
+"""A sweep on two processes, for `test_sweep_call.py`."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +17,8 @@ SWEEP: dict[str, Any] = {
     "search": QUICK["search"],
 }
 
-if __name__ == "__main__":
-    folder, checkpoint = Path(sys.argv[1]), sys.argv[2]
+
+def on_rank(folder: Path, checkpoint: Path) -> None:
     trainer = quiet_trainer(folder, devices=2, strategy="ddp")
     found = sweep(trainer, Classifier(), datamodule=Digits(), ckpt_path=checkpoint, **SWEEP)
     (folder / f"{trainer.global_rank}.json").write_text(found.to_json())

@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import in_two_processes
 
 from lightning_nrl import (
     ConfigurationError,
@@ -499,10 +498,15 @@ def distributed_fit(folder: Path, strategy: str, devices: int) -> dict[str, Any]
     return {"rows": drawn.rows, "state": state, "keys": list(model.state_dict())}
 
 
+def _on_rank(folder: Path) -> None:
+    result = distributed_fit(folder, "ddp", 2)
+    (folder / f"congruent{torch.distributed.get_rank()}.json").write_text(json.dumps(result))
+
+
 def test_two_processes_train_as_one(trained_path: Path) -> None:
     folder = trained_path.parent
     alone = distributed_fit(folder, "auto", 1)
-    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=300)
+    in_two_processes(_on_rank, folder)
     ranks = [json.loads((folder / f"congruent{rank}.json").read_text()) for rank in (0, 1)]
     assert Counter(ranks[0]["rows"] + ranks[1]["rows"]) == Counter(alone["rows"])
     assert ranks[0]["state"] == ranks[1]["state"]
@@ -513,9 +517,3 @@ def test_two_processes_train_as_one(trained_path: Path) -> None:
 
 def test_multiclass_is_the_default() -> None:
     assert isinstance(PositiveCongruentTraining(cnn()).task, Multiclass)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = distributed_fit(Path(sys.argv[1]), "ddp", 2)
-    Path(sys.argv[1], f"congruent{torch.distributed.get_rank()}.json").write_text(json.dumps(result))

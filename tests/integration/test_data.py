@@ -375,12 +375,12 @@ def drawn(data: Dataset[Any], n: int) -> TensorDataset:
     return TensorDataset(*(torch.stack(column) for column in columns))
 
 
-@pytest.mark.parametrize("draws", [1, 3])
+@pytest.mark.parametrize(("draws", "method"), [(1, "auto"), (3, "finetune-polish")])
 def test_a_data_set_that_augments_at_random_breaks_nothing_in_the_draws_that_are_counted(
-    draws: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+    draws: int, method: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     data, model = Jittered(), Classifier()
-    callback = RegressionFreeRepair(verbose=False, unseen="test", data=DataOptions(draws=draws))
+    callback = RegressionFreeRepair(method=method, verbose=False, unseen="test", data=DataOptions(draws=draws))
     before: dict[str, Tensor] = {}
 
     class Before(Callback):

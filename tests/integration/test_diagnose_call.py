@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_diagnosis
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 from lightning_package import CSVLogger, ModelCheckpoint
+from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, Target, diagnose
 from lightning_nrl._utils.hashing import hash_tensors
@@ -89,8 +89,7 @@ def test_what_cannot_be_diagnosed_is_said_before_anything_runs(tmp_path: Path, t
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path, trained_path: Path) -> None:
-    script = Path(__file__).with_name("distributed_diagnosis.py")
-    subprocess.run([sys.executable, script, tmp_path, trained_path], check=True, capture_output=True, timeout=300)
+    in_two_processes(distributed_diagnosis.on_rank, tmp_path, trained_path)
     first, second = (Diagnosis.from_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     one = diagnose(quiet_trainer(tmp_path), Classifier(), datamodule=Digits(), ckpt_path=trained_path)
     assert (first.advice, first.costs) == (second.advice, second.costs)

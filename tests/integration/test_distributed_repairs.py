@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from digit_models import quiet_trainer
-from distributed_repairs import HEEDED, jobs
+from distributed_repairs import HEEDED, jobs, make_all
 from lightning_package import seed_everything
 from task_models import CASES
+from two_processes import in_two_processes
 
 from lightning_nrl import RepairReport
 
@@ -42,8 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, trained_path: Path) -> Path
             job(folder / "alone", 1)
     finally:
         torch.set_num_threads(threads)
-    script = Path(__file__).with_name("distributed_repairs.py")
-    subprocess.run([sys.executable, script, folder / "together"], check=True, capture_output=True, timeout=300)
+    in_two_processes(make_all, folder / "together")
     return folder
 
 
@@ -54,10 +52,15 @@ def left(folder: Path, rank: int = 0) -> tuple[dict[str, torch.Tensor], RepairRe
 
 
 def told(report: RepairReport) -> dict[str, Any]:
-    """All that does not depend on time, on places of files and on the last bits of weights."""
-    names = ("status", "reason", "splits", "candidate", "slices", "set_aside", "strength", "chosen_strength", "bounds")
+    """All that does not depend on time, on places of files and on the last bits of weights, as margins do."""
+    names = ("status", "reason", "candidate", "slices", "set_aside", "strength", "chosen_strength", "bounds")
     steps = [replace(step, seconds=0.0) for step in report.steps]
-    return {**{name: getattr(report, name) for name in (*names, "localization")}, "steps": steps}
+    splits = [
+        replace(split, flipped=[replace(s, margin_before=0.0, margin_after=0.0) for s in split.flipped])
+        for split in report.splits
+    ]
+    found = {name: getattr(report, name) for name in (*names, "localization")}
+    return {**found, "splits": splits, "steps": steps}
 
 
 @pytest.mark.parametrize("name", EXACT)

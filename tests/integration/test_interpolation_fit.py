@@ -6,8 +6,6 @@ python test_interpolation_fit.py FOLDER
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from digit_models import (
 from lightning_package import Callback, CSVLogger, LightningModule
 from repository import ROOT
 from torch.utils.data import DataLoader
+from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, WeightInterpolation
 from lightning_nrl.evaluation.flips import FlipCounts
@@ -323,10 +322,15 @@ def distributed_fit(folder: Path, network: str, strategy: str = "auto", devices:
     return {"share": interpolation.choice.share, "curve": curve, "state": after.state}
 
 
+def _on_rank(folder: Path) -> None:
+    results = [distributed_fit(folder, network, "ddp", 2) for network in ("mlp", "cnn")]
+    torch.save(results, folder / f"interpolated{torch.distributed.get_rank()}.pt")
+
+
 def test_two_processes_choose_as_one(trained_path: Path) -> None:
     folder = trained_path.parent
     alone = [distributed_fit(folder, network) for network in ("mlp", "cnn")]
-    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=500)
+    in_two_processes(_on_rank, folder)
     first, second = (torch.load(folder / f"interpolated{rank}.pt", weights_only=True) for rank in (0, 1))
     for a, b in zip(first, second, strict=True):
         assert same(a["state"], b["state"])
@@ -352,9 +356,3 @@ def test_the_documented_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert isinstance(found["repair"], RegressionFreeRepair)
     assert found["interpolation"].choice is not None
     assert found["choice"].curve[0].share == 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = [distributed_fit(Path(sys.argv[1]), network, "ddp", 2) for network in ("mlp", "cnn")]
-    torch.save(results, Path(sys.argv[1], f"interpolated{torch.distributed.get_rank()}.pt"))

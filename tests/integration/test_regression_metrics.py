@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics, Target
 from lightning_nrl.reference import Predictions
@@ -455,19 +454,18 @@ def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dic
     return found
 
 
+def _on_rank(folder: Path) -> None:
+    results = distributed_fits(folder, "ddp", 2)
+    (folder / f"metrics{torch.distributed.get_rank()}.json").write_text(json.dumps(results))
+
+
 def test_two_processes_count_as_one(trained_path: Path) -> None:
     folder = trained_path.parent
     alone = distributed_fits(folder, "auto", 1)
-    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=300)
+    in_two_processes(_on_rank, folder)
     for rank in (0, 1):
         together = json.loads((folder / f"metrics{rank}.json").read_text())
         assert alone.keys() == together.keys()
         for n, found in alone.items():
             assert together[n] == pytest.approx(found, nan_ok=True), n
     assert alone["200"]["regression/broken"] > 0
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = distributed_fits(Path(sys.argv[1]), "ddp", 2)
-    Path(sys.argv[1], f"metrics{torch.distributed.get_rank()}.json").write_text(json.dumps(results))

@@ -5,8 +5,6 @@ python test_release_gate.py FOLDER
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from digit_models import Classifier, Digits, configured, quiet_trainer, right
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
+from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, OldModel, ReleaseGate
 from lightning_nrl.reference import Predictions
@@ -267,10 +266,15 @@ def judged(folder: Path, name: str, **arguments: Any) -> ReleaseReport:
     return gate.report
 
 
+def _on_rank(folder: Path) -> None:
+    result = judged(folder, "together", strategy="ddp", devices=2)
+    (folder / f"rank{torch.distributed.get_rank()}.json").write_text(result.to_json())
+
+
 def test_two_processes_judge_as_one(trained_path: Path) -> None:
     folder = trained_path.parent
     alone = judged(folder, "alone")
-    subprocess.run([sys.executable, __file__, folder], check=True, capture_output=True, timeout=300)
+    in_two_processes(_on_rank, folder)
     reports = [ReleaseReport.from_json((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert alone.rows[0].counts.n == 203
     assert alone.rows[0].counts.broken > 0
@@ -281,9 +285,3 @@ def test_two_processes_judge_as_one(trained_path: Path) -> None:
     assert written == reports[0]
     saved = [Predictions.read(folder / name / "predictions.csv") for name in ("alone", "together")]
     assert saved[0] == saved[1]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = judged(Path(sys.argv[1]), "together", strategy="ddp", devices=2)
-    Path(sys.argv[1], f"rank{torch.distributed.get_rank()}.json").write_text(result.to_json())

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import distributed_sweep
 import pytest
 import torch
 from digit_models import Classifier, Digits, Untrainable, quick_repair, quiet_trainer
 from distributed_sweep import SWEEP
 from lightning_package import TensorBoardLogger
+from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, Grid, repair, sweep
 from lightning_nrl._utils.hashing import hash_tensors
@@ -91,8 +91,7 @@ def test_a_trainer_with_a_repair_and_a_plain_module_are_refused(tmp_path: Path, 
 
 
 def test_two_processes_find_what_one_finds(tmp_path: Path, trained_path: Path) -> None:
-    script = Path(__file__).with_name("distributed_sweep.py")
-    subprocess.run([sys.executable, script, tmp_path, trained_path], check=True, capture_output=True, timeout=300)
+    in_two_processes(distributed_sweep.on_rank, tmp_path, trained_path)
     one = sweep(quiet_trainer(tmp_path), Classifier(), datamodule=Digits(), ckpt_path=trained_path, **SWEEP)
     found = [SweepResult.from_json((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
+from two_processes import in_two_processes
 
 from lightning_nrl import metrics
 from lightning_nrl.metrics import functional as F
@@ -89,23 +88,16 @@ def test_more_samples_than_float32_can_count() -> None:
     assert (metric.flips - 2**25).tolist() == (2 * counted).tolist()
 
 
-def _rank(rank: int, world_size: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+def _on_rank(folder: str) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     together = collection()
     together.update(OLD[UNEVEN[rank]], NEW[UNEVEN[rank]], TARGET[UNEVEN[rank]])
     torch.save(together.compute(), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_two_ranks_with_uneven_shards_give_the_single_process_values(tmp_path: os.PathLike[str]) -> None:
-    mp.spawn(_rank, args=(2, _free_port(), str(tmp_path)), nprocs=2, join=True)
+    in_two_processes(_on_rank, str(tmp_path))
     for rank in range(2):
         found = torch.load(f"{tmp_path}/{rank}.pt", weights_only=True)
         for kind, function in CLASSES.items():

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from toy_problems import barely, broken, make_problem, normed, retrained, same, shares
 from toy_repairs import known, trained
+from two_processes import in_two_processes
 
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
@@ -28,21 +28,18 @@ def results(problem: Problem) -> dict[str, Any]:
     }
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
+def work(folder: str) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
     collective = Collective.current(torch.device("cpu"))
     problem = make_problem(trained(normed), shares(known(), rank, 2), collective=collective)
     torch.save(results(problem), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

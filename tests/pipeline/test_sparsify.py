@@ -141,7 +141,7 @@ class WeightStats:
         return Solution(problem.propose("spread", state))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 99), loss=st.sampled_from([0.0, 0.3, 0.6]))
 def test_no_more_is_lost_and_broken_than_allowed(seed: int, loss: float) -> None:
     model, sources = trained(), known()

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from two_processes import in_two_processes
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import EvaluationError, OtherRankError, ReplayError
@@ -15,12 +16,10 @@ from lightning_nrl.errors import EvaluationError, OtherRankError, ReplayError
 CPU = torch.device("cpu")
 
 
-def work(rank: int, folder: str) -> None:
+def work(folder: str) -> None:
     """What each of two ranks does; what it got is written to a file for the tests to look at."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
     collective = Collective.current(CPU)
     values = torch.tensor([1.0, 2.0]) if rank == 0 else torch.tensor([10.0, 20.0])
     kept = values.clone()
@@ -44,13 +43,12 @@ def work(rank: int, folder: str) -> None:
         "cuda": str(Collective.current(torch.device("cuda", rank)).device),
     }
     torch.save(got, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("collective")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,0 +1,54 @@
+"""Two ranks of one run as two processes, as a launcher such as `torchrun` starts them.
+
+They come from a server that has imported torch and Lightning once, which takes several seconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+PRELOADED = ("torch._dynamo", "torchmetrics", "lightning_nrl")
+
+
+def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 300) -> None:
+    """Calls a function of a module on two ranks; a `Trainer(devices=2, strategy="ddp")` in it starts no more processes.
+
+    Raises:
+        RuntimeError: a rank failed, or took too long; its own message is on stderr.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    port = str(_free_port())
+    ranks = [context.Process(target=_on_rank, args=(rank, port, function, args)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(seconds)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    codes = [rank.exitcode for rank in ranks]
+    if codes != [0, 0]:
+        raise RuntimeError(f"the two processes ended with {codes}")
+
+
+def _on_rank(rank: int, port: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    os.environ.update(found, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
