@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, logged_hparams
 from lightning_nrl._model.layers import find_scope
+from lightning_nrl._tracking import declare
 from lightning_nrl._trainer.artifacts import (
     REPAIRED_FILES,
     REPORT_FILES,
@@ -178,6 +179,8 @@ class RegressionFreeRepair(CallbackBase):
         if stage == "fit":
             check_strategy(trainer)
             check_order(self, trainer, (WeightInterpolation,), self.data.start_from)
+            if hparams := logged_hparams(trainer):  # which Lightning logs next
+                declare(trainer.loggers, hparams)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,7 +246,7 @@ class RegressionFreeRepair(CallbackBase):
         self._parameters, self._pending = outcome.parameters, True
         try:
             write_patch_file(report, trainer, pl_module, outcome.parameters or {})
-            publish(report, trainer, name, change=outcome.change, verbose=self.verbose, views=outcome.views)
+            publish(report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
         except BaseException:
             self.report = self._parameters = None
             raise

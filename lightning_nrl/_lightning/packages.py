@@ -30,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointIO",
     "CheckpointIOBase",
+    "CometLogger",
     "DeviceStatsMonitor",
     "DistributedSamplerWrapper",
     "DummyLoggerBase",
@@ -40,6 +41,7 @@ __all__ = [
     "LightningModule",
     "LightningModuleMixin",
     "Logger",
+    "MLFlowLogger",
     "ModelCheckpoint",
     "ModelPruning",
     "ModelSummary",
@@ -50,6 +52,7 @@ __all__ = [
     "Timer",
     "TorchCheckpointIO",
     "Trainer",
+    "WandbLogger",
     "WrappingCheckpointIO",
     "class_for",
     "classes",
@@ -133,7 +136,7 @@ if TYPE_CHECKING:
         Timer,
         TQDMProgressBar,
     )
-    from pytorch_lightning.loggers import Logger, TensorBoardLogger
+    from pytorch_lightning.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
     from pytorch_lightning.loggers.logger import DummyLogger as DummyLoggerBase
     from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
     from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIOBase
@@ -160,6 +163,9 @@ else:
     TQDMProgressBar = _union("pytorch.callbacks.TQDMProgressBar")
     Logger = _union("pytorch.loggers.Logger")
     TensorBoardLogger = _union("pytorch.loggers.TensorBoardLogger")
+    CometLogger = _union("pytorch.loggers.CometLogger")
+    MLFlowLogger = _union("pytorch.loggers.MLFlowLogger")
+    WandbLogger = _union("pytorch.loggers.WandbLogger")
     CheckpointIO = _union("pytorch.plugins.io.CheckpointIO")
     TorchCheckpointIO = _union("pytorch.plugins.io.TorchCheckpointIO")
     WrappingCheckpointIO = _union("pytorch.plugins.io.wrapper._WrappingCheckpointIO")

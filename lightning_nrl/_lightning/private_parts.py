@@ -39,6 +39,7 @@ __all__ = [
     "data_module_of",
     "given_loaders",
     "is_compiled",
+    "logged_hparams",
     "original_module",
     "overfit_batches",
     "overrides",
@@ -83,6 +84,17 @@ def batch_limit(trainer: Trainer) -> int | None:
     """How many batches of each loader a `fast_dev_run` reads; None: all. The attribute is a bool or a number."""
     untyped: Any = trainer
     return int(untyped.fast_dev_run) or None
+
+
+def logged_hparams(trainer: Trainer) -> dict[str, Any]:
+    """The hyperparameters that a fit logs by itself, those that `save_hyperparameters` keeps.
+
+    Of the module and of the data module. In their `_log_hyperparams` is whether they are to be logged.
+    """
+    holders = [holder for holder in (trainer.lightning_module, data_module_of(trainer)) if holder is not None]
+    logged = (holder for holder in holders if getattr(holder, "_log_hyperparams", False))
+    found = {key: value for holder in logged for key, value in dict(holder.hparams_initial).items()}
+    return {key: value for key, value in found.items() if key != "_class_path"}  # of LightningCLI
 
 
 def overfit_batches(trainer: Trainer) -> int | float:

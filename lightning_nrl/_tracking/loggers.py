@@ -2,53 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_nrl._lightning import Logger, TensorBoardLogger, rank_zero_only, rank_zero_warn
+from lightning_nrl._lightning import (
+    CometLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    rank_zero_only,
+    rank_zero_warn,
+)
+from lightning_nrl._tracking.comet_run import upload_to_comet, write_comet
+from lightning_nrl._tracking.mlflow_run import upload_to_mlflow, write_mlflow
+from lightning_nrl._tracking.repair_hparams import declare_columns
+from lightning_nrl._tracking.repair_log import RepairLog, written
 from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
-from lightning_nrl._tracking.tensorboard import write_extras
+from lightning_nrl._tracking.tensorboard import write_tensorboard
+from lightning_nrl._tracking.wandb_run import upload_to_wandb, write_wandb
 from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.release import ReleaseReport
-from lightning_nrl.report import RepairReport
-from lightning_nrl.report.sample_views import SampleView
 
-__all__ = ["to_each", "track", "track_numbers", "track_release", "writer_of"]
+__all__ = ["declare", "to_each", "track", "track_numbers", "track_release", "writer_of"]
+
+RUNS: Mapping[Any, tuple[Callable[[RepairLog, Any], None], Callable[[Mapping[str, Path], Any, str, int], None]]] = {
+    WandbLogger: (write_wandb, upload_to_wandb),
+    MLFlowLogger: (write_mlflow, upload_to_mlflow),
+    CometLogger: (write_comet, upload_to_comet),
+}
+"""Loggers that take more than numbers: what writes a repair, and what uploads files."""
 
 
 @rank_zero_only
-def track(
-    report: RepairReport,
-    loggers: Sequence[Logger],
-    *,
-    step: int,
-    change: Tensor | None = None,
-    name: str = "repair",
-    views: Sequence[SampleView] = (),
-) -> None:
-    """Writes a repair to every logger, on rank zero.
+def track(log: RepairLog, loggers: Sequence[Logger]) -> None:
+    """Writes a repair to every logger, on rank zero; what each of them takes is in its module.
 
-    The search has its iterations for steps, the way to the patch its strength in percent; the outcome and the numbers
-    of the splits stand at the step of training at which the repair was made. TensorBoard gets more, see `write_extras`.
-    To be called before the loggers are finalised: a TensorBoard writer that is used later opens a second file.
-
-    The change of every searched weight is for a histogram; None if there was no candidate. Tags begin with `name`; a
-    second repair in the same log needs another one. Views of samples are for TensorBoard's images.
+    The search has its iterations for steps, the way to the patch its strength in percent; all other numbers stand at
+    the step of training at which the repair was made.
     """
-    to_each(loggers, partial(_write, report, step=step, change=change, name=name, views=views), "repair")
+    to_each(loggers, partial(_write, log), "repair")
+
+
+@rank_zero_only
+def declare(loggers: Sequence[Logger], hparams: Mapping[str, Any]) -> None:
+    """Has TensorBoard's HParams tab show a repair beside training, which is about to log these hyperparameters."""
+
+    def write(logger: Logger) -> None:
+        if writer := writer_of(logger):
+            declare_columns(writer, hparams)
+
+    to_each(loggers, write, "row of hyperparameters")
 
 
 @rank_zero_only
 def track_release(report: ReleaseReport, loggers: Sequence[Logger], *, step: int, name: str = "release") -> None:
-    """Writes the page of a release decision to every TensorBoard logger; its numbers go with the metrics."""
+    """Writes the page of a release decision to every logger that takes one; its numbers go with the metrics."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
             writer.add_text(f"{name}/report", report.to_markdown(), step)
-            logger.save()
+        _upload(written(report.files), logger, name, step)
+        logger.save()
 
     to_each(loggers, write, "release report")
 
@@ -83,21 +102,29 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
             )
 
 
-def _write(
-    report: RepairReport,
-    logger: Logger,
-    *,
-    step: int,
-    change: Tensor | None,
-    name: str,
-    views: Sequence[SampleView],
-) -> None:
-    for iteration, scalars in enumerate(search_curves(report, name)):
-        logger.log_metrics(scalars, step=iteration)
-    for strength, scalars in strength_curves(report, name).items():
-        logger.log_metrics(scalars, step=strength)
-    logger.log_metrics(final_numbers(report, name), step=step)
+def _write(log: RepairLog, logger: Logger) -> None:
     if writer := writer_of(logger):
-        write_extras(report, writer, step=step, change=change, name=name, views=views)
+        write_tensorboard(log, writer)
+    else:
+        _write_numbers(log, logger)
+    # Files before pictures: should one of these fail, the report is there.
+    _upload(log.files, logger, log.name, log.step)
+    for kind, (write, _) in RUNS.items():
+        if isinstance(logger, kind):
+            write(log, logger)
     # Now, as the process may end before loggers are finalised.
     logger.save()
+
+
+def _write_numbers(log: RepairLog, logger: Logger) -> None:
+    for iteration, scalars in enumerate(search_curves(log.report, log.name)):
+        logger.log_metrics(scalars, step=iteration)
+    for strength, scalars in strength_curves(log.report, log.name).items():
+        logger.log_metrics(scalars, step=strength)
+    logger.log_metrics(final_numbers(log.report, log.name), step=log.step)
+
+
+def _upload(files: Mapping[str, Path], logger: Logger, name: str, step: int) -> None:
+    for kind, (_, upload) in RUNS.items():
+        if files and isinstance(logger, kind):
+            upload(files, logger, name, step)

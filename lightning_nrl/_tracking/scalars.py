@@ -1,10 +1,8 @@
 """A report as numbers for loggers: pure functions to dicts of tag and value.
 
-Tags begin with `<name>/` for the outcome, `<name>_search/` for the course of the search, `<name>_strength/` for the way
-from the original weights to the patch, `<name>_splits/<split>/` for the numbers of a split, `<name>_slices/<slice>/`
-for those of a slice, `<name>_rungs/<rung>/` for what each rung of the default's ladder does, and `<name>_localization/`
-for the weights that were searched: TensorBoard and others make a group of what stands before the first slash, so the
-few numbers that matter come first. The outcome is single points, not lines from before to after: smoothing would bend
+TensorBoard and others make a group of what stands before the first slash. `<name>/` has the few numbers that a reviewer
+decides on, `<name>_numbers/` all others, `<name>_search/` the course of the search, and `<name>_strength/` the way from
+the original weights to the patch. The headline is single points, not lines from before to after: smoothing would bend
 those, and a reader would read wrong numbers. What is not finite is left out: several loggers refuse or misdraw it.
 """
 
@@ -20,7 +18,7 @@ __all__ = [
     "SEARCH_CURVES",
     "Scalars",
     "final_numbers",
-    "localization_numbers",
+    "further_numbers",
     "outcome",
     "release_numbers",
     "rung_numbers",
@@ -28,6 +26,7 @@ __all__ = [
     "slice_numbers",
     "split_numbers",
     "strength_curves",
+    "weight_numbers",
 ]
 
 Scalars = dict[str, float]
@@ -45,29 +44,24 @@ SEARCH_CURVES = {
 
 
 def outcome(report: RepairReport, name: str = "repair") -> Scalars:
-    """What a reviewer decides on, the most important first.
+    """What a reviewer decides on, the most important first; twelve cards at most, unless it is an update.
 
-    `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together: accuracies and counts of
-    samples under the weights that the model has now. In an update `..._regressions` are against the replaced model, by
-    the new one as trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to
-    known data.
+    `accepted` is 1 or 0. `known_...` and `unseen_...` are of all splits of that role together, under the weights that
+    the model has now. In an update `..._regressions` and `..._nfr` are against the replaced model, by the new one as
+    trained (`_before`) and as it is now. `refused_...` tell what refused weights would have done to known data.
     """
     found: Scalars = {"accepted": float(report.status == "repaired")}
     for role in ("known", "unseen"):
-        split = report.pooled(role)
+        split, update = report.pooled(role), report.pooled_update(role)
         if split is not None:
             found |= {f"{role}_{number}": value for number, value in _headline(split).items()}
-        update = report.pooled_update(role)
         if update is not None:
             found[f"{role}_regressions_before"] = float(update.trained.broken)
             found[f"{role}_regressions"] = float(update.now.broken)
-            found[f"{role}_negative_flip_rate"] = update.now.rates["negative_flip_rate"]
+            found[f"{role}_nfr"] = update.now.rates["negative_flip_rate"]
     if report.candidate:
         found["refused_repaired"] = float(sum(split.repaired for split in report.candidate))
         found["refused_broken"] = float(sum(split.broken for split in report.candidate))
-    if report.change is not None:
-        found["weights_changed"] = float(report.change.changed)
-    found["seconds"] = float(sum(report.seconds.values()))
     return _finite({f"{name}/{tag}": value for tag, value in found.items()})
 
 
@@ -84,51 +78,60 @@ def release_numbers(report: ReleaseReport, name: str = "release") -> Scalars:
     return _finite(found)
 
 
-def split_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Every number of every split: counts, accuracies and the rates of `lightning_nrl.metrics`."""
-    return _finite(
-        {
-            f"{name}_splits/{split.split}/{number}": value
-            for split in report.splits
-            for number, value in split.numbers.items()
-        }
-    )
+def split_numbers(report: RepairReport) -> Scalars:
+    """Every number of every split, `<split>_data/...`: counts, accuracies and the rates of `lightning_nrl.metrics`."""
+    return {f"{split.split}_data/{number}": value for split in report.splits for number, value in split.numbers.items()}
 
 
-def slice_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """Counts of every slice by the role of the data; empty where no slices were asked for."""
+def slice_numbers(report: RepairReport) -> Scalars:
+    """Counts of every slice by the role of the data, `slice_<name>/...`; empty where no slices were asked for."""
     found: Scalars = {}
     for one in report.slices:
         for number in ("targeted", "repaired_in_target", "repaired", "broken"):
-            found[f"{name}_slices/{one.name}/{one.role}_{number}"] = float(getattr(one, number))
+            found[f"slice_{one.name}/{one.role}_{number}"] = float(getattr(one, number))
     return found
 
 
-def rung_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """What each rung of the default's ladder repairs, breaks and changes; `held_out_...` are estimates."""
+def rung_numbers(report: RepairReport) -> Scalars:
+    """What each rung of the default's ladder repairs, breaks and changes, `rung_<name>/...`.
+
+    `held_out_...` are estimates.
+    """
     found: Scalars = {}
     for rung in report.rungs:
-        place = f"{name}_rungs/{rung.name}"
         for number in ("repaired_in_target", "repaired", "broken", "weights_changed", "seconds"):
-            found[f"{place}/{number}"] = float(getattr(rung, number))
+            found[f"rung_{rung.name}/{number}"] = float(getattr(rung, number))
         if rung.held_out is not None:
-            found[f"{place}/held_out_repaired"] = float(rung.held_out.repaired)
-            found[f"{place}/held_out_broken"] = float(rung.held_out.broken)
+            found[f"rung_{rung.name}/held_out_repaired"] = float(rung.held_out.repaired)
+            found[f"rung_{rung.name}/held_out_broken"] = float(rung.held_out.broken)
     return found
 
 
-def localization_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """How many weights were localised, N_g (the top weights of each set), and the sizes of the sets on the way."""
-    found = report.localization
-    if found is None:
-        return {}
-    return {f"{name}_localization/{k}": float(v) for k, v in {"n_g": found.n_g, **found.sizes}.items()}
+def weight_numbers(report: RepairReport) -> Scalars:
+    """How many weights were localised, and how many the candidate changed.
+
+    `localization/...`: N_g (the top weights of each set) and the sizes of the sets on the way.
+    """
+    found: Scalars = {}
+    if report.localization is not None:
+        sizes = {"n_g": report.localization.n_g, **report.localization.sizes}
+        found |= {f"localization/{key}": float(value) for key, value in sizes.items()}
+    if report.change is not None:
+        found["weights_changed"] = float(report.change.changed)
+    return found
+
+
+def further_numbers(report: RepairReport, name: str = "repair") -> Scalars:
+    """All other single numbers: of splits, slices, rungs and weights, and how many seconds the repair took."""
+    parts = (split_numbers, slice_numbers, rung_numbers, weight_numbers)
+    found = {tag: value for part in parts for tag, value in part(report).items()}
+    found["seconds"] = float(sum(report.seconds.values()))
+    return _finite({f"{name}_numbers/{tag}": value for tag, value in found.items()})
 
 
 def final_numbers(report: RepairReport, name: str = "repair") -> Scalars:
-    """All single points: the outcome, and the numbers of splits, slices, rungs and localisation."""
-    parts = (outcome, split_numbers, slice_numbers, rung_numbers, localization_numbers)
-    return {tag: value for part in parts for tag, value in part(report, name).items()}
+    """All single points: the outcome and the further numbers."""
+    return outcome(report, name) | further_numbers(report, name)
 
 
 def search_curves(report: RepairReport, name: str = "repair") -> list[Scalars]:
@@ -167,12 +170,14 @@ def strength_curves(report: RepairReport, name: str = "repair") -> dict[int, Sca
 
 
 def _headline(split: SplitReport) -> Scalars:
-    target = {"repaired_in_target": split.repaired_in_target, "targeted": split.targeted} if split.targeted else {}
-    if 0 < split.passed_in_target < split.passed:
-        target |= {"broken_in_target": split.broken_in_target, "passed_in_target": split.passed_in_target}
-    counts = {**target, "broken": split.broken, "repaired": split.repaired}
-    accuracies = {"accuracy_before": split.accuracy_before, "accuracy_after": split.accuracy_after}
-    return {number: float(value) for number, value in counts.items()} | accuracies
+    rates = split.rates
+    target = {"repaired_in_target": float(split.repaired_in_target)} if split.targeted else {}
+    if split.role == "known":
+        found = {"broken": float(split.broken), **target, "repair_rate": rates["repair_rate"]}
+    else:
+        found = {"broken": float(split.broken), "repaired": float(split.repaired), "repair_rate": rates["repair_rate"]}
+        found |= {"break_rate": rates["break_rate"], "nfr": rates["negative_flip_rate"]}
+    return {**found, "accuracy": split.accuracy_after}
 
 
 def _finite(scalars: Scalars) -> Scalars:

@@ -1,121 +1,56 @@
-"""What TensorBoard shows of a repair beyond scalars: overlaid curves, the report, a histogram, its hyperparameters."""
+"""What TensorBoard shows of a repair: numbers, figures, pictures of samples, text, a histogram, its hyperparameters."""
 
 from __future__ import annotations
 
-import math
-import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
 
-from torch import Tensor
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_nrl._tracking.scalars import outcome, search_curves, strength_curves
-from lightning_nrl.report import RepairReport, repair_figures
+from lightning_nrl._tracking.repair_hparams import write_row
+from lightning_nrl._tracking.repair_log import RepairLog
+from lightning_nrl._tracking.scalars import final_numbers, search_curves, strength_curves
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.repair_plot import gallery_figures
-from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.page import Facts, Heading, Page
 
-__all__ = ["hparams", "layout", "write_extras"]
-
-FIRST = ("accepted", "known_repaired_in_target", "known_broken", "unseen_repaired", "unseen_broken")
-"""The HParams tab shows five metrics of its own accord."""
+__all__ = ["write_tensorboard"]
 
 
-def write_extras(
-    report: RepairReport,
-    writer: SummaryWriter,
-    *,
-    step: int,
-    change: Tensor | None,
-    name: str = "repair",
-    views: Sequence[SampleView] = (),
-) -> None:
-    """Writes what only TensorBoard shows, for a writer of the run in which the scalars are; arguments as of `track`.
+def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
+    """Writes a repair to a run of its own, a sub-run of that of training which is called as the repair is.
 
-    Layout and hyperparameters go to a sub-run: TensorBoard reads but one of each from a run, and training may have its
-    own. Layouts of several runs are shown together; of hyperparameters only the columns of the first run that has any.
+    In the run of training every number would be there twice, since the HParams tab needs a run for a row. Tags are the
+    same in each, so that two repairs stand in one card. Curves are figures: the tab's smoothing would bend scalars.
     """
-    writer.add_text(f"{name}/report", report.to_markdown(), step)
-    if find_spec("matplotlib") is not None:
-        for title, figure in repair_figures(report).items():
-            writer.add_image(f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC")
-        for title, figure in gallery_figures(views).items():
-            writer.add_image(f"{name}_samples/{title}", image_of(figure), step, dataformats="HWC")
-    if change is not None and change.numel():
-        writer.add_histogram(f"{name}/weight_change", change.detach().float().cpu(), step)
-    charts = layout(report, name)
-    if charts:
-        with SummaryWriter(os.path.join(writer.log_dir, name)) as sub_run:
-            sub_run.add_custom_scalars(charts)
-    found = outcome(report, name)
-    first = {tag: found[tag] for tag in (f"{name}/{number}" for number in FIRST) if tag in found}
-    writer.add_hparams(hparams(report), first | found, run_name=name, global_step=step)
+    report, step = log.report, log.step
+    with SummaryWriter(_free_run(str(writer.log_dir), log.name)) as run:
+        for tag, value in final_numbers(report).items():
+            run.add_scalar(tag, value, step)
+        if log.drawn:
+            # A capital sorts before all numbers.
+            run.add_image("repair/Summary", image_of(log.summary), step, dataformats="HWC")
+            for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
+                for title, figure in figures.items():
+                    run.add_image(f"{group}/{title}", image_of(figure), step, dataformats="HWC")
+        else:
+            for at, scalars in (*enumerate(search_curves(report)), *strength_curves(report).items()):
+                for tag, value in scalars.items():
+                    run.add_scalar(tag, value, at)
+        run.add_text("repair/report", report.to_markdown(), step)
+        for title, views in log.texts.items():
+            page = Page((Heading(title), Facts(tuple((view.caption, view.text) for view in views))))
+            run.add_text(f"repair_samples/{title}", page.markdown(), step)
+        changes = [change.detach().float().flatten().cpu() for change in (log.changes or {}).values()]
+        flat = torch.cat(changes) if changes else torch.zeros(0)
+        if bool((flat != 0).any()):
+            run.add_histogram("repair_weights/change", flat[flat != 0], step)
+        write_row(run, report, log.hparams)
 
 
-SEARCH_CHARTS = {
-    "Best so far: samples repaired and broken": ("repaired", "broken"),
-    "Fitness: best so far and mean of the swarm": ("best_fitness", "mean_fitness"),
-    "Best so far: loss on failed and on passed": ("loss_failed", "loss_passed"),
-    "Diversity of the swarm": ("diversity",),
-}
-STRENGTH_CHARTS = {
-    "Known samples repaired and broken, by strength in percent": ("known_repaired", "known_broken"),
-    "Calibration samples repaired and broken, by strength in percent": ("calibration_repaired", "calibration_broken"),
-}
-
-
-def layout(report: RepairReport, name: str = "repair") -> dict[str, dict[str, list[Any]]]:
-    """Charts of the Custom Scalars tab: the path of the patch and the course of the search, of tags that are given."""
-    strength = (tag for scalars in strength_curves(report, name).values() for tag in scalars)
-    search = (tag for scalars in search_curves(report, name) for tag in scalars)
-    groups = {
-        f"{name}: how far to go": _charts(f"{name}_strength", STRENGTH_CHARTS, strength),
-        f"{name}: course of the search": _charts(f"{name}_search", SEARCH_CHARTS, search),
-    }
-    return {title: charts for title, charts in groups.items() if charts}
-
-
-def _charts(group: str, charts: Mapping[str, tuple[str, ...]], tags: Iterable[str]) -> dict[str, list[Any]]:
-    given = set(tags)
-    present = {
-        title: [tag for tag in (f"{group}/{curve}" for curve in curves) if tag in given]
-        for title, curves in charts.items()
-    }
-    # Each entry is a regular expression over tags.
-    return {title: ["Multiline", [f"^{re.escape(tag)}$" for tag in found]] for title, found in present.items() if found}
-
-
-def hparams(report: RepairReport) -> dict[str, bool | int | float | str]:
-    """What was asked for, flat, for a row of the HParams tab.
-
-    The tab sorts names and shows five of its own accord: the details, `with. ...`, come last.
-    """
-    asked: dict[str, Any] = {
-        "fitness": _kind(report.settings.get("fitness")),
-        "gate": report.gate,
-        "layer": ", ".join(report.layers),
-        "seed": report.seed,
-        "target": report.target,
-        "task": report.task,
-        "weights": None if report.localization is None else report.localization.sizes.get("localized"),
-    }
-    details = {key: value for key, value in report.settings.items() if key not in asked or isinstance(value, Mapping)}
-    return _flat(asked) | _flat(details, "with.")
-
-
-def _kind(settings: Any) -> Any:
-    return settings.get("kind") if isinstance(settings, Mapping) else settings
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
-    out: dict[str, bool | int | float | str] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-            out[f"{prefix}{key}"] = value if plain else str(value)
-    return out
+def _free_run(log_dir: str, name: str) -> str:
+    """The folder of the first of `name`, `name-1`, ... that no repair has written events to."""
+    k, free = 0, f"{log_dir}/{name}"
+    while any(Path(free).glob("events.out.tfevents.*")):
+        k += 1
+        free = f"{log_dir}/{name}-{k}"
+    return free

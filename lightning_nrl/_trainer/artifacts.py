@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._lightning import Trainer, batch_limit
-from lightning_nrl._tracking import outcome, track
+from lightning_nrl._lightning import Trainer, batch_limit, logged_hparams
+from lightning_nrl._tracking import RepairLog, outcome, track
+from lightning_nrl._trainer.run_folder import run_folder
 from lightning_nrl._utils.state import State, saved_names
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
@@ -38,8 +39,8 @@ REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_F
 
 
 def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path:
-    """The folder that the user named, or one of this name in the log folder; refuses what is no local folder."""
-    found = dirpath if dirpath is not None else trainer.log_dir or trainer.default_root_dir  # asks all ranks
+    """The folder that the user named, or one of this name in the run's folder; refuses what is no local folder."""
+    found = dirpath if dirpath is not None else run_folder(trainer)  # asks all ranks
     if "://" in str(found):
         raise ConfigurationError(
             f"`dirpath`: the files of a {name} cannot go to '{found}', which is no local folder.",
@@ -51,7 +52,7 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
 def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
     """The folder for the files, made on the first rank, the same on all; None in a `fast_dev_run`, which writes none.
 
-    In the log folder it is the next free of `name`, `name-1`, `name-2` ..., where an earlier one has left its report.
+    In the run's folder it is the next free of `name`, `name-1`, `name-2` ..., where an earlier one has left its report.
     """
     if batch_limit(trainer):
         return None
@@ -123,19 +124,19 @@ def publish(
     trainer: Trainer,
     name: str,
     *,
-    change: Tensor | None,
+    changes: State | None,
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
     """Saves the checkpoint, writes the files, logs and prints.
 
-    `change` is that of each weight that differs; tags begin with `name`.
+    `changes` are what was added to each weight, whole tensors by name; tags begin with `name`.
     """
     if "checkpoint" in report.files:
         trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
     if trainer.is_global_zero:
         write_report(report, views)
-        track(report, trainer.loggers, step=trainer.global_step, change=change, name=name, views=views)
+        track(RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer)), trainer.loggers)
         if verbose:
             show(report)
     trainer.callback_metrics.update(headline(report, name))

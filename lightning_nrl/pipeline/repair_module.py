@@ -47,14 +47,23 @@ class Outcome:
         report: what was done, and what came of it.
         parameters: whole repaired parameters and buffers by the names of the state dict, to be written into the model;
             None unless accepted.
-        change: the change of each weight that differs, accepted or not; None if no candidate was found.
+        changes: what was added to each weight, whole tensors by the names of the state dict, on the CPU, accepted or
+            not; None if no candidate was found.
         views: flipped samples to be shown to a reviewer.
     """
 
     report: RepairReport
     parameters: State | None = None
-    change: Tensor | None = None
+    changes: State | None = None
     views: tuple[SampleView, ...] = ()
+
+    @property
+    def change(self) -> Tensor | None:
+        """The change of each weight that differs, in one vector; None if no candidate was found."""
+        if self.changes is None:
+            return None
+        flat = torch.cat([change.flatten() for change in self.changes.values()])
+        return flat[flat != 0]
 
     def write(self, model: nn.Module) -> bool:
         """Copies the repaired weights into a model; one whose repair was not accepted stays as it is.
@@ -223,10 +232,9 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
     return builder.with_candidate(verdict, patch, after, later, bounds)
 
 
-def _changes(old: State, new: State) -> Tensor:
-    """What was added to each weight that differs, on the CPU."""
-    change = torch.cat([(new[name].cpu().double() - old[name].cpu().double()).flatten() for name in new])
-    return change[change != 0].float()
+def _changes(old: State, new: State) -> State:
+    """What was added to each weight of the new tensors, on the CPU."""
+    return {name: (new[name].cpu().double() - old[name].cpu().double()).float() for name in new}
 
 
 def _nothing_passes(problem: Problem) -> str:

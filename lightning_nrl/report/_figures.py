@@ -10,9 +10,9 @@ import numpy as np
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["INK", "Plotted", "figure_of", "image_of", "new_figure"]
+__all__ = ["INK", "Plotted", "dress", "figure_of", "image_of", "new_figure"]
 
-INK = "#333333"
+INK, LINE_COLOUR = "#333333", "#DDDDDD"
 DOTS_PER_INCH = 150
 
 
@@ -62,3 +62,14 @@ def image_of(figure: Any) -> Any:
     figure.set_dpi(DOTS_PER_INCH)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def dress(axes: Any, across: str, up: str) -> None:
+    """Labels axes, and gives them a grid behind what is drawn and no more frame than they need."""
+    axes.set_xlabel(across, color=INK, fontsize=9)
+    axes.set_ylabel(up, color=INK, fontsize=9)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.grid(axis="both", color=LINE_COLOUR, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from textwrap import wrap
 from typing import Any
 
-from lightning_nrl.report._figures import INK, figure_of, new_figure
+from lightning_nrl.report._figures import INK, dress, figure_of, new_figure
+from lightning_nrl.report.confusion_plot import MATRIX_CLASSES, changed_classes, draw_confusion_change
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_tables import confusion_changes
 from lightning_nrl.report.sample_views import SampleView
@@ -17,7 +19,6 @@ __all__ = ["draw_repair", "gallery_figures", "repair_figures"]
 BEFORE_COLOUR, AFTER_COLOUR = "#999999", "#0072B2"
 REPAIRED_COLOUR, BROKEN_COLOUR = "#009E73", "#D55E00"
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
-LINE_COLOUR = "#DDDDDD"
 PLOTTED_CONFUSIONS = 12
 GALLERY_COLUMNS, GALLERY_CELL, CAPTION_HEIGHT = 6, 1.6, 0.5  # inches
 CAPTION_WIDTH = 26  # characters
@@ -94,8 +95,11 @@ def _panels(report: RepairReport) -> Mapping[str, Draw]:
             panels[f"Margins of {role} data"] = _margins(together)
         if confusion_changes(together.confusion):
             panels[f"Confusions that changed, {role} data"] = _confusions(together, report.class_name)
+        if 0 < len(changed_classes(together.confusion)) <= MATRIX_CLASSES:
+            matrix = partial(draw_confusion_change, together.confusion, report.class_name)
+            panels[f"Change of the confusion matrix, {role} data"] = matrix
     if len(report.strength) > 1:
-        panels["How far to go: known samples by strength"] = _strength(report)
+        panels["How far to go: samples by strength"] = _strength(report)
     if report.search is not None and len(report.search.history.get("patched", ())) > 1:
         panels["Course of the search"] = _search(report)
     return panels
@@ -112,7 +116,7 @@ def _margins(split: SplitReport) -> Draw:
         axes.set_yscale("symlog", linthresh=1)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=9)
-        _dress(axes, "margin: wrong below 0, right above", "samples")
+        dress(axes, "margin: wrong below 0, right above", "samples")
 
     return draw
 
@@ -130,7 +134,7 @@ def _confusions(split: SplitReport, name: Callable[[int], str]) -> Draw:
         axes.axvline(0, color=INK, linewidth=1)
         axes.margins(x=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _dress(axes, "wrong predictions, after less before", "")
+        dress(axes, "wrong predictions, after less before", "")
 
     return draw
 
@@ -142,9 +146,17 @@ def _strength(report: RepairReport) -> Draw:
         at = [0.0, *(point.strength for point in points)]
         axes.plot(at, [0, *(p.known.repaired for p in points)], "o-", color=REPAIRED_COLOUR, label="repaired")
         axes.plot(at, [0, *(p.known.broken for p in points)], "s--", color=BROKEN_COLOUR, label="broken")
+        held = [(p.strength, p.calibration) for p in points if p.calibration is not None]
+        if held:
+            at = [0.0, *(strength for strength, _ in held)]
+            for flip, colour in (("repaired", REPAIRED_COLOUR), ("broken", BROKEN_COLOUR)):
+                counts = [0, *(getattr(flips, flip) for _, flips in held)]
+                axes.plot(at, counts, ":", marker="x", color=colour, label=f"{flip}, calibration")
         if report.chosen_strength is not None:
             axes.axvline(report.chosen_strength, color=INK, linewidth=1, linestyle=":", label="chosen")
-        _finish_curves(axes, "strength: 0 the original weights, 1 the patch", "known samples")
+        _finish_curves(
+            axes, "strength: 0 the original weights, 1 the patch", "known samples" if not held else "samples"
+        )
 
     return draw
 
@@ -168,14 +180,4 @@ def _search(report: RepairReport) -> Draw:
 def _finish_curves(axes: Any, across: str, up: str) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=9)
-    _dress(axes, across, up)
-
-
-def _dress(axes: Any, across: str, up: str) -> None:
-    axes.set_xlabel(across, color=INK, fontsize=9)
-    axes.set_ylabel(up, color=INK, fontsize=9)
-    axes.tick_params(colors=INK, labelsize=8)
-    axes.grid(axis="both", color=LINE_COLOUR, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    dress(axes, across, up)

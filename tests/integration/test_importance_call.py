@@ -36,8 +36,8 @@ def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:
     assert set(rows) == {(name, role) for name in ("noisy", "clean") for role in ("known", "unseen")}
     assert sum(one.targeted for one in report.slices if one.role == "known") == report.pooled("known").targeted
     assert "## By slice" in Path(report.files["markdown"]).read_text()
-    events = EventAccumulator(logger.log_dir).Reload()
-    logged = events.Scalars("repair_slices/noisy/unseen_broken")[0].value
+    events = EventAccumulator(f"{logger.log_dir}/repair").Reload()
+    logged = events.Scalars("repair_numbers/slice_noisy/unseen_broken")[0].value
     assert logged == rows["noisy", "unseen"].broken
 
 

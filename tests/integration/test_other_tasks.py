@@ -159,7 +159,7 @@ def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_
     assert report.status == "repaired", report.reason
     new = by_split(case, model, data)
     assert {s.split: s.kept + s.repaired for s in report.splits} == {name: int(x.sum()) for name, x in new.items()}
-    events = EventAccumulator(logger.log_dir).Reload()
+    events = EventAccumulator(f"{logger.log_dir}/repair").Reload()
     assert events.Scalars("repair/known_broken")[-1].value == 0
     page = events.Tensors("repair/report/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "Sequence: every token right" in page

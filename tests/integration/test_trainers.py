@@ -19,6 +19,7 @@ from lightning_package import (
     Trainer,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, Target
@@ -93,6 +94,13 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def hparam_columns(folder: Path) -> set[str]:
+    """Those that TensorBoard's HParams tab takes from this run."""
+    content = EventAccumulator(str(folder)).Reload().SummaryMetadata("_hparams_/experiment").plugin_data.content
+    infos = plugin_data_pb2.HParamsPluginData.FromString(content).experiment.hparam_infos
+    return {info.name for info in infos}
+
+
 @pytest.mark.parametrize("kinds", [[CSVLogger], [TensorBoardLogger], [CSVLogger, TensorBoardLogger]])
 def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[Any]) -> None:
     repair, loggers = quick_repair(), [kind(tmp_path, name=kind.__name__) for kind in kinds]
@@ -102,13 +110,16 @@ def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[A
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             text = (Path(logger.log_dir) / "metrics.csv").read_text()
-            assert "repair/known_repaired" in text.splitlines()[0].split(",")
+            assert {"repair/known_repair_rate", "repair_search/best_fitness"} <= set(text.splitlines()[0].split(","))
         else:
-            found = scalars(Path(logger.log_dir))
+            found = scalars(Path(logger.log_dir) / "repair")
             assert found["repair/accepted"] == [1.0]
-            assert found["repair/known_repaired"] == [sum(s.repaired for s in repair.report.splits)]
-            assert found["repair_splits/repair/broken"] == [0.0]
-            assert len(found["repair_search/best_fitness"]) == repair.report.search.iterations + 1
+            in_target = sum(s.repaired_in_target for s in repair.report.splits)
+            assert found["repair/known_repaired_in_target"] == [in_target]
+            assert found["repair_numbers/repair_data/broken"] == [0.0]
+            assert not any(tag.startswith("repair") for tag in scalars(Path(logger.log_dir)))
+            columns = hparam_columns(Path(logger.log_dir))
+            assert {"network", "repair/gate"} <= columns == hparam_columns(Path(logger.log_dir) / "repair")
     assert trainer.callback_metrics["repair/known_broken"] == 0.0
 
 
@@ -118,15 +129,14 @@ def test_without_a_logger_files_go_to_the_root_folder(tmp_path: Path) -> None:
     assert (tmp_path / "repair" / "report.md").read_text().startswith("# Repaired")
 
 
-def test_two_repairs_in_one_log_have_tags_of_their_own(tmp_path: Path) -> None:
+def test_two_repairs_in_one_log_are_runs_of_their_own(tmp_path: Path) -> None:
     first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
     logger = TensorBoardLogger(tmp_path)
     trainer, _ = fit(tmp_path, first, second, logger=logger)
-    found = scalars(Path(logger.log_dir))
     for name, repair in (("repair", first), ("repair-1", second)):
-        repaired = sum(split.repaired for split in repair.report.splits)
-        assert found[f"{name}/known_repaired"] == [repaired]
-        assert trainer.callback_metrics[f"{name}/known_repaired"] == repaired
+        repaired = sum(split.repaired_in_target for split in repair.report.splits)
+        assert scalars(Path(logger.log_dir) / name)["repair/known_repaired_in_target"] == [repaired]
+        assert trainer.callback_metrics[f"{name}/known_repaired_in_target"] == repaired
 
 
 def test_the_report_is_shown_once_and_can_be_silenced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

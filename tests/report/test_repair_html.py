@@ -40,7 +40,8 @@ REPORT = RepairReport(
 PANELS = [
     "Margins of known data",
     "Confusions that changed, known data",
-    "How far to go: known samples by strength",
+    "Change of the confusion matrix, known data",
+    "How far to go: samples by strength",
     "Course of the search",
 ]
 
@@ -65,10 +66,13 @@ def test_there_is_a_figure_for_each_panel_that_has_data() -> None:
 def test_all_panels_are_one_figure() -> None:
     pytest.importorskip("matplotlib")
     axes = draw_repair(REPORT).axes
-    assert [one.get_title() for one in axes] == PANELS
-    (margins, confusions, strength, search) = axes
+    assert [one.get_title() for one in axes] == [*PANELS, ""]  # two a row
+    (margins, confusions, matrix, strength, search, _) = axes
     assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
     assert [bar.get_width() for bar in confusions.patches] == [-1, 1]
+    cells = [(t.get_position(), t.get_text(), t.get_visible()) for t in matrix.texts]
+    assert cells == [((0, 0), "-1", True), ((1, 0), "+1", True), ((0, 1), "-1", True), ((1, 1), "+0", False)]
+    assert matrix.images[0].get_array().tolist() == [[-1, -1], [1, 0]]  # for the worse, the worse, the better
     assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
     assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
 

@@ -23,10 +23,11 @@ from lightning_nrl.patches import safetensors_file
 from lightning_nrl.report.sample_views import SampleView
 
 
-def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True) -> Any:
+def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = True, logger: Any = None) -> Any:
     """As much of a trainer as the choice of a folder needs."""
+    logger = SimpleNamespace(log_dir=str(log_dir)) if log_dir else logger
     return SimpleNamespace(
-        log_dir=log_dir,
+        loggers=[logger] if logger else [],
         default_root_dir=folder,
         fast_dev_run=fast,
         is_global_zero=first,
@@ -37,6 +38,13 @@ def trainer_in(folder: Any, log_dir: Any = None, fast: int = 0, first: bool = Tr
 def test_the_log_folder_goes_before_the_root_folder(tmp_path: Path) -> None:
     assert output_folder(None, trainer_in(tmp_path)) == tmp_path / "repair"
     assert output_folder(None, trainer_in(tmp_path, tmp_path / "version_0")) == tmp_path / "version_0" / "repair"
+
+
+def test_a_logger_without_a_log_folder_has_one_for_each_run_where_its_checkpoints_are(tmp_path: Path) -> None:
+    remote = SimpleNamespace(save_dir=None, name="digits", version="x7k2")
+    assert output_folder(None, trainer_in(tmp_path, logger=remote)) == tmp_path / "digits" / "x7k2" / "repair"
+    local = SimpleNamespace(save_dir=str(tmp_path / "runs"), name=None, version=3)
+    assert output_folder(None, trainer_in(tmp_path, logger=local)) == tmp_path / "runs" / "version_3" / "repair"
 
 
 def test_a_folder_with_a_report_is_left_alone(tmp_path: Path) -> None:
@@ -122,5 +130,5 @@ def test_views_of_samples_lie_beside_the_report(tmp_path: Path, report: RepairRe
 def test_the_headline_is_named_as_the_logs_are(report: RepairReport) -> None:
     numbers = headline(report, "repair-1")
     assert numbers["repair-1/accepted"] == float(report.status == "repaired")
-    assert numbers["repair-1/known_repaired"] == sum(split.repaired for split in report.splits)
+    assert numbers["repair-1/known_repaired_in_target"] == sum(s.repaired_in_target for s in report.splits)
     assert all(number.shape == () for number in numbers.values())

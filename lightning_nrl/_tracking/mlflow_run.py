@@ -1,0 +1,42 @@
+"""A repair in MLflow: its files, figures, pictures and table as artifacts of the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_nrl._lightning import MLFlowLogger
+from lightning_nrl._tracking.repair_log import FLIPPED_COLUMNS, RepairLog
+
+__all__ = ["upload_to_mlflow", "write_mlflow"]
+
+
+def write_mlflow(log: RepairLog, logger: MLFlowLogger) -> None:
+    """Writes what is no number into a folder of the run's artifacts that is called as the repair is."""
+    client, run_id, name = logger.experiment, logger.run_id, log.name
+    figures = {"summary": log.summary} if log.drawn else {}
+    for title, figure in {**figures, **log.figures}.items():
+        client.log_figure(run_id, figure, f"{name}/figures/{_file(title)}.png")
+    for title, figure in log.galleries.items():
+        client.log_figure(run_id, figure, f"{name}/samples/{_file(title)}.png")
+    for title, views in log.texts.items():
+        text = "\n\n".join(f"{view.caption}\n{view.text}" for view in views)
+        client.log_text(run_id, text, f"{name}/samples/{_file(title)}.txt")
+    if log.flipped and find_spec("pandas") is not None:  # with which MLflow writes tables
+        columns: dict[str, Any] = {
+            column: list(values) for column, values in zip(FLIPPED_COLUMNS, zip(*log.flipped, strict=True), strict=True)
+        }
+        client.log_table(run_id, columns, f"{name}/flipped_samples.json")
+
+
+def upload_to_mlflow(files: Mapping[str, Path], logger: MLFlowLogger, name: str, step: int) -> None:
+    """All files, into a folder of the run's artifacts."""
+    for path in files.values():
+        logger.experiment.log_artifact(logger.run_id, str(path), name)
+
+
+def _file(title: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", title).strip("_")
