@@ -43,7 +43,8 @@ class Run:
         seconds: of the method.
         fit: of the fit before it.
         same_start: whether it began at the weights of the training without a callback.
-        held_out: what the report estimated of unseen data: repaired and broken, as shares of all samples.
+        held_out: what the rung that was taken did to held-out samples: how many it repaired, of how many failures,
+            and how many it broke, of how many that passed.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Run:
     seconds: Seconds
     fit: Seconds
     same_start: bool = True
-    held_out: tuple[float, float] | None = None
+    held_out: tuple[int, int, int, int] | None = None
 
     @property
     def points(self) -> float:

@@ -190,13 +190,13 @@ class Work:
         )
 
 
-def held_out_estimate(report: RepairReport) -> tuple[float, float] | None:
-    """What a report estimates of unseen data: repaired and broken, as shares of all samples; None: it does not."""
+def held_out_estimate(report: RepairReport) -> tuple[int, int, int, int] | None:
+    """Repaired of so many failures and broken of so many passed samples that were held out; None: there were none."""
     taken = next((rung for rung in report.rungs if rung.taken), None)
     if taken is None or taken.held_out is None:
         return None
     counts = taken.held_out
-    return counts.repaired / counts.n, counts.broken / counts.n
+    return counts.repaired, counts.repaired + counts.failing, counts.broken, counts.passed
 
 
 def methods_of(work: Work) -> dict[str, Callable[[], Run]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
+import numpy as np
 from default_records import Run
+
+from lightning_nrl.stats import lower_limit, upper_limit
 
 BROKEN_LIMIT = 0.6
 """Unseen samples that the default may break, as a share of what fine-tuning breaks."""
@@ -17,6 +20,9 @@ AUGMENTED_SHARE, AUGMENTED_TIME_LIMIT = 0.9, 1.3
 """What augmentation in the data set must reach of that in `training_step`, and in which multiple of its time."""
 ESTIMATE_FACTOR = 1.5
 """Within this factor an estimate of unseen data agrees with what happened."""
+
+Counts = tuple[int, int, int, int]
+"""Repaired, of how many failures, and broken, of how many that passed."""
 
 Runs = Mapping[str, Sequence[Run]]
 """By method, one run a seed, the same seeds in all."""
@@ -108,25 +114,56 @@ def _verdicts(problems: Mapping[str, Runs]) -> str:
 
 def _estimates(runs: Sequence[Run]) -> str:
     """How well estimates from held-out data agree with what happened; empty where reports have none."""
-    rows, agreeing = [], 0
+    rows, agreeing, possible, covered = [], 0, 0.0, [0, 0]
+    random = np.random.default_rng(0)
     for run in runs:
         if run.held_out is None:
             continue
-        happened = (run.unseen_repaired / run.unseen, run.unseen_broken / run.unseen)
-        agrees = all(_agrees(*pair, run.unseen) for pair in zip(run.held_out, happened, strict=True))
+        failures = round(run.unseen * (1 - run.accuracy_before))
+        happened = (run.unseen_repaired, failures, run.unseen_broken, run.unseen - failures)
+        agrees = bool(_agrees(np.array(run.held_out), happened))
         agreeing += agrees
-        pairs = [f"{100 * repaired:.2f} : {100 * broken:.2f}" for repaired, broken in (run.held_out, happened)]
-        rows.append([run.name, f"{run.seed}", *pairs, "yes" if agrees else "no"])
+        possible += _agrees(_drawn(random, run.held_out, happened), happened).mean()
+        cells = []
+        for i in (0, 2):
+            low, high = lower_limit(*run.held_out[i : i + 2]), upper_limit(*run.held_out[i : i + 2])
+            rate = happened[i] / max(happened[i + 1], 1)
+            covered[i // 2] += low <= rate <= high
+            cells += [f"{run.held_out[i]} of {run.held_out[i + 1]}", f"{100 * low:.1f} to {100 * high:.1f}"]
+            cells.append(f"{100 * rate:.1f}" if low <= rate <= high else f"**{100 * rate:.1f}**")
+        rows.append([run.name, f"{run.seed}", *cells, "yes" if agrees else "no"])
     if not rows:
         return ""
-    heads = ("problem", "seed", "estimated, % repaired : broken", "happened", f"within {ESTIMATE_FACTOR:g} x")
-    return f"{_table(heads, rows)}\n\nWithin a factor of {ESTIMATE_FACTOR:g} in {agreeing} of {len(rows)} runs."
+    heads = (
+        *("problem", "seed", "held out: repaired", "90 %, in %", "unseen: repaired, %"),
+        *("held out: broken", "90 %, in %", "unseen: broken, %", f"within {ESTIMATE_FACTOR:g} x"),
+    )
+    n = len(rows)
+    return (
+        f"{_table(heads, rows)}\n\nBoth rates within a factor of {ESTIMATE_FACTOR:g} in {agreeing} of {n} runs; "
+        f"as many held-out samples with the rates of the unseen ones would be in {possible:.1f} in the mean. The "
+        f"unseen rate is in the interval for repaired samples in {covered[0]}, for broken ones in {covered[1]} of {n}."
+    )
 
 
-def _agrees(estimated: float, happened: float, n: int) -> bool:
-    """Within the factor, or less than one sample apart."""
-    low, high = sorted((estimated, happened))
-    return high <= ESTIMATE_FACTOR * low or high - low < 1 / n
+def _drawn(random: np.random.Generator, held_out: Counts, happened: Counts, times: int = 2000) -> np.ndarray:
+    """Counts of as many held-out samples as there were, if their rates were those of the unseen ones: `times x 4`."""
+    columns = []
+    for i in (0, 2):
+        n, rate = held_out[i + 1], happened[i] / max(happened[i + 1], 1)
+        columns += [random.binomial(n, rate, times), np.full(times, n)]
+    return np.stack(columns, 1)
+
+
+def _agrees(held_out: np.ndarray, happened: Counts) -> np.ndarray:
+    """Whether both rates are within the factor, or less than one unseen sample apart; `held_out` is `... x 4`."""
+    agree = np.ones(held_out.shape[:-1], dtype=bool)
+    for i in (0, 2):
+        k, n = happened[i], max(happened[i + 1], 1)
+        expected = held_out[..., i] / np.maximum(held_out[..., i + 1], 1) * n
+        low, high = np.minimum(expected, k), np.maximum(expected, k)
+        agree &= (high <= ESTIMATE_FACTOR * low) | (high - low < 1)
+    return agree
 
 
 def _fit_verdict(fit: str, fits: Runs) -> str:

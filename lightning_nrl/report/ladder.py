@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
-from lightning_nrl.report._formatting import count, percent, plural
+from lightning_nrl.report._formatting import count, percent, plural, rough_percent
 from lightning_nrl.report.page import Row, Table, Tone
 from lightning_nrl.report.run_records import PricePoint, Rung
+from lightning_nrl.stats.binomial import lower_limit, upper_limit
 
 __all__ = ["choice_text", "estimate_text", "price_table", "price_text", "rungs_table"]
 
 NO_ESTIMATE = "-"
+
+ONE_SIDED_CONFIDENCE = 0.95
+"""Of each end of an interval, so that 90 % of all intervals hold the rate."""
 
 
 def rungs_table(rungs: Sequence[Rung]) -> Table:
@@ -78,18 +82,32 @@ def price_text(price: Sequence[PricePoint]) -> str:
 
 
 def estimate_text(held_out: TargetCounts | None, unseen: FlipCounts | None = None) -> str:
-    """What held-out samples say of unseen data like them, and what came of the unseen ones; empty without the first."""
+    """What held-out samples say of unseen data like them, and what came of the unseen ones; empty without the first.
+
+    In brackets the interval of Clopper and Pearson in which a rate is expected: few samples say little.
+    """
     if held_out is None:
         return ""
-    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen)}"
-    return _shares(held_out) + counted
+    counted = "" if unseen is None else f"; counted on unseen data: {_shares(unseen, of_rate=_share_only)}"
+    return _shares(held_out, of_rate=_share_and_interval) + counted
 
 
-def _shares(counts: FlipCounts) -> str:
+def _shares(counts: FlipCounts, of_rate: Callable[[int, int], str]) -> str:
     failed = counts.repaired + counts.failing
-    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired"
+    repaired = f"{count(counts.repaired)} of {count(failed)} failures repaired{of_rate(counts.repaired, failed)}"
     broken = f"{count(counts.broken)} of {count(counts.passed)} passed samples broken"
-    return f"{repaired}, {broken}, {_points(counts)} points"
+    return f"{repaired}, {broken}{of_rate(counts.broken, counts.passed)}, {_points(counts)} points"
+
+
+def _share_only(k: int, n: int) -> str:
+    return f" ({rough_percent(k / n)})" if n else ""
+
+
+def _share_and_interval(k: int, n: int) -> str:
+    if not n:
+        return ""
+    low, high = lower_limit(k, n, ONE_SIDED_CONFIDENCE), upper_limit(k, n, ONE_SIDED_CONFIDENCE)
+    return f" ({rough_percent(k / n)}; {rough_percent(low)} to {rough_percent(high)} at 90 % confidence)"
 
 
 def _against(rung: Rung, taken: Rung) -> str:

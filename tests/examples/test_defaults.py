@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -174,12 +175,22 @@ def test_verdicts_hold_up_to_their_limits():
 
 def test_estimates_are_shown_beside_what_happened():
     page = default_tables.compared({"any": {"default": [RUN], "fine-tuning": [RUN]}})
-    assert "Within a factor" not in page
-    close, far = replace(RUN, held_out=(0.2, 0.05)), replace(RUN, seed=1, held_out=(0.2, 0.08))
+    assert "within a factor" not in page
+    close, far = replace(RUN, held_out=(12, 20, 2, 20)), replace(RUN, seed=1, held_out=(2, 20, 4, 20))
     page = default_tables.compared({"any": {"default": [close, far], "fine-tuning": [RUN, RUN]}})
-    assert "| any | 0 | 20.00 : 5.00 | 30.00 : 5.00 | yes |" in page
-    assert "| any | 1 | 20.00 : 8.00 | 30.00 : 5.00 | no |" in page
-    assert "in 1 of 2 runs" in page
+    assert "| any | 0 | 12 of 20 | 39.4 to 78.3 | 60.0 | 2 of 20 | 1.8 to 28.3 | 10.0 | yes |" in page
+    assert "| any | 1 | 2 of 20 | 1.8 to 28.3 | **60.0** | 4 of 20 | 7.1 to 40.1 | 10.0 | no |" in page
+    assert "within a factor of 1.5 in 1 of 2 runs" in page
+    assert "for repaired samples in 1, for broken ones in 2 of 2" in page
+
+
+def test_few_held_out_samples_cannot_agree_however_right_their_rates_are():
+    happened = (30, 50, 5, 50)
+    few, many = (
+        default_tables._agrees(default_tables._drawn(np.random.default_rng(0), (0, n, 0, n), happened), happened)
+        for n in (10, 10_000)
+    )
+    assert few.mean() < 0.5 < 0.99 < many.mean()
 
 
 def test_a_fit_is_measured_against_the_owner_s_training():

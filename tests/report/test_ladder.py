@@ -69,8 +69,12 @@ def test_the_price_is_a_row_for_each_level_that_buys_something_and_a_sentence() 
 
 
 def test_an_estimate_stands_beside_what_was_counted_on_unseen_data() -> None:
-    expected = "12 of 20 failures repaired, 4 of 100 passed samples broken, +6.7 points"
-    counted = "; counted on unseen data: 3 of 4 failures repaired, 1 of 6 passed samples broken, +20.0 points"
+    repaired = "12 of 20 failures repaired (60%; 39% to 78% at 90 % confidence)"
+    broken = "4 of 100 passed samples broken (4.0%; 1.4% to 8.9% at 90 % confidence)"
+    expected = f"{repaired}, {broken}, +6.7 points"
+    counted = (
+        "; counted on unseen data: 3 of 4 failures repaired (75%), 1 of 6 passed samples broken (17%), +20.0 points"
+    )
     assert estimate_text(HELD_OUT) == expected
     assert estimate_text(HELD_OUT, FlipCounts(kept=5, broken=1, repaired=3, failing=1)) == expected + counted
     assert estimate_text(None) == ""
