@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from lightning_package import NAME
 
-PRELOADED = ("torch._dynamo", "torchmetrics", "lightning_nrl")
+PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callback")
+"""Lightning before the package, which takes the one that is there."""
 
 
 def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 300) -> None:
