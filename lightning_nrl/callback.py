@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,15 @@ from typing_extensions import override
 from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, logged_hparams
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._tracking import declare
-from lightning_nrl._trainer.artifacts import (
-    REPAIRED_FILES,
-    REPORT_FILES,
-    base_folder,
-    publish,
-    report_files,
-    write_patch_file,
-)
+from lightning_nrl._trainer.artifacts import REPAIRED_FILES, REPORT_FILES, announce, base_folder, report_files
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
+from lightning_nrl._trainer.saved_files import SavedFiles
+from lightning_nrl._trainer.signals import heeding_signals
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
-from lightning_nrl._trainer.trainer_state import FitTimer, epochs_of, starting_weights
+from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, starting_weights
+from lightning_nrl._utils.interrupts import uninterrupted
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.target_parsing import parse_target
@@ -197,10 +195,10 @@ class RegressionFreeRepair(CallbackBase):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with starting_weights(self.data.start_from, trainer, pl_module) as start:
+        with self.heeding_signals(trainer), starting_weights(self.data.start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
-            self.finish(trainer, pl_module, outcome)
-            start.keep = outcome.parameters is not None
+            name = self.save(trainer, pl_module, outcome, start)
+        self.announce(trainer, outcome, name)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,18 +236,46 @@ class RegressionFreeRepair(CallbackBase):
         seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
         return self.repair.run(trainer, pl_module, epochs_of(trainer), seconds)
 
-    def finish(self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome) -> None:
-        """Writes the files, logs, prints, and last of all changes the weights."""
-        written = REPORT_FILES if outcome.parameters is None else REPAIRED_FILES
-        files, name = report_files(self.dirpath, trainer, "repair", written)
+    def save(
+        self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
+    ) -> str:
+        """Writes the files, and puts the repaired weights into the model at the moment at which the files are there.
+
+        Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
+        """
+        accepted = outcome.parameters is not None
+        files, name = report_files(self.dirpath, trainer, "repair", REPAIRED_FILES if accepted else REPORT_FILES)
         report = self.report = replace(outcome.report, files=files)
-        self._parameters, self._pending = outcome.parameters, True
+        parameters = self._parameters = outcome.parameters
+        self._pending = True
         try:
-            write_patch_file(report, trainer, pl_module, outcome.parameters or {})
-            publish(report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
+            with SavedFiles(files, trainer, tuple(REPAIRED_FILES.values())) as saved:
+                if parameters is not None:
+                    saved.patch(report, pl_module, parameters)
+                    saved.checkpoint(report, pl_module, parameters)
+                report = saved.reports(report, outcome.views)
+                with uninterrupted():
+                    saved.commit()
+                    outcome.write(pl_module)
+                    self.report, self._pending = report, False
+                    if start is not None:
+                        start.keep = accepted
+                self.report = saved.tell(report, accepted)
         except BaseException:
-            self.report = self._parameters = None
+            if self._pending:
+                self.report = self._parameters = None
             raise
         finally:
             self._pending = False
-        outcome.write(pl_module)
+        return name
+
+    def announce(self, trainer: Trainer, outcome: Outcome, name: str) -> None:
+        """Logs and prints the report of a repair that is saved."""
+        assert self.report is not None
+        announce(self.report, trainer, name, changes=outcome.changes, verbose=self.verbose, views=outcome.views)
+
+    @contextmanager
+    def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
+        """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
+        with heeding_signals(trainer, self.settings.search.on_interrupt == "best", lambda: self.report is not None):
+            yield

@@ -13,6 +13,7 @@ __all__ = [
     "DeviceMemoryError",
     "EmptyLocalizationError",
     "EvaluationError",
+    "FilesWarning",
     "InseparableBatchError",
     "LoggingWarning",
     "NotRepairedWarning",
@@ -96,6 +97,10 @@ class TrainingWarning(RepairWarning):
 
 class PerformanceWarning(RepairWarning):
     """The result is the same, but takes longer than it has to."""
+
+
+class FilesWarning(RepairWarning):
+    """A file could not be written; the result is not affected."""
 
 
 class LoggingWarning(RepairWarning):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.interrupts import poll
+
 __all__ = ["solve_one"]
 
 CONDITIONS_TOLERANCE = 1e-7
@@ -106,6 +108,7 @@ def _newton(box: _Box, centre: Tensor, weight: float, wanted: float, max_steps: 
     gram, z = box.gram, centre
     least, stalled = torch.inf, 0
     for step in range(max_steps):
+        poll()
         given = gram @ z
         raw = centre + (box.required - given) / weight
         a = box.project(raw)

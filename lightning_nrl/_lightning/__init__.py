@@ -4,6 +4,7 @@ In: a trainer, a module, a callback of `pytorch_lightning` or of `lightning.pyto
 (`packages`), and what Lightning does not promise to keep (`private_parts`). Nothing else imports either package.
 """
 
+from lightning_nrl._lightning.checkpoint_files import CheckpointWriter, reading_checkpoints, writing_checkpoint
 from lightning_nrl._lightning.packages import (
     LOGGER_NAMES,
     BatchSizeFinder,
@@ -57,7 +58,6 @@ from lightning_nrl._lightning.private_parts import (
     overfit_batches,
     overrides,
     prepare_batch,
-    reading_checkpoints,
     release_copy,
     sampler_of,
     set_callbacks,
@@ -75,6 +75,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointIO",
     "CheckpointIOBase",
+    "CheckpointWriter",
     "CometLogger",
     "DeviceStatsMonitor",
     "DistributedSamplerWrapper",
@@ -126,4 +127,5 @@ __all__ = [
     "trainer_of",
     "validating",
     "validation_loaders",
+    "writing_checkpoint",
 ]

@@ -6,30 +6,22 @@ said where it does. Attributes that are public but have no types are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_nrl._lightning.packages import (
     Callback,
-    CheckpointIO,
-    CheckpointIOBase,
     DistributedSamplerWrapper,
     LightningDataModule,
     LightningModule,
-    TorchCheckpointIO,
     Trainer,
-    WrappingCheckpointIO,
     class_for,
     classes,
-    load_checkpoint,
 )
-from lightning_nrl._utils.checkpoint import reason
-from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
     "ValidationLoaders",
@@ -44,7 +36,6 @@ __all__ = [
     "overfit_batches",
     "overrides",
     "prepare_batch",
-    "reading_checkpoints",
     "release_copy",
     "sampler_of",
     "set_callbacks",
@@ -56,8 +47,6 @@ __all__ = [
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
-
-TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -220,62 +209,3 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
     """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
     names = "StochasticWeightAveraging", "WeightAveraging"
     return tuple(kind for name in names for kind in classes(f"pytorch.callbacks.{name}"))
-
-
-@contextmanager
-def reading_checkpoints(
-    trainer: Trainer, argument: str, *, weights_only: bool = True, otherwise: str = TRUSTED_FILE_HINT
-) -> Iterator[None]:
-    """Inside, the trainer reads only checkpoints that hold tensors and plain values, unless `weights_only` is false.
-
-    Lightning 2.5 runs whatever code a checkpoint has (`weights_only=False`); 2.6 leaves it to torch, but not for URLs.
-    A checkpoint plugin of the user's own with another format reads as it does. `argument` and `otherwise`, how to have
-    other objects read, are for messages.
-    """
-    strategy = trainer.strategy
-    stored = strategy.checkpoint_io
-    if not isinstance(stored, (TorchCheckpointIO, WrappingCheckpointIO)):
-        yield
-        return
-    strategy.checkpoint_io = _CheckpointReader(stored, argument, weights_only, otherwise)
-    try:
-        yield
-    finally:
-        strategy.checkpoint_io = stored
-
-
-class _CheckpointReader(CheckpointIOBase):
-    """Stores checkpoints as another plugin does, and reads only what it may."""
-
-    def __init__(self, stored: CheckpointIO, argument: str, weights_only: bool, otherwise: str) -> None:
-        self._stored, self._argument, self._weights_only, self._otherwise = stored, argument, weights_only, otherwise
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self._stored.save_checkpoint(checkpoint, path, storage_options)
-
-    @override
-    def remove_checkpoint(self, path: Any) -> None:
-        self._stored.remove_checkpoint(path)
-
-    @override
-    def teardown(self) -> None:
-        self._stored.teardown()
-
-    @override
-    def load_checkpoint(
-        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """On the CPU, where Lightning takes tensors from anyway; `weights_only` is what was said before."""
-        try:
-            found: dict[str, Any] = load_checkpoint(
-                path, map_location=map_location or "cpu", weights_only=self._weights_only
-            )
-        except OSError:
-            raise
-        except Exception as error:
-            raise ConfigurationError(
-                f"`{self._argument}={str(path)!r}` cannot be read ({reason(error)}).",
-                f"give a checkpoint of tensors and plain values. Other objects can run any code: {self._otherwise}",
-            ) from error
-        return found

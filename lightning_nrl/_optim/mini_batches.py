@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.problem import Problem
 
@@ -51,6 +52,7 @@ def load_batches(problem: Problem, batches: Sequence[Tensor]) -> Iterator[list[P
         flat = [places for parts in chosen for places in parts]
         streams.append((start, [len(parts) for parts in chosen], iter(source.draw(flat) if flat else ())))
     for at in range(len(batches)):
+        poll()
         yield [
             (batch, batch.position + start)
             for start, counts, stream in streams

@@ -19,6 +19,7 @@ from lightning_nrl._scoring.editable_model import EditableModel, LayerEdit
 from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_all, to_device
+from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.errors import ReplayError
 
 __all__ = ["ActivationCache", "Chunk"]
@@ -77,6 +78,7 @@ class ActivationCache:
             for part in chosen.split(size or max(1, len(rows))):
                 if not len(part):
                     continue
+                poll()
                 whole = len(part) == int(part[-1] - part[0]) + 1
                 # Beside the samples themselves, so that taking them makes no device wait for the host.
                 samples = slice(int(part[0]), int(part[-1]) + 1) if whole else part.to(group.device)

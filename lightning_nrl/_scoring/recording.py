@@ -26,6 +26,7 @@ from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import index_batch
 from lightning_nrl._scoring.sparse_delta import output_under
 from lightning_nrl._scoring.storage_choice import StorageChoice, free_disk
+from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning, ReplayError
@@ -61,6 +62,7 @@ def record(
     n_wanted = int(keep.sum()) / evaluator.collective.world_size
     sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
+        poll()
         index = keep.cpu()[rows].nonzero().flatten()
         if not len(index):
             continue

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_nrl._lightning import Trainer, batch_limit, logged_hparams
+from lightning_nrl._lightning import Trainer, batch_limit, logged_hparams, rank_zero_warn
 from lightning_nrl._tracking import RepairLog, outcome, track
 from lightning_nrl._trainer.run_folder import run_folder
-from lightning_nrl._utils.state import State, saved_names
-from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.patches import PATCH_NAME, Patch, safetensors_installed
-from lightning_nrl.release import ReleaseReport
+from lightning_nrl._trainer.saved_files import AnyReport, SavedFiles
+from lightning_nrl._utils.state import State
+from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
+from lightning_nrl.patches import PATCH_NAME, safetensors_installed
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.page import Shown
-from lightning_nrl.report.sample_files import write_sample_files
 from lightning_nrl.report.sample_views import SampleView
 
 __all__ = [
     "REPAIRED_FILES",
     "REPORT_FILES",
+    "announce",
     "base_folder",
     "output_folder",
     "parse_prefix",
-    "publish",
     "report_files",
     "show",
-    "write_patch_file",
     "write_report",
 ]
 
@@ -50,21 +47,35 @@ def base_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repai
 
 
 def output_folder(dirpath: str | Path | None, trainer: Trainer, name: str = "repair") -> Path | None:
-    """The folder for the files, made on the first rank, the same on all; None in a `fast_dev_run`, which writes none.
+    """The folder for the files, made on the first rank, the same on all; None where it cannot be made.
 
-    In the run's folder it is the next free of `name`, `name-1`, `name-2` ..., where an earlier one has left its report.
+    None in a `fast_dev_run` too, which writes no files. In the run's folder it is the next free of `name`, `name-1`,
+    `name-2` ..., where an earlier one has left its report.
     """
     if batch_limit(trainer):
         return None
-    folder = base_folder(dirpath, trainer, name)
+    folder, made = base_folder(dirpath, trainer, name), ""
     if trainer.is_global_zero:
-        free, k = folder, 0
-        while dirpath is None and (free / "report.json").exists():
-            k += 1
-            free = folder.with_name(f"{folder.name}-{k}")
-        folder = free
-        folder.mkdir(parents=True, exist_ok=True)
-    return Path(trainer.strategy.broadcast(str(folder)))
+        try:
+            made = str(_made(folder if dirpath is not None else _next_free(folder)))
+        except OSError as error:
+            hint = "name another folder as `dirpath=`; what is in memory can still be saved."
+            rank_zero_warn(FilesWarning(f"{folder} cannot be made ({error}): the {name} writes no files.", hint))
+    made = trainer.strategy.broadcast(made)
+    return Path(made) if made else None
+
+
+def _next_free(folder: Path) -> Path:
+    free, k = folder, 0
+    while (free / "report.json").exists():
+        k += 1
+        free = folder.with_name(f"{folder.name}-{k}")
+    return free
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def parse_prefix(prefix: str, default: str) -> str:
@@ -88,25 +99,19 @@ def report_files(
     return written, folder.name if dirpath is None else name
 
 
-def write_report(report: RepairReport | ReleaseReport, views: Sequence[SampleView] = ()) -> None:
-    """Writes the report to the files that it names, and views of samples beside it."""
-    for kind, text in (
-        ("json", report.to_json),
-        ("markdown", report.to_markdown),
-        ("html", partial(report.to_html, views)),
-    ):
-        if kind in report.files:
-            Path(report.files[kind]).write_text(text(), encoding="utf-8")
-    if "json" in report.files and isinstance(report, RepairReport):
-        write_sample_files(Path(report.files["json"]).parent, views)
+def write_report(
+    report: AnyReport, views: Sequence[SampleView] = (), others: Mapping[str, Callable[[Path], object]] | None = None
+) -> AnyReport:
+    """Writes the report, and other files of it by kind, to the paths that it names; gives it with those that are there.
 
-
-def write_patch_file(report: RepairReport, trainer: Trainer, model: nn.Module, parameters: State) -> None:
-    """Writes the change from the model as it is to one with these parameters, if the report names a file for it."""
-    if "patch" in report.files and trainer.is_global_zero:
-        old = model.state_dict()
-        new = {key: parameters[name] for key, name in saved_names(model).items() if name in parameters}
-        Patch.between(old, {**old, **new}, report).save(report.files["patch"])
+    Views are of samples, where these can be shown.
+    """
+    with SavedFiles(report.files) as files:
+        for kind, write in (others or {}).items():
+            files.write(kind, write)
+        written = files.reports(report, views)
+        files.commit()
+        return files.tell(written)
 
 
 def show(report: Shown) -> None:
@@ -119,7 +124,7 @@ def show(report: Shown) -> None:
         get_console().print(report.to_table())
 
 
-def publish(
+def announce(
     report: RepairReport,
     trainer: Trainer,
     name: str,
@@ -128,18 +133,20 @@ def publish(
     verbose: bool,
     views: Sequence[SampleView] = (),
 ) -> None:
-    """Saves the checkpoint, writes the files, logs and prints.
+    """Logs and prints what is decided and saved; what goes wrong here is a warning.
 
     `changes` are what was added to each weight, whole tensors by name; tags begin with `name`.
     """
-    if "checkpoint" in report.files:
-        trainer.save_checkpoint(report.files["checkpoint"], weights_only=False)
-    if trainer.is_global_zero:
-        write_report(report, views)
-        track(RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer)), trainer.loggers)
-        if verbose:
-            show(report)
-    trainer.callback_metrics.update(headline(report, name))
+    try:
+        if trainer.is_global_zero:
+            log = RepairLog(report, trainer.global_step, name, changes, views, logged_hparams(trainer))
+            track(log, trainer.loggers)
+            if verbose:
+                show(report)
+        trainer.callback_metrics.update(headline(report, name))
+    except Exception as error:
+        problem = f"the report was not shown ({type(error).__name__}: {error})."
+        rank_zero_warn(LoggingWarning(problem, "the repair and its files are not affected; print `report`."))
 
 
 def headline(report: RepairReport, name: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.interrupts import is_ending_early, poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
@@ -106,11 +107,13 @@ class TimeBudget(CallbackBase):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        poll()
         self._done += 1
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
             self._clock.tell(self._done, total)
-        if math.isfinite(self._end) and self._meet(is_over=self._is_over(pl_module.device)):
+        is_over = math.isfinite(self._end) and self._meet(is_over=self._is_over(pl_module.device))
+        if is_over or is_ending_early():
             trainer.should_stop = True
 
     def _meet(self, is_over: bool = False) -> bool:

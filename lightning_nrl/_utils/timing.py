@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.interrupts import is_ending_early, poll
 
 __all__ = ["Clock", "Deadline", "Observer", "StageTimer"]
 
@@ -49,12 +50,13 @@ class Deadline:
     @property
     def is_set(self) -> bool:
         """Whether there is a limit."""
-        return math.isfinite(self.end)
+        return math.isfinite(self.end) or is_ending_early()
 
     @property
     def seconds_left(self) -> float:
         """Until then on this rank: infinite without a limit, below 0 afterwards."""
-        return self.end - self.now()
+        poll()
+        return min(0.0, self.end - self.now()) if is_ending_early() else self.end - self.now()
 
     def agreed_seconds_left(self) -> float:
         """The first rank's answer, to plan by."""
@@ -64,10 +66,12 @@ class Deadline:
 
     def leaves(self, seconds: float) -> bool:
         """Whether so many seconds are left on every rank."""
+        poll()
         return not (self.is_set and self.collective.any(self.seconds_left < seconds))
 
     def is_over(self) -> bool:
         """Whether no time is left on some rank."""
+        poll()
         return self.is_set and self.collective.any(self.seconds_left <= 0)
 
     def earlier(self, seconds: float) -> Deadline:
@@ -106,7 +110,8 @@ class StageTimer:
     @property
     def left(self) -> float:
         """Seconds until the repair must be over; infinite without a limit."""
-        return self._max_time - self.elapsed
+        poll()
+        return min(0.0, self._max_time - self.elapsed) if is_ending_early() else self._max_time - self.elapsed
 
     @property
     def one_pass(self) -> float:
@@ -116,6 +121,7 @@ class StageTimer:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Around a stage. Stages do not overlap: one inside another takes its time from the outer one."""
+        poll()
         self.seconds.setdefault(name, 0.0)
         start, inside = self.now(), sum(self.seconds.values())
         try:
@@ -128,6 +134,7 @@ class StageTimer:
 
     def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Inside a stage: how many steps of how many were made, and the best candidate's counts, if there are any."""
+        poll()
         if self.observer:
             self.observer.search(done, total, repaired, broken)
 

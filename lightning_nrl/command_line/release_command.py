@@ -61,5 +61,4 @@ def _judged(old: str, new: str, rules: list[str], slices: str | None, allow_miss
 def _written(report: ReleaseReport, folder: Path) -> ReleaseReport:
     folder.mkdir(parents=True, exist_ok=True)
     report = replace(report, files={kind: str(folder / name) for kind, name in REPORT_FILES.items()})
-    write_report(report)
-    return report
+    return write_report(report)

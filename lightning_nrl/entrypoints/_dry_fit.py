@@ -124,14 +124,17 @@ class _WithoutTraining(CallbackBase):
         self.callback.on_fit_start(trainer, pl_module)
         self.callback.on_train_start(trainer, pl_module)
         fitted = self._epochs if pl_module is self._fitted else ASSUMED_EPOCHS
-        self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
+        with self.callback.heeding_signals(trainer):
+            self.outcome = self.work(trainer, pl_module, fitted if self._saved is None else self._saved)
         trainer.should_stop = True
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves only now, since optimizer states and the true step count are loaded after `on_fit_start`."""
         if self.outcome is not None:
-            self.callback.finish(trainer, pl_module, self.outcome)
+            with self.callback.heeding_signals(trainer):
+                name = self.callback.save(trainer, pl_module, self.outcome)
+            self.callback.announce(trainer, self.outcome, name)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "search.localizer": SEARCHES,
     "search.n_passed": SEARCHES,
     "search.budget": SEARCHES,
+    "search.on_interrupt": ("RegressionFreeRepair", "repair"),
     "bounds.strength": REPAIRS,
     "bounds.limit": REPAIRS,
     "bounds.sparse": REPAIRS,

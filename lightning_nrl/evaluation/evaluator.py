@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.batch import Batch, Source, tensors_in
@@ -130,6 +131,7 @@ class Evaluator:
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
         lowest = -1  # where the task has no classes
         for batch in source:
+            poll()
             try:
                 output = self.output(batch, forward)
                 _check_count(batch, output)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.patches.patch import Patch
-from lightning_nrl.patches.safetensors_file import replacing
 
 __all__ = ["patch_checkpoint"]
 

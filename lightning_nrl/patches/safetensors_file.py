@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
 
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-__all__ = ["read_tensors", "replacing", "safetensors_installed", "write_tensors"]
+__all__ = ["read_tensors", "safetensors_installed", "write_tensors"]
 
 
 def safetensors_installed() -> bool:
@@ -46,24 +45,6 @@ def read_tensors(argument: str, path: str | Path) -> tuple[dict[str, Tensor], di
             f"`{argument}={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
             "give a safetensors file that `Patch.save` has written.",
         ) from error
-
-
-def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Has a file written beside its place and put there when it is complete, so that no half of one is ever there."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)  # as `open` makes files; temporary ones are for their owner alone
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _check_installed() -> None:

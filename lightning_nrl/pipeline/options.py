@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
-from lightning_nrl.errors import ConfigurationError, check_kind, check_real, check_whole
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.search.fitness import Fitness
@@ -30,6 +30,9 @@ class SearchOptions:
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
             activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
             kept in half the precision, in a temporary file, or computed again each time; the step's note says which.
+        on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
+            `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
+            Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.
@@ -43,6 +46,7 @@ class SearchOptions:
     localizer: str | Localizer = "neurecover-lite"
     n_passed: int | None = None
     budget: int | None = None
+    on_interrupt: Literal["untouched", "best"] = "untouched"
 
     def __post_init__(self) -> None:
         fitness = Fitness(self.fitness) if isinstance(self.fitness, str) else self.fitness  # type: ignore[arg-type]
@@ -52,6 +56,7 @@ class SearchOptions:
         for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
             if value is not None:
                 check_whole(name, value, 1)
+        check_choice("on_interrupt", self.on_interrupt, ("untouched", "best"))
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def sample_name(split: str, position: int, kind: str = "picture") -> str:
 
 
 def write_sample_files(folder: Path, views: Sequence[SampleView]) -> None:
-    """Writes each view into `flipped_samples/` of this folder; other files there are left alone."""
+    """Writes each view into `flipped_samples/` of this folder, which is made if need be."""
     samples = folder / SAMPLES_FOLDER
     if views:
         samples.mkdir(exist_ok=True)

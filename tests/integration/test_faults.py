@@ -14,7 +14,6 @@ from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
 from distributed_fit import Continued
 from lightning_package import Callback, CSVLogger, ModelCheckpoint, Trainer
 
-import lightning_nrl._trainer.artifacts
 import lightning_nrl._utils.timing
 import lightning_nrl.methods._known_activations
 from lightning_nrl import RegressionFreeRepair
@@ -83,9 +82,6 @@ STAGES = {
     "collect": (CORE, "evaluate_baseline"),
     "record": (lightning_nrl.methods._known_activations, "record"),
     "judge": (CORE, "judge"),
-    "report": (lightning_nrl._trainer.artifacts, "write_report"),
-    "track": (lightning_nrl._trainer.artifacts, "track"),
-    "show": (lightning_nrl._trainer.artifacts, "headline"),
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
 from lightning_nrl import ConfigurationError, RepairError
+from lightning_nrl._utils import whole_files
 from lightning_nrl.patches import Patch, safetensors_file
 from lightning_nrl.patches.patch_file import _digest
 
@@ -143,7 +144,7 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(path: Path) -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        safetensors_file.replacing(path, fail)
+        whole_files.replacing(path, fail)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

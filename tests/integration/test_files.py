@@ -1,0 +1,332 @@
+"""The files of a repair: whole or not at all, of one run, and of the weights that were judged."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from lightning_package import Trainer
+
+import lightning_nrl._trainer.artifacts
+from lightning_nrl import RegressionFreeRepair, RepairReport
+from lightning_nrl._utils import whole_files
+from lightning_nrl.errors import FilesWarning, RepairWarning
+from lightning_nrl.patches import Patch
+from lightning_nrl.pipeline import Outcome
+
+NAMES = {"repaired.ckpt", "repair.patch.safetensors", "report.json", "report.md", "report.html"}
+REPORTS = {"report.json", "report.md", "report.html"}
+
+
+@dataclass
+class Repaired:
+    """A repair that was accepted and is not saved yet, and where it is to go."""
+
+    callback: RegressionFreeRepair
+    trainer: Trainer
+    model: Classifier
+    outcome: Outcome
+    folder: Path
+
+    def save(self, outcome: Outcome | None = None, folder: Path | None = None) -> RepairReport:
+        """Saves and announces it; puts the weights into the model."""
+        callback = self.callback
+        callback.dirpath, callback.verbose = folder or self.folder, True
+        outcome = self.outcome if outcome is None else outcome
+        name = callback.save(self.trainer, self.model, outcome)
+        callback.announce(self.trainer, outcome, name)
+        assert callback.report is not None
+        return callback.report
+
+    @property
+    def is_in_the_model(self) -> bool:
+        state = self.model.state_dict()
+        assert self.outcome.parameters
+        return all(torch.equal(value, state[name]) for name, value in self.outcome.parameters.items())
+
+
+class Unsaved(RegressionFreeRepair):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.outcome = self.attempt(trainer, pl_module)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
+    callback, model = quick_repair(), Classifier()
+    callback.__class__ = Unsaved
+    trainer = quiet_trainer(tmp_path_factory.mktemp("fit"), callback, enable_checkpointing=False)
+    trainer.fit(model, datamodule=Digits())
+    return Repaired(callback, trainer, model, callback.outcome, Path())
+
+
+@pytest.fixture
+def found(fitted: Repaired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repaired]:
+    """The model is as it was before the repair, for each test; pages are drawn elsewhere."""
+    monkeypatch.setattr(RepairReport, "to_html", lambda report, views: "<!doctype html>")
+    state = {name: value.clone() for name, value in fitted.model.state_dict().items()}
+    yield replace(fitted, folder=tmp_path / "mine")
+    fitted.model.load_state_dict(state)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def holds(checkpoint: Path, model: Classifier) -> bool:
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(found: Repaired) -> None:
+    assert found.save().status == "repaired"
+    assert names_in(found.folder) == NAMES
+    assert holds(found.folder / "repaired.ckpt", found.model)
+    nothing = Outcome(replace(found.outcome.report, status="nothing to repair"))
+    assert set(found.save(nothing).files) == {"json", "markdown", "html"}
+    # The only copy of the model is not lost.
+    assert names_in(found.folder) == {*REPORTS, "earlier-repaired.ckpt", "earlier-repair.patch.safetensors"}
+    assert holds(found.folder / "earlier-repaired.ckpt", found.model)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """No file whose name ends so can be written."""
+    make_durable = whole_files._make_durable
+
+    def full(path: Path) -> None:
+        if path.name.endswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make_durable(path)
+
+    monkeypatch.setattr(whole_files, "_make_durable", full)
+
+
+@pytest.mark.parametrize("missing", [*sorted(NAMES), ""])
+def test_a_full_disk_costs_a_message(found: Repaired, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    full_disk(monkeypatch, missing)
+    message = r"the repair was accepted and is in the model, but .* lacks .*No space left on device"
+    with pytest.warns(FilesWarning, match=message):
+        report = found.save()
+    assert found.is_in_the_model
+    assert report.status == "repaired"
+    assert names_in(found.folder) == (NAMES - {missing} if missing else set())
+    assert {Path(path).name for path in report.files.values()} == names_in(found.folder)
+
+
+def test_a_disk_that_is_full_for_all_leaves_the_earlier_run_as_it_was(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = found.save()
+    full_disk(monkeypatch, "")
+    with pytest.warns(FilesWarning):
+        second = found.save(replace(found.outcome, report=replace(found.outcome.report, seed=1)))
+    assert second.files == {}
+    assert names_in(found.folder) == NAMES
+    assert RepairReport.from_json((found.folder / "report.json").read_text()) == first
+    assert holds(found.folder / "repaired.ckpt", found.model)
+
+
+def test_a_folder_that_cannot_be_made_costs_a_message(found: Repaired, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(FilesWarning, match="cannot be made .*: the repair writes no files"):
+        assert found.save(folder=tmp_path / "file" / "inside").files == {}
+    assert found.is_in_the_model
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "message"),
+    [
+        (RepairReport, "to_markdown", "lacks `report.md` (ZeroDivisionError: on purpose)"),
+        (Patch, "save", "lacks `repair.patch.safetensors` (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.artifacts, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.artifacts, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
+    ],
+)
+def test_an_exception_after_the_verdict_costs_a_message(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, message: str
+) -> None:
+    def raises(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(owner, name, raises)
+    with pytest.warns(RepairWarning, match=re.escape(message)):
+        report = found.save()
+    assert found.is_in_the_model
+    assert holds(found.folder / "repaired.ckpt", found.model)
+    assert names_in(found.folder) == {Path(path).name for path in report.files.values()}
+
+
+@pytest.mark.parametrize("name", ["track", "show"])
+def test_an_interrupt_while_logging_leaves_the_weights_that_the_files_tell_of(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightning_nrl._trainer.artifacts, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.save()
+    assert found.is_in_the_model
+    assert holds(found.folder / "repaired.ckpt", found.model)
+    assert names_in(found.folder) == NAMES
+
+
+def test_an_interrupt_while_saving_leaves_no_files_and_the_trained_weights(
+    found: Repaired, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RepairReport, "to_html", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found.save()
+    assert not found.is_in_the_model
+    assert names_in(found.folder) == set()
+
+
+def cast(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.half() for name, value in state.items()}
+
+
+def without_a_layer(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not name.endswith("3.weight")}
+
+
+def renamed(state: dict[str, Any]) -> dict[str, Any]:
+    return {f"old.{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "message"),
+    [
+        (cast, None, "'network.1.weight' is torch.float16, not torch.float32, and 3 more differ"),
+        (without_a_layer, None, "it would not hold the repaired 'network.3.weight'"),
+        (renamed, None, ""),
+        (dict, Path("an object"), ""),
+        (cast, Path("an object"), "'network.1.weight' is torch.float16"),
+        (dict, lambda: None, "lacks `repaired.ckpt` ("),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_was_judged_is_not_kept(
+    found: Repaired,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    extra: Any,
+    message: str,
+) -> None:
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = change(checkpoint["state_dict"])
+        checkpoint["extra"] = extra
+
+    monkeypatch.setattr(found.model, "on_save_checkpoint", on_save_checkpoint)
+    report = found.save()
+    assert found.is_in_the_model
+    said = [str(w.message) for w in recwarn if isinstance(w.message, FilesWarning)]
+    assert [message in text for text in said] == ([True] if message else [])
+    assert ("checkpoint" in report.files) == (not message)
+    assert names_in(found.folder) == (NAMES if not message else NAMES - {"repaired.ckpt"})
+
+
+def test_a_mark_is_there_only_beside_whole_files(tmp_path: Path) -> None:
+    """Every moment at which a process may be killed, and what the folder holds then."""
+    names, states = ["a", "b", "mark"], []
+
+    def run(text: str, written: list[str], steps: int) -> None:
+        """Puts files there, and is killed after so many steps."""
+        left = [steps]
+
+        def step(call: Any) -> Any:
+            def counted(*args: Any) -> Any:
+                if not left[0]:
+                    raise KeyboardInterrupt
+                left[0] -= 1
+                return call(*args)
+
+            return counted
+
+        with pytest.MonkeyPatch.context() as patch, whole_files.StagedFiles(tmp_path, names, ["mark"]) as files:
+            for name in written:
+                files.write(name, lambda path: path.write_text(text))
+            patch.setattr(whole_files, "_move", step(whole_files._move))
+            patch.setattr(whole_files, "_remove", step(whole_files._remove))
+            files.commit()
+
+    run("one", names, 99)
+    for steps in range(5):
+        run("one", names, 99)
+        with suppress(KeyboardInterrupt):
+            run("two", ["a", "mark"], steps)
+        there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        states.append(there)
+        if "mark" in there:
+            assert {there[name] for name in names if name in there} == {there["mark"]}
+        (tmp_path / "earlier-b").unlink(missing_ok=True)
+    assert states[0] == {"a": "one", "b": "one", "mark": "one"}
+    assert states[-1] == {"a": "two", "mark": "two", "earlier-b": "one"}
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
+    old, young = tmp_path / ".unfinished-old", tmp_path / ".unfinished-young"
+    for folder in (old, young):
+        folder.mkdir()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    with whole_files.StagedFiles(tmp_path, ["a"], []) as files:
+        files.write("a", lambda path: path.write_text(""))
+        files.commit()
+    assert names_in(tmp_path) == {"a", young.name}
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from lightning_nrl import RepairReport
+from test_files import Unsaved
+RepairReport.to_html = lambda report, views: "<!doctype html>"
+callback, model = quick_repair(dirpath=sys.argv[1]), Classifier()
+callback.__class__ = Unsaved
+trainer = quiet_trainer(Path(sys.argv[1]).parent, callback, enable_checkpointing=False)
+trainer.fit(model, datamodule=Digits())
+while True:
+    callback.save(trainer, model, callback.outcome)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"saved\n"
+        time.sleep(float(os.environ.get("NRL_KILL_AFTER", "0.05")))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    there = {name for name in names_in(folder) if not name.startswith(".unfinished-")}
+    assert there <= NAMES
+    assert "repaired.ckpt" in there
+    torch.load(folder / "repaired.ckpt", weights_only=True)
+    Patch.load(folder / "repair.patch.safetensors")
+    if "report.json" in there:
+        assert there == NAMES
+        assert RepairReport.from_json((folder / "report.json").read_text()).status == "repaired"

@@ -1,0 +1,151 @@
+"""Ctrl-C and SIGTERM during a repair: heeded within seconds, the model as it was or repaired, and that is said."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digit_models import QUICK, Classifier, Digits, quiet_trainer
+from distributed_fit import Continued
+from options import with_options
+from test_faults import assert_same, picture
+
+import lightning_nrl._utils.timing
+from lightning_nrl import ParticleSwarm, RepairReport, repair
+from lightning_nrl._lightning import classes
+from lightning_nrl._utils import interrupts
+from lightning_nrl.methods import Auto
+
+SIGTERM_EXCEPTIONS = classes("pytorch.utilities.exceptions.SIGTERMException")
+METHODS = {"swarm": QUICK["method"], "training": Continued(), "auto": Auto(ParticleSwarm(particles=20, iterations=20))}
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Handlers are as found afterwards; Lightning ignores Ctrl-C once it has seen one."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    after = {signum: signal.getsignal(signum) for signum in before}
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    assert after[signal.SIGTERM] == before[signal.SIGTERM]
+    assert after[signal.SIGINT] in (before[signal.SIGINT], signal.SIG_IGN)
+
+
+def repaired(model: Classifier, folder: Path, method: str = "swarm", **arguments: Any) -> RepairReport:
+    """A repair that draws no page."""
+    given = {**QUICK, "method": METHODS[method], **arguments}
+    return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
+
+
+def signal_at_tell(monkeypatch: pytest.MonkeyPatch, signum: int, number: int = 1, times: int = 1) -> None:
+    """Sends a signal when the work tells for the given time how far it is."""
+    told, tell = [0], lightning_nrl._utils.timing.StageTimer.tell
+
+    def telling(*args: Any, **kwargs: Any) -> None:
+        told[0] += 1
+        if told[0] == number:
+            for _ in range(times):
+                signal.raise_signal(signum)
+        tell(*args, **kwargs)
+
+    monkeypatch.setattr(lightning_nrl._utils.timing.StageTimer, "tell", telling)
+
+
+@pytest.mark.parametrize("method", ["swarm", "training"])
+@pytest.mark.parametrize(("signum", "raised"), [("SIGTERM", SIGTERM_EXCEPTIONS), ("SIGINT", (SystemExit,))])
+def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
+    tmp_path: Path,
+    trained: Classifier,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    signum: str,
+    raised: tuple[type[BaseException], ...],
+) -> None:
+    trainer = quiet_trainer(tmp_path)
+    before = picture(trainer, trained)
+    signal_at_tell(monkeypatch, signal.Signals[signum])
+    with pytest.raises(raised):
+        repaired(trained, tmp_path, method)
+    assert_same(before["state"], dict(trained.state_dict()))
+    assert_same(before["training"], picture(trainer, trained)["training"])
+    assert not (tmp_path / "repair").exists()
+    said = capsys.readouterr().err
+    name = "Ctrl-C" if signum == "SIGINT" else signum
+    assert f"{name}: the repair stops." in said
+    assert "The repair was stopped: the weights are as training left them, and it has written no files." in said
+
+
+def test_a_job_that_is_stopped_does_not_end_as_if_it_were_done(
+    tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_at_tell(monkeypatch, signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        repaired(trained, tmp_path)
+    assert error.value.code == 143
+
+
+@pytest.mark.parametrize("method", ["swarm", "auto"])
+def test_the_first_ctrl_c_takes_the_best_so_far_if_that_was_asked_for(
+    tmp_path: Path,
+    trained: Classifier,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+) -> None:
+    signal_at_tell(monkeypatch, signal.SIGINT)
+    report = repaired(trained, tmp_path, method, on_interrupt="best", verbose=False)
+    assert report.status == "repaired"
+    assert report.search is not None
+    assert report.search.iterations < 20
+    assert "the repair ends with the best that it has found so far" in capsys.readouterr().err
+    checkpoint = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
+    assert_same(dict(trained.state_dict()), checkpoint)
+
+
+def test_the_second_ctrl_c_stops_it(tmp_path: Path, trained: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    signal_at_tell(monkeypatch, signal.SIGINT, times=2)
+    with pytest.raises(SystemExit):
+        repaired(trained, tmp_path, on_interrupt="best")
+    assert_same(before, dict(trained.state_dict()))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_leaves_the_trained_weights_or_a_whole_repair(
+    tmp_path: Path, trained: Classifier, signum: int
+) -> None:
+    """NRL_SIGNALS says how many moments; seeds of the moments are their numbers."""
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    for number in range(int(os.environ.get("NRL_SIGNALS", "2"))):
+        trained.load_state_dict(before)
+        folder = tmp_path / str(number)
+        delay = 1.5 * random.Random(f"{signum} {number}").random()
+        timer = threading.Timer(delay, signal.pthread_kill, (threading.main_thread().ident, signum))
+        timer.start()
+        began = time.monotonic()
+        try:
+            repaired(trained, folder, random.Random(number).choice(list(METHODS)))
+            timer.join()
+            time.sleep(0.01)
+        except BaseException:
+            assert time.monotonic() - began < delay + interrupts.OVERDUE_SECONDS + 2
+        finally:
+            timer.cancel()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        files = {path.name for path in folder.rglob("repair/*")}
+        if "report.json" in files:
+            checkpoint = torch.load(folder / "repair" / "repaired.ckpt", weights_only=True)["state_dict"]
+            assert_same(dict(trained.state_dict()), checkpoint)
+        else:
+            assert files == set()
+            assert_same(before, dict(trained.state_dict()))

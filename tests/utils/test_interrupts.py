@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_nrl._utils import interrupts
+from lightning_nrl._utils.interrupts import interruptible, is_ending_early, poll, uninterrupted
+from lightning_nrl._utils.timing import Deadline, StageTimer
+
+
+class Terminated(BaseException):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+    poll()
+
+
+@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_a_signal_is_raised_where_work_asks(signum: int, raised: type[BaseException]) -> None:
+    reached, said = [], list[str]()
+
+    @interruptible(terminated=Terminated, say=said.append)
+    def work() -> None:
+        signal.raise_signal(signum)
+        reached.append("after the signal")
+        poll()
+        reached.append("after the question")
+
+    with pytest.raises(raised):
+        work()
+    assert reached == ["after the signal"]
+    assert [text.rpartition(": ")[2] for text in said] == ["the repair stops."]
+
+
+def test_work_that_never_asks_ends_when_it_is_over() -> None:
+    with pytest.raises(Terminated), interruptible(terminated=Terminated, say=str):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "OVERDUE_SECONDS", 0.05)
+    began = time.monotonic()
+
+    @interruptible(terminated=Terminated, say=str)
+    def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+
+    with pytest.raises(Terminated):
+        work()
+    assert time.monotonic() - began < 10
+
+
+def test_what_must_not_be_torn_apart_is_finished_first() -> None:
+    done = []
+
+    @interruptible(terminated=Terminated, say=str)
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            poll()
+            done.append("inside")
+        done.append("outside")
+
+    with pytest.raises(Terminated):
+        work()
+    assert done == ["inside"]
+
+
+def test_with_an_early_end_time_is_over_and_the_second_signal_ends_the_work() -> None:
+    deadline, clock = Deadline(), StageTimer()
+    assert not is_ending_early()
+
+    @interruptible(terminated=Terminated, may_end_early=True, say=str)
+    def work() -> None:
+        assert (deadline.is_over(), deadline.is_set, deadline.leaves(0)) == (False, False, True)
+        signal.raise_signal(signal.SIGINT)
+        poll()
+        assert is_ending_early()
+        assert (deadline.is_over(), deadline.is_set, deadline.leaves(1)) == (True, True, False)
+        assert (clock.left, deadline.seconds_left) == (0, 0)
+        signal.raise_signal(signal.SIGINT)
+        assert not is_ending_early()
+        poll()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert not deadline.is_over()
+
+
+def test_another_thread_has_no_signals() -> None:
+    seen = []
+
+    def work() -> None:
+        with interruptible(terminated=Terminated):
+            seen.append(interrupts._Watch.current)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruptible(terminated=Terminated):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
