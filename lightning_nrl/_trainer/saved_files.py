@@ -126,13 +126,13 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         written = self._named(report)
         self.write("markdown", lambda path: path.write_text(written.to_markdown(), encoding="utf-8"))
         self.write("html", lambda path: path.write_text(written.to_html(views), encoding="utf-8"))
-        if self._stage is not None and "json" in self._files and views:
+        written = self._named(report)
+        self.write("json", lambda path: path.write_text(written.to_json(), encoding="utf-8"))
+        if self._stage is not None and views and self._is_written("json"):
             try:
                 self._stage.write(SAMPLES_FOLDER, lambda path: write_sample_files(path.parent, views))
             except Exception as error:
                 self._problems["samples"] = _short(error)
-        written = self._named(report)
-        self.write("json", lambda path: path.write_text(written.to_json(), encoding="utf-8"))
         return self._named(report)
 
     def commit(self) -> None:
@@ -166,6 +166,9 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
         if self._trainer is not None and self._files:
             left = self._trainer.strategy.broadcast(left)
         return replace(report, files={kind: path for kind, path in report.files.items() if kind in left})
+
+    def _is_written(self, kind: str) -> bool:
+        return self._stage is not None and kind in self._files and self._stage.is_written(self._files[kind].name)
 
     def _named(self, report: AnyReport) -> AnyReport:
         files = {kind: path for kind, path in report.files.items() if kind not in self._problems}

@@ -82,7 +82,8 @@ def found(fitted: Repaired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """Files in a folder; pictures have one of their own."""
+    return {path.name for path in folder.iterdir()} - {"flipped_samples"}
 
 
 def holds(checkpoint: Path, model: Classifier) -> bool:
@@ -93,11 +94,13 @@ def holds(checkpoint: Path, model: Classifier) -> bool:
 def test_a_run_without_a_repair_does_not_pass_an_earlier_model_off_as_its_own(found: Repaired) -> None:
     assert found.save().status == "repaired"
     assert names_in(found.folder) == NAMES
+    assert (found.folder / "flipped_samples").is_dir()
     assert holds(found.folder / "repaired.ckpt", found.model)
     nothing = Outcome(replace(found.outcome.report, status="nothing to repair"))
     assert set(found.save(nothing).files) == {"json", "markdown", "html"}
     # The only copy of the model is not lost.
     assert names_in(found.folder) == {*REPORTS, "earlier-repaired.ckpt", "earlier-repair.patch.safetensors"}
+    assert not (found.folder / "flipped_samples").exists()
     assert holds(found.folder / "earlier-repaired.ckpt", found.model)
 
 
