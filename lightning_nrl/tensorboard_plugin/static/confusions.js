@@ -18,9 +18,8 @@ export function changedConfusions(repair, choosePair) {
   draw(roles.at(-1));  // unseen data tell the most
   return [h("section", { "aria-labelledby": "confusions-title" },
     h("h2", { id: "confusions-title" }, "Confusions that changed"),
-    h("p", {}, "Samples of each row's class that are taken for the column's, after less before: ",
-      h("span", { class: "fewer" }, "fewer"), " or ", h("span", { class: "further" }, "more"),
-      " than before. Choose a number to see its samples."),
+    h("p", {}, "How many of a row's class are taken for a column's: ", h("span", { class: "fewer" }, "fewer"), " or ",
+      h("span", { class: "further" }, "more"), " than before. Choose a number to see its samples."),
     h("fieldset", { class: "choices" }, h("legend", { class: "hidden" }, "Data"), choices),
     place)];
 }

@@ -8,7 +8,7 @@ import { repairsTable } from "./repairs.js";
 import { verdict } from "./verdict.js";
 
 const RELOAD_MILLISECONDS = 30_000;
-const state = { repairs: [], found: 0, shown: null, stamp: 0 };
+const state = { repairs: [], found: 0, shown: null, wanted: null, stamp: 0 };
 
 /** Builds the page; TensorBoard calls this when the tab is opened. */
 export async function render() {
@@ -60,14 +60,15 @@ async function show(name) {
     button.closest("tr").classList.toggle("shown", own);
   }
   const place = document.getElementById("repair");
+  state.wanted = name;
   try {
     const repair = await ask("repair", { name });
+    if (state.wanted !== name) return;  // a reader was faster
     Object.assign(state, { shown: name, stamp: repair.modified });
     const flips = flippedSamples(repair);
     place.replaceChildren(
       ...verdict(repair),
-      ...changedConfusions(repair, flips.choosePair),
-      flips.element,
+      h("div", { class: "beside" }, flips.element, changedConfusions(repair, flips.choosePair)),
       ...strengthSlider(repair),
       ...searchReplay(repair),
       h("details", { class: "more" }, h("summary", {}, "The rest of the report"), fromReport(repair.more)));

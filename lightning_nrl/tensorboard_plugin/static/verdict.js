@@ -35,7 +35,7 @@ function tiles({ known, unseen, accepted, at_most, bounds }) {
   if (unseen) {
     found.push(tile("unseen samples broken", count(unseen.broken),
       `of ${count(unseen.right)} that were right`, unseen.broken ? "warn" : "good"));
-    if (at_most) found.push(tile("of others like them break", `≤ ${at_most}`, "with 95 % confidence", ""));
+    if (at_most) found.push(tile("others like these broken", `≤ ${at_most}`, "with 95 % confidence", ""));
     found.push(tile("unseen failures repaired", count(unseen.repaired), `of ${count(unseen.wrong)}`,
       unseen.repaired > unseen.broken ? "good" : ""));
     found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));

@@ -1,0 +1,70 @@
+"""The log folders that a browser looks at: a real repair, and a report that is as large and as hostile as they come."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from live_tensorboard import SCREENSHOTS
+from repository import ROOT
+
+from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.report import RepairReport, SplitReport
+from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
+
+HOSTILE = "<img src=x onerror=window.hacked=1><b>cat"
+HOSTILE_NAME = "hostile/repair"
+N_FLIPS = 10_000
+
+
+def small_log(folders: pytest.TempPathFactory) -> Path:
+    """The log folder of a small repair; where pictures are wanted, that of the quickstart."""
+    folder = folders.mktemp("browsed")
+    script = ROOT / "tests" / "browser" / "small_repair.py" if SCREENSHOTS is None else ROOT / "examples/quickstart.py"
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "lightning_logs"
+
+
+def write_hostile(log_dir: Path) -> None:
+    """A report of ten thousand flipped samples, with markup wherever a user's words go."""
+    flipped = tuple(
+        FlippedSample(
+            i,
+            "repaired" if i % 4 else "broken",
+            i % 2 == 0,
+            0,
+            i % 4 and 1,
+            0 if i % 4 else 1,
+            -0.5 if i % 4 else i / 7,
+            i / 9 if i % 4 else -1.5,
+            "night" if i % 100 == 7 else HOSTILE,
+        )
+        for i in range(N_FLIPS)
+    )
+    counts = TargetCounts(90_000, 2_500, 7_500, 0, 3_750, 3_750)
+    split = SplitReport(HOSTILE, "unseen", counts, (), flipped, (ConfusionCell(0, 1, 7_500, 2_500),))
+    report = RepairReport(
+        status="repaired",
+        reason=HOSTILE,
+        layers=(HOSTILE,),
+        target=HOSTILE,
+        gate=HOSTILE,
+        task=HOSTILE,
+        splits=(split,),
+        settings={HOSTILE: HOSTILE},
+        class_names=(HOSTILE, "dog"),
+    )
+    folder = log_dir / HOSTILE_NAME
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(report.to_json())

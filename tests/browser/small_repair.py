@@ -1,0 +1,28 @@
+"""Trains a small network on handwritten digits and repairs it on slashed zeros, as the quickstart does, in seconds."""
+
+from __future__ import annotations
+
+import torch
+from digits import DigitNet, SlashedZeros
+from lightning.pytorch import Trainer, seed_everything
+
+from lightning_nrl import RegressionFreeRepair, Target
+
+
+def slashed_zero(batch):
+    return batch[2]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    seed_everything(0, verbose=False)
+    repair = RegressionFreeRepair(target=Target.where(slashed_zero), method="swarm", unseen="test", verbose=False)
+    trainer = Trainer(
+        max_epochs=15,
+        accelerator="cpu",
+        callbacks=[repair],
+        log_every_n_steps=20,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(DigitNet(), datamodule=SlashedZeros(0))

@@ -1,0 +1,235 @@
+"""The Repair tab of a live TensorBoard, as a reader sees and uses it in Chromium."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, small_log, write_hostile
+from live_tensorboard import Browser, chromium, tensorboard_of
+
+from lightning_nrl import RepairReport
+from lightning_nrl.report.sample_tables import confusion_changes
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = small_log(tmp_path_factory)
+    write_hostile(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(log_dir: Path) -> Iterator[Browser]:
+    with chromium() as driver, tensorboard_of(log_dir) as url:
+        yield Browser(driver, url)
+
+
+@pytest.fixture(scope="module")
+def report(log_dir: Path) -> RepairReport:
+    return RepairReport.from_json((log_dir / "version_0/repair/report.json").read_text())
+
+
+def click(element: Any) -> None:
+    element.parent.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    element.click()
+
+
+def open_tab(browser: Browser, name: str, height: int = 1000) -> None:
+    browser.open("#lightning_nrl", 1360, height)
+    (frame,) = browser.until(lambda: browser.elements("iframe"))
+    browser.driver.switch_to.frame(frame)
+    browser.until(lambda: browser.elements(".asked"))
+    (button,) = browser.elements(f'[data-repair="{name}"]')
+    if button.get_attribute("aria-pressed") != "true":
+        click(button)
+    shown = "return document.querySelector('.asked dd').textContent"
+    browser.until(lambda: browser.driver.execute_script(shown) == name)
+
+
+def rows(browser: Browser) -> list[list[str]]:
+    script = """return [...document.querySelectorAll("table.flips tbody tr")]
+        .map(row => [...row.cells].map(cell => cell.textContent))"""
+    found: list[list[str]] = browser.driver.execute_script(script)
+    return found
+
+
+def count(browser: Browser) -> str:
+    (status,) = browser.elements(".count")
+    return str(status.text)
+
+
+def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, report: RepairReport) -> None:
+    open_tab(browser, "version_0/repair")
+    known, unseen = report.pooled("known"), report.pooled("unseen")
+    assert known is not None
+    assert unseen is not None
+    # The verdict and the bound stand at the top.
+    assert browser.elements("h1")[0].text == "Repaired"
+    tiles = [" ".join(tile.text.split()) for tile in browser.elements(".tiles li")]
+    assert tiles[0] == f"known samples broken 0 of {known.passed:,} that were right"
+    assert tiles[1] == f"targets repaired {known.repaired_in_target} of {known.targeted}"
+    assert tiles[2] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
+    assert "with 95 % confidence at most" in browser.elements(".bounds")[0].text
+    names = [button.text for button in browser.elements("#repairs tbody button")]
+    assert sorted(names) == [HOSTILE_NAME, "version_0/repair"]
+    browser.picture("repair-tab")
+
+    # All flips, the broken ones first, with pictures that have loaded.
+    flipped = [(split.split, one) for split in report.splits for one in split.flipped]
+    n_broken = sum(one.flip == "broken" for _, one in flipped)
+    assert count(browser).startswith(f"{len(flipped)} of {len(flipped)}")
+    shown = rows(browser)
+    assert [row[3] for row in shown[: n_broken + 1]] == ["broken"] * n_broken + ["repaired"]
+    assert browser.until(lambda: browser.image_sizes("table.flips img"))[0] == (8, 8)
+
+    # A pair of the confusions leaves its samples: here of the one that has changed most in unseen data.
+    pair = confusion_changes(unseen.confusion)[0]
+    name = f"{pair.label} taken for {pair.prediction}: {pair.before} before, {pair.after} after"
+    (number,) = browser.elements(f'.matrix button[aria-label="{name}"]')
+    click(number)
+    expected = [
+        one
+        for split, one in flipped
+        if split == "test"
+        and one.label == pair.label
+        and pair.prediction in (one.predicted_before, one.predicted_after)
+    ]
+    assert 0 < len(expected) < len(flipped)
+    assert count(browser).startswith(f"{len(expected)} of {len(flipped)}")
+    assert {(row[1], row[4]) for row in rows(browser)} == {("test", str(pair.label))}
+    assert number.get_attribute("aria-pressed") == "true"
+    browser.picture("repair-tab-pair")
+    click(browser.elements(".chip")[0])
+    assert count(browser).startswith(f"{len(flipped)} of {len(flipped)}")
+    assert number.get_attribute("aria-pressed") == "false"
+
+    # Words filter, heads sort, both by keyboard.
+    (field,) = browser.elements('.filters input[type="search"]')
+    field.send_keys("broken test")
+    assert count(browser) == f"{n_broken} of {len(flipped)}"
+    field.clear()
+    field.send_keys("repair", "ed")
+    (head,) = [one for one in browser.elements("table.flips th button") if one.text.startswith("margin after")]
+    head.send_keys("\n")
+    margins = [float(row[8]) for row in rows(browser)]
+    assert len(margins) == 25
+    assert margins == sorted(margins)
+    assert margins[0] == float(f"{min(one.margin_after for _, one in flipped if one.flip == 'repaired'):.4g}")
+    (next_page,) = [one for one in browser.elements(".pages button") if one.text == "Next"]
+    click(next_page)
+    assert float(rows(browser)[0][8]) >= margins[-1]
+    assert "26 to" in count(browser)
+
+    # A picture is seen large, and Escape leads back to the table.
+    thumbnail = browser.elements("table.flips .thumbnail")[0]
+    click(thumbnail)
+    (large,) = browser.until(lambda: browser.elements("dialog[open] img"))
+    assert large.get_attribute("alt").startswith(("test", "train", "repair"))
+    large.parent.switch_to.active_element.send_keys("\ue00c")
+    browser.until(lambda: not browser.elements("dialog[open]"))
+    assert browser.driver.switch_to.active_element == thumbnail
+
+    # The strength and the search are stepped through by arrow keys.
+    (strength,) = browser.elements("#strength-slider")
+    strength.send_keys("\ue011")  # Home: the model as it was
+    facts = browser.elements('[aria-labelledby="strength-title"] .facts')[0].text.split("\n")
+    assert dict(zip(facts[::2], facts[1::2], strict=False))["known broken"] == "0"
+    assert dict(zip(facts[::2], facts[1::2], strict=False))["targets repaired"] == f"0 of {known.targeted}"
+    (search,) = browser.elements("#search-slider")
+    search.send_keys("\ue011", "\ue014")  # Home, then right
+    assert search.get_attribute("aria-valuetext") == "iteration 1"
+    assert report.search is not None
+    facts = browser.elements('[aria-labelledby="search-title"] .facts')[0].text.split("\n")
+    assert facts[1] == f"{report.search.history['patched'][1]:.0f} of {report.search.n_failed}"
+    (play,) = browser.elements(".replay .slider button")
+    click(play)
+    last = f"iteration {len(report.search.history['best']) - 1}"
+    browser.until(lambda: search.get_attribute("aria-valuetext") == last and play.text == "Play")
+    click(strength)
+    browser.picture("repair-tab-sliders")
+    assert browser.errors() == []
+
+
+def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Browser) -> None:
+    open_tab(browser, HOSTILE_NAME)
+    assert count(browser) == f"{N_FLIPS:,} of {N_FLIPS:,}, 1 to 25 on this page"
+    assert len(rows(browser)) == 25
+    assert HOSTILE in rows(browser)[0]
+    (field,) = browser.elements('.filters input[type="search"]')
+    field.send_keys("night")
+    assert count(browser).startswith("100 of 10,000")
+    field.clear()
+    # Typed, filtered, sorted and drawn on the page's own thread.
+    milliseconds = browser.driver.execute_script("""
+        const start = performance.now();
+        const field = document.querySelector(".filters input");
+        field.value = "broken"; field.dispatchEvent(new Event("input"));
+        for (const button of document.querySelectorAll("table.flips th button")) button.click();
+        return performance.now() - start;""")
+    assert milliseconds < 10_000  # a filter and ten sorts; 300 on a quiet machine
+    browser.driver.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    shown = "\n".join(browser.texts())
+    assert shown.count(HOSTILE) > 20
+    made = browser.driver.execute_script("""
+        const own = [...document.querySelectorAll("img:not([src*='/sample?'])")];
+        return [window.hacked ?? null, own.length, document.querySelectorAll("b, script[src*=evil]").length];""")
+    assert made == [None, 0, 0]
+    assert browser.errors() == []
+
+
+def test_whoever_cannot_see_or_point_finds_every_control(browser: Browser) -> None:
+    open_tab(browser, "version_0/repair")
+    unnamed = browser.driver.execute_script("""
+        const named = one => one.getAttribute("aria-label") || one.labels?.length || one.textContent.trim();
+        return [...document.querySelectorAll("button, input, select, summary")]
+            .filter(one => one.checkVisibility() && !named(one))
+            .map(one => one.outerHTML);""")
+    assert unnamed == []
+    assert browser.driver.execute_script("""
+        return [...document.querySelectorAll("table")].every(one => one.querySelector("th[scope]"))""")
+    levels = [int(one.tag_name[1]) for one in browser.elements("h1, h2, h3")]
+    assert levels.count(1) == 1
+    assert max(levels) == 2
+    # Text stands out from its ground in both themes, by the ratio of WCAG 2.2 (AA: 4.5).
+    for theme in ("light", "dark"):
+        weakest = browser.driver.execute_script(CONTRAST, theme)
+        assert weakest[0] >= 4.5, weakest
+
+
+CONTRAST = """
+document.documentElement.dataset.theme = arguments[0];
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+const rgb = colour => {
+  canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data].map(x => x / 255);
+};
+const luminance = ([r, g, b]) => {
+  const [x, y, z] = [r, g, b].map(c => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+};
+const ground = one => {
+  for (; one; one = one.parentElement) {
+    const colour = rgb(getComputedStyle(one).backgroundColor);
+    if (colour[3] > 0.99) return colour;
+  }
+  return [1, 1, 1, 1];
+};
+let weakest = [99, ""];
+for (const one of document.querySelectorAll("main *")) {
+  const own = [...one.childNodes].some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim());
+  if (!own || one.disabled || !one.checkVisibility() || one.closest("svg")) continue;
+  let share = 1;
+  for (let up = one; up; up = up.parentElement) share *= Number(getComputedStyle(up).opacity);
+  const below = ground(one), ink = rgb(getComputedStyle(one).color).map((c, i) => c * share + below[i] * (1 - share));
+  const [a, b] = [luminance(ink), luminance(below)];
+  const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (ratio < weakest[0]) weakest = [ratio, one.outerHTML.slice(0, 200)];
+}
+delete document.documentElement.dataset.theme;
+return weakest;
+"""
