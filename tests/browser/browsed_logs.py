@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from live_tensorboard import SCREENSHOTS
 from repository import ROOT
 
@@ -21,19 +23,18 @@ N_FLIPS = 10_000
 
 
 def small_log(folders: pytest.TempPathFactory) -> Path:
-    """The log folder of a small repair; where pictures are wanted, that of the quickstart."""
-    folder = folders.mktemp("browsed")
-    script = ROOT / "tests" / "browser" / "small_repair.py" if SCREENSHOTS is None else ROOT / "examples/quickstart.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "lightning_logs"
+    """The log folder of a small repair, made once for all processes; where pictures are wanted, of the quickstart."""
+    base = folders.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    logs, script = base / "lightning_logs", ROOT / "tests" / "browser" / "small_repair.py"
+    with FileLock(base / "browsed.lock"):
+        if not logs.exists():
+            command = [sys.executable, str(script if SCREENSHOTS is None else ROOT / "examples" / "quickstart.py")]
+            environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}"}
+            done = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, timeout=400)
+            assert done.returncode == 0, done.stderr
+    # A copy, as tests write to it.
+    return Path(shutil.copytree(logs, folders.mktemp("browsed") / "lightning_logs"))
 
 
 def write_hostile(log_dir: Path) -> None:

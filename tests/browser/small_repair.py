@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import torch
-from digits import DigitNet, SlashedZeros
-from lightning.pytorch import Trainer, seed_everything
 
 from lightning_nrl import RegressionFreeRepair, Target
 
@@ -13,7 +11,10 @@ def slashed_zero(batch):
     return batch[2]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    from digits import DigitNet, SlashedZeros  # of examples/
+    from lightning.pytorch import Trainer, seed_everything
+
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     repair = RegressionFreeRepair(target=Target.where(slashed_zero), method="swarm", unseen="test", verbose=False)
@@ -26,3 +27,7 @@ if __name__ == "__main__":
         enable_model_summary=False,
     )
     trainer.fit(DigitNet(), datamodule=SlashedZeros(0))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, small_log, write_hostile
-from live_tensorboard import Browser, chromium, tensorboard_of
+from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, write_hostile
+from live_tensorboard import Browser
 
 from lightning_nrl import RepairReport
 from lightning_nrl.report.sample_tables import confusion_changes
@@ -16,22 +15,9 @@ from lightning_nrl.report.sample_tables import confusion_changes
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module")
-def log_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = small_log(tmp_path_factory)
-    write_hostile(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def browser(log_dir: Path) -> Iterator[Browser]:
-    with chromium() as driver, tensorboard_of(log_dir) as url:
-        yield Browser(driver, url)
-
-
-@pytest.fixture(scope="module")
-def report(log_dir: Path) -> RepairReport:
-    return RepairReport.from_json((log_dir / "version_0/repair/report.json").read_text())
+@pytest.fixture(scope="module", autouse=True)
+def hostile(log_dir: Path) -> None:
+    write_hostile(log_dir)
 
 
 def click(element: Any) -> None:
