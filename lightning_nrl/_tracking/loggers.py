@@ -22,7 +22,7 @@ from lightning_nrl._tracking.comet_run import upload_to_comet, write_comet
 from lightning_nrl._tracking.mlflow_run import upload_to_mlflow, write_mlflow
 from lightning_nrl._tracking.repair_hparams import declare_columns
 from lightning_nrl._tracking.repair_log import RepairLog, written
-from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
+from lightning_nrl._tracking.scalars import Scalars
 from lightning_nrl._tracking.tensorboard import write_tensorboard
 from lightning_nrl._tracking.wandb_run import upload_to_wandb, write_wandb
 from lightning_nrl.errors import LoggingWarning
@@ -105,8 +105,9 @@ def to_each(loggers: Sequence[Logger], write: Callable[[Logger], None], what: st
 def _write(log: RepairLog, logger: Logger) -> None:
     if writer := writer_of(logger):
         write_tensorboard(log, writer)
-    else:
-        _write_numbers(log, logger)
+    elif not isinstance(logger, MLFlowLogger):  # which takes many at once
+        for step, scalars in log.points:
+            logger.log_metrics(scalars, step=step)
     # Files before pictures: should one of these fail, the report is there.
     _upload(log.files, logger, log.name, log.step)
     for kind, (write, _) in RUNS.items():
@@ -114,14 +115,6 @@ def _write(log: RepairLog, logger: Logger) -> None:
             write(log, logger)
     # Now, as the process may end before loggers are finalised.
     logger.save()
-
-
-def _write_numbers(log: RepairLog, logger: Logger) -> None:
-    for iteration, scalars in enumerate(search_curves(log.report, log.name)):
-        logger.log_metrics(scalars, step=iteration)
-    for strength, scalars in strength_curves(log.report, log.name).items():
-        logger.log_metrics(scalars, step=strength)
-    logger.log_metrics(final_numbers(log.report, log.name), step=log.step)
 
 
 def _upload(files: Mapping[str, Path], logger: Logger, name: str, step: int) -> None:

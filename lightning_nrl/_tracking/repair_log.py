@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport, repair_figures
 from lightning_nrl.report.repair_plot import gallery_figures
 from lightning_nrl.report.sample_tables import flipped_splits
@@ -57,6 +58,13 @@ class RepairLog:
     changes: Mapping[str, Tensor] | None = None
     views: Sequence[SampleView] = ()
     hparams: Mapping[str, Any] | None = None
+
+    @property
+    def points(self) -> list[tuple[int, Scalars]]:
+        """All numbers with their steps: iterations of the search, strengths in percent, and that of the training."""
+        search = enumerate(search_curves(self.report, self.name))
+        strength = strength_curves(self.report, self.name).items()
+        return [*search, *strength, (self.step, final_numbers(self.report, self.name))]
 
     @cached_property
     def drawn(self) -> bool:

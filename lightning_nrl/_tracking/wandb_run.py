@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ def write_wandb(log: RepairLog, logger: WandbLogger) -> None:
     if log.drawn:
         logger.log_image(f"{name}/summary", [image_of(log.summary)], step=step)
     for title, figure in log.figures.items():
-        logger.log_image(f"{name}_figures/{title}", [image_of(figure)], step=step)
+        logger.log_image(f"{name}_figures/{_key(title)}", [image_of(figure)], step=step)
     for title, views in log.pictures.items():
         captions = [view.caption for view in views]
-        logger.log_image(f"{name}_samples/{title}", [view.pixels for view in views], step=step, caption=captions)
+        logger.log_image(f"{name}_samples/{_key(title)}", [view.pixels for view in views], step=step, caption=captions)
     for title, views in log.texts.items():
         texts = [[view.caption, view.text] for view in views]
-        logger.log_text(f"{name}_samples/{title}", ["sample", "text"], texts, step=step)
+        logger.log_text(f"{name}_samples/{_key(title)}", ["sample", "text"], texts, step=step)
     if log.flipped:
         columns, rows = _flipped(log)
         logger.log_table(f"{name}/flipped_samples", columns, rows, step=step)
@@ -47,13 +48,19 @@ def _flipped(log: RepairLog) -> tuple[list[str], list[list[Any]]]:
     return [*FLIPPED_COLUMNS, "input"], [[*row, image] for row, image in zip(rows, images, strict=True)]
 
 
+def _key(title: str) -> str:
+    """A title without what Windows allows in no name of a file, which W&B makes of it."""
+    return re.sub(r'[<>:"/\\|?*]', "_", title)
+
+
 def upload_to_wandb(files: Mapping[str, Path], logger: WandbLogger, name: str, step: int) -> None:
     """The page as a panel, and all files as one artifact of the run."""
     import wandb
 
     run = logger.experiment
     if "html" in files:
-        page: Any = wandb.Html(files["html"].read_text(encoding="utf-8"), inject=False)
+        with files["html"].open(encoding="utf-8") as opened:
+            page: Any = wandb.Html(opened, inject=False)
         logger.log_metrics({f"{name}/report": page}, step)
     artifact = wandb.Artifact(f"{name}-{run.id}", type="report")
     for path in files.values():

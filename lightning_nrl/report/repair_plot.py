@@ -99,7 +99,7 @@ def _panels(report: RepairReport) -> Mapping[str, Draw]:
             matrix = partial(draw_confusion_change, together.confusion, report.class_name)
             panels[f"Change of the confusion matrix, {role} data"] = matrix
     if len(report.strength) > 1:
-        panels["How far to go: samples by strength"] = _strength(report)
+        panels["How far to go, samples by strength"] = _strength(report)
     if report.search is not None and len(report.search.history.get("patched", ())) > 1:
         panels["Course of the search"] = _search(report)
     return panels

@@ -41,7 +41,7 @@ PANELS = [
     "Margins of known data",
     "Confusions that changed, known data",
     "Change of the confusion matrix, known data",
-    "How far to go: samples by strength",
+    "How far to go, samples by strength",
     "Course of the search",
 ]
 
