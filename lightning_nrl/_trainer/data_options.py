@@ -33,7 +33,7 @@ class DataOptions:
         draws: how many fixed draws of each known sample are counted where its data set draws at random, as
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
         render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
-            its address; None: inputs that look like images are shown.
+            its address; None: the input is shown as an image, curves, a table or tokens, whatever it looks like.
         start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
 
     Raises:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from lightning_nrl._lightning import rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.sample_display import display, find_normalization, to_pixels
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.report import RepairReport
@@ -18,15 +15,13 @@ from lightning_nrl.report.sample_records import FlippedSample
 from lightning_nrl.report.sample_tables import flipped_splits, most_telling
 from lightning_nrl.report.sample_views import SampleView, caption_of
 
-__all__ = ["Render", "sample_views", "to_pixels"]
+__all__ = ["Render", "sample_views"]
 
 Render = Callable[[Any], Any]
 """Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
 
 VIEWED_SAMPLES = {"broken": 24, "repaired": 12}
 """Of each split, at most."""
-FEWEST_PIXELS = 4
-"""A side of less is no picture."""
 
 
 def sample_views(
@@ -34,8 +29,8 @@ def sample_views(
 ) -> tuple[SampleView, ...]:
     """Views of the broken samples and of the most telling repaired ones, of each split.
 
-    Without `render` the model's input is shown if it looks like an image, its values stretched from black to white.
-    What cannot be read or rendered is left out, with one warning.
+    Without `render` the model's input is shown, see `display`. What cannot be read or rendered is left out, with one
+    warning.
 
     Args:
         report: names the samples.
@@ -61,44 +56,20 @@ def sample_views(
 def _views(
     report: RepairReport, source: LoaderSource, samples: Sequence[FlippedSample], render: Render | None
 ) -> Iterator[SampleView]:
+    normalization = find_normalization(source.samples) if render is None else None
     for one in samples:
+        sample = source.samples[one.id]
         shown: Any = None
         if render is not None:
-            shown = render(source.samples[one.id])
+            shown = render(sample)
+            shown = shown if isinstance(shown, str) else to_pixels(shown)
         else:
-            args, kwargs, _ = source.adapter(source.loader.collate_fn([source.samples[one.id]]))
+            args, kwargs, _ = source.adapter(source.loader.collate_fn([sample]))
             first = next(tensors_in((args, kwargs)), None)
-            shown = None if first is None or not len(first) else first[0]
+            if first is not None and len(first):
+                shown = display(first[0], sample, normalization)
         caption = caption_of(one, report.class_name)
         if isinstance(shown, str):
             yield SampleView(source.split, one.id, one.flip, caption, text=shown)
-            continue
-        pixels = to_pixels(shown, stretched=render is None)
-        if pixels is not None:
-            yield SampleView(source.split, one.id, one.flip, caption, pixels)
-
-
-def to_pixels(image: Any, stretched: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]] | None:
-    """An image as `height x width x 3` uint8; None for what is none.
-
-    Args:
-        image: `height x width`, with 1 or 3 channels first or last; uint8, or floating-point numbers in [0, 1]. Also
-            what numpy can make an array of, such as a PIL image.
-        stretched: whether the least value becomes black and the largest white, whatever they are.
-    """
-    x = image.detach().cpu() if isinstance(image, Tensor) else torch.as_tensor(np.array(image))
-    if x.is_complex() or x.ndim not in (2, 3):
-        return None
-    if x.ndim == 2:
-        x = x[None]
-    elif x.shape[0] not in (1, 3) and x.shape[2] in (1, 3):
-        x = x.permute(2, 0, 1)
-    if x.shape[0] not in (1, 3) or min(x.shape[1:]) < FEWEST_PIXELS:
-        return None
-    if x.dtype != torch.uint8:
-        x = x.double().nan_to_num(0.0)
-        if stretched:
-            least, most = x.min(), x.max()
-            x = (x - least) / (most - least).clamp_min(1e-12)
-        x = (255 * x.clamp(0, 1)).round().to(torch.uint8)
-    return x.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+        elif shown is not None:
+            yield SampleView(source.split, one.id, one.flip, caption, shown)

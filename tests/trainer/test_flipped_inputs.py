@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.flipped_inputs import sample_views, to_pixels
+from lightning_nrl._trainer.flipped_inputs import sample_views
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl.errors import DataWarning
@@ -49,9 +49,22 @@ def test_broken_samples_come_first_with_captions_and_their_own_pixels() -> None:
         assert (view.pixels[0, 0].tolist(), view.pixels[3, 3].tolist()) == ([0] * 3, [255] * 3)
 
 
-def test_what_is_no_image_is_left_out() -> None:
-    assert sample_views(report(BROKEN), [with_pairs(source(torch.zeros(3, 10)))]) == ()
+def test_a_row_of_features_is_a_table_and_what_cannot_be_shown_is_left_out() -> None:
+    (view,) = sample_views(report(BROKEN), [with_pairs(source(torch.tensor([[0.25, -1.0], [0.0, 0.0], [1.0, 1.0]])))])
+    assert (view.text, view.pixels) == ("0: 0.25\n1: -1", None)
+    assert sample_views(report(BROKEN), [with_pairs(source(torch.zeros(3, 5, 2, 2)))]) == ()
     assert sample_views(report(BROKEN), []) == ()
+
+
+def test_a_normalisation_of_the_data_set_is_undone() -> None:
+    class Normalize:
+        mean, std = [0.5], [0.25]
+
+    one = with_pairs(source((torch.full((3, 1, 4, 4), 0.75) - 0.5) / 0.25))
+    one.samples.dataset.transform = [Normalize()]
+    (view,) = sample_views(report(BROKEN), [one])
+    assert view.pixels is not None
+    assert (view.pixels == 191).all()
 
 
 def test_render_gets_the_sample_and_may_give_text_or_an_image() -> None:
@@ -69,22 +82,3 @@ def test_a_render_that_raises_costs_the_pictures_alone() -> None:
 
     with pytest.warns(DataWarning, match=r"`render`: .*ValueError: no such font"):
         assert sample_views(report(BROKEN), [source(IMAGES)], render) == ()
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (torch.full((3, 4, 5), 0.5), (4, 5, 3)),
-        (torch.full((4, 5, 3), 0.5), (4, 5, 3)),
-        (torch.full((1, 4, 5), 2.0), (4, 5, 3)),
-        (torch.zeros(4, 5, dtype=torch.bool), (4, 5, 3)),
-        (torch.full((4, 5), torch.nan), (4, 5, 3)),
-        (torch.zeros(7), None),
-        (torch.zeros(2, 4, 5), None),
-        (torch.zeros(3, 1, 5), None),
-        (torch.zeros(1, 3, 4, 5), None),
-    ],
-)
-def test_images_of_all_forms(image: torch.Tensor, expected: tuple[int, ...] | None) -> None:
-    pixels = to_pixels(image)
-    assert (None if pixels is None else pixels.shape) == expected
