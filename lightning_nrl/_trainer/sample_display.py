@@ -24,7 +24,7 @@ FEWEST_PIXELS = 4
 TABLE_VALUES, TOKENS, CHANNELS = 24, 120, 6
 """More are not listed, or drawn."""
 CURVE_SIZE = (2.4, 2.4)  # inches
-CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+CHANNEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
 DEEPEST, MOST_VISITED = 12, 200
 
@@ -179,7 +179,7 @@ def _curves(rows: Tensor) -> Pixels:
     """Each row as a curve over its positions."""
     figure = new_figure(*CURVE_SIZE, layout=None)
     axes = figure.add_axes((0.17, 0.12, 0.8, 0.84))
-    for row, colour in zip(rows[:CHANNELS].double(), CURVE_COLOURS, strict=False):
+    for row, colour in zip(rows[:CHANNELS].double(), CHANNEL_COLOURS, strict=False):
         axes.plot(row.numpy(), color=colour, linewidth=1)
     axes.tick_params(labelsize=7)
     return np.asarray(image_of(figure), dtype=np.uint8)
