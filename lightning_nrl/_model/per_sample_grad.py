@@ -51,6 +51,11 @@ class OutputProbe:
         self._seen: list[tuple[str, Tensor, Tensor]] = []
 
     @property
+    def seen(self) -> list[tuple[str, Tensor, Tensor]]:
+        """The calls in their order: the layer's name, its input, and the zero that was added to its output."""
+        return list(self._seen)
+
+    @property
     def called(self) -> list[str]:
         """The names of the layers in the order in which they were called."""
         return [name for name, *_ in self._seen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ from lightning_nrl.tasks import Sequence, Task
 __all__ = ["ChunkScorer"]
 
 T = TypeVar("T")
+
+
+class Sums(NamedTuple):
+    """What `p` candidates do on all samples of a chunk, `p` each."""
+
+    passed: Tensor  # how many pass
+    weight: Tensor | None  # what these weigh; None: all alike
+    loss: Tensor | None = None  # sum of (weighted) losses; None: not asked for
+    credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not asked for
 
 
 @dataclass
@@ -68,23 +77,23 @@ class ChunkScorer:
         for part, (passed, loss) in self._blocks(values, partial(self._run, with_loss=with_loss)):
             yield part, passed, loss
 
-    def sums(
-        self, values: Tensor, with_loss: bool = True
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
-        """The same summed over the samples, `p` each: how many pass, what these weigh, the sum of (weighted) losses."""
+    def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
+        """The same summed over the samples."""
 
-        def work(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        def work(values: Tensor) -> Sums:
             # To leave decided samples out, the host has to learn which those are.
             if self.is_head and not with_loss and values.device.type == "cpu":
-                return (*(self.head or self._make_head()).count_passed(values, self.weight), None)
+                return Sums(*(self.head or self._make_head()).count_passed(values, self.weight))
             passed, loss = self._run(values, with_loss)
+            credit = None
+            if loss is not None and with_credit:
+                credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(1, dtype=widest(values.device))
             if loss is not None and self.weight is not None:
                 loss = loss * self.weight
             total = None if loss is None else loss.sum(1, dtype=widest(values.device))
-            return (*sum_passed(passed, self.weight), total)
+            return Sums(*sum_passed(passed, self.weight), total, credit)
 
-        for part, (passed, weight, loss) in self._blocks(values, work):
-            yield part, passed, weight, loss
+        yield from self._blocks(values, work)
 
     @property
     def first_delta(self) -> LayerDelta:

@@ -60,6 +60,7 @@ class SwarmScorer:
     gives_up: bool = False  # whether candidates that break too many are scored no further when told how many that is
     weighted: bool = False  # whether samples have weights
     least: float = 1.0  # the least weight of a sample of I_neg
+    credit: bool = False  # whether credits (see `Scores`) are asked for; losses on I_pos must be, too
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
@@ -71,7 +72,8 @@ class SwarmScorer:
         """
         device = self.cache.space.device
         values = values.to(device)
-        sums = torch.zeros(6 if self.weighted else 4, *values.shape[:2], device=device, dtype=widest(device))
+        rows = 4 + 2 * self.weighted + 2 * self.credit
+        sums = torch.zeros(rows, *values.shape[:2], device=device, dtype=widest(device))
         for group in self.groups:
             for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, group.columns]
@@ -80,7 +82,8 @@ class SwarmScorer:
                     sums[2:, swarm] = torch.nan
                     continue
                 self._add(group, own, limit, sums[:, swarm])
-        patched, intact, loss_failed, loss_passed, *weights = self.collective.sum(sums)
+        patched, intact, loss_failed, loss_passed, *more = self.collective.sum(sums)
+        weights, credit = more[: 2 * self.weighted], more[2 * self.weighted :]
         least = values.dtype if values.dtype == torch.float64 else torch.float32
         return Scores(
             patched.float(),
@@ -92,6 +95,7 @@ class SwarmScorer:
             weights[0] if weights else None,
             weights[1] if weights else None,
             self.least,
+            *credit,
         )
 
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
@@ -101,13 +105,16 @@ class SwarmScorer:
         for role, scorers in ((1, group.passed), (0, group.failed)):
             for scorer in scorers:
                 chosen = values if alive is None else values[alive]
-                for part, passed, weight, loss in scorer.sums(chosen, with_loss=role == 0 or self.passed_loss):
+                with_loss = role == 0 or self.passed_loss
+                for part, found in scorer.sums(chosen, with_loss=with_loss, with_credit=self.credit):
                     which = part if alive is None else alive[part]
-                    sums[role, which] += passed
-                    if weight is not None:
-                        sums[4 + role, which] += scorer.total_weight - weight if role else weight
-                    if loss is not None:
-                        sums[2 + role, which] += loss
+                    sums[role, which] += found.passed
+                    if found.weight is not None:
+                        sums[4 + role, which] += scorer.total_weight - found.weight if role else found.weight
+                    if found.loss is not None:
+                        sums[2 + role, which] += found.loss
+                    if found.credit is not None:
+                        sums[role - 2, which] += found.credit
                 if role == 1 and alive is not None and limit is not None:
                     n_scored += len(scorer.chunk)
                     broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
@@ -142,6 +149,7 @@ def make_scorer(
     fragility: Tensor | None = None,  # N, such as the original loss, the highest first; None: as recorded
     reserve: Tensor | None = None,  # N, the margin that each must keep to pass; the task needs margins; None: any
     weight: Tensor | None = None,  # N float64, finite, what each counts, 1 on average for I_neg; None: all alike
+    credit: bool = False,  # whether the credits of `Scores` are needed; with losses on I_pos only
 ) -> SwarmScorer:
     """Prepares the scoring of candidates; `N` is by row of the results.
 
@@ -199,6 +207,7 @@ def make_scorer(
         least=1.0
         if weight is None or not bool(failed.any())
         else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
+        credit=credit,
     )
 
 

@@ -23,6 +23,8 @@ class Scores:
     gain: Tensor | None = None  # S x P, what the patched samples are worth, at most |I_neg|; None: as many as they are
     harm: Tensor | None = None  # S x P of whole numbers, what failing samples of I_pos cost; None: as many as they are
     least: float = 1.0  # what the least of I_neg is worth, from 0 to 1
+    credit_failed: Tensor | None = None  # S x P, sum over I_neg of 1 if right, else 1 / (loss + 1); None: not asked for
+    credit_passed: Tensor | None = None  # S x P, the same over I_pos
 
 
 class Scorer(Protocol):

@@ -39,6 +39,7 @@ from lightning_nrl.errors import (
     RepairError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
+from lightning_nrl.localization import Known, on_data
 from lightning_nrl.methods import Convex, LocalSearch
 from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
@@ -168,7 +169,8 @@ def run_sanity_check(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
-                settings.localizer(recording, evaluator, failed=failed, passed=known & ~failed)
+                localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
+                localizer(recording, evaluator, failed=failed, passed=known & ~failed)
         except OtherRankError:
             raise
         except InseparableBatchError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
@@ -23,6 +25,8 @@ class Registry(Generic[T]):
         kind: what the objects are, for messages, such as `Task`.
         example: what to write where a value is neither a name nor such an object, which `fits`.
         include: registries whose names count too, after its own.
+        group: of entry points by which other distributions add names, `lightning_nrl.<group>`; empty: there are none.
+            What a name stands for is imported when it is used, and called without arguments.
 
     Example:
         >>> boxes = Registry("box", "'square'", lambda value: isinstance(value, tuple))
@@ -37,6 +41,7 @@ class Registry(Generic[T]):
     example: str
     fits: Callable[[Any], bool]
     include: tuple[Registry[Any], ...] = ()
+    group: str = ""
     _factories: dict[str, Callable[..., T]] = field(default_factory=dict, init=False)
     _forms: list[str] = field(default_factory=list, init=False)
 
@@ -47,7 +52,7 @@ class Registry(Generic[T]):
         """
 
         def add(factory: Factory) -> Factory:
-            if name in self:
+            if any(name in registry._factories for registry in (self, *self.include)):
                 raise ValueError(f"There is a {self.kind} named {name!r} already.")
             self._factories[name] = factory
             self._forms.extend(forms or (name,))
@@ -57,8 +62,18 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         yield from self._factories
+        yield from self._added
         for other in self.include:
             yield from other
+
+    @cached_property
+    def _added(self) -> dict[str, EntryPoint]:
+        """Entry points of other distributions by name; the package's own names, and the first of equal ones, win."""
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=f"lightning_nrl.{self.group}") if self.group else ():
+            if point.name not in self._factories:
+                found.setdefault(point.name, point)
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in tuple(self)
@@ -66,14 +81,40 @@ class Registry(Generic[T]):
     @property
     def forms(self) -> tuple[str, ...]:
         """An example of each way to write an object as text."""
-        return (*self._forms, *(form for other in self.include for form in other.forms))
+        return (*self._forms, *self._added, *(form for other in self.include for form in other.forms))
 
     def factory(self, argument: str, name: str) -> Callable[..., T]:
         """What makes the object of a name; for an unknown one a `ConfigurationError` with the nearest."""
         check_choice(argument, name, tuple(self))
         if name in self._factories:
             return self._factories[name]
+        if name in self._added:
+            return self._loaded(argument, self._added[name])
         return next(other for other in self.include if name in other).factory(argument, name)
+
+    def _loaded(self, argument: str, point: EntryPoint) -> Callable[..., T]:
+        """What makes the object that an entry point stands for."""
+        origin = f"`{argument}={point.name!r}`: the entry point {point.value!r}"
+        origin += f" of {point.dist.name}" if point.dist is not None else ""
+        try:
+            make = point.load()
+        except Exception as error:
+            raise ConfigurationError(
+                f"{origin} cannot be loaded ({type(error).__name__}: {error}).",
+                "update or uninstall that distribution.",
+            ) from error
+
+        def made(*args: Any, **kwargs: Any) -> T:
+            value: Any = make(*args, **kwargs) if callable(make) else None
+            if not self.fits(value):
+                raise ConfigurationError(
+                    f"{origin} gave a {type(value).__name__}, which is no {self.kind}.",
+                    "it is to be a class or a function that makes one without arguments.",
+                )
+            found: T = value
+            return found
+
+        return made
 
     def parse(self, argument: str, value: Any) -> T:
         """The object of a name, with its default settings; an object is given back as it is."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,7 @@ def measure(
     rows_mask: Tensor,
     *,
     aggregation: Aggregation = "mean_gradient",
+    weight: Tensor | None = None,
 ) -> Impact:
     """Backward and forward impact of every weight on the marked samples (paper, section II.1, step i).
 
@@ -84,6 +85,7 @@ def measure(
         evaluator: what gives each sample's loss, and the ranks that share the data.
         rows_mask: `N` bool, the samples to measure on, by row of the results.
         aggregation: how the gradients of many samples become one number.
+        weight: `N`, above 0 at marked rows, what each sample counts in the means; None: all alike.
 
     Returns:
         In the order of the weight space, on its device, in float64 (float32 where the device has no float64).
@@ -91,28 +93,40 @@ def measure(
     Raises:
         ConfigurationError: an unknown aggregation.
         EvaluationError: no sample is marked on any rank, or an impact is not finite.
-        ReplayError: a layer is never called or its output detached; for `per_sample`, samples that are not the first
-            dimension of its input.
+        ReplayError: a layer is never called or its output detached; for `per_sample` or with weights, samples that are
+            not the first dimension of its input.
     """
     check_choice("aggregation", aggregation, get_args(Aggregation))
-    space, sums, size = recording.space, None, SAMPLES_PER_PASS
-    while sums is None:
-        work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, size)
-        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
-        sums = none_if_out_of_memory(work, last_try=size == 1)
-        size //= 2
+    space = recording.space
+    work = partial(_sum_up, recording, evaluator.task, rows_mask, aggregation, weight)
+    sums = as_many_as_fit(work)
     return _mean(space, _Sums.of(space, evaluator.collective.sum(sums.flat)))
 
 
-def _sum_up(recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, size: int) -> _Sums:
+Sums = TypeVar("Sums")
+
+
+def as_many_as_fit(work: Callable[[int], Sums]) -> Sums:
+    """What work gives with `SAMPLES_PER_PASS` samples at once, or with as many as memory allows."""
+    sums, size = None, SAMPLES_PER_PASS
+    while sums is None:
+        # Ranks exchange nothing here: each may do with fewer samples at once by itself.
+        sums = none_if_out_of_memory(partial(work, size), last_try=size == 1)
+        size //= 2
+    return sums
+
+
+def _sum_up(
+    recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, weight: Tensor | None, size: int
+) -> _Sums:
     """Sums over this rank's marked samples, so many at once."""
     sums = _Sums.zeros(recording.space)
-    unchecked = aggregation == "per_sample"
+    unchecked = aggregation == "per_sample" or weight is not None
     with repeatable_gradients():
         for chunk in recording.chunks(size, rows_mask):
             check = unchecked and len(chunk.rows) > 1
             unchecked = unchecked and not check
-            _add(sums, recording, chunk, task, aggregation, check)
+            _add(sums, recording, chunk, task, aggregation, weight, check)
     return sums
 
 
@@ -137,50 +151,89 @@ class _Sums(NamedTuple):
         return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
 
 
-def _add(sums: _Sums, recording: Replay, chunk: Any, task: Task, aggregation: Aggregation, check: bool) -> None:
+def _add(
+    sums: _Sums,
+    recording: Replay,
+    chunk: Any,
+    task: Task,
+    aggregation: Aggregation,
+    weight: Tensor | None,
+    check: bool,
+) -> None:
     """Adds the samples of one chunk to the sums."""
     n = len(chunk.rows)
-    calls, strayed = _trace(recording, chunk, task, check)
-    sums.samples.add_(n)
+    own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.flat)
+    calls, strayed = trace(recording, chunk, lambda logits: _losses(task, logits, chunk.target, own), check)
+    sums.samples.add_(n if own is None else own.sum())
     sums.strayed.add_(strayed)
     with no_autocast(sums.flat.device):
         for i, site in enumerate(recording.space.sites):
             here = slice(site.offset, site.offset + site.size)
+            if own is not None and calls[i] and not is_by_sample(calls[i], n):
+                sums.strayed[i] += 1
+                continue
             for x, g in calls[i]:
-                count = uses_per_weight(site.module, g)
-                sums.input[here] += _flat(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
+                count: float = uses_per_weight(site.module, g)
+                if own is not None:
+                    x, count = _scaled(x, own), count * float(own.mean())
+                sums.input[here] += flat_part(site, absolute_input(site.module, x), x.new_full((g.shape[1],), count))
                 sums.positions[i] += count
             if aggregation == "mean_gradient":
                 for x, g in calls[i]:
-                    sums.gradient[here] += _flat(site, weight_gradient(site.module, x, g), bias_gradient(g))
+                    sums.gradient[here] += flat_part(site, weight_gradient(site.module, x, g), bias_gradient(g))
             elif not calls[i] or is_by_sample(calls[i], n):
                 sums.gradient[here] += _absolute_gradients(site, calls[i], n)
             else:
                 sums.strayed[i] += 1
 
 
-def _trace(recording: Replay, chunk: Any, task: Task, check: bool) -> tuple[list[list[LayerCall]], Tensor]:
-    """Calls of each site, and if `check`, at which sites the rows of a sample are not those where its gradient is."""
+def _losses(task: Task, logits: Tensor, target: Any, weight: Tensor | None) -> Tensor:
+    losses = task.loss(logits, target)
+    return losses if weight is None else losses * weight.to(losses)
+
+
+def _scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows, `r x ...`, each as much as its sample counts, `n`."""
+    return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
+
+
+def trace(
+    recording: Replay, chunk: Any, values: Callable[[Tensor], Tensor], check: bool = False
+) -> tuple[list[list[LayerCall]], Tensor]:
+    """Calls of each site, with the gradients of what `values` makes of the logits, one number a sample.
+
+    If `check`, also at which sites the rows of a sample are not those where its gradient is.
+    """
     sites = recording.space.sites
-    probe = OutputProbe({site.name: site.module for site in sites})
+    probe, logits = probed(recording, chunk)
+    with torch.enable_grad(), no_autocast(logits.device):
+        made = values(logits)
+    check_reached(probe, made)
+    strayed = torch.zeros(len(sites), dtype=torch.bool, device=made.device)
+    if check:
+        half, order = len(made) // 2, {site.name: i for i, site in enumerate(sites)}
+        first = (torch.arange(len(made), device=made.device) < half).to(made.dtype)
+        for name, gradient in zip(probe.called, probe.gradients(made, first, retain_graph=True), strict=True):
+            g = as_rows(sites[order[name]].module, gradient)
+            strayed[order[name]] |= (g[len(g) * half // len(made) :].abs() > 0).any()
+    calls = probe.calls(made)
+    return [calls[site.name] for site in sites], strayed
+
+
+def probed(recording: Replay, chunk: Any) -> tuple[OutputProbe, Tensor]:
+    """A probe at the outputs of all sites, and the logits that come of it."""
+    probe = OutputProbe({site.name: site.module for site in recording.space.sites})
     with torch.enable_grad():
-        logits = recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
-        with no_autocast(logits.device):
-            losses = task.loss(logits, chunk.target)
-    if probe.called and not losses.requires_grad:
+        return probe, recording.replay(chunk, lambda site, x, output: probe.add_zero(site.name, x, output))
+
+
+def check_reached(probe: OutputProbe, values: Tensor) -> None:
+    """Refuses a model whose outputs do not depend on what its layers return."""
+    if probe.called and not values.requires_grad:
         raise ReplayError(
             f"`layer`: the loss has no gradient with respect to the outputs of {probe.called}.",
             "the model's forward must neither detach what these layers return nor run under `torch.no_grad()`.",
         )
-    strayed = torch.zeros(len(sites), dtype=torch.bool, device=losses.device)
-    if check:
-        half, order = len(losses) // 2, {site.name: i for i, site in enumerate(sites)}
-        first = (torch.arange(len(losses), device=losses.device) < half).to(losses.dtype)
-        for name, gradient in zip(probe.called, probe.gradients(losses, first, retain_graph=True), strict=True):
-            g = as_rows(sites[order[name]].module, gradient)
-            strayed[order[name]] |= (g[len(g) * half // len(losses) :].abs() > 0).any()
-    calls = probe.calls(losses)
-    return [calls[site.name] for site in sites], strayed
 
 
 def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> Tensor:
@@ -189,35 +242,45 @@ def _absolute_gradients(site: LayerRef, calls: Sequence[LayerCall], n: int) -> T
     if isinstance(layer, nn.Linear) and [len(call.input) for call in calls] == [n]:
         # Of one position, |g_j * x_i| = |g_j| * |x_i|: no sample needs a gradient of its own.
         x, g = calls[0].input.abs(), calls[0].gradient.abs()
-        return _flat(site, weight_gradient(layer, x, g), bias_gradient(g))
+        return flat_part(site, weight_gradient(layer, x, g), bias_gradient(g))
     total = torch.zeros(site.size, dtype=torch.float32, device=layer.weight.device)
     for weight, bias in sample_gradients(layer, calls, n):
-        total = total + _flat(site, weight.abs().sum(0), bias.abs().sum(0))
+        total = total + flat_part(site, weight.abs().sum(0), bias.abs().sum(0))
     return total
 
 
-def _flat(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
+def check_marked(samples: Tensor) -> None:
+    """Refuses a measurement on no sample."""
+    if not samples.item():
+        raise EvaluationError(
+            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
+        )
+
+
+def check_called(site: LayerRef, count: float) -> None:
+    """Refuses a layer that was called on nothing."""
+    if not count:
+        raise ReplayError(
+            f"`layer={site.name!r}` is never called when the model runs.",
+            "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
+        )
+
+
+def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
     """A site's part of the flat vector."""
     return torch.cat([weight.flatten(), bias]) if len(site.parameters) > 1 else weight.flatten()
 
 
 def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
     """Impacts from the sums over all samples of all ranks."""
-    if not sums.samples.item():
-        raise EvaluationError(
-            "`rows_mask` marks no sample to measure impacts on.", "mark at least one sample on one rank."
-        )
+    check_marked(sums.samples)
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
-        if not count:
-            raise ReplayError(
-                f"`layer={site.name!r}` is never called when the model runs.",
-                "name a layer whose own forward is called; attention uses the weights of its `out_proj` directly.",
-            )
         if strayed:
             raise ReplayError(
                 f"`aggregation='per_sample'`: the rows of the input of `layer={site.name!r}` are not sample by sample.",
-                "use `aggregation='mean_gradient'`, or a layer with samples in the first dimension.",
+                "use `aggregation='mean_gradient'`; NeuRecover needs a layer with samples in the first dimension.",
             )
+        check_called(site, count)
     size = torch.tensor([site.size for site in space.sites], device=sums.flat.device)
     backward = sums.gradient.abs() / sums.samples
     forward = sums.input / sums.positions.repeat_interleave(size) * space.flat().to(sums.flat).abs()

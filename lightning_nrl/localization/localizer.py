@@ -49,5 +49,7 @@ class Localizer(Protocol):
         ...
 
 
-LOCALIZERS: Registry[Localizer] = Registry("Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer))
+LOCALIZERS: Registry[Localizer] = Registry(
+    "Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer), group="localizers"
+)
 """The ways of localising that can be named."""

@@ -6,6 +6,7 @@ method is one file with a frozen dataclass that is called with a problem, and a 
 
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.family import BUNDLES, bundle
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
@@ -14,6 +15,7 @@ from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.warm_start import warm_started_search
 
 __all__ = [
+    "BUNDLES",
     "METHODS",
     "AnyMethod",
     "Auto",
@@ -22,6 +24,7 @@ __all__ = [
     "Linearized",
     "LocalSearch",
     "Polish",
+    "bundle",
     "solve",
     "warm_started_search",
 ]

@@ -17,11 +17,22 @@ from torch import Tensor
 from lightning_nrl._scoring import make_scorer
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.localization import Localization
+from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
-from lightning_nrl.search.fitness import Fitness, needs_passed_loss
+from lightning_nrl.search import (
+    FITNESSES,
+    SEARCHERS,
+    CmaEs,
+    DifferentialEvolution,
+    Searcher,
+    SearchHistory,
+    SearchResult,
+    WeightStats,
+    search,
+)
+from lightning_nrl.search.family_fitness import needs_credit
+from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
 
@@ -33,7 +44,7 @@ class SearchGoal:
     failed: Tensor  # N bool, fail now: the weights that matter for them are localised
     passed: Tensor  # N bool, pass now: the weights that matter for them are left out
     constrained: Tensor  # N bool, the samples that candidates may not break (I_pos)
-    fitness: Fitness
+    fitness: FitnessFunction
     reserve: Tensor | None = None  # N, the margin that each must keep to count as passing; None: any
     deadline: Deadline = field(default_factory=Deadline)  # when it has to be over
     scored: Tensor | None = None  # N bool, the samples that candidates are to get right; None: the targets (I_neg)
@@ -57,13 +68,33 @@ class LocalSearchResult:
 
 @dataclass(frozen=True)
 class LocalSearch:
-    """The paper's method: weights are localised, and candidates scored, on I_neg and I_pos alone (paper, section II).
+    """Weights are localised, and candidates scored, on I_neg and I_pos alone (paper, section II), by any three parts.
 
-    The search begins at the original weights.
+    Attributes:
+        searcher: the search algorithm, by name or with its settings.
+        seconds: how long the search may take.
+        localizer: how the weights to be searched are chosen, by name or as an object; None: as the repair says
+            (`SearchOptions.localizer`).
+        fitness: how candidates are ranked, likewise.
+
+    Raises:
+        ConfigurationError: on construction, for an unknown name or what is no such part.
+
+    Example:
+        >>> LocalSearch("differential-evolution", localizer="arachne-v2", fitness="arachne-de").fitness
+        ArachneDEFitness(aggressiveness=10.0)
     """
 
-    searcher: Searcher[Any]  # the search algorithm with its settings
-    seconds: float = math.inf  # how long the search may take
+    searcher: str | Searcher[Any] = "swarm"
+    seconds: float = math.inf
+    localizer: str | Localizer | None = None
+    fitness: str | FitnessFunction | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "searcher", SEARCHERS.parse("searcher", self.searcher))
+        for name, registry in (("localizer", LOCALIZERS), ("fitness", FITNESSES)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
 
     def __call__(self, problem: Problem) -> Solution:
         """Localises weights of the chosen layers and searches new values for them.
@@ -71,17 +102,27 @@ class LocalSearch:
         Raises:
             EmptyLocalizationError: no weight matters for the failed data without mattering for the passed.
         """
-        before = problem.before
+        before, searcher = problem.before, SEARCHERS.parse("searcher", self.searcher)
+        if self.localizer is not None:
+            problem = replace(problem, localizer=LOCALIZERS.parse("localizer", self.localizer))
+        if self.fitness is not None:
+            problem = replace(problem, fitness=FITNESSES.parse("fitness", self.fitness))
         end = problem.deadline_of_method().within(self.seconds)
         goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, deadline=end)
-        found = localize_and_search(problem, self.searcher, goal)
+        found = localize_and_search(problem, searcher, goal)
         if found.state is None:
             reason = "the search found nothing better than the original weights."
             return Solution(None, reason, localization=found.localization, result=found.search)
         with problem.clock.stage("judge"):
-            proposal = problem.propose("swarm", found.state)
+            proposal = problem.propose(_name_of(searcher), found.state)
         steps = (proposal.step(found.search.seconds, found.note),)
         return Solution(proposal, steps=steps, localization=found.localization, result=found.search)
+
+
+def _name_of(searcher: Searcher[Any]) -> str:
+    """How steps of a report call a search."""
+    others = {CmaEs: "CMA-ES", DifferentialEvolution: "differential evolution"}
+    return next((name for kind, name in others.items() if isinstance(searcher, kind)), "swarm")
 
 
 def localize_and_search(
@@ -99,7 +140,8 @@ def localize_and_search(
     with clock.stage("localize"):
         # All that pass, so that a batch's share of a sum is, bit for bit, what it is in a sweep.
         recording = record_known(problem, scored | goal.failed | before.passed | goal.passed | goal.constrained)
-        localization = problem.localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
+        localizer = on_data(problem.localizer, Known(problem.evaluator, problem.known, before, space))
+        localization = localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
     where = localization.weights.to(space.device)
     passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(goal.constrained.sum())
 
@@ -120,6 +162,7 @@ def localize_and_search(
             fragility=before.loss,
             reserve=goal.reserve,
             weight=before.finite_weight if before.weighted and goal.scored is None else None,
+            credit=needs_credit(goal.fitness),
         )
         result = search(
             scorer,

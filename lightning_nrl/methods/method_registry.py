@@ -8,6 +8,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.family import BUNDLES
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
@@ -24,6 +25,7 @@ METHODS: Registry[AnyMethod] = Registry(
     "the name of one, or an object such as ParticleSwarm()",
     lambda value: isinstance(value, Searcher) or callable(value),
     include=(SEARCHERS,),
+    group="methods",
 )
 """The methods that can be named, with their default settings."""
 
@@ -31,6 +33,8 @@ METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
 METHODS.register("linearized")(Linearized)
+for _name, _make in BUNDLES.items():
+    METHODS.register(_name)(_make)
 
 
 def solve(method: AnyMethod, problem: Problem) -> Solution:

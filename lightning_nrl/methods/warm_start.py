@@ -23,7 +23,7 @@ from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.search import Searcher
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 __all__ = ["warm_started_search"]
 
@@ -158,7 +158,7 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     return torch.where(start.after.passed, kept, 0.0)
 
 
-def _constrained(problem: Problem, start: Proposal) -> Fitness:
+def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     """The fitness with every passed sample as a hard constraint, but for as many as the gate allows to break."""
     fitness = problem.fitness
     if not isinstance(fitness, Fitness):

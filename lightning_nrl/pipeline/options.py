@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search import FITNESSES
+from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.stats.binomial import check_confidence
 from lightning_nrl.stats.weighted import check_shares
 
@@ -22,9 +23,11 @@ class SearchOptions:
 
     Attributes:
         fitness: how candidates are ranked: `lexicographic` (fewer broken, then more repaired, then lower loss), `eq1`
-            and `eq2` (the paper's equations), or a `Fitness`.
-        localizer: how the weights to be searched are chosen: `neurecover-lite`, `all`, or an object such as
-            `NeuRecoverLite(n_weights=32)`.
+            and `eq2` (the paper's equations), `arachne`, `arachne-de`, `neurecover`, or a `Fitness`. None: as the
+            method says, else `lexicographic`.
+        localizer: how the weights to be searched are chosen: `neurecover-lite`, `neurecover`, `arachne`, `arachne-v2`,
+            `gradient`, `random`, `all`, or an object such as `NeuRecoverLite(n_weights=32)`. None: as the method says,
+            else `neurecover-lite`.
         n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
             all that are known.
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
@@ -42,17 +45,17 @@ class SearchOptions:
         500
     """
 
-    fitness: str | Fitness = "lexicographic"
-    localizer: str | Localizer = "neurecover-lite"
+    fitness: str | Fitness | FitnessFunction | None = None
+    localizer: str | Localizer | None = None
     n_passed: int | None = None
     budget: int | None = None
     on_interrupt: Literal["untouched", "best"] = "untouched"
 
     def __post_init__(self) -> None:
-        fitness = Fitness(self.fitness) if isinstance(self.fitness, str) else self.fitness  # type: ignore[arg-type]
-        check_kind("fitness", fitness, callable(fitness), "Fitness", "Fitness('eq1')")
-        object.__setattr__(self, "fitness", fitness)
-        object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
+        if self.fitness is not None:
+            object.__setattr__(self, "fitness", FITNESSES.parse("fitness", self.fitness))
+        if self.localizer is not None:
+            object.__setattr__(self, "localizer", LOCALIZERS.parse("localizer", self.localizer))
         for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
             if value is not None:
                 check_whole(name, value, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.errors import check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
-from lightning_nrl.localization import Localizer
-from lightning_nrl.methods import METHODS, AnyMethod, Auto
+from lightning_nrl.localization import Localizer, NeuRecoverLite
+from lightning_nrl.methods import METHODS, AnyMethod, Auto, LocalSearch
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 __all__ = ["Settings"]
 
@@ -65,6 +65,11 @@ class Settings:
         object.__setattr__(self, "target", parse_target(self.target))
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
+        if isinstance(self.method, LocalSearch):
+            # What the user asked for goes before the method's own parts.
+            asked = {"localizer": self.search.localizer, "fitness": self.search.fitness}
+            parts: dict[str, Any] = {name: part for name, part in asked.items() if part is not None}
+            object.__setattr__(self, "method", replace(self.method, **parts))
         layer_names(self.layer)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.max_time is not None:
@@ -74,14 +79,16 @@ class Settings:
             check_kind(name, value, isinstance(value, kind), kind.__name__, f"{name}={kind.__name__}(...)")
 
     @property
-    def fitness(self) -> Fitness:
-        """How candidates are ranked."""
-        return cast(Fitness, self.search.fitness)
+    def fitness(self) -> FitnessFunction:
+        """How candidates are ranked: as the user, else the method says."""
+        said = self.search.fitness or getattr(self.method, "fitness", None) or Fitness()
+        return cast(FitnessFunction, said)
 
     @property
     def localizer(self) -> Localizer:
-        """How the weights to be searched are chosen."""
-        return cast(Localizer, self.search.localizer)
+        """How the weights to be searched are chosen, likewise."""
+        said = self.search.localizer or getattr(self.method, "localizer", None) or NeuRecoverLite()
+        return cast(Localizer, said)
 
     @property
     def limit(self) -> Gate | None:
@@ -97,6 +104,7 @@ class Settings:
         flat = {name: value for name, value in own.items() if name not in OPTIONS}
         for name in OPTIONS:
             flat |= _fields(own[name])
+        flat |= {"fitness": self.fitness, "localizer": self.localizer}
         return {name: _plain(value) for name, value in flat.items()}
 
 

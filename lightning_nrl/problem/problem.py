@@ -21,7 +21,7 @@ from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.solution import Proposal, Solution
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
 __all__ = ["Allowance", "Method", "NoneAllowed", "Problem", "Training"]
@@ -133,7 +133,7 @@ class Problem:
     space: ParameterSpace
     scope: tuple[str, ...]
     localizer: Localizer
-    fitness: Fitness
+    fitness: FitnessFunction
     passed: Tensor
     clock: StageTimer = field(default_factory=StageTimer)
     seed: int = 0

@@ -5,6 +5,14 @@ best candidate and the course of the search. A new algorithm is one file with a 
 `SEARCHERS`.
 """
 
+from lightning_nrl.search.cma_es import CmaEs
+from lightning_nrl.search.differential_evolution import DifferentialEvolution
+from lightning_nrl.search.family_fitness import (
+    FITNESSES,
+    ArachneDEFitness,
+    ArachneFitness,
+    NeuRecoverFitness,
+)
 from lightning_nrl.search.fitness import Fitness, exchange_rate
 from lightning_nrl.search.loop import search, search_many
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
@@ -14,8 +22,14 @@ from lightning_nrl.search.search_log import SearchHistory, SearchResult
 from lightning_nrl.search.weight_stats import WeightStats
 
 __all__ = [
+    "FITNESSES",
     "SEARCHERS",
+    "ArachneDEFitness",
+    "ArachneFitness",
+    "CmaEs",
+    "DifferentialEvolution",
     "Fitness",
+    "NeuRecoverFitness",
     "ParticleSwarm",
     "RandomStreams",
     "SearchHistory",

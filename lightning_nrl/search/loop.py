@@ -35,7 +35,7 @@ def search(
     original: Tensor,
     stats: WeightStats,
     *,
-    fitness: Fitness | None = None,
+    fitness: FitnessFunction | None = None,
     searcher: str | Searcher[Any] = "swarm",
     seed: int = 0,
     elites: Tensor | None = None,
@@ -87,7 +87,7 @@ def search_many(
     stats: WeightStats,
     *,
     seeds: Sequence[int],
-    fitness: Fitness | Sequence[Fitness] | None = None,
+    fitness: FitnessFunction | Sequence[Fitness] | None = None,
     searcher: str | Searcher[Any] = "swarm",
     sizes: Sequence[int] | None = None,
     elites: Tensor | None = None,
@@ -210,7 +210,7 @@ def _check(
     n_searches: int,
     n_weights: int,
     seeds: Sequence[int],
-    fitness: Fitness | Sequence[Fitness] | None,
+    fitness: FitnessFunction | Sequence[Fitness] | None,
     sizes: Sequence[int] | None,
 ) -> None:
     for name, given in (("seeds", seeds), ("fitness", fitness), ("sizes", sizes)):

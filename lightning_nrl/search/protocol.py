@@ -97,6 +97,6 @@ class Searcher(Protocol[State]):
 
 
 SEARCHERS: Registry[Searcher[Any]] = Registry(
-    "searcher", "an object such as ParticleSwarm()", lambda value: isinstance(value, Searcher)
+    "searcher", "an object such as ParticleSwarm()", lambda value: isinstance(value, Searcher), group="searchers"
 )
 """Search algorithms by name; each is a `method` of a repair, too."""

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
+from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
 from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
 from lightning_nrl.search.rng import RandomStreams
 
 __all__ = ["ParticleSwarm", "Swarm"]
 
-START_KINDS = ("half", "local", "paper")
 CHI = 0.7298
 """2 / (phi - 2 + sqrt(phi^2 - 4 phi)) for phi = 4.1 (Clerc & Kennedy 2002)."""
 
@@ -30,9 +29,6 @@ COEFFICIENTS = {
     "arachne": {"inertia": CHI, "cognitive": CHI * 4.1, "social": CHI * 4.1, "min_speed": 0.2, "max_speed": 5.0},
 }
 """What the sets of constants say; speeds are in ranges of the layer's weights."""
-
-ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
-"""Where particles start on the way from the original weights (0) through each elite (1) and beyond it."""
 
 
 class Swarm(NamedTuple):
@@ -69,7 +65,8 @@ class ParticleSwarm:
         patience: steps without a better fitness after which the search stops, at least 1.
         start: where the particles begin, all at rest. `local`: one at the original weights, where it stays, the others
             around it. `half`: the same for half of the swarm, the rest drawn from N(mean, std) of the layer's weights.
-            `paper`: half exactly at the original weights and free to move, the rest drawn from N(mean, std).
+            `paper`: half exactly at the original weights and free to move, the rest drawn from N(mean, std). `normal`:
+            one at the original weights, where it stays, all others drawn from N(mean, std).
         constants: `clerc`: chi = 0.7298, phi_1 = phi_2 = 2.05, random numbers for every weight, no speed above 0.2 of
             the range (max - min) of the layer's weights. `arachne`: phi_1 = phi_2 = 4.1, one random number a particle
             and term, every speed between 0.2 and 5 ranges: that lower limit throws the particles that start at the
@@ -90,7 +87,7 @@ class ParticleSwarm:
     particles: int = 100
     iterations: int = 300
     patience: int = 50
-    start: Literal["half", "local", "paper"] = "local"
+    start: Start = "local"
     constants: Literal["clerc", "arachne"] = "clerc"
     scale_min: float = 0.003
     scale_max: float = 0.3
@@ -101,17 +98,11 @@ class ParticleSwarm:
     max_speed: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("ParticleSwarm.start", self.start, START_KINDS)
+        check_choice("ParticleSwarm.start", self.start, get_args(Start))
         check_choice("ParticleSwarm.constants", self.constants, tuple(COEFFICIENTS))
         for name, least in (("particles", 2), ("iterations", 0), ("patience", 1)):
             check_whole(f"ParticleSwarm.{name}", getattr(self, name), least)
-        numbers = isinstance(self.scale_min, Real) and isinstance(self.scale_max, Real)
-        if not numbers or not 0 < self.scale_min <= self.scale_max < math.inf:
-            raise ConfigurationError(
-                f"`ParticleSwarm.scale_min={self.scale_min!r}` does not go with `scale_max={self.scale_max!r}`.",
-                "give 0 < scale_min <= scale_max.",
-            )
-
+        check_scales("ParticleSwarm", self.scale_min, self.scale_max)
         for name in COEFFICIENTS[self.constants]:
             check_real(f"ParticleSwarm.{name}", self._coefficient(name), "number", "give a finite one from 0.", least=0)
         slow, fast = self._coefficient("min_speed"), self._coefficient("max_speed")
@@ -138,36 +129,20 @@ class ParticleSwarm:
         through them, and those of the others that start around the original weights do so around these and the elites
         in turn.
         """
-        original, n = origin.original[:, None], self.particles
-        dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
-        mean, std, lowest, highest = (
-            _per_particle(torch.as_tensor(x, dtype=dtype, device=device))
-            for x in (origin.stats.mean, origin.stats.std, origin.stats.lowest, origin.stats.highest)
-        )
-        half = n if self.start == "local" else (n + 1) // 2
-        still = half if self.start == "paper" else 1
-        scale = torch.ones(n, 1, dtype=dtype, device=device)
-        scale[still:half, 0] = torch.logspace(
-            math.log10(self.scale_min), math.log10(self.scale_max), half - still, dtype=dtype, device=device
-        )
-        particle = torch.arange(n, device=device)[:, None]
-        free = particle >= (0 if self.start == "paper" else 1)
-        placed = particle >= still
+        original, n = origin.original, self.particles
+        position = first_positions(origin, streams, n, self.start, self.scale_min, self.scale_max)
+        free = torch.arange(n, device=position.device)[:, None] >= (0 if self.start == "paper" else 1)
         if origin.searched is not None:
-            free, placed = free & origin.searched, placed & origin.searched
-        offset = scale * std * streams.normal(original, n, n_weights)
-        position = torch.where(placed, torch.where(particle < half, original, mean) + offset, original)
-        if origin.elites is not None and origin.elites.shape[1]:
-            position = _with_elites(position, original, origin.elites, offset.where(placed, 0.0), half)
-            if origin.searched is not None:
-                position = torch.where(origin.searched, position, original)
+            free = free & origin.searched
+        device = position.device
+        lowest, highest = (of_origin(x, origin) for x in (origin.stats.lowest, origin.stats.highest))
         worst = torch.full(position.shape[:2], -math.inf, dtype=widest(device), device=device)
         return Swarm(
             position=position,
             velocity=torch.zeros_like(position),
             best_position=position,
             best_fitness=worst,
-            leader=original[:, 0],
+            leader=original,
             leader_fitness=worst[:, 0],
             free=free,
             range=highest - lowest,
@@ -207,19 +182,3 @@ class ParticleSwarm:
             leader=torch.where(leads[:, None], candidate, state.leader),
             leader_fitness=torch.where(leads, top, state.leader_fitness),
         )
-
-
-def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
-    """Places particles at the elites, `S x M x K`, on the lines to them, and around them."""
-    m = elites.shape[1]
-    change = elites - original
-    lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[:, : max(0, half - 1 - m) // 2]
-    begin = 1 + m + lines.shape[1]
-    centres = torch.cat([original, elites], 1)
-    turns = torch.arange(max(0, half - begin), device=position.device) % (m + 1)
-    around = centres[:, turns] + offset[:, begin : begin + len(turns)]
-    return torch.cat([position[:, :1], elites, lines, around, position[:, begin + len(turns) :]], 1)
-
-
-def _per_particle(x: Tensor) -> Tensor:
-    return x[:, None] if x.ndim == 2 else x

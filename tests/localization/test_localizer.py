@@ -20,7 +20,7 @@ def test_a_name_stands_for_a_localizer_with_its_default_settings(name: str, loca
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("neurecover", "did you mean 'neurecover-lite'"),
+        ("neurecover-light", "did you mean 'neurecover-lite'"),
         (AllWeights, "is no Localizer"),
         (len, "is no Localizer"),
         (None, "is no Localizer"),

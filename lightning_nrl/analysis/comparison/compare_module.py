@@ -46,6 +46,9 @@ COMPARED_METHODS: Registry[AnyMethod] = Registry(
 )
 """Methods and baselines by name."""
 
+COMPARED_BY_DEFAULT = ("auto", "finetune-polish", "convex", "linearized", "swarm", *BASELINES)
+"""What a comparison runs where no methods are named."""
+
 Methods = Sequence[str | AnyMethod] | Mapping[str, str | AnyMethod]
 """Names of methods and baselines, or objects, under names of their own if they are a mapping."""
 
@@ -71,7 +74,7 @@ def compare_module(
         settings: what to repair. Its `max_time` is what each method has; how one repair ends does not matter (`method`,
             `gate`, `strength`, `limit`, `sparse`).
         unseen: data that is only counted: nothing is chosen by it.
-        methods: names of `METHODS` and `BASELINES`, or objects; None: all that have a name.
+        methods: names of `METHODS` and `BASELINES`, or objects; None: `COMPARED_BY_DEFAULT`.
         training: goes on with the training of the model, or begins it anew; without it there is no retraining.
         observer: is told how it goes.
 
@@ -117,7 +120,7 @@ def parse_methods(methods: Methods | None) -> dict[str, AnyMethod]:
     Raises:
         ConfigurationError: a name is unknown or there twice, or something is no method.
     """
-    methods = tuple(COMPARED_METHODS) if methods is None else (methods,) if isinstance(methods, str) else methods
+    methods = COMPARED_BY_DEFAULT if methods is None else (methods,) if isinstance(methods, str) else methods
     if not isinstance(methods, (Mapping, Sequence)):
         raise ConfigurationError(f"`methods={methods!r}` is no list.", "give a list of names or of objects.")
     named = isinstance(methods, Mapping)

@@ -16,12 +16,13 @@ from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import NO_COUNTS, Run
 from lightning_nrl.errors import EmptyLocalizationError
-from lightning_nrl.localization import Localization
+from lightning_nrl.localization import Known, Localization, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.pipeline._input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
+from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import Fitness, needs_passed_loss
 
 __all__ = ["BatchSearch", "RunRequest", "batches"]
@@ -81,7 +82,8 @@ class BatchSearch:
                 return found
         recording = self.recording
         with problem.clock.stage("localize"), suppress(EmptyLocalizationError):
-            localized = localizer(recording, problem.evaluator, failed=problem.before.targeted, passed=passed)
+            on = on_data(localizer, Known(problem.evaluator, problem.known, problem.before, problem.space))
+            localized = on(recording, problem.evaluator, failed=problem.before.targeted, passed=passed)
         self._localized.append((localizer, passed, localized))
         return localized
 
@@ -116,7 +118,7 @@ class BatchSearch:
         where = torch.full((len(requests), max(sizes)), -1)
         for row, (_, weights) in zip(where, searched, strict=True):
             row[: len(weights)] = weights
-        fitness = [request.setting.fitness for request in requests]
+        fitness: list[Any] = [request.setting.fitness for request in requests]
         alike = all(one == fitness[0] for one in fitness)
         scorer = make_scorer(
             self.recording,
@@ -128,6 +130,7 @@ class BatchSearch:
             passed_loss=needs_passed_loss(fitness[0]),
             fragility=before.loss,
             weight=before.finite_weight if before.weighted else None,
+            credit=needs_credit(fitness[0]),
         )
         there = where.clamp_min(0).to(space.device)
         original = space.flat()[there]
@@ -158,7 +161,8 @@ class BatchSearch:
         seconds: float = 0.0,
     ) -> StoredRun:
         """A run that is not counted yet; no result if localisation left nothing to search."""
-        setting, fitness = request.setting, request.setting.fitness
+        setting: Setting = request.setting
+        fitness: Any = setting.fitness
         kind = getattr(fitness, "kind", None)
         run = Run(
             setting=setting.name,

@@ -9,12 +9,12 @@ from itertools import product
 from typing import Any
 
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.localization import Localizer
+from lightning_nrl.localization import LOCALIZERS, Localizer
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.presets import paper_arguments
-from lightning_nrl.search import ParticleSwarm
-from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search import FITNESSES, ParticleSwarm
+from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 
 __all__ = ["Grid", "Setting", "Sweepable", "parse_settings"]
 
@@ -106,7 +106,7 @@ class Setting:
     """
 
     name: str = field(compare=False)
-    fitness: Fitness
+    fitness: FitnessFunction
     method: ParticleSwarm
     localizer: Localizer
     n_passed: int | None
@@ -202,7 +202,11 @@ def _setting(given: Any, start: Setting) -> Setting:
 
 def _whole(argument: str, value: Any, made: Setting) -> Any:
     if argument == "fitness" and isinstance(value, str):
-        return replace(made.fitness, kind=value) if isinstance(made.fitness, Fitness) else Fitness(value)  # type: ignore[arg-type]
+        if isinstance(made.fitness, Fitness) and value in FITNESS_KINDS:
+            return replace(made.fitness, kind=value)  # type: ignore[arg-type]
+        return FITNESSES.parse("fitness", value)
+    if argument == "localizer":
+        return LOCALIZERS.parse("localizer", value)
     if argument == "method":
         if value == "swarm":
             return made.method

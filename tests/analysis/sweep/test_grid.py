@@ -75,7 +75,7 @@ def test_whole_objects_are_taken_as_they_are() -> None:
         ({"alfa": 4}, "`alfa` is no argument of a search.\nHINT: did you mean `alpha`"),
         ({"alpha": -1}, "`fitness.alpha=-1` is no weight"),
         ({"n_passed": 0}, "`n_passed=0` is out of range"),
-        ({"fitness": "eq3"}, "`fitness.kind='eq3'` is unknown"),
+        ({"fitness": "eq3"}, "`fitness='eq3'` is unknown"),
         ({"localizer": AllWeights(), "n_weights": 5}, "`n_weights` is no argument"),
         ({"method": "convex"}, "`method='convex'` is no ParticleSwarm"),
         (["EXP-C9"], "`row='EXP-C9'` is not in Table II"),

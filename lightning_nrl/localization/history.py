@@ -1,0 +1,110 @@
+"""What a training was like at earlier points: the weights then, and which known samples were right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nrl._model.layers import ParameterSpace
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.state import State
+from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization.localizer import Localizer
+
+__all__ = ["CheckpointHistory", "DataLocalizer", "History", "HistoryPoint", "Known", "on_data"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """The data that a localiser of `DataLocalizer` may look at, and what the model does on them."""
+
+    evaluator: Evaluator
+    sources: Sequence[Source]  # this rank's share of the known data
+    before: SampleResults  # what the model does on all of them
+    space: ParameterSpace  # the layers whose weights are to be localised
+
+
+@dataclass(frozen=True)
+class HistoryPoint:
+    """The model at one point of its training."""
+
+    passed: Tensor  # N int8 by row of the results: 1 right, 0 wrong, -1 not known
+    weights: Tensor  # W, of the layers to be repaired, in the order of the weight space
+
+
+class History(Protocol):
+    """Earlier points of a training, the oldest first."""
+
+    def points(self, known: Known) -> list[HistoryPoint]:
+        """What is known of each point; every rank has the same."""
+        ...
+
+
+@runtime_checkable
+class DataLocalizer(Protocol):
+    """A localiser that looks at more than a recording of the model as it is now."""
+
+    @property
+    def include_bias(self) -> bool:
+        """As that of a `Localizer`."""
+        ...
+
+    def on(self, known: Known) -> Localizer:
+        """The localiser for these data."""
+        ...
+
+
+def on_data(localizer: Localizer, known: Known) -> Localizer:
+    """The localiser to be called: of a `DataLocalizer` that for the data, any other one as it is."""
+    return localizer.on(known) if isinstance(localizer, DataLocalizer) else localizer
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointHistory:
+    """Checkpoints of one training, the oldest first, each of which is run once over the known data.
+
+    Attributes:
+        checkpoints: paths of Lightning checkpoints or of saved state dicts, modules, or state dicts.
+    """
+
+    checkpoints: Sequence[nn.Module | State | str | Path]
+
+    def points(self, known: Known) -> list[HistoryPoint]:
+        """Runs the model with the weights of each; afterwards it has its own again.
+
+        Raises:
+            ConfigurationError: a checkpoint cannot be read, or is of another architecture.
+        """
+        return [self._point(checkpoint, known) for checkpoint in self.checkpoints]
+
+    def _point(self, checkpoint: Any, known: Known) -> HistoryPoint:
+        argument = "NeuRecover.history"
+        state = fitting(argument, read_state(argument, checkpoint), known.evaluator.model)
+        passed = known.evaluator.run_with(state, known.sources).passed
+        return HistoryPoint(
+            passed.to(torch.int8), torch.cat([state[name].flatten() for name in known.space.parameters])
+        )
+
+
+def parse_history(argument: str, value: Any) -> History | None:
+    """A list of checkpoints, or an object with `points`; None stays None.
+
+    Raises:
+        ConfigurationError: it is something else, or an empty list.
+    """
+    if value is None or (hasattr(value, "points") and not isinstance(value, type)):
+        history: History | None = value
+        return history
+    listed = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    check_kind(argument, value, listed, "history", f"{argument}=['epoch1.ckpt', 'epoch2.ckpt']")
+    if not value:
+        raise ConfigurationError(f"`{argument}` is an empty list.", "give at least one earlier checkpoint.")
+    return CheckpointHistory(tuple(value))

@@ -1,0 +1,48 @@
+"""Weights drawn at random: what every localisation has to be better than."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import check_whole
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.localization.arachne import check_numbers, localized
+from lightning_nrl.localization.impact import Replay
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization
+from lightning_nrl.localization.neurecover_lite import default_n_weights
+
+__all__ = ["RandomWeights"]
+
+
+@LOCALIZERS.register("random")
+@dataclass(frozen=True)
+class RandomWeights:
+    """Draws weights without looking at the data, each with the same probability.
+
+    Attributes:
+        n_weights: how many; None: as many as `default_n_weights` says. All, if the layer has no more.
+        seed: of the draw, from 0 to 2^32 - 1. That of the repair does not matter: several repairs search the same
+            weights.
+        include_bias: whether biases may be drawn too.
+
+    Raises:
+        ConfigurationError: a number below its range or not whole.
+    """
+
+    n_weights: int | None = None
+    seed: int = 0
+    include_bias: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(n_weights=self.n_weights)
+        check_whole("seed", self.seed, 0, 2**32 - 1)
+
+    def __call__(self, recording: Replay, evaluator: Evaluator, *, failed: Tensor, passed: Tensor) -> Localization:
+        """Draws on the CPU, so that every device and every rank has the same weights."""
+        total = recording.space.size
+        wanted = self.n_weights or default_n_weights(total)
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed))[:wanted]
+        return localized(drawn.sort().values.to(recording.space.device), len(drawn), wanted, total)

@@ -1,0 +1,155 @@
+"""Differential evolution, rand/1/bin (Storn & Price 1997), as Arachne's second version searches with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.precision import widest
+from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
+from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
+from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
+from lightning_nrl.search.rng import RandomStreams
+
+__all__ = ["DifferentialEvolution", "Population"]
+
+
+class Population(NamedTuple):
+    """Differential evolution in mid-flight: S independent populations of P members over K weights."""
+
+    members: Tensor  # S x P x K
+    fitness: Tensor  # S x P, minus infinity before the first candidates are scored
+    candidates: Tensor  # S x P x K, the trials of this generation
+    lowest: Tensor  # broadcasts to S x P x K, no weight falls below
+    highest: Tensor  # no weight rises above
+    searched: Tensor | None  # S x 1 x K bool, False at padding; None: there is none
+
+    @property
+    def threshold(self) -> Tensor:
+        """`S x P`: a trial that is worth as much as its member takes its place."""
+        return torch.nextafter(self.fitness, torch.full_like(self.fitness, -math.inf))
+
+
+@SEARCHERS.register("differential-evolution")
+@dataclass(frozen=True)
+class DifferentialEvolution:
+    """The search by differential evolution, rand/1/bin, and its settings.
+
+    The trial of a member takes each weight with the probability `crossover`, and at least one, from
+    x_a + F (x_b - x_c), where a, b and c are three others drawn at random and F is drawn for each generation; the rest
+    are the member's own. It takes the member's place if it is worth no less. The original weights are a member, and as
+    what is found is the best of all that was scored, it is never worth less than they are.
+
+    Attributes:
+        population: how many members, at least 4.
+        iterations: generations at most; 0 only scores the start.
+        patience: generations without a better fitness after which the search stops, at least 1.
+        start: where members begin, as for `ParticleSwarm`.
+        scale_min: how far from the original the nearest local member starts, in standard deviations of the layer's
+            weights, above 0.
+        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
+        crossover: CR, from 0 to 1.
+        factor_min: F is drawn evenly from here, at least 0.
+        factor_max: to here.
+        reach: weights are clipped to so many times the lowest and the highest of the layer, at least 1.
+
+    Raises:
+        ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
+    """
+
+    population: int = 100
+    iterations: int = 300
+    patience: int = 50
+    start: Start = "local"
+    scale_min: float = 0.003
+    scale_max: float = 0.3
+    crossover: float = 0.7
+    factor_min: float = 0.5
+    factor_max: float = 1.0
+    reach: float = 2.0
+
+    def __post_init__(self) -> None:
+        name = "DifferentialEvolution"
+        check_choice(f"{name}.start", self.start, get_args(Start))
+        for number, least in (("population", 4), ("iterations", 0), ("patience", 1)):
+            check_whole(f"{name}.{number}", getattr(self, number), least)
+        check_scales(name, self.scale_min, self.scale_max)
+        check_real(f"{name}.crossover", self.crossover, "share", "give a share from 0 to 1.", least=0, most=1)
+        check_real(f"{name}.reach", self.reach, "number", "give a finite number of at least 1.", least=1)
+        for number in ("factor_min", "factor_max"):
+            check_real(f"{name}.{number}", getattr(self, number), "number", "give a finite one from 0.", least=0)
+        if self.factor_min > self.factor_max:
+            raise ConfigurationError(
+                f"`{name}.factor_min={self.factor_min!r}` is above `factor_max={self.factor_max!r}`.",
+                "give 0 <= factor_min <= factor_max.",
+            )
+
+    @property
+    def n_candidates(self) -> int:
+        """As many as members."""
+        return self.population
+
+    def init(self, origin: SearchOrigin, streams: RandomStreams) -> Population:
+        """Places the members; the first of each population is at the original weights, the next ones at the elites."""
+        members = first_positions(origin, streams, self.population, self.start, self.scale_min, self.scale_max)
+        lowest, highest = of_origin(origin.stats.lowest, origin), of_origin(origin.stats.highest, origin)
+        return Population(
+            members=members,
+            fitness=torch.full(members.shape[:2], -math.inf, dtype=widest(members.device), device=members.device),
+            candidates=members,
+            lowest=torch.minimum(lowest, self.reach * lowest),
+            highest=torch.maximum(highest, self.reach * highest),
+            searched=origin.searched,
+        )
+
+    def ask(self, state: Population, streams: RandomStreams) -> Population:
+        """A trial for each member."""
+        x = state.members
+        n_searches, n, n_weights = x.shape
+        a, b, c = three_others(streams.uniform(x, 3, n, 1)[..., 0])
+        factor = self.factor_min + (self.factor_max - self.factor_min) * streams.uniform(x, 1, 1)
+        mutant = _members(x, a) + factor * (_members(x, b) - _members(x, c))
+        mutant = mutant.clamp(state.lowest, state.highest)
+        crossed = streams.uniform(x, n, n_weights) < self.crossover
+        sizes = x.new_tensor(streams.sizes or [n_weights] * n_searches)[:, None]
+        always = (streams.uniform(x, n, 1)[..., 0] * sizes).long().clamp(max=n_weights - 1)
+        crossed = crossed.scatter(2, always[..., None], torch.ones_like(crossed[..., :1]))
+        if state.searched is not None:
+            crossed = crossed & state.searched
+        return state._replace(candidates=torch.where(crossed, mutant, x))
+
+    def tell(self, state: Population, fitness: Tensor) -> Population:
+        """Keeps the better of each member and its trial, `fitness` being `S x P`; of equals the trial. NaN is worst."""
+        fitness = fitness.to(state.fitness.dtype)
+        fitness = fitness.masked_fill(fitness.isnan(), -math.inf)
+        better = fitness >= state.fitness
+        return state._replace(
+            members=torch.where(better[..., None], state.candidates, state.members),
+            fitness=torch.where(better, fitness, state.fitness),
+        )
+
+
+def three_others(uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of P members three different others, all as likely, from numbers in [0, 1), `3 x S x P`.
+
+    Example:
+        >>> [others.tolist() for others in three_others(torch.tensor([[[0.0] * 4], [[0.0] * 4], [[0.0] * 4]]))]
+        [[[1, 0, 0, 0]], [[2, 2, 1, 1]], [[3, 3, 3, 2]]]
+    """
+    n = uniform.shape[-1]
+    taken = [torch.arange(n, device=uniform.device).expand(uniform.shape[1:])]
+    for drawn in uniform:
+        left = n - len(taken)
+        other = (drawn * left).long().clamp(max=left - 1)
+        for place in torch.stack(taken).sort(0).values:
+            other = other + (other >= place)
+        taken.append(other)
+    return taken[1], taken[2], taken[3]
+
+
+def _members(x: Tensor, which: Tensor) -> Tensor:
+    return x.gather(1, which[..., None].expand(-1, -1, x.shape[2]))

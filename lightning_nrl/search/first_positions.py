@@ -1,0 +1,89 @@
+"""Where the candidates of a population begin: around the original weights, drawn from the layer's, or half and half."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.search.protocol import SearchOrigin
+from lightning_nrl.search.rng import RandomStreams
+
+__all__ = ["Start", "check_scales", "first_positions", "of_origin"]
+
+Start = Literal["local", "half", "paper", "normal"]
+"""Kinds of start, from all around the original weights to all but one drawn from N(mean, std) of the layer's."""
+
+ELITE_STEPS = (1.15, 0.8, 0.5, 1.3)
+"""Where candidates start on the way from the original weights (0) through each elite (1) and beyond it."""
+
+
+def first_positions(
+    origin: SearchOrigin, streams: RandomStreams, n: int, start: Start, scale_min: float, scale_max: float
+) -> Tensor:
+    """`S x n x K`, the first candidates; the first of each search is at the original weights for any kind of start.
+
+    The next M are at the elites, as many as there is room for on the lines from the original through them, and those of
+    the others that start around the original weights do so around these and the elites in turn.
+
+    Args:
+        origin: where the searches begin.
+        streams: random numbers.
+        n: how many candidates.
+        start: see `ParticleSwarm`.
+        scale_min: how far from the original the nearest local one is, in standard deviations of the layer's weights.
+        scale_max: the same for the farthest; those between are spread evenly on a logarithmic scale.
+    """
+    original = origin.original[:, None]
+    dtype, device, n_weights = original.dtype, original.device, original.shape[-1]
+    mean, std = of_origin(origin.stats.mean, origin), of_origin(origin.stats.std, origin)
+    half = {"local": n, "normal": 1}.get(start, (n + 1) // 2)
+    still = half if start == "paper" else 1
+    scale = torch.ones(n, 1, dtype=dtype, device=device)
+    scale[still:half, 0] = torch.logspace(
+        math.log10(scale_min), math.log10(scale_max), half - still, dtype=dtype, device=device
+    )
+    candidate = torch.arange(n, device=device)[:, None]
+    placed = candidate >= still
+    if origin.searched is not None:
+        placed = placed & origin.searched
+    offset = scale * std * streams.normal(original, n, n_weights)
+    position = torch.where(placed, torch.where(candidate < half, original, mean) + offset, original)
+    if origin.elites is not None and origin.elites.shape[1]:
+        position = _with_elites(position, original, origin.elites, offset.where(placed, 0.0), half)
+        if origin.searched is not None:
+            position = torch.where(origin.searched, position, original)
+    return position
+
+
+def of_origin(x: float | Tensor, origin: SearchOrigin) -> Tensor:
+    """A number of the layer's weights, to be used with `S x P x K` candidates."""
+    original = origin.original
+    x = torch.as_tensor(x, dtype=original.dtype, device=original.device)
+    return x[:, None] if x.ndim == 2 else x
+
+
+def check_scales(searcher: str, scale_min: object, scale_max: object) -> None:
+    """Refuses scales of a local start that are not above 0 and in order."""
+    numbers = isinstance(scale_min, Real) and isinstance(scale_max, Real)
+    if not numbers or not 0 < scale_min <= scale_max < math.inf:  # type: ignore[operator]
+        raise ConfigurationError(
+            f"`{searcher}.scale_min={scale_min!r}` does not go with `scale_max={scale_max!r}`.",
+            "give 0 < scale_min <= scale_max.",
+        )
+
+
+def _with_elites(position: Tensor, original: Tensor, elites: Tensor, offset: Tensor, half: int) -> Tensor:
+    """Places candidates at the elites, `S x M x K`, on the lines to them, and around them."""
+    m = elites.shape[1]
+    change = elites - original
+    lines = torch.cat([original + step * change for step in ELITE_STEPS], 1)[:, : max(0, half - 1 - m) // 2]
+    begin = 1 + m + lines.shape[1]
+    centres = torch.cat([original, elites], 1)
+    turns = torch.arange(max(0, half - begin), device=position.device) % (m + 1)
+    around = centres[:, turns] + offset[:, begin : begin + len(turns)]
+    return torch.cat([position[:, :1], elites, lines, around, position[:, begin + len(turns) :]], 1)
