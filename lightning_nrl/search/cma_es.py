@@ -125,7 +125,8 @@ class CmaEs:
 
     def _strategy(self, state: Evolution, s: int, start: Tensor) -> Any:
         n_weights = state.sizes[s]
-        full = self.covariance == "full" or (self.covariance == "auto" and n_weights <= MOST_FULL)
+        most = {"full": n_weights, "auto": MOST_FULL}.get(self.covariance, 1)  # of one weight both are the same
+        full = n_weights <= most
         library = _library()
         kind = library.CMA if full else library.SepCMA
         mean = self._units(state, s, start[:n_weights]).numpy()

@@ -13,9 +13,9 @@ from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
 from lightning_nrl.gate import Instance, Tolerance
-from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto
-from lightning_nrl.search import Fitness
+from lightning_nrl.localization import NeuRecover, NeuRecoverLite
+from lightning_nrl.methods import Auto, LocalSearch, bundle
+from lightning_nrl.search import DifferentialEvolution, Fitness
 from lightning_nrl.tasks import Multilabel, Regression, Segmentation, Sequence, Task
 
 pytestmark = [
@@ -205,8 +205,16 @@ OWN_SEARCHER = "{class_path: toy_searcher.RandomLocalSearch, init_args: {iterati
             Auto(ParticleSwarm(particles=9)),
         ),
         ("{class_path: lightning_nrl.methods.Auto}", Auto()),
+        ("arachne", bundle("arachne")),
+        ("arachne-de\nsearch: {localizer: random}", bundle("arachne-de", localizer="random")),
+        (
+            "{class_path: lightning_nrl.methods.LocalSearch, init_args: {searcher: {class_path: "
+            "lightning_nrl.search.DifferentialEvolution, init_args: {population: 9}}, localizer: {class_path: "
+            "lightning_nrl.localization.NeuRecover, init_args: {history: [a.ckpt, b.ckpt]}}, fitness: neurecover}}",
+            LocalSearch(DifferentialEvolution(9), localizer=NeuRecover(["a.ckpt", "b.ckpt"]), fitness="neurecover"),
+        ),
     ],
-    ids=["own searcher", "swarm within auto", "auto"],
+    ids=["own searcher", "swarm within auto", "auto", "family", "other localiser", "parts"],
 )
 def test_a_searcher_may_stand_in_a_file(tmp_path: Path, method: str, expected: Any) -> None:
     assert repair_of(cli(tmp_path, f"method: {method}", run=False)).settings.method == expected

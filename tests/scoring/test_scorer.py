@@ -361,3 +361,21 @@ def test_a_sample_passes_while_it_keeps_its_reserve(task: Task, passed_loss: boo
     assert (kept.intact < plain.intact).any()
     torch.testing.assert_close(kept.loss_failed, plain.loss_failed)
     torch.testing.assert_close(kept.loss_passed, plain.loss_passed)
+
+
+@pytest.mark.parametrize("budget", [None, 4_000], ids=["roomy", "tight"])
+def test_credits_of_wrong_samples_by_their_loss(budget: int | None) -> None:
+    problem = make_problem(REPLAYED["middle linear"], n=N)
+    where, values = problem.candidates(9, 6)
+    values = values.unsqueeze(0)
+    scorer = make_scorer(problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR, budget=budget, credit=True)
+    scores, each = scorer(values), scorer.by_sample(values[0])
+    credit = torch.where(each.passed, 1.0, 1 / (each.loss + 1))
+    n_failed = int(FAILED.sum())
+    assert scores.credit_failed is not None
+    assert scores.credit_passed is not None
+    torch.testing.assert_close(scores.credit_failed[0].double(), credit[:, :n_failed].sum(1))
+    torch.testing.assert_close(scores.credit_passed[0].double(), credit[:, n_failed:].sum(1))
+    plain = make_scorer(problem.recording(7, 17), where, FAILED, ~FAILED, EVALUATOR)(values)
+    assert torch.equal(plain.patched, scores.patched)
+    assert plain.credit_failed is None
