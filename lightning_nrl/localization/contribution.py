@@ -56,7 +56,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     """
     space = recording.space
     sums = as_many_as_fit(partial(_sum_up, recording, rows_mask))
-    sums = _Sums.of(space, evaluator.collective.sum(sums.flat))
+    sums = _ContributionSums.of(space, evaluator.collective.sum(sums.flat))
     check_marked(sums.samples)
     impact = torch.zeros_like(sums.share)
     for site, uses, start in zip(space.sites, sums.positions.tolist(), _starts(space)[:-1], strict=True):
@@ -68,7 +68,7 @@ def contribution(recording: Replay, evaluator: Evaluator, rows_mask: Tensor) -> 
     return impact
 
 
-class _Sums(NamedTuple):
+class _ContributionSums(NamedTuple):
     """Sums over samples and positions as views of one flat tensor."""
 
     flat: Tensor
@@ -78,11 +78,11 @@ class _Sums(NamedTuple):
     samples: Tensor  # 1
 
     @classmethod
-    def of(cls, space: ParameterSpace, flat: Tensor) -> _Sums:
+    def of(cls, space: ParameterSpace, flat: Tensor) -> _ContributionSums:
         return cls(flat, *torch.split(flat, [space.size, _starts(space)[-1], len(space.sites), 1]))
 
     @classmethod
-    def zeros(cls, space: ParameterSpace) -> _Sums:
+    def zeros(cls, space: ParameterSpace) -> _ContributionSums:
         size = space.size + _starts(space)[-1] + len(space.sites) + 1
         return cls.of(space, torch.zeros(size, dtype=widest(space.device), device=space.device))
 
@@ -95,16 +95,16 @@ def _starts(space: ParameterSpace) -> list[int]:
     return starts
 
 
-def _sum_up(recording: Replay, rows_mask: Tensor, size: int) -> _Sums:
+def _sum_up(recording: Replay, rows_mask: Tensor, size: int) -> _ContributionSums:
     """Sums over this rank's marked samples, so many at once."""
-    sums = _Sums.zeros(recording.space)
+    sums = _ContributionSums.zeros(recording.space)
     with repeatable_gradients():
         for chunk in recording.chunks(size, rows_mask):
             _add(sums, recording, chunk)
     return sums
 
 
-def _add(sums: _Sums, recording: Replay, chunk: Any) -> None:
+def _add(sums: _ContributionSums, recording: Replay, chunk: Any) -> None:
     """Adds the samples of one chunk to the sums."""
     probe, logits = probed(recording, chunk)
     with torch.enable_grad(), no_autocast(logits.device):
