@@ -73,7 +73,7 @@ def test_influence_of_a_neuron_on_all_outputs_by_hand(recorded):
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2))
     model[1].weight.data = torch.tensor([[1.0, -2.0], [3.0, 0.5]])
     recording = recorded(model, torch.tensor([[2.0], [-1.0]]), torch.tensor([0, 1]), layer="0")
-    assert contribution(recording, EVALUATOR, EVERY).tolist() == [4.0, 2.5]
+    assert contribution(recording, EVALUATOR, EVERY).tolist() == pytest.approx([4.0, 2.5])
 
 
 def test_convolution_meets_its_input_at_every_position(recorded):
