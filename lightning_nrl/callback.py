@@ -76,7 +76,7 @@ class RegressionFreeRepair(CallbackBase):
         bounds: how much of the change is made, and what is said of other samples: `BoundOptions`.
         max_time: seconds that the repair may take; None: about as long as the fit took, or as its method needs.
         seed: the same seed gives the same repair.
-        dirpath: folder for the files; None: `<log_dir>/repair`, or `<default_root_dir>/repair` without a logger.
+        dirpath: folder for the files; None: `repair` in the folder of the logger's run, or in `default_root_dir`.
         verbose: whether the report is printed at the end.
 
     Attributes:
