@@ -26,16 +26,6 @@ def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
     with SummaryWriter(_free_run(str(writer.log_dir), log.name)) as run:
         for tag, value in final_numbers(report).items():
             run.add_scalar(tag, value, step)
-        if log.drawn:
-            # A capital sorts before all numbers.
-            run.add_image("repair/Summary", image_of(log.summary), step, dataformats="HWC")
-            for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
-                for title, figure in figures.items():
-                    run.add_image(f"{group}/{title}", image_of(figure), step, dataformats="HWC")
-        else:
-            for at, scalars in (*enumerate(search_curves(report)), *strength_curves(report).items()):
-                for tag, value in scalars.items():
-                    run.add_scalar(tag, value, at)
         run.add_text("repair/report", report.to_markdown(), step)
         for title, views in log.texts.items():
             page = Page((Heading(title), Facts(tuple((view.caption, view.text) for view in views))))
@@ -45,6 +35,24 @@ def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
         if bool((flat != 0).any()):
             run.add_histogram("repair_weights/change", flat[flat != 0], step)
         write_row(run, report, log.hparams)
+        _write_pictures(log, run)
+
+
+def _write_pictures(log: RepairLog, run: SummaryWriter) -> None:
+    """Last, since a figure that cannot be drawn should cost no numbers."""
+    if log.drawn:
+        # A capital sorts before all numbers.
+        run.add_image("repair/Summary", image_of(log.summary), log.step, dataformats="HWC")
+        for group, figures in (("repair_figures", log.figures), ("repair_samples", log.galleries)):
+            for title, figure in figures.items():
+                run.add_image(f"{group}/{title}", image_of(figure), log.step, dataformats="HWC")
+    else:
+        for at, scalars in (*enumerate(search_curves(log.report)), *strength_curves(log.report).items()):
+            for tag, value in scalars.items():
+                run.add_scalar(tag, value, at)
+        for title, views in log.pictures.items():
+            for view in views:
+                run.add_image(f"repair_samples/{title}, {view.caption}", view.pixels, log.step, dataformats="HWC")
 
 
 def _free_run(log_dir: str, name: str) -> str:

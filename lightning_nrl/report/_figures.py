@@ -10,7 +10,7 @@ import numpy as np
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["INK", "Plotted", "dress", "figure_of", "image_of", "new_figure"]
+__all__ = ["INK", "Plotted", "dress", "figure_of", "image_of", "literal", "new_figure"]
 
 INK, LINE_COLOUR = "#333333", "#DDDDDD"
 DOTS_PER_INCH = 150
@@ -62,6 +62,11 @@ def image_of(figure: Any) -> Any:
     figure.set_dpi(DOTS_PER_INCH)
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def literal(text: str) -> str:
+    """A text of the user's as it is, where matplotlib would take what stands between dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def dress(axes: Any, across: str, up: str) -> None:

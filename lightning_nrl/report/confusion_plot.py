@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.plot import plot_confusion_matrix
 
-from lightning_nrl.report._figures import INK
+from lightning_nrl.report._figures import INK, literal
 from lightning_nrl.report.sample_records import ConfusionCell
 
 __all__ = ["MATRIX_CLASSES", "changed_classes", "draw_confusion_change"]
@@ -39,7 +39,7 @@ def draw_confusion_change(cells: Sequence[ConfusionCell], name: Callable[[int], 
     for cell in cells:
         if cell.before != cell.after:
             change[place[cell.label], place[cell.prediction]] = cell.after - cell.before
-    labels: list[int | str] = [name(label) for label in classes]
+    labels: list[int | str] = [literal(name(label)) for label in classes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torchmetrics gives matplotlib tensors
         plot_confusion_matrix(change, axes, labels=labels, cmap=CHANGE_COLOURS)

@@ -7,7 +7,7 @@ from functools import partial
 from textwrap import wrap
 from typing import Any
 
-from lightning_nrl.report._figures import INK, dress, figure_of, new_figure
+from lightning_nrl.report._figures import INK, dress, figure_of, literal, new_figure
 from lightning_nrl.report.confusion_plot import MATRIX_CLASSES, changed_classes, draw_confusion_change
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.sample_tables import confusion_changes
@@ -63,7 +63,7 @@ def _gallery(views: Sequence[SampleView]) -> Any:
         own.set_axis_off()
     for own, view in zip(axes, views, strict=False):
         own.imshow(view.pixels, interpolation="nearest")
-        own.set_title("\n".join(wrap(view.caption, CAPTION_WIDTH)), color=INK, fontsize=7)
+        own.set_title(literal("\n".join(wrap(view.caption, CAPTION_WIDTH))), color=INK, fontsize=7)
     return figure
 
 
@@ -73,7 +73,7 @@ def draw_repair(report: RepairReport) -> Any:
     panels = _panels(report)
     n_rows = max(1, -(-len(panels) // 2))
     figure = new_figure(2 * PANEL_WIDTH, n_rows * PANEL_HEIGHT)
-    figure.suptitle(f"{report.status.capitalize()}: {report.target}", color=INK, fontsize=12)
+    figure.suptitle(literal(f"{report.status.capitalize()}: {report.target}"), color=INK, fontsize=12)
     axes = figure.subplots(n_rows, 2, squeeze=False).flatten()
     for own, (title, draw) in zip(axes, panels.items(), strict=False):
         draw(own)
@@ -127,7 +127,7 @@ def _confusions(split: SplitReport, name: Callable[[int], str]) -> Draw:
     def draw(axes: Any) -> None:
         changes = [cell.after - cell.before for cell in cells]
         colours = [BROKEN_COLOUR if change > 0 else REPAIRED_COLOUR for change in changes]
-        labels = [f"{name(cell.label)} taken for {name(cell.prediction)}" for cell in cells]
+        labels = [literal(f"{name(cell.label)} taken for {name(cell.prediction)}") for cell in cells]
         bars = axes.barh(range(len(cells)), changes, color=colours)
         axes.bar_label(bars, [f"{cell.before} -> {cell.after}" for cell in cells], padding=3, fontsize=8)
         axes.set_yticks(range(len(cells)), labels, fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,8 +47,8 @@ def search_figure(search: SearchReport) -> Any:
         for (name, label), colour, line in zip(curves.items(), CURVE_COLOURS, ("-", "--"), strict=False):
             own.plot(history[name], line, color=colour, label=label)
         if "best" in curves:
-            first = min(value for value in history["best"] if value == value)
-            own.set_ylim(bottom=first - 0.15 * abs(max(history["best"]) - first))
+            known = [value for value in history["best"] if math.isfinite(value)] or [0.0]
+            own.set_ylim(bottom=min(known) - 0.15 * (max(known) - min(known)))
         else:
             own.set_ylim(bottom=0)
         own.set_title(title, color=INK, fontsize=10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from textwrap import shorten
 from typing import Any
 
-from lightning_nrl.report._figures import INK, new_figure
+from lightning_nrl.report._figures import INK, literal, new_figure
 from lightning_nrl.report._formatting import count, percent
 from lightning_nrl.report.repair_report import RepairReport, Status
 from lightning_nrl.report.splits import ROLES, Role, pool
@@ -65,7 +65,7 @@ def summary_figure(report: RepairReport) -> Any:
         0.03, 0.95, _verdict(report), color=STATUS_COLOURS[report.status], fontsize=15, weight="bold", va="center"
     )
     about = shorten(f"{report.target}; gate {report.gate}", TARGET_CHARACTERS, placeholder=" ...")
-    axes.text(0.03, 1.95, about, color=MUTED_COLOUR, fontsize=9, va="center")
+    axes.text(0.03, 1.95, literal(about), color=MUTED_COLOUR, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
     for role, x in zip(roles, ends, strict=True):
         axes.text(x, HEAD_ROWS + 0.45, role, color=MUTED_COLOUR, fontsize=10, ha="right", va="center")

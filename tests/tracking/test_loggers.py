@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning_package import (
@@ -122,6 +123,13 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
     (image,) = events.Images("repair_figures/Change of classifier.weight")
     assert (image.step, image.encoded_image_string[:4]) == (120, b"\x89PNG")
     assert "repair_figures/Course of the search" in tags
+
+
+def test_without_figures_each_picture_is_an_image_of_its_own(tmp_path: Path, accepted: RepairReport) -> None:
+    views = [SampleView("val", 7, "broken", "7: true cat", np.zeros((5, 4, 3), dtype=np.uint8))]
+    track(RepairLog(accepted, 120, views=views), [board(tmp_path)])
+    (image,) = read(tmp_path / "run" / "repair").Images("repair_samples/broken in val, 7: true cat")
+    assert (image.height, image.width) == (5, 4)
 
 
 def test_samples_that_are_text_are_in_the_text_tab(tmp_path: Path, accepted: RepairReport) -> None:
