@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, write_hostile
-from live_tensorboard import Browser
+from browsed_logs import HOSTILE, HOSTILE_NAME, N_FLIPS, write_copy, write_hostile
+from live_tensorboard import SCREENSHOTS, Browser
 
 from lightning_nrl import RepairReport
 from lightning_nrl.report.sample_tables import confusion_changes
@@ -15,9 +15,10 @@ from lightning_nrl.report.sample_tables import confusion_changes
 pytestmark = pytest.mark.browser
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hostile(log_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def other_repairs(log_dir: Path) -> None:
     write_hostile(log_dir)
+    write_copy(log_dir, "version_0/repair")
 
 
 def click(element: Any) -> None:
@@ -49,6 +50,23 @@ def count(browser: Browser) -> str:
     return str(status.text)
 
 
+@pytest.mark.skipif(SCREENSHOTS is None, reason="no pictures are wanted")
+def test_pictures_for_the_docs(browser: Browser) -> None:
+    open_tab(browser, "version_0/repair", 1320)
+    browser.until(lambda: browser.image_sizes("table.flips img"))
+    browser.picture("repair-tab")
+    browser.elements('.filters option[value="version_0/swarm"]')[0].click()
+    browser.shows("in both")
+    click(max(browser.elements(".matrix button"), key=lambda one: one.text))
+    browser.driver.execute_script("document.querySelector('.beside').scrollIntoView()")
+    browser.picture("repair-tab-pair")
+    browser.elements("#search-slider")[0].send_keys("\ue011", *["\ue014"] * 12)
+    browser.elements("#strength-slider")[0].send_keys("\ue012")
+    browser.driver.execute_script("document.querySelector('.replay').scrollIntoView()")
+    browser.picture("repair-tab-sliders")
+
+
+@pytest.mark.usefixtures("other_repairs")
 def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, report: RepairReport) -> None:
     open_tab(browser, "version_0/repair")
     known, unseen = report.pooled("known"), report.pooled("unseen")
@@ -62,8 +80,7 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert tiles[2] == f"unseen samples broken {unseen.broken} of {unseen.passed} that were right"
     assert "with 95 % confidence at most" in browser.elements(".bounds")[0].text
     names = [button.text for button in browser.elements("#repairs tbody button")]
-    assert sorted(names) == [HOSTILE_NAME, "version_0/repair"]
-    browser.picture("repair-tab")
+    assert {"copy", HOSTILE_NAME, "version_0/repair"} <= set(names)
 
     # All flips, the broken ones first, with pictures that have loaded.
     flipped = [(split.split, one) for split in report.splits for one in split.flipped]
@@ -89,10 +106,17 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     assert count(browser).startswith(f"{len(expected)} of {len(flipped)}")
     assert {(row[1], row[4]) for row in rows(browser)} == {("test", str(pair.label))}
     assert number.get_attribute("aria-pressed") == "true"
-    browser.picture("repair-tab-pair")
     click(browser.elements(".chip")[0])
     assert count(browser).startswith(f"{len(flipped)} of {len(flipped)}")
     assert number.get_attribute("aria-pressed") == "false"
+
+    # Beside another repair each sample says what became of it there.
+    (beside,) = [one for one in browser.elements(".filters label") if one.text.startswith("beside")]
+    beside.find_element("css selector", f'option[value="{HOSTILE_NAME}"]').click()
+    browser.shows("They do not start from the same model and data")
+    beside.find_element("css selector", 'option[value="copy"]').click()
+    browser.shows(f"broken: {n_broken - 1} in both, 1 here alone, 0 there alone")
+    assert [row[-1] for row in rows(browser)[:n_broken]] == ["kept"] + ["broken"] * (n_broken - 1)
 
     # Words filter, heads sort, both by keyboard.
     (field,) = browser.elements('.filters input[type="search"]')
@@ -136,11 +160,10 @@ def test_a_repair_is_judged_used_and_kept_apart_from_others(browser: Browser, re
     click(play)
     last = f"iteration {len(report.search.history['best']) - 1}"
     browser.until(lambda: search.get_attribute("aria-valuetext") == last and play.text == "Play")
-    click(strength)
-    browser.picture("repair-tab-sliders")
     assert browser.errors() == []
 
 
+@pytest.mark.usefixtures("other_repairs")
 def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Browser) -> None:
     open_tab(browser, HOSTILE_NAME)
     assert count(browser) == f"{N_FLIPS:,} of {N_FLIPS:,}, 1 to 25 on this page"
@@ -168,6 +191,7 @@ def test_ten_thousand_flips_are_paged_and_markup_in_names_is_text(browser: Brows
     assert browser.errors() == []
 
 
+@pytest.mark.usefixtures("other_repairs")
 def test_whoever_cannot_see_or_point_finds_every_control(browser: Browser) -> None:
     open_tab(browser, "version_0/repair")
     unnamed = browser.driver.execute_script("""

@@ -1,7 +1,7 @@
 // What classes are taken for, after less before; a click on a pair shows its samples.
 
 import { count, h } from "./dom.js";
-import { nameOf } from "./flips.js";
+import { nameOf, pairName } from "./flips.js";
 
 const LARGEST_MATRIX = 14;
 const LISTED_PAIRS = 20;
@@ -13,7 +13,8 @@ export function changedConfusions(repair, choosePair) {
   const place = h("div", { class: "confusions" });
   const draw = role => place.replaceChildren(drawn(repair, role, choosePair));
   const choices = roles.map((role, i) => h("label", {},
-    h("input", { type: "radio", name: "confusion-role", value: role, checked: i === roles.length - 1, onchange: () => draw(role) }),
+    h("input", { type: "radio", name: "confusion-role", value: role, checked: i === roles.length - 1,
+      onchange: () => draw(role) }),
     ` ${role} data`));
   draw(roles.at(-1));  // unseen data tell the most
   return [h("section", { "aria-labelledby": "confusions-title" },
@@ -25,14 +26,15 @@ export function changedConfusions(repair, choosePair) {
 }
 
 function drawn(repair, role, choosePair) {
-  const cells = repair.confusion[role], most = Math.max(...cells.map(([, , before, after]) => Math.abs(after - before)));
+  const cells = repair.confusion[role];
+  const most = Math.max(...cells.map(([, , before, after]) => Math.abs(after - before)));
   const buttons = [];
   const button = ([label, prediction, before, after]) => {
     const change = after - before, share = 0.15 + 0.5 * Math.abs(change) / most;
+    const text = `${pairName(repair, label, prediction)}: ${before} before, ${after} after`;
     const own = h("button", {
       type: "button", class: change < 0 ? "fewer" : "further", style: `--share: ${share}`, "aria-pressed": "false",
-      "aria-label": `${nameOf(repair, label)} taken for ${nameOf(repair, prediction)}: ${before} before, ${after} after`,
-      title: `${nameOf(repair, label)} taken for ${nameOf(repair, prediction)}: ${before} before, ${after} after`,
+      "aria-label": text, title: text,
       onclick: () => {
         const chosen = own.getAttribute("aria-pressed") !== "true";
         for (const other of buttons) other.setAttribute("aria-pressed", "false");
@@ -65,9 +67,10 @@ function matrix(repair, cells, rows, columns, button) {
 }
 
 function list(repair, cells, button) {
-  const more = cells.length > LISTED_PAIRS ? h("p", {}, `The ${LISTED_PAIRS} largest of ${count(cells.length)}.`) : null;
+  const cut = cells.length > LISTED_PAIRS;
+  const more = cut ? h("p", {}, `The ${LISTED_PAIRS} largest of ${count(cells.length)}.`) : null;
   const items = cells.slice(0, LISTED_PAIRS).map(cell => h("tr", {},
-    h("th", { scope: "row" }, `${nameOf(repair, cell[0])} taken for ${nameOf(repair, cell[1])}`),
+    h("th", { scope: "row" }, pairName(repair, cell[0], cell[1])),
     h("td", {}, count(cell[2])), h("td", {}, count(cell[3])), h("td", {}, button(cell))));
   const heads = ["", "before", "after", "change"].map(name => h("th", { scope: "col" }, name));
   return h("div", { class: "wide" }, more,

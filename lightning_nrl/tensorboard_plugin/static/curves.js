@@ -20,8 +20,9 @@ export function curves(title, xs, series, xName, whole = false) {
   const span = xs.at(-1) - xs[0] || 1;
   const x = value => LEFT + (value - xs[0]) / span * (WIDTH - LEFT - RIGHT);
   const y = value => HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM);
+  const step = (values, i) => (values[i] === null ? "" : `${joined(values, i) ? "L" : "M"}${x(xs[i])} ${y(values[i])}`);
   const lines = series.map(({ values, colour, dash }) => s("path", {
-    d: values.map((value, i) => (value === null ? "" : `${joined(values, i) ? "L" : "M"}${x(xs[i])} ${y(value)}`)).join(""),
+    d: values.map((_, i) => step(values, i)).join(""),
     fill: "none", stroke: colour, "stroke-width": 2, "stroke-dasharray": dash,
   }));
   const rule = s("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "mark" });

@@ -1,5 +1,6 @@
 // The flipped samples: sorted, filtered, a page of them at a time, with their pictures.
 
+import { besideAnother } from "./beside.js";
 import { address, count, h, number } from "./dom.js";
 import { bindHeads, compareCells, matchesWords } from "./table.js";
 
@@ -10,15 +11,19 @@ const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER,
 /** What a class is called. */
 export const nameOf = (repair, label) => (label < 0 ? "-" : repair.classes[label] ?? String(label));
 
+/** What a confusion is called. */
+export const pairName = (repair, label, prediction) =>
+  `${nameOf(repair, label)} taken for ${nameOf(repair, prediction)}`;
+
 /**
- * The section of the flipped samples of a repair.
+ * The section of the flipped samples of a repair; `others` are names of repairs that it can be seen beside.
  *
- * Gives its `element`, and `choosePair({role, label, prediction} or null, dropped)`, which leaves the samples of a class
- * that were or are taken for another; `dropped` is called when a reader takes the filter off.
+ * Gives its `element`, and `choosePair({role, label, prediction} or null, dropped)`, which leaves the samples of a
+ * class that were or are taken for another; `dropped` is called when a reader takes the filter off.
  */
-export function flippedSamples(repair) {
+export function flippedSamples(repair, others) {
   const { rows, slices } = repair.flips, { splits } = repair;
-  const columns = [
+  const own = [
     ["split", row => splits[row[SPLIT]].name],
     ["position", row => String(row[POSITION])],
     ["flip", row => row[FLIP]],
@@ -30,18 +35,32 @@ export function flippedSamples(repair) {
     ["in target", row => (row[IN_TARGET] ? "yes" : "no")],
     ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? ""]] : []),
   ];
-  const all = rows.map(row => ({ row, cells: columns.map(([, cell]) => cell(row)) }));
-  for (const one of all) one.text = `${one.cells.join(" ")} ${splits[one.row[SPLIT]].role}`.toLowerCase();
+  const all = rows.map(row => ({ row }));
   const asked = { words: "", flip: "", split: "", slice: "", target: "", pair: null, dropped: null };
-  let shown = all, page = 0, size = PAGE_SIZES[0], order = null;
+  let columns, shown = all, page = 0, size = PAGE_SIZES[0], order = null;
 
   const body = h("tbody");
-  const heads = h("tr", {}, h("th", { scope: "col" }, "input"),
-    columns.map(([name]) => h("th", { scope: "col", "aria-sort": "none" }, h("button", { type: "button" }, name))));
-  const table = h("table", { class: "flips", "aria-labelledby": "flips-title" }, h("thead", {}, heads), body);
+  const head = h("thead");
+  const table = h("table", { class: "flips", "aria-labelledby": "flips-title" }, head, body);
   const status = h("span", { role: "status", class: "count" });
   const chip = h("button", { type: "button", class: "chip", hidden: true, onclick: () => choosePair(null) });
   const view = sampleView(repair);
+
+  /** The columns of the table: its own, and one of another repair. */
+  function lay(name, ofRow) {
+    columns = name ? [...own, [name, ofRow]] : own;
+    order = null;
+    for (const one of all) {
+      one.cells = columns.map(([, cell]) => cell(one.row));
+      one.text = `${one.cells.join(" ")} ${splits[one.row[SPLIT]].role}`.toLowerCase();
+    }
+    const heads = h("tr", {}, h("th", { scope: "col" }, "input"),
+      columns.map(([title]) => h("th", { scope: "col", "aria-sort": "none" }, h("button", { type: "button" }, title))));
+    head.replaceChildren(heads);
+    // The first column holds pictures.
+    bindHeads(heads, (i, up) => { order = { column: i - 1, up }; filter(); });
+    filter();
+  }
 
   function draw() {
     const start = page * size, seen = shown.slice(start, start + size);
@@ -75,16 +94,15 @@ export function flippedSamples(repair) {
     Object.assign(asked, { pair, dropped });
     chip.hidden = !pair;
     if (pair) {
-      chip.textContent = `${pair.role}: ${nameOf(repair, pair.label)} taken for ${nameOf(repair, pair.prediction)} ✕`;
+      chip.textContent = `${pair.role}: ${pairName(repair, pair.label, pair.prediction)} ✕`;
       chip.setAttribute("aria-label", `Take the filter off: ${chip.textContent.slice(0, -2)}`);
     }
     filter();
   }
 
-  // The first column holds pictures.
-  bindHeads(heads, (i, up) => { order = { column: i - 1, up }; filter(); });
   const turn = (name, to) => h("button", { type: "button", onclick: () => { page = to(); draw(); } }, name);
-  const first = turn("First", () => 0), previous = turn("Previous", () => page - 1), next = turn("Next", () => page + 1);
+  const first = turn("First", () => 0), previous = turn("Previous", () => page - 1);
+  const next = turn("Next", () => page + 1);
   const last = turn("Last", () => Math.ceil(shown.length / size) - 1);
   const choice = (name, key, options) => h("label", {}, `${name} `,
     h("select", { onchange: event => { asked[key] = event.target.value; filter(); } },
@@ -92,6 +110,7 @@ export function flippedSamples(repair) {
   const sizes = h("label", {}, "a page ",
     h("select", { onchange: event => { size = Number(event.target.value); page = 0; draw(); } },
       PAGE_SIZES.map(n => h("option", { value: n }, String(n)))));
+  const [beside, line] = others.length ? besideAnother(repair, others, lay) : [null, null];
   const filters = h("div", { class: "filters", role: "search", "aria-label": "Filter of flipped samples" },
     h("label", {}, "Filter ", h("input", { type: "search", placeholder: "such as: broken test",
       oninput: event => { asked.words = event.target.value; filter(); } })),
@@ -99,13 +118,13 @@ export function flippedSamples(repair) {
     splits.length > 1 ? choice("split", "split", splits.map(({ name, role }, i) => [i, `${name} (${role})`])) : null,
     slices.length ? choice("slice", "slice", slices.map((name, i) => [i, name])) : null,
     choice("in target", "target", [["yes", "yes"], ["no", "no"]]),
-    chip, status);
-  filter();
+    beside, chip, status);
+  lay(null);
   const title = `${repair.accepted ? "Samples that flipped" : "Samples that would flip"}, broken ones first`;
   const element = h("section", { "aria-labelledby": "flips-title" },
     h("h2", { id: "flips-title" }, title),
-    ...(all.length
-      ? [filters, h("div", { class: "wide" }, table),
+    (all.length
+      ? [filters, line, h("div", { class: "wide" }, table),
         h("nav", { class: "pages", "aria-label": "Pages of flipped samples" }, first, previous, next, last, sizes)]
       : [h("p", {}, "None.")]),
     view.dialog);

@@ -65,7 +65,8 @@ async function show(name) {
     const repair = await ask("repair", { name });
     if (state.wanted !== name) return;  // a reader was faster
     Object.assign(state, { shown: name, stamp: repair.modified });
-    const flips = flippedSamples(repair);
+    const others = state.repairs.filter(one => !one.problem && one.name !== name).map(one => one.name);
+    const flips = flippedSamples(repair, others);
     place.replaceChildren(
       ...verdict(repair),
       h("div", { class: "beside" }, flips.element, changedConfusions(repair, flips.choosePair)),
