@@ -44,18 +44,28 @@ FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": 
 @page_of.register
 def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     """The verdict, a table of the splits, then what one needs next (the console) or everything else (a reviewer)."""
-    first = (*_verdict(report), *_tables(report))
     if full:
+        first = (*_verdict(report), *_unseen(report), *_tables(report))
         return Page((*first, *_calibrated(report), *sample_blocks(report), *_details(report)))
     course = _ladder(report) or (_steps(report) if len(report.steps) > 1 else ())
-    facts = Facts((*_facts(report), *_files(report, from_here)))
-    return Page((*first, *_calibrated(report), *course, facts))
+    facts = Facts((*_facts(report), *_unseen_facts(report), *_files(report, from_here)))
+    return Page((*_verdict(report), *_tables(report), *_calibrated(report), *course, facts))
 
 
 def _verdict(report: RepairReport) -> tuple[Block, ...]:
     changed = "" if report.status == "repaired" else " The model's weights are unchanged."
     heading = Heading(report.status.capitalize(), 1, STATUS_TONES[report.status])
     return heading, Text(sentence(report.reason) + changed)
+
+
+def _unseen(report: RepairReport) -> tuple[Block, ...]:
+    """What unseen data say, in a sentence, for whoever reads no further."""
+    return tuple(Text(sentence(f"{name}: {text}")) for name, text in _unseen_facts(report))
+
+
+def _unseen_facts(report: RepairReport) -> tuple[Fact, ...]:
+    text = unseen_text(report)
+    return (("unseen data", text),) if text else ()
 
 
 def _tables(report: RepairReport) -> tuple[Block, ...]:
@@ -117,8 +127,6 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
     if report.bounds is not None:
         facts += calibration_facts(report.bounds)
-    if unseen_text(report):
-        facts.append(("unseen data", unseen_text(report)))
     if report.change is not None:
         facts.append(("weights changed" if report.status == "repaired" else "would change", change_text(report.change)))
     return tuple(facts)

@@ -22,7 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 DRIVER = shutil.which("chromedriver")
 SCREENSHOTS = os.environ.get("NRL_SCREENSHOTS")
 """The folder that pictures of the pages go to; none are made without it."""
-COLOURS = 64
+COLOURS = 256
 """Of a screenshot: enough for pages, and small files."""
 PATIENCE = 60.0  # seconds, on a busy machine
 

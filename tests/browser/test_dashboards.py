@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from live_tensorboard import Browser
+from live_tensorboard import SCREENSHOTS, Browser
 
 from lightning_nrl import RepairReport
 from lightning_nrl.report import SplitReport
@@ -60,6 +60,9 @@ def test_images_have_loaded(browser: Browser) -> None:
     browser.open("#images&tagFilter=repair_samples", 1360, 1000)
     browser.shows("repair_samples/broken in test")
     assert min(browser.until(lambda: browser.image_sizes("img"))[0]) > 100
+    if SCREENSHOTS is not None:
+        (real_size,) = [one for one in browser.elements("paper-checkbox") if "actual image size" in one.text]
+        real_size.click()
     browser.picture("images-samples")
 
 
@@ -74,7 +77,7 @@ def test_text_is_the_report(browser: Browser, report: RepairReport) -> None:
 
 
 def test_hparams_have_a_row(browser: Browser, report: RepairReport) -> None:
-    browser.open("#hparams", 1360, 800)
+    browser.open("#hparams", 2100, 500)
     browser.shows("repair/known_broken", "repair/unseen_broken")
     browser.until(lambda: browser.texts().count(report.target) >= 1)
     browser.picture("hparams")

@@ -59,6 +59,8 @@ def test_pictures_for_the_docs(browser: Browser) -> None:
     browser.shows("in both")
     click(max(browser.elements(".matrix button"), key=lambda one: one.text))
     browser.driver.execute_script("document.querySelector('.beside').scrollIntoView()")
+    loaded = "return [...document.querySelectorAll('table.flips img')].every(one => one.complete)"
+    browser.until(lambda: browser.driver.execute_script(loaded))
     browser.picture("repair-tab-pair")
     browser.elements("#search-slider")[0].send_keys("\ue011", *["\ue014"] * 12)
     browser.elements("#strength-slider")[0].send_keys("\ue012")

@@ -17,7 +17,7 @@ export function verdict(repair) {
       "gate": repair.gate,
       "layer": repair.layers,
       "compared with": repair.against,
-    }).flatMap(([name, text]) => [h("dt", {}, name), h("dd", {}, text)])),
+    }).map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text)))),
     h("details", { class: "more" }, h("summary", {}, "Split by split"), fromReport(repair.outcome)),
   ].filter(Boolean);
 }
