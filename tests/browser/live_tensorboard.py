@@ -20,7 +20,7 @@ from lightning_nrl.tensorboard_plugin import RepairPlugin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-SCREENSHOTS = os.environ.get("NRL_SCREENSHOTS")
+SCREENSHOTS = os.path.abspath(os.environ["NRL_SCREENSHOTS"]) if "NRL_SCREENSHOTS" in os.environ else None
 """The folder that pictures of the pages go to; none are made without it."""
 COLOURS = 256
 """Of a screenshot: enough for pages, and small files."""
@@ -52,6 +52,9 @@ T = TypeVar("T")
 @contextmanager
 def tensorboard_of(log_dir: Path) -> Iterator[str]:
     """The address of a TensorBoard in this process, with the Repair tab whether or not the package is installed."""
+    if SCREENSHOTS is not None:
+        os.chdir(log_dir.parent)
+        log_dir = Path(log_dir.name)  # as the pages print it
     board = program.TensorBoard(plugins=[*default.get_static_plugins(), RepairPlugin])
     board.configure(argv=["tensorboard", "--logdir", str(log_dir), "--port", "0", "--load_fast", "false"])
     server = board._make_server()
