@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from tensorboard import default, program
 
-from lightning_nrl.tensorboard_plugin import RepairPlugin
+from lightning_nrl.tensorboard_plugin import RepairPlugin, repair_plugin
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -60,7 +60,9 @@ def tensorboard_of(log_dir: Path) -> Iterator[str]:
     server = board._make_server()
     Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield server.get_url()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repair_plugin, "LOOK_SECONDS", 0.0)  # tests add repairs
+            yield server.get_url()
     finally:
         server.shutdown()
 
