@@ -20,8 +20,8 @@ BEFORE_COLOUR, AFTER_COLOUR = "#999999", "#0072B2"
 REPAIRED_COLOUR, BROKEN_COLOUR = "#009E73", "#D55E00"
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
 PLOTTED_CONFUSIONS = 12
-GALLERY_COLUMNS, GALLERY_CELL, CAPTION_HEIGHT = 6, 1.6, 0.5  # inches
-CAPTION_WIDTH = 26  # characters
+GALLERY_COLUMNS, GALLERY_CELL = 3, 1.6  # inches; loggers show galleries small
+CAPTION_WIDTH, CAPTION_LINE = 24, 0.15  # characters, inches
 PANEL_WIDTH, PANEL_HEIGHT = 5.6, 3.6  # inches
 
 Draw = Callable[[Any], None]
@@ -52,18 +52,20 @@ def gallery_figures(views: Sequence[SampleView]) -> dict[str, Any]:
 
 
 def _gallery(views: Sequence[SampleView]) -> Any:
+    captions = [wrap(view.caption, CAPTION_WIDTH) for view in views]
+    caption_height = CAPTION_LINE * (max(map(len, captions)) + 0.5)
     n_columns = min(len(views), GALLERY_COLUMNS)
     n_rows = -(-len(views) // n_columns)
-    height = (GALLERY_CELL + CAPTION_HEIGHT) * n_rows
+    height = (GALLERY_CELL + caption_height) * n_rows
     figure = new_figure(GALLERY_CELL * n_columns, height, layout=None)
-    places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - CAPTION_HEIGHT / height}
-    gaps = {"wspace": 0.1, "hspace": CAPTION_HEIGHT / GALLERY_CELL}
+    places = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - caption_height / height}
+    gaps = {"wspace": 0.1, "hspace": caption_height / GALLERY_CELL}
     axes = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw=places | gaps).flatten()
     for own in axes:
         own.set_axis_off()
-    for own, view in zip(axes, views, strict=False):
+    for own, view, caption in zip(axes, views, captions, strict=False):
         own.imshow(view.pixels, interpolation="nearest")
-        own.set_title(literal("\n".join(wrap(view.caption, CAPTION_WIDTH))), color=INK, fontsize=7)
+        own.set_title(literal("\n".join(caption)), color=INK, fontsize=8)
     return figure
 
 

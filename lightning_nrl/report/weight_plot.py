@@ -32,20 +32,26 @@ def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationRepo
     Raises:
         ConfigurationError: matplotlib is not installed.
     """
-    changed = {name: change.detach().double().cpu() for name, change in changes.items() if bool((change != 0).any())}
+    changed = {name: change.detach().cpu() for name, change in changes.items() if bool((change != 0).any())}
     if not changed:
         return {}
-    by_norm = sorted(changed, key=lambda name: -float(changed[name].norm()))
-    figures = {"Change of the weights, by tensor": _bars(changed, by_norm[:PLOTTED_TENSORS], localization)}
+    norms = {name: float(torch.linalg.vector_norm(change, dtype=torch.float64)) for name, change in changed.items()}
+    by_norm = sorted(norms, key=lambda name: -norms[name])
+    figures = {"Change of the weights, by tensor": _bars(changed, norms, by_norm[:PLOTTED_TENSORS], localization)}
     figures[f"Change of {by_norm[0]}"] = _map(by_norm[0], changed[by_norm[0]])
     return figures
 
 
-def _bars(changed: Mapping[str, Tensor], names: list[str], localization: LocalizationReport | None) -> Any:
+def _bars(
+    changed: Mapping[str, Tensor],
+    norms: Mapping[str, float],
+    names: list[str],
+    localization: LocalizationReport | None,
+) -> Any:
     names = names[::-1]
     figure = new_figure(WIDTH, HEIGHT)
     axes = figure.subplots()
-    bars = axes.barh(range(len(names)), [float(changed[name].norm()) for name in names], color=BAR_COLOUR)
+    bars = axes.barh(range(len(names)), [norms[name] for name in names], color=BAR_COLOUR)
     counts = [f"{int((changed[name] != 0).sum()):,} of {changed[name].numel():,}" for name in names]
     axes.bar_label(bars, counts, padding=3, fontsize=8)
     labels = [name if len(name) <= LABEL_CHARACTERS else f"...{name[3 - LABEL_CHARACTERS :]}" for name in names]
@@ -80,7 +86,7 @@ def grid_of(change: Tensor) -> npt.NDArray[np.float64]:
     A cell of a larger one is that change of the weights it stands for which is largest, with its sign.
     """
     rows = change.reshape(change.shape[0] if change.ndim > 1 else 1, -1)
-    return _thinned(_thinned(rows, GRID_COLUMNS).T, GRID_ROWS).T.numpy()
+    return _thinned(_thinned(rows, GRID_COLUMNS).T, GRID_ROWS).T.double().numpy()
 
 
 def _thinned(rows: Tensor, most: int) -> Tensor:
