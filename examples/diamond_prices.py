@@ -2,7 +2,7 @@
 
     python examples/diamond_prices.py
 
-53,940 diamonds with their prices come with the package plotnine (`pip install -e ".[studies]"`), nothing is
+53,940 diamonds with their prices come with the package plotnine (`pip install plotnine`), nothing is
 downloaded. The network was trained on the sales of a shop that had hardly a stone of 1.5 carat or more; then the shop
 began to sell them. Prices are estimated as their logarithm, so that a tolerance of log(1.15) means 15 %, for a cheap
 stone and a dear one.
@@ -41,7 +41,7 @@ def table() -> tuple[Tensor, Tensor, Tensor]:
     """Features, logarithms of prices, and which stones are large."""
     package = find_spec("plotnine")
     if package is None or package.origin is None:
-        raise SystemExit('The data come with plotnine: python -m pip install -e ".[studies]"')
+        raise SystemExit("The data come with plotnine: python -m pip install plotnine")
     with (Path(package.origin).parent / "data" / "diamonds.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if min(float(row[name]) for name in LENGTHS) > 0]
     numbers = torch.tensor([[float(row[name]) for name in LENGTHS] for row in rows])

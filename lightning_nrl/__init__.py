@@ -8,6 +8,8 @@ for users.
 from importlib import import_module
 from importlib.util import find_spec
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BoundOptions",
     "ConfigurationError",

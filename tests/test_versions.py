@@ -13,15 +13,18 @@ import yaml
 from lightning_package import NAME, OTHER
 from repository import ROOT
 
+import lightning_nrl
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 MATRIX = WORKFLOW["jobs"]["tests"]["strategy"]["matrix"]
-STEPS = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
+WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
 lowest = runpy.run_path(str(ROOT / ".ci/versions"))["lowest"]
 
 
@@ -49,11 +52,41 @@ def test_the_scripts_that_it_calls_are_there() -> None:
         assert os.access(ROOT / command.split()[0], os.X_OK), command
 
 
-def test_it_may_only_read_and_takes_actions_by_their_major_version() -> None:
-    assert WORKFLOW["permissions"] == {"contents": "read"}
-    actions = [step["uses"] for step in STEPS if "uses" in step]
-    assert actions
-    assert [action for action in actions if not re.fullmatch(r"actions/[\w-]+@v\d+", action)] == []
+def test_they_may_only_read_save_where_something_is_published() -> None:
+    assert set(WORKFLOWS) == {"ci", "docs", "release"}
+    for workflow in WORKFLOWS.values():
+        assert workflow["permissions"] == {"contents": "read"}
+        allowed = {name for name, job in workflow["jobs"].items() if "permissions" in job}
+        assert allowed <= {"publish"}
+
+
+def test_actions_are_taken_by_their_major_version() -> None:
+    steps = [step for workflow in WORKFLOWS.values() for job in workflow["jobs"].values() for step in job["steps"]]
+    actions = {step["uses"] for step in steps if "uses" in step}
+    assert "pypa/gh-action-pypi-publish@release/v1" in actions
+    assert [name for name in actions if not re.fullmatch(r"(actions|pypa)/[\w-]+@(release/)?v\d+", name)] == []
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" in PROJECT["dynamic"]
+    assert PYPROJECT["tool"]["hatch"]["version"]["path"] == "lightning_nrl/__init__.py"
+    version = lightning_nrl.__version__
+    assert yaml.safe_load((ROOT / ".github/CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_page_on_pypi_has_no_link_into_the_repository() -> None:
+    text = (ROOT / "README.md").read_text()
+    hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    assert re.search(r"\]\(docs/", text)
+    for part in hook["substitutions"]:
+        text = re.sub(part["pattern"], part["replacement"], text)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    home = "https://(?:raw.githubusercontent|github).com/lightning-nrl/lightning_nrl/(?:blob/)?v[^/]+/([^#]+)"
+    inside = [found[1] for link in links if (found := re.match(home, link))]
+    assert inside
+    assert [path for path in inside if not (ROOT / path).exists()] == []
 
 
 def test_every_lower_bound_is_a_floor() -> None:
@@ -74,6 +107,7 @@ def test_what_has_no_lower_bound_is_refused(requirement: str) -> None:
 
 
 def test_every_requirement_has_one_lower_bound() -> None:
-    extras: dict[str, list[Any]] = PROJECT["optional-dependencies"]
-    floors = lowest([*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)])
-    assert {"torch", "safetensors"} <= {floor.partition("==")[0] for floor in floors}
+    parts: list[list[Any]] = [*PROJECT["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
+    lines = [line for part in parts for line in part if isinstance(line, str)]
+    floors = lowest([*PROJECT["dependencies"], *lines])
+    assert {"torch", "safetensors", "hypothesis", "plotnine"} <= {floor.partition("==")[0] for floor in floors}

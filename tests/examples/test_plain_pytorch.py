@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from lightning_nrl.localization import AllWeights
 from lightning_nrl.tasks import Task
 
 EXAMPLE = ROOT / "examples" / "plain_pytorch.py"
-HOW_TO = ROOT / "docs" / "plain_pytorch.md"
 
 
 @dataclass
@@ -153,16 +150,3 @@ def test_the_example_repairs_and_says_so(capsys: pytest.CaptureFixture[str], mon
     printed = capsys.readouterr().out
     assert printed.startswith("REPAIRED")
     assert "The model holds the repaired weights" in printed
-
-
-def test_the_how_to_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {"__name__": "how_to"}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for block in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL):
-            exec(block, found)
-    assert found["outcome"].report.task == "WithinTolerance"
-    loaded = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-    loaded.load_state_dict(torch.load("repaired.pt", weights_only=True))
-    assert torch.equal(loaded[2].weight, found["model"][2].weight)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import torch
 from digit_models import Classifier, Digits, cnn, configured, quick_repair, quiet_trainer, right
 from lightning_package import Callback, CombinedLoader, LightningModule, ModelCheckpoint
-from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,8 +30,6 @@ from lightning_nrl import (
 from lightning_nrl.callbacks import regression_loss
 from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler, Predictions
 from lightning_nrl.tasks import Multiclass
-
-HOW_TO = ROOT / "docs" / "training.md"
 
 
 def third(batch: Any) -> Any:
@@ -455,15 +451,6 @@ def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> N
     congruent = configured(tmp_path, "PositiveCongruentTraining", **written)
     assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())
     assert congruent.index.__name__ == "third"
-
-
-def test_the_documented_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    block = next(b for b in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL) if "import torch" in b)
-    found: dict[str, Any] = {}
-    with torch.random.fork_rng():
-        exec(block, found)
-    assert "regression/focal_distillation" in found["trainer"].callback_metrics
 
 
 class Drawn(Callback):

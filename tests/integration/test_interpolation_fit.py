@@ -5,7 +5,6 @@ python test_interpolation_fit.py FOLDER
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,11 @@ from digit_models import (
     since_2_6,
 )
 from lightning_package import Callback, CSVLogger, LightningModule
-from repository import ROOT
 from torch.utils.data import DataLoader
 from two_processes import in_two_processes
 
-from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, WeightInterpolation
+from lightning_nrl import ConfigurationError, OldModel, WeightInterpolation
 from lightning_nrl.evaluation.flips import FlipCounts
-
-HOW_TO = ROOT / "docs" / "training.md"
 
 
 class Ordered(Digits):
@@ -343,16 +339,3 @@ def test_two_processes_choose_as_one(trained_path: Path) -> None:
     for name in ("network.1.running_mean", "network.1.running_var"):
         torch.testing.assert_close(cnn["state"][name], two_cnn["state"][name], rtol=0.05, atol=2e-3)
     assert cnn["share"] == two_cnn["share"] == 0.3
-
-
-def test_the_documented_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL)
-    found: dict[str, Any] = {}
-    with torch.random.fork_rng():
-        for block in blocks:
-            if "import torch" in block or "WeightInterpolation(" in block or "choose_share(" in block:
-                exec(block, found)
-    assert isinstance(found["repair"], RegressionFreeRepair)
-    assert found["interpolation"].choice is not None
-    assert found["choice"].curve[0].share == 0

@@ -25,7 +25,6 @@ from lightning_package import (
     TensorBoardLogger,
     Trainer,
 )
-from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -35,7 +34,6 @@ from lightning_nrl import ConfigurationError, OldModel, RegressionMetrics, Targe
 from lightning_nrl.reference import Predictions
 
 KEYS = {"nfr", "pfr", "relative_nfr", "btc", "bec", "broken", "repaired", "accuracy", "reference_accuracy"}
-HOW_TO = ROOT / "docs" / "monitoring.md"
 
 
 class Noisy(Digits):
@@ -411,16 +409,6 @@ def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> N
     written = {"reference": str(trained_path), "slices": "test_regression_metrics:is_noisy", "prefix": "old"}
     metrics = configured(tmp_path, "RegressionMetrics", **written)
     assert (metrics.prefix, metrics.slices) == ("old", is_noisy) or metrics.slices.__name__ == "is_noisy"
-
-
-def test_the_documented_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(), re.DOTALL) if "import torch" in b]
-    found: dict[str, Any] = {}
-    with torch.random.fork_rng():
-        exec(block, found)
-    assert found["best"].best_model_path
-    assert "regression/nfr" in found["trainer"].callback_metrics
 
 
 def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dict[str, float]]:

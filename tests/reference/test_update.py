@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import pytest
 import torch
-from repository import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from toy_repairs import known, right, trained, unseen
@@ -163,10 +161,3 @@ def test_what_only_the_new_model_gets_right_may_break_for_as_many_regressions_al
 def test_what_may_be_kept() -> None:
     with pytest.raises(ConfigurationError, match=r"`keep='all'` is unknown\.\nHINT: use one of 'both', 'reference'"):
         Settings(samples=SampleOptions(keep="all"))  # type: ignore[arg-type]
-
-
-def test_the_how_to_runs_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    page = ROOT / "docs" / "updates.md"
-    first = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
-    exec(compile(first, str(page), "exec"), {})
-    assert "Against the model that it replaces" in capsys.readouterr().out

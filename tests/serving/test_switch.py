@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning_package import LightningModule, Trainer
-from repository import ROOT
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +34,6 @@ from lightning_nrl.serving import (
     report_switch,
 )
 
-HOW_TO = ROOT / "docs" / "switch.md"
 INF, NAN = float("inf"), float("nan")
 
 
@@ -633,17 +631,3 @@ def test_a_switched_module_can_be_copied_pickled_exported_and_put_behind_another
     for argument, found in ((served, "is a `SwitchedModule` itself"), (new, "is no LightningModule")):
         with pytest.raises(ConfigurationError, match=rf"`new[\s\S]*{found}[\s\S]*HINT"):
             SwitchedModule(old, argument, 1.0)
-
-
-@quietly
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Found keys that are not in the model")
-def test_the_how_to_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {"__name__": "how_to"}
-    with torch.random.fork_rng():
-        for block in re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL):
-            exec(block, found)
-    x = found["x"]
-    assert torch.equal(found["loaded"](x), found["served"](x))
-    assert torch.equal(found["new_alone"].eval()(x), found["new"](x))
-    assert found["again"].threshold == 2

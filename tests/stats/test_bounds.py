@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import re
 from typing import Any
@@ -426,14 +424,3 @@ def test_the_page_shows_what_the_study_counts(study: list[Trial]) -> None:
     page = HOW_TO.read_text(encoding="utf-8")
     for trial in study:
         assert f"| {trial.bound} | {trial.data} | {trial.missed} |" in page
-
-
-def test_the_page_runs_as_it_is_printed() -> None:
-    found: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```\n(.*?)```)?", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 4
-    for block, printed in blocks:
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            exec(block, found)
-        assert out.getvalue() == printed

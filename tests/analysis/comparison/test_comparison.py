@@ -16,9 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import on_ranks
-from repository import ROOT
 from torch import Tensor, nn
-from toy_repairs import QUICK, known, quick, right, trained, unseen
+from toy_repairs import QUICK, known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
@@ -31,8 +30,6 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.problem import Problem, Solution
-
-HOW_TO = ROOT / "docs" / "compare.md"
 
 
 def threshold(at: float) -> nn.Linear:
@@ -360,15 +357,3 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigurationError, match=r"pip install lightning_nrl\[plots\]"):
         COMPARISON.plot()
-
-
-def test_the_how_to_runs_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {"quick": quick}
-    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
-    with torch.random.fork_rng():
-        for block in blocks:
-            if "Trainer" not in block:
-                exec(block, found)
-    assert (tmp_path / "comparison.png").exists()
-    assert isinstance(found["comparison"], Comparison)

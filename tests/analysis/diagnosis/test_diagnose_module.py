@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from ranks import on_ranks
-from repository import ROOT
 from torch import Tensor, nn
 from toy_repairs import known, trained
 
@@ -24,8 +23,6 @@ from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation import _head_features as features
 from lightning_nrl.tasks import Task
-
-HOW_TO = ROOT / "docs" / "diagnose.md"
 
 
 def by_score(*weights: float) -> nn.Linear:
@@ -260,13 +257,3 @@ def test_ranks_that_share_the_data_find_what_one_finds() -> None:
     assert [(b.split, b.id, b.targets) for b in first.binding] == [(b.split, b.id, b.targets) for b in one.binding]
     assert [layer.change for layer in first.layers] == pytest.approx([layer.change for layer in one.layers], rel=1e-3)
     assert first.doubts == one.doubts
-
-
-def test_the_how_to_runs_as_it_is_printed() -> None:
-    found: dict[str, Any] = {}
-    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
-    with torch.random.fork_rng():
-        for block in blocks:
-            if "Trainer" not in block:
-                exec(block, found)
-    assert found["diagnosis"].known["targeted"] > 0
