@@ -12,6 +12,8 @@ from lightning_nrl.reference import OldModel
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 
+__version__: str
+
 __all__ = [
     "BoundOptions",
     "ConfigurationError",

@@ -145,7 +145,7 @@ class RegressionFreeRepair(CallbackBase):
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
         """A callback with the settings of one row of the paper's Table II, such as `EXP-B1`.
 
-        Where the paper is silent or contradicts itself, the package's decisions stand (docs/concept.md).
+        Where the paper is silent or contradicts itself, the package's decisions stand (docs/paper.md).
 
         Args:
             row: the paper's ID of the experiment.

@@ -1,4 +1,4 @@
-"""docs/api.md lists what is public, package by package. `python tests/test_api.py` writes it anew."""
+"""docs/api.md lists what is public, docs/reference/ has its docstrings. `python tests/test_api.py` writes both anew."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from types import ModuleType
 import lightning_nrl
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
+REFERENCE = PAGE.parent / "reference"
 MODULES = ("lightning_nrl.callback", "lightning_nrl.errors", "lightning_nrl.presets")
 """Public modules at the root that are no packages."""
 INTRO = """# What is public
 
 Names by the package that they are imported from; `import lightning_nrl` has what most people need. Packages and modules
-that begin with an underscore, and names that are not listed, may change at any time.
+that begin with an underscore, and names that are not listed, may change at any time. The title of a table leads to the
+docstrings.
 """
 
 
@@ -59,18 +61,67 @@ def page() -> str:
         rows = [f"| `{name}` | {summary(module, name)} |" for name in sorted(module.__all__, key=str.lower)]
         first = (module.__doc__ or "").strip().splitlines()[0]
         table = ["| name | what it is |", "|---|---|", *rows]
-        parts.append("\n".join([f"## `{module.__name__}`\n", f"{first}\n", *table]) + "\n")
+        parts.append(
+            "\n".join([f"## [`{module.__name__}`](reference/{module.__name__}.md)\n", f"{first}\n", *table]) + "\n"
+        )
     return "\n".join(parts)
 
 
+def homes() -> dict[str, list[str]]:
+    """By public module, the names that are explained there: each object once, at the top what has no other home."""
+    modules = public_modules()
+    elsewhere = {id(getattr(module, name)) for module in modules[1:] for name in module.__all__}
+    seen: set[int] = set()
+    found = {}
+    for module in [*modules[1:], modules[0]]:
+        own = []
+        for name in sorted(module.__all__, key=str.lower):
+            value = id(getattr(module, name))
+            if value not in seen and (module is not modules[0] or value not in elsewhere):
+                seen.add(value)
+                own.append(name)
+        found[module.__name__] = own
+    return found
+
+
+def reference() -> dict[str, str]:
+    """The text of each page of docs/reference, by its name: what is there, and a directive for each docstring."""
+    explained = homes()
+    pages = {}
+    for module in public_modules():
+        text = [f"# {module.__name__}\n", (module.__doc__ or "").strip().splitlines()[0] + "\n"]
+        others = [name for name in sorted(module.__all__, key=str.lower) if name not in explained[module.__name__]]
+        if others:
+            links = [f"[`{name}`][{home(module, name, explained)}]" for name in others]
+            text.append(f"Explained where they are at home: {', '.join(links)}.\n")
+        text += [f"::: {module.__name__}.{name}\n" for name in explained[module.__name__]]
+        pages[f"{module.__name__}.md"] = "\n".join(text)
+    return pages
+
+
+def home(module: ModuleType, name: str, explained: dict[str, list[str]]) -> str:
+    """The full name under which an object is explained."""
+    value = getattr(module, name)
+    for other in explained:
+        for known in explained[other]:
+            if getattr(importlib.import_module(other), known) is value:
+                return f"{other}.{known}"
+    raise LookupError(f"{module.__name__}.{name}")
+
+
 def test_the_page_lists_what_is_public() -> None:
-    _, *sections = re.split(r"^## `([\w.]+)`$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    _, *sections = re.split(r"^## \[`([\w.]+)`\].*$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     listed = {
         name: sorted(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
         for name, text in zip(sections[::2], sections[1::2], strict=True)
     }
     public = {module.__name__: sorted(module.__all__) for module in public_modules()}
     assert listed == public, "run `python tests/test_api.py`"
+
+
+def test_the_reference_has_each_public_name() -> None:
+    there = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.glob("*.md")}
+    assert there == reference(), "run `python tests/test_api.py`"
 
 
 def test_every_public_name_has_a_docstring() -> None:
@@ -96,3 +147,8 @@ def test_the_face_can_be_held() -> None:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    REFERENCE.mkdir(exist_ok=True)
+    for old in REFERENCE.glob("*.md"):
+        old.unlink()
+    for file, text in reference().items():
+        (REFERENCE / file).write_text(text, encoding="utf-8")
