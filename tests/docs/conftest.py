@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from shutil import copytree
 from types import ModuleType
@@ -36,56 +37,63 @@ SMALL: dict[str, dict[str, Any]] = {
     "sweep": {"method": lightning_nrl.ParticleSwarm(particles=4, iterations=2)},
 }
 """Arguments of functions where a page does not say anything else."""
+QUICKEST = {"method": "convex"}
+REPAIR = lightning_nrl.repair
 
 
 def is_rare(batch: Any) -> torch.Tensor:
     return batch[2] % 3 == 0
 
 
-class Data(lightning.LightningDataModule):
-    """Digits; the third column of a batch counts the samples, so that it is a column of any kind."""
+@cache
+def classes(package: Any) -> tuple[type, type]:
+    """A module and a data module, of one of Lightning's packages."""
 
-    def setup(self, stage: str) -> None:
-        images, labels = load_digits(return_X_y=True)
-        data = torch.tensor(images[:700], dtype=torch.float32) / 16, torch.tensor(labels[:700]), torch.arange(700)
-        self.parts = [
-            TensorDataset(*(part[first : first + n] for part in data))
-            for first, n in ((0, 300), (300, 150), (450, 100), (550, 150))
-        ]
+    class Data(package.LightningDataModule):
+        """Digits; the third column of a batch counts the samples, so that it is a column of any kind."""
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[0], batch_size=50, shuffle=True)
+        def setup(self, stage: str) -> None:
+            images, labels = load_digits(return_X_y=True)
+            data = torch.tensor(images[:700], dtype=torch.float32) / 16, torch.tensor(labels[:700]), torch.arange(700)
+            self.parts = [
+                TensorDataset(*(part[first : first + n] for part in data))
+                for first, n in ((0, 300), (300, 150), (450, 100), (550, 150))
+            ]
 
-    def repair_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[1], batch_size=50)
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.parts[0], batch_size=50, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[2], batch_size=50)
+        def repair_dataloader(self) -> DataLoader:
+            return DataLoader(self.parts[1], batch_size=50)
 
-    def test_dataloader(self) -> DataLoader:
-        return DataLoader(self.parts[3], batch_size=50)
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(self.parts[2], batch_size=50)
 
+        def test_dataloader(self) -> DataLoader:
+            return DataLoader(self.parts[3], batch_size=50)
 
-class Net(lightning.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
-        self.classifier = nn.Linear(16, 10)
+    class Net(package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU())
+            self.classifier = nn.Linear(16, 10)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(self.encoder(x))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.classifier(self.encoder(x))
 
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=3e-3)
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+    return Net, Data
 
 
 def quick(kind: type) -> type:
@@ -99,11 +107,16 @@ def quick(kind: type) -> type:
     return type("Trainer", (kind,), {"__init__": start})
 
 
+def quickest(named: dict[str, Any]) -> dict[str, Any]:
+    """The method that takes least, where a page asks for nothing that only others can do."""
+    return {} if {"reference", "task", "layer", "callback", "search", "settings", "methods"} & set(named) else QUICKEST
+
+
 def with_defaults(function: Any, **defaults: Any) -> Any:
     """Pages leave things out; here they are small. A page's ten seeds are one."""
 
     def call(*arguments: Any, **named: Any) -> Any:
-        given = {**defaults, **named}
+        given = {**(quickest(named) if function is REPAIR else {}), **defaults, **named}
         return function(*arguments, **{**given, **({"seeds": 1} if "seeds" in given else {})})
 
     return call
@@ -113,16 +126,17 @@ class QuickRepair(lightning_nrl.RegressionFreeRepair):
     """A callback that takes a second, not as long as the fit took."""
 
     def __init__(self, **named: Any) -> None:
-        super().__init__(**{"max_time": 1.0, "verbose": False, **named})
+        super().__init__(**{"max_time": 1.0, "verbose": False, **quickest(named), **named})
 
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the checkpoints that pages name; made once."""
     folder = tmp_path_factory.mktemp("project")
+    Net, Data = classes(lightning)
     package = folder / "my_project"
     package.mkdir()
-    (package / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("def is_dark(batch): return batch[0].mean(1) > 0.3\n")
     for name, text in MODULES.items():
         (package / f"{name}.py").write_text(text)
     for seed, epochs, names in ((0, 4, ("old.ckpt", "best.ckpt")), (1, 8, ("new.ckpt", "retrained.ckpt"))):
@@ -151,14 +165,24 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The names that pages take for granted, in a folder of the page's own."""
+def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the project as the working folder."""
     copytree(template, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[str, Any]:
+    """The names that pages take for granted, in a folder of the page's own."""
+    package = pytorch_lightning if "import pytorch_lightning as L" in page.read_text(encoding="utf-8") else lightning
+    Net, Data = classes(package)
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
-    for package in (lightning, pytorch_lightning):
-        monkeypatch.setattr(package, "Trainer", quick(package.Trainer))
+    for one in (lightning, pytorch_lightning):
+        monkeypatch.setattr(one, "Trainer", quick(one.Trainer))
     monkeypatch.setattr(lightning_nrl, "RegressionFreeRepair", QuickRepair)
     for name, defaults in SMALL.items():
         monkeypatch.setattr(lightning_nrl, name, with_defaults(getattr(lightning_nrl, name), **defaults))
@@ -168,10 +192,10 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     data = Data()
     data.setup("fit")
     x, y, _ = data.parts[3].tensors
-    yield {
+    return {
         "__name__": "page",
         **{name: getattr(lightning_nrl, name) for name in lightning_nrl.__all__},
-        **{"L": lightning, "torch": torch, "nn": nn, "DataLoader": DataLoader, "ConcatDataset": ConcatDataset},
+        **{"L": package, "torch": torch, "nn": nn, "DataLoader": DataLoader, "ConcatDataset": ConcatDataset},
         **{
             "model": models[0],
             "new_model": models[1],
@@ -189,5 +213,3 @@ def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             "Model": Net,
         },
     }
-    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
-        del sys.modules[name]

@@ -7,7 +7,6 @@ import shlex
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import lightning
 import pytest
@@ -41,7 +40,7 @@ CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml") if b
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=lambda block: block.name)
 @pytest.mark.filterwarnings("ignore")
-def test_a_configuration_makes_what_it_names(block: Block, project: dict[str, Any]) -> None:
+def test_a_configuration_makes_what_it_names(block: Block, folder: Path) -> None:
     jsonargparse = pytest.importorskip("jsonargparse")
     found = yaml.safe_load(block.code)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
