@@ -178,7 +178,10 @@ def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture
 def project(folder: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> dict[str, Any]:
     """The names that pages take for granted, in a folder of the page's own."""
-    package = pytorch_lightning if "import pytorch_lightning as L" in page.read_text(encoding="utf-8") else lightning
+    text = page.read_text(encoding="utf-8")
+    package = pytorch_lightning if "import pytorch_lightning as L" in text else lightning
+    if ".plot(" not in text:  # figures take longer than all else
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     Net, Data = classes(package)
     monkeypatch.setitem(sys.modules, "page", ModuleType("page"))
     for one in (lightning, pytorch_lightning):
