@@ -74,6 +74,7 @@ class LoadedRepair:
             "bounds": self._bounds(),
             "against": "the model that it replaces" if report.update else "the model as it was trained",
             "accepted": report.status == "repaired",
+            "changes": report.status == "repaired" or bool(report.candidate),
             "outcome": html_blocks(blocks[:first]),
             "more": html_blocks(blocks[first:]),
             "classes": list(report.class_names),

@@ -92,7 +92,7 @@ def test_loggers_get_the_regressions() -> None:
     found = outcome(report)
     assert found["repair/known_regressions_before"] == 1
     assert found["repair/known_regressions"] == 0
-    assert found["repair/known_negative_flip_rate"] == 0
+    assert found["repair/known_nfr"] == 0
 
 
 def updated(old: nn.Module, steps: int = 30) -> nn.Module:

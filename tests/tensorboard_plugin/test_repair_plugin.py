@@ -150,8 +150,16 @@ def test_refused_weights_show_what_they_would_have_done(tmp_path: Path) -> None:
     write(tmp_path / "repair", refused)
     found = Asked(tmp_path).json("/repair", name="repair")
     assert (found["accepted"], found["tone"], found["known"]["repaired"], found["at_most"]) == (False, "warn", 1, "")
-    assert len(found["flips"]["rows"]) == 1
+    assert (len(found["flips"]["rows"]), found["changes"]) == (1, True)
     assert "What the refused weights would have done" in found["outcome"]
+
+
+def test_where_no_weights_were_found_the_model_is_shown_as_it_is(tmp_path: Path) -> None:
+    as_it_is = replace(KNOWN, counts=TargetCounts(6, 0, 0, 2, 2, 0), flipped=(), confusion=())
+    write(tmp_path / "repair", replace(REPORT, status="not repaired", splits=(as_it_is,), search=None, strength=()))
+    found = Asked(tmp_path).json("/repair", name="repair")
+    assert (found["changes"], found["known"]["right"], found["known"]["n"]) == (False, 6, 8)
+    assert (found["flips"]["rows"], found["confusion"], found["search"], found["strength"]) == ([], {}, None, [])
 
 
 def test_samples_that_flipped_have_pictures_or_text(asked: Asked) -> None:

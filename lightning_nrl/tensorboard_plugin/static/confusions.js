@@ -74,6 +74,6 @@ function list(repair, cells, button) {
     h("td", {}, count(cell[2])), h("td", {}, count(cell[3])), h("td", {}, button(cell))));
   const heads = ["", "before", "after", "change"].map(name => h("th", { scope: "col" }, name));
   return h("div", { class: "wide" }, more,
-    h("table", { class: "matrix", "aria-labelledby": "confusions-title" },
+    h("table", { class: "matrix pairs", "aria-labelledby": "confusions-title" },
       h("thead", {}, h("tr", {}, heads)), h("tbody", {}, items)));
 }

@@ -4,7 +4,7 @@ import { besideAnother } from "./beside.js";
 import { address, count, h, number } from "./dom.js";
 import { bindHeads, compareCells, matchesWords } from "./table.js";
 
-const PAGE_SIZES = [25, 50, 100];
+const PAGE_SIZES = [25, 50, 100], WORDS = "words";
 const [SPLIT, POSITION, FLIP, LABEL, BEFORE, AFTER, MARGIN_BEFORE, MARGIN_AFTER, IN_TARGET, SLICE, KIND] =
   Array(11).keys();
 
@@ -24,18 +24,18 @@ export const pairName = (repair, label, prediction) =>
 export function flippedSamples(repair, others) {
   const { rows, slices } = repair.flips, { splits } = repair;
   const own = [
-    ["split", row => splits[row[SPLIT]].name],
+    ["split", row => splits[row[SPLIT]].name, WORDS],
     ["position", row => String(row[POSITION])],
-    ["flip", row => row[FLIP]],
-    ["true", row => nameOf(repair, row[LABEL])],
-    ["before", row => nameOf(repair, row[BEFORE])],
-    ["after", row => nameOf(repair, row[AFTER])],
+    ["flip", row => row[FLIP], WORDS],
+    ["true", row => nameOf(repair, row[LABEL]), WORDS],
+    ["before", row => nameOf(repair, row[BEFORE]), WORDS],
+    ["after", row => nameOf(repair, row[AFTER]), WORDS],
     ["margin before", row => number(row[MARGIN_BEFORE])],
     ["margin after", row => number(row[MARGIN_AFTER])],
     ["in target", row => (row[IN_TARGET] ? "yes" : "no")],
-    ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? ""]] : []),
+    ...(slices.length ? [["slice", row => slices[row[SLICE]] ?? "", WORDS]] : []),
   ];
-  const all = rows.map(row => ({ row }));
+  const all = rows.map(row => ({ row })), pictured = rows.some(row => row[KIND]);
   const asked = { words: "", flip: "", split: "", slice: "", target: "", pair: null, dropped: null };
   let columns, shown = all, page = 0, size = PAGE_SIZES[0], order = null;
 
@@ -48,17 +48,17 @@ export function flippedSamples(repair, others) {
 
   /** The columns of the table: its own, and one of another repair. */
   function lay(name, ofRow) {
-    columns = name ? [...own, [name, ofRow]] : own;
+    columns = name ? [...own, [name, ofRow, WORDS]] : own;
     order = null;
     for (const one of all) {
       one.cells = columns.map(([, cell]) => cell(one.row));
       one.text = `${one.cells.join(" ")} ${splits[one.row[SPLIT]].role}`.toLowerCase();
     }
-    const heads = h("tr", {}, h("th", { scope: "col" }, "input"),
-      columns.map(([title]) => h("th", { scope: "col", "aria-sort": "none" }, h("button", { type: "button" }, title))));
+    const heads = h("tr", {}, pictured ? h("th", { scope: "col", class: "input" }, "input") : null,
+      columns.map(([title, , kind]) =>
+        h("th", { scope: "col", "aria-sort": "none", class: kind }, h("button", { type: "button" }, title))));
     head.replaceChildren(heads);
-    // The first column holds pictures.
-    bindHeads(heads, (i, up) => { order = { column: i - 1, up }; filter(); });
+    bindHeads(heads, (i, up) => { order = { column: i - pictured, up }; filter(); });
     filter();
   }
 
@@ -66,8 +66,9 @@ export function flippedSamples(repair, others) {
     const start = page * size, seen = shown.slice(start, start + size);
     table.setAttribute("aria-rowcount", shown.length + 1);
     body.replaceChildren(...seen.map(({ row, cells }, i) =>
-      h("tr", { class: row[FLIP], "aria-rowindex": start + i + 2 }, h("td", { class: "input" }, view.thumbnail(row)),
-        cells.map((text, j) => h("td", { class: j === 2 ? "flip" : "" }, text)))));
+      h("tr", { class: row[FLIP], "aria-rowindex": start + i + 2 },
+        pictured ? h("td", { class: "input" }, view.thumbnail(row)) : null,
+        cells.map((text, j) => h("td", { class: `${j === 2 ? "flip " : ""}${columns[j][2] ?? ""}` }, text)))));
     const range = shown.length > size ? `, ${count(start + 1)} to ${count(start + seen.length)} on this page` : "";
     status.textContent = `${count(shown.length)} of ${count(all.length)}${range}`;
     for (const [button, possible] of [[first, page > 0], [previous, page > 0], [next, start + size < shown.length],

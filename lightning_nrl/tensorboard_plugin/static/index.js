@@ -66,7 +66,7 @@ async function show(name) {
     if (state.wanted !== name) return;  // a reader was faster
     Object.assign(state, { shown: name, stamp: repair.modified });
     const others = state.repairs.filter(one => !one.problem && one.name !== name).map(one => one.name);
-    const flips = flippedSamples(repair, others);
+    const flips = repair.changes ? flippedSamples(repair, others) : { element: "", choosePair: () => undefined };
     place.replaceChildren(
       ...verdict(repair),
       h("div", { class: "beside" }, flips.element, changedConfusions(repair, flips.choosePair)),

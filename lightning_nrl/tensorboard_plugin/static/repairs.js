@@ -13,8 +13,9 @@ export function repairsTable(repairs, found, shown, show) {
       h("button", { type: "button", "data-repair": one.name, "aria-pressed": String(one.name === shown),
         disabled: Boolean(one.problem), onclick: () => show(one.name) }, one.name)),
     ...(one.problem ? [h("td", { class: "warn words", colspan: HEADS.length - 1 }, one.problem)] : cells(one))));
-  const heads = HEADS.map(name =>
-    h("th", { scope: "col", "aria-sort": "none" }, h("button", { type: "button" }, name)));
+  const heads = HEADS.map((name, i) =>
+    h("th", { scope: "col", "aria-sort": "none", class: i === 1 || i === 2 ? "words" : "" },
+      h("button", { type: "button" }, name)));
   const table = h("table", { "aria-labelledby": "repairs-title" },
     h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows));
   if (!repairs.some(one => one.problem)) sortable(table);

@@ -22,7 +22,12 @@ export function verdict(repair) {
   ].filter(Boolean);
 }
 
-function tiles({ known, unseen, accepted, at_most, bounds }) {
+function tiles({ known, unseen, accepted, changes, at_most, bounds }) {
+  if (!changes) {
+    // No weights were found that could be counted: what is left is the model as it is.
+    return Object.entries({ known, unseen }).filter(([, data]) => data).map(([name, data]) =>
+      tile(`${name} samples right`, count(data.right), `of ${count(data.n)}`, ""));
+  }
   const would = accepted ? "" : "would be ";
   const found = [];
   if (known) {
@@ -40,7 +45,7 @@ function tiles({ known, unseen, accepted, at_most, bounds }) {
       unseen.repaired > unseen.broken ? "good" : ""));
     found.push(tile("unseen accuracy", unseen.accuracy_after, `was ${unseen.accuracy_before}`, ""));
   } else if (accepted) {
-    const text = bounds.length ? "calibration data alone say something" : "nothing is known; give unseen= next time";
+    const text = bounds.length ? "calibration data stand in, see below" : "nothing is known; give unseen= next time";
     found.push(tile("unseen data", "none", text, bounds.length ? "" : "warn"));
   }
   return found;
