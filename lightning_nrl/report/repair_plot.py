@@ -95,9 +95,9 @@ def _panels(report: RepairReport) -> Mapping[str, Draw]:
         together = pool(own)
         if together.margins is not None and together.n:
             panels[f"Margins of {role} data"] = _margins(together)
-        if confusion_changes(together.confusion):
+        if len(changed_classes(together.confusion)) > MATRIX_CLASSES:
             panels[f"Confusions that changed, {role} data"] = _confusions(together, report.class_name)
-        if 0 < len(changed_classes(together.confusion)) <= MATRIX_CLASSES:
+        elif confusion_changes(together.confusion):
             matrix = partial(draw_confusion_change, together.confusion, report.class_name)
             panels[f"Change of the confusion matrix, {role} data"] = matrix
     if len(report.strength) > 1:

@@ -39,7 +39,6 @@ REPORT = RepairReport(
 )
 PANELS = [
     "Margins of known data",
-    "Confusions that changed, known data",
     "Change of the confusion matrix, known data",
     "How far to go, samples by strength",
     "Course of the search",
@@ -66,15 +65,24 @@ def test_there_is_a_figure_for_each_panel_that_has_data() -> None:
 def test_all_panels_are_one_figure() -> None:
     pytest.importorskip("matplotlib")
     axes = draw_repair(REPORT).axes
-    assert [one.get_title() for one in axes] == [*PANELS, ""]  # two a row
-    (margins, confusions, matrix, strength, search, _) = axes
+    assert [one.get_title() for one in axes] == PANELS
+    (margins, matrix, strength, search) = axes
     assert [patch.get_data().values.tolist() for patch in margins.patches] == [[1, 6], [1, 6]]
-    assert [bar.get_width() for bar in confusions.patches] == [-1, 1]
     cells = [(t.get_position(), t.get_text(), t.get_visible()) for t in matrix.texts]
     assert cells == [((0, 0), "-1", True), ((1, 0), "+1", True), ((0, 1), "-1", True), ((1, 1), "+0", False)]
     assert matrix.images[0].get_array().tolist() == [[-1, -1], [1, 0]]  # for the worse, the worse, the better
     assert [list(line.get_ydata()) for line in strength.lines[:2]] == [[0, 0, 1], [0, 0, 1]]
     assert [list(line.get_ydata()) for line in search.lines] == [[0, 1], [0, 1]]
+
+
+def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
+    pytest.importorskip("matplotlib")
+    cells = [cell for i in range(10) for cell in (ConfusionCell(i, i + 10, 0, i + 1), ConfusionCell(i, i, 20, 19 - i))]
+    figures = repair_figures(replace(REPORT, splits=(replace(SPLIT, confusion=tuple(cells)),)))
+    (axes,) = figures["Confusions that changed, known data"].axes
+    assert [bar.get_width() for bar in axes.patches] == list(range(1, 11))
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "9 taken for 19"
+    assert not any("matrix" in title for title in figures)
 
 
 def test_without_matplotlib_the_page_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
