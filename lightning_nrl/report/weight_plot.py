@@ -37,8 +37,8 @@ def weight_figures(changes: Mapping[str, Tensor], localization: LocalizationRepo
         return {}
     norms = {name: float(torch.linalg.vector_norm(change, dtype=torch.float64)) for name, change in changed.items()}
     by_norm = sorted(norms, key=lambda name: -norms[name])
-    figures = {"Change of the weights, by tensor": _bars(changed, norms, by_norm[:PLOTTED_TENSORS], localization)}
-    figures[f"Change of {by_norm[0]}"] = _map(by_norm[0], changed[by_norm[0]])
+    figures = {"Weights, change by tensor": _bars(changed, norms, by_norm[:PLOTTED_TENSORS], localization)}
+    figures[f"Weights, change of {by_norm[0]}"] = _map(by_norm[0], changed[by_norm[0]])
     return figures
 
 

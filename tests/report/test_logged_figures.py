@@ -90,13 +90,13 @@ def test_the_tensors_that_moved_are_listed_by_how_far() -> None:
     }
     sizes = {"localized": 2, "total": 4}
     figures = weight_figures(changes, LocalizationReport(None, 1, sizes))
-    assert list(figures) == ["Change of the weights, by tensor", "Change of head.weight"]
-    bars = figures["Change of the weights, by tensor"].axes[0]
+    assert list(figures) == ["Weights, change by tensor", "Weights, change of head.weight"]
+    bars = figures["Weights, change by tensor"].axes[0]
     assert [bar.get_width() for bar in bars.patches] == [0.5, 5.0]
     assert [label.get_text() for label in bars.get_yticklabels()] == ["body.weight", "head.weight"]
     assert [text.get_text() for text in bars.texts] == ["1 of 2", "2 of 4"]
     assert bars.get_title("left") == "searched: 2 of 4 weights"
-    (image,) = figures["Change of head.weight"].axes[0].images
+    (image,) = figures["Weights, change of head.weight"].axes[0].images
     assert (image.get_array().tolist(), image.get_clim()) == ([[3.0, 0.0], [4.0, 0.0]], (-4.0, 4.0))
     assert weight_figures({"head.bias": torch.zeros(2)}) == {}
 

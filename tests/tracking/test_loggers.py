@@ -120,7 +120,7 @@ def test_with_figures_all_scalars_are_single_points_and_the_summary_is_the_first
     group = sorted(tag for tag in tags if tag.startswith("repair/"))
     assert (group[0], len(group)) == ("repair/Summary", 12)
     assert {tag.split("/")[0] for tag in tags} == {"repair", "repair_numbers", "repair_figures", "repair_weights"}
-    (image,) = events.Images("repair_figures/Change of classifier.weight")
+    (image,) = events.Images("repair_figures/Weights, change of classifier.weight")
     assert (image.step, image.encoded_image_string[:4]) == (120, b"\x89PNG")
     assert "repair_figures/Course of the search" in tags
 
