@@ -103,6 +103,7 @@ class Browser:
         self.driver.switch_to.default_content()
         self.driver.set_window_size(width, height)
         self.driver.get("about:blank")
+        self.driver.get_log("browser")  # so that `errors` has those of this page alone
         self.driver.get(place if "://" in place else self.url + place)
 
     def until(self, what: Callable[[], T]) -> T:
@@ -132,9 +133,10 @@ class Browser:
         script = "return arguments[0].filter(one => one.complete).map(one => [one.naturalWidth, one.naturalHeight])"
         return [tuple(size) for size in self.driver.execute_script(script, self.elements(selector)) if all(size)]
 
-    def errors(self) -> list[str]:
-        """What the console has complained of since it was asked last."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+    def errors(self, source: str = "") -> list[str]:
+        """What the console has complained of since the page was opened, of places that have this in their name."""
+        entries = self.driver.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE" and source in entry["message"]]
 
     def picture(self, name: str) -> None:
         """Saves what is seen as a small PNG file, if pictures are wanted."""
