@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, validating
+from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
@@ -39,7 +40,7 @@ from lightning_nrl.errors import (
     RepairError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.localization import Known, on_data
+from lightning_nrl.localization import Known, NeuRecover, NeuRecoverLite, on_data
 from lightning_nrl.methods import Convex, LocalSearch
 from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
@@ -76,10 +77,11 @@ class TrainerRepair:
 
     def check(self, trainer: Trainer, model: LightningModule) -> None:
         """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
+        settings = _sanity_settings(self.settings, trainer)
         with random_state(), validating(trainer):
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
             sources = [*few.known, *few.unseen, *few.calibration]
-            run_sanity_check(few.evaluator, sources, self.settings, reference=self.reference)
+            run_sanity_check(few.evaluator, sources, settings, reference=self.reference)
             trains = getattr(self.settings.method, "trains", False)
             if self.reference is None and self.settings.layer == "auto" and trains:
                 few.training.warn()
@@ -93,7 +95,7 @@ class TrainerRepair:
             outcome = repair_module(
                 trained.evaluator,
                 trained.known,
-                self.settings,
+                with_history(self.settings, trainer),
                 unseen=trained.unseen,
                 calibration=trained.calibration,
                 training=replace(trained.training, fit_seconds=fit_seconds),
@@ -132,6 +134,44 @@ class TrainerRepair:
         check_own_step(trainer, model, evaluator, known)
         training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
+
+
+@runtime_checkable
+class RecordsHistory(Protocol):
+    """A callback that records the training in a folder."""
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the record is; None before training begins."""
+        ...
+
+    def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes a point."""
+        ...
+
+
+def history_callback(trainer: Trainer) -> RecordsHistory | None:
+    """The callback of a trainer that records its training; None: there is none."""
+    return next((one for one in callbacks_of(trainer) if isinstance(one, RecordsHistory)), None)
+
+
+def with_history(settings: Settings, trainer: Trainer) -> Settings:
+    """Settings whose NeuRecover has the history that a callback of the trainer has recorded, unless it has another."""
+    localizer, callback = settings.localizer, history_callback(trainer)
+    if not isinstance(localizer, NeuRecover) or localizer.history is not None:
+        return settings
+    if callback is None or callback.folder is None:
+        return settings
+    found = replace(localizer, history=str(callback.folder))
+    return replace(settings, search=replace(settings.search, localizer=found))
+
+
+def _sanity_settings(settings: Settings, trainer: Trainer) -> Settings:
+    """The same for a look before the first step: a history that is still to be recorded is taken on trust."""
+    localizer = settings.localizer
+    if isinstance(localizer, NeuRecover) and localizer.history is None and history_callback(trainer) is not None:
+        return replace(settings, search=replace(settings.search, localizer=NeuRecoverLite()))
+    return settings
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ def diagnose(
     datamodule: LightningDataModule | None = None,
     ckpt_path: str | Path | None = None,
     weights_only: bool = True,
+    history: str | Path | None = None,
     **arguments: Any,
 ) -> Diagnosis:
     """Says before a repair what can be fixed, what stands in the way, where there is room, what it costs, what to do.
@@ -38,6 +39,8 @@ def diagnose(
         datamodule: holds the data, with an optional `repair_dataloader()` for the failed samples.
         ckpt_path: a checkpoint of the model; None: the model as it is.
         weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
+            forgotten, and which of the former have a label that looks wrong.
         **arguments: arguments of `RegressionFreeRepair`, so that a repair can be given the same. Those that say which
             failures and data are meant (`target`, `task`, `data`) and `seed` matter here.
 
@@ -60,7 +63,12 @@ def diagnose(
         training = trained.training
         epochs = None if training.obstacle else training.epochs
         return diagnose_module(
-            trained.evaluator, trained.known, callback.settings, epochs=epochs, observer=trained.observer
+            trained.evaluator,
+            trained.known,
+            callback.settings,
+            epochs=epochs,
+            history=history,
+            observer=trained.observer,
         )
 
     loaders = (train_dataloaders, val_dataloaders)

@@ -22,6 +22,7 @@ from lightning_nrl.localization.neurecover import NeuRecover, TrainingFlips, loc
 from lightning_nrl.localization.neurecover_lite import NeuRecoverLite, default_n_weights, localize, set_sizes
 from lightning_nrl.localization.pareto import first_fronts, pareto_front
 from lightning_nrl.localization.random_weights import RandomWeights
+from lightning_nrl.localization.training_record import RecordedSplit, TrainingRecord
 
 __all__ = [
     "LOCALIZERS",
@@ -41,7 +42,9 @@ __all__ = [
     "NeuRecover",
     "NeuRecoverLite",
     "RandomWeights",
+    "RecordedSplit",
     "TrainingFlips",
+    "TrainingRecord",
     "contribution",
     "default_n_weights",
     "first_fronts",

@@ -22,6 +22,7 @@ from lightning_nrl.localization.history import History, HistoryPoint, Known, par
 from lightning_nrl.localization.impact import Impact, Replay, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization
 from lightning_nrl.localization.neurecover_lite import default_n_weights
+from lightning_nrl.localization.training_record import FolderHistory
 
 __all__ = ["NeuRecover", "TrainingFlips", "localize_by_history"]
 
@@ -72,7 +73,7 @@ class NeuRecover:
                 raise ConfigurationError(
                     f"`n_weights={self.n_weights}` and `rate={self.rate}` are both given.", "give one of them."
                 )
-        parse_history("NeuRecover.history", self.history)
+        _history_of(self.history)
 
     def on(self, known: Known) -> OnHistory:
         """The localiser for these data: reads the history, running checkpoints once over the data.
@@ -80,7 +81,7 @@ class NeuRecover:
         Raises:
             ConfigurationError: there is no history, or it cannot be read.
         """
-        history = parse_history("NeuRecover.history", self.history)
+        history = _history_of(self.history)
         if history is None:
             raise ConfigurationError(
                 "`localizer`: NeuRecover has no history of the training.",
@@ -236,6 +237,12 @@ def suspiciousness(deg: Sequence[Tensor], imp: Impact | None, layers: Sequence[s
     share = torch.nan_to_num(of_deg / (of_deg + of_imp))
     moved = torch.stack([change[own].mean() for own in layers])
     return torch.nan_to_num(share / share.max()) * torch.nan_to_num(moved / moved.max())
+
+
+def _history_of(given: Any) -> History | None:
+    if isinstance(given, (str, Path)):
+        return FolderHistory(Path(given))
+    return parse_history("NeuRecover.history", given)
 
 
 def same_point(point: HistoryPoint, now: HistoryPoint) -> bool:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.analysis.diagnosis._advice import advise
 from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
+from lightning_nrl.analysis.diagnosis._history_notes import history_notes
 from lightning_nrl.analysis.diagnosis._last_layer import LastLayer, analyze_last_layer, sample_places, untried_targets
 from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities, sketch_gradients
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, LayerCapacity
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.evaluation._head_features import HeadFeatures, collect_features, drawn
+from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.pipeline._input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 
@@ -38,6 +41,7 @@ def diagnose_module(
     settings: Settings | None = None,
     *,
     epochs: int | None = None,
+    history: str | Path | TrainingRecord | None = None,
     observer: Observer | None = None,
 ) -> Diagnosis:
     """Says what can be known before a repair: what can be fixed, what stands in the way, which layer has room.
@@ -49,14 +53,17 @@ def diagnose_module(
         known: data that a repair may look at.
         settings: the target and the seed; the rest does not matter here.
         epochs: how long the model was trained, if that is known; for the cost of training on.
+        history: the folder that `TrainingHistory` has written: notes say which targets were never learnt, which were
+            forgotten, and which of the former have a label that looks wrong.
         observer: is told how it goes.
 
     Raises:
-        ConfigurationError: the data, the target or the task cannot be used.
+        ConfigurationError: the data, the target, the task or the history cannot be used.
         EvaluationError: the model gives losses that are not finite; the samples are named.
     """
     settings, evaluator, clock = given_or_default(settings), Evaluator.of(model), StageTimer(observer)
     check_sources(known, (), settings)
+    record = TrainingRecord.read(history) if isinstance(history, (str, Path)) else history
     head, layer = last_linear(evaluator.model, evaluator.called)
     with preserve(evaluator.model):
         with clock.stage("collect"):
@@ -92,6 +99,8 @@ def diagnose_module(
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last
         found = replace(found, head=head, targets=targets, binding=binding, check=check, mixing=mixing, doubts=doubts)
+    if record is not None:
+        found = replace(found, notes=(*found.notes, *history_notes(record, results, found.doubts)))
     return replace(found, advice=advise(found))
 
 

@@ -1,0 +1,203 @@
+"""The record of a training on disk: which samples were right at which step, their losses, and weights of some layers.
+
+A folder with one file a point, named by the step (`point-00000120.pt`), and the samples of each split (`samples.pt`). A
+sample takes 17 bits at each point: a bit for right or wrong, and its loss in half precision. All of it loads with
+`weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl._utils.state import State
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.localization.history import HistoryPoint, Known
+
+__all__ = ["FolderHistory", "RecordedPoint", "RecordedSplit", "TrainingRecord", "forget_after", "write_point"]
+
+SAMPLES_FILE = "samples.pt"
+POINT_FILE = re.compile(r"point-(\d+)\.pt")
+HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."
+
+
+@dataclass(frozen=True)
+class RecordedSplit:
+    """One split at all points of a training, the oldest first; `T` points, `n` samples.
+
+    Attributes:
+        index: `n` int64, positions in the data set.
+        label: `n` int64, the true class, -1 where the task has none.
+        passed: `T x n` bool.
+        loss: `T x n` float16.
+    """
+
+    index: Tensor
+    label: Tensor
+    passed: Tensor
+    loss: Tensor
+
+    @property
+    def never_learned(self) -> Tensor:
+        """`n` bool, wrong at every point."""
+        return ~self.passed.any(0)
+
+    @property
+    def forgotten(self) -> Tensor:
+        """`n` int64, how often each turned from right to wrong between two points (Toneva et al. 2019)."""
+        return (self.passed[:-1] & ~self.passed[1:]).sum(0)
+
+    @property
+    def first_right(self) -> Tensor:
+        """`n` int64, the first point at which each was right; `T` where it never was."""
+        first = self.passed.int().argmax(0)
+        return first.masked_fill(self.never_learned, len(self.passed))
+
+
+@dataclass(frozen=True)
+class RecordedPoint:
+    """One point of a training: the step, the epoch, and the weights that were kept."""
+
+    step: int
+    epoch: int
+    weights: State
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What `TrainingHistory` has written: its points, and the samples of its splits.
+
+    Attributes:
+        points: the oldest first.
+        splits: by name.
+    """
+
+    points: tuple[RecordedPoint, ...]
+    splits: Mapping[str, RecordedSplit]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> TrainingRecord:
+        """Reads a folder.
+
+        Raises:
+            ConfigurationError: there is no record, or it cannot be read.
+        """
+        files = _point_files(Path(folder))
+        if not files or not (Path(folder) / SAMPLES_FILE).exists():
+            raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", HINT)
+        samples = load_mapping("history", Path(folder) / SAMPLES_FILE, HINT)
+        found = [load_mapping("history", file, HINT) for file in files.values()]
+        splits = {}
+        for split, known in samples.items():
+            n = len(known["index"])
+            passed = torch.stack([_unpacked(point["splits"][split]["passed"], n) for point in found])
+            loss = torch.stack([point["splits"][split]["loss"] for point in found])
+            splits[split] = RecordedSplit(known["index"], known["label"], passed, loss)
+        points = tuple(RecordedPoint(point["step"], point["epoch"], point["weights"]) for point in found)
+        return cls(points, splits)
+
+    def history(self, known: Known) -> list[HistoryPoint]:
+        """The points as NeuRecover takes them; a sample of which there is no record is not known.
+
+        Raises:
+            ConfigurationError: the weights of a layer to be repaired were not kept.
+        """
+        rows = {split: self._rows(known.before, split) for split in known.before.splits if split in self.splits}
+        return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
+
+    def _rows(self, before: SampleResults, split: str) -> tuple[Tensor, Tensor]:
+        """Rows of known samples of a split, and their places in the record."""
+        recorded = self.splits[split].index
+        place = torch.full((int(max(recorded.max(), before.index[before.of(split)].max())) + 1,), -1)
+        place[recorded] = torch.arange(len(recorded))
+        found = place[before.index[before.of(split)]]
+        there = (found >= 0).nonzero().squeeze(1)
+        return there + before.start(split), found[there]
+
+    def _point(
+        self, i: int, point: RecordedPoint, known: Known, rows: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> HistoryPoint:
+        names = list(known.space.parameters)
+        lacking = [name for name in names if name not in point.weights]
+        if lacking:
+            raise ConfigurationError(
+                f"`history` has no weights of {lacking[0]!r}.",
+                "record that layer: `TrainingHistory(layers=[...])`, or `layers='all'`.",
+            )
+        passed = torch.full((len(known.before),), -1, dtype=torch.int8)
+        for split, (row, place) in rows.items():
+            passed[row] = self.splits[split].passed[i, place].to(torch.int8)
+        return HistoryPoint(passed, torch.cat([point.weights[name].flatten() for name in names]))
+
+
+@dataclass(frozen=True)
+class FolderHistory:
+    """The history in a folder, read when it is asked for."""
+
+    folder: Path
+
+    def points(self, known: Known) -> list[HistoryPoint]:
+        """See `TrainingRecord.history`."""
+        return TrainingRecord.read(self.folder).history(known)
+
+
+def write_point(folder: Path, step: int, epoch: int, results: SampleResults, weights: State) -> Path:
+    """Writes what the model does on some splits at a step, with the weights that are to be kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = {
+        split: {"index": results.index[results.of(split)], "label": results.label[results.of(split)]}
+        for split in results.splits
+    }
+    _replace(samples, folder / SAMPLES_FILE)
+    splits = {
+        split: {
+            "passed": _packed(results.passed[results.of(split)]),
+            "loss": results.loss[results.of(split)].to(torch.float16),
+        }
+        for split in results.splits
+    }
+    kept = {name: value.detach().cpu().clone() for name, value in weights.items()}
+    file = folder / f"point-{step:08d}.pt"
+    _replace({"step": step, "epoch": epoch, "splits": splits, "weights": kept}, file)
+    return file
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Removes points after a step: those of a training that went on from an earlier checkpoint, or began anew."""
+    for at, file in _point_files(folder).items():
+        if at > step:
+            file.unlink()
+
+
+def _point_files(folder: Path) -> dict[int, Path]:
+    """The files by step, ascending."""
+    found = {int(match[1]): file for file in folder.glob("point-*.pt") if (match := POINT_FILE.fullmatch(file.name))}
+    return dict(sorted(found.items()))
+
+
+def _replace(value: Mapping[str, Any], file: Path) -> None:
+    """Writes a file whole or not at all."""
+    made = file.with_suffix(".tmp")
+    torch.save(value, made)
+    made.replace(file)
+
+
+BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """`n` bool as bytes."""
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8))
+    return (padded.view(-1, 8) * BITS).sum(1).to(torch.uint8)
+
+
+def _unpacked(packed: Tensor, n: int) -> Tensor:
+    return ((packed[:, None] & BITS) > 0).flatten()[:n]

@@ -1,0 +1,148 @@
+"""A training with its record: exact, without a trace in the training, through a resume, over two processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import distributed_history
+import pytest
+import torch
+from digit_models import Classifier, Digits, quick_repair, quiet_trainer
+from lightning_package import CSVLogger, ModelCheckpoint
+from torch.nn import functional as F
+from two_processes import in_two_processes
+
+from lightning_nrl import RegressionFreeRepair, SearchOptions, TrainingHistory
+from lightning_nrl._trainer.trainer_repair import RecordsHistory
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.localization import NeuRecover, TrainingRecord
+from lightning_nrl.methods import bundle
+
+
+def fit(folder: Path, *callbacks: Any, epochs: int = 3, model: Any = None, **more: Any) -> Any:
+    checkpoint = more.pop("ckpt_path", None)
+    model = Classifier() if model is None else model
+    torch.manual_seed(0)
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=epochs, **more)
+    trainer.fit(model, datamodule=Digits(), ckpt_path=checkpoint)
+    return trainer
+
+
+def outputs(weights: dict[str, torch.Tensor], split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples of a split these weights get right, and their losses."""
+    model = Classifier().eval()
+    model.load_state_dict(weights)
+    images, labels, _ = getattr(Digits(), split).tensors
+    with torch.no_grad():
+        logits = model(images)
+    return logits.argmax(1) == labels, F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingHistory, TrainingRecord, Any]:
+    folder = tmp_path_factory.mktemp("recorded")
+    history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
+    repair = RegressionFreeRepair(method=bundle("neurecover", searcher="swarm"), verbose=False, gate="accuracy")
+    trainer = fit(folder, history, repair, logger=CSVLogger(folder))
+    return folder, history, TrainingRecord.read(folder / "history"), trainer
+
+
+def test_each_point_is_what_its_weights_do_on_every_sample(recorded: Any) -> None:
+    _, _, record, _ = recorded
+    assert [point.epoch for point in record.points] == [0, 1, 2]
+    for i, point in enumerate(record.points):
+        for split, n in (("train", 400), ("val", 100)):
+            found = record.splits[split]
+            right, loss = outputs(dict(point.weights), split)
+            assert found.index.tolist() == list(range(n))
+            assert torch.equal(found.passed[i], right)
+            torch.testing.assert_close(found.loss[i].float(), loss, rtol=2e-3, atol=1e-6)
+
+
+def test_the_training_does_not_notice(recorded: Any, tmp_path: Path) -> None:
+    *_, record, _ = recorded
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(tmp_path, checkpoint)
+    plain = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
+    assert all(torch.equal(plain[name], value) for name, value in record.points[-1].weights.items())
+
+
+def test_curves_of_learning_and_forgetting_go_to_the_loggers(recorded: Any) -> None:
+    folder, history, record, _ = recorded
+    rows = (folder / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    last = dict(
+        zip(names, [r for r in rows if r.split(",")[names.index("history/val/learned")]][-1].split(","), strict=True)
+    )
+    passed = record.splits["val"].passed
+    label = record.splits["val"].label
+    learned, forgotten = passed[-1], passed.any(0) & ~passed[-1]
+    assert float(last["history/val/learned"]) == int(learned.sum())
+    assert float(last["history/val/forgotten"]) == int(forgotten.sum())
+    assert float(last["history/val/never_learned"]) == int((~passed.any(0)).sum())
+    assert float(last["history/val/learned/3"]) == int(learned[label == 3].sum())
+    assert history.seconds > 0
+
+
+def test_neurecover_takes_the_record_of_its_trainer(recorded: Any) -> None:
+    folder, *_, trainer = recorded
+    repair = next(one for one in trainer.callbacks if isinstance(one, RegressionFreeRepair))
+    assert repair.report.localization is not None
+    assert repair.report.settings["localizer"]["history"] == str(folder / "history")
+    assert isinstance(TrainingHistory(), RecordsHistory)
+
+
+def test_without_a_record_neurecover_says_what_is_missing_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="put a `TrainingHistory`"):
+        fit(tmp_path, quick_repair(search=SearchOptions(localizer=NeuRecover())))
+
+
+def test_a_resumed_training_goes_on_with_its_record(tmp_path: Path) -> None:
+    history = TrainingHistory("val", every_n_epochs=1)
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+    fit(tmp_path, history, checkpoint, epochs=3, logger=CSVLogger(tmp_path))
+    first = TrainingRecord.read(history.folder)
+    again = TrainingHistory("val")
+    resumed = str(tmp_path / "saved" / "epoch=1.ckpt")
+    fit(tmp_path, again, epochs=4, logger=CSVLogger(tmp_path), ckpt_path=resumed)
+    second = TrainingRecord.read(again.folder)
+    assert again.folder == history.folder
+    assert [point.epoch for point in second.points] == [0, 1, 2, 3]
+    assert torch.equal(second.splits["val"].passed[:2], first.splits["val"].passed[:2])
+    fit(tmp_path, anew := TrainingHistory("val", dirpath=history.folder), epochs=1)
+    assert [point.epoch for point in TrainingRecord.read(anew.folder).points] == [0]
+
+
+def test_every_some_steps(tmp_path: Path) -> None:
+    history = TrainingHistory("val", every_n_steps=5, layers="network.1", dirpath=tmp_path / "history")
+    fit(tmp_path, history, epochs=1)
+    record = TrainingRecord.read(tmp_path / "history")
+    assert [point.step for point in record.points] == [5, 10]
+    assert list(record.points[0].weights) == ["network.1.weight", "network.1.bias"]
+
+
+def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
+    in_two_processes(distributed_history.on_rank, tmp_path)
+    record = TrainingRecord.read(tmp_path / "history")
+    assert len(record.points) == 2
+    for split, n in (("val", 100), ("repair", 203)):
+        for i, point in enumerate(record.points):
+            right, loss = outputs(dict(point.weights), split)
+            assert record.splits[split].passed.shape == (2, n)
+            assert torch.equal(record.splits[split].passed[i], right)
+            torch.testing.assert_close(record.splits[split].loss[i].float(), loss, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"splits": "validation"}, "is no split"),
+        ({"splits": []}, "names no split"),
+        ({"every_n_epochs": 0}, "every_n_epochs"),
+        ({"every_n_steps": 0.5}, "every_n_steps"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        TrainingHistory(**arguments)

@@ -1,0 +1,86 @@
+"""The record of a training in a folder: what goes in comes out, and what it says of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toy_problems import on_a_line, threshold
+
+from lightning_nrl.analysis.diagnosis import DoubtfulLabel, diagnose_module
+from lightning_nrl.analysis.diagnosis._history_notes import history_notes
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.localization import Known, NeuRecover, TrainingRecord
+from lightning_nrl.localization.training_record import _packed, _unpacked, forget_after, write_point
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_bits_come_out_as_they_went_in(bits: list[bool]) -> None:
+    given = torch.tensor(bits, dtype=torch.bool)
+    packed = _packed(given)
+    assert len(packed) == -(-len(bits) // 8)
+    assert torch.equal(_unpacked(packed, len(bits)), given)
+
+
+def recorded(folder: Path, *thresholds: float) -> Known:
+    """A line with the threshold at 0.75, and a record of how it got there; 0.7 and 0.5 are targets, 0.6 passes."""
+    problem = on_a_line()
+    for step, at in enumerate(thresholds, start=1):
+        results = problem.evaluate(threshold(at))
+        write_point(folder, step, step - 1, results, threshold(at))
+    return Known(problem.evaluator, problem.known, problem.before, problem.space)
+
+
+def test_what_samples_went_through_by_hand(tmp_path: Path) -> None:
+    recorded(tmp_path, 0.45, 0.65, 0.45, 0.8)
+    record = TrainingRecord.read(tmp_path)
+    found = record.splits["all"]
+    assert [(point.step, point.epoch) for point in record.points] == [(1, 0), (2, 1), (3, 2), (4, 3)]
+    assert found.passed[:, 4:].tolist() == [
+        [False, True, True],
+        [True, True, False],
+        [False, True, True],
+        [True, False, False],
+    ]
+    assert found.forgotten.tolist() == [0, 0, 0, 0, 1, 1, 2]
+    assert found.first_right.tolist() == [0, 0, 0, 0, 1, 0, 0]
+    assert not found.never_learned.any()
+    assert found.label.tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert found.loss.dtype == torch.float16
+
+
+def test_neurecover_finds_in_a_folder_what_it_finds_in_checkpoints(tmp_path: Path) -> None:
+    known = recorded(tmp_path, 0.45, 0.65, 0.75)
+    folder = NeuRecover(str(tmp_path)).on(known).flips
+    checkpoints = NeuRecover([threshold(0.45), threshold(0.65)]).on(known).flips
+    for name in ("regressed", "improved", "change"):
+        assert torch.equal(getattr(folder, name), getattr(checkpoints, name))
+
+
+def test_points_of_a_training_that_went_on_from_an_earlier_step_are_forgotten(tmp_path: Path) -> None:
+    recorded(tmp_path, 0.45, 0.65, 0.75)
+    forget_after(tmp_path, 2)
+    assert [point.step for point in TrainingRecord.read(tmp_path).points] == [1, 2]
+
+
+def test_a_diagnosis_says_what_was_never_learnt(tmp_path: Path) -> None:
+    known = recorded(tmp_path, 0.65, 0.75)  # 0.5 was never right, 0.7 was
+    doubt = DoubtfulLabel("all", 6, 1, prediction=0, agreed=1.0, lead=1.0)
+    other = DoubtfulLabel("all", 5, 1, prediction=0, agreed=1.0, lead=1.0)
+    first, second = history_notes(TrainingRecord.read(tmp_path), known.before, [doubt, other])
+    assert "2 points, 1 of 2 targets were never right, and 1 were forgotten" in first
+    assert second.endswith("look first at the labels of all 6.")
+    notes = diagnose_module(known.evaluator, known.sources, history=tmp_path).notes
+    assert any("1 of 2 targets were never right" in note for note in notes)
+
+
+def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="holds no record of a training"):
+        TrainingRecord.read(tmp_path)
+    known = recorded(tmp_path / "other")
+    write_point(tmp_path / "other", 1, 0, known.before, {"bias": torch.zeros(2)})
+    with pytest.raises(ConfigurationError, match="has no weights of 'weight'"):
+        NeuRecover(tmp_path / "other").on(known)
