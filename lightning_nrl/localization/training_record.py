@@ -26,7 +26,7 @@ __all__ = ["FolderHistory", "RecordedPoint", "RecordedSplit", "TrainingRecord", 
 
 SAMPLES_FILE = "samples.pt"
 POINT_FILE = re.compile(r"point-(\d+)\.pt")
-HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."
+RECORD_HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class TrainingRecord:
         """
         files = _point_files(Path(folder))
         if not files or not (Path(folder) / SAMPLES_FILE).exists():
-            raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", HINT)
-        samples = load_mapping("history", Path(folder) / SAMPLES_FILE, HINT)
-        found = [load_mapping("history", file, HINT) for file in files.values()]
+            raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", RECORD_HINT)
+        samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
+        found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
         splits = {}
         for split, known in samples.items():
             n = len(known["index"])
