@@ -1,13 +1,7 @@
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl.analysis.sweep import Grid
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.callbacks import (
-    PositiveCongruentTraining,
-    RegressionMetrics,
-    ReleaseGate,
-    TrainingHistory,
-    WeightInterpolation,
-)
+from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
 from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
@@ -40,7 +34,6 @@ __all__ = [
     "Settings",
     "Target",
     "TensorSource",
-    "TrainingHistory",
     "WeightInterpolation",
     "compare",
     "diagnose",

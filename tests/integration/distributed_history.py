@@ -6,7 +6,7 @@ from pathlib import Path
 
 from digit_models import Classifier, Digits, quiet_trainer
 
-from lightning_nrl import TrainingHistory
+from lightning_nrl.callbacks import TrainingHistory
 
 
 def on_rank(folder: Path) -> None:

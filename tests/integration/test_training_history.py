@@ -13,8 +13,9 @@ from lightning_package import CSVLogger, ModelCheckpoint
 from torch.nn import functional as F
 from two_processes import in_two_processes
 
-from lightning_nrl import RegressionFreeRepair, SearchOptions, TrainingHistory
+from lightning_nrl import RegressionFreeRepair, SearchOptions
 from lightning_nrl._trainer.trainer_repair import RecordsHistory
+from lightning_nrl.callbacks import TrainingHistory
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.localization import NeuRecover, TrainingRecord
 from lightning_nrl.methods import bundle
