@@ -44,7 +44,7 @@ from lightning_nrl.localization import (
     NeuRecoverLite,
     RandomWeights,
 )
-from lightning_nrl.methods import BUNDLES, AnyMethod, Auto, Convex, LocalSearch, bundle
+from lightning_nrl.methods import BUNDLES, AnyMethod, LocalSearch, bundle
 
 LAYERS = ("classifier", "features.10")
 FITNESSES = ("eq1", "lexicographic")
@@ -133,10 +133,10 @@ def localizers(history: Sequence[State]) -> dict[str, Localizer]:
 
 
 def methods(history: Sequence[State]) -> dict[str, AnyMethod]:
-    """The published methods as they are published, beside the package's own for the same layer."""
+    """The published methods as they are published, beside the package's own search."""
     published = {name: bundle(name) for name in BUNDLES}
     published["neurecover"] = bundle("neurecover", localizer=NeuRecover(history))
-    return {**published, "swarm": LocalSearch(), "convex": Convex(), "auto": Auto()}
+    return {**published, "swarm": LocalSearch()}
 
 
 def jobs(history: Sequence[State], layers: Sequence[str]) -> Iterator[tuple[str, str, str, AnyMethod]]:
