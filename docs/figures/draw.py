@@ -164,11 +164,11 @@ def limits() -> str:
         points = [point for point, size in zip(points, sizes, strict=True) if Bound.of(broken, size).upper <= top]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         parts.append(f'<path d="{path}" stroke="{color}" stroke-width="3" fill="none"/>')
-        x, y = points[0]
-        before = broken == 1
-        parts.append(
-            text(x - 8 if before else x + 14, y + 4, f"{broken} broke", 14, "end" if before else "start", color)
-        )
+        y = 70 + 24 * (0, 1, 3).index(broken)
+        parts += [
+            f'<path d="M420 {y}h30" stroke="{color}" stroke-width="3"/>',
+            text(460, y + 5, f"{broken} broke", 14, "start"),
+        ]
     return picture(670, 336, "The limit on the rate of regressions falls as more samples are counted", *parts)
 
 

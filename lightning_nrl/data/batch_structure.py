@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 __all__ = ["Graphs", "adapter_hint", "describe", "fields_of"]
@@ -69,7 +70,8 @@ def describe(raw: Any, name: str = "batch") -> str:
 def adapter_hint(raw: Any) -> str:
     """A hint with an adapter to paste, with the names of this batch; what is input and what truth is a guess."""
     tensors = [part for part in _parts(raw) if isinstance(part.value, Tensor)]
-    truth = _likely(tensors, TARGET_NAME_PARTS, lambda x: x.ndim == 1 and not x.is_floating_point())
+    classes = [part for part in tensors if part.value.dtype is not torch.bool]  # a bool is rather an attribute
+    truth = _likely(classes or tensors, TARGET_NAME_PARTS, lambda x: x.ndim == 1 and not x.is_floating_point())
     rest = [part for part in tensors if part is not truth]
     given = _likely(rest, INPUT_NAME_PARTS, Tensor.is_floating_point) or (rest[0] if rest else None)
     return (

@@ -64,3 +64,8 @@ def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
     assert x is X
     assert y is Y
     assert kwargs == {}
+
+
+def test_a_column_of_bools_is_not_taken_for_the_truth_where_there_are_whole_numbers() -> None:
+    batch = {"chars": torch.zeros(4, 7), "kind": torch.arange(4), "greek": torch.ones(4, dtype=torch.bool)}
+    assert "return args, kwargs, batch['kind']" in adapter_hint(batch)
