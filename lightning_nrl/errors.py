@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ReplayError",
     "TargetError",
     "TrainingWarning",
+    "UnusableSamplesError",
     "check_choice",
     "check_kind",
     "check_real",
@@ -54,6 +55,18 @@ class TargetError(ConfigurationError):
 
 class EvaluationError(RepairError):
     """The data cannot be evaluated, for instance because the original model gives NaN losses."""
+
+
+class UnusableSamplesError(EvaluationError):
+    """Some samples cannot be evaluated: they have no class, or the model gives no finite loss for them.
+
+    Attributes:
+        samples: their data-set positions, by split.
+    """
+
+    def __init__(self, problem: str, hint: str = "", samples: Mapping[str, Sequence[int]] | None = None) -> None:
+        super().__init__(problem, hint)
+        self.samples = samples or {}
 
 
 class OtherRankError(EvaluationError):

@@ -142,6 +142,12 @@ class LoaderSource:
         positions = torch.cat([self.positions + draw * n for draw in range(draws)])
         return replace(self, index=self.index.repeat(draws), positions=positions, draws=draws)
 
+    def without(self, left_out: Sequence[int]) -> LoaderSource:
+        """The same split without the samples at some data-set positions."""
+        kept = ~torch.isin(self.index, torch.tensor(left_out, dtype=torch.int64))
+        place = kept.cumsum(0) - 1
+        return replace(self, index=self.index[kept], positions=place[self.positions[kept[self.positions]]])
+
     def _codes(self, positions: Tensor) -> list[int]:
         """Samples and draws of some places, as `SeededDataset` numbers them."""
         draw = positions // max(1, len(self.index) // self.draws)

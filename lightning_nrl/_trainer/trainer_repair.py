@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, validating
+from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
@@ -33,11 +33,13 @@ from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.data.batch_structure import adapter_hint, describe
 from lightning_nrl.errors import (
     ConfigurationError,
+    DataWarning,
     EmptyLocalizationError,
     EvaluationError,
     InseparableBatchError,
     OtherRankError,
     RepairError,
+    UnusableSamplesError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.localization import Known, NeuRecover, NeuRecoverLite, on_data
@@ -49,6 +51,9 @@ from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.tasks import Task
 
 __all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
+
+PASSES_THAT_LEAVE_OUT = 6
+"""Each names the unusable samples of one split, or those whose losses are not finite."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,20 @@ class TrainedModel:
     evaluator: Evaluator
     observer: RepairProgress | None = None
     notes: str = ""  # sentences on limits of batches, and on splits that draw at random, for the report
+
+    def without(self, error: UnusableSamplesError) -> TrainedModel:
+        """The same without the samples that an error names, which is warned of; raises it where these are too many."""
+        data = {role: getattr(self, role) for role in ("known", "unseen", "calibration")}
+        for role, sources in data.items():
+            data[role] = [
+                one.without(error.samples[one.split]) if error.samples.get(one.split) else one for one in sources
+            ]
+            if any(2 * len(new.index) < len(old.index) for new, old in zip(data[role], sources, strict=True)):
+                raise error  # it is not about samples
+        problem, _, hint = str(error).partition("\nHINT: ")
+        rank_zero_warn(DataWarning(f"left out: {problem}", hint))
+        notes = f"Left out: {problem} {self.notes}".rstrip()
+        return replace(self, **data, training=replace(self.training, known=data["known"]), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -92,22 +111,32 @@ class TrainerRepair:
         The model was trained for so many epochs, which took so long; None where that is not known.
         """
         with self.opened(trainer, model, epochs) as trained:
-            outcome = repair_module(
-                trained.evaluator,
-                trained.known,
-                with_history(self.settings, trainer),
-                unseen=trained.unseen,
-                calibration=trained.calibration,
-                training=replace(trained.training, fit_seconds=fit_seconds),
-                reference=self.reference,
-                observer=trained.observer,
-            )
+            for _ in range(PASSES_THAT_LEAVE_OUT):
+                try:
+                    outcome = self._repaired(trainer, trained, fit_seconds)
+                    break
+                except UnusableSamplesError as error:
+                    trained = trained.without(error)
+            else:
+                outcome = self._repaired(trainer, trained, fit_seconds)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             names = class_names(trained.known)
             report = replace(outcome.report, reason=reason, class_names=names)
             sources = [*trained.known, *trained.unseen, *trained.calibration]
             views = sample_views(report, sources, self.data.known.renderer) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
+
+    def _repaired(self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None) -> Outcome:
+        return repair_module(
+            trained.evaluator,
+            trained.known,
+            with_history(self.settings, trainer),
+            unseen=trained.unseen,
+            calibration=trained.calibration,
+            training=replace(trained.training, fit_seconds=fit_seconds),
+            reference=self.reference,
+            observer=trained.observer,
+        )
 
     @contextmanager
     def opened(

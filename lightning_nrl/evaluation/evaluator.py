@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_nrl.data.batch import Batch, Source, tensors_in
 from lightning_nrl.data.batch_structure import adapter_hint, describe
 from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.targets import Target
-from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, check_kind
+from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -41,6 +41,8 @@ DTYPES = {
     "targeted": torch.bool,
     "in_target": torch.bool,
 }
+NO_CLASS = -100
+"""The label of a sample whose task has classes and that has none."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Evaluator:
         for source in sources:
             marker = _Marker(target, source.split, everywhere or source.failed)
             tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
+            _check_classes(source, tables[-1])
         columns: dict[str, Any] = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
@@ -129,30 +132,24 @@ class Evaluator:
     def _read(self, source: Source, marker: _Marker, forward: Forward | None) -> Table:
         """This rank's rows of one split, on the CPU, in the order in which they came."""
         parts: dict[str, list[Tensor]] = {name: [] for name in DTYPES}
-        lowest = -1  # where the task has no classes
-        for batch in source:
+        for number, batch in enumerate(source):
             poll()
             try:
                 output = self.output(batch, forward)
                 _check_count(batch, output)
+                batch, unusable = _with_classes(batch, output, self.task, check=number == 0)
                 self.task.check(output, batch.target)
-                lowest = -1 if self.task.label(batch.target) is None else 0
                 columns = _columns(batch, output, self.task, marker)
+                if unusable is not None:
+                    columns["label"] = columns["label"].masked_fill(unusable, NO_CLASS)
             except RuntimeError as error:
                 _explain_devices(source.split, batch, device_of(self.model), error)
                 raise
             for name, column in columns.items():
                 parts[name].append(column)
-        table = {
+        return {
             name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()
         }
-        unlabelled = source.index[table["position"][table["label"] < lowest]].tolist()
-        if unlabelled:
-            raise EvaluationError(
-                f"`{source.split}` data: {len(unlabelled)} samples have labels below 0 ({unlabelled[:10]}).",
-                "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
-            )
-        return table
 
 
 @dataclass
@@ -190,6 +187,37 @@ def _check_count(batch: Batch, output: Tensor) -> None:
         raise ConfigurationError(
             f"`task`: the model returned {list(output.shape)} for {len(batch)} targets.\n{describe(batch.raw)}",
             f"its first dimension must count samples; {adapter_hint(batch.raw)}",
+        )
+
+
+def _with_classes(batch: Batch, output: Tensor, task: Task, check: bool) -> tuple[Batch, Tensor | None]:
+    """The batch with some class for each sample, and which samples, `n` bool, have none; None: all have one.
+
+    To `check` is to leave it to the task: where the first samples have none, the argument is wrong, not a sample.
+    """
+    target, label = batch.target, task.label(batch.target)
+    if label is None:
+        return batch, None
+    unusable = label < 0
+    is_plain = isinstance(target, Tensor) and not target.is_floating_point() and target.shape == label.shape
+    if is_plain and output.ndim == 2 and not check:
+        unusable = unusable | (label >= output.shape[1])
+    if not bool(unusable.any()):
+        return batch, None
+    if not is_plain:
+        return batch, unusable
+    return replace(batch, target=target.masked_fill(unusable.to(target.device), 0)), unusable
+
+
+def _check_classes(source: Source, table: Table) -> None:
+    """Refuses a split with samples that have no class, on all ranks alike."""
+    without = source.index[table["label"] == NO_CLASS].tolist()
+    if without:
+        some = f"{without[:10]}{' ...' if len(without) > 10 else ''}"
+        raise UnusableSamplesError(
+            f"`{source.split}` data: {len(without)} samples have labels below 0 or above the model's ({some}).",
+            "leave samples without a class, such as those that a loss ignores with -100, out of the data.",
+            {source.split: without},
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, check_kind
+from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -93,9 +93,10 @@ def check_losses(before: SampleResults) -> None:
     wrong = before.non_finite()
     if wrong:
         samples = "; ".join(f"{split}: {ids[:10]}{' ...' if len(ids) > 10 else ''}" for split, ids in wrong.items())
-        raise EvaluationError(
+        raise UnusableSamplesError(
             f"the model's loss is NaN or infinite on {sum(map(len, wrong.values()))} known samples ({samples}).",
             "check these inputs, or the training; a model that gives NaN cannot be repaired.",
+            wrong,
         )
 
 
