@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, logged_hparams
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, logged_hparams, rank_zero_warn
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._tracking import declare
 from lightning_nrl._trainer.artifacts import REPAIRED_FILES, REPORT_FILES, announce, base_folder, report_files
@@ -28,6 +28,7 @@ from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS
@@ -194,6 +195,19 @@ class RegressionFreeRepair(CallbackBase):
         self._fit_timer = FitTimer.start(trainer)
 
     @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where other weights than the repaired ones are tested.
+
+        `trainer.test()` without a model loads the best checkpoint of the fit, which was saved before the repair.
+        """
+        if self._parameters and changed(pl_module, self._parameters):
+            problem = f"what is tested are not the repaired weights: {trainer.ckpt_path or 'others'} was loaded."
+            hint = f"test the repair by `ckpt_path={self.repaired_model_path!r}`."
+            if not self.repaired_model_path:
+                hint = "test the repair by `trainer.test(model)`, with the model as the fit left it."
+            rank_zero_warn(TrainingWarning(problem, hint))
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with self.heeding_signals(trainer), starting_weights(self.data.start_from, trainer, pl_module) as start:
             outcome = self.attempt(trainer, pl_module)
@@ -226,7 +240,12 @@ class RegressionFreeRepair(CallbackBase):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "report" in state_dict:
-            self.report = RepairReport.from_json(state_dict["report"])
+            try:
+                self.report = RepairReport.from_json(state_dict["report"])
+            except ConfigurationError as error:
+                problem = f"the report in the checkpoint cannot be read ({str(error).partition(chr(10))[0]})"
+                hint = "training goes on without it; the weights are those of the checkpoint."
+                rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""

@@ -43,7 +43,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.localization import Known, NeuRecover, NeuRecoverLite, on_data
-from lightning_nrl.methods import Convex, LocalSearch
+from lightning_nrl.methods import Convex, LocalSearch, Polish
 from lightning_nrl.pipeline._input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
@@ -226,6 +226,8 @@ def run_sanity_check(
             asked = replace(reference, cache=None) if isinstance(reference, OldModel) else reference
             asked.answers(evaluator, sources, few)
         check_task(settings, few, task)
+        if isinstance(settings.method, Polish):
+            settings.method.check(model)
         first = sources[0]
         known = torch.arange(len(few)) < len(first.index)
         failed = known & (torch.arange(len(few)) % 2 == 0)
@@ -238,6 +240,8 @@ def run_sanity_check(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 recording = ranks.all_or_none(work, "known data could not be recorded on another rank.")
+                if isinstance(settings.method, Convex):
+                    ranks.all_or_none(partial(settings.method.check, recording), "the method cannot be used.")
                 localizer = on_data(settings.localizer, Known(evaluator, sources, few, space))
                 localizer(recording, evaluator, failed=failed, passed=known & ~failed)
         except OtherRankError:

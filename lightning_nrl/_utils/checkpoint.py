@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.state import State, live_tensors, saved_names
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, DataWarning
 
 __all__ = ["fitting", "load_mapping", "read_state", "reason"]
 
@@ -46,12 +48,27 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
         found = torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:
         raise ConfigurationError(f"`{argument}`: {str(path)!r} cannot be read ({reason(error)}).", hint) from error
+    _check_sums(argument, path)
     if not isinstance(found, Mapping):
         raise ConfigurationError(
             f"`{argument}`: {str(path)!r} holds a {type(found).__name__}.",
             "give a Lightning checkpoint or a file with a state dict.",
         )
     return found
+
+
+def _check_sums(argument: str, path: str | Path) -> None:
+    """Warns of a file whose checksums do not fit what is in it, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
+        damaged = None  # of another format
+    except Exception as error:  # what comes of reading damaged bytes
+        damaged = type(error).__name__
+    if damaged is not None:
+        problem = f"`{argument}`: {str(path)!r} is damaged, its checksum of {damaged!r} does not fit."
+        warnings.warn(DataWarning(problem, "take another copy of the file."), stacklevel=3)
 
 
 def reason(error: Exception) -> str:

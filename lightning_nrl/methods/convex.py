@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._convex.head import ConvexHead, regularization_path
+from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring import ActivationCache, Chunk
 from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
@@ -81,6 +82,17 @@ class Convex:
         if self.patience is not None:
             check_whole("Convex.patience", self.patience, 1)
 
+    def check(self, recording: ActivationCache) -> None:
+        """Refuses layers that are not the one last Linear, by a recording of some samples.
+
+        Raises:
+            ConfigurationError: as above.
+        """
+        _check_layers(recording.space)
+        for chunk in recording.chunks(ROWS_PER_COPY):
+            if _direct(recording, chunk) is None:
+                raise _not_last(recording.space.sites[0].name)
+
     def __call__(self, problem: Problem) -> Solution:
         """Solves along strengths, and takes the strongest that held-out samples speak for.
 
@@ -89,7 +101,8 @@ class Convex:
                 classes.
         """
         began = time.perf_counter()
-        _check(problem)
+        _check_layers(problem.space)
+        check_needs(Convex.needs, problem.before, problem.task)
         with problem.clock.stage("record"):
             features, logits = _recorded(problem)
         with problem.clock.stage("solve"):
@@ -123,14 +136,13 @@ class Convex:
         return Solution(proposal, steps=tuple(steps), others=others, held_out=held_out)
 
 
-def _check(problem: Problem) -> None:
-    names = [site.name for site in problem.space.sites]
-    if len(names) > 1 or not isinstance(problem.space.sites[0].module, torch.nn.Linear):
+def _check_layers(space: ParameterSpace) -> None:
+    names = [site.name for site in space.sites]
+    if len(names) > 1 or not isinstance(space.sites[0].module, torch.nn.Linear):
         raise ConfigurationError(
             f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",
             "leave `layer` at 'auto', or use `method='linearized'`.",
         )
-    check_needs(Convex.needs, problem.before, problem.task)
 
 
 @torch.no_grad()

@@ -49,6 +49,15 @@ class Polish:
         fits = self.new is None or isinstance(self.new, (nn.Module, Mapping, str, Path))
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
+    def check(self, model: nn.Module) -> None:
+        """Refuses weights that cannot be read, or are of another architecture.
+
+        Raises:
+            ConfigurationError: as above.
+        """
+        if self.new is not None:
+            fitting("Polish.new", read_state("Polish.new", self.new), model)
+
     def __call__(self, problem: Problem) -> Solution:
         """Polishes.
 

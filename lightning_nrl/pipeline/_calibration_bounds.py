@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation._slices import renumbered
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -40,8 +42,8 @@ class Groups:
 def groups_of(known: Sequence[Source], before: SampleResults, calibration: SampleResults, settings: Settings) -> Groups:
     """The slices of calibration data and of the known data whose failures may be repaired.
 
-    Raises:
-        ConfigurationError: the expected mix is not about the slices of the calibration data.
+    Warns:
+        DataWarning: the expected mix is not about the slices of the calibration data; there will be no limit for it.
     """
     tables = (calibration, before)
     if settings.samples.slices is not None:
@@ -60,7 +62,9 @@ def groups_of(known: Sequence[Source], before: SampleResults, calibration: Sampl
         try:
             weighted_bound(_slice_bounds(groups, nothing_broken, calibration.passed, 0.95), _mix(settings))
         except ConfigurationError as error:
-            raise ConfigurationError(str(error).replace("`shares`", "`mix`")) from error
+            # Training is over, and this is known only now.
+            problem, _, hint = str(error).replace("`shares`", "`mix`").partition("\nHINT: ")
+            warnings.warn(DataWarning(f"{problem} The report gives no limit under this mix.", hint), stacklevel=2)
     return groups
 
 
@@ -79,7 +83,8 @@ def bounds_after(
     if groups.names and (settings.samples.slices is not None or options.mix is not None):
         slices = _slice_bounds(groups, flips.broken, flips.kept | flips.broken, confidence)
         limits = tuple(SliceLimit(str(name), b.broken, b.n, b.upper) for name, b in slices.bounds.items())
-        weighted = weighted_bound(slices, _mix(settings), confidence).upper if options.mix else None
+        with suppress(ConfigurationError):  # was warned of
+            weighted = weighted_bound(slices, _mix(settings), confidence).upper if options.mix else None
     return CalibrationBounds(
         broken=counts.broken,
         n=counts.passed,

@@ -158,8 +158,10 @@ def _markdown(block: Block) -> str:
 
 
 def _escaped(text: str) -> str:
-    for sign in "\\|*<`":
+    # Names and ids come from data: no picture, link or tag may come of them. Addresses become links by themselves.
+    for sign in "\\|*<`[]!":
         text = text.replace(sign, f"\\{sign}")
+    text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
     return " ".join(text.split())
 
 

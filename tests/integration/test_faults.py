@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer
+from digit_models import QUICK, Classifier, Digits, quick_repair, quiet_trainer, right
 from distributed_fit import Continued
 from lightning_package import Callback, CSVLogger, ModelCheckpoint, Trainer
+from options import with_options
 
 import lightning_nrl._utils.timing
 import lightning_nrl.methods._known_activations
-from lightning_nrl import RegressionFreeRepair
+from lightning_nrl import ConfigurationError, RegressionFreeRepair, repair
+from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl.errors import DataWarning, EvaluationError
+from lightning_nrl.methods import Polish
 
 
 class Broken(Exception):
@@ -188,3 +193,105 @@ def test_a_repair_changes_nothing_but_the_layer(tmp_path: Path, layer: str) -> N
     assert not torch.equal(before, after)
     assert int((before != after).sum()) <= 30
     assert_same(repair.before, repair.after)
+
+
+def damaged(where: str) -> Digits:
+    """Data with one sample behind the first batch that cannot be judged."""
+    data = Digits()
+    images, labels = data.repair.tensors[:2]
+    if where == "input":
+        images[150] = torch.nan
+    else:
+        labels[150] = {"no class": -100, "another class": 77}[where]
+    return data
+
+
+@pytest.mark.parametrize("where", ["input", "no class", "another class"])
+def test_a_sample_that_cannot_be_judged_is_left_out_and_named(tmp_path: Path, trained: Classifier, where: str) -> None:
+    with pytest.warns(DataWarning, match=r"left out: .*\[?150\]?"):
+        report = repair(quiet_trainer(tmp_path), trained, datamodule=damaged(where), **with_options(QUICK))
+    assert report.status == "repaired"
+    assert {split.split: split.n for split in report.splits} == {"train": 400, "repair": 202}
+    assert "Left out" in report.reason
+    flipped = [sample.id for split in report.splits for sample in split.flipped if split.split == "repair"]
+    assert flipped
+    assert 150 not in flipped
+    # Places in the data set are kept: sample 151 and those behind it are themselves.
+    after = right(trained, Digits().repair)
+    assert all(bool(after[i]) for split in report.splits if split.split == "repair" for i in split.repaired_ids)
+
+
+def test_data_that_are_wrong_as_a_whole_are_an_error(tmp_path: Path, trained: Classifier) -> None:
+    data = Digits()
+    data.repair.tensors[1][64:] = 77
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    with pytest.raises(EvaluationError, match="139 samples have labels below 0 or above the model's"):
+        repair(quiet_trainer(tmp_path), trained, datamodule=data, **with_options(QUICK))
+    assert_same(before, dict(trained.state_dict()))
+
+
+class NeverTrained(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise AssertionError("training has begun")
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "method", "message"),
+    [
+        ("mlp", "auto", Polish("nope.ckpt"), "'nope.ckpt' cannot be read"),
+        ("mlp", "auto", Polish(Classifier("cnn")), "`Polish.new` has 'network.1.weight' in the shape"),
+        ("cnn", "network.3", "convex", "repairs one last Linear layer"),
+        ("mlp", ["network.1", "network.3"], "convex", "repairs one last Linear layer"),
+        ("mlp", "network.1", "convex", "is not what the model returns as logits"),
+    ],
+)
+def test_what_can_be_known_before_training_is_said_before(
+    tmp_path: Path, network: str, layer: Any, method: Any, message: str
+) -> None:
+    callback = quick_repair(layer=layer, method=method)
+    with pytest.raises(ConfigurationError, match=message):
+        quiet_trainer(tmp_path, callback, max_epochs=1).fit(NeverTrained(network), datamodule=Digits())
+
+
+def test_a_report_in_a_checkpoint_that_cannot_be_read_does_not_stop_a_resume(
+    tmp_path: Path, trained_path: Path
+) -> None:
+    callback, checkpoint = quick_repair(), torch.load(trained_path, weights_only=True)
+    checkpoint["callbacks"][callback.state_key] = {"report": '{"status": 3}'}
+    torch.save(checkpoint, tmp_path / "damaged.ckpt")
+    trainer = quiet_trainer(tmp_path, callback, max_epochs=4)
+    with pytest.warns(DataWarning, match="the report in the checkpoint cannot be read"):
+        trainer.fit(Classifier(), datamodule=Digits(), ckpt_path=tmp_path / "damaged.ckpt")
+    assert callback.report is not None
+    assert callback.report.status == "repaired"
+
+
+def test_testing_the_best_checkpoint_says_that_it_is_not_the_repair(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    callback, model = quick_repair(), Classifier()
+    trainer = quiet_trainer(tmp_path, callback, ModelCheckpoint(monitor="val_loss"), max_epochs=1)
+    trainer.fit(model, datamodule=Digits())
+
+    def said() -> list[str]:
+        return [str(w.message) for w in recwarn if "not the repaired weights" in str(w.message)]
+
+    trainer.test(model, datamodule=Digits(), verbose=False)
+    trainer.test(model, datamodule=Digits(), ckpt_path=callback.repaired_model_path, verbose=False)
+    assert said() == []
+    trainer.test(datamodule=Digits(), verbose=False)
+    (text,) = said()
+    assert callback.repaired_model_path in text
+
+
+def test_a_checkpoint_whose_checksums_do_not_fit_is_said_to_be_damaged(tmp_path: Path, trained_path: Path) -> None:
+    data = bytearray(trained_path.read_bytes())
+    value = torch.load(trained_path, weights_only=True)["state_dict"]["network.1.weight"]
+    at = data.index(value.numpy().tobytes())
+    data[at + 1] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(data)
+    with pytest.warns(DataWarning, match=r"is damaged, its checksum of .* does not fit"):
+        load_mapping("file", tmp_path / "damaged.ckpt", "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_mapping("file", trained_path, "")
