@@ -15,6 +15,7 @@ from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
+from lightning_nrl.errors import DataWarning
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
@@ -227,14 +228,27 @@ class Never:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"slices": right_of_x, "mix": {"left": 1.0}}, r"`mix` has the slices \['left'\], the calibration data have"),
-        ({"mix": {0: 0.5, 1: 0.5}}, r"`mix` has the slices \['0', '1'\], the calibration data have \['0', '1', '2'\]"),
         ({"slices": lambda batch: batch[0]}, "`slices` returned Tensor"),
     ],
 )
 def test_slices_that_do_not_fit_are_refused_before_the_search(given: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         repaired([calibration()], method=Never(), **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"slices": right_of_x, "mix": {"left": 1.0}}, r"`mix` has the slices \['left'\], the calibration data have"),
+        ({"mix": {0: 0.5, 1: 0.5}}, r"`mix` has the slices \['0', '1'\], the calibration data have \['0', '1', '2'\]"),
+    ],
+)
+def test_a_mix_that_does_not_fit_the_data_costs_its_limit_alone(given: Any, message: str) -> None:
+    with pytest.warns(DataWarning, match=message):
+        bounds = repaired([calibration()], **given).report.bounds
+    assert bounds is not None
+    assert (bounds.mix, bounds.weighted) == (None, None)
+    assert bounds.n > 0
 
 
 @pytest.mark.parametrize(
