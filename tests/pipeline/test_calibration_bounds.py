@@ -15,10 +15,10 @@ from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
-from lightning_nrl.errors import DataWarning
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline._line_search import LIMIT_STATES, LIMIT_STRENGTHS, line_search
