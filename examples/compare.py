@@ -7,40 +7,33 @@ The data and the network are in `digits.py`. Prints one table; with matplotlib i
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-
-import torch
-from digits import DigitNet, SlashedZeros
+from digits import DigitNet, SlashedZeros, slashed_zero
 from lightning.pytorch import Trainer, seed_everything
+from output import start
 from rich import print
 
 from lightning_nrl import ConfigurationError, Target, compare
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of data, training and methods")
-    parser.add_argument("--methods", nargs="*", help="names of methods; all if there are none")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-
-    seed_everything(arguments.seed, verbose=False)
-    trainer = Trainer(
-        max_epochs=30, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
-    )
-    network, data = DigitNet(), SlashedZeros(arguments.seed)
+    options = {
+        "--seed": {"type": int, "default": 0, "help": "of data, training and methods"},
+        "--methods": {"nargs": "*", "help": "names of methods; all if there are none"},
+    }
+    given = start(__doc__, **options)
+    epochs = 5 if given.fast else 30
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    seed_everything(given.seed, verbose=False)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
+    network, data = DigitNet(), SlashedZeros(given.seed)
     trainer.fit(network, datamodule=data)
 
     comparison = compare(
         trainer,
         network,
         datamodule=data,
-        target=Target.where(lambda batch: batch[2], name="slashed zero"),
-        seed=arguments.seed,
-        methods=arguments.methods,
+        target=Target.where(slashed_zero),
+        seed=given.seed,
+        methods=given.methods,
     )
     print(comparison)
     try:

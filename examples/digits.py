@@ -48,6 +48,12 @@ class SlashedZeros(LightningDataModule):
         return DataLoader(self.data["test"], 256)
 
 
+def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Which samples of a batch are slashed zeros: what a target asks."""
+    _image, _digit, slashed = batch
+    return slashed
+
+
 def slash(images: Tensor, generator: torch.Generator) -> Tensor:
     """Draws a line from the lower left to the upper right of `n x 1 x 8 x 8` images, on each a little different."""
     y, x = torch.meshgrid(torch.arange(8) - 3.5, torch.arange(8) - 3.5, indexing="ij")

@@ -8,9 +8,8 @@ half of the images that come in, and the network fails on many of these. They ar
 
 from __future__ import annotations
 
-import argparse
-
 import torch
+from output import start, summary
 from rich import print
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -33,9 +32,9 @@ def load() -> tuple[Tensor, Tensor, Tensor]:
     return images.flatten(1), torch.tensor(digits.target)[order], scratched
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(40):
+    for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(32):
             optimizer.zero_grad()
             F.cross_entropy(model(images[rows]), labels[rows]).backward()
@@ -48,12 +47,11 @@ def is_scratched(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    fast = start(__doc__).fast
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
     (x_train, x_new, x_later), (y_train, y_new, y_later), (_, marks_new, marks_later) = (x.split(SIZES) for x in load())
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    train(model, x_train, y_train)
+    train(model, x_train, y_train, epochs=10 if fast else 40)
 
     outcome = repair_module(
         model,
@@ -64,7 +62,7 @@ if __name__ == "__main__":
         settings=Settings(target=Target.where(is_scratched)),
         unseen=[TensorSource(x_later, y_later, extras=(marks_later,), split="later")],
     )
-    print(outcome.report)
+    print(summary(repair=outcome.report))  # print(outcome.report) has all of it
     if outcome.write(model):  # until here the model was as training left it
         accuracy = (model(x_later).argmax(1) == y_later).float().mean()
         print(f"The model holds the repaired weights: {accuracy:.2%} right on the later images.")

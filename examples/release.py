@@ -8,15 +8,12 @@ The data and the network are in `digits.py`. Exits with 0 if the candidate is ac
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-import warnings
 from copy import deepcopy
 
-import torch
-from digits import DigitNet, SlashedZeros
+from digits import DigitNet, SlashedZeros, slashed_zero
 from lightning.pytorch import Trainer, seed_everything
+from output import start
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -34,10 +31,6 @@ def is_zero(batch: Batch) -> Tensor:
     return batch[1] == 0
 
 
-def slashed_zero(batch: Batch) -> Tensor:
-    return batch[2]
-
-
 def quiet_trainer(epochs: int = 30) -> Trainer:
     return Trainer(
         max_epochs=epochs,
@@ -50,21 +43,17 @@ def quiet_trainer(epochs: int = 30) -> Trainer:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--candidate", choices=["tuned", "repaired"], default="tuned")
-    parser.add_argument("--epochs", type=int, default=30, help="of each training")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads only wait for each other
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
+    candidate = {"choices": ["tuned", "repaired"], "default": "tuned", "help": "the model that asks to be released"}
+    given = start(__doc__, **{"--candidate": candidate})
+    epochs = 3 if given.fast else 30
 
     data = SlashedZeros()
     seed_everything(0, verbose=False)
     old = DigitNet()
-    quiet_trainer(arguments.epochs).fit(old, datamodule=data)
+    quiet_trainer(epochs).fit(old, datamodule=data)
     new = deepcopy(old)
-    if arguments.candidate == "tuned":
-        quiet_trainer(arguments.epochs).fit(new, data.repair_dataloader())
+    if given.candidate == "tuned":
+        quiet_trainer(epochs).fit(new, data.repair_dataloader())
     else:
         repair(quiet_trainer(), new, datamodule=data, target=Target.where(slashed_zero), verbose=False)
 

@@ -1,39 +1,34 @@
 """Repairs a checkpoint that was trained some time ago: no training, the same report and files.
 
-python examples/repair_checkpoint.py               # trains a checkpoint first, to have one
-python examples/repair_checkpoint.py digits.ckpt   # repairs this one
+    python examples/repair_checkpoint.py               # trains a checkpoint first, to have one
+    python examples/repair_checkpoint.py digits.ckpt   # repairs this one, of the network in `digits.py`
 
-The data and the network are in `digits.py`.
+Only the last layer may change, which takes a few seconds and makes a small patch.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
-import warnings
-
 from digits import DigitNet, SlashedZeros
 from lightning.pytorch import Trainer, seed_everything
+from output import start, summary
+from rich import print
 
 from lightning_nrl import Target, repair
 
 
-def train() -> str:
+def train(epochs: int) -> str:
     """What happened long ago: a plain training, without a thought of repair."""
     seed_everything(0, verbose=False)
-    trainer = Trainer(max_epochs=30, accelerator="cpu", enable_model_summary=False)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(DigitNet(), datamodule=SlashedZeros())
     return trainer.checkpoint_callback.best_model_path
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", help="a checkpoint of DigitNet")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-    checkpoint = parser.parse_args().checkpoint or train()
+    given = start(__doc__, checkpoint={"nargs": "?", "help": "a checkpoint of DigitNet"})
+    checkpoint = given.checkpoint or train(epochs=8 if given.fast else 30)
 
-    trainer = Trainer(accelerator="cpu", enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
     data, network = SlashedZeros(), DigitNet()
     report = repair(
         trainer,
@@ -41,9 +36,14 @@ if __name__ == "__main__":
         datamodule=data,
         ckpt_path=checkpoint,
         target=Target.where(lambda batch: batch[2], name="slashed zero"),
+        layer="classifier",
         unseen="test",
+        verbose=False,
     )
 
+    print(summary(repair=report))
     if report.status == "repaired":
+        print(f"Weights changed: {report.change.changed} of {report.change.total:,}.")
         repaired = DigitNet.load_from_checkpoint(report.files["checkpoint"])  # an ordinary checkpoint
         trainer.test(repaired, datamodule=data)
+        print(f"The change alone, to be applied and taken back: {report.files.get('patch')}")

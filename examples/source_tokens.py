@@ -1,4 +1,4 @@
-"""Repairs a network that colours Python code, character by character. About a minute on one core.
+"""Repairs a network that colours Python code, character by character.
 
     python examples/source_tokens.py
 
@@ -11,19 +11,18 @@ it is.
 
 from __future__ import annotations
 
-import argparse
 import io
 import keyword
-import logging
 import random
 import re
 import sysconfig
 import tokenize
-import warnings
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from output import start, summary
+from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -78,14 +77,15 @@ def lines() -> list[str]:
 class Code(LightningDataModule):
     """Batches of `(characters, labels, prefixed)`, lines padded to `WIDTH`; no line is in two splits."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, share: float = 1.0) -> None:
         super().__init__()
+        splits = {name: (round(n * share), prefixes) for name, (n, prefixes) in SPLITS.items()}
         code, rng = lines(), random.Random(seed)
         rng.shuffle(code)
         # Those that may have a prefix come first, since they are rare.
         code.sort(key=lambda line: not PREFIXED.search(line))
         wanted = {
-            kind: sum(round(n * (share if kind else 1 - share)) for n, share in SPLITS.values())
+            kind: sum(round(n * (share if kind else 1 - share)) for n, share in splits.values())
             for kind in (True, False)
         }
         pools: dict[bool, list[tuple[str, list[int]]]] = {True: [], False: []}
@@ -97,7 +97,7 @@ class Code(LightningDataModule):
                 break
         rng.shuffle(pools[False])
         self.data = {}
-        for split, (n, share) in SPLITS.items():
+        for split, (n, share) in splits.items():
             taken = {True: round(n * share), False: n - round(n * share)}
             rows = [(*pools[kind].pop(), kind) for kind, count in taken.items() for _ in range(count)]
             characters = torch.tensor([[ord(c) for c in line.ljust(WIDTH, "\0")] for line, _, _ in rows])
@@ -138,20 +138,22 @@ def with_prefix(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return batch[2]
 
 
-def main() -> None:
+if __name__ == "__main__":
+    fast = start(__doc__).fast
     seed_everything(0, verbose=False)
     repair = RegressionFreeRepair(
         task=Sequence(ignore_index=IGNORED),
         target=Target.where(with_prefix),
         unseen="test",
+        max_time=5 if fast else None,
+        verbose=False,
     )
-    trainer = Trainer(max_epochs=5, accelerator="cpu", callbacks=[repair], enable_model_summary=False)
-    trainer.fit(Colours(), datamodule=Code())
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning.pytorch")
-    main()
+    trainer = Trainer(
+        max_epochs=3 if fast else 5,
+        accelerator="cpu",
+        callbacks=[repair],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
+    print(summary(repair=repair.report))

@@ -313,7 +313,7 @@ def test_no_fault_ends_with_the_status_of_a_refusal(
 @pytest.mark.slow
 def test_the_example_decides(tmp_path: Path) -> None:
     root = ROOT
-    command = [sys.executable, root / "examples" / "release.py", "--epochs", "3"]
+    command = [sys.executable, root / "examples" / "release.py", "--fast"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     (found,) = tmp_path.rglob("release/report.json")

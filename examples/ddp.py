@@ -1,0 +1,42 @@
+"""Two processes train one network and repair it together: DDP on two CPU processes (gloo).
+
+    python examples/ddp.py
+
+Nothing is done for it: each process looks at its share of the samples, and they agree on one repair. The network and
+its data are in `digits.py`. On GPUs it is the same script with `accelerator="gpu"`.
+"""
+
+from __future__ import annotations
+
+import torch
+from digits import DigitNet, SlashedZeros, slashed_zero
+from lightning.pytorch import Trainer, seed_everything
+from output import start, summary
+from rich import print
+
+from lightning_nrl import RegressionFreeRepair, Target
+
+if __name__ == "__main__":
+    fast = start(__doc__).fast
+    seed_everything(0, verbose=False)
+    repair = RegressionFreeRepair(
+        target=Target.where(slashed_zero), unseen="test", max_time=3 if fast else 10, verbose=False
+    )
+    trainer = Trainer(
+        max_epochs=5 if fast else 30,
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        callbacks=[repair],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model = DigitNet()
+    trainer.fit(model, datamodule=SlashedZeros())
+
+    sums = [x.double().sum() for x in model.state_dict().values()]
+    weights = trainer.strategy.all_gather(torch.stack(sums))  # 2 x tensors
+    if trainer.is_global_zero:
+        print(summary(repair=repair.report))
+        same = "the same" if torch.equal(*weights) else "DIFFERENT"
+        print(f"{trainer.world_size} processes hold {same} weights, {repair.report.status}.")

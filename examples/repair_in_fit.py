@@ -1,0 +1,48 @@
+"""The callback in a training: `fit` trains a digit classifier, then it is repaired, then it is tested.
+
+    python examples/repair_in_fit.py
+
+Nobody wrote a zero with a slash in the training data; now they come in (`digits.py`), and most are misread.
+"""
+
+from __future__ import annotations
+
+from digits import DigitNet, SlashedZeros
+from lightning.pytorch import Trainer, seed_everything
+from output import start, summary
+from rich import print
+from torch import Tensor
+
+from lightning_nrl import RegressionFreeRepair, Target
+
+
+def slashed_zero(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Which samples of a batch are to be right: one bool each, from the batch as the data loader gives it."""
+    _image, _digit, slashed = batch
+    return slashed
+
+
+if __name__ == "__main__":
+    fast = start(__doc__).fast
+    seed_everything(0, verbose=False)
+    model, data = DigitNet(), SlashedZeros()
+    repair = RegressionFreeRepair(
+        target=Target.where(slashed_zero),  # without a target: all failures
+        unseen="test",  # only counted, never searched
+        max_time=3 if fast else 10,  # seconds; without it, about as long as the fit took
+        verbose=False,
+    )
+    trainer = Trainer(
+        max_epochs=8 if fast else 30,
+        accelerator="cpu",
+        callbacks=[repair],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=data)  # trains, repairs, judges, logs, saves
+
+    print(summary(repair=repair.report))
+    if repair.repaired_model_path:  # an ordinary Lightning checkpoint; empty if nothing was accepted
+        tested = trainer.test(model, datamodule=data, ckpt_path=repair.repaired_model_path, verbose=False)
+        print(f"Lightning's own test of the repaired checkpoint: {tested[0]['test/accuracy']:.2%}")
+    print(f"The whole report: {repair.report.files['html']}")

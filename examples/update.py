@@ -1,0 +1,84 @@
+"""A new model replaces an old one: a gate refuses it, its regressions are repaired, the gate looks again.
+
+    python examples/update.py
+
+A network was trained on 200 handwritten digits (scikit-learn) and is in use. A new one, trained from scratch on 600, is
+better by far, and wrong on some digits where the old one was right. That is what users notice. A suite of 400 digits is
+what both may be tested on; later digits are only counted.
+"""
+
+from __future__ import annotations
+
+import torch
+from digits import DigitNet
+from lightning.pytorch import Trainer, seed_everything
+from output import start
+from rich import box, print
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl import ReleaseGate, repair
+from lightning_nrl.release import ReleaseReport
+
+RULES = [
+    "instance in suite",  # nothing that is known to work may break
+    "accuracy in later",  # on data that nobody has looked at, no more may break than is repaired
+]
+
+
+def quiet_trainer(*callbacks: object, epochs: int = 1) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **quiet)
+
+
+def digits() -> tuple[TensorDataset, ...]:
+    """Digits to train the old model on, to train the new one on, the suite, and later ones."""
+    data, order = load_digits(), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(data.images, dtype=torch.float32)[order].unsqueeze(1) / 16
+    labels = torch.tensor(data.target)[order]
+    ends = (slice(0, 200), slice(0, 600), slice(600, 1000), slice(1000, None))
+    return tuple(TensorDataset(images[rows], labels[rows], order[rows]) for rows in ends)
+
+
+def judged(new: DigitNet, old: DigitNet, loaders: dict[str, DataLoader]) -> ReleaseReport:
+    """May the new model replace the old one? Reasons and ids are in the files of the gate."""
+    gate = ReleaseGate(reference=old, rules=RULES, verbose=False)
+    quiet_trainer(gate).test(new, loaders, verbose=False)
+    return gate.report
+
+
+if __name__ == "__main__":
+    fast = start(__doc__).fast
+    few, more, suite, later = digits()
+    loaders = {"suite": DataLoader(suite, 256), "later": DataLoader(later, 256)}
+
+    seed_everything(0, verbose=False)
+    old, new = DigitNet(), DigitNet()
+    for model, data in ((old, few), (new, more)):
+        quiet_trainer(epochs=8 if fast else 30).fit(model, DataLoader(data, 32, shuffle=True))
+    verdicts = {"as trained": judged(new, old, loaders)}
+
+    report = repair(
+        quiet_trainer(),
+        new,
+        train_dataloaders=DataLoader(more, 32, shuffle=True),
+        val_dataloaders=loaders["suite"],
+        reference=old,  # what it gets right and the new one wrong is to be repaired
+        unseen=loaders["later"],
+        max_time=3 if fast else 10,
+        verbose=False,
+    )
+    verdicts["repaired"] = judged(new, old, loaders)
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="broken: the old model is right, the new one wrong.")
+    for head in ("new model", "broken:\nsuite", "\nlater", "accuracy:\nsuite", "\nlater", "\nverdict"):
+        table.add_column(head, justify="left" if head == "new model" else "right")
+    for name, verdict in verdicts.items():
+        counts = [row.counts for row in verdict.rows]
+        shares = [f"{count.accuracy_after:.2%}" for count in counts]
+        table.add_row(name, *(str(count.broken) for count in counts), *shares, verdict.status)
+    print(table)
+    print(
+        f"The old model: {counts[0].accuracy_before:.2%} on the suite, {counts[1].accuracy_before:.2%} on later digits."
+    )

@@ -1,0 +1,99 @@
+"""Every example runs, in a small size, and breaks no known sample. What it takes is said in `examples/README.md`."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from repository import ROOT
+
+EXAMPLES = ROOT / "examples"
+SHARED = {"digits", "output"}
+ALONE = {"quickstart", "release", "ddp"}  # run as a process: the first two by tests of their own
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in SHARED | ALONE)
+NEEDS = {"timm_model": "timm", "published_module": "torchgeo", "tabular": "plotnine"}
+REPAIRS_NOTHING = {"diagnose", "compare", "update"}  # their tables are others
+MAY_BREAK = {"custom_fitness"}
+LINE = re.compile(
+    r"^ *(.*?known) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%", re.MULTILINE
+)
+
+
+@pytest.fixture
+def as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in an empty folder; what a script leaves in the process is taken back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("COLUMNS", "120")
+    threads, modules = torch.get_num_threads(), set(sys.modules)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+    for name in (*SHARED, *SCRIPTS):
+        if name not in modules:
+            sys.modules.pop(name, None)
+
+
+def arguments_of(name: str) -> list[str]:
+    if name == "lightning_cli":
+        return ["fit", "--config", str(EXAMPLES / "lightning_cli.yaml"), "--trainer.max_epochs", "5"]
+    return ["--fast", *(["--methods", "fine-tuning"] if name == "compare" else [])]
+
+
+def check_lines(out: str, broken_too: bool = False) -> None:
+    """The table's counts of known samples agree with its accuracies, and as a rule nothing broke.
+
+    How much is repaired in so little time differs from machine to machine.
+    """
+    lines = LINE.findall(out)
+    assert lines, out
+    for _name, samples, _target, _of_these, repaired, broken, before, now in lines:
+        n, gained, lost = (int(text.replace(",", "")) for text in (samples, repaired, broken))
+        assert broken_too or lost == 0, out
+        assert float(now) - float(before) == pytest.approx(100 * (gained - lost) / n, abs=0.011)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_found")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_example_repairs_and_breaks_nothing_known(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not among the test dependencies")
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{name}.py"), *arguments_of(name)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    if name not in REPAIRS_NOTHING:
+        check_lines(out, broken_too=name in MAY_BREAK)
+    if name == "update":
+        broken = re.findall(r"^ *(?:as trained|repaired) +(\d+) ", out, re.MULTILINE)
+        assert len(broken) == 2
+        assert int(broken[1]) <= int(broken[0])
+    if name == "repair_in_fit":
+        (tested,) = re.findall(r"own test of the repaired checkpoint: ([\d.]+)%", out)
+        assert re.search(rf"^ *unseen .* {re.escape(tested)}%", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_two_processes_repair_alike(tmp_path: Path) -> None:
+    environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(EXAMPLES / "ddp.py"), "--fast"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    check_lines(done.stdout)
+    assert "2 processes hold the same weights" in done.stdout
+
+
+def test_the_page_of_examples_names_each_and_no_other() -> None:
+    page = (EXAMPLES / "README.md").read_text()
+    named = re.findall(r"^\| \[`(\w+)\.py`\]", page, re.MULTILINE)
+    assert sorted(named) == sorted({*SCRIPTS, *ALONE})
