@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from repository import ROOT
 from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained
 
@@ -18,8 +15,6 @@ from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.tasks import Task
-
-EXAMPLE = ROOT / "examples" / "plain_pytorch.py"
 
 
 @dataclass
@@ -137,16 +132,3 @@ def test_defaults_need_no_settings() -> None:
     outcome = repair_module(trained(), [replace(source, failed=True) for source in known(n=30)])
     assert outcome.report.settings == Settings().plain()
     assert outcome.report.target == "all failures"
-
-
-def test_the_example_repairs_and_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(EXAMPLE)])
-    threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng():
-            runpy.run_path(str(EXAMPLE), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
-    printed = capsys.readouterr().out
-    assert printed.startswith("REPAIRED")
-    assert "The model holds the repaired weights" in printed
