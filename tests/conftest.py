@@ -1,6 +1,14 @@
-"""Where several processes test side by side, each takes one core: their threads would only wait for each other."""
+"""What holds for all tests.
+
+Where several processes test side by side, each takes one core: their threads would only wait for each other. Ctrl-C is
+heeded, as in a shell, where the tests run in the background too.
+"""
 
 import os
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

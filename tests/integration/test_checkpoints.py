@@ -201,6 +201,7 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
     repair = quick_repair(dirpath=dirpath and folder)
     fit(tmp_path, repair, max_epochs=1)
     assert {file.name for file in folder.iterdir()} == {
+        "flipped_samples",
         "repaired.ckpt",
         PATCH_NAME,
         "report.json",

@@ -29,7 +29,7 @@ from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.search import Fitness
 
 ARGUMENTS: dict[str, Callable[[], Any]] = {
-    "`fitness.kind='eq3'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(fitness="eq3")),
+    "`fitness='eq3'` is unknown": lambda: RegressionFreeRepair(search=SearchOptions(fitness="eq3")),
     "`fitness.alpha=-1` is no weight": lambda: RegressionFreeRepair(
         search=SearchOptions(fitness=Fitness("eq1", alpha=-1))
     ),

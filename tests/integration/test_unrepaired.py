@@ -12,7 +12,7 @@ from lightning_package import Callback, Trainer
 from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
-from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
+from lightning_nrl.errors import DataWarning, EmptyLocalizationError
 from lightning_nrl.localization import NeuRecoverLite
 
 
@@ -118,12 +118,12 @@ class BadPixels(Digits):
         self.repair.tensors[0][[5, 17]] = torch.nan
 
 
-def test_a_loss_that_is_nan_is_an_error_that_names_the_samples(tmp_path: Path) -> None:
-    model, remember = Classifier(), Remember()
-    trainer = quiet_trainer(tmp_path, remember, quick_repair(), max_epochs=1)
-    with pytest.raises(EvaluationError, match=r"NaN or infinite on 2 known samples \(repair: \[5, 17\]\)[\s\S]*HINT: "):
-        trainer.fit(model, datamodule=BadPixels())
-    remember.assert_unchanged(model)
+def test_samples_with_a_loss_that_is_nan_are_left_out_and_named(tmp_path: Path) -> None:
+    repair, data = quick_repair(), BadPixels()
+    with pytest.warns(DataWarning, match=r"left out: .*NaN or infinite on 2 known samples \(repair: \[5, 17\]\)"):
+        quiet_trainer(tmp_path, repair, max_epochs=1).fit(Classifier(), datamodule=data)
+    assert repair.report is not None
+    assert repair.report.splits[1].n == len(data.repair) - 2
 
 
 @pytest.mark.parametrize("arguments", [{"max_epochs": 0}, {"limit_train_batches": 0}])

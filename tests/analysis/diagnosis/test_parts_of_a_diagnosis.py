@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_nrl.analysis.baselines import BASELINES
+from lightning_nrl.analysis.comparison.compare_module import COMPARED_BY_DEFAULT
 from lightning_nrl.analysis.diagnosis import (
     Cost,
     Diagnosis,
@@ -22,7 +24,6 @@ from lightning_nrl.analysis.diagnosis._advice import advise
 from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis._layer_capacity import GradientSketches, layer_capacities
 from lightning_nrl.evaluation._neighbors import doubtful, neighbours
-from lightning_nrl.methods import METHODS
 from lightning_nrl.report._formatting import rough_percent, rough_time
 
 RIGHT, UP = [1.0, 0.0], [0.0, 1.0]
@@ -78,7 +79,7 @@ def priced(pace: Timings, epochs: int | None = None) -> dict[str, float]:
     return {cost.method: round(cost.seconds, 6) for cost in costs(pace, epochs)}
 
 
-def test_costs_by_hand_are_sorted_and_name_every_method() -> None:
+def test_costs_by_hand_are_sorted_and_name_the_methods_that_are_compared() -> None:
     # Around every search 11 passes. 15 % of 30,000 candidates are scored: 4,500 looks at the head.
     pace = Timings(one_pass=1.0, head=0.001, alone=0.1, margins=True)
     found = priced(pace, epochs=10)
@@ -90,7 +91,7 @@ def test_costs_by_hand_are_sorted_and_name_every_method() -> None:
         "auto": 11 + 10 * 2.5 + 12 + (4.5 + 16 * 0.1),
     }
     assert list(found.values()) == sorted(found.values())
-    assert set(METHODS) == set(found)
+    assert set(found) == set(COMPARED_BY_DEFAULT) - set(BASELINES)
     # Where training cannot go on, a fit visits each sample 16 times.
     assert priced(pace)["finetune-polish"] == 11 + 16 * 2.5 + 12
 
