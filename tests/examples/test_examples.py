@@ -22,6 +22,8 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in
 NEEDS = {"timm_model": "timm", "published_module": "torchgeo", "tabular": "plotnine"}
 REPAIRS_NOTHING = {"diagnose", "compare", "update"}  # their tables are others
 MAY_BREAK = {"custom_fitness"}
+LONG = {"attribute_slice", "lightning_cli", "ddp"}
+"""More than ten seconds each: `NRL_EXAMPLES=1` runs them too."""
 LINE = re.compile(
     r"^ *(.*?known) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+)% +([\d.]+)%", re.MULTILINE
 )
@@ -48,6 +50,11 @@ def arguments_of(name: str) -> list[str]:
     return ["--fast", *(["--methods", "fine-tuning"] if name == "compare" else [])]
 
 
+def skip_if_long(name: str) -> None:
+    if name in LONG and "NRL_EXAMPLES" not in os.environ:
+        pytest.skip("set NRL_EXAMPLES=1 to run the long examples")
+
+
 def check_lines(out: str, broken_too: bool = False) -> None:
     """The table's counts of known samples agree with its accuracies, and as a rule nothing broke.
 
@@ -67,6 +74,7 @@ def check_lines(out: str, broken_too: bool = False) -> None:
 def test_an_example_repairs_and_breaks_nothing_known(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    skip_if_long(name)
     if name in NEEDS:
         pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is not among the test dependencies")
     monkeypatch.setattr(sys, "argv", [str(EXAMPLES / f"{name}.py"), *arguments_of(name)])
@@ -85,6 +93,7 @@ def test_an_example_repairs_and_breaks_nothing_known(
 
 @pytest.mark.slow
 def test_two_processes_repair_alike(tmp_path: Path) -> None:
+    skip_if_long("ddp")
     environment = {**os.environ, "COLUMNS": "120", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(EXAMPLES / "ddp.py"), "--fast"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
