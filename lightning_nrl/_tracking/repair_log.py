@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport, repair_figures
 from lightning_nrl.report.repair_plot import gallery_figures
-from lightning_nrl.report.sample_tables import flipped_splits
+from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS, flipped_splits
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.search_plot import search_figure
 from lightning_nrl.report.summary_plot import summary_figure
@@ -22,18 +22,6 @@ from lightning_nrl.report.weight_plot import weight_figures
 
 __all__ = ["FLIPPED_COLUMNS", "RepairLog", "written"]
 
-FLIPPED_COLUMNS = (
-    "split",
-    "position",
-    "flip",
-    "true",
-    "before",
-    "after",
-    "margin before",
-    "margin after",
-    "in target",
-    "slice",
-)
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")
 """Kinds of files that go to loggers; checkpoints are large, and each logger has rules of its own for them."""

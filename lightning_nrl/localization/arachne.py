@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.contribution import contribution
 from lightning_nrl.localization.impact import Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers, localized
 from lightning_nrl.localization.pareto import first_fronts
 
 __all__ = ["Arachne", "ArachneV2"]
@@ -93,20 +91,3 @@ class ArachneV2:
         gradient, forward = (of_failed / (1 + of_passed) for of_failed, of_passed in zip(*costs, strict=True))
         weights = first_fronts(gradient, forward, self.n_weights)
         return localized(weights, len(gradient), self.n_weights, len(gradient))
-
-
-def localized(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
-    """A localisation by some order of the weights; an `EmptyLocalizationError` if there are none."""
-    if not len(weights):
-        raise EmptyLocalizationError(
-            "`localizer` leaves no weight: none has an impact on the failed data.",
-            "choose another layer: this one has no influence on what these samples are taken for.",
-        )
-    return Localization(weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total})
-
-
-def check_numbers(**numbers: int | None) -> None:
-    """Refuses numbers that are given and are not whole or below 1."""
-    for name, number in numbers.items():
-        if number is not None:
-            check_whole(name, number, 1)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Replay
 
-__all__ = ["LOCALIZERS", "Localization", "Localizer"]
+__all__ = ["LOCALIZERS", "Localization", "Localizer", "check_numbers", "localized"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,20 @@ LOCALIZERS: Registry[Localizer] = Registry(
     "Localizer", "NeuRecoverLite()", lambda value: isinstance(value, Localizer), group="localizers"
 )
 """The ways of localising that can be named."""
+
+
+def localized(weights: Tensor, n_g: int, requested: int | None, total: int) -> Localization:
+    """A localisation by some order of the weights; an `EmptyLocalizationError` if there are none."""
+    if not len(weights):
+        raise EmptyLocalizationError(
+            "`localizer` leaves no weight: none has an impact on the failed data.",
+            "choose another layer: this one has no influence on what these samples are taken for.",
+        )
+    return Localization(weights.to(torch.int64), n_g, requested, {"localized": len(weights), "total": total})
+
+
+def check_numbers(**numbers: int | None) -> None:
+    """Refuses numbers that are given and are not whole or below 1."""
+    for name, number in numbers.items():
+        if number is not None:
+            check_whole(name, number, 1)

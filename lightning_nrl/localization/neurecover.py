@@ -17,11 +17,10 @@ from torch import Tensor
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.arachne import check_numbers
 from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
 from lightning_nrl.localization.impact import Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization
-from lightning_nrl.localization.neurecover_lite import default_n_weights
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
+from lightning_nrl.localization.neurecover_lite import default_n_weights, places
 from lightning_nrl.localization.training_record import FolderHistory
 
 __all__ = ["NeuRecover", "TrainingFlips", "localize_by_history"]
@@ -251,13 +250,8 @@ def same_point(point: HistoryPoint, now: HistoryPoint) -> bool:
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
-    """Of each weight the worst of its places from 1, the greatest first, equal ones in the order of the weights."""
-    ranks = []
-    for impact in impacts:
-        order = impact.argsort(descending=True, stable=True)
-        places = torch.arange(1, len(order) + 1, device=order.device).to(impact)
-        ranks.append(torch.empty_like(places).scatter_(0, order, places))
-    return torch.stack(ranks).amax(0)
+    """Of each weight the worst of its places."""
+    return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
 
 
 def _nearest_rate(enter: Tensor, leave: Tensor, size: int) -> float:

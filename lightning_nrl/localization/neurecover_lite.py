@@ -13,12 +13,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_whole
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.impact import Aggregation, Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
 
-__all__ = ["NeuRecoverLite", "default_n_weights", "localize", "set_sizes"]
+__all__ = ["NeuRecoverLite", "default_n_weights", "localize", "places", "set_sizes"]
 
 
 @LOCALIZERS.register("neurecover-lite")
@@ -119,10 +119,10 @@ def set_sizes(failed: Impact, passed: Impact) -> dict[str, Tensor]:
 
 def _first_n_g(impact: Impact) -> Tensor:
     """The N_g from which on each weight is among the top N_g by both impacts, `W` int64 from 1 to W."""
-    return torch.maximum(_rank(impact.backward), _rank(impact.forward))
+    return torch.maximum(places(impact.backward), places(impact.forward))
 
 
-def _rank(impact: Tensor) -> Tensor:
+def places(impact: Tensor) -> Tensor:
     """Places from 1, the greatest impact first, equal ones in the order of the weight space."""
     order = impact.argsort(descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(1, len(order) + 1, device=order.device))
@@ -162,9 +162,7 @@ def _empty(localized: Tensor, n_g: int, at: dict[str, int]) -> EmptyLocalization
 
 
 def _check(n_weights: int | None, n_g: int | None) -> None:
-    for name, number in {"n_weights": n_weights, "n_g": n_g}.items():
-        if number is not None:
-            check_whole(name, number, 1)
+    check_numbers(n_weights=n_weights, n_g=n_g)
     if n_weights is not None and n_g is not None:
         raise ConfigurationError(
             f"`n_weights={n_weights}` and `n_g={n_g}` are both given, and each decides the other.", "give one of them."

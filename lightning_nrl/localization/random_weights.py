@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_nrl.errors import check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.arachne import check_numbers, localized
 from lightning_nrl.localization.impact import Replay
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers, localized
 from lightning_nrl.localization.neurecover_lite import default_n_weights
 
 __all__ = ["RandomWeights"]

@@ -13,23 +13,10 @@ from lightning_nrl.report.repair_page import page_of_repair
 from lightning_nrl.report.repair_plot import repair_figures
 from lightning_nrl.report.repair_report import RepairReport
 from lightning_nrl.report.report_base import html_of
-from lightning_nrl.report.sample_tables import flipped_splits
+from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS, flipped_splits
 from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["html_of_repair"]
-
-COLUMNS = (
-    "split",
-    "position",
-    "flip",
-    "true",
-    "before",
-    "after",
-    "margin before",
-    "margin after",
-    "in target",
-    "slice",
-)
 
 
 @html_of.register
@@ -62,4 +49,4 @@ def _flipped(report: RepairReport) -> tuple[HtmlTable, ...]:
             cells += [report.class_name(label) for label in (one.label, one.predicted_before, one.predicted_after)]
             cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else "no", one.slice]
             rows.append(cells)
-    return (HtmlTable(f"All {len(rows):,} samples that flipped", COLUMNS, rows),) if rows else ()
+    return (HtmlTable(f"All {len(rows):,} samples that flipped", FLIPPED_COLUMNS, rows),) if rows else ()

@@ -11,6 +11,7 @@ from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip
 from lightning_nrl.report.splits import ROLES, SplitReport, pool
 
 __all__ = [
+    "FLIPPED_COLUMNS",
     "class_table",
     "confusion_changes",
     "confusion_table",
@@ -24,6 +25,19 @@ ClassName = Callable[[int], str]
 
 LISTED_FLIPS: Mapping[Flip, int] = {"broken": 50, "repaired": 10}
 LISTED_CLASSES, LISTED_CONFUSIONS = 20, 20
+FLIPPED_COLUMNS = (
+    "split",
+    "position",
+    "flip",
+    "true",
+    "before",
+    "after",
+    "margin before",
+    "margin after",
+    "in target",
+    "slice",
+)
+"""Of a table of all flipped samples, as pages and loggers have it."""
 
 
 def sample_blocks(report: RepairReport) -> Iterator[Block]:
