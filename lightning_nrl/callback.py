@@ -272,7 +272,7 @@ class RegressionFreeRepair(CallbackBase):
                 if parameters is not None:
                     saved.patch(report, pl_module, parameters)
                     saved.checkpoint(report, pl_module, parameters)
-                report = saved.reports(report, outcome.views)
+                report = saved.reports(report, outcome.views, outcome.changes)
                 with uninterrupted():
                     saved.commit()
                     outcome.write(pl_module)

@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
-from lightning_nrl.report import RepairReport, repair_figures
+from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_plot import gallery_figures
+from lightning_nrl.report.reviewer_figures import SEARCH_TITLE, reviewer_figures
 from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS, flipped_splits
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.search_plot import search_figure
 from lightning_nrl.report.summary_plot import summary_figure
-from lightning_nrl.report.weight_plot import weight_figures
 
 __all__ = ["FLIPPED_COLUMNS", "RepairLog", "written"]
 
@@ -69,12 +68,9 @@ class RepairLog:
         """Figures by title, the summary not among them; empty without matplotlib."""
         if not self.drawn:
             return {}
-        figures = repair_figures(self.report)
-        if "Course of the search" in figures and self.report.search is not None:
-            figures["Course of the search"] = search_figure(self.report.search)
-        figures |= weight_figures(self.changes or {}, self.report.localization)
+        figures = reviewer_figures(self.report, self.changes)
         for title, figure in figures.items():
-            if title != "Course of the search":  # four panels
+            if title != SEARCH_TITLE:  # four panels
                 figure.set_size_inches(*CARD)
         return figures
 

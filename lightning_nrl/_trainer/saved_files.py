@@ -121,11 +121,11 @@ class SavedFiles(AbstractContextManager["SavedFiles"]):
             problem = _problem_of(writer, None, report, model, parameters)
             self._problems |= {"checkpoint": problem} if problem else {}
 
-    def reports(self, report: AnyReport, views: Sequence[SampleView] = ()) -> AnyReport:
+    def reports(self, report: AnyReport, views: Sequence[SampleView] = (), changes: State | None = None) -> AnyReport:
         """The pages and the JSON of a report, which then names the files that could be written."""
         written = self._named(report)
         self.write("markdown", lambda path: path.write_text(written.to_markdown(), encoding="utf-8"))
-        self.write("html", lambda path: path.write_text(written.to_html(views), encoding="utf-8"))
+        self.write("html", lambda path: path.write_text(written.to_html(views, changes), encoding="utf-8"))
         written = self._named(report)
         self.write("json", lambda path: path.write_text(written.to_json(), encoding="utf-8"))
         if self._stage is not None and views and self._is_written("json"):

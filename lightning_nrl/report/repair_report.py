@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
+from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report.calibration import CalibrationBounds
@@ -35,8 +36,8 @@ Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 
 def installed_versions() -> dict[str, str]:
     """Versions of the software that a repair depends on, by name."""
-    found = {"python": python_version()}
-    for name in ("lightning_nrl", "torch", "pytorch-lightning"):
+    found = {"python": python_version(), "lightning_nrl": __version__}
+    for name in ("torch", "pytorch-lightning"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

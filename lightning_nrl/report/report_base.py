@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
+
+from torch import Tensor
 
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl.report.html_page import html_fragment, html_page
@@ -25,7 +27,7 @@ def page_of(report: object, full: bool = False) -> Page:
 
 
 @singledispatch
-def html_of(report: object, views: Sequence[SampleView] = ()) -> str:
+def html_of(report: object, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
     """The HTML document of a report: its whole page; the module that has more to show registers its kind here."""
     page = page_of(report, full=True)
     title = next((block.text for block in page.blocks if isinstance(block, Heading)), type(report).__name__)
@@ -43,13 +45,14 @@ class Report(Record, Shown):
         """The page for a reviewer as Markdown: all of it, with whole paths."""
         return page_of(self, full=True).markdown()
 
-    def to_html(self, views: Sequence[SampleView] = ()) -> str:
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
         """The page for a reviewer as one HTML file that needs nothing else, with figures if matplotlib is installed.
 
         Args:
             views: flipped samples to be shown.
+            changes: what was added to each weight, whole tensors by the names of the state dict, to be drawn.
         """
-        return html_of(self, views)
+        return html_of(self, views, changes)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the page for the console."""

@@ -75,7 +75,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Repaired:
 @pytest.fixture
 def found(fitted: Repaired, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repaired]:
     """The model is as it was before the repair, for each test; pages are drawn elsewhere."""
-    monkeypatch.setattr(RepairReport, "to_html", lambda report, views: "<!doctype html>")
+    monkeypatch.setattr(RepairReport, "to_html", lambda report, *_: "<!doctype html>")
     state = {name: value.clone() for name, value in fitted.model.state_dict().items()}
     yield replace(fitted, folder=tmp_path / "mine")
     fitted.model.load_state_dict(state)
@@ -298,7 +298,7 @@ from pathlib import Path
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
 from lightning_nrl import RepairReport
 from test_files import Unsaved
-RepairReport.to_html = lambda report, views: "<!doctype html>"
+RepairReport.to_html = lambda report, *_: "<!doctype html>"
 callback, model = quick_repair(dirpath=sys.argv[1]), Classifier()
 callback.__class__ = Unsaved
 trainer = quiet_trainer(Path(sys.argv[1]).parent, callback, enable_checkpointing=False)
