@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_nrl.localization.neurecover_lite import places
+
 __all__ = ["first_fronts", "pareto_front"]
 
 
@@ -23,8 +25,8 @@ def pareto_front(one: Tensor, other: Tensor) -> Tensor:
     before = torch.cat([b.new_full((1,), -torch.inf), b.cummax(0).values[:-1]])
     leads = b > before
     # Of equal weights the first one leads; the others are where its place is the last that led.
-    places = torch.arange(len(order), device=order.device)
-    leader = torch.where(leads, places, 0).cummax(0).values
+    rows = torch.arange(len(order), device=order.device)
+    leader = torch.where(leads, rows, 0).cummax(0).values
     front = leads | ((a == a[leader]) & (b == b[leader]))
     return torch.zeros_like(front).scatter_(0, order, front)
 
@@ -38,7 +40,7 @@ def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
     left = ((one > 0) | (other > 0)).nonzero().squeeze(1)
     if n_weights is None:
         return left[pareto_front(one[left], other[left])]
-    worse_rank = torch.maximum(_rank(one), _rank(other))
+    worse_rank = torch.maximum(places(one), places(other))
     taken = left[:0]
     while len(taken) < n_weights and len(left):
         front = pareto_front(one[left], other[left])
@@ -46,8 +48,3 @@ def first_fronts(one: Tensor, other: Tensor, n_weights: int | None) -> Tensor:
         new = new[worse_rank[new].argsort(stable=True)][: n_weights - len(taken)]
         taken, left = torch.cat([taken, new]), left[~front]
     return taken.sort().values
-
-
-def _rank(values: Tensor) -> Tensor:
-    order = values.argsort(descending=True, stable=True)
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
