@@ -44,7 +44,7 @@ def test_the_oldest_python_gets_the_floors_and_the_newest_the_newest() -> None:
 
 def test_both_packages_of_lightning_are_tested() -> None:
     assert set(MATRIX["lightning"]) == {NAME, OTHER}
-    assert WORKFLOW["jobs"]["tests"]["env"] == {"NRL_LIGHTNING": "${{ matrix.lightning }}"}
+    assert WORKFLOW["jobs"]["tests"]["env"] == {"NRL_LIGHTNING": "${{ matrix.lightning }}", "NRL_EXAMPLES": "1"}
 
 
 def test_the_scripts_that_it_calls_are_there() -> None:

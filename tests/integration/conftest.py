@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 from digit_models import Classifier, Digits, quiet_trainer
 
+from lightning_nrl._tracking import repair_log
+from lightning_nrl.report import repair_html
+
 # Scripts that tests start find the helpers of all tests, as pytest itself does.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(autouse=True)
+def figures_are_drawn_where_they_are_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere a repair leaves them out, as where matplotlib is not installed: they take a second each time."""
+    if request.node.get_closest_marker("figures") is None:
+        for module in (repair_html, repair_log):
+            monkeypatch.setattr(module, "find_spec", lambda name: None)
 
 
 @pytest.fixture(scope="session")

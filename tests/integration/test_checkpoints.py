@@ -195,6 +195,7 @@ def test_a_checkpoint_of_a_later_training_is_not_rewritten(tmp_path: Path) -> No
     assert not torch.equal(*steps)
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("dirpath", ["here", None])
 def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> None:
     folder = tmp_path / (dirpath or "repair")
@@ -208,6 +209,7 @@ def test_files_go_where_they_are_wanted(tmp_path: Path, dirpath: str | None) -> 
         "report.md",
         "report.html",
     }
+    assert (folder / "report.html").read_text().count("<svg") > 3
 
 
 def weights_of(model: Classifier) -> Tensor:

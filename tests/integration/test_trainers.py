@@ -129,6 +129,7 @@ def test_without_a_logger_files_go_to_the_root_folder(tmp_path: Path) -> None:
     assert (tmp_path / "repair" / "report.md").read_text().startswith("# Repaired")
 
 
+@pytest.mark.figures
 def test_two_repairs_in_one_log_are_runs_of_their_own(tmp_path: Path) -> None:
     first, second = quick_repair(layer="network.3"), quick_repair(layer="network.1")
     logger = TensorBoardLogger(tmp_path)
