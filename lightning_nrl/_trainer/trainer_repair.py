@@ -20,6 +20,7 @@ from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
 from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.flipped_inputs import sample_views
+from lightning_nrl._trainer.kept_checkpoints import check_kept, with_kept_checkpoints
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.own_step import check_own_step
 from lightning_nrl._trainer.progress import RepairProgress
@@ -97,6 +98,7 @@ class TrainerRepair:
     def check(self, trainer: Trainer, model: LightningModule) -> None:
         """A repair in small before training, on one batch of each split; warns if training could not go on for it."""
         settings = _sanity_settings(self.settings, trainer)
+        check_kept(settings, trainer)
         with random_state(), validating(trainer):
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
             sources = [*few.known, *few.unseen, *few.calibration]
@@ -130,7 +132,7 @@ class TrainerRepair:
         return repair_module(
             trained.evaluator,
             trained.known,
-            with_history(self.settings, trainer),
+            with_kept_checkpoints(with_history(self.settings, trainer), trainer),
             unseen=trained.unseen,
             calibration=trained.calibration,
             training=replace(trained.training, fit_seconds=fit_seconds),

@@ -4,6 +4,7 @@ In: a `Problem`. Out: a `Solution`. `solve` runs a method or a searcher; `METHOD
 method is one file with a frozen dataclass that is called with a problem, and a line in `method_registry.py`.
 """
 
+from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.family import BUNDLES, bundle
@@ -18,6 +19,7 @@ __all__ = [
     "BUNDLES",
     "METHODS",
     "AnyMethod",
+    "Apricot",
     "Auto",
     "Convex",
     "FineTunePolish",

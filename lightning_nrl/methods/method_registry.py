@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.methods.apricot import Apricot
 from lightning_nrl.methods.auto import Auto
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.family import BUNDLES
@@ -33,6 +34,7 @@ METHODS.register("auto")(Auto)
 METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
 METHODS.register("linearized")(Linearized)
+METHODS.register("apricot")(Apricot)
 for _name, _make in BUNDLES.items():
     METHODS.register(_name)(_make)
 

@@ -1,0 +1,207 @@
+"""Weights move toward earlier models that are right where this one fails (Apricot: Zhang and Chan, ASE 2019)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._optim.polish import polish
+from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.state import State, current_state
+from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
+from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.report.run_records import Step
+
+__all__ = ["Apricot", "Strategy", "pull"]
+
+Strategy = Literal["both", "right", "wrong"]
+"""Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""
+
+LONGEST_STEP = 0.2
+"""What a round may add to the factors of all checkpoints, in sum: with many failures it would leap."""
+
+NO_CHECKPOINTS_HINT = (
+    "name them, `Apricot(['epoch1.ckpt', 'epoch2.ckpt'])`, or give the Trainer a "
+    "`ModelCheckpoint(monitor=..., save_top_k=5)`."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Apricot:
+    r"""Moves the weights by what saved checkpoints do on the failed samples, then trains on.
+
+    A round moves the weights for each target x that still fails, with C the checkpoints that are right on it and I
+    those that are wrong:
+
+    .. math:: \theta \leftarrow \theta + r \sum_x w_x (\overline{\theta_m - \theta}_{m \in C(x)}
+        - \overline{\theta_m - \theta}_{m \in I(x)})
+
+    and all known samples are counted again. The training goes on from the round with the most repaired less broken. The
+    best of all that was counted, within the gate, is proposed.
+
+    Attributes:
+        checkpoints: paths of Lightning checkpoints or of saved state dicts, modules, or state dicts, of the same
+            architecture; or a folder, whose `*.ckpt` files are meant. None: those that the `ModelCheckpoint` callbacks
+            of the same Trainer have kept (`save_top_k`).
+        strategy: `both`, toward the right ones and away from the wrong ones; `right` or `wrong`, one of the two.
+        rate: r, above 0: how far one sample moves the weights. All of a round move them by at most 0.2 in sum.
+        rounds: how many rounds at most, from 1; each is one pass over the known data.
+        patience: rounds without a better result after which it stops, from 1.
+        epochs: how long the module's own training then goes on, from 0; only where it is known how the
+            model was trained, and where the whole network may change.
+        polish: whether what is then broken beyond the gate is brought back by a polish; not published.
+
+    Raises:
+        ConfigurationError: on construction, for a value of the wrong kind or out of its range.
+
+    Example:
+        >>> Apricot(checkpoints=["epoch=7.ckpt", "epoch=9.ckpt"], strategy="right").rate
+        0.001
+    """
+
+    trains: ClassVar[bool] = True
+    checkpoints: str | Path | Sequence[Any] | None = None
+    strategy: Strategy = "both"
+    rate: float = 1e-3
+    rounds: int = 30
+    patience: int = 5
+    epochs: int = 1
+    polish: bool = True
+
+    def __post_init__(self) -> None:
+        given = self.checkpoints
+        fits = given is None or isinstance(given, (str, Path, Sequence))
+        check_kind("Apricot.checkpoints", given, fits, "list of checkpoints", "Apricot(['epoch1.ckpt', 'epoch2.ckpt'])")
+        if given is not None and not given:
+            raise ConfigurationError("`Apricot.checkpoints` is an empty list.", "give at least one other checkpoint.")
+        check_choice("Apricot.strategy", self.strategy, get_args(Strategy))
+        check_real("Apricot.rate", self.rate, "rate", "give a finite number above 0.", above=0)
+        for name, least in (("rounds", 1), ("patience", 1), ("epochs", 0)):
+            check_whole(f"Apricot.{name}", getattr(self, name), least)
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Moves, counts, and trains on.
+
+        Raises:
+            ConfigurationError: there are no checkpoints, one cannot be read, or is of another architecture.
+        """
+        clock, deadline = problem.clock, problem.deadline_of_method()
+        began = time.perf_counter()
+        with clock.stage("checkpoints"):
+            states = self._states(problem)
+            if not states:
+                return Solution(None, "all of `Apricot.checkpoints` have the weights of the model itself.")
+            passed = torch.stack([problem.evaluate(state).passed for state in states])
+        best = ahead = now = problem.original("apricot")
+        start = {name: value for name, value in current_state(problem.model).items() if name in states[0]}
+        tried, stale = 0, 0
+        with clock.stage("move"):
+            while tried < self.rounds and stale < self.patience and deadline.leaves(clock.one_pass):
+                failing = problem.before.targeted & ~now.after.passed
+                if not failing.any():
+                    break
+                factors = self.rate * pull(passed[:, failing], problem.before.weight[failing], self.strategy)
+                factors = factors * min(1.0, LONGEST_STEP / max(float(factors.abs().sum()), 1e-12))
+                now = problem.propose("apricot", _moved({**start, **now.state}, states, factors))
+                tried += 1
+                found = better([best, now])
+                is_ahead = now.gain - now.broken > ahead.gain - ahead.broken
+                stale = 0 if found is now or is_ahead else stale + 1
+                best, ahead = found or best, now if is_ahead else ahead
+        right = int((passed.any(0) & problem.before.targeted).sum())
+        note = f"{len(states)} checkpoints, right on {right:,} of the targets; {tried} round{'s' * (tried != 1)}"
+        steps: tuple[Step, ...] = (best.step(time.perf_counter() - began, note),)
+        further, more = self._further(problem, ahead)
+        best, steps = better([best, *further]) or best, (*steps, *more)
+        others = tuple(one for one in (ahead, *further) if one is not best and one.state)
+        if not best.repaired:
+            reason = "no move toward the checkpoints repairs a target within the gate."
+            return Solution(None, reason, steps=steps, others=others)
+        return Solution(best, steps=steps, others=others)
+
+    def _states(self, problem: Problem) -> list[dict[str, Tensor]]:
+        """What may change, as each checkpoint has it; those that have the model's own weights are left out."""
+        argument = "Apricot.checkpoints"
+        if self.checkpoints is None:
+            raise ConfigurationError(
+                "`Apricot.checkpoints`: there are none.",
+                NO_CHECKPOINTS_HINT,
+            )
+        given: Sequence[Any] = self.checkpoints  # type: ignore[assignment]
+        if isinstance(given, (str, Path)):
+            given = sorted(Path(given).glob("*.ckpt"))
+            if not given:
+                raise ConfigurationError(
+                    f"`{argument}`: {str(self.checkpoints)!r} is no folder with checkpoints.",
+                    "give a folder that holds `*.ckpt` files, or a list of paths.",
+                )
+        own = current_state(problem.model)
+        moving = set(own) if problem.whole else set(problem.scope)
+        moving = {name for name in moving if own[name].is_floating_point()}
+
+        def read() -> list[dict[str, Tensor]]:
+            whole = [fitting(argument, read_state(argument, one), problem.model) for one in given]
+            return [{name: value for name, value in state.items() if name in moving} for state in whole]
+
+        states = problem.collective.all_or_none(read, "a checkpoint could not be read on another rank.")
+        return [state for state in states if any(not torch.equal(value, own[name]) for name, value in state.items())]
+
+    def _further(self, problem: Problem, moved: Proposal) -> tuple[list[Proposal], tuple[Step, ...]]:
+        """The training goes on from moved weights, then what is broken beyond the gate is brought back by a polish."""
+        training, deadline, clock = problem.training, problem.deadline_of_method(), problem.clock
+        found, steps = [moved], []
+        if training is not None and problem.whole and self.epochs:
+            began = time.perf_counter()
+            with clock.stage("fit"):
+                start = {**current_state(problem.model), **moved.state}
+                seconds = deadline.agreed_seconds_left()
+                how: dict[str, Any] = {"seed": problem.seed, "clock": clock, "epochs": self.epochs, "start": start}
+                state = training(seconds=seconds, **how) if seconds > 0 else None
+                if state is not None:
+                    found.append(problem.propose("fit", state))
+                    steps.append(found[-1].step(time.perf_counter() - began, "continued training"))
+        last, margins = found[-1], problem.before.margin
+        if self.polish and last.excess and bool(margins.isfinite().all()):
+            began = time.perf_counter()
+            with clock.stage("polish"):
+                polished = polish(problem, last.state, deadline=problem.deadline_of_method(), after=last.after)
+            found.append(problem.counted("polish", polished.state, polished.after))
+            steps.append(found[-1].step(time.perf_counter() - began, polished.note))
+        return found[1:], tuple(steps)
+
+
+def pull(passed: Tensor, weight: Tensor, strategy: Strategy) -> Tensor:
+    """What each of M models counts when n failed samples move the weights, `M` float64.
+
+    Above 0: toward that model; below: away from it.
+
+    Args:
+        passed: `M x n` bool, which samples each model gets right.
+        weight: `n`, what each sample counts.
+        strategy: see `Apricot`.
+    """
+    right = passed.to(torch.float64)
+    towards, away = right / right.sum(0).clamp_min(1), (1 - right) / (1 - right).sum(0).clamp_min(1)
+    sides = {"both": towards - away, "right": towards, "wrong": -away}
+    return sides[strategy] @ weight.to(torch.float64)
+
+
+@torch.no_grad()
+def _moved(weights: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
+    """The weights plus the factors times the ways from them to the states."""
+    moved = {}
+    for name, value in weights.items():
+        own = value.to(widest(value.device))
+        ways = torch.stack([state[name].to(own) - own for state in states])
+        new = own + torch.tensordot(factors.to(own), ways, 1)
+        if name.rpartition(".")[2] == "running_var":
+            new = new.clamp_min(0)
+        moved[name] = new.to(value.dtype)
+    return moved
