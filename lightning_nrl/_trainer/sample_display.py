@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_nrl.report._figures import image_of, new_figure
+from lightning_nrl.report._figures import INK
 
 __all__ = ["Normalization", "display", "find_normalization", "to_pixels"]
 
@@ -23,7 +23,10 @@ FEWEST_PIXELS = 4
 """A side of less is no picture."""
 TABLE_VALUES, TOKENS, CHANNELS = 24, 120, 6
 """More are not listed, or drawn."""
-CURVE_SIZE = (2.4, 2.4)  # inches
+CURVE_SIZE, FINER, LETTERS = 360, 3, 13
+"""Pixels of a side, how much finer curves are drawn, and the height of letters."""
+CURVE_FRAME = (0.2, 0.06, 0.96, 0.9)  # left, top, right, bottom, as shares
+FRAME_COLOUR = "#DDDDDD"
 CHANNEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 ROUNDING = 0.02  # by which a normalisation that was found may miss [0, 1]
 DEEPEST, MOST_VISITED = 12, 200
@@ -50,10 +53,10 @@ def display(x: Tensor, sample: Any = None, normalization: Normalization | None =
         return _words(sample) or _listed("tokens", x)
     if x.ndim <= 1 or (x.ndim == 2 and min(x.shape) == 1):
         flat = x.flatten()
-        return _table(flat) if len(flat) <= TABLE_VALUES or find_spec("matplotlib") is None else _curves(flat[None])
+        return _table(flat) if len(flat) <= TABLE_VALUES else _curves(flat[None])
     if x.ndim == 2 and min(x.shape) < FEWEST_PIXELS:
         rows = x if x.shape[0] < x.shape[1] else x.T
-        return _curves(rows) if find_spec("matplotlib") is not None else _listed("values", x.flatten())
+        return _curves(rows)
     image = _as_image(x)
     if image is None:
         return None
@@ -176,10 +179,37 @@ def _table(x: Tensor) -> str:
 
 
 def _curves(rows: Tensor) -> Pixels:
-    """Each row as a curve over its positions."""
-    figure = new_figure(*CURVE_SIZE, layout=None)
-    axes = figure.add_axes((0.17, 0.12, 0.8, 0.84))
-    for row, colour in zip(rows[:CHANNELS].double(), CHANNEL_COLOURS, strict=False):
-        axes.plot(row.numpy(), color=colour, linewidth=1)
-    axes.tick_params(labelsize=7)
-    return np.asarray(image_of(figure), dtype=np.uint8)
+    """Each row as a curve over its positions, with the lowest and the highest value beside it."""
+    from PIL import Image, ImageDraw
+
+    kept = rows[:CHANNELS].double()
+    finite = kept[kept.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 0.0)
+    wide = CURVE_SIZE * FINER
+    picture = Image.new("RGB", (wide, wide), "white")
+    draw = ImageDraw.Draw(picture)
+    left, top, right, bottom = (round(share * wide) for share in CURVE_FRAME)
+    across = left + (right - left) * torch.linspace(0, 1, kept.shape[1], dtype=torch.float64)
+    up = bottom - (bottom - top) * (kept - low) / (high - low if high > low else 1.0)
+    draw.rectangle((left, top, right, bottom), outline=FRAME_COLOUR, width=FINER)
+    for row, colour in zip(up, CHANNEL_COLOURS, strict=False):
+        for part in _unbroken(across, row):
+            draw.line(part, fill=colour, width=2 * FINER, joint="curve")
+    picture = picture.resize((CURVE_SIZE, CURVE_SIZE), Image.Resampling.BOX)
+    draw = ImageDraw.Draw(picture)
+    for value, height in ((high, top), (low, bottom)):
+        draw.text((left / FINER - 6, height / FINER), f"{value:.3g}", INK, anchor="rm", font_size=LETTERS)
+    for position, place, anchor in ((0, left, "lt"), (kept.shape[1] - 1, right, "rt")):
+        draw.text((place / FINER, bottom / FINER + 6), str(position), INK, anchor=anchor, font_size=LETTERS)
+    return np.array(picture, dtype=np.uint8)
+
+
+def _unbroken(across: Tensor, up: Tensor) -> list[list[tuple[float, float]]]:
+    """The points of a curve, cut where values are no numbers; a single point is a short line."""
+    parts: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(across.tolist(), up.tolist(), strict=True):
+        if isfinite(y):
+            parts[-1].append((x, y))
+        else:
+            parts.append([])
+    return [part if len(part) > 1 else [(x - FINER, y), (x + FINER, y)] for part in parts if part for x, y in part[:1]]

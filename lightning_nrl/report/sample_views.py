@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 
 import numpy as np
@@ -36,7 +37,7 @@ class SampleView:
     pixels: npt.NDArray[np.uint8] | None = None
     text: str = ""
 
-    @property
+    @cached_property
     def png(self) -> bytes:
         """The picture as a PNG file."""
         from PIL import Image

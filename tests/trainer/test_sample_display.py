@@ -3,11 +3,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from lightning_nrl._trainer import sample_display
 from lightning_nrl._trainer.sample_display import display, find_normalization, to_pixels
 
 
@@ -61,17 +61,29 @@ def test_tokens_are_the_words_of_the_sample_if_it_has_some() -> None:
     assert display(torch.arange(500)).endswith(" 119 ... 500 in all")
 
 
-def test_few_numbers_are_a_table_and_many_are_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_numbers_are_a_table_and_many_are_curves() -> None:
     assert display(torch.tensor([[0.5], [2.0]])) == "0: 0.5\n1: 2"
-    pytest.importorskip("matplotlib")
-    flat = shown(torch.zeros(100))
-    wave = shown(torch.sin(torch.arange(100.0)))
-    assert flat.shape == wave.shape == (360, 360, 3)
-    assert (flat != wave).any()
-    assert shown(torch.randn(2, 50)).shape == shown(torch.randn(50, 2)).shape
-    monkeypatch.setattr(sample_display, "find_spec", lambda name: None)
-    assert display(torch.zeros(100)).endswith("23: 0\n... 100 in all")
-    assert display(torch.zeros(2, 50)) == "values: " + " ".join("0" * 100)
+    assert shown(torch.zeros(100)).shape == (360, 360, 3)
+    both = torch.randn(2, 50)
+    assert (shown(both) == shown(both.T)).all()
+
+
+def test_a_curve_rises_with_its_values_and_stops_where_there_are_none() -> None:
+    rising = torch.linspace(-3, 5, 101)
+    middle = slice(204, 214)  # of the frame, from left to right
+    coloured = is_coloured(shown(rising))
+    rows, columns = coloured.nonzero()
+    assert rows[columns.argmin()] == pytest.approx(0.9 * 360, abs=4)
+    assert rows[columns.argmax()] == pytest.approx(0.06 * 360, abs=4)
+    assert coloured[:, middle].any()
+    rising[40:61] = float("nan")
+    assert not is_coloured(shown(rising))[:, middle].any()
+    assert not is_coloured(shown(torch.full((30,), float("inf")))).any()
+
+
+def is_coloured(pixels: np.ndarray) -> np.ndarray:
+    """Where the first curve is, which is blue on white and grey."""
+    return pixels[..., 2].astype(int) - pixels[..., 0] > 60
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0), torch.zeros(3, 2, 2), torch.zeros(2, 4, 4, dtype=torch.complex64)])
