@@ -36,6 +36,8 @@ POOLS = (
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.interpolate),
 )
+MEANS = (torch.mean, Tensor.mean)
+ADAPTIVE_MEANS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 REDUCTIONS = (torch.mean, torch.sum, torch.amax, Tensor.mean, Tensor.sum, Tensor.amax)
 
 
@@ -103,6 +105,8 @@ def _pool(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     if kwargs.get("return_indices") or any(a is True for a in args[5:]):
         return NotImplemented
+    if func in ADAPTIVE_MEANS and not kwargs and args in ((1,), ((1,) * (x.ndim - 2),)):
+        return _mean_of_places(x, keepdim=True)
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
 
 
@@ -112,9 +116,31 @@ def _reduce(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     dims = (dims,) if isinstance(dims, int) else dims
     if not isinstance(x, CandidateTensor) or not isinstance(dims, (tuple, list)) or not dims:
         return NotImplemented
-    if any(d % x.ndim <= x.axis for d in dims):
+    places = {d % x.ndim for d in dims}
+    if any(d <= x.axis for d in places):
         return NotImplemented
+    if func in MEANS and len(args) < 3 and kwargs.keys() <= {"dim", "keepdim"} and len(places) == x.ndim - 1 - x.axis:
+        return _mean_of_places(x, keepdim=bool(args[1] if len(args) > 1 else kwargs.get("keepdim")))
     return x.map_channels(lambda t, _: func(t, *args, **kwargs))
+
+
+def _mean_of_places(x: CandidateTensor, keepdim: bool) -> CandidateTensor:
+    """The mean over all that comes behind the channels.
+
+    On a CPU as a product with a vector: a sum of few numbers that lie side by side takes several times as long.
+    """
+    dims = tuple(range(x.axis + 1, x.ndim))
+
+    def mean(t: Tensor, units: Tensor | None) -> Tensor:
+        flat = t.movedim(x.axis, 0).flatten(2) if units is not None and x.axis == 1 else None
+        fits = flat is not None and flat.is_contiguous() and t.numel() and t.dtype in (torch.float32, torch.float64)
+        if flat is None or not fits or t.device.type != "cpu":
+            return t.mean(dims, keepdim)
+        n = flat.shape[-1]
+        found = torch.mv(flat.view(-1, n), flat.new_full((n,), 1 / n)).view(flat.shape[:2]).t()
+        return found.view(*found.shape, *[1] * len(dims)) if keepdim else found
+
+    return x.map_channels(mean)
 
 
 @handles(torch.flatten, Tensor.flatten)

@@ -26,6 +26,8 @@ from lightning_nrl._utils.precision import no_autocast
 __all__ = ["GatheredInputs", "LayerDelta", "edit_layers", "layer_output", "make_layer_deltas", "output_under"]
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
+COPIED_INPUTS = 2
+"""With more candidates than so many times the weights of a unit, a CPU copies its inputs rather than its outputs."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,10 @@ class LayerDelta(DeltaLayout):
                 torch.matmul(d.unsqueeze(2), x, out=delta[start:stop].unsqueeze(2))
             elif base is None:
                 torch.bmm(d, x[:, 0], out=delta[start:stop])
+            elif d.device.type == "cpu" and d.shape[1] > COPIED_INPUTS * d.shape[2]:
+                # One more weight of 1, which meets the base: the base is not first copied for each candidate.
+                d, met = F.pad(d, (0, 1), value=1.0), torch.cat([x[:, 0], base[start:stop]], 1)
+                torch.bmm(d, met, out=delta[start:stop])
             else:
                 torch.baddbmm(base[start:stop], d, x[:, 0], out=delta[start:stop])
             start = stop

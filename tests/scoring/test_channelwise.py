@@ -57,7 +57,10 @@ CHANNELWISE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "max pool": ((4, 4), nn.MaxPool2d(3, stride=2, padding=1)),
     "max pool 1d": ((8,), nn.MaxPool1d(2)),
     "adaptive pool": ((5, 5), nn.AdaptiveAvgPool2d(2)),
+    "adaptive pool to one": ((5, 5), nn.AdaptiveAvgPool2d(1)),
     "mean": ((5, 5), lambda x: x.mean((2, 3))),
+    "mean of one dimension": ((5, 5), lambda x: x.mean(-1)),
+    "mean of another type": ((5,), lambda x: x.mean(2, dtype=torch.float32).double()),
     "mean, kept": ((5, 5), lambda x: x.mean(dim=(-1, -2), keepdim=True)),
     "amax": ((5,), lambda x: torch.amax(x, 2)),
     "flatten": ((3, 2), lambda x: torch.flatten(x, 1)),
@@ -110,6 +113,15 @@ def test_channels_that_do_not_differ_are_not_computed_again(
     assert isinstance(actual, CandidateTensor)
     assert actual.materialized is None
     assert x.materialized is None
+
+
+@pytest.mark.parametrize("name", ["mean", "mean, kept", "adaptive pool to one"])
+def test_means_of_what_a_layer_leaves_with_channels_first_in_memory(name: str) -> None:
+    rest, function = CHANNELWISE[name]
+    x = candidates(*rest)
+    first = x.changed.movedim(2, 0).contiguous().movedim(0, 2)
+    actual = function(CandidateTensor(x.base, P, 1, x.units, first))
+    torch.testing.assert_close(plain(actual), function(x.dense()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("other", [(), (4, 1), (1, 2), (0, 1, 2, 3, 4, 5)], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
@@ -68,6 +69,20 @@ def test_unchanged_candidates_keep_the_recorded_output_to_the_bit() -> None:
         where = torch.arange(0, 180, 7)
         same = find_layers(layer, "").flat()[where].unsqueeze(0)
         assert torch.equal(changed(layer, where, same, x)[0], layer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("p", [2, 40], ids=["few", "many"])
+def test_what_is_added_to_another_base_is_the_same_for_few_and_for_many_candidates(p: int) -> None:
+    layer, x = nn.Linear(30, 6).double(), torch.randn(5, 30).double()
+    space, where = find_layers(layer, ""), torch.arange(0, 180, 7)
+    change = make_layer_deltas(space, where)[0]
+    base, values = torch.randn(len(change.units), 5).double(), torch.randn(p, len(where)).double()
+    values[0] = space.flat()[where]
+    found = change.changed_units(values, change.gather(x, layer(x)), base)
+    expected = (oracle(layer, where, values, x) - layer(x)).movedim(2, 0)[change.units] + base.unsqueeze(1)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(found[:, 0], base)
 
 
 @st.composite
