@@ -1,0 +1,118 @@
+"""Every method, task, gate and report on a device: a card, or the stand-in that `test_strict_device.py` starts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from device_repairs import CASES, GPU, LONG_CASES, QUICK_SWARM, TASKS, counted, sources, untrained
+from toy_repairs import blobs, quick, trained
+
+from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_module
+from lightning_nrl.analysis.comparison import compare_module
+from lightning_nrl.analysis.diagnosis import diagnose_module
+from lightning_nrl.analysis.sweep import sweep_module
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.metrics import NegativeFlipRate
+from lightning_nrl.reference import Predictions
+from lightning_nrl.release import release
+
+STRICT = "strict_cuda" in sys.modules
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("name", CASES if STRICT else {**CASES, **LONG_CASES})
+def test_a_repair_there_is_what_it_is_on_the_cpu(name: str) -> None:
+    make, settings = {**CASES, **LONG_CASES}[name]
+    model = trained(make).to(GPU)
+    before = copy.deepcopy(model).eval()
+    outcome = repair_module(model, sources(GPU), settings)
+    alone = repair_module(trained(make), sources(), settings)
+    assert counted(outcome) == counted(alone)
+    if outcome.write(model):
+        assert {p.device.type for p in model.parameters()} == {"cuda"}
+        for source in sources(GPU):
+            x, y = source.inputs.to(GPU), source.targets.to(GPU)
+            with torch.no_grad():
+                assert not ((before(x).argmax(1) == y) & (model.eval()(x).argmax(1) != y)).any()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_task_is_counted_as_on_the_cpu(name: str) -> None:
+    there, here = (repair_module(*untrained(name, device), quick()) for device in (GPU, torch.device("cpu")))
+    assert counted(there) == counted(here)
+    assert sum(split.broken for split in there.report.splits) == 0
+
+
+GATES = ["instance", "instance-in-target", "accuracy", "tolerance:0.05"]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_each_gate(gate: str) -> None:
+    settings = quick(gate=Gate.parse(gate), target=Target.label(0), slices=lambda batch: batch[1])
+    settings = replace(
+        settings, samples=replace(settings.samples, importance="focal", protected=near, set_aside="doubtful")
+    )
+    there, here = (repair_module(trained().to(d), sources(d), settings) for d in (GPU, "cpu"))
+    assert counted(there) == counted(here)
+    assert there.report.to_markdown()
+
+
+def near(batch: Any) -> Any:
+    return batch[0][:, 0] > 1.5
+
+
+def test_limits_from_calibration_data_and_figures_of_unseen_data() -> None:
+    settings = quick(limit="tolerance:0.1", gate=Gate.tolerance(0.1))
+    extra = {
+        name: [TensorSource(*blobs(80, 1.5, seed), split=name, device=GPU)]
+        for name, seed in (("unseen", 3), ("calibration", 4))
+    }
+    report = repair_module(trained().to(GPU), sources(GPU), settings, **extra).report
+    assert type(report).from_json(report.to_json()) == report
+
+
+def two() -> tuple[Any, Any]:
+    return trained(seed=1).to(GPU), trained(seed=2).to(GPU)
+
+
+def data(**changes: Any) -> TensorSource:
+    return TensorSource(*blobs(200, 0.5, seed=7), split="test", batch_size=64, device=GPU, **changes)
+
+
+def test_an_update_is_repaired_released_and_served() -> None:
+    old, new = two()
+    for reference in (OldModel(old), OldModel(trained(seed=1))):
+        report = repair_module(new, sources(GPU), quick(), reference=reference).report
+        assert sum(split.broken for split in report.splits) == 0
+    released = release(new, old, data(), ["accuracy", "nfr:20%", "slices"], slices=lambda batch: batch[1])
+    assert released.rows[0].counts.n == 200
+
+
+def test_predictions_go_to_a_file_and_stand_in_for_the_model(tmp_path: Any) -> None:
+    old, new = two()
+    Predictions.of(Evaluator(old.eval()).run(sources(GPU))).save(tmp_path / "old.pt")
+    kept = Predictions.read(tmp_path / "old.pt")
+    by_file, by_model = (repair_module(new, sources(GPU), quick(), reference=r) for r in (kept, OldModel(old)))
+    assert counted(by_file) == counted(by_model)
+
+
+def test_metrics_of_an_update() -> None:
+    old, new = two()
+    x, y = (part.to(GPU) for part in blobs(100))
+    metric = NegativeFlipRate().to(GPU)
+    metric.update(old(x).argmax(1), new(x).argmax(1), y)
+    assert 0 <= float(metric.compute()) < 1
+
+
+def test_diagnosis_comparison_and_sweep() -> None:
+    diagnosis = diagnose_module(trained().to(GPU), sources(GPU))
+    assert diagnosis.to_markdown()
+    compared = compare_module(trained().to(GPU), sources(GPU), methods={"swarm": QUICK_SWARM})
+    assert compared.to_markdown()
+    sweep = sweep_module(trained().to(GPU), sources(GPU), Grid(n_weights=[6, 12]), seeds=2, base=quick())
+    assert len(sweep.runs) == 4
