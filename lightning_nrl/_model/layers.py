@@ -59,9 +59,13 @@ class LayerRef:
 
 @dataclass(frozen=True)
 class ParameterSpace:
-    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included."""
+    """All sites as one flat vector of weights: site by site, its weight row by row, then its bias if it is included.
+
+    Without a site there is nothing to be searched, and `obstacle` says why; training may still move what is in scope.
+    """
 
     sites: tuple[LayerRef, ...]
+    obstacle: str = ""
 
     @property
     def size(self) -> int:
@@ -132,18 +136,27 @@ def find_scope(
     *,
     include_bias: bool = False,
     called: Collection[str] | None = None,
+    trains: bool = False,
 ) -> tuple[ParameterSpace, tuple[str, ...]]:
     """What may change: the layers whose weights can be searched, and names of all parameters that training may move.
 
     `layer` is as for `find_layers`, or the dotted name of a block, which stands for its last layer to be searched and
     for all of its parameters. `auto` lets training move all parameters that are not frozen. It takes a layer that is
-    `called`; None: any.
+    `called`; None: any. A method that `trains` does without a layer to be searched where `auto` finds none.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = [_last_inside(name, modules) for name in _names(layer, modules, called)]
-    space = find_layers(model, names, include_bias=include_bias)
+    is_auto = layer == "auto" and "auto" not in modules
     parameters = dict(model.named_parameters())
-    if layer == "auto" and "auto" not in modules:
+    try:
+        names = [_last_inside(name, modules) for name in _names(layer, modules, called)]
+        space = find_layers(model, names, include_bias=include_bias)
+    except ConfigurationError as error:
+        scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        # Layers outside of the module tree are in no checkpoint.
+        if not (is_auto and trains and scope) or _outside_tree(modules):
+            raise
+        return ParameterSpace((), str(error).partition("\n")[0]), tuple(scope)
+    if is_auto:
         scope = [name for name, parameter in parameters.items() if parameter.requires_grad]
         # Where all that the prediction calls is frozen, such as a moving average, training moves something else.
         scope = scope if any(parameter.requires_grad for parameter in space.parameters.values()) else []

@@ -139,7 +139,7 @@ class ActiveSet:
         weight = self._weight * torch.where(before.passed | self.insisted, self.multiplier, pursued.float())
         table = torch.stack([weight, self._hinge, (self._right | before.passed).float()], 1)
         # One transfer a round.
-        table = table.to(self.problem.space.device)
+        table = table.to(self.problem.device)
         measured: list[tuple[Tensor, Tensor]] = []
 
         def loss(batch: Batch, rows: Tensor, output: Tensor) -> Tensor:

@@ -55,8 +55,10 @@ def record(
     """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
 
     Beside a GPU's memory as much main memory is used as a model on the CPU would get by default. A layer that is never
-    called is a `ReplayError`.
+    called is a `ReplayError`, and so is that there is none.
     """
+    if not space.sites:
+        raise ReplayError(space.obstacle)
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
     choice = _storage_choice(space.device, budget, disk, draw is not None)
     n_wanted = int(keep.sum()) / evaluator.collective.world_size

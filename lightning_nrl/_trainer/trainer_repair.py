@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
+from lightning_nrl._model.batch_statistics import refusing_batch_statistics
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
@@ -40,6 +41,7 @@ from lightning_nrl.errors import (
     InseparableBatchError,
     OtherRankError,
     RepairError,
+    ReplayError,
     UnusableSamplesError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
@@ -52,6 +54,9 @@ from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.tasks import Task
 
 __all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
+
+ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
+"""torch puts them into one tensor with no other dtype."""
 
 PASSES_THAT_LEAVE_OUT = 6
 """Each names the unusable samples of one split, or those whose losses are not finite."""
@@ -103,8 +108,7 @@ class TrainerRepair:
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
             sources = [*few.known, *few.unseen, *few.calibration]
             run_sanity_check(few.evaluator, sources, settings, reference=self.reference)
-            trains = getattr(self.settings.method, "trains", False)
-            if self.reference is None and self.settings.layer == "auto" and trains:
+            if self.reference is None and self.settings.layer == "auto" and self.settings.trains:
                 few.training.warn()
 
     def run(self, trainer: Trainer, model: LightningModule, epochs: int, fit_seconds: float | None = None) -> Outcome:
@@ -218,8 +222,8 @@ def run_sanity_check(
     Raises what does not fit: the layer, the batches, the target, the task, the method or the reference.
     """
     model, task = evaluator.model, evaluator.task
-    include_bias = settings.localizer.include_bias
-    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called)
+    include_bias, trains = settings.localizer.include_bias, settings.trains
+    space, _ = find_scope(model, settings.layer, include_bias=include_bias, called=evaluator.called, trains=trains)
     check_saved(model, space.parameters)
     with preserve(model):
         few = _evaluated(evaluator, sources, settings)
@@ -252,6 +256,10 @@ def run_sanity_check(
             # Other methods do without a recording, but for a task without margins.
             if isinstance(settings.method, (LocalSearch, Convex)) or not bool(few.margin.isfinite().all()):
                 raise
+        except ReplayError:
+            # Training needs no layer of its own.
+            if settings.layer != "auto" or not trains or not bool(few.margin.isfinite().all()):
+                raise
         except (EmptyLocalizationError, EvaluationError):
             return
 
@@ -269,7 +277,9 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
     """What the model does on the samples; whatever it raises says what the batch holds and how to take it apart."""
     watched = [_LastBatch(source) for source in sources]
     try:
-        few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
+        with refusing_batch_statistics(evaluator.model):
+            few, _ = settings.samples.columns().evaluate(evaluator, watched, settings.target)
+        _check_one_form(watched)
     except RepairError:
         raise
     except Exception as error:
@@ -281,3 +291,19 @@ def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settin
             adapter_hint(last.raw),
         ) from error
     return few
+
+
+def _check_one_form(watched: Sequence[_LastBatch]) -> None:
+    """Refuses splits whose targets, if they are tensors, cannot lie in one batch: whole labels beside one-hot ones."""
+    forms = {}
+    for source in watched:
+        target = None if source.batch is None else source.batch.target
+        if isinstance(target, torch.Tensor) and (source.passed or source.failed):
+            is_odd = target.dtype in ODD_DTYPES
+            kind = target.dtype if is_odd else target.is_floating_point()
+            forms[source.split] = (kind, target.ndim), f"{str(target.dtype)[6:]} {['n', *target.shape[1:]]}"
+    if len({form for form, _ in forms.values()}) > 1:
+        found = ", ".join(f"{shown} in `{split}`" for split, (_, shown) in forms.items()).replace("'", "")
+        raise ConfigurationError(
+            f"the targets of the data have several forms: {found}.", "give all data targets as those of the training."
+        )

@@ -138,6 +138,8 @@ class Convex:
 
 def _check_layers(space: ParameterSpace) -> None:
     names = [site.name for site in space.sites]
+    if not names:
+        raise ConfigurationError(space.obstacle, "name the last Linear layer as `layer`.")
     if len(names) > 1 or not isinstance(space.sites[0].module, torch.nn.Linear):
         raise ConfigurationError(
             f"`method='convex'` repairs one last Linear layer, `layer` names {names}.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lightning_nrl._model.batch_statistics import refusing_batch_statistics
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
@@ -68,7 +69,7 @@ def evaluate_baseline(
     roles: dict[Role, Sequence[Source]] = {"calibration": calibration, "unseen": unseen}
     held_out = {role: sources for role, sources in roles.items() if sources}
     leaks = LeakCheck(known, held_out)
-    with clock.stage("collect"):
+    with clock.stage("collect"), refusing_batch_statistics(evaluator.model):
         before, set_aside = settings.samples.evaluate(
             evaluator, leaks.known, settings.target, everywhere=reference is not None
         )

@@ -119,8 +119,13 @@ def repair_module(
     clock = StageTimer(observer, settings.max_time)
     check_sources(known, (*calibration, *unseen), settings)
     check_limit(settings, bool(calibration))
-    include_bias = settings.localizer.include_bias
-    layers = find_scope(evaluator.model, settings.layer, include_bias=include_bias, called=evaluator.called)
+    layers = find_scope(
+        evaluator.model,
+        settings.layer,
+        include_bias=settings.localizer.include_bias,
+        called=evaluator.called,
+        trains=settings.trains,
+    )
     with preserve(evaluator.model) as rewritten:
         baseline = evaluate_baseline(
             evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock, reference=reference

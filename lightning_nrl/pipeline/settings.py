@@ -91,6 +91,11 @@ class Settings:
         return cast(Localizer, said)
 
     @property
+    def trains(self) -> bool:
+        """Whether the method goes on with the training where it can, so that it needs no layer to search."""
+        return bool(getattr(self.method, "trains", False))
+
+    @property
     def limit(self) -> Gate | None:
         """How many calibration samples may break."""
         return cast("Gate | None", self.bounds.limit)

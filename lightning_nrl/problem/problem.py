@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.state import State
+from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data._sample_identity import Identified, is_among
 from lightning_nrl.data.batch import Source
@@ -155,6 +155,11 @@ class Problem:
     def task(self) -> Task:
         """What passed, loss and margin mean."""
         return self.evaluator.task
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return device_of(self.model)
 
     @property
     def collective(self) -> Collective:

@@ -1,0 +1,121 @@
+"""Models without a layer to be searched, or without a prediction of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from toy_repairs import known, mlp, quick, right, trained
+
+from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
+from lightning_nrl._trainer.trainer_repair import run_sanity_check
+from lightning_nrl.errors import RepairError
+from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.methods import Auto
+
+
+def parametrised(how: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    model = mlp()
+    return nn.Sequential(how(model[0]), model[1], how(model[2]))  # type: ignore[arg-type]
+
+
+class ByFunctions(nn.Module):
+    """Its layers are never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(x, self.first.weight, self.first.bias)), self.last.weight, self.last.bias)
+
+
+class Bare(nn.Module):
+    """Has parameters and no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Parameter(0.3 * torch.randn(4, 12)), nn.Parameter(0.3 * torch.randn(12, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x @ self.first) @ self.last
+
+
+class TwoHeads(nn.Module):
+    """Its last layers share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.twin = nn.Linear(4, 12), nn.Linear(12, 3), nn.Linear(12, 3)
+        self.twin.weight = self.last.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.first(x))) + self.twin(F.relu(x @ self.first.weight.T))
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "weight norm": (lambda: parametrised(weight_norm), "has no floating-point weight of its own"),
+    "spectral norm": (lambda: parametrised(spectral_norm), "has no floating-point weight of its own"),
+    "orthogonal": (lambda: parametrised(orthogonal), "has no floating-point weight of its own"),
+    "functions": (ByFunctions, "is never called"),
+    "parameters": (Bare, "found no Linear layer"),
+    "shared": (TwoHeads, "shares its weights"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_only_a_method_that_trains_does_without_a_layer_to_be_searched(kind: str) -> None:
+    make, reason = ODD[kind]
+    run_sanity_check(Evaluator(make()), known(), Settings())
+    with pytest.raises(RepairError, match=reason):
+        run_sanity_check(Evaluator(make()), known(), quick())
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "functions", "parameters"])
+def test_training_repairs_what_has_no_layer_to_be_searched(kind: str) -> None:
+    make, reason = ODD[kind]
+    model, data = trained(make), known()
+    before = [right(model, source) for source in data]
+    outcome = repair_module(model, data, Settings(method=Auto(ParticleSwarm(particles=6, iterations=4))))
+    report = outcome.report
+    assert report.status == "repaired"
+    assert [rung.name for rung in report.rungs if rung.taken] == ["training"]
+    assert reason in report.rungs[0].note
+    assert outcome.write(model)
+    after = [right(model, source) for source in data]
+    assert all(bool(a[b].all()) for b, a in zip(before, after, strict=True))
+    assert sum(int((a & ~b).sum()) for b, a in zip(before, after, strict=True)) == sum(
+        s.repaired for s in report.splits
+    )
+    with pytest.raises(RepairError, match=reason):
+        run_sanity_check(Evaluator(model), data, quick())
+
+
+def test_a_prediction_that_depends_on_the_batch_is_refused() -> None:
+    model = trained(
+        lambda: nn.Sequential(nn.Linear(4, 12), nn.BatchNorm1d(12, track_running_stats=False), nn.Linear(12, 3))
+    )
+    for call in (
+        lambda: repair_module(model, known(), quick()),
+        lambda: run_sanity_check(Evaluator(model), known(batch_size=1), quick()),
+    ):
+        with pytest.raises(ConfigurationError, match=r"`1` is a batch norm without running statistics[\s\S]*HINT: "):
+            call()
+    assert not model[1]._forward_pre_hooks  # type: ignore[index]
+    unused = trained()
+    unused.norm = nn.BatchNorm1d(12, track_running_stats=False)
+    unused.forward = lambda x: unused[2](unused[1](unused[0](x)))  # type: ignore[method-assign]
+    run_sanity_check(Evaluator(unused), known(), quick())
+
+
+@pytest.mark.parametrize("form", [lambda y: F.one_hot(y, 3), lambda y: y.double(), lambda y: y.to(torch.uint16)])
+def test_targets_of_several_forms_are_refused(form: Callable[[Tensor], Tensor]) -> None:
+    first, second = known()
+    second = replace(second, targets=form(second.targets))
+    with pytest.raises(ConfigurationError, match=r"several forms: int64 \[n\] in `train`, .* in `new`"):
+        run_sanity_check(Evaluator(trained()), [first, second], quick())
