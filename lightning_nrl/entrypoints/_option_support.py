@@ -39,6 +39,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "samples.slices": (*REPAIRS, "ReleaseGate"),
     "samples.quotas": REPAIRS,
     "samples.protected": REPAIRS,
+    "samples.risk": REPAIRS,
     "samples.set_aside": (*REPAIRS, "sweep"),
     "samples.keep": REPAIRS,
     "search.fitness": SEARCHES,

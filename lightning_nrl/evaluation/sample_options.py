@@ -13,6 +13,7 @@ from lightning_nrl.data import Source, Target
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real
 from lightning_nrl.evaluation._quotas import Quota, checked_quotas
+from lightning_nrl.evaluation._risk import RiskTable
 from lightning_nrl.evaluation._sample_weights import (
     ColumnRecorder,
     breaking_costs,
@@ -76,6 +77,10 @@ class SampleOptions:
             `{"night": 5, "truck": "50%"}`.
         protected: passed samples that may not break, whatever the gate tolerates, on known and calibration data: a
             column of bools, a target, or ids by split. Whole numbers say how many other samples one counts for.
+        risk: how bad confusions are, as Athena and DRWeightMerge have it: whole numbers from 1 by the pair of the true
+            class and the one that it is taken for, or by true class, `{(3, 5): 4, 7: 2}`, in YAML `"3 -> 5": 4`; all
+            others have 1. Repairing a failure is worth its pair's, breaking a passed sample costs the highest that its
+            class can come to. With `importance` and `protected` both are multiplied.
         set_aside: failed samples that are no targets although they are in the target: a column of bools, a target, ids,
             or `"doubtful"`, those whose label looks wrong. They are listed in the report.
         keep: in an update, what may not break: `both`, what the new model or the replaced one gets right, or
@@ -89,6 +94,7 @@ class SampleOptions:
     slices: Any = None
     quotas: Mapping[str, Quota] | None = None
     protected: Any = None
+    risk: Mapping[Any, int] | None = None
     set_aside: Any = None
     keep: Keep = "both"
 
@@ -101,6 +107,8 @@ class SampleOptions:
                 continue
             if value is not None:
                 find_column(name, value)
+        if self.risk is not None:
+            RiskTable.parse(self.risk)
         if self.quotas is not None:
             object.__setattr__(self, "quotas", checked_quotas(self.quotas))
             if self.slices is None:
@@ -158,9 +166,15 @@ class SampleOptions:
         if "set_aside" in values:
             set_aside = results.targeted & (values["set_aside"] > 0)
         cost = breaking_costs(results, values.get("protected"))
+        risk: Tensor | None = None
+        if self.risk is not None:
+            risk, at_worst = RiskTable.parse(self.risk).weigh(results)
+            cost = torch.where(results.passed, cost * at_worst, cost)
         results = replace(results, targeted=results.targeted & ~set_aside, weight=cost)
         focal = Focal() if self.importance == "focal" else self.importance
         importance = focal.weigh(results) if isinstance(focal, Focal) else values.get("importance")
+        if risk is not None:
+            importance = risk if importance is None else importance * risk
         if known and importance is not None:
             results = with_repair_worth(results, importance)
         return results, set_aside

@@ -11,6 +11,7 @@ from lightning_nrl.methods.family import BUNDLES, bundle
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.methods.method_registry import METHODS, AnyMethod, solve
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.methods.warm_start import warm_started_search
@@ -25,6 +26,7 @@ __all__ = [
     "FineTunePolish",
     "Linearized",
     "LocalSearch",
+    "MergedRepairs",
     "Polish",
     "bundle",
     "solve",

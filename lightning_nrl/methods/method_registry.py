@@ -13,6 +13,7 @@ from lightning_nrl.methods.family import BUNDLES
 from lightning_nrl.methods.finetune_polish import FineTunePolish
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.problem import Method, Problem, Solution
 from lightning_nrl.search import SEARCHERS, Searcher
 
@@ -35,6 +36,7 @@ METHODS.register("finetune-polish")(FineTunePolish)
 METHODS.register("convex")(Convex)
 METHODS.register("linearized")(Linearized)
 METHODS.register("apricot")(Apricot)
+METHODS.register("merged")(MergedRepairs)
 for _name, _make in BUNDLES.items():
     METHODS.register(_name)(_make)
 

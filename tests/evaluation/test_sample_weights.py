@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation._quotas import below, needed, normalised, raised
+from lightning_nrl.evaluation._risk import RiskTable
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
@@ -375,3 +377,25 @@ def test_training_goes_over_heavy_samples_more_often() -> None:
     assert 1.8 < often[0] <= 3.0
     assert often[1] == 0
     assert list(Shuffled(4, 0)) == list(Shuffled(4, 0, weight=None))
+
+
+def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> None:
+    # Samples 0, 2 and 4 of class 0 are taken for 1; 1, 3 and 5 of class 1 are right.
+    for risk in ({(0, 1): 4, 1: 2, (1, 0): 3}, {"0 -> 1": 4, "1": 2, "1 -> 0": 3}):
+        found, _ = counted(SampleOptions(risk=risk))
+        assert found.weight.tolist() == [1, 3, 1, 3, 1, 3]  # all targets are alike; a class costs its worst
+    both = SampleOptions(risk={0: 2}, importance={0: 1, 2: 2, 4: 3}, protected=Target.label(1))
+    assert counted(both)[0].weight.tolist() == [0.5, math.inf, 1, math.inf, 1.5, math.inf]
+    results = evidence([False, False, True, True], label=torch.tensor([0, 0, 1, 2]))
+    table = RiskTable.parse({0: 5, (0, 2): 9, (1, 2): 7})
+    results = replace(results, prediction=torch.tensor([1, 2, 1, 2]))
+    worth, cost = table.weigh(results)
+    assert (worth.tolist(), cost.tolist()) == ([5, 9, 1, 1], [9, 9, 7, 1])
+    with pytest.raises(ConfigurationError, match="`risk` is for confusions of classes"):
+        table.weigh(replace(results, label=torch.full((4,), -1)))
+
+
+@pytest.mark.parametrize("risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}])
+def test_what_is_no_risk_is_refused(risk: Any) -> None:
+    with pytest.raises(ConfigurationError, match="risk"):
+        SampleOptions(risk=risk)

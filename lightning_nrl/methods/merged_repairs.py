@@ -1,0 +1,174 @@
+"""Several targets, each repaired on its own, and the repairs merged by coefficients (DRWeightMerge)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_nrl._utils.timing import StageTimer
+from lightning_nrl.data.target_parsing import parse_target
+from lightning_nrl.data.targets import Target
+from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
+from lightning_nrl.methods._coefficients import merged, search_coefficients
+from lightning_nrl.methods.family import bundle
+from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.problem import Method, Problem, Proposal, Solution, better
+from lightning_nrl.report.run_records import Step
+from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher
+from lightning_nrl.search.fitness import FitnessFunction
+
+__all__ = ["MergedRepairs"]
+
+TIME_SHARE_OF_PARTS = 0.7
+"""Of the time that is left, what the repairs of the parts may take; the rest is for the search of the coefficients."""
+
+OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
+"""What searches the few coefficients."""
+
+
+@dataclass(frozen=True, eq=False)
+class MergedRepairs:
+    r"""Repairs parts of the target one by one, each from the original weights, and searches how much of each to take.
+
+    .. math:: \theta = \theta_0 + \sum_k c_k (\theta_k - \theta_0), \quad c_k \in [0, 1]
+
+    The fitness of the coefficients counts all targets and all known passed samples, by their weights
+    (`SampleOptions.risk`, `importance`, `protected`).
+
+    Attributes:
+        parts: `confusion`, one part for each pair of a true class and the one that it is taken for; `label`, one for
+            each true class; or targets, also as text. A target in several parts is repaired in each.
+        most: how many parts at most, from 1; those with the most targets by weight. The others are merged into none.
+        method: how each part is repaired: `arachne` or another published method, `swarm` or another searcher, or an
+            object.
+        searcher: of the coefficients, by name or as an object; None: a swarm of 30 particles, 30 iterations.
+        fitness: how coefficients are ranked, likewise; None: as the repair says, else `lexicographic`.
+
+    Raises:
+        ConfigurationError: on construction, for a value of the wrong kind.
+
+    Example:
+        >>> MergedRepairs(["confusion 3 -> 5", "label 8"]).most
+        8
+    """
+
+    parts: Literal["confusion", "label"] | Sequence[Target | str] = "confusion"
+    most: int = 8
+    method: str | Method | Searcher[Any] = "arachne"
+    searcher: str | Searcher[Any] | None = None
+    fitness: str | FitnessFunction | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, str):
+            check_choice("MergedRepairs.parts", self.parts, ("confusion", "label"))
+        else:
+            hint = "MergedRepairs(['label 3', 'confusion 5 -> 6'])"
+            check_kind("MergedRepairs.parts", self.parts, isinstance(self.parts, Sequence), "list of targets", hint)
+            if not self.parts:
+                raise ConfigurationError("`MergedRepairs.parts` is an empty list.", f"write {hint}.")
+            object.__setattr__(self, "parts", tuple(parse_target(part) for part in self.parts))
+        check_whole("MergedRepairs.most", self.most, 1)
+        object.__setattr__(self, "method", _parsed(self.method))
+        if self.searcher is not None:
+            object.__setattr__(self, "searcher", SEARCHERS.parse("MergedRepairs.searcher", self.searcher))
+        if self.fitness is not None:
+            object.__setattr__(self, "fitness", FITNESSES.parse("MergedRepairs.fitness", self.fitness))
+
+    def __call__(self, problem: Problem) -> Solution:
+        """Repairs the parts, then searches the coefficients.
+
+        Raises:
+            ConfigurationError: the method does not suit the model or the task, or a part asks for classes that are not
+                there.
+        """
+        chosen = self._chosen(problem)
+        found: list[Proposal] = []
+        steps: list[Step] = []
+        budget = TIME_SHARE_OF_PARTS * problem.clock.left
+        for number, (name, rows) in enumerate(chosen.items()):
+            proposal, step = self._repaired(problem, name, rows, budget / len(chosen))
+            steps.append(step)
+            if proposal is not None and proposal.repaired:
+                found.append(proposal)
+            problem.clock.tell(number + 1, len(chosen))
+        if not found:
+            return Solution(None, "no part of the target was repaired.", steps=tuple(steps))
+        began = time.perf_counter()
+        fitness = problem.fitness if self.fitness is None else FITNESSES.parse("fitness", self.fitness)
+        searcher = OF_COEFFICIENTS if self.searcher is None else SEARCHERS.parse("searcher", self.searcher)
+        states = [proposal.state for proposal in found]
+        with problem.clock.stage("merge"):
+            deadline = problem.deadline_of_method()
+            coefficients, result = search_coefficients(problem, states, searcher, fitness, deadline)
+            together = problem.propose("merge", merged(problem, states, coefficients))
+        shares = ", ".join(f"{one.name} {share:.2f}" for one, share in zip(found, coefficients.tolist(), strict=True))
+        steps.append(together.step(time.perf_counter() - began, shares))
+        best = better([together, *found])
+        if best is None or not best.repaired:
+            return Solution(None, "no mix of the repairs is better than the original weights.", steps=tuple(steps))
+        return Solution(best, steps=tuple(steps), others=tuple(found), result=result)
+
+    def _chosen(self, problem: Problem) -> dict[str, Tensor]:
+        """The parts by name, `N` bool each, the largest ones, in the order of their weight."""
+        before = problem.before
+        found: dict[str, Tensor] = {}
+        if isinstance(self.parts, str):
+            if bool((before.label < 0).all()):
+                raise ConfigurationError(
+                    f"`MergedRepairs.parts={self.parts!r}` is for classes, and the task has none.",
+                    "give targets, such as `Target.where(predicate)`.",
+                )
+            rows = before.targeted.nonzero().flatten()
+            own = list(zip(before.label[rows].tolist(), before.prediction[rows].tolist(), strict=True))
+            keys = [pair if self.parts == "confusion" else pair[:1] for pair in own]
+            for key in sorted(set(keys)):
+                mask = torch.zeros_like(before.targeted)
+                mask[rows[[i for i, other in enumerate(keys) if other == key]]] = True
+                found[" -> ".join(map(str, key)) if len(key) > 1 else f"label {key[0]}"] = mask
+        else:
+            for part in self.parts:
+                assert isinstance(part, Target)
+                mask = problem.evaluator.run(problem.known, part).targeted & before.targeted
+                if mask.any():
+                    found[str(part)] = mask
+            if not found:
+                raise ConfigurationError(
+                    "`MergedRepairs.parts` have none of the targets.", "give parts of the `target` of the repair."
+                )
+        ranked = sorted(found.items(), key=lambda pair: -float(before.weight[pair[1]].sum()))
+        return dict(ranked[: self.most])
+
+    def _repaired(self, problem: Problem, name: str, rows: Tensor, seconds: float) -> tuple[Proposal | None, Step]:
+        """One part repaired as if it were the whole target, counted for the whole target."""
+        began, clock = time.perf_counter(), problem.clock
+        own = StageTimer(clock.observer, seconds if math.isfinite(seconds) else None, clock.now)
+        own.seconds.update({"collect": clock.one_pass})
+        part = replace(problem, before=replace(problem.before, targeted=rows), needed={}, clock=own)
+        method: Any = self.method
+        try:
+            solution = LocalSearch(method)(part) if isinstance(method, Searcher) else method(part)
+        except EmptyLocalizationError as error:
+            solution = Solution(None, str(error).partition("\n")[0])
+        for stage, spent in own.seconds.items():
+            if stage != "collect":
+                clock.seconds[stage] = round(clock.seconds.get(stage, 0.0) + spent, 3)
+        n, took = int(rows.sum()), time.perf_counter() - began
+        if solution.proposal is None:
+            return None, Step(name, 0, 0, round(took, 3), solution.reason)
+        proposal = problem.counted(name, solution.proposal.state, solution.proposal.after)
+        of_part = int((rows & proposal.after.passed).sum())
+        return proposal, proposal.step(took, f"{of_part:,} of {n:,} of this part")
+
+
+def _parsed(method: Any) -> Any:
+    """A method by the name of a published one or of a searcher, or as it is."""
+    if isinstance(method, str):
+        return SEARCHERS.parse("MergedRepairs.method", method) if method in SEARCHERS else bundle(method)
+    check_kind("MergedRepairs.method", method, callable(method) or isinstance(method, Searcher), "method", "'arachne'")
+    return method

@@ -1,0 +1,123 @@
+"""Repairs of parts of a target, merged by coefficients: by hand on a line, then a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from toy_problems import broken, left_alone, make_problem, on_a_line, retrained, threshold
+from toy_repairs import known, trained
+
+from lightning_nrl import ConfigurationError, ParticleSwarm, SampleOptions, Settings, Target, repair_module
+from lightning_nrl.methods import METHODS, MergedRepairs, bundle
+from lightning_nrl.methods._coefficients import WholeModelScorer, _scorer, merged
+from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.search import ArachneDEFitness, Fitness
+
+QUICK = ParticleSwarm(particles=12, iterations=12)
+PARTS = [
+    Target.where(lambda batch: batch[0][:, 0] > 0.65, "above"),  # 0.7 of the two targets
+    Target.where(lambda batch: batch[0][:, 0] < 0.65, "below"),  # 0.5
+]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A method that lowers the threshold of `on_a_line`: to 0.65 for the target 0.7, to 0.45 for 0.5."""
+
+    def __call__(self, problem: Problem) -> Solution:
+        (row,) = problem.before.targeted.nonzero().flatten().tolist()
+        return Solution(problem.propose("lowered", threshold({5: 0.65, 6: 0.45}[row])))
+
+
+def test_changes_add_up_in_parts() -> None:
+    problem = on_a_line()
+    new = merged(problem, [threshold(0.65), threshold(0.45)], torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(new["weight"], threshold(0.625)["weight"])  # 0.75 - 0.5 * 0.1 - 0.25 * 0.3
+
+
+def test_parts_are_repaired_alone_and_mixed_without_a_regression() -> None:
+    problem = on_a_line()
+    with left_alone(problem.model):
+        solution = MergedRepairs(PARTS, method=Lowered())(problem)
+    assert solution.proposal is not None
+    assert (solution.proposal.repaired, solution.proposal.broken) == (1, 0)
+    assert [(step.name, step.repaired, step.broken) for step in solution.steps] == [
+        ("where above", 1, 0),
+        ("where below", 2, 1),  # who repairs 0.5 repairs 0.7 too, and breaks 0.6
+        ("merge", 1, 0),
+    ]
+    assert solution.steps[0].note == "1 of 1 of this part"
+    assert solution.steps[2].note.startswith("where above ")
+    alone = MergedRepairs(PARTS[1:], method=Lowered())(problem).proposal
+    assert alone is not None  # a part of the change will do
+    assert (alone.repaired, alone.broken) == (1, 0)
+    greedy = MergedRepairs(PARTS, method=Lowered(), fitness="arachne-de")(problem)
+    assert greedy.steps[-1].repaired == 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> None:
+    problem = on_a_line()
+    if weighted:
+        weight = torch.tensor([1, 1, 1, 1, 3, 1.5, 0.5], dtype=torch.float64)
+        problem = replace(problem, before=replace(problem.before, weight=weight))
+    states = [threshold(0.65), threshold(0.45)]
+    values = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.5, 0.3]]])
+    whole = WholeModelScorer(problem, states)(values)
+    fast = _scorer(problem, states, ArachneDEFitness())(values)
+    assert whole.patched.tolist() == [[0, 1, 2, 1, 1]]
+    assert whole.intact.tolist() == [[5, 5, 4, 5, 5]]
+    for name in ("patched", "intact", "loss_failed", "loss_passed", "gain", "harm", "credit_failed", "credit_passed"):
+        one, other = getattr(fast, name), getattr(whole, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
+    if weighted:
+        assert whole.harm.tolist() == [[0, 0, 3, 0, 0]]
+
+
+def test_whole_networks_are_merged_by_whole_passes() -> None:
+    @dataclass(frozen=True)
+    class Retrained:
+        def __call__(self, problem: Problem) -> Solution:
+            return Solution(problem.propose("retrained", retrained(problem.model, int(problem.before.targeted[-1]))))
+
+    problem = make_problem(trained(), known())
+    method = MergedRepairs("label", method=Retrained(), searcher=ParticleSwarm(particles=8, iterations=4))
+    solution = method(problem)
+    assert solution.proposal is not None
+    assert solution.proposal.repaired > 0
+    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
+
+
+def test_pairs_of_classes_are_parts_and_risks_are_their_weights() -> None:
+    risk = {(0, 1): 4, 2: 3}
+    part = bundle("arachne", searcher=QUICK)
+    settings = Settings(method=MergedRepairs(method=part, most=2), layer="2", samples=SampleOptions(risk=risk))
+    report = repair_module(trained(), known(), settings).report
+    *parts, merge = report.steps
+    assert len(parts) == 2
+    assert merge.name == "merge"
+    assert all(" -> " in step.name for step in parts)
+    assert report.settings["method"]["class"] == "MergedRepairs"
+    assert report.splits[0].broken == 0
+    assert isinstance(METHODS.parse("method", "merged"), MergedRepairs)
+    assert MergedRepairs(fitness="eq1").fitness == Fitness("eq1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": "class"}, "`MergedRepairs.parts='class'`"),
+        ({"parts": []}, "is an empty list"),
+        ({"parts": ["labels 3"]}, "no target|no Target|target"),
+        ({"most": 0}, "`MergedRepairs.most=0`"),
+        ({"method": "arachnid"}, "arachnid"),
+    ],
+)
+def test_what_means_nothing_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        MergedRepairs(**arguments)
