@@ -133,7 +133,7 @@ class Teacher:
             if chosen.any():
                 with holding(self._problem.model, state):
                     output = self._problem.evaluator.output(batch)
-                mask = chosen.to(output.device).view(-1, *[1] * (output.ndim - 1))
+                mask = chosen.to(output.device, non_blocking=True).view(-1, *[1] * (output.ndim - 1))
                 logits = torch.where(mask, output, logits) if len(logits) else output
         self._cache.put(rows, logits)
         return logits

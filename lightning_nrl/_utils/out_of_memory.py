@@ -7,7 +7,9 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["is_out_of_memory", "none_if_out_of_memory"]
+from lightning_nrl.errors import DeviceMemoryError
+
+__all__ = ["is_out_of_memory", "none_if_out_of_memory", "twice_if_out_of_memory"]
 
 T = TypeVar("T")
 
@@ -38,3 +40,29 @@ def none_if_out_of_memory(
     elif torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return None
+
+
+def twice_if_out_of_memory(work: Callable[[], T], doing: str, *, alone: bool = True) -> T:
+    """What `work` gives, tried once more where memory ran out and what torch held unused has been given back.
+
+    Args:
+        work: what can be done anew: it gives the same each time.
+        doing: what it does, for the message, such as "the search ran".
+        alone: whether no other rank takes part, which would not know that it begins anew.
+
+    Raises:
+        DeviceMemoryError: memory ran out again.
+    """
+    found = none_if_out_of_memory(work) if alone else None
+    if found is not None:
+        return found
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, DeviceMemoryError) or not is_out_of_memory(error):
+            raise
+        text = str(error).partition("\n")[0]
+    raise DeviceMemoryError(
+        f"memory ran out while {doing}: {text}",
+        "free memory of the device, give `SearchOptions.budget`, name a later `layer`, or take smaller batches.",
+    )

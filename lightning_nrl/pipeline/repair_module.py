@@ -5,16 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, changed, current_state, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
-from lightning_nrl.errors import EmptyLocalizationError, NotRepairedWarning
+from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
@@ -114,6 +116,7 @@ def repair_module(
         ConfigurationError: the layer, the data, the target or the task cannot be used, or calibration data are
             known too.
         EvaluationError: the original model gives losses that are not finite; the samples are named.
+        DeviceMemoryError: the memory does not suffice to count the data; with several ranks, for anything.
     """
     settings, evaluator = given_or_default(settings), Evaluator.of(model)
     clock = StageTimer(observer, settings.max_time)
@@ -127,8 +130,11 @@ def repair_module(
         trains=settings.trains,
     )
     with preserve(evaluator.model) as rewritten:
-        baseline = evaluate_baseline(
-            evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock, reference=reference
+        evaluate = partial(
+            evaluate_baseline, evaluator, known, settings, unseen=unseen, calibration=calibration, clock=clock
+        )
+        baseline = twice_if_out_of_memory(
+            partial(evaluate, reference=reference), "the data were counted", alone=evaluator.collective.world_size == 1
         )
         builder = ReportBuilder(evaluator, layers[0], settings, baseline, clock.seconds)
         if not baseline.before.targeted.any():
@@ -150,12 +156,25 @@ def repair_module(
 
 
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """From a problem to an outcome: method, sparse patch, line search, verdict."""
-    settings = builder.settings
+    """From a problem to an outcome, which is `not repaired` where memory does not suffice."""
+    alone = problem.collective.world_size == 1
     try:
-        solution = _run_method(problem, settings)
+        method = partial(_run_method, problem, builder.settings)
+        solution = twice_if_out_of_memory(method, "the method ran", alone=alone)
+        rest = partial(_finished, problem, solution, builder, rewritten)
+        return twice_if_out_of_memory(rest, "the result was judged", alone=alone)
     except EmptyLocalizationError as error:
         return _give_up(builder, str(error), stacklevel=4)
+    except DeviceMemoryError as error:
+        # Other ranks would wait for this one.
+        if not alone:
+            raise
+        return _give_up(builder, str(error), stacklevel=4)
+
+
+def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
+    """From a method's solution to an outcome: sparse patch, line search, verdict."""
+    settings = builder.settings
     solution = _sparsified(problem, solution, settings.bounds.sparse)
     builder = builder.solved(solution, int(problem.passed.sum()))
     proposal = solution.proposal

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory, twice_if_out_of_memory
+from lightning_nrl.errors import DeviceMemoryError
 
 
 class Large:
@@ -42,3 +44,26 @@ def test_other_errors_and_those_of_the_last_try_are_raised(error: Exception, las
 
     with pytest.raises(type(error), match=str(error)):
         none_if_out_of_memory(work, last_try=last_try)
+
+
+def failing(times: int, error: Exception) -> Callable[[], int]:
+    left = [times]
+
+    def work() -> int:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise error
+        return 7
+
+    return work
+
+
+def test_work_is_tried_once_more_and_then_memory_is_the_reason() -> None:
+    out = torch.OutOfMemoryError("CUDA out of memory.\nA long story.")
+    assert twice_if_out_of_memory(failing(1, out), "it ran") == 7
+    with pytest.raises(DeviceMemoryError, match=r"^memory ran out while it ran: CUDA out of memory\.\nHINT"):
+        twice_if_out_of_memory(failing(2, out), "it ran")
+    with pytest.raises(DeviceMemoryError):
+        twice_if_out_of_memory(failing(1, out), "it ran", alone=False)
+    with pytest.raises(RuntimeError, match="another"):
+        twice_if_out_of_memory(failing(1, RuntimeError("another one")), "it ran")

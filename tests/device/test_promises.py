@@ -1,0 +1,177 @@
+"""What is promised of a device: few waits, few launches, blocks that do not shrink, memory that may run out."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from device_repairs import CASES, GPU, Conv, counted, sources
+from toy_problems import make_problem
+from toy_repairs import mlp, quick, trained
+
+from lightning_nrl import Grid, ParticleSwarm, repair_module
+from lightning_nrl._optim.descent import Descent
+from lightning_nrl._optim.mini_batches import load_batches
+from lightning_nrl.analysis.sweep import sweep_module
+from lightning_nrl.methods import local_search
+from lightning_nrl.search.search_log import SearchLog
+
+STRICT = sys.modules.get("strict_cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+counting = pytest.mark.skipif(STRICT is None, reason="counts on the strict device")
+
+SEARCHES = [name for name in CASES if name.startswith("swarm")]
+
+
+def waits_raise(yes: bool) -> None:
+    torch.cuda.set_sync_debug_mode("error" if yes else "default")
+
+
+@contextmanager
+def watched_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Between two looks of a search at its log, nothing may wait; gives the iterations at which it looked."""
+    looks: list[int] = []
+    read = SearchLog.read
+
+    def look(log: SearchLog) -> Any:
+        waits_raise(False)
+        rows = read(log)
+        looks.append(log.done)
+        waits_raise(log.done + 10 < len(log._rows))
+        return rows
+
+    monkeypatch.setattr(SearchLog, "read", look)
+    try:
+        yield looks
+    finally:
+        waits_raise(False)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_waits_once_in_ten_iterations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, settings = CASES[name]
+    with watched_looks(monkeypatch) as looks:
+        repair_module(trained(make).to(GPU), sources(GPU), settings)
+    assert looks == [0, 10, 20]
+
+
+def test_many_swarms_wait_once_in_ten_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = quick(method=ParticleSwarm(particles=6, iterations=20, patience=4))
+    with watched_looks(monkeypatch) as looks:
+        sweep_module(trained().to(GPU), sources(GPU), Grid(n_weights=[6, 12]), seeds=2, base=base)
+    assert looks[:2] == [0, 10]
+
+
+def test_a_step_of_training_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, steps = Descent.step, []
+
+    def watched(*args: Any, **rest: Any) -> None:
+        # The first one makes the state of the optimizer.
+        waits_raise(len(steps) > 0)
+        try:
+            step(*args, **rest)
+        finally:
+            waits_raise(False)
+        steps.append(1)
+
+    monkeypatch.setattr(Descent, "step", watched)
+    repair_module(trained().to(GPU), sources(GPU), CASES["finetune-polish"][1])
+    assert len(steps) > 10
+
+
+def test_a_step_that_moves_some_weights_never_waits() -> None:
+    problem = make_problem(trained().to(GPU), sources(GPU))
+    masks = {name: torch.rand_like(p) > 0.5 for name, p in problem.model.named_parameters()}
+    descent = Descent(problem, {}, torch.optim.AdamW, masks)
+    rows = torch.arange(40)
+    for number, parts in enumerate(load_batches(problem, [rows] * 3)):
+        waits_raise(number > 0)
+        descent.step(parts, lambda batch, rows, output: problem.task.loss(output, batch.target).sum())
+        waits_raise(False)
+
+
+@contextmanager
+def grabbed(monkeypatch: pytest.MonkeyPatch, around: Callable[[], AbstractContextManager[Any]]) -> Iterator[list[Any]]:
+    """The scorers of searches, and what `around` gave while each of them ran."""
+    real, found = local_search.search, []
+
+    def search(scorer: Any, *args: Any, **rest: Any) -> Any:
+        with around() as seen:
+            result = real(scorer, *args, **rest)
+        found.append((scorer, seen, result))
+        return result
+
+    monkeypatch.setattr(local_search, "search", search)
+    yield found
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@pytest.mark.parametrize(("name", "n"), [("convolution", 1500), ("head", 2000)])
+def test_blocks_do_not_shrink_with_the_data(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
+    settings = quick(layer=layer, method=ParticleSwarm(particles=100, iterations=1))
+    rows = []
+    with grabbed(monkeypatch, nothing) as found:
+        for size in (n // 10, n):
+            repair_module(trained(make).to(GPU), sources(GPU, size), settings)
+            (group,) = found[-1][0].groups
+            rows.append(min(scorer.rows for scorer in (*group.failed, *group.passed)))
+    assert rows[1] > 0.9 * rows[0]
+
+
+LAUNCHES = {"head": 275, "convolution": 275, "weights": 300}
+"""At most, an iteration of one swarm on two splits; 1.1 times what was counted."""
+
+
+@counting
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_an_iteration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launches_of(name, monkeypatch, 250) <= LAUNCHES[name]
+
+
+def launches_of(name: str, monkeypatch: pytest.MonkeyPatch, n: int) -> float:
+    make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
+    more: dict[str, Any] = {"importance": "focal"} if name == "weights" else {}
+    counts = []
+    with grabbed(monkeypatch, STRICT.watch) as found:  # type: ignore[union-attr]
+        for iterations in (10, 20):
+            method = ParticleSwarm(particles=100, iterations=iterations, patience=100)
+            repair_module(trained(make).to(GPU), sources(GPU, n), quick(layer=layer, method=method, **more))
+            counts.append(found[-1][1].n_launches)
+    return (counts[1] - counts[0]) / 10
+
+
+@counting
+@pytest.mark.parametrize(("name", "allocations"), [("swarm", (0, 160, 640, 1500)), ("linearized", (640,))])
+def test_memory_that_runs_out_once_changes_nothing(name: str, allocations: tuple[int, ...]) -> None:
+    make, settings = CASES[name]
+    model = trained(make).to(GPU)
+    alone = repair_module(model, sources(GPU), settings)
+    for after in allocations:
+        with STRICT.failing(after):  # type: ignore[union-attr]
+            found = repair_module(model, sources(GPU), settings)
+        assert counted(found) == counted(alone)
+
+
+@counting
+def test_memory_that_does_not_suffice_leaves_the_weights_and_says_so() -> None:
+    make, settings = CASES["swarm"]
+    model = trained(make).to(GPU)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings(record=True) as seen, STRICT.failing(1200, times=100_000):  # type: ignore[union-attr]
+        warnings.simplefilter("always")
+        outcome = repair_module(model, sources(GPU), settings)
+    assert outcome.report.status == "not repaired"
+    assert "memory ran out while" in outcome.report.reason
+    assert any("memory ran out" in str(warning.message) for warning in seen)
+    assert not outcome.write(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
