@@ -8,7 +8,7 @@ sample takes 17 bits at each point: a bit for right or wrong, and its loss in ha
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.checkpoint import load_mapping
+from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -95,14 +95,12 @@ class TrainingRecord:
             raise ConfigurationError(f"`history`: {str(folder)!r} holds no record of a training.", RECORD_HINT)
         samples = load_mapping("history", Path(folder) / SAMPLES_FILE, RECORD_HINT)
         found = [load_mapping("history", file, RECORD_HINT) for file in files.values()]
-        splits = {}
-        for split, known in samples.items():
-            n = len(known["index"])
-            passed = torch.stack([_unpacked(point["splits"][split]["passed"], n) for point in found])
-            loss = torch.stack([point["splits"][split]["loss"] for point in found])
-            splits[split] = RecordedSplit(known["index"], known["label"], passed, loss)
-        points = tuple(RecordedPoint(point["step"], point["epoch"], point["weights"]) for point in found)
-        return cls(points, splits)
+        try:
+            splits = {split: _recorded_split(split, known, found) for split, known in samples.items()}
+            return cls(tuple(_recorded_point(point) for point in found), splits)
+        except Exception as error:  # whatever comes of reading files that hold something else
+            problem = f"`history`: {str(folder)!r} is damaged ({reason(error)})."
+            raise ConfigurationError(problem, "record it anew with `TrainingHistory`.") from error
 
     def history(self, known: Known) -> list[HistoryPoint]:
         """The points as NeuRecover takes them; a sample of which there is no record is not known.
@@ -175,6 +173,25 @@ def forget_after(folder: Path, step: int) -> None:
     for at, file in _point_files(folder).items():
         if at > step:
             file.unlink()
+
+
+def _recorded_split(split: str, known: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]) -> RecordedSplit:
+    index, label = known["index"], known["label"]
+    loss = torch.stack([point["splits"][split]["loss"] for point in points])
+    packed = torch.stack([point["splits"][split]["passed"] for point in points])
+    n = len(index)
+    whole = index.dtype == label.dtype == torch.int64 and packed.dtype == torch.uint8 and loss.is_floating_point()
+    shapes = (tuple(index.shape), tuple(label.shape), tuple(loss.shape[1:]), tuple(packed.shape[1:]))
+    if not whole or shapes != ((n,), (n,), (n,), (-(-n // 8),)) or bool((index < 0).any()):
+        raise ValueError(f"the columns of `{split}` do not fit each other")
+    return RecordedSplit(index, label, torch.stack([_unpacked(one, n) for one in packed]), loss)
+
+
+def _recorded_point(point: Mapping[str, Any]) -> RecordedPoint:
+    weights = dict(point["weights"])
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError("its weights are no tensors")
+    return RecordedPoint(int(point["step"]), int(point["epoch"]), weights)
 
 
 def _point_files(folder: Path) -> dict[int, Path]:

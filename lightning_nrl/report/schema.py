@@ -26,6 +26,9 @@ def upgraded(data: Mapping[str, Any]) -> Plain:
     Raises:
         ConfigurationError: a newer version of this package has written them, or no version has.
     """
+    if not isinstance(data, Mapping):
+        shown = f"{type(data).__name__} instead of an object"
+        raise ConfigurationError(f"the file: found {shown}.", "give what `to_json` has written.")
     if "schema" not in data and "class_names" in data:
         raise ConfigurationError("schema: this is missing.", "give what `to_json` has written.")
     found: Any = data.get("schema", 0)
@@ -56,7 +59,8 @@ NO_TARGET_COUNTS = {"passed_in_target": 0, "broken_in_target": 0}
 def _split_from_0(split: Any) -> Any:
     if not isinstance(split, dict):
         return split
-    ids = {flip: split.get(f"{flip}_ids", []) for flip in ("repaired", "broken")}
+    named = {flip: split.get(f"{flip}_ids", []) for flip in ("repaired", "broken")}
+    ids = {flip: own if isinstance(own, list) else [own] for flip, own in named.items()}  # else the reader refuses it
     unknown = {"in_target": False, "label": -1, "predicted_before": -1, "predicted_after": -1, "slice": ""}
     unknown |= {"margin_before": None, "margin_after": None}
     flipped = [{"id": one, "flip": flip, **unknown} for flip, own in ids.items() for one in own]

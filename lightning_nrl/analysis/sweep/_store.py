@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl._utils.deserialize import from_plain
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.serialize import to_plain
@@ -125,5 +126,18 @@ def _packed(runs: Mapping[str, StoredRun]) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, StoredRun]:
-    found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    return {key: StoredRun(from_plain(Run, one["run"]), one["where"], one["values"]) for key, one in found.items()}
+    """The runs; a `ConfigurationError` for whatever else is in a file, which is read as data."""
+    try:
+        found = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+        return {str(key): _stored(one) for key, one in found.items()}
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"it holds no runs ({reason(error)})") from error
+
+
+def _stored(one: Any) -> StoredRun:
+    run, where, values = from_plain(Run, one["run"]), one["where"], one["values"]
+    if where.dtype != torch.int64 or where.ndim != 1 or where.shape != values.shape or not values.is_floating_point():
+        raise ConfigurationError("its weights do not have their positions")
+    return StoredRun(run, where, values)
