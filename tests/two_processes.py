@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning_package import NAME
+from lightning_package import NAME, pl
 
 PRELOADED = ("torch._dynamo", "torchmetrics", NAME, "lightning_nrl.callback")
 """Lightning before the package, which takes the one that is there."""
@@ -24,8 +24,7 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
     Raises:
         RuntimeError: a rank failed, or took too long; its own message is on stderr.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+    context = _server()
     port = str(_free_port())
     ranks = [context.Process(target=_on_rank, args=(rank, port, function, args)) for rank in (0, 1)]
     for rank in ranks:
@@ -39,6 +38,18 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
     codes = [rank.exitcode for rank in ranks]
     if codes != [0, 0]:
         raise RuntimeError(f"the two processes ended with {codes}")
+
+
+def spawning() -> Any:
+    """`ddp_spawn`, but that the processes it starts come from the server: nothing is imported again."""
+    _server()
+    return pl.strategies.DDPStrategy(start_method="forkserver")
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def _on_rank(rank: int, port: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

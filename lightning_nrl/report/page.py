@@ -159,8 +159,9 @@ def _markdown(block: Block) -> str:
 
 def _escaped(text: str) -> str:
     # Names and ids come from data: no picture, link or tag may come of them. Addresses become links by themselves.
-    for sign in "\\|*<`[]!":
+    for sign in "\\|*`[]!":
         text = text.replace(sign, f"\\{sign}")
+    text = text.replace("<", "&lt;")  # TensorBoard's Markdown takes no backslash before it
     text = text.replace("://", ":\u200b//").replace("www.", "www\u200b.")
     return " ".join(text.split())
 

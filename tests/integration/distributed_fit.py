@@ -1,11 +1,7 @@
-"""Fits with a repair, for `test_distributed.py`; also a script, since plain `ddp` starts it again.
-
-python distributed_fit.py FOLDER
-"""
+"""Fits with a repair, for `test_distributed.py`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +52,7 @@ class Leave(Callback):
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 
 
-def trainer_on(folder: Path, strategy: str, devices: int, *callbacks: Callback, train_batches: int = 1) -> Trainer:
+def trainer_on(folder: Path, strategy: Any, devices: int, *callbacks: Callback, train_batches: int = 1) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=devices,
@@ -73,7 +69,7 @@ def trainer_on(folder: Path, strategy: str, devices: int, *callbacks: Callback, 
     )
 
 
-def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
+def fit(folder: Path, sizes: Sequence[int], strategy: Any = "auto", devices: int = 1) -> tuple[Trainer, Classifier]:
     """One fit for each number of repair samples, which leaves its files in a folder of that name."""
     callback = quick_repair(unseen="test")
     trainer = trainer_on(folder, strategy, devices, callback, Leave(callback))
@@ -86,7 +82,7 @@ def fit(folder: Path, sizes: Sequence[int], strategy: str = "auto", devices: int
     return trainer, model
 
 
-def repair_checkpoint(folder: Path, n: int, strategy: str = "auto", devices: int = 1) -> None:
+def repair_checkpoint(folder: Path, n: int, strategy: Any = "auto", devices: int = 1) -> None:
     """The same without training, in the folder `checkpoint`."""
     callback = quick_repair(unseen="test", dirpath=folder / "checkpoint")
     trainer, path = trainer_on(folder, strategy, devices), folder.parent / "trained.ckpt"
@@ -120,9 +116,9 @@ class Later(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.0 if repairs else 0.5)
 
 
-def fit_continued(folder: Path, strategy: str = "auto", devices: int = 1) -> None:
+def fit_continued(folder: Path, strategy: Any = "auto", devices: int = 1) -> None:
     """A repair that goes on with the training for three epochs, each of one batch of all samples."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     callback = RegressionFreeRepair(method=Continued(folder), gate="accuracy", dirpath=folder, verbose=False)
     trainer, data, model = trainer_on(folder, strategy, devices, callback, Leave(callback)), FewRepairs(203), Later()
     trainer.fit_loop.max_epochs, data.batch_size = 3, 512
@@ -137,7 +133,8 @@ def fit_batch_norm(folder: Path) -> None:
     trainer.fit(Classifier("cnn", lr=0.03), datamodule=FewRepairs(203))
 
 
-if __name__ == "__main__":
-    fit(Path(sys.argv[1]), SIZES, "ddp", 2)
-    repair_checkpoint(Path(sys.argv[1]), SIZES[0], "ddp", 2)
-    fit_batch_norm(Path(sys.argv[1]))
+def fit_all(folder: Path) -> None:
+    """By a rank of two."""
+    fit(folder, SIZES, "ddp", 2)
+    repair_checkpoint(folder, SIZES[0], "ddp", 2)
+    fit_batch_norm(folder)

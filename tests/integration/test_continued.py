@@ -12,6 +12,7 @@ import torch
 from digit_models import Classifier, Digits, Untrainable, quiet_trainer, right
 from distributed_fit import Continued
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import in_two_processes
 
 from lightning_nrl import Gate, RegressionFreeRepair, repair
 from lightning_nrl.evaluation.flips import FlipCounts
@@ -98,7 +99,7 @@ def test_data_that_cannot_be_trained_on_together_are_warned_of_before_training(
 def test_two_processes_train_what_one_trains(tmp_path: Path, trained_path: Path) -> None:
     shutil.copy(trained_path, tmp_path / "trained.ckpt")
     distributed_fit.fit_continued(tmp_path / "alone")
-    distributed_fit.fit_continued(tmp_path / "two", "ddp_spawn", 2)
+    in_two_processes(distributed_fit.fit_continued, tmp_path / "two", "ddp", 2)
     alone, first, second = (
         torch.load(tmp_path / name, weights_only=True)
         for name in ("alone/trained0.pt", "two/trained0.pt", "two/trained1.pt")

@@ -1,20 +1,17 @@
-"""Two processes repair what one process repairs."""
+"""Two processes repair what one process repairs. A script that plain `ddp` starts again is `examples/ddp.py`."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_fit
 import pytest
 import torch
 from digit_models import Classifier, Digits, right
+from two_processes import in_two_processes, spawning
 
 from lightning_nrl import RepairReport
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +48,12 @@ def assert_like_one_process(one: Path, two: Path) -> RepairReport:
 @pytest.fixture(scope="module")
 def together(alone: Path) -> Path:
     """A folder with what two processes do."""
-    script, folder = HERE / "distributed_fit.py", alone.with_name("script")
-    subprocess.run([sys.executable, script, folder], check=True, capture_output=True, timeout=300)
+    folder = alone.with_name("together")
+    in_two_processes(distributed_fit.fit_all, folder)
     return folder
 
 
-def test_two_processes_of_a_script_repair_as_one(alone: Path, together: Path) -> None:
+def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
     assert_like_one_process(alone / "203", together / "checkpoint")
     reports = [assert_like_one_process(alone / str(n), together / str(n)) for n in distributed_fit.SIZES]
     assert reports[0].status == "repaired"
@@ -75,7 +72,7 @@ def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_
 
 def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weights(alone: Path) -> None:
     together = alone.with_name("spawned")
-    trainer, model = distributed_fit.fit(together, [203], "ddp_spawn", 2)
+    trainer, model = distributed_fit.fit(together, [203], spawning(), 2)
     report = assert_like_one_process(alone / "203", together / "203")
     assert report.status == "repaired"
     assert trainer.callback_metrics["repair/accepted"] == 1.0

@@ -57,7 +57,7 @@ def test_markdown_escapes_what_would_be_markup() -> None:
         "| **broken** | **0** | **3** |\n\n"
         "## More\n\n"
         "- **file**: a/b.ckpt\n"
-        "- **target**: where a\\|b \\< c\n"
+        "- **target**: where a\\|b &lt; c\n"
     )
 
 

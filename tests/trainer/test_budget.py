@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 from toy_repairs import blobs
+from two_processes import spawning
 
 from lightning_nrl._lightning import validating
 from lightning_nrl._trainer.continue_training import ContinuedTraining
@@ -105,7 +106,7 @@ def test_all_ranks_leave_a_training_in_one_way(tmp_path: Path) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="ddp_spawn",
+        strategy=spawning(),
         max_epochs=1,
         logger=False,
         default_root_dir=tmp_path,

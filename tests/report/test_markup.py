@@ -1,0 +1,79 @@
+"""Names and texts come from data: no picture, link or tag may come of them where a report is shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from tensorboard.plugin_util import markdown_to_safe_html
+from test_report_codec import REPORTS, SPLIT
+
+from lightning_nrl.report import RepairReport, SliceReport, repair_html
+
+HOSTILE = [
+    "![i](http://evil.example/p.png)",
+    "[click](http://evil.example)",
+    "[a]: http://evil.example",
+    "[r][a]",
+    "<img src=http://evil.example/p.png onerror=alert(1)>",
+    "<script src='http://evil.example'></script>",
+    "</td></table><iframe src=http://evil.example>",
+    "http://evil.example www.evil.example <http://evil.example>",
+    'a" onmouseover="alert(1)',
+    "a\n\n# b\n\n![i](http://evil.example)",
+    "a | b \\| c `![i](http://evil.example)`",
+    "&lt;img src=http://evil.example&gt;",
+]
+
+
+class Tags(HTMLParser):
+    """What could load or run something, or lead away."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        leads = [f"{name}={value}" for name, value in attrs if name.startswith("on") or "evil" in str(value)]
+        inert = {"aria-label", "title", "alt"}
+        if [lead for lead in leads if lead.partition("=")[0] not in inert] or tag in ("a", "iframe"):
+            self.found.append(f"{tag} {attrs}")
+        if tag in ("img", "script") and any("evil" in str(value) for _, value in attrs):
+            self.found.append(tag)
+
+
+def named(name: str) -> RepairReport:
+    """A report with a name wherever a report has one."""
+    report = REPORTS["repair"]
+    assert isinstance(report, RepairReport)
+    flipped = tuple(replace(one, slice=name) for one in SPLIT.flipped)
+    return replace(
+        report,
+        target=f"label {name}",
+        reason=name,
+        task=name,
+        class_names=(name, f"1 {name}"),
+        layers=(name,),
+        splits=(replace(SPLIT, split=name, flipped=flipped),),
+        slices=(SliceReport(name, "known", SPLIT.counts),),
+        files={"json": name},
+        settings={name: name},
+    )
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_stays_a_name_in_markdown(name: str) -> None:
+    shown, plain = (markdown_to_safe_html(named(one).to_markdown()) for one in (name, "plain"))
+    assert [shown.count(tag) for tag in ("<table", "<tr", "<td", "<h")] == [
+        plain.count(tag) for tag in ("<table", "<tr", "<td", "<h")
+    ]
+    assert Tags(shown).found == []
+
+
+def test_names_stay_names_in_html(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair_html, "find_spec", lambda name: None)  # without figures
+    text = named(" ".join(HOSTILE)).to_html()
+    assert "evil.example" in text
+    assert Tags(text).found == []
