@@ -18,12 +18,14 @@ from lightning_nrl._tracking import declare
 from lightning_nrl._trainer.artifacts import REPAIRED_FILES, REPORT_FILES, announce, base_folder, report_files
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
+from lightning_nrl._trainer.resume_folders import saved_work
 from lightning_nrl._trainer.saved_files import SavedFiles
 from lightning_nrl._trainer.signals import heeding_signals
 from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
+from lightning_nrl._utils.saved_work import SavedWork
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.target_parsing import parse_target
@@ -141,6 +143,7 @@ class RegressionFreeRepair(CallbackBase):
         self._pending = False
         self._ran = False
         self._fit_timer: FitTimer | None = None
+        self._work = SavedWork()
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:
@@ -250,10 +253,12 @@ class RegressionFreeRepair(CallbackBase):
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._ran = True
-        if epochs is not None:
-            return self.repair.run(trainer, pl_module, epochs)
-        seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
-        return self.repair.run(trainer, pl_module, epochs_of(trainer), seconds)
+        self._work = saved_work(self.dirpath, trainer, self.settings.search.save_every)
+        seconds = None
+        if epochs is None:
+            epochs = epochs_of(trainer)
+            seconds = None if self._fit_timer is None else self._fit_timer.seconds(trainer)
+        return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
 
     def save(
         self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
@@ -279,6 +284,7 @@ class RegressionFreeRepair(CallbackBase):
                     self.report, self._pending = report, False
                     if start is not None:
                         start.keep = accepted
+                    self._work.done()
                 self.report = saved.tell(report, accepted)
         except BaseException:
             if self._pending:

@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum, auto
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.polish_result import PolishResult, better_of, scale_back
 from lightning_nrl._optim.target_schedule import TargetSchedule
+from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
@@ -130,12 +132,23 @@ def polish(
         ConfigurationError: the task has no margins.
     """
     check_needs(NEEDS, problem.before, problem.task)
-    run = _Polish(problem, state, deadline or Deadline(), masks, after, insist)
-    phase = Phase.START
-    while phase is not Phase.DONE:
-        phase = run.advance(phase)
-    assert run.best is not None
-    return replace(run.best, course=tuple(run.course))
+
+    def work(piece: Piece) -> PolishResult:
+        end = deadline or Deadline()
+        left = piece.left()
+        if left is None:
+            run, phase = _Polish(problem, state, end, masks, after, insist), Phase.START
+        else:
+            run = _Polish(problem, left["state"], end, masks, left["after"], insist)
+            phase = run.restore(left)
+        while phase is not Phase.DONE:
+            phase = run.advance(phase)
+            if phase in (Phase.STEP, Phase.VERIFY) and problem.collective.world_size == 1:
+                piece.seam(partial(run.saved, phase))
+        assert run.best is not None
+        return replace(run.best, course=tuple(run.course))
+
+    return problem.work.piece("polish", work, (PolishResult, SampleResults, TargetCounts))
 
 
 class _Polish:
@@ -168,6 +181,31 @@ class _Polish:
         self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
 
+    def saved(self, phase: Phase) -> dict[str, Any]:
+        """What `restore` goes on from, while steps are made."""
+        return {
+            "phase": phase.name,
+            "state": self.state,
+            "after": self.after,
+            "best": self.best,
+            "course": self.course,
+            "counts": (self.rounds, self.retreats, self._rounds_left, self._fewest_open),
+            "one_pass": self._one_pass,
+            "targets": self.targets.saved(),
+            "active_set": self.active_set.saved(),
+            "descent": self.descent.saved(),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> Phase:
+        """Takes the place of the polish of which `saved` gave this, begun with its state; gives the next phase."""
+        self.best, self.course, self._one_pass = saved["best"], saved["course"], saved["one_pass"]
+        self.rounds, self.retreats, self._rounds_left, self._fewest_open = saved["counts"]
+        self.targets.restore(saved["targets"], self._deadline)
+        self.active_set, self.descent = self._new_active_set(), self._new_descent()
+        self.active_set.restore(saved["active_set"])
+        self.descent.restore(saved["descent"])
+        return Phase[saved["phase"]]
+
     def advance(self, phase: Phase) -> Phase:
         """Does what a phase is for; gives the next one."""
         actions = {
@@ -180,8 +218,7 @@ class _Polish:
         return actions[phase]()
 
     def _start(self) -> Phase:
-        holds = self.retreats < HOLDING_STARTS
-        self.active_set = ActiveSet(self.problem, self.state, self.after, self.targets.insisted, holds_repairs=holds)
+        self.active_set = self._new_active_set()
         if self._is_settled(self.active_set.open):
             self._keep(self.state)
             if not self._may_insist_again or self._end_of_rounds.is_over():
@@ -189,7 +226,7 @@ class _Polish:
             self.targets.insist_again(self.active_set, self._end_of_rounds)
         if self.active_set.hopeless.any():
             return Phase.SCALE_BACK
-        self.descent = Descent(self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks)
+        self.descent = self._new_descent()
         self._renew_rounds()
         return Phase.STEP
 
@@ -265,6 +302,13 @@ class _Polish:
         if not broken.any() or (is_open & ~broken).any():
             return not is_open.any()
         return not self.problem.excess(self.after, broken)
+
+    def _new_active_set(self) -> ActiveSet:
+        holds = self.retreats < HOLDING_STARTS
+        return ActiveSet(self.problem, self.state, self.after, self.targets.insisted, holds_repairs=holds)
+
+    def _new_descent(self) -> Descent:
+        return Descent(self.problem, self.state, partial(torch.optim.Adam, lr=POLISH_RATE), self.masks)
 
     def _renew_rounds(self) -> None:
         self._rounds_left, self._fewest_open = MAX_STALLED_ROUNDS, math.inf

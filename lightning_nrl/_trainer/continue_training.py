@@ -30,6 +30,7 @@ from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, Tra
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state, seed_all
+from lightning_nrl._utils.saved_work import Piece, SavedWork
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
@@ -56,6 +57,7 @@ class ContinuedTraining:
     left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
     trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
     fit_seconds: float | None = None  # how long the training took
+    work: SavedWork = field(default_factory=SavedWork, repr=False)  # saves it while it goes on
     modes: tuple[bool, ...] = field(init=False, repr=False)  # the training flag of each part of the model
 
     def __post_init__(self) -> None:
@@ -103,10 +105,16 @@ class ContinuedTraining:
         seed gives the same weights. None as well if the weights are not finite, or training cannot go on, which is
         warned of. A module that steps its optimizers itself has no other rate.
         """
-        end = time.perf_counter() + seconds
+
+        def work(piece: Piece) -> State | None:
+            return self._gone_on(time.perf_counter() + seconds, clock, epochs, _Course(seed, start or {}, weight, rate))
+
+        return self.work.piece("training", work)
+
+    def _gone_on(self, end: float, clock: StageTimer, epochs: int | None, how: _Course) -> State | None:
+        rate = how.rate
         if (rate is not None and not self.model.automatic_optimization) or self.warn():
             return None
-        how = _Course(seed, start or {}, weight, rate)
         try:
             with tempfile.TemporaryDirectory() as folder, quiet():
                 state = self._trained(end, clock, self.epochs if epochs is None else epochs, how, folder)

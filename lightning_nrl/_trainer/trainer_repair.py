@@ -29,6 +29,7 @@ from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
+from lightning_nrl._utils.saved_work import SavedWork
 from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.batch import Batch, Source
@@ -111,20 +112,28 @@ class TrainerRepair:
             if self.reference is None and self.settings.layer == "auto" and self.settings.trains:
                 few.training.warn()
 
-    def run(self, trainer: Trainer, model: LightningModule, epochs: int, fit_seconds: float | None = None) -> Outcome:
+    def run(
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        epochs: int,
+        fit_seconds: float | None = None,
+        work: SavedWork | None = None,
+    ) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
 
-        The model was trained for so many epochs, which took so long; None where that is not known.
+        The model was trained for so many epochs, which took so long; None where that is not known. `work` saves what is
+        done.
         """
         with self.opened(trainer, model, epochs) as trained:
             for _ in range(PASSES_THAT_LEAVE_OUT):
                 try:
-                    outcome = self._repaired(trainer, trained, fit_seconds)
+                    outcome = self._repaired(trainer, trained, fit_seconds, work)
                     break
                 except UnusableSamplesError as error:
                     trained = trained.without(error)
             else:
-                outcome = self._repaired(trainer, trained, fit_seconds)
+                outcome = self._repaired(trainer, trained, fit_seconds, work)
             reason = f"{outcome.report.reason} {trained.notes}".rstrip()
             names = class_names(trained.known)
             report = replace(outcome.report, reason=reason, class_names=names)
@@ -132,16 +141,20 @@ class TrainerRepair:
             views = sample_views(report, sources, self.data.known.renderer) if trainer.is_global_zero else ()
             return replace(outcome, report=report, views=views)
 
-    def _repaired(self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None) -> Outcome:
+    def _repaired(
+        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: SavedWork | None
+    ) -> Outcome:
+        training = replace(trained.training, fit_seconds=fit_seconds, work=work or SavedWork())
         return repair_module(
             trained.evaluator,
             trained.known,
             with_kept_checkpoints(with_history(self.settings, trainer), trainer),
             unseen=trained.unseen,
             calibration=trained.calibration,
-            training=replace(trained.training, fit_seconds=fit_seconds),
+            training=training,
             reference=self.reference,
             observer=trained.observer,
+            work=work,
         )
 
     @contextmanager

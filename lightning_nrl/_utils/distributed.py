@@ -86,6 +86,16 @@ class Collective:
         texts = (bytes(row.tolist()).decode() for row in rows)
         return next(filter(None, texts), "")
 
+    def first_bytes(self, data: bytes) -> bytes:
+        """The bytes of the first rank, on every rank."""
+        if self.world_size == 1:
+            return data
+        size = int(self.agreed(torch.tensor(len(data))))
+        own = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0 and data:
+            own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return self.agreed(own).numpy().tobytes()
+
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
         """What work gives on this rank; it exchanges nothing. If one rank fails all do, so that none waits for ever.
 

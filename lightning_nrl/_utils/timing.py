@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import is_ending_early, poll
 
-__all__ = ["Clock", "Deadline", "Observer", "StageTimer"]
+__all__ = ["Clock", "Deadline", "Observer", "StageTimer", "TimeMark"]
 
 Clock = Callable[[], float]
 """Tells the time in seconds, from any beginning."""
@@ -83,6 +83,14 @@ class Deadline:
         return replace(self, end=min(self.end, self.now() + seconds))
 
 
+@dataclass(frozen=True)
+class TimeMark:
+    """How far a repair is: seconds since it began, and of each stage that is over."""
+
+    elapsed: float
+    seconds: Mapping[str, float]
+
+
 class StageTimer:
     """Seconds spent in each stage, in the order of the stages; passes on to an observer what it should know.
 
@@ -94,9 +102,13 @@ class StageTimer:
     ) -> None:
         self.observer = observer
         self.seconds: dict[str, float] = {}
-        self.now = now or time.perf_counter
+        self._clock, self._ahead = now or time.perf_counter, 0.0
         self._began = self.now()
         self._max_time = math.inf if max_time is None else max_time
+
+    def now(self) -> float:
+        """The time in seconds, from any beginning; deadlines are in it."""
+        return self._clock() + self._ahead
 
     @property
     def elapsed(self) -> float:
@@ -112,6 +124,19 @@ class StageTimer:
         """Seconds until the repair must be over; infinite without a limit."""
         poll()
         return min(0.0, self._max_time - self.elapsed) if is_ending_early() else self._max_time - self.elapsed
+
+    def mark(self) -> TimeMark:
+        """How far the repair is."""
+        return TimeMark(self.elapsed, dict(self.seconds))
+
+    def set(self, mark: TimeMark) -> None:
+        """Goes on as if the repair were as far as this: what another process spent on it counts, what came since not.
+
+        Deadlines that were made before stay where they are in the time of the repair.
+        """
+        self._ahead += mark.elapsed - self.elapsed
+        self.seconds.clear()
+        self.seconds.update(mark.seconds)
 
     @property
     def one_pass(self) -> float:
@@ -129,7 +154,7 @@ class StageTimer:
                 yield
         finally:
             inner = sum(self.seconds.values()) - inside
-            spent = self.seconds[name] + self.now() - start - inner
+            spent = self.seconds.get(name, 0.0) + self.now() - start - inner
             self.seconds[name] = round(spent, 3)
 
     def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:

@@ -16,10 +16,11 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._pace_of_training import leaves_time_for_epochs
+from lightning_nrl.methods._saved_solutions import found_once
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.problem import Method, Problem, Proposal, Solution
 from lightning_nrl.report.run_records import Rung, Step
 from lightning_nrl.search import Searcher
 
@@ -127,9 +128,9 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
     for method in (convex, Linearized()) if is_one_layer(problem) else (convex,):
         try:
             name = type(method).__name__.lower()
-            solution = _caught(problem, partial(method, problem), name=name)
+            solution = _solved(problem, method, name)
             if held_out is not None and solution.held_out is None and solution.proposal is not None:
-                trial = _caught(problem, partial(method, problem.without(held_out)), name=name).proposal
+                trial = _solved(problem.without(held_out), method, name).proposal
                 if trial is not None:
                     solution = replace(solution, held_out=estimate(problem.before, trial.after, held_out))
         except ConfigurationError:
@@ -139,6 +140,10 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
             solution = replace(last, steps=(*solution.steps, *last.steps), held_out=solution.held_out)
         return RungResult("exact", solution, problem.clock.elapsed - began, name)
     return None
+
+
+def _solved(problem: Problem, method: Method, name: str) -> Solution:
+    return found_once(problem, name, partial(_caught, problem, partial(method, problem), name=name))
 
 
 def _solving_seconds(problem: Problem) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl.errors import check_kind
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import best_index, held_out_rows
@@ -21,6 +22,7 @@ from lightning_nrl.methods._rungs import (
     search_rung,
     search_seconds,
 )
+from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS
 from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
@@ -92,17 +94,22 @@ class Auto:
 
 
 def _rungs(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> Iterator[RungResult]:
-    yield search_rung(problem, searcher, held_out)
-    if problem.update:
-        yield _update_rung(problem, searcher)
-        return
-    exact = exact_rung(problem, searcher, held_out) if problem.whole or is_one_layer(problem) else None
-    if exact is not None:
-        yield exact
-    if not is_one_layer(problem):
-        training = training_rung(problem, searcher, held_out)
-        if training is not None:
-            yield training
+    """Rung by rung; those that were climbed before the process was killed are not climbed again."""
+    one_layer = is_one_layer(problem)
+    climbs: dict[str, Callable[[], RungResult | None]] = {
+        "search": lambda: search_rung(problem, searcher, held_out),
+        "polish": lambda: _update_rung(problem, searcher),
+        "exact": lambda: exact_rung(problem, searcher, held_out) if problem.whole or one_layer else None,
+        "training": lambda: None if one_layer else training_rung(problem, searcher, held_out),
+    }
+    for name in ("search", "polish") if problem.update else ("search", "exact", "training"):
+        result = problem.work.piece(name, partial(_climbed, climbs[name]), (RungResult, *SOLUTION_KINDS))
+        if result is not None:
+            yield result
+
+
+def _climbed(climb: Callable[[], RungResult | None], piece: Piece) -> RungResult | None:
+    return climb()
 
 
 def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:

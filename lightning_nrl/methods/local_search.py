@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._scoring import make_scorer
+from lightning_nrl._scoring.scores import Scores
+from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
@@ -135,6 +138,17 @@ def localize_and_search(
 
     `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
     """
+    kinds = (LocalSearchResult, Localization, SearchResult, SearchHistory, Scores)
+    return problem.work.piece("search", partial(_localized_and_searched, problem, searcher, goal, elites), kinds)
+
+
+def _localized_and_searched(
+    problem: Problem,
+    searcher: Searcher[Any],
+    goal: SearchGoal,
+    elites: Callable[[Tensor, int], Tensor] | None,
+    piece: Piece,
+) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
     with clock.stage("localize"):
@@ -174,6 +188,7 @@ def localize_and_search(
             elites=known,
             deadline=goal.deadline,
             on_progress=tell,
+            piece=piece,
         )
     if not passed_loss:
         unknown = torch.full_like(result.history.loss_passed, torch.nan)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from lightning_nrl._utils.saved_work import SAVE_EVERY
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
@@ -36,6 +37,8 @@ class SearchOptions:
         on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
             `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
             Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
+        save_every: seconds between two times that a repair in a trainer saves what it has done, from 0: the same call
+            goes on from there after it was stopped or killed. None: it saves nothing.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.
@@ -50,6 +53,7 @@ class SearchOptions:
     n_passed: int | None = None
     budget: int | None = None
     on_interrupt: Literal["untouched", "best"] = "untouched"
+    save_every: float | None = SAVE_EVERY
 
     def __post_init__(self) -> None:
         if self.fitness is not None:
@@ -60,6 +64,8 @@ class SearchOptions:
             if value is not None:
                 check_whole(name, value, 1)
         check_choice("on_interrupt", self.on_interrupt, ("untouched", "best"))
+        if self.save_every is not None:
+            check_real("save_every", self.save_every, "time", "give seconds from 0, or None to save nothing.", least=0)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.saved_work import Piece, SavedWork
 from lightning_nrl._utils.state import State, changed, current_state, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
@@ -21,6 +22,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
+from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS, found_once
 from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline._calibration_bounds import bounds_after
 from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
@@ -29,10 +31,12 @@ from lightning_nrl.pipeline._loaded_weights import to_be_loaded
 from lightning_nrl.pipeline._problem_builder import build_problem
 from lightning_nrl.pipeline._report_builder import ReportBuilder
 from lightning_nrl.pipeline._sparsify import sparsify
+from lightning_nrl.pipeline._work_origin import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["Observer", "Outcome", "repair_module"]
@@ -93,6 +97,7 @@ def repair_module(
     training: Training | None = None,
     reference: Reference | None = None,
     observer: Observer | None = None,
+    work: SavedWork | None = None,
 ) -> Outcome:
     """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
@@ -108,6 +113,7 @@ def repair_module(
         reference: the model that this one replaces. What that one gets right and this one wrong, of all known data, is
             what is to be repaired, as far as it is in the target.
         observer: is notified of progress.
+        work: saves what is done, and has what an earlier process has saved of the same repair; None: nothing is saved.
 
     Returns:
         The outcome. That there is nothing to repair, or no way to, is a report, not an exception.
@@ -150,9 +156,14 @@ def repair_module(
             training=training,
             update=baseline.update is not None,
             needed=quotas,
+            work=work,
         )
         obstacle = impossible or _nothing_passes(problem)
-        return _give_up(builder, obstacle) if obstacle else _repair(problem, builder, rewritten)
+        if obstacle:
+            return _give_up(builder, obstacle)
+        if work is not None:
+            work.begin(origin_of(problem, baseline, settings), clock, evaluator.collective, problem.space.device)
+        return _repair(problem, builder, rewritten)
 
 
 def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
@@ -199,13 +210,14 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
     """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
-    solution = solve(settings.method, problem)
+    solution = found_once(problem, "method", partial(solve, settings.method, problem))
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
         again = problem.steered(problem.before if best is None else best.after)
         if again is problem or not problem.deadline.leaves(began):
             break
-        problem, found = again, solve(settings.method, again)
+        problem = again
+        found = found_once(problem, "method for quotas", partial(solve, settings.method, problem))
         steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
         chosen = found if better([best, found.proposal]) is not best else solution
         solution = replace(chosen, steps=steps)
@@ -217,8 +229,14 @@ def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Sol
     if loss is None or solution.proposal is None:
         return solution
     with problem.clock.stage("sparse"):
-        proposal, step = sparsify(problem, solution.proposal, loss)
+        proposal, step = problem.work.piece(
+            "sparse", partial(_sparse, problem, solution.proposal, loss), SOLUTION_KINDS
+        )
     return replace(solution, proposal=proposal, steps=(*solution.steps, step))
+
+
+def _sparse(problem: Problem, proposal: Proposal, loss: float, piece: Piece) -> tuple[Proposal, Step]:
+    return sparsify(problem, proposal, loss)
 
 
 def _search_strength(problem: Problem, patch: State, proposal: Proposal, builder: ReportBuilder) -> LineSearchResult:

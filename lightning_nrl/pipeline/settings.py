@@ -20,7 +20,7 @@ from lightning_nrl.methods import METHODS, AnyMethod, Auto, LocalSearch
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "plain_value"]
 
 OPTIONS = {"search": SearchOptions, "bounds": BoundOptions, "samples": SampleOptions}
 
@@ -110,10 +110,10 @@ class Settings:
         for name in OPTIONS:
             flat |= _fields(own[name])
         flat |= {"fitness": self.fitness, "localizer": self.localizer}
-        return {name: _plain(value) for name, value in flat.items()}
+        return {name: plain_value(value) for name, value in flat.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A value without memory addresses, since these would tell two equal runs apart."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -124,15 +124,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         if value and all(isinstance(item, Tensor) for item in value.values()):
             return f"{len(value)} tensors"
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((_plain(item) for item in value), key=str)
+        return sorted((plain_value(item) for item in value), key=str)
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     if is_dataclass(value):
-        return {"class": type(value).__name__, **{name: _plain(item) for name, item in _fields(value).items()}}
+        return {"class": type(value).__name__, **{name: plain_value(item) for name, item in _fields(value).items()}}
     shown: Any = type(value).__repr__
     if shown is object.__repr__:
         own = getattr(value, "__dict__", {}).items()
