@@ -302,5 +302,6 @@ class RegressionFreeRepair(CallbackBase):
     @contextmanager
     def heeding_signals(self, trainer: Trainer) -> Iterator[None]:
         """Inside, Ctrl-C and SIGTERM are heeded within seconds; what becomes of the repair then is said."""
-        with heeding_signals(trainer, self.settings.search.on_interrupt == "best", lambda: self.report is not None):
+        may_end_early = self.settings.search.on_interrupt == "best"
+        with heeding_signals(trainer, may_end_early, lambda: self.report is not None, lambda: self._work.place):
             yield

@@ -113,7 +113,7 @@ class PerformanceWarning(RepairWarning):
 
 
 class FilesWarning(RepairWarning):
-    """A file could not be written; the result is not affected."""
+    """A file could not be written, or is damaged and not used; the result is not affected."""
 
 
 class LoggingWarning(RepairWarning):

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from lightning_nrl._lightning import Trainer, class_for, rank_zero_only
 from lightning_nrl._utils.interrupts import interruptible
@@ -14,7 +15,12 @@ __all__ = ["heeding_signals"]
 
 
 @contextmanager
-def heeding_signals(trainer: Trainer, may_end_early: bool, is_decided: Callable[[], bool]) -> Iterator[None]:
+def heeding_signals(
+    trainer: Trainer,
+    may_end_early: bool,
+    is_decided: Callable[[], bool],
+    saved_in: Callable[[], Path | None] = lambda: None,
+) -> Iterator[None]:
     """Inside, signals end the repair as Lightning ends a fit: Ctrl-C by KeyboardInterrupt, SIGTERM by an own exception.
 
     Lightning itself looks at signals between batches only, and while a repair works there are none.
@@ -23,6 +29,7 @@ def heeding_signals(trainer: Trainer, may_end_early: bool, is_decided: Callable[
         trainer: processes that it has started are told of SIGTERM.
         may_end_early: whether the first Ctrl-C lets the repair end with what it has; on a single process only.
         is_decided: whether the repair is over and saved, for what is said at the end.
+        saved_in: where it is saved as far as it is done, likewise.
     """
 
     def terminated() -> BaseException:
@@ -40,7 +47,9 @@ def heeding_signals(trainer: Trainer, may_end_early: bool, is_decided: Callable[
         if is_decided():
             _say("The repair was over before: its files and the weights are those of its report.")
         else:
-            _say("The repair was stopped: the weights are as training left them, and it has written no files.")
+            place = saved_in()
+            goes_on = "" if place is None else f" The same call goes on where it was stopped ({place})."
+            _say(f"The repair was stopped: the weights are as training left them, and it has written no files.{goes_on}")
         raise
 
 

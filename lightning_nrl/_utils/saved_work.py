@@ -154,6 +154,11 @@ class SavedWork:
             self._finish(own, result)
             return result
 
+    @property
+    def place(self) -> Path | None:
+        """The folder, if there is something in it from which the work can go on."""
+        return self._folder if self._folder is not None and self._folder.is_dir() else None
+
     def done(self) -> None:
         """Removes what was saved of this work: it is not needed any more."""
         for folder in self._used:

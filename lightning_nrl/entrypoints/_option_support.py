@@ -47,6 +47,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "search.n_passed": SEARCHES,
     "search.budget": SEARCHES,
     "search.on_interrupt": ("RegressionFreeRepair", "repair"),
+    "search.save_every": ("RegressionFreeRepair", "repair"),
     "bounds.strength": REPAIRS,
     "bounds.limit": REPAIRS,
     "bounds.sparse": REPAIRS,

@@ -42,7 +42,7 @@ def handlers() -> Iterator[None]:
 
 def repaired(model: Classifier, folder: Path, method: str = "swarm", **arguments: Any) -> RepairReport:
     """A repair that draws no page."""
-    given = {**QUICK, "method": METHODS[method], **arguments}
+    given = {**QUICK, "method": METHODS[method], "save_every": None, **arguments}
     return repair(quiet_trainer(folder), model, datamodule=Digits(), **with_options(given))
 
 

@@ -1,0 +1,166 @@
+"""A repair that was killed ends, when it is called again, as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_problems import FakeTraining, retrained, same
+from toy_repairs import known, quick, trained, unseen
+
+from lightning_nrl import ParticleSwarm, repair_module
+from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
+from lightning_nrl.pipeline import Outcome
+
+METHODS: dict[str, Any] = {
+    "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
+    "convex": Convex(),
+    "finetune-polish": FineTunePolish(),
+    "linearized": Linearized(),
+    "polish": Polish(),
+    "swarm": ParticleSwarm(particles=12, iterations=12),
+    "cma-es": "cma-es",
+}
+
+
+class Death(BaseException):
+    pass
+
+
+class Mortal:
+    """An observer that dies when it has been told so often how it goes."""
+
+    def __init__(self, life: int | None) -> None:
+        self.life, self.told, self.said = life, 0, ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.search()
+        yield
+
+    def search(self, *args: Any) -> None:
+        self.told += 1
+        if self.life is not None and self.told > self.life:
+            raise Death
+
+    def announce(self, text: str) -> None:
+        self.said = text
+
+
+def repaired(
+    folder: Path | None, life: int | None = None, method: str = "swarm", seed: int = 0, **settings: Any
+) -> tuple[Outcome, Mortal, SavedWork]:
+    model, observer = trained(seed=seed), Mortal(life)
+    work = SavedWork(folder, every=0)
+    outcome = repair_module(
+        model,
+        known(),
+        quick(method=METHODS[method], **settings),
+        unseen=unseen(),
+        training=FakeTraining(retrained(model)) if method == "auto" else None,
+        observer=observer,
+        work=work,
+    )
+    return outcome, observer, work
+
+
+def timeless(value: Any) -> Any:
+    """A report without seconds."""
+    if isinstance(value, dict):
+        return {name: timeless(item) for name, item in value.items() if name != "seconds"}
+    return [timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def assert_same(one: Outcome, other: Outcome) -> None:
+    assert one.parameters is not None
+    assert other.parameters is not None
+    assert same(one.parameters, other.parameters)
+    assert timeless(json.loads(one.report.to_json())) == timeless(json.loads(other.report.to_json()))
+
+
+@pytest.mark.parametrize(("method", "lives"), [("swarm", (8,)), ("finetune-polish", (20, 12)), ("auto", (28,))])
+def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str, lives: tuple[int, ...]) -> None:
+    """NRL_DEATHS tries every moment of every method."""
+    whole, _, _ = repaired(None, method=method)
+    for life in lives:
+        with pytest.raises(Death):
+            repaired(tmp_path, life, method)
+    found, observer, work = repaired(tmp_path, method=method)
+    assert "goes on where it was stopped" in observer.said
+    assert_same(whole, found)
+    work.done()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("NRL_DEATHS" not in os.environ, reason="it takes minutes")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
+    whole, observer, _ = repaired(None, method=method)
+    for life in range(observer.told):
+        with pytest.raises(Death):
+            repaired(tmp_path, life, method)
+        found, _, work = repaired(tmp_path, method=method)
+        assert_same(whole, found)
+        work.done()
+
+
+def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(Death):
+        repaired(tmp_path, 8)
+    for what, given in (("settings", {"max_time": 500.0}), ("weights and data", {"seed": 3})):
+        whole, _, _ = repaired(None, **given)
+        found, observer, work = repaired(tmp_path, **given)
+        assert f"is of one with other {what}; delete it" in observer.said
+        assert_same(whole, found)
+        work.done()
+    assert_same(repaired(None)[0], repaired(tmp_path)[0])
+
+
+def test_what_ctrl_c_does_and_how_often_it_saves_may_be_changed(tmp_path: Path) -> None:
+    with pytest.raises(Death):
+        repaired(tmp_path, 8)
+    assert "goes on" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
+
+
+def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
+    with pytest.raises(Death):
+        repaired(tmp_path, 20, "auto")
+    (folder,) = tmp_path.iterdir()
+    files = [path for path in folder.iterdir() if path.suffix != ".json"]
+    assert len(files) >= 2
+    for path in files:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(bytes(data))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found, _, _ = repaired(tmp_path, method="auto")
+    assert any("is not used, the checksum is wrong" in str(one.message) for one in warned)
+    assert_same(repaired(None, method="auto")[0], found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it forks")
+def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        while True:
+            _, _, work = repaired(tmp_path, method="finetune-polish")
+            work.done()
+    end = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.glob("*/under-way")) and time.monotonic() < end:
+        time.sleep(0.001)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert_same(repaired(None, method="finetune-polish")[0], repaired(tmp_path, method="finetune-polish")[0])
