@@ -48,8 +48,8 @@ def heeding_signals(
             _say("The repair was over before: its files and the weights are those of its report.")
         else:
             place = saved_in()
-            goes_on = "" if place is None else f" The same call goes on where it was stopped ({place})."
-            _say(f"The repair was stopped: the weights are as training left them, and it has written no files.{goes_on}")
+            text = "The repair was stopped: the weights are as training left them, and it has written no files."
+            _say(text if place is None else f"{text} The same call goes on where it was stopped ({place}).")
         raise
 
 

@@ -36,7 +36,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
     calibration = baseline.held_out.get("calibration")
     surroundings = {
         "task": plain_value(problem.task),
-        "device": problem.space.device.type,
+        "device": problem.device.type,
         "ranks": problem.collective.world_size,
         "scope": list(problem.scope),
         "training": None if training is None else (training.epochs, training.visits),

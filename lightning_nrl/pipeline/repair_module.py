@@ -162,7 +162,7 @@ def repair_module(
         if obstacle:
             return _give_up(builder, obstacle)
         if work is not None:
-            work.begin(origin_of(problem, baseline, settings), clock, evaluator.collective, problem.space.device)
+            work.begin(origin_of(problem, baseline, settings), clock, evaluator.collective, problem.device)
         return _repair(problem, builder, rewritten)
 
 
