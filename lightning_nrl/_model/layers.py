@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._model.recurrent import Gates, Recurrent, gates_of
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
@@ -26,7 +27,8 @@ __all__ = [
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
-"""The kinds of layer that can be repaired."""
+"""The kinds of layer that can be repaired as they are. Recurrent ones are taken apart into Linears."""
+KINDS = "Linear, Conv1d/2d/3d, LSTM, GRU or RNN"
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,17 @@ class LayerRef:
     module: Layer  # the live layer
     offset: int  # where its weights start in the flat vector
     include_bias: bool = False  # whether its bias is part of the vector, behind its weight
+    gates: Gates | None = None  # the recurrent layer that the module is a part of
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Its repairable parameters by dotted name, in the order of the flat vector."""
+        if self.gates is not None:
+            owner, _, end = self.name.rpartition(".")
+            recurrent = dict(self.gates.module.named_parameters(recurse=False))
+            kinds = ("weight", "bias") if self.include_bias else ("weight",)
+            ends = [f"{kind}_{end}" for kind in kinds if f"{kind}_{end}" in recurrent]
+            return {f"{owner}.{name}" if owner else name: recurrent[name] for name in ends}
         prefix = f"{self.name}." if self.name else ""
         own = dict(self.module.named_parameters(recurse=False))
         names = ("weight", "bias") if self.include_bias else ("weight",)
@@ -66,6 +75,11 @@ class ParameterSpace:
 
     sites: tuple[LayerRef, ...]
     obstacle: str = ""
+
+    @property
+    def gates(self) -> tuple[Gates, ...]:
+        """The recurrent layers among them, each once, to be `opened` where their parts are called."""
+        return tuple({id(site.gates): site.gates for site in self.sites if site.gates is not None}.values())
 
     @property
     def size(self) -> int:
@@ -116,9 +130,10 @@ def find_layers(model: nn.Module, layer: str | Sequence[str] = "auto", *, includ
     modules = dict(model.named_modules(remove_duplicate=False))
     sites: list[LayerRef] = []
     for name in _names(layer, modules):
-        offset = sites[-1].offset + sites[-1].size if sites else 0
-        sites.append(LayerRef(name, _repairable(name, modules), offset, include_bias))
-    if len({id(site.module) for site in sites}) < len(sites):
+        for part, module, gates in _parts(name, modules):
+            offset = sites[-1].offset + sites[-1].size if sites else 0
+            sites.append(LayerRef(part, module, offset, include_bias, gates))
+    if len({id(next(iter(site.parameters.values()))) for site in sites}) < len(sites):
         raise ConfigurationError(f"`layer={layer!r}` names a layer twice.", "name each layer once.")
     _check_shared(model, sites)
     space = ParameterSpace(tuple(sites))
@@ -191,7 +206,7 @@ def _names(
     found_outside = _outside_tree(modules)
     if found_outside:
         raise _outside_error("auto", next(iter(found_outside)))
-    hint = "only Linear and Conv1d/2d/3d can be repaired."
+    hint = f"only {KINDS} can be repaired; a recurrent layer has to be named."
     raise ConfigurationError("`layer='auto'` found no Linear layer and no convolution.", hint)
 
 
@@ -201,10 +216,21 @@ def _is_inside(parameter: str, block: str) -> bool:
 
 def _last_inside(name: str, modules: Mapping[str, nn.Module]) -> str:
     """The last layer that can be repaired inside a block; a layer, or what has none inside, is given back."""
-    if name not in modules or isinstance(modules[name], Layer):
+    if name not in modules or isinstance(modules[name], Layer | Recurrent):
         return name
     inside = [other for other, module in modules.items() if isinstance(module, Layer) and _is_inside(other, name)]
     return inside[-1] if inside else name
+
+
+def _parts(name: str, modules: Mapping[str, nn.Module]) -> list[tuple[str, Layer, Gates | None]]:
+    """A layer's name and the layer; of a recurrent one those of its parts, with what they are parts of."""
+    module = modules.get(name)
+    if not isinstance(module, Recurrent):
+        return [(name, _repairable(name, modules), None)]
+    if not all(isinstance(x, nn.Parameter) and x.is_floating_point() for x in module._parameters.values()):
+        raise _not_own(name)
+    gates = gates_of(name, module)
+    return [(f"{name}.{end}" if name else end, linear, gates) for end, linear in gates.linears.items()]
 
 
 def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
@@ -220,19 +246,23 @@ def _repairable(name: str, modules: Mapping[str, nn.Module]) -> Layer:
         inside = _suggest("", dict(module.named_modules(prefix=name)))
         raise ConfigurationError(
             f"`layer={name!r}` is a {type(module).__name__}, which cannot be repaired.",
-            f"name a Linear or Conv1d/2d/3d{f', such as one of {inside}' if inside else ''}.",
+            f"name a {KINDS}{f', such as one of {inside}' if inside else ''}.",
         )
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         raise ConfigurationError(
             f"`layer={name!r}` is lazy: it has no weights yet.", "run one batch through the model first."
         )
     if not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
-        raise ConfigurationError(
-            f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
-            "remove a parametrisation with `torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`; "
-            "repair before quantising.",
-        )
+        raise _not_own(name)
     return module
+
+
+def _not_own(name: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"`layer={name!r}` has no floating-point weight of its own (parametrised or quantised).",
+        "remove a parametrisation with `torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`; "
+        "repair before quantising.",
+    )
 
 
 def _outside_tree(modules: Mapping[str, nn.Module]) -> list[str]:

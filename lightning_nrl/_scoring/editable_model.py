@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
+from lightning_nrl._model.recurrent import opened
 from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
 from lightning_nrl._utils.state import holding
 from lightning_nrl.data.model_call import run_model
@@ -54,7 +55,8 @@ class EditableModel:
         A site that is never called is a `ReplayError`.
         """
         modules = {site.name: site.module for site in self.space.sites}
-        with trace_forward(self.model, modules, keep) as trace, self.evaluator.context():
+        recurrent = opened(self.space.gates)
+        with recurrent, trace_forward(self.model, modules, keep) as trace, self.evaluator.context():
             args, kwargs = _cloned(inputs)
             output = run_model(self.model, args, kwargs)
         for name in self.sites:
@@ -69,7 +71,7 @@ class EditableModel:
     def forward(self, inputs: Inputs) -> Tensor:
         """The logits of a pass, which may change its inputs."""
         args, kwargs = inputs
-        with self.evaluator.context():
+        with opened(self.space.gates), self.evaluator.context():
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:

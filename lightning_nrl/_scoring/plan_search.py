@@ -32,9 +32,9 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
     small = max(2, min(n, 6))
     few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
     (trace, _), (other, _) = model.trace(few), model.trace(more)
-    again = next((name for name in trace.layer_order if trace.layer_order.count(name) > 1), None)
-    if again is not None:
-        return f"layer {again!r} is called {trace.layer_order.count(again)} times in one pass"
+    first_name = trace.layer_order[0]
+    if trace.layer_order.count(first_name) > 1:
+        return f"layer {first_name!r} is called {trace.layer_order.count(first_name)} times in one pass"
     if trace.calls != other.calls or trace.layer_order != other.layer_order:
         return "the order in which modules are called depends on the data"
     if is_packed(trace.outputs):
@@ -46,11 +46,14 @@ def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan
     try:
         layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
         site_shapes = zip(trace.layer_order, trace.layer_shapes, other.layer_shapes, strict=True)
-        site_layouts = {name: infer_layout(a, b, small, small + 1) for name, a, b in site_shapes}
+        found = [(name, infer_layout(a, b, small, small + 1)) for name, a, b in site_shapes]
+        site_layouts = dict(found)
     except ValueError as error:
         return f"a module's output does not count samples in one dimension: {error}"
-    if None in site_layouts.values() or layouts[-2] is None:
+    if any(layout is None for _, layout in found) or layouts[-2] is None:
         return "a layer's output is the same for all samples"
+    if len({(name, layout.dim) for name, layout in found if layout is not None}) > len(site_layouts):
+        return "a layer is called with samples in several dimensions"
     dims = {name: layout.dim for name, layout in site_layouts.items() if layout is not None}
     first = model.sites[trace.layer_order[0]]
     modules = {name: model.model.get_submodule(name) for name in trace.calls}

@@ -172,7 +172,7 @@ def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:
     """What a site gives with its parameters, by dotted name, in place of its own."""
-    new = {name.rpartition(".")[2]: parameters[name] for name in site.parameters}
+    new = {name.rpartition(".")[2].split("_")[0]: parameters[name] for name in site.parameters}
     return layer_output(site.module, x, new["weight"], new.get("bias", site.module.bias))
 
 

@@ -136,7 +136,7 @@ def test_a_layer_may_be_called_by_any_of_its_names(model):
         ("classifer", "`layer='classifer'` is not in the model", "'classifier'"),
         ("qqq", "`layer='qqq'` is not in the model", "'features.0', 'hidden', 'classifier'"),
         ("features", "`layer='features'` is a Sequential", "'features.0'"),
-        ("features.1", "`layer='features.1'` is a BatchNorm2d", "Linear or Conv1d/2d/3d."),
+        ("features.1", "`layer='features.1'` is a BatchNorm2d", "name a Linear, Conv1d/2d/3d, LSTM, GRU or RNN."),
         (["hidden", "hidden"], "names a layer twice", "once"),
         ([], "names no layer", "auto"),
         (["hidden", "drop"], "`layer='drop'` is a Dropout", "Linear"),
@@ -158,7 +158,7 @@ def test_auto_without_a_linear_is_the_last_convolution(model):
 
 
 def test_auto_without_anything_to_repair_is_refused():
-    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: only Linear and Conv"):
+    with pytest.raises(ConfigurationError, match=r"found no Linear layer and no conv.*\nHINT: only Linear, Conv"):
         find_layers(nn.Sequential(nn.ReLU()))
 
 
