@@ -20,6 +20,7 @@ from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
@@ -28,9 +29,12 @@ __all__ = ["POLISH_RATE", "REFERENCE_MARGIN", "SAFETY_MARGIN", "ActiveSet"]
 REFERENCE_MARGIN = 8.0
 """The median margin of passed samples for which the margins below are meant; they grow and shrink with it."""
 SAFETY_MARGIN = 1e-3
-"""Below it a passed sample counts as broken, so that another batch size or device does not flip it."""
+"""Below it a passed sample counts as broken, so that another batch size or device does not flip it; where the deployed
+precision is coarser than float32, its `rounding_reserve` counts too."""
 HINGE_MARGIN, HINGE_MARGIN_RATIO = 0.3, 0.5
 """Passed samples are pushed up to this margin, or to this part of the one they had, whichever is less."""
+HINGE_OVER_REQUIRED = 1.2
+"""They are pushed so many times as far as is required of them, at least."""
 TARGET_HINGE_MARGIN = 0.1
 """Targets are pushed up to this margin; more would be paid for by passed samples."""
 REACHABLE_MARGIN = 0.3
@@ -86,9 +90,14 @@ class ActiveSet:
         self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
+        reserve = rounding_reserve(problem.evaluator.precision, before)
+        if reserve is not None:
+            self._required = self._required.maximum(reserve)
         least = HINGE_MARGIN_RATIO * 0.05 * self._unit
         hinge = (HINGE_MARGIN_RATIO * before.margin).clamp(least, HINGE_MARGIN * self._unit)
-        self._hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
+        hinge = torch.where(before.passed, hinge, TARGET_HINGE_MARGIN * self._unit)
+        # Steps end at the hinge, which must be beyond what is required.
+        self._hinge = hinge.maximum(HINGE_OVER_REQUIRED * self._required.nan_to_num(0.0))
         weight = before.weight.float()
         self._weight = torch.where(before.passed, 1.0, weight.clamp(max=MAX_SAMPLE_WEIGHT))
         self.multiplier = torch.where(before.passed, weight.clamp(max=MAX_SAMPLE_WEIGHT), 1.0)

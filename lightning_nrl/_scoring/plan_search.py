@@ -19,9 +19,10 @@ from lightning_nrl._scoring.replay_plan import LeafSpec, ReplayPlan, flatten_tra
 from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
 from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.precision import may_use_tf32
 from lightning_nrl.errors import ReplayError
 
-__all__ = ["find_replay_plan", "may_use_tf32", "perturbed", "same_values"]
+__all__ = ["find_replay_plan", "perturbed", "same_values"]
 
 
 def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
@@ -87,14 +88,6 @@ def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> b
     finite = b[b.isfinite()].abs()
     scale = float(finite.max()) if finite.numel() else 1.0
     return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
-
-
-def may_use_tf32() -> bool:
-    """Whether products and convolutions of float32 on a GPU may be computed in TensorFloat-32."""
-    try:
-        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # set by `fp32_precision`, which cannot be mixed with the older flags
-        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision)
 
 
 def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Context", "at_least_float32", "no_autocast", "repeatable_gradients", "widest"]
+__all__ = ["Context", "at_least_float32", "may_use_tf32", "no_autocast", "repeatable_gradients", "widest"]
 
 Context = Callable[[], AbstractContextManager[Any]]
 """Is entered around every forward pass, such as autocast."""
@@ -35,6 +35,14 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def may_use_tf32() -> bool:
+    """Whether products and convolutions of float32 on a GPU may be computed in TensorFloat-32."""
+    try:
+        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # set by `fp32_precision`, which cannot be mixed with the older flags
+        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision)
 
 
 @contextmanager

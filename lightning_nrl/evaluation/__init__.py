@@ -5,9 +5,19 @@ one row a sample, the same table on every rank; between two of them `Flips`: kep
 of samples and quotas of slices are columns of that table.
 """
 
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_options import DOUBTFUL, Focal, SampleOptions
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["DOUBTFUL", "Evaluator", "FlipCounts", "Flips", "Focal", "SampleOptions", "SampleResults"]
+__all__ = [
+    "DOUBTFUL",
+    "DeployedPrecision",
+    "Evaluator",
+    "FlipCounts",
+    "Flips",
+    "Focal",
+    "SampleOptions",
+    "SampleResults",
+]

@@ -21,6 +21,7 @@ from lightning_nrl.data.batch_structure import adapter_hint, describe
 from lightning_nrl.data.model_call import run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -75,6 +76,11 @@ class Evaluator:
     def of(cls, model: nn.Module | Evaluator) -> Evaluator:
         """The evaluator itself, or that of a classifier in full precision on a single process."""
         return model if isinstance(model, Evaluator) else cls(model)
+
+    @property
+    def precision(self) -> DeployedPrecision:
+        """In what the model is computed."""
+        return DeployedPrecision.of(self.model, self.context)
 
     def output(self, batch: Batch, forward: Forward | None = None) -> Tensor:
         """The logits of a batch, which is on the model's device; `forward` is called in place of the model."""

@@ -19,6 +19,7 @@ from lightning_nrl._convex.head import KEPT_MARGIN_RATIO
 from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
 from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
+from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
@@ -108,7 +109,8 @@ class _TrustRegionSteps:
         keep = (KEPT_MARGIN_RATIO * before.margin).clamp(max=MAX_KEPT_MARGIN_OF_LAYERS * unit)
         self.required = torch.where(before.targeted, TARGET_MARGIN_OF_LAYERS * unit, keep)
         # Below what is required, so that steps which fulfil it to rounding are not turned down.
-        self.least = (keep / 2).clamp(max=SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN))
+        rounding = coarse_rounding(problem.evaluator.precision, before)
+        self.least = (keep / 2).clamp(max=max(SAFETY_MARGIN * max(1.0, unit / REFERENCE_MARGIN), rounding))
         self.after, self.closest = before, before.margin
         self.change: Tensor | None = None
         self.radius, self.price = TrustRadius(), 0.0

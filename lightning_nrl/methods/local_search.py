@@ -20,6 +20,7 @@ from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem, Solution
@@ -111,7 +112,8 @@ class LocalSearch:
         if self.fitness is not None:
             problem = replace(problem, fitness=FITNESSES.parse("fitness", self.fitness))
         end = problem.deadline_of_method().within(self.seconds)
-        goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, deadline=end)
+        reserve = rounding_reserve(problem.evaluator.precision, before)
+        goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end)
         found = localize_and_search(problem, searcher, goal)
         if found.state is None:
             reason = "the search found nothing better than the original weights."

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
+from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
@@ -154,7 +155,8 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
     margin = start.after.margin
     if margin.isnan().all():
         return None
-    kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0).clamp(0, _sufficient(problem))
+    kept = (KEPT_MARGIN_SHARE * margin).nan_to_num(0.0)
+    kept = kept.clamp(0, max(_sufficient(problem), coarse_rounding(problem.evaluator.precision, problem.before)))
     return torch.where(start.after.passed, kept, 0.0)
 
 

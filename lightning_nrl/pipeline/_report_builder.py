@@ -18,6 +18,7 @@ from lightning_nrl.gate import Verdict
 from lightning_nrl.pipeline._baseline import Baseline
 from lightning_nrl.pipeline._line_search import LineSearchResult
 from lightning_nrl.pipeline._report_parts import (
+    judge_record,
     localization_report,
     search_report,
     set_aside_samples,
@@ -151,6 +152,7 @@ class ReportBuilder:
             chosen_strength=self.line_search.chosen,
             set_aside=set_aside_samples(self.baseline.known, self.baseline.set_aside, why),
             leaked=self.baseline.leaked,
+            judge=judge_record(self.evaluator, self.baseline.known, after.get("known")),
             seed=self.settings.seed,
             seconds=dict(self.seconds),
             settings=self.settings.plain(),

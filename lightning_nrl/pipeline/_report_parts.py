@@ -8,6 +8,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from lightning_nrl.evaluation.deployed_precision import rounding_margin
+from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization
@@ -18,6 +20,7 @@ from lightning_nrl.pipeline._sample_records import (
     margin_histogram,
 )
 from lightning_nrl.report import (
+    Judge,
     LocalizationReport,
     Role,
     SearchReport,
@@ -31,6 +34,7 @@ from lightning_nrl.report import (
 from lightning_nrl.search.search_log import SearchResult
 
 __all__ = [
+    "judge_record",
     "localization_report",
     "search_report",
     "set_aside_samples",
@@ -131,6 +135,15 @@ def weight_change(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> Weigh
         relative=float(change.norm() / before.norm()),
         largest=float(change.abs().max()),
     )
+
+
+def judge_record(evaluator: Evaluator, before: SampleResults, after: SampleResults | None) -> Judge:
+    """In what known samples were counted, and how many the model of now gets right by less than rounding."""
+    now = before if after is None else after
+    precision = evaluator.precision
+    rounding = rounding_margin(precision, before)
+    within = 0 if rounding is None else int((now.passed & (now.margin < rounding)).sum())
+    return Judge(precision, rounding, within)
 
 
 def localization_report(localization: Localization) -> LocalizationReport:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.precision import Context
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind
@@ -109,7 +107,7 @@ def judge_pair(
         new=Identity(name or type(model).__name__, hash_tensors(model.state_dict())),
         old=_identity(old, model),
         task=str(new.task),
-        precision=_precision(model, new.context),
+        precision=str(new.precision),
         seeds=seeds,
     )
     return pair, report
@@ -131,13 +129,3 @@ def _identity(old: Reference, new: nn.Module) -> Identity:
     if isinstance(old, Predictions):
         return Identity("predictions", old.weights or "")
     return Identity(type(old).__name__)
-
-
-def _precision(model: nn.Module, context: Context) -> str:
-    """The dtypes of the weights, and that of autocast, as they are inside the context."""
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}) or ["no weights"]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with context():
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    under = f", autocast to {str(autocast).removeprefix('torch.')}" if autocast else ""
-    return f"{' and '.join(kinds)} on {device.type}{under}"

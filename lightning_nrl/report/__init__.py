@@ -15,6 +15,7 @@ from lightning_nrl.report.repair_report import RepairReport, Status, installed_v
 from lightning_nrl.report.report_base import Report, html_of, page_of
 from lightning_nrl.report.run_records import (
     Hashes,
+    Judge,
     LocalizationReport,
     PricePoint,
     Rung,
@@ -28,6 +29,7 @@ from lightning_nrl.report.splits import Role, SetAside, SliceReport, SplitReport
 __all__ = [
     "CalibrationBounds",
     "Hashes",
+    "Judge",
     "LocalizationReport",
     "Page",
     "PricePoint",

@@ -19,6 +19,7 @@ from lightning_nrl.report.tables import (
     localization_text,
     outcome_table,
     rates_table,
+    rounding_text,
     search_text,
     set_aside_facts,
     slice_table,
@@ -125,6 +126,8 @@ def _facts(report: RepairReport) -> tuple[Fact, ...]:
         facts.append(("zero broken costs", price_text(report.price)))
     if report.chosen_strength not in (None, 1.0):
         facts.append(("strength", f"{report.chosen_strength:g} of the change that was found"))
+    if report.judge is not None and report.judge.within_rounding:
+        facts.append(("within rounding", rounding_text(report.judge)))
     if report.bounds is not None:
         facts += calibration_facts(report.bounds)
     if report.change is not None:
@@ -164,4 +167,5 @@ def _run(report: RepairReport) -> tuple[Fact, ...]:
     """What the run depends on, and how long it took."""
     task = [("task", report.task)] if report.task == USUAL_TASK else []
     seconds = [(f"seconds to {stage}", f"{seconds:,.2f}") for stage, seconds in report.seconds.items()]
-    return (*task, ("seed", str(report.seed)), *seconds, *report.versions.items())
+    judge = [("judged in", str(report.judge.precision))] if report.judge is not None else []
+    return (*task, ("seed", str(report.seed)), *judge, *seconds, *report.versions.items())

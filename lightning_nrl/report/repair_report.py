@@ -17,6 +17,7 @@ from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.report_base import Report
 from lightning_nrl.report.run_records import (
     Hashes,
+    Judge,
     LocalizationReport,
     PricePoint,
     Rung,
@@ -76,6 +77,7 @@ class RepairReport(Report, Plotted):
         bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
+        judge: the device and the precision in which the model was judged; None in reports of older versions.
         seed: what reproduces the run.
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
@@ -108,6 +110,7 @@ class RepairReport(Report, Plotted):
     bounds: CalibrationBounds | None = None
     change: WeightChange | None = None
     hashes: Hashes | None = None
+    judge: Judge | None = None
     seed: int | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 
 __all__ = [
     "Hashes",
+    "Judge",
     "LocalizationReport",
     "PricePoint",
     "Rung",
@@ -17,6 +19,22 @@ __all__ = [
     "StrengthPoint",
     "WeightChange",
 ]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """In what the model was computed that was judged, and how many verdicts hang on it.
+
+    Attributes:
+        precision: the device, the dtypes, TensorFloat-32 and the flags of cuDNN.
+        rounding: how far rounding may move a margin there, an estimate; None where the task has no margins.
+        within_rounding: known samples that the model of now gets right by less than that: another device or batch size
+            may see them wrong.
+    """
+
+    precision: DeployedPrecision
+    rounding: float | None = None
+    within_rounding: int = 0
 
 
 @dataclass(frozen=True)

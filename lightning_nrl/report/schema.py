@@ -13,7 +13,7 @@ from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["SCHEMA", "upgraded"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 Plain = dict[str, Any]
 
@@ -73,5 +73,10 @@ def _each(value: Any, change: Callable[[Any], Any]) -> Any:
     return [change(one) if isinstance(one, dict) else one for one in value] if isinstance(value, list) else value
 
 
-UPGRADES: tuple[Callable[[Plain], Plain], ...] = (_from_0,)
+def _from_1(data: Plain) -> Plain:
+    """Schema 2 has the device and the precision of the verdict."""
+    return {"judge": None, **data, "schema": 2}
+
+
+UPGRADES: tuple[Callable[[Plain], Plain], ...] = (_from_0, _from_1)
 """From each version to the next."""

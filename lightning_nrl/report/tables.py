@@ -10,7 +10,15 @@ from lightning_nrl.metrics.rates import RATES
 from lightning_nrl.report._formatting import count, number, percent, plural
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.page import Row, Table
-from lightning_nrl.report.run_records import Hashes, LocalizationReport, SearchReport, Step, StrengthPoint, WeightChange
+from lightning_nrl.report.run_records import (
+    Hashes,
+    Judge,
+    LocalizationReport,
+    SearchReport,
+    Step,
+    StrengthPoint,
+    WeightChange,
+)
 from lightning_nrl.report.splits import ROLES, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
@@ -22,6 +30,7 @@ __all__ = [
     "localization_text",
     "outcome_table",
     "rates_table",
+    "rounding_text",
     "search_text",
     "set_aside_facts",
     "slice_table",
@@ -226,6 +235,13 @@ def change_text(change: WeightChange) -> str:
         f"{change.changed:,} of {change.total:,}, by at most {number(change.largest)}; "
         f"norm of the change {number(change.l2)}{share}"
     )
+
+
+def rounding_text(judge: Judge) -> str:
+    """How many known samples are right by less than rounding."""
+    n, rounding = judge.within_rounding, judge.rounding or 0.0
+    who = f"{n:,} known samples are" if n != 1 else "1 known sample is"
+    return f"{who} right by less than {rounding:.2g}, which another device or batch size may take away"
 
 
 def hash_facts(hashes: Hashes) -> tuple[Fact, ...]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_nrl._scoring.plan_search import may_use_tf32, same_values
+from lightning_nrl._scoring.plan_search import same_values
+from lightning_nrl._utils.precision import may_use_tf32
 
 PARTS = (torch.backends, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 """The first is what others inherit, unless they have one of their own, as they do once `cudnn.flags` was used."""

@@ -16,6 +16,7 @@ from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import NO_COUNTS, Run
 from lightning_nrl.errors import EmptyLocalizationError
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import Known, Localization, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.pipeline._input_checks import passed_rows
@@ -129,6 +130,7 @@ class BatchSearch:
             budget=half_budget(problem),
             passed_loss=needs_passed_loss(fitness[0]),
             fragility=before.loss,
+            reserve=rounding_reserve(problem.evaluator.precision, before),
             weight=before.finite_weight if before.weighted else None,
             credit=needs_credit(fitness[0]),
         )
