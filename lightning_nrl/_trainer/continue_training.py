@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from lightning_nrl._lightning import (
     data_module_of,
     rank_zero_warn,
 )
+from lightning_nrl._trainer.augmented_targets import Augment, AugmentingCollate, MarkedSamples
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
@@ -57,6 +58,8 @@ class ContinuedTraining:
     left_out: tuple[type, ...] = ()  # kinds of callbacks that the module may ask for and does not get
     trained_on: Any = field(default=None, repr=False)  # the loader of `fit`; None: the trainer is asked for it
     fit_seconds: float | None = None  # how long the training took
+    augment: Augment | None = None  # changes a batch of targets
+    targeted: Tensor | None = None  # N bool by row of the results, which samples are targets; None: none is known
     work: SavedWork = field(default_factory=SavedWork, repr=False)  # saves it while it goes on
     modes: tuple[bool, ...] = field(init=False, repr=False)  # the training flag of each part of the model
 
@@ -67,6 +70,10 @@ class ContinuedTraining:
         if self.trained_on is None:
             # Once only: a data module may make its data anew every time.
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
+
+    def for_targets(self, targeted: Tensor) -> ContinuedTraining:
+        """The same training, told which samples, `N` bool by row of the results, are targets."""
+        return replace(self, targeted=targeted)
 
     @property
     def visits(self) -> int:
@@ -200,10 +207,14 @@ class ContinuedTraining:
     def _loader(self, seed: int, weight: Tensor | None = None) -> DataLoader[Any]:
         """All training data, read as the outer trainer reads its own."""
         like, parts = self._like(), self._parts()
-        data = parts[0] if len(parts) == 1 else ConcatDataset(parts)
+        data: Dataset[Any] = parts[0] if len(parts) == 1 else ConcatDataset(parts)
         size = batch_size_of(like)
         share = self.trainer.global_rank, self.trainer.world_size
         sampler = Shuffled(len(data), seed, *share, weight=weight)  # type: ignore[arg-type]
+        how: dict[str, Any] = {}
+        if self.augment is not None and self.targeted is not None:
+            data = MarkedSamples(data, self.targeted)
+            how = {"collate_fn": AugmentingCollate(like.collate_fn, self.augment)}
         return loader_like(
             like,
             data,
@@ -213,6 +224,7 @@ class ContinuedTraining:
             drop_last=len(sampler) > size and (like.drop_last or len(sampler) % size == 1),
             generator=torch.Generator().manual_seed(seed + self.trainer.global_rank),
             persistent_workers=like.num_workers > 0,
+            **how,
         )
 
     def _parts(self) -> list[Dataset[Any]]:

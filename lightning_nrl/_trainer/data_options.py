@@ -34,6 +34,9 @@ class DataOptions:
             augmentation does; from 1. Each counts as a sample: one is broken if any of its draws breaks.
         render: makes an image or text of a sample as its data set gives it, for the report's reader: the function, or
             its address; None: the input is shown as an image, curves, a table or tokens, whatever it looks like.
+        augment: changes the targets that training goes on with: `f(batch) -> batch` of a batch of targets as the data
+            loader gives it, or its address. It may give more samples than it gets, or draw at random. What is counted
+            are the samples as they are. None: only your own augmentation.
         start_from: `last`: the weights at the end of training; `best`: those of the best checkpoint.
 
     Raises:
@@ -46,6 +49,7 @@ class DataOptions:
     adapter: str | Adapter | None = None
     draws: int = 1
     render: str | Callable[[Any], Any] | None = None
+    augment: str | Callable[[Any], Any] | None = None
     start_from: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:
@@ -55,6 +59,8 @@ class DataOptions:
         object.__setattr__(self, "adapter", adapter)
         if self.render is not None:
             object.__setattr__(self, "render", import_function("render", self.render))
+        if self.augment is not None:
+            object.__setattr__(self, "augment", import_function("augment", self.augment))
         check_whole("draws", self.draws, 1)
         check_choice("start_from", self.start_from, ("last", "best"))
 
@@ -62,6 +68,11 @@ class DataOptions:
     def renderer(self) -> Callable[[Any], Any] | None:
         """Makes an image or text of a sample."""
         return cast(Callable[[Any], Any] | None, self.render)
+
+    @property
+    def augmentation(self) -> Callable[[Any], Any] | None:
+        """Changes a batch of targets."""
+        return cast(Callable[[Any], Any] | None, self.augment)
 
     @property
     def unpack(self) -> Adapter:

@@ -207,9 +207,8 @@ def loader_like(loader: DataLoader[Any], dataset: Dataset[Any] | None = None, **
             arguments[name] = getattr(loader, name)
     return DataLoader(
         loader.dataset if dataset is None else dataset,
-        collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        **{"worker_init_fn": loader.worker_init_fn, **arguments},
+        **{"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn, **arguments},
     )
 
 

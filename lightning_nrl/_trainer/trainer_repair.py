@@ -180,7 +180,15 @@ class TrainerRepair:
         evaluator = make_evaluator(trainer, model, self.task)
         evaluator, (known, unseen, calibration) = as_deployed(model, evaluator, known, unseen, calibration)
         check_own_step(trainer, model, evaluator, known)
-        training = ContinuedTraining(trainer, model, known, epochs, self.left_out, loaders.get("train"))
+        training = ContinuedTraining(
+            trainer,
+            model,
+            known,
+            epochs,
+            self.left_out,
+            loaders.get("train"),
+            augment=self.data.known.augmentation,
+        )
         return TrainedModel(model, known, unseen, calibration, training, evaluator)
 
 

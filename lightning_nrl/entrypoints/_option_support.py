@@ -34,6 +34,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "data.adapter": (*WITH_A_TRAINER, "ReleaseGate"),
     "data.draws": WITH_A_TRAINER,
     "data.render": ("RegressionFreeRepair", "repair"),
+    "data.augment": ("RegressionFreeRepair", "repair", "compare"),
     "data.start_from": ("RegressionFreeRepair",),
     "samples.importance": SEARCHES,
     "samples.slices": (*REPAIRS, "ReleaseGate"),

@@ -12,6 +12,7 @@ from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.pipeline._input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Training
+from lightning_nrl.problem.problem import TargetedTraining
 
 __all__ = ["build_problem"]
 
@@ -31,6 +32,8 @@ def build_problem(
 ) -> Problem:
     """What a method is given; `layers` as `find_scope` gives them, without a clock there is no limit of time."""
     space, scope = layers
+    if isinstance(training, TargetedTraining):
+        training = training.for_targets(before.targeted)
     return Problem(
         evaluator,
         known,

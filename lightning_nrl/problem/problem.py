@@ -25,7 +25,7 @@ from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
-__all__ = ["Allowance", "Method", "NoneAllowed", "Problem", "Training"]
+__all__ = ["Allowance", "Method", "NoneAllowed", "Problem", "TargetedTraining", "Training"]
 
 JUDGING_PASSES = 3
 """Passes over known data after a method: its result is judged, unseen data are counted."""
@@ -97,6 +97,15 @@ class Training(Protocol):
             rate: of AdamW, in place of the module's own optimizers and schedules, whose `training_step` it stays; None:
                 these.
         """
+        ...
+
+
+@runtime_checkable
+class TargetedTraining(Protocol):
+    """A training that treats targets in another way than other samples."""
+
+    def for_targets(self, targeted: Tensor) -> Training:
+        """The same training, told which samples, `N` bool by row of the results, are targets."""
         ...
 
 
