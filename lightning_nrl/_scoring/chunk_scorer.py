@@ -20,7 +20,7 @@ from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.tasks import Sequence, Task
 
-__all__ = ["ChunkScorer"]
+__all__ = ["ChunkScorer", "Sums", "summed"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,17 @@ class Sums(NamedTuple):
     weight: Tensor | None  # what these weigh; None: all alike
     loss: Tensor | None = None  # sum of (weighted) losses; None: not asked for
     credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not asked for
+
+
+def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
+    """Sums over samples, the last dimension of `passed` and `loss`."""
+    wide = widest(passed.device)
+    credit = None
+    if loss is not None and with_credit:
+        credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(-1, dtype=wide)
+    if loss is not None and weight is not None:
+        loss = loss * weight
+    return Sums(*sum_passed(passed, weight), None if loss is None else loss.sum(-1, dtype=wide), credit)
 
 
 @dataclass
@@ -85,13 +96,7 @@ class ChunkScorer:
             if self.is_head and not with_loss and values.device.type == "cpu":
                 return Sums(*(self.head or self._make_head()).count_passed(values, self.weight))
             passed, loss = self._run(values, with_loss)
-            credit = None
-            if loss is not None and with_credit:
-                credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(1, dtype=widest(values.device))
-            if loss is not None and self.weight is not None:
-                loss = loss * self.weight
-            total = None if loss is None else loss.sum(1, dtype=widest(values.device))
-            return Sums(*sum_passed(passed, self.weight), total, credit)
+            return summed(passed, loss, self.weight, with_credit)
 
         yield from self._blocks(values, work)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["HeadScorer", "is_plain_multiclass", "make_head_scorer", "sum_passed"]
+__all__ = ["HeadScorer", "HeadTables", "is_plain_multiclass", "make_head_scorer", "sum_passed"]
 
 MAX_UNDECIDED_SHARE = 0.75
 """Decided samples are only left out if at most this share of all is undecided."""
@@ -29,16 +29,14 @@ def is_plain_multiclass(task: Task) -> bool:
 
 
 @dataclass(frozen=True)
-class HeadScorer:
-    """Samples in front of a last layer whose output is the model's: `n` samples, `U` classes with changed weights.
+class HeadTables:
+    """What is known of `n` samples in front of a last layer whose output is the model's, `U` of its classes changing.
 
     Only changed classes are computed for each candidate. Of the others, what matters is the largest logit, the sum of
     exponentials, and the largest logit before and after the true class, since arg max takes the first of equals. The
     reserve has no part in the loss.
     """
 
-    delta: LayerDelta  # the change of the layer
-    gathered: GatheredInputs  # what it needs to know of the samples
     rivals: Tensor  # U x 1 x n, old logits of the changed classes, -inf for the true one
     true_unit: Tensor  # 1 x 1 x n int64, place of the true class among the changed ones, 0 if it does not change
     true_logit: Tensor  # n, the true class's old logit, less the reserve
@@ -47,7 +45,39 @@ class HeadScorer:
     fixed_sum: Tensor  # n, their exponentials, relative to fixed_max, summed
     fixed_max_before: Tensor  # n, the largest of them before the true class
     is_before: Tensor  # U x 1 x n bool, which changed classes come before the true one
-    reserve: Tensor | None = None  # n, how far above all others the true class must be to pass; None: not at all
+    reserve: Tensor | None  # n, how far above all others the true class must be to pass; None: not at all
+
+    def judged(self, z: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for.
+
+        `z`, `U x P x n`, is what each candidate adds to each changed class; it is used up. All may have one more
+        dimension in front, with tables that have it too.
+        """
+        moved = z.gather(-3, self.true_unit.expand(*z.shape[:-3], 1, *z.shape[-2:])).squeeze(-3)
+        true = torch.addcmul(self.true_logit, self.true_changes, moved)
+        z += self.rivals
+        best = torch.maximum(z.amax(-3), self.fixed_max)
+        passed = true > best
+        tied = true == best
+        if z.device.type != "cpu" or bool(tied.any()):
+            before = torch.where(self.is_before, z, -torch.inf).amax(-3).maximum(self.fixed_max_before)
+            passed |= tied & (true > before)
+        if not with_loss:
+            return passed, None
+        if self.reserve is not None:
+            true = true + self.reserve
+        most = torch.maximum(best, true)
+        z -= most.unsqueeze(-3)
+        total = z.exp_().sum(-3).add_((true - most).exp_()).addcmul_(self.fixed_sum, (self.fixed_max - most).exp_())
+        return passed, total.log_().add_(most).sub_(true)
+
+
+@dataclass(frozen=True)
+class HeadScorer(HeadTables):
+    """Samples in front of a last layer whose output is the model's, with the change of that layer."""
+
+    delta: LayerDelta  # the change of the layer
+    gathered: GatheredInputs  # what it needs to know of the samples
 
     @property
     def nbytes(self) -> int:
@@ -55,24 +85,7 @@ class HeadScorer:
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> tuple[Tensor, Tensor | None]:
         """Passes, `P x n` bool, and losses, `P x n`, or None if they are not asked for, of candidates `P x K`."""
-        z = self.delta.output_delta(values, self.gathered)  # U x P x n
-        moved = z.gather(0, self.true_unit.expand(1, *z.shape[1:])).squeeze(0)
-        true = torch.addcmul(self.true_logit, self.true_changes, moved)
-        z += self.rivals
-        best = torch.maximum(z.amax(0), self.fixed_max)
-        passed = true > best
-        tied = true == best
-        if z.device.type != "cpu" or bool(tied.any()):
-            before = torch.where(self.is_before, z, -torch.inf).amax(0).maximum(self.fixed_max_before)
-            passed |= tied & (true > before)
-        if not with_loss:
-            return passed, None
-        if self.reserve is not None:
-            true = true + self.reserve
-        most = torch.maximum(best, true)
-        z -= most
-        total = z.exp_().sum(0).add_((true - most).exp_()).addcmul_(self.fixed_sum, (self.fixed_max - most).exp_())
-        return passed, total.log_().add_(most).sub_(true)
+        return self.judged(self.delta.output_delta(values, self.gathered), with_loss)
 
     def decided(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Samples that go the same way under all candidates `P x K`: who surely passes, who surely fails, `n` bool.
@@ -135,7 +148,7 @@ class HeadScorer:
 
 def sum_passed(passed: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """How many of `P x n` samples pass, `P`, and what these weigh; None without weights, `n`."""
-    return passed.sum(1), None if weight is None else torch.where(passed, weight, 0.0).sum(1)
+    return passed.sum(-1), None if weight is None else torch.where(passed, weight, 0.0).sum(-1)
 
 
 def make_head_scorer(
@@ -151,8 +164,8 @@ def make_head_scorer(
     fixed_max = fixed.amax(1)
     true_logit = y.gather(1, true).squeeze(1)
     return HeadScorer(
-        delta,
-        gathered,
+        delta=delta,
+        gathered=gathered,
         rivals=y.scatter(1, true, -torch.inf)[:, units].t().contiguous().unsqueeze(1),
         true_unit=unit.clamp_min(0).view(1, 1, n),
         true_logit=true_logit if reserve is None else true_logit - reserve,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache
 from lightning_nrl._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl._scoring.chunking import make_chunk_scorers
+from lightning_nrl._scoring.chunking import GPU_BLOCK_BYTES, MAX_SAMPLES_GPU, make_chunk_scorers
+from lightning_nrl._scoring.head_stack import HeadStack, SwarmHeads, stack_heads
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._scoring.sparse_delta import make_layer_deltas
@@ -42,6 +43,7 @@ class SwarmGroup:
     columns: Tensor | slice  # which of the K values are theirs; a slice if all are
     failed: list[ChunkScorer]  # samples of I_neg
     passed: list[ChunkScorer]  # samples of I_pos
+    is_stacked: bool = False  # whether a stack scores them, with those of other groups
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class SwarmScorer:
     weighted: bool = False  # whether samples have weights
     least: float = 1.0  # the least weight of a sample of I_neg
     credit: bool = False  # whether credits (see `Scores`) are asked for; losses on I_pos must be, too
+    stacks: tuple[tuple[int, HeadStack], ...] = ()  # what is scored for many swarms at once: 0 I_neg, 1 I_pos; samples
 
     @torch.no_grad()
     def __call__(self, values: Tensor, most_broken: Tensor | None = None) -> Scores:
@@ -74,7 +77,11 @@ class SwarmScorer:
         values = values.to(device)
         rows = 4 + 2 * self.weighted + 2 * self.credit
         sums = torch.zeros(rows, *values.shape[:2], device=device, dtype=widest(device))
+        for role, stack in self.stacks:
+            self._add_stack(role, stack, values, sums)
         for group in self.groups:
+            if group.is_stacked:
+                continue
             for swarm in group.swarms if isinstance(self.n_failed, Tensor) else range(len(values)):
                 own = values[swarm][:, group.columns]
                 limit = most_broken[swarm] if most_broken is not None and self.gives_up else None
@@ -97,6 +104,22 @@ class SwarmScorer:
             self.least,
             *credit,
         )
+
+    def _add_stack(self, role: int, stack: HeadStack, values: Tensor, sums: Tensor) -> None:
+        """Adds what all candidates, `S x P x K`, of some swarms do on their samples of I_neg (0) or I_pos (1)."""
+        several = isinstance(self.n_failed, Tensor)
+        own = values[stack.swarms] if several else values.flatten(0, 1).unsqueeze(0)
+        found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
+        columns = [(role, found.passed), (2 + role, found.loss), (role - 2, found.credit)]
+        if found.weight is not None:
+            columns.append((4 + role, stack.total_weight - found.weight if role else found.weight))
+        for row, column in columns:
+            if column is None:
+                continue
+            if several:
+                sums[row, stack.swarms] = column.to(sums.dtype)
+            else:
+                sums[row] = column.view_as(sums[row])
 
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
         """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
@@ -159,6 +182,7 @@ def make_scorer(
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
+    gives_up = device.type == "cpu"
     budget = default_budget(device) if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
@@ -188,27 +212,54 @@ def make_scorer(
             reserve=reserve,
             weight=weight,
         )
-        first = _most_fragile(own_passed, fragility)
+        first = _most_fragile(own_passed, fragility if gives_up else None)
         fragile, others = (
             make(mask, room=own_room, with_loss=passed_loss)
             for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
         )
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
         groups.append(SwarmGroup(swarms, columns, make(own_failed, room=room), [*fragile, *others]))
-    return SwarmScorer(
+    scorer = SwarmScorer(
         cache,
         tuple(groups),
         n_failed.view(s, 1).to(device) if several else int(n_failed),
         n_passed.view(s, 1).to(device) if several else int(n_passed),
         collective,
         passed_loss,
-        gives_up=device.type == "cpu",
+        gives_up=gives_up,
         weighted=weight is not None,
         least=1.0
         if weight is None or not bool(failed.any())
         else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
         credit=credit,
     )
+    return scorer if gives_up else stacked(scorer, where.shape[-1], max(1, min(GPU_BLOCK_BYTES, budget // 6)))
+
+
+def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int) -> SwarmScorer:
+    """The same, with stacks of all groups whose samples are in front of a last layer; what is kept, is kept once.
+
+    `n_columns` is K, `block_bytes` what the logits of one block may take.
+    """
+    groups, roles = [], (list[SwarmHeads](), list[SwarmHeads]())
+    for group in scorer.groups:
+        parts = (group.failed, group.passed)
+        n_samples = max(sum(len(part.chunk) for part in role) for role in parts)
+        if n_samples > MAX_SAMPLES_GPU or any(part.head is None for role in parts for part in role):
+            groups.append(group)
+            continue
+        groups.append(replace(group, is_stacked=True))
+        for swarms, role in zip(roles, parts, strict=True):
+            heads = tuple(part.head for part in role if part.head is not None)
+            weights = [part.weight for part in role if part.weight is not None]
+            columns = None if isinstance(group.columns, slice) else group.columns
+            if heads:
+                weight = torch.cat(weights) if weights else None
+                swarms += [SwarmHeads(swarm, columns, heads, weight) for swarm in group.swarms]
+            for part in role:
+                part.head = None
+    stacks = [(i, one) for i, swarms in enumerate(roles) for one in stack_heads(swarms, n_columns, block_bytes)]
+    return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:

@@ -89,10 +89,7 @@ class CmaEs:
         if origin.searched is not None:
             drawn = drawn.masked_fill(~origin.searched, 0.0)
         candidates = torch.cat([first, (original[:, None] + drawn)[:, first.shape[1] :]], 1)
-        seeds = tuple(
-            int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
-            for generator in streams.generators
-        )
+        seeds = tuple(streams.seeds())
         sizes = streams.sizes or (original.shape[1],) * len(original)
         flat_step = (step[:, 0] if step.ndim == 3 else step).expand_as(original)
         return Evolution(candidates, original, flat_step, seeds, None, sizes)
