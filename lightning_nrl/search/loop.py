@@ -103,7 +103,8 @@ def search_many(
 ) -> list[SearchResult]:
     """Runs S searches at once. Each finds, bit for bit, what `search` finds for it alone.
 
-    Results come without padding; `seconds` is the time of all together.
+    Results come without padding; `seconds` is the time of all together. The libraries of a GPU may sum in another order
+    where there are other numbers of searches; what is as good but for rounding may then come out otherwise.
 
     Args:
         scorer: scores candidates of `S x P x K`, in the dtype of `original`; each search may have samples of its own.

@@ -1,7 +1,7 @@
 """Particle swarm optimisation: a state, and `init`, `ask` and `tell` as pure steps (paper, section II.2).
 
-S independent swarms of P particles over K weights move in one batch. Each has a generator of its own, so that a swarm
-among many does, bit for bit, what it would do alone.
+S independent swarms of P particles over K weights move in one batch. Each has random numbers of its own, so that
+a swarm among many does, bit for bit, what it would do alone.
 """
 
 from __future__ import annotations

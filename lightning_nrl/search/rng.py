@@ -77,10 +77,16 @@ class RandomStreams:
     @classmethod
     def seeded(cls, seeds: Sequence[int], device: torch.device, sizes: Sequence[int] | None = None) -> RandomStreams:
         """Fresh streams, each from its own seed."""
-        own = None if sizes is None else tuple(sizes)
         if device.type != "cpu":
-            return cls(CountedNumbers.seeded(seeds, device, own), own)
+            return cls.counted(seeds, device, sizes)
+        own = None if sizes is None else tuple(sizes)
         return cls(tuple(torch.Generator(device).manual_seed(seed) for seed in seeds), own)
+
+    @classmethod
+    def counted(cls, seeds: Sequence[int], device: torch.device, sizes: Sequence[int] | None = None) -> RandomStreams:
+        """The same of counted numbers, which are equal on all devices."""
+        own = None if sizes is None else tuple(sizes)
+        return cls(CountedNumbers.seeded(seeds, device, own), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
         """Numbers in [0, 1) of the dtype of `like`: `shape`, with the swarms before its last two dimensions."""

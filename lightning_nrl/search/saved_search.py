@@ -42,7 +42,7 @@ class SearchCourse:
         return {
             "original": original,
             "state": record_fields(self.state),
-            "streams": [generator.get_state() for generator in self.streams.generators],
+            "streams": self.streams.state(),
             "log": self.log.saved(),
             "before": self.before,
             "original_fitness": self.original_fitness,
@@ -56,8 +56,7 @@ class SearchCourse:
         """A course that was saved, given its beginning; None where it began at other weights."""
         if left is None or not torch.equal(left["original"].to(original), original):
             return None
-        for generator, state in zip(streams.generators, left["streams"], strict=True):
-            generator.set_state(state)
+        streams.restore(left["streams"])
         log.restore(left["log"])
         state = type(first)(**left["state"])
         return cls(state, streams, log, left["before"], left["original_fitness"], left["seconds"])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from bench import recorded, show
@@ -26,16 +28,24 @@ SETTINGS, SEEDS, PARTICLES, ITERATIONS = 66, 10, 200, 100
 FAILED, PASSED, SAMPLED = 150, 3000, 500
 
 
-def study(settings: int, seeds: int, particles: int, iterations: int, sampled: int) -> float:
-    """Seconds for `settings x seeds` swarms."""
+def study(
+    settings: int,
+    seeds: int,
+    particles: int,
+    iterations: int,
+    sampled: int,
+    device: str = "cpu",
+    around: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> float:
+    """Seconds for `settings x seeds` swarms; the search is made inside of `around`."""
     torch.manual_seed(0)
     model = nn.Linear(32, 7).eval()
     x = torch.randn(FAILED + PASSED, 32).relu()
     y = model(x).argmax(1)
     failed = torch.arange(len(x)) < FAILED
     y[failed] = (y[failed] + 1) % 7
-    space = find_layers(model, "")
-    recording = recorded(model, space, x, y)
+    space = find_layers(model.to(device), "")
+    recording = recorded(model, space, x.to(device), y.to(device))
     swarms = settings * seeds
     sizes = [(16, 32, 53, 76)[s % 4] for s in range(swarms)]
     width = max(sizes)
@@ -47,15 +57,16 @@ def study(settings: int, seeds: int, particles: int, iterations: int, sampled: i
     kinds = [Fitness(("eq1", "eq2")[s % 2], alpha=4.0 + s % 5, perfect_intact=s % 3 == 0) for s in range(swarms)]
     began = time.perf_counter()
     scorer = make_scorer(recording, where, failed, passed, EVALUATOR)
-    search_many(
-        scorer,
-        space.flat()[where.clamp_min(0)],
-        WeightStats.of(space.flat()),
-        seeds=list(range(swarms)),
-        fitness=kinds,
-        searcher=ParticleSwarm(particles=particles, iterations=iterations, patience=iterations or 1),
-        sizes=sizes,
-    )
+    with around():
+        search_many(
+            scorer,
+            space.flat()[where.clamp_min(0).to(device)],
+            WeightStats.of(space.flat()),
+            seeds=list(range(swarms)),
+            fitness=kinds,
+            searcher=ParticleSwarm(particles=particles, iterations=iterations, patience=iterations or 1),
+            sizes=sizes,
+        )
     return time.perf_counter() - began
 
 

@@ -20,13 +20,15 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.metrics import NegativeFlipRate
 from lightning_nrl.reference import Predictions
 from lightning_nrl.release import release
+from lightning_nrl.search import RandomStreams
 
 STRICT = "strict_cuda" in sys.modules
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("name", CASES if STRICT else {**CASES, **LONG_CASES})
-def test_a_repair_there_is_what_it_is_on_the_cpu(name: str) -> None:
+def test_a_repair_there_is_what_it_is_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RandomStreams, "seeded", RandomStreams.counted)
     make, settings = {**CASES, **LONG_CASES}[name]
     model = trained(make).to(GPU)
     before = copy.deepcopy(model).eval()

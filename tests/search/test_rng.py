@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def counted(seeds: list[int], sizes: list[int] | None = None) -> RandomStreams:
     """As on a device."""
-    return RandomStreams(CountedNumbers.seeded(seeds, CPU, sizes), None if sizes is None else tuple(sizes))
+    return RandomStreams.counted(seeds, CPU, sizes)
 
 
 def generated(seeds: list[int], sizes: list[int] | None = None) -> RandomStreams:
