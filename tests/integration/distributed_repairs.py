@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions, Target, repair
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto
+from lightning_nrl.methods import Auto, MergedRepairs, bundle
 
 SWARM = ParticleSwarm(particles=12, iterations=8)
 METHODS: dict[str, Any] = {
@@ -60,6 +60,10 @@ HEEDED: dict[str, dict[str, Any]] = {
         "calibration": "val",
         "confidence": 0.8,
         "mix": {**dict.fromkeys(range(10), 0.0), 0: 0.75, 2: 0.25},
+    },
+    "merged": {
+        "method": MergedRepairs("label", most=2, method=bundle("arachne", searcher=SWARM), searcher=SWARM),
+        "risk": {(3, 5): 4, 8: 2},
     },
     "quota": {"slices": Target.label(8), "quotas": {"label_8": 1000}},
 }
