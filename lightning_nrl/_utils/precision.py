@@ -37,12 +37,14 @@ def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def may_use_tf32() -> bool:
-    """Whether products and convolutions of float32 on a GPU may be computed in TensorFloat-32."""
+def may_use_tf32(by_cudnn: bool = True) -> bool:
+    """Whether products, and `by_cudnn` convolutions, of float32 on a GPU may be computed in TensorFloat-32."""
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     try:
-        return torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+        return bool(matmul.allow_tf32 or (by_cudnn and cudnn.allow_tf32))
     except RuntimeError:  # set by `fp32_precision`, which cannot be mixed with the older flags
-        return "tf32" in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.fp32_precision)
+        return matmul.fp32_precision == "tf32" or (by_cudnn and cudnn.fp32_precision == "tf32")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class DeployedPrecision:
             return cls(device.type, weights, autocast)
         flags = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
         name = f"cuda ({torch.cuda.get_device_name(device)})"
-        return cls(name, weights, autocast, may_use_tf32() and torch.float32 in found, *flags)
+        return cls(name, weights, autocast, may_use_tf32(_calls_cudnn(model)) and torch.float32 in found, *flags)
 
     @property
     def eps(self) -> float:
@@ -101,6 +101,11 @@ def rounding_reserve(precision: DeployedPrecision, before: SampleResults) -> Ten
         return None
     kept = (KEPT_SHARE * before.margin).nan_to_num(0.0).clamp(0, rounding)
     return torch.where(before.passed, kept, torch.where(before.targeted, rounding, 0.0))
+
+
+def _calls_cudnn(model: nn.Module) -> bool:
+    """Whether a model has convolutions or recurrent layers, by the shapes of its weights."""
+    return any(p.ndim > 2 for p in model.parameters()) or any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
 def _name(dtype: torch.dtype) -> str:
