@@ -22,19 +22,35 @@ Recurrent = nn.LSTM | nn.GRU | nn.RNN
 """The kinds of recurrent layer that can be repaired."""
 
 
+class GateLinear(nn.Linear):
+    """A Linear with the weight and bias that a recurrent layer holds at the moment, under an end of their names."""
+
+    def __init__(self, owner: Recurrent, end: str) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["owner"] = owner  # no part of this one
+        self.end = end
+        self.out_features, self.in_features = self.weight.shape
+        self.train(owner.training)
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """`gates * hidden x in`."""
+        found: Any = self.__dict__["owner"]._parameters[f"weight_{self.end}"]
+        return found  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
+        """`gates * hidden`; None if the layer has none."""
+        found: Any = self.__dict__["owner"]._parameters.get(f"bias_{self.end}")
+        return found  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, eq=False)
 class Gates:
     """A recurrent layer and a Linear for each of its weights."""
 
     module: Recurrent  # the live layer
-    linears: Mapping[str, nn.Linear]  # by the end of a weight's name, such as `ih_l0` or `hh_l0_reverse`
-
-    def refreshed(self) -> None:
-        """Gives the Linears the tensors that the layer holds now."""
-        own = self.module._parameters
-        for end, linear in self.linears.items():
-            linear._parameters["weight"] = own[f"weight_{end}"]
-            linear._parameters["bias"] = own.get(f"bias_{end}")
+    linears: Mapping[str, GateLinear]  # by the end of a weight's name, such as `ih_l0` or `hh_l0_reverse`
 
 
 def gates_of(name: str, module: Recurrent) -> Gates:
@@ -43,18 +59,10 @@ def gates_of(name: str, module: Recurrent) -> Gates:
         raise ConfigurationError(
             f"`layer={name!r}` is an LSTM with projections, which cannot be repaired.", "name another layer."
         )
-    linears = {}
-    for layer in range(module.num_layers):
-        for direction in ("", "_reverse") if module.bidirectional else ("",):
-            for kind in ("ih", "hh"):
-                weight = module._parameters[f"weight_{kind}_l{layer}{direction}"]
-                assert weight is not None
-                with torch.device("meta"):
-                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias)
-                linears[f"{kind}_l{layer}{direction}"] = linear.train(module.training)
-    gates = Gates(module, linears)
-    gates.refreshed()
-    return gates
+    directions = ("", "_reverse") if module.bidirectional else ("",)
+    layers = range(module.num_layers)
+    ends = [f"{kind}_l{layer}{side}" for layer in layers for side in directions for kind in ("ih", "hh")]
+    return Gates(module, {end: GateLinear(module, end) for end in ends})
 
 
 @contextmanager
@@ -63,17 +71,16 @@ def opened(gates: Sequence[Gates]) -> Iterator[None]:
     if not gates:
         yield
         return
-    held = [dict(one.module.__dict__) for one in gates]
+    held = [one.module.__dict__.get("forward") for one in gates]
     try:
         for one in gates:
-            one.refreshed()
             one.module.__dict__["forward"] = _Unrolled(one)
         yield
     finally:
         for one, before in zip(gates, held, strict=True):
-            one.module.__dict__.pop("forward", None)
-            if "forward" in before:
-                one.module.__dict__["forward"] = before["forward"]
+            one.module.__dict__.pop("forward")
+            if before is not None:
+                one.module.__dict__["forward"] = before
 
 
 @dataclass(frozen=True)
