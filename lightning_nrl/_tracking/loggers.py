@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_nrl._lightning import (
     rank_zero_warn,
 )
 from lightning_nrl._tracking.comet_run import upload_to_comet, write_comet
+from lightning_nrl._tracking.history_figure import history_figure
 from lightning_nrl._tracking.mlflow_run import upload_to_mlflow, write_mlflow
 from lightning_nrl._tracking.repair_hparams import declare_columns
 from lightning_nrl._tracking.repair_log import RepairLog, written
@@ -26,9 +28,11 @@ from lightning_nrl._tracking.scalars import Scalars
 from lightning_nrl._tracking.tensorboard import write_tensorboard
 from lightning_nrl._tracking.wandb_run import upload_to_wandb, write_wandb
 from lightning_nrl.errors import LoggingWarning
+from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.release import ReleaseReport
+from lightning_nrl.report._figures import image_of
 
-__all__ = ["declare", "to_each", "track", "track_numbers", "track_release", "writer_of"]
+__all__ = ["declare", "to_each", "track", "track_history", "track_numbers", "track_release", "writer_of"]
 
 RUNS: Mapping[Any, tuple[Callable[[RepairLog, Any], None], Callable[[Mapping[str, Path], Any, str, int], None]]] = {
     WandbLogger: (write_wandb, upload_to_wandb),
@@ -81,6 +85,21 @@ def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, wha
         logger.save()
 
     to_each(loggers, write, what)
+
+
+@rank_zero_only
+def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: int, name: str) -> None:
+    """Writes a figure of each split of a training's record to TensorBoard; nothing without matplotlib."""
+
+    def write(logger: Logger) -> None:
+        if writer := writer_of(logger):
+            for split in record.splits:
+                image = image_of(history_figure(record, split))
+                writer.add_image(f"{name}_figures/{split}", image, step, dataformats="HWC")
+            logger.save()
+
+    if find_spec("matplotlib") is not None:
+        to_each(loggers, write, "history of the training")
 
 
 def writer_of(logger: Logger) -> SummaryWriter | None:

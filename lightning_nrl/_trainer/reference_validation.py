@@ -32,7 +32,7 @@ from lightning_nrl.evaluation._slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["ReferenceResults", "evaluate_reference", "is_same_validation", "validation_loader"]
+__all__ = ["ReferenceResults", "batches_in_order", "evaluate_reference", "is_same_validation", "validation_loader"]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -90,7 +90,7 @@ def evaluate_reference(
     collective = Collective.current(model.device)
     loader, most = validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
-        batches = _order(loader, most)
+        batches = batches_in_order(loader, most)
         mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
         everyone = collective.gather(mine)
         which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
@@ -125,10 +125,10 @@ def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: in
     if loader is known.loader:
         return True
     with random_state():
-        return loader.dataset is known.loader.dataset and _order(loader, most) == known.order
+        return loader.dataset is known.loader.dataset and batches_in_order(loader, most) == known.order
 
 
-def _order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
+def batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     """Data-set positions of this rank's samples, batch by batch."""
     sampler, inside = sampler_of(loader)
     shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
