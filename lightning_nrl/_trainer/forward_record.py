@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._lightning import LightningModule, Trainer, validating
+from lightning_nrl._trainer.batch_order import Positions
 from lightning_nrl._trainer.loaders import length_of
 from lightning_nrl._trainer.output_capture import Call, OutputCapture, Probe, is_same
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.model_call import ModelCall
-from lightning_nrl.data.unpacking import bind_adapter
+from lightning_nrl.data.unpacking import Unpacked, bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.localization.training_record import SplitPoint
 from lightning_nrl.tasks import Task
@@ -37,22 +38,17 @@ class SampleTally:
         self._held: list[tuple[Tensor, Any]] = []
         self._numbers = 0
         self._judged: dict[str, list[Tensor]] = {"passed": [], "loss": [], "label": []}
-        self._positions: list[Tensor] = []
-        self._visits: list[Tensor] = []
+        self._positions: list[Positions] = []
 
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def add(self, positions: Tensor, logits: Tensor, target: Any) -> None:
-        """One batch: `n` positions in the data set on the CPU, its logits and its truth. Nothing waits for a device."""
-        self._visits.append(torch.full_like(positions, len(self._visits)))
+    def add(self, positions: Positions, logits: Tensor, target: Any) -> None:
+        """One batch: `n` positions in the data set, its logits and its truth. Nothing waits for a device."""
         self._positions.append(positions)
         self._held.append((logits.detach(), target))
         self._numbers += logits.numel() + (target.numel() if isinstance(target, Tensor) else 0)
         if self._numbers > HELD_NUMBERS:
             self.judge()
 
-    def point(self, collective: Collective, taken: str) -> SplitPoint:
+    def point(self, ranks: Collective, taken: str) -> SplitPoint:
         """All samples of the split over all ranks, each once, and begins anew. To be called by all ranks."""
         self.judge()
         none = {"passed": torch.bool, "loss": torch.float16, "label": torch.int64}
@@ -60,33 +56,35 @@ class SampleTally:
             name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=none[name])
             for name, rows in self._judged.items()
         }
-        empty = torch.zeros(0, dtype=torch.int64)
-        when = torch.cat([empty, *self._visits]) * collective.world_size + collective.rank
-        mine |= {"when": when, "position": torch.cat([empty, *self._positions])}
-        rows = {name: torch.cat(collective.gather(column)) for name, column in mine.items()}
+        position = np.concatenate([np.zeros(0, np.int64), *self._positions])
+        number = np.repeat(np.arange(len(self._positions)), [len(one) for one in self._positions])
+        mine["position"] = torch.from_numpy(position)
+        mine["when"] = torch.from_numpy(number * ranks.world_size + ranks.rank)
+        rows = {name: torch.cat(ranks.gather(column)) for name, column in mine.items()}
         self._begin_anew()
-        usable = torch.isin(rows["position"], self.index) & (rows["label"] >= -1)
-        rows = {name: column[usable] for name, column in rows.items()}
-        order = rows["when"].argsort(descending=True)
-        _, first = np.unique(rows["position"][order].numpy(), return_index=True)
-        last = order[torch.from_numpy(first)]
-        place = torch.searchsorted(self.index, rows["position"][last])
         n = len(self.index)
-        point = SplitPoint(
+        place = torch.searchsorted(self.index, rows["position"]).clamp_max(n - 1)
+        usable = (self.index[place] == rows["position"]) & (rows["label"] >= -1)
+        order = rows["when"].argsort(stable=True)
+        order = order[usable[order]]
+        last = np.full(n, -1)
+        last[place[order].numpy()] = order.numpy()  # of places that are there twice the last one stays
+        row = torch.from_numpy(last)
+        known = row >= 0
+        found = {
+            name: rows[name][row.clamp_min(0)] if len(order) else torch.zeros(n, dtype=none[name]) for name in none
+        }
+        return SplitPoint(
             index=self.index,
-            label=torch.full((n,), -1),
-            passed=torch.zeros(n, dtype=torch.bool),
-            loss=torch.full((n,), torch.nan, dtype=torch.float16),
-            known=torch.zeros(n, dtype=torch.bool),
+            label=found["label"].masked_fill(~known, -1),
+            passed=found["passed"] & known,
+            loss=found["loss"].masked_fill(~known, torch.nan),
+            known=known,
             taken=taken,
         )
-        for name in ("label", "passed", "loss"):
-            getattr(point, name)[place] = rows[name][last]
-        point.known[place] = True
-        return point
 
     def _begin_anew(self) -> None:
-        self._held, self._numbers, self._positions, self._visits = [], 0, [], []
+        self._held, self._numbers, self._positions = [], 0, []
         self._judged = {name: [] for name in self._judged}
 
     @torch.no_grad()
@@ -117,6 +115,7 @@ class ForwardRecorder:
         self._given = adapter
         self._adapter: Adapter | None = None
         self._checked = False
+        self._plain = 0  # how many parts plain batches `(x, y, *extras)` have; 0: they are not plain
         self._outputs = OutputCapture()
 
     def attach(self, model: LightningModule) -> None:
@@ -126,18 +125,20 @@ class ForwardRecorder:
     def detach(self) -> None:
         """Listens no more."""
         self._outputs.detach()
-        self._adapter, self._checked = None, False
+        self._adapter, self._checked, self._plain = None, False, 0
 
     def begin(self, trainer: Trainer, model: LightningModule, batch: Any) -> str:
         """A batch begins; gives why outputs cannot be taken, in words, empty where they can. The first runs once."""
         if self._adapter is None:
             self._adapter = bind_adapter(self._given, model)
             try:
-                args, kwargs, _ = self._adapter(batch)
+                args, kwargs, target = self._adapter(batch)
             except Exception as error:
                 return f"the adapter cannot read the batches of the loop ({type(error).__name__})"
             if args and isinstance(args[0], ModelCall):
                 return "the adapter runs the model itself"
+            plain = self._given is unpack and _is_plain(batch) and target is batch[1] and is_same(args, batch[:1])
+            self._plain = len(batch) if plain else 0
             probe = Probe(model)
             with preserve(model), trainer.precision_plugin.forward_context(), validating(trainer), torch.no_grad():
                 _look(probe, args, kwargs)
@@ -145,12 +146,20 @@ class ForwardRecorder:
         self._outputs.begin()
         return ""
 
-    def end(self, trainer: Trainer, model: LightningModule, batch: Any, positions: Tensor, tally: SampleTally) -> str:
-        """A batch ends; gives why its outputs could not be taken, in words, empty where they are in the tally."""
+    def _taken_apart(self, batch: Any) -> Unpacked:
+        """What the adapter gives, which is known of plain batches and takes time in small models."""
+        if self._plain and _is_plain(batch) and len(batch) == self._plain:
+            return (batch[0],), {}, batch[1]
         assert self._adapter is not None
+        return self._adapter(batch)
+
+    def end(
+        self, trainer: Trainer, model: LightningModule, batch: Any, positions: Positions, tally: SampleTally
+    ) -> str:
+        """A batch ends; gives why its outputs could not be taken, in words, empty where they are in the tally."""
         # As under `ddp`, where the step runs inside of a call.
         name, calls = self._outputs.calls(redirected=trainer.strategy.model is not model)
-        args, kwargs, target = self._adapter(batch)
+        args, kwargs, target = self._taken_apart(batch)
         n = length_of(target)
         if n != len(positions):
             return f"a batch of {len(positions)} samples came with {n} targets"
@@ -167,6 +176,11 @@ class ForwardRecorder:
             except Exception as error:
                 return f"the task cannot judge them ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         return ""
+
+
+def _is_plain(batch: Any) -> bool:
+    """Whether a batch is `(x, y, *extras)` of tensors."""
+    return type(batch) in (list, tuple) and len(batch) > 1 and all(isinstance(one, Tensor) for one in batch)
 
 
 def _look(probe: Probe, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

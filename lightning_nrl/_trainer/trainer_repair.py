@@ -108,6 +108,7 @@ class TrainerRepair:
         with random_state(), validating(trainer):
             few = self._trained(trainer, model, ASSUMED_EPOCHS, limit=1, whole=False)
             sources = [*few.known, *few.unseen, *few.calibration]
+            _check_recorded(settings=self.settings, trainer=trainer, known=few.known)
             run_sanity_check(few.evaluator, sources, settings, reference=self.reference)
             if self.reference is None and self.settings.layer == "auto" and self.settings.trains:
                 few.training.warn()
@@ -201,8 +202,9 @@ class RecordsHistory(Protocol):
         """Where the record is; None before training begins."""
         ...
 
-    def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes a point."""
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The splits of which there is a record; empty before training begins."""
         ...
 
 
@@ -220,6 +222,20 @@ def with_history(settings: Settings, trainer: Trainer) -> Settings:
         return settings
     found = replace(localizer, history=str(callback.folder))
     return replace(settings, search=replace(settings.search, localizer=found))
+
+
+def _check_recorded(settings: Settings, trainer: Trainer, known: Sequence[LoaderSource]) -> None:
+    """Refuses a record that has nothing of the failures: NeuRecover would know of no regression among them."""
+    localizer, callback = settings.localizer, history_callback(trainer)
+    if not isinstance(localizer, NeuRecover) or localizer.history is not None or callback is None:
+        return
+    failing = [source.split for source in known if source.failed]
+    if callback.recorded and not set(failing) & set(callback.recorded):
+        wanted = [*callback.recorded, *failing]
+        raise ConfigurationError(
+            f"`callbacks`: TrainingHistory records {list(callback.recorded)}, the failures are in {failing}.",
+            f"NeuRecover needs a record of them: `TrainingHistory(splits={wanted})`.",
+        )
 
 
 def _sanity_settings(settings: Settings, trainer: Trainer) -> Settings:

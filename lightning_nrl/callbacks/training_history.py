@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -24,7 +25,7 @@ from lightning_nrl._lightning import (
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._tracking import Learning, track_history
 from lightning_nrl._trainer.artifacts import base_folder, parse_prefix
-from lightning_nrl._trainer.batch_order import OrderObserver
+from lightning_nrl._trainer.batch_order import OrderObserver, Positions
 from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.forward_record import ForwardRecorder, SampleTally
 from lightning_nrl._trainer.loaders import (
@@ -148,8 +149,8 @@ class TrainingHistory(CallbackBase):
         self._why_not: dict[str, str] = {}
         self._own: set[str] = set()  # splits that need a pass of their own, the same on every rank
         self._validated: dict[str, int] = {}  # the step at which each split was validated last
-        self._batches: dict[str, tuple[Any, list[Tensor]]] = {}  # of each validated loader
-        self._positions: Tensor | None = None
+        self._batches: dict[str, tuple[Any, list[Positions]]] = {}  # of each validated loader
+        self._positions: Positions | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -232,7 +233,7 @@ class TrainingHistory(CallbackBase):
                 loader, most = validation_loader(trainer, int(which))
                 if split not in self._batches or self._batches[split][0] is not loader:
                     with random_state():
-                        order = [torch.tensor(batch) for batch in batches_in_order(loader, most)]
+                        order = [np.array(batch, dtype=np.int64) for batch in batches_in_order(loader, most)]
                     self._batches[split] = loader, order
             except (ConfigurationError, ValueError) as error:
                 self._give_up(split, str(error).partition("\n")[0].rstrip("."))
@@ -260,7 +261,7 @@ class TrainingHistory(CallbackBase):
         split = self._validated_split(trainer, dataloader_idx)
         if split is not None:
             order = self._batches[split][1]
-            positions = order[batch_idx] if batch_idx < len(order) else torch.zeros(0, dtype=torch.int64)
+            positions = order[batch_idx] if batch_idx < len(order) else np.zeros(0, np.int64)
             self._take(split, trainer, pl_module, batch, positions)
 
     @override
@@ -357,7 +358,7 @@ class TrainingHistory(CallbackBase):
         names = ("val", f"val:{dataloader_idx}") if dataloader_idx == 0 else (f"val:{dataloader_idx}",)
         return next((one for one in names if self._listens(one) and one in self._batches), None)
 
-    def _take(self, split: str, trainer: Trainer, pl_module: LightningModule, batch: Any, positions: Tensor) -> None:
+    def _take(self, split: str, trainer: Trainer, pl_module: LightningModule, batch: Any, positions: Positions) -> None:
         began = time.perf_counter()
         self._give_up(split, self._recorder.end(trainer, pl_module, batch, positions, self._tallies[split]))
         self.seconds += time.perf_counter() - began

@@ -154,7 +154,8 @@ class OnHistory:
         if not regressed.any():
             raise EmptyLocalizationError(
                 f"`localizer`: none of the {int(failed.sum())} targets was right at an earlier point of the history.",
-                "give more checkpoints, or use `neurecover-lite`, which needs no history.",
+                "record more often, or data that the targets are from (`TrainingHistory(splits=[...])`), give more "
+                "checkpoints, or use `neurecover-lite`, which needs no history.",
             )
         deg = measure(recording, evaluator, regressed > 0, weight=regressed)
         imp = None

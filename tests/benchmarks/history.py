@@ -1,0 +1,160 @@
+"""What `TrainingHistory` adds to an epoch: processor time in its hooks, by the passes of the loop and by its own.
+
+Both are taken in one epoch, so that a busy machine slows them alike.
+Run with `python tests/benchmarks/history.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import ResNet27, milliseconds, show
+from lightning_package import CSVLogger, pl
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nrl.callbacks import TrainingHistory
+
+EPOCHS = 7
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
+
+
+NETWORKS: dict[str, tuple[Any, tuple[int, int, int], int, int]] = {
+    "27 convolutions, 1,024 images of 32 x 32, batches of 64": (ResNet27, (3, 32, 32), 1024, 64),
+    "2 convolutions, 4,096 images of 16 x 16, batches of 64": (cnn, (1, 16, 16), 4096, 64),
+    "64 - 32 - 10, 4,096 images of 8 x 8, batches of 64": (mlp, (1, 8, 8), 4096, 64),
+}
+
+
+class Classifier(pl.LightningModule):
+    """The least module there is, with a loss that it logs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+HOOKS = (
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_validation_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_train_epoch_end",
+)
+
+
+class Timed(TrainingHistory):
+    """Takes processor time of each epoch, and of its own hooks in it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.inside = 0.0
+        self.spent: list[tuple[float, float]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in HOOKS:
+            return found
+
+        def timed(*args: Any) -> None:
+            began = time.thread_time()
+            found(*args)
+            ended = time.thread_time()
+            if name == HOOKS[0]:
+                self.began, self.inside = began, 0.0
+            self.inside += ended - began
+            if name == HOOKS[-1]:
+                self.spent.append((self.inside, ended - self.began))
+
+        return timed
+
+
+def measured(name: str, splits: list[str], own_pass: bool) -> list[str]:
+    make, shape, n, size = NETWORKS[name]
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(n, *shape), torch.randint(0, 7, (n,)))
+    few = TensorDataset(*data[: n // 4])
+    with tempfile.TemporaryDirectory() as folder:
+        history = Timed(splits=splits, own_pass=own_pass, dirpath=Path(folder) / "history")
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=EPOCHS + 1,
+            logger=CSVLogger(folder, flush_logs_every_n_steps=10**6),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            callbacks=[history],
+        )
+        trainer.fit(Classifier(make()), DataLoader(data, size, shuffle=True), DataLoader(few, size))
+        points = list((Path(folder) / "history").glob("point-*.pt"))
+        on_disk = sum(file.stat().st_size for file in points) / len(points)
+    spent = history.spent[1:]  # one warm-up
+    share = statistics.median(own / (epoch - own) for own, epoch in spent)
+    return [
+        name,
+        " and ".join(splits),
+        "own" if own_pass else "of the loop",
+        milliseconds([epoch - own for own, epoch in spent]),
+        milliseconds([own for own, _ in spent]),
+        f"{100 * share:.1f} %",
+        f"{on_disk / 1024:.0f} KiB",
+    ]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    header = ["network", "splits", "passes", "epoch without", "TrainingHistory", "more", "a point on disk"]
+    rows = [
+        measured(name, splits, own)
+        for name in NETWORKS
+        for splits, own in ((["train"], False), (["train", "val"], False), (["train"], True))
+    ]
+    show(f"An epoch of training and validation, medians of {EPOCHS} epochs", header, rows)
+
+
+if __name__ == "__main__":
+    main()
