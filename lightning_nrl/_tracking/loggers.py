@@ -20,7 +20,7 @@ from lightning_nrl._lightning import (
     rank_zero_warn,
 )
 from lightning_nrl._tracking.comet_run import upload_to_comet, write_comet
-from lightning_nrl._tracking.history_figure import history_figure
+from lightning_nrl._tracking.history_figures import history_figures
 from lightning_nrl._tracking.mlflow_run import upload_to_mlflow, write_mlflow
 from lightning_nrl._tracking.repair_hparams import declare_columns
 from lightning_nrl._tracking.repair_log import RepairLog, written
@@ -89,13 +89,13 @@ def track_numbers(numbers: Scalars, loggers: Sequence[Logger], *, step: int, wha
 
 @rank_zero_only
 def track_history(record: TrainingRecord, loggers: Sequence[Logger], *, step: int, name: str) -> None:
-    """Writes a figure of each split of a training's record to TensorBoard; nothing without matplotlib."""
+    """Writes figures of each split of a training's record to TensorBoard; nothing without matplotlib."""
 
     def write(logger: Logger) -> None:
         if writer := writer_of(logger):
             for split in record.splits:
-                image = image_of(history_figure(record, split))
-                writer.add_image(f"{name}_figures/{split}", image, step, dataformats="HWC")
+                for title, figure in history_figures(record, split).items():
+                    writer.add_image(f"{name}_figures/{title}", image_of(figure), step, dataformats="HWC")
             logger.save()
 
     if find_spec("matplotlib") is not None:

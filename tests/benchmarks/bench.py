@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ def milliseconds(seconds: Sequence[float]) -> str:
     return f"{1000 * statistics.median(seconds):.1f} ms"
 
 
-def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table in markdown."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"\n{title}")

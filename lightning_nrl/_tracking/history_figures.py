@@ -1,0 +1,72 @@
+"""The record of a training as figures: samples learned, forgotten and never learned, in all and by class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_nrl._tracking.learning_curves import MOST_CLASSES, Learning
+from lightning_nrl.localization import RecordedSplit, TrainingRecord
+from lightning_nrl.report._figures import INK, dress, new_figure
+
+__all__ = ["history_figures"]
+
+HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
+LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
+
+
+def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
+    """Each a `matplotlib.figure.Figure`, by its title: counts by epoch, and up to 20 classes at the end.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
+    last = Learning.of(record.splits[split])
+    figures = {split: _curves(record, split, int(last.seen.sum()))}
+    classes = last.label[last.seen].unique().tolist()
+    if 1 < len(classes) <= MOST_CLASSES and classes[0] >= 0:
+        figures[f"{split}, by class"] = _bars(last, split, classes)
+    return figures
+
+
+def _curves(record: TrainingRecord, split: str, n: int) -> Any:
+    figure = new_figure(*HISTORY_CARD)
+    axes = figure.subplots()
+    epochs, steps = ([getattr(point, of) for point in record.points] for of in ("epoch", "step"))
+    across = [epoch + 1 for epoch in epochs] if len(set(epochs)) == len(epochs) else steps
+    for name, curve in _counts(record.splits[split]).items():
+        marker = "." if len(across) < 40 else None
+        axes.plot(across, curve, color=LEARNING_COLOURS[name], label=name.replace("_", " "), marker=marker)
+    axes.set_ylim(0, 1.25 * n)  # room for the legend
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(f"{n:,} samples of {split}", color=INK, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=3, columnspacing=1.0, handlelength=1.2)
+    dress(axes, "step" if across is steps else "epoch", "samples")
+    return figure
+
+
+def _counts(record: RecordedSplit) -> dict[str, list[int]]:
+    """Counts of every point."""
+    right = record.right
+    was_right = (record.passed & record.known).int().cummax(0).values > 0
+    seen = record.known.int().cummax(0).values > 0
+    masks = {"learned": right, "forgotten": was_right & ~right, "never_learned": seen & ~was_right}
+    return {name: mask.sum(1).tolist() for name, mask in masks.items()}
+
+
+def _bars(last: Learning, split: str, classes: list[int]) -> Any:
+    """What is not right at the end, in percent of each class."""
+    figure = new_figure(*HISTORY_CARD)
+    axes = figure.subplots()
+    below = [0.0] * len(classes)
+    sizes = [int((last.label[last.seen] == one).sum()) for one in classes]
+    for name in ("forgotten", "never_learned"):
+        counts = [int((last.label[last.masks[name]] == one).sum()) for one in classes]
+        share = [100 * count / size for count, size in zip(counts, sizes, strict=True)]
+        names = [str(one) for one in classes]
+        axes.bar(names, share, bottom=below, color=LEARNING_COLOURS[name], label=name.replace("_", " "))
+        below = [a + b for a, b in zip(below, share, strict=True)]
+    axes.set_ylim(0, 1.25 * max(*below, 1.0))
+    axes.set_title(f"{split}: wrong at the end, by class", color=INK, fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
+    dress(axes, "class", "% of the class")
+    return figure
