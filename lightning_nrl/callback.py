@@ -172,6 +172,11 @@ class RegressionFreeRepair(CallbackBase):
         return "" if self.report is None else self.report.files.get("patch", "")
 
     @property
+    def place(self) -> tuple[str | Path | None, str]:
+        """The folder of the files, None: one in that of the run; and the name of the repair there and in logs."""
+        return self.dirpath, "repair"
+
+    @property
     def state_key(self) -> str:
         return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
 
@@ -253,7 +258,8 @@ class RegressionFreeRepair(CallbackBase):
     def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
         self._ran = True
-        self._work = saved_work(self.dirpath, trainer, self.settings.search.save_every)
+        dirpath, name = self.place
+        self._work = saved_work(dirpath, trainer, self.settings.search.save_every, name)
         seconds = None
         if epochs is None:
             epochs = epochs_of(trainer)
@@ -268,7 +274,8 @@ class RegressionFreeRepair(CallbackBase):
         Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
         """
         accepted = outcome.parameters is not None
-        files, name = report_files(self.dirpath, trainer, "repair", REPAIRED_FILES if accepted else REPORT_FILES)
+        dirpath, name = self.place
+        files, name = report_files(dirpath, trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
         report = self.report = replace(outcome.report, files=files)
         parameters = self._parameters = outcome.parameters
         self._pending = True

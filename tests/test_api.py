@@ -15,7 +15,12 @@ import lightning_nrl
 
 PAGE = Path(__file__).parent.parent / "docs" / "api.md"
 REFERENCE = PAGE.parent / "reference"
-MODULES = ("lightning_nrl.callback", "lightning_nrl.errors", "lightning_nrl.presets")
+MODULES = (
+    "lightning_nrl.callback",
+    "lightning_nrl.errors",
+    "lightning_nrl.presets",
+    "lightning_nrl.repair_in_training",
+)
 """Public modules at the root that are no packages."""
 INTRO = """# What is public
 

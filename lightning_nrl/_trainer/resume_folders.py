@@ -12,7 +12,7 @@ from lightning_nrl._utils.saved_work import SavedWork
 __all__ = ["saved_work"]
 
 
-def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None) -> SavedWork:
+def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> SavedWork:
     """Saves in the folder of the repair's files; to be called on all ranks.
 
     A logger gives each run a folder of its own, so that the same call has another one: what an earlier run of the same
@@ -22,10 +22,11 @@ def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None
         dirpath: the folder that the user named; None: that of the run.
         trainer: in a `fast_dev_run` nothing is saved.
         every: seconds between two times; None: nothing is saved.
+        name: of the folder in that of the run.
     """
     if every is None or batch_limit(trainer):
         return SavedWork()
-    parent = base_folder(dirpath, trainer)
+    parent = base_folder(dirpath, trainer, name)
     earlier: list[Path] = []
     if dirpath is None and trainer.loggers and trainer.is_global_zero:
         with suppress(OSError):

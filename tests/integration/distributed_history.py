@@ -1,14 +1,16 @@
-"""A training with its record on two processes, for `test_training_history.py`."""
+"""A training with its record, and with repairs in it, on two processes, for `test_training_history.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from digit_models import Digits, quiet_trainer
 from distributed_fit import Frozen
 from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl.callbacks import TrainingHistory
+from lightning_nrl.repair_in_training import RepairInTraining
 
 
 class Odd(Digits):
@@ -20,6 +22,9 @@ class Odd(Digits):
 
 def on_rank(folder: Path) -> None:
     history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
-    trainer = quiet_trainer(folder, history, devices=2, strategy="ddp", max_epochs=2)
-    # Its weights do not move, so that what each sample met in training can be found again.
-    trainer.fit(Frozen(), datamodule=Odd())
+    repair = RepairInTraining(every_n_epochs=1, at_end=False, method="convex", dirpath=folder / "files", verbose=False)
+    trainer = quiet_trainer(folder, history, repair, devices=2, strategy="ddp", max_epochs=2)
+    # Only repairs move its weights, so that what each sample met in training can be found again.
+    model = Frozen()
+    trainer.fit(model, datamodule=Odd())
+    torch.save(model.state_dict(), folder / f"rank{trainer.global_rank}.pt")

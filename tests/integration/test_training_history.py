@@ -224,6 +224,15 @@ def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
     in_two_processes(distributed_history.on_rank, tmp_path)
     record = TrainingRecord.read(tmp_path / "history")
     assert len(record.points) == 2
+    # The repair after the first epoch is what the second was trained with, that after the second is on both ranks.
+    first, second = (dict(point.weights) for point in record.points)
+    states = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    repaired = [tmp_path / "files" / f"repair-step-{step}" / "repaired.ckpt" for step in (7, 14)]
+    saved = [torch.load(path, weights_only=True)["state_dict"] for path in repaired if path.exists()]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(saved[0][name], second[name]) for name in second)
+    assert all(torch.equal(value, states[0][name]) for name, value in saved[-1].items())
     for split, n, taken in (("train", 101, "training"), ("val", 100, "validation"), ("repair", 203, "own")):
         assert record.splits[split].taken == (taken,) * 2
         assert bool(record.splits[split].known.all())

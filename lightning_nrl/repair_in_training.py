@@ -1,0 +1,162 @@
+"""Repairs within a training, at chosen epochs, beside the one at its end; the training goes on from what they leave."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_nrl._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl._utils.state import changed
+from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_choice, check_kind, check_real, check_whole
+from lightning_nrl.report import RepairReport
+
+__all__ = ["RepairInTraining"]
+
+
+class RepairInTraining(RegressionFreeRepair):
+    """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
+
+    Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
+    What it promises is about the samples that were right before it; what the training does to them afterwards it
+    cannot hold. States of optimizers and schedules stay as they are: moments go on as if the weights had moved by
+    a step. Files go to `<log_dir>/repair-step-<step>/`, and what loggers get has that name, also as a run of
+    TensorBoard; the repair at the end is called `repair` as ever.
+
+    A repair takes as long as one at the end would, by default about as long as the training took so far: give a
+    `max_time`, or a method that takes seconds (`convex`, `swarm`).
+
+    Args:
+        every_n_epochs: epochs between two repairs; None: none by the count of epochs.
+        monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
+            worse than its best since the last repair.
+        mode: whether the best of the metric is its `min` or its `max`.
+        min_delta: by more than how much it has to be worse, from 0.
+        at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
+        **arguments: those of `RegressionFreeRepair`.
+
+    Attributes:
+        reports: of all repairs of this training, the oldest first.
+
+    Raises:
+        ConfigurationError: neither `every_n_epochs` nor `monitor` is given, or an argument cannot be used.
+
+    Example::
+
+        repair = RepairInTraining(every_n_epochs=5, monitor="regression/night/nfr", method="convex")
+        Trainer(callbacks=[RegressionMetrics("old.ckpt", slices="camera"), repair]).fit(model, datamodule=dm)
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        min_delta: float = 0.0,
+        at_end: bool = True,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        if every_n_epochs is None and monitor is None:
+            hint = "give one of them, or take `RegressionFreeRepair`, which repairs when training ends."
+            raise ConfigurationError("`every_n_epochs` and `monitor` are both None.", hint)
+        if every_n_epochs is not None:
+            check_whole("every_n_epochs", every_n_epochs, 1)
+        named = monitor is None or (isinstance(monitor, str) and bool(monitor))
+        check_kind("monitor", monitor, named, "name", "monitor='val_loss'")
+        check_choice("mode", mode, ("min", "max"))
+        check_real("min_delta", min_delta, "number", "give a number from 0.", least=0)
+        self.every_n_epochs = every_n_epochs
+        self.monitor = monitor
+        self.mode = mode
+        self.min_delta = min_delta
+        self.at_end = at_end
+        self.reports: list[RepairReport] = []
+        self._best: float | None = None
+        self._last_step: int | None = None
+        self._name = "repair"
+        self._warned = False
+
+    @property
+    @override
+    def place(self) -> tuple[str | Path | None, str]:
+        named = self.dirpath is not None and self._name != "repair"
+        return (Path(self.dirpath or "") / self._name if named else self.dirpath), self._name
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.reports, self._last_step, self._warned = [], None, False
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Metrics may differ between ranks; the first one decides.
+        if trainer.strategy.broadcast(self._is_due(trainer)):
+            self._repair(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.at_end and self._last_step != trainer.global_step:
+            super().on_train_end(trainer, pl_module)
+            self._done(trainer)
+            return
+        self._ran = True
+        if self._parameters and changed(pl_module, self._parameters):
+            self._parameters = None  # the training went on from them
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **({} if self._best is None else {"best": self._best})}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._best = state_dict.get("best")
+
+    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        began = time.perf_counter()
+        self.report = self._parameters = None
+        self._name = f"repair-step-{trainer.global_step}"
+        try:
+            with self.heeding_signals(trainer), starting_weights("last", trainer, pl_module) as start:
+                outcome = self.attempt(trainer, pl_module)
+                name = self.save(trainer, pl_module, outcome, start)
+        finally:
+            self._name = "repair"
+        self.announce(trainer, outcome, name)
+        self._done(trainer)
+        if self._fit_timer is not None:  # what the repair took is no part of the training
+            self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
+
+    def _done(self, trainer: Trainer) -> None:
+        self._last_step = trainer.global_step
+        assert self.report is not None
+        self.reports.append(self.report)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        n = self.every_n_epochs
+        due = n is not None and (trainer.current_epoch + 1) % n == 0
+        if self.monitor is None:
+            return due
+        if self.monitor not in trainer.callback_metrics:
+            if not self._warned:
+                self._warned = True
+                problem = f"`monitor={self.monitor!r}`: nothing of that name was logged"
+                hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."
+                rank_zero_warn(TrainingWarning(f"{problem}, so no repair follows it.", hint))
+            return due
+        sign = 1 if self.mode == "min" else -1
+        value = sign * float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):
+            return due
+        best = value if self._best is None else sign * self._best
+        due |= value > best + self.min_delta
+        # After a repair what it left is the measure.
+        self._best = sign * (value if due else min(best, value))
+        return due
