@@ -182,7 +182,7 @@ def make_scorer(
     """
     task, collective = evaluator.task, evaluator.collective
     device = cache.space.device
-    gives_up = device.type == "cpu"
+    gives_up = not is_stacked_on(device)
     budget = default_budget(device) if budget is None else budget
     where, failed, passed = where.cpu(), failed.cpu(), passed.cpu()
     counted = {len(x) for x, ndim in ((where, 2), (failed, 2), (passed, 2)) if x.ndim == ndim}
@@ -234,6 +234,11 @@ def make_scorer(
         credit=credit,
     )
     return scorer if gives_up else stacked(scorer, where.shape[-1], max(1, min(GPU_BLOCK_BYTES, budget // 6)))
+
+
+def is_stacked_on(device: torch.device) -> bool:
+    """Whether swarms are scored in stacks; else candidates that break too many are given up, and decided samples."""
+    return device.type != "cpu"
 
 
 def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int) -> SwarmScorer:
