@@ -21,7 +21,13 @@ from lightning_nrl._trainer.data_splits import DataRequest
 from lightning_nrl._trainer.resume_folders import saved_work
 from lightning_nrl._trainer.saved_files import SavedFiles
 from lightning_nrl._trainer.signals import heeding_signals
-from lightning_nrl._trainer.trainer_checks import check_order, check_packages, check_strategy, warn_without_step
+from lightning_nrl._trainer.trainer_checks import (
+    check_order,
+    check_packages,
+    check_strategy,
+    check_whole,
+    warn_without_step,
+)
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
@@ -191,6 +197,7 @@ class RegressionFreeRepair(CallbackBase):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        check_whole(pl_module)
         if self.settings.layer != "auto":  # which takes a layer that the prediction calls
             find_scope(pl_module, self.settings.layer, include_bias=self.settings.localizer.include_bias)
         self._ran = False

@@ -19,9 +19,14 @@ from lightning_nrl._lightning import (
 )
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
-__all__ = ["check_order", "check_packages", "check_strategy", "warn_without_step"]
+__all__ = ["check_order", "check_packages", "check_strategy", "check_whole", "warn_without_step"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+"""How the names of strategies begin under which no process holds whole layers."""
+ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")
+"""Of those whose devices are none of torch's own."""
+SPREAD = ("DTensor", "FlatParameter", "FSDPModule", "FullyShardedDataParallel")
+"""Classes of parameters and modules of which each rank has a part, whatever the strategy is called."""
 
 
 def check_packages(trainer: Any, **others: object) -> None:
@@ -51,10 +56,25 @@ def check_strategy(
     why: str = "a repair needs them whole",
     hint: str = "train with it, then call `lightning_nrl.repair` on the checkpoint with a single device or ddp.",
 ) -> None:
-    """Refuses strategies that shard the model, under which no rank holds the whole layer."""
-    name = type(trainer.strategy).__name__
-    if name.startswith(SHARDED) or "Sharded" in name:
-        raise ConfigurationError(f"`strategy`: {name} shards the weights, {why}.", hint)
+    """Refuses strategies that shard the model, under which no rank holds the whole layer, and those of XLA and HPUs."""
+    names = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    if any(name.startswith(SHARDED) or "Sharded" in name for name in names):
+        raise ConfigurationError(f"`strategy`: {names[0]} shards the weights, {why}.", hint)
+    if any(name.startswith(ELSEWHERE) for name in names):
+        raise ConfigurationError(f"`strategy`: {names[0]} has a device of XLA or Habana, which was never tried.", hint)
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuses a model that its own code has sharded, by `fully_shard`, `FullyShardedDataParallel` or `DTensor`s."""
+    parts = [*model.named_modules(), *model.named_parameters()]
+    for name, part in parts:
+        kind = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in SPREAD), None)
+        if kind is not None:
+            raise ConfigurationError(
+                f"`model`: {name or type(part).__name__!r} is a {kind}, of which no rank has all; a repair needs "
+                "layers whole.",
+                "train so, then call `lightning_nrl.repair` on the checkpoint with a model that is not sharded.",
+            )
 
 
 def check_order(

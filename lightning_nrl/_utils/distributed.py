@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.errors import OtherRankError, RepairError
 
 __all__ = ["Collective"]
@@ -56,7 +58,8 @@ class Collective:
         # Not every backend adds half precisions.
         wide = torch.float32 if x.is_floating_point() and x.element_size() < 4 else x.dtype
         total = x.to(self.device, wide, copy=True)
-        dist.all_reduce(total)
+        with _answered():
+            dist.all_reduce(total)
         return total.to(x.device, x.dtype)
 
     def gather(self, x: Tensor) -> list[Tensor]:
@@ -64,13 +67,15 @@ class Collective:
         if self.world_size == 1:
             return [x]
         forms: list[tuple[torch.Size, torch.dtype]] = [(x.shape, x.dtype)] * self.world_size
-        dist.all_gather_object(forms, (x.shape, x.dtype))
+        with _answered():
+            dist.all_gather_object(forms, (x.shape, x.dtype))
         lengths = [shape.numel() * dtype.itemsize for shape, dtype in forms]
         # As bytes, since backends differ in the dtypes they know (gloo has no bool).
         mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
         mine[: lengths[self.rank]] = x.to(self.device).flatten().view(torch.uint8)
         rows = [torch.empty_like(mine) for _ in forms]
-        dist.all_gather(rows, mine)
+        with _answered():
+            dist.all_gather(rows, mine)
         return [
             row[:length].view(dtype).view(shape).to(x.device)
             for row, length, (shape, dtype) in zip(rows, lengths, forms, strict=True)
@@ -122,6 +127,20 @@ class Collective:
     def agreed(self, values: Tensor) -> Tensor:
         """The first rank's values on every rank, whatever rounding did elsewhere."""
         return self.sum(values if self.rank == 0 else torch.zeros_like(values))
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Around what is exchanged: where another rank has ended, or takes longer than the process group waits."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise OtherRankError(
+            f"another rank has ended or does not answer: {str(error).strip().splitlines()[0]}",
+            "look at that rank's own error; the weights here are those of before.",
+        ) from error
 
 
 def _package_error(error: Exception) -> type[RepairError] | None:

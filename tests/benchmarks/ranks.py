@@ -28,7 +28,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.search import ParticleSwarm, WeightStats, search
 from lightning_nrl.search.fitness import Fitness
 
-N, ITERATIONS = 300, 4
+N, ITERATIONS = 120, 2
 LAYERS = {"last block, second": "stages.2.3.conv2", "last stage, first block": "stages.2.0.conv1"}
 FITNESSES = {"all finished": Fitness("eq1"), "giving up": Fitness()}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from digit_models import OVERWRITING, Classifier, Digits, Untrainable, overwriting, quick_repair, quiet_trainer
 from lightning_package import LightningDataModule, SingleDeviceStrategy
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_nrl import (
@@ -59,8 +60,8 @@ def test_an_argument_without_a_meaning_is_refused_at_once(message: str) -> None:
         ARGUMENTS[message]()
 
 
-def refused(path: Path, data: Any, *callbacks: Any, **arguments: Any) -> str:
-    model = Untrainable("cnn")
+def refused(path: Path, data: Any, *callbacks: Any, model: Any = None, **arguments: Any) -> str:
+    model = model or Untrainable("cnn")
     with pytest.raises(ConfigurationError) as refusal:
         quiet_trainer(path, *callbacks, **arguments).fit(model, datamodule=data)
     problem, hint = str(refusal.value).split("\nHINT: ")
@@ -98,6 +99,35 @@ class FSDPStrategy(SingleDeviceStrategy):
 def test_a_sharded_strategy_is_refused(tmp_path: Path) -> None:
     message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=FSDPStrategy("cpu"))
     assert message.startswith("`strategy`: FSDPStrategy shards the weights")
+
+
+class Renamed(FSDPStrategy):
+    """Is one of them by another name."""
+
+
+class SingleDeviceXLAStrategy(SingleDeviceStrategy):
+    """Has the name of one whose device is not one of torch's."""
+
+
+def test_so_are_those_of_other_names_and_devices(tmp_path: Path) -> None:
+    for kind, words in ((Renamed, "shards the weights"), (SingleDeviceXLAStrategy, "has a device of XLA")):
+        message = refused(tmp_path, Digits(), quick_repair(), accelerator="auto", strategy=kind("cpu"))
+        assert message.startswith(f"`strategy`: {kind.__name__} {words}")
+
+
+class DTensor(nn.Parameter):
+    """Has the name of a parameter of which each rank has a part."""
+
+
+class ShardedByHand(Untrainable):
+    def configure_model(self) -> None:
+        layer = self.network[0]
+        layer.weight = DTensor(layer.weight.detach())
+
+
+def test_a_model_that_shards_itself_is_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(), model=ShardedByHand("cnn"))
+    assert message.startswith("`model`: 'network.0.weight' is a DTensor, of which no rank has all")
 
 
 class Stream(IterableDataset):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import re
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,12 +46,25 @@ def work(folder: str) -> None:
         "cuda": str(Collective.current(torch.device("cuda", rank)).device),
     }
     torch.save(got, f"{folder}/{rank}.pt")
+    if rank == 1:
+        os._exit(3)  # as a rank that is killed
+    began = time.monotonic()
+    try:
+        collective.sum(values)
+    except OtherRankError as error:
+        torch.save([str(error), time.monotonic() - began], f"{folder}/alone.pt")
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder: Path = tmp_path_factory.mktemp("collective")
-    in_two_processes(work, str(folder))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("collective")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict]:
+    with pytest.raises(RuntimeError, match=re.escape("[0, 3]")):
+        in_two_processes(work, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -111,6 +127,14 @@ def test_gather_gives_every_rank_all_rows(ranks: list[dict], name: str, expected
 
 def test_any_asks_all_ranks(ranks: list[dict]) -> None:
     assert [got["any"] for got in ranks] == [[False, True, True], [False, True, True]]
+
+
+@pytest.mark.usefixtures("ranks")
+def test_where_a_rank_has_died_the_others_end_with_a_message(folder: Path) -> None:
+    message, seconds = torch.load(folder / "alone.pt")
+    assert message.startswith("another rank has ended or does not answer: ")
+    assert "HINT: look at that rank's own error" in message
+    assert seconds < 30
 
 
 def test_one_process_exchanges_nothing() -> None:
