@@ -24,7 +24,7 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
     Raises:
         RuntimeError: a rank failed, or took too long; its own message is on stderr.
     """
-    context = _server()
+    context = server()
     port = str(_free_port())
     ranks = [context.Process(target=_on_rank, args=(rank, port, function, args)) for rank in (0, 1)]
     for rank in ranks:
@@ -42,11 +42,12 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
 
 def spawning() -> Any:
     """`ddp_spawn`, but that the processes it starts come from the server: nothing is imported again."""
-    _server()
+    server()
     return pl.strategies.DDPStrategy(start_method="forkserver")
 
 
-def _server() -> Any:
+def server() -> Any:
+    """Starts processes as `multiprocessing` does, from a process that has imported torch and Lightning."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     return context

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_nrl._lightning import Trainer, batch_limit, logged_hparams, rank_zero_warn
+from lightning_nrl._lightning import ModelCheckpoint, Trainer, batch_limit, logged_hparams, rank_zero_warn
 from lightning_nrl._tracking import RepairLog, outcome, track
 from lightning_nrl._trainer.run_folder import run_folder
 from lightning_nrl._trainer.saved_files import AnyReport, SavedFiles
@@ -16,6 +16,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.errors import ConfigurationError, FilesWarning, LoggingWarning, check_kind
 from lightning_nrl.patches import PATCH_NAME, safetensors_installed
 from lightning_nrl.report import RepairReport
+from lightning_nrl.report._formatting import from_here
 from lightning_nrl.report.page import Shown
 from lightning_nrl.report.sample_views import SampleView
 
@@ -143,10 +144,23 @@ def announce(
             track(log, trainer.loggers)
             if verbose:
                 show(report)
+                if text := _about_best(report, trainer):
+                    print(text)
         trainer.callback_metrics.update(headline(report, name))
     except Exception as error:
         problem = f"the report was not shown ({type(error).__name__}: {error})."
         rank_zero_warn(LoggingWarning(problem, "the repair and its files are not affected; print `report`."))
+
+
+def _about_best(report: RepairReport, trainer: Trainer) -> str:
+    """What to know before `trainer.test()` is called without a model, in a line; empty where there is nothing."""
+    checkpoint = trainer.checkpoint_callback
+    best = checkpoint.best_model_path if isinstance(checkpoint, ModelCheckpoint) else ""
+    path = report.files.get("checkpoint", "")
+    if report.status != "repaired" or not best or best == path:
+        return ""
+    how = f"ckpt_path={from_here(path)!r}" if path else "the model as an argument"
+    return f"`trainer.test()` tests the best checkpoint of the fit, as it was before the repair; the repair with {how}."
 
 
 def headline(report: RepairReport, name: str) -> dict[str, Tensor]:

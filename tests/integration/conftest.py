@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from digit_models import Classifier, Digits, quiet_trainer
+from lightning_package import seed_everything
+from task_models import CASES
 
 from lightning_nrl._tracking import repair_log
 from lightning_nrl.report import repair_html
@@ -31,6 +33,19 @@ def trained_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.fit(Classifier(), datamodule=Digits())
     trainer.save_checkpoint(folder / "trained.ckpt", weights_only=False)
     return folder / "trained.ckpt"
+
+
+@pytest.fixture(scope="session")
+def trained_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint for each of `CASES`, after eight epochs."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, case in CASES.items():
+        seed_everything(0, verbose=False)
+        data, model = case.make()
+        trainer = quiet_trainer(folder, max_epochs=8, enable_checkpointing=False)
+        trainer.fit(model, datamodule=data)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    return {name: folder / f"{name}.ckpt" for name in CASES}
 
 
 @pytest.fixture

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import quiet_trainer
 from distributed_repairs import HEEDED, jobs, make_all
-from lightning_package import seed_everything
 from task_models import CASES
 from two_processes import in_two_processes
 
@@ -23,15 +21,11 @@ TRAINED = ("segmentation", "sequence")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, trained_path: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, trained_path: Path, trained_tasks: dict[str, Path]) -> Path:
     """A folder with what one process does in `alone`, and in `together` what two do."""
     folder = tmp_path_factory.mktemp("repairs")
-    for name, case in CASES.items():
-        seed_everything(0, verbose=False)
-        data, model = case.make()
-        trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
-        trainer.fit(model, datamodule=data)
-        trainer.save_checkpoint(folder / f"{name}.ckpt")
+    for name, path in trained_tasks.items():
+        shutil.copy(path, folder / f"{name}.ckpt")
     for name in HEEDED:
         shutil.copy(trained_path, folder / f"{name}.ckpt")
     threads = torch.get_num_threads()

@@ -267,11 +267,14 @@ def test_a_report_in_a_checkpoint_that_cannot_be_read_does_not_stop_a_resume(
 
 
 def test_testing_the_best_checkpoint_says_that_it_is_not_the_repair(
-    tmp_path: Path, recwarn: pytest.WarningsRecorder
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    callback, model = quick_repair(), Classifier()
+    callback, model = quick_repair(verbose=True), Classifier()
     trainer = quiet_trainer(tmp_path, callback, ModelCheckpoint(monitor="val_loss"), max_epochs=1)
     trainer.fit(model, datamodule=Digits())
+    printed = capsys.readouterr().out
+    assert "`trainer.test()` tests the best checkpoint of the fit, as it was before the repair" in printed
+    assert f"ckpt_path={callback.repaired_model_path!r}" in printed
 
     def said() -> list[str]:
         return [str(w.message) for w in recwarn if "not the repaired weights" in str(w.message)]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
 from lightning_package import Trainer
+from two_processes import server
 
 import lightning_nrl._trainer.artifacts
 from lightning_nrl import RegressionFreeRepair, RepairReport
@@ -292,41 +291,33 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"a", young.name}
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from digit_models import Classifier, Digits, quick_repair, quiet_trainer
-from lightning_nrl import RepairReport
-from test_files import Unsaved
-RepairReport.to_html = lambda report, *_: "<!doctype html>"
-callback, model = quick_repair(dirpath=sys.argv[1]), Classifier()
-callback.__class__ = Unsaved
-trainer = quiet_trainer(Path(sys.argv[1]).parent, callback, enable_checkpointing=False)
-trainer.fit(model, datamodule=Digits())
-state = {name: value.clone() for name, value in model.state_dict().items()}
-while True:
-    model.load_state_dict(state)
-    callback.save(trainer, model, callback.outcome)
-    print("saved", flush=True)
-"""
+def save_for_ever(folder: Path, connection: Connection) -> None:
+    """Saves one repair again and again, and says so each time."""
+    RepairReport.to_html = lambda report, *_: "<!doctype html>"  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    callback, model = quick_repair(dirpath=folder), Classifier()
+    callback.__class__ = Unsaved
+    trainer = quiet_trainer(folder.parent, callback, enable_checkpointing=False)
+    trainer.fit(model, datamodule=Digits())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    while True:
+        model.load_state_dict(state)
+        callback.save(trainer, model, callback.outcome)
+        connection.send("saved")
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-    )
+    folder, context = tmp_path / "mine", server()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=save_for_ever, args=(folder, sender))
+    process.start()
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"saved\n"
+        assert receiver.poll(300)
         time.sleep(float(os.environ.get("NRL_KILL_AFTER", "0.05")))
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     there = {name for name in names_in(folder) if not name.startswith(".unfinished-")}
     assert there <= NAMES
     assert "repaired.ckpt" in there

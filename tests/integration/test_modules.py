@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from lightning_nrl import ConfigurationError, Gate, RegressionFreeRepair, RepairReport, repair
 from lightning_nrl.errors import TrainingWarning
+from lightning_nrl.methods import Convex
 
 
 def continued(path: Path, model: Classifier, data: Any = None, **arguments: Any) -> RepairReport:
@@ -152,7 +153,7 @@ class Merged(Classifier):
 def test_merged_adapters_are_judged_as_they_are_loaded(tmp_path: Path) -> None:
     """Lightning ends a validation by flags alone: what `eval()` merged stays merged, and would be merged again."""
     assert_loads(continued(tmp_path / "continued", Merged()), Merged())
-    searched = RegressionFreeRepair(method="convex", verbose=False)
+    searched = RegressionFreeRepair(method=Convex(patience=1), verbose=False)
     trainer = quiet_trainer(tmp_path / "fit", searched, max_epochs=2, enable_checkpointing=False)
     model = Merged()
     trainer.fit(model, datamodule=Digits())
@@ -172,7 +173,7 @@ def test_a_checkpoint_with_merged_adapters_is_judged_as_it_is_loaded(tmp_path: P
         Merged(),
         datamodule=Digits(),
         ckpt_path=tmp_path / "trained.ckpt",
-        callback=RegressionFreeRepair(method="convex", verbose=False),
+        callback=RegressionFreeRepair(method=Convex(patience=1), verbose=False),
     )
     assert report.status == "repaired"
     assert_loads(report, Merged())

@@ -45,22 +45,18 @@ MARGINS = [name for name in CASES if name != "custom"]
 
 
 @pytest.fixture(scope="module", params=list(CASES))
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+def named_case(request: pytest.FixtureRequest) -> tuple[str, Case]:
+    return request.param, CASES[request.param]
 
 
-@pytest.fixture(scope="module")
-def trained(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(case, tmp_path_factory.mktemp("trained"))
+@pytest.fixture
+def case(named_case: tuple[str, Case]) -> Case:
+    return named_case[1]
 
 
-def train(case: Case, folder: Path) -> Path:
-    seed_everything(0, verbose=False)
-    data, model = case.make()
-    trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
-    trainer.fit(model, datamodule=data)
-    trainer.save_checkpoint(folder / "trained.ckpt")
-    return folder / "trained.ckpt"
+@pytest.fixture
+def trained(named_case: tuple[str, Case], trained_tasks: dict[str, Path]) -> Path:
+    return trained_tasks[named_case[0]]
 
 
 def arguments(case: Case, **more: Any) -> dict[str, Any]:
@@ -167,9 +163,11 @@ def test_a_callback_repairs_after_fit_and_tensorboard_says_what_right_means(tmp_
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path: Path, name: str) -> None:
+def test_a_diagnosis_says_what_can_be_said_without_classes(
+    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
+) -> None:
     case = CASES[name]
-    path = train(case, tmp_path)
+    path = trained_tasks[name]
     data, model = case.make()
     found = diagnose(quiet_trainer(tmp_path), model, datamodule=data, ckpt_path=str(path), task=case.task)
     assert found.task == str(case.task)
@@ -182,9 +180,11 @@ def test_a_diagnosis_says_what_can_be_said_without_classes(tmp_path: Path, name:
     assert "convex" not in page
 
 
-def test_a_comparison_leaves_out_what_needs_classes_and_says_why(tmp_path: Path) -> None:
+def test_a_comparison_leaves_out_what_needs_classes_and_says_why(
+    tmp_path: Path, trained_tasks: dict[str, Path]
+) -> None:
     case = CASES["multilabel"]
-    path = train(case, tmp_path)
+    path = trained_tasks["multilabel"]
     data, model = case.make()
     found = compare(
         quiet_trainer(tmp_path),
@@ -200,9 +200,11 @@ def test_a_comparison_leaves_out_what_needs_classes_and_says_why(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", MARGINS)
-def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, name: str) -> None:
+def test_an_update_repairs_what_the_replaced_model_got_right(
+    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
+) -> None:
     case = CASES[name]
-    old_path = train(case, tmp_path)
+    old_path = trained_tasks[name]
     data, old = case.make()
     old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
     seed_everything(1, verbose=False)
@@ -219,9 +221,9 @@ def test_an_update_repairs_what_the_replaced_model_got_right(tmp_path: Path, nam
     assert cache.read_text().splitlines()[0].endswith(repr(case.task))
 
 
-def test_validations_count_regressions_of_any_task(tmp_path: Path) -> None:
+def test_validations_count_regressions_of_any_task(tmp_path: Path, trained_tasks: dict[str, Path]) -> None:
     case = CASES["multilabel"]
-    old_path = train(case, tmp_path)
+    old_path = trained_tasks["multilabel"]
     data, old = case.make()
     old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
     _, new = case.make()
@@ -289,9 +291,11 @@ class TestSequencesOfSeveralLengths:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_training_may_be_held_to_the_replaced_model(tmp_path: Path, name: str) -> None:
+def test_a_training_may_be_held_to_the_replaced_model(
+    tmp_path: Path, name: str, trained_tasks: dict[str, Path]
+) -> None:
     case = CASES[name]
-    old_path = train(case, tmp_path)
+    old_path = trained_tasks[name]
     data, old = case.make()
     old.load_state_dict(torch.load(old_path, weights_only=True)["state_dict"])
     _, new = case.make()
