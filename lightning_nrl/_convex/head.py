@@ -125,7 +125,7 @@ def regularization_path(
         strengths: the price of a target's missing margin, from weak to strong, in units of what the median target
             would take if it were the only one.
         used: `N` bool, the samples that count; None: all.
-        is_over: whether time is over: then no more pairs are added, and more is lost by the scaling.
+        is_over: whether time is over: then no step is made and no pair added any more, and more is lost by the scaling.
 
     Yields:
         `C x d`, a change under which every passed sample that counts stays right, with what the scaling left of the
@@ -134,7 +134,7 @@ def regularization_path(
     used = torch.ones_like(head.targeted) if used is None else used
     missing = (head.required[:, None] - head.margins).amax(1)[used & head.targeted]
     unit = float((missing / (2 * head.white(used & head.targeted).square().sum(1))).median())
-    programme = _PairProgramme(head, used)
+    programme = _PairProgramme(head, used, is_over)
     for strength in strengths:
         programme.begin(strength * unit)
         add_cutting_planes(programme, MAX_PATH_ROUNDS, is_over)
@@ -148,8 +148,8 @@ class _PairProgramme:
         change: `C x d`, the solution in whitened weights.
     """
 
-    def __init__(self, head: ConvexHead, used: Tensor) -> None:
-        self.head, self.used, self.price = head, used, 0.0
+    def __init__(self, head: ConvexHead, used: Tensor, is_over: Callable[[], bool]) -> None:
+        self.head, self.used, self.price, self.is_over = head, used, 0.0, is_over
         device = head.root.device
         self._code = torch.zeros(0, dtype=torch.int64, device=device)  # sample * C + class
         self._multipliers = head.root.new_zeros(0)
@@ -169,7 +169,8 @@ class _PairProgramme:
         price = self.price if head.weight is None else self.price * head.weight[sample]
         limit = torch.where(head.targeted[sample], price, torch.inf).to(features.dtype)
         sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
-        self._multipliers = solve_dual(pair_gram(features, sides), required, limit, self._multipliers).values
+        gram = pair_gram(features, sides)
+        self._multipliers = solve_dual(gram, required, limit, self._multipliers, is_over=self.is_over).values
         self.change = sum_of_pairs(features, sides, self._multipliers)
 
     def add_violated(self) -> bool:

@@ -8,6 +8,7 @@ finds out which multipliers are strictly between their bounds and solves for tho
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ CONTRADICTION_RATIO = 1e6
 """Hard rows contradict each other if only an x that is so many times as long as one row needs could fulfil them all."""
 
 
-def solve_one(gram: Tensor, required: Tensor, limit: Tensor, start: Tensor) -> tuple[Tensor, bool, bool]:
+def solve_one(
+    gram: Tensor, required: Tensor, limit: Tensor, start: Tensor, is_over: Callable[[], bool] = lambda: False
+) -> tuple[Tensor, bool, bool]:
     """Multipliers, whether they are a solution to rounding, and whether the hard rows can be fulfilled.
 
     Args:
@@ -40,6 +43,7 @@ def solve_one(gram: Tensor, required: Tensor, limit: Tensor, start: Tensor) -> t
         required: `m`.
         limit: `m`, from 0; infinite for a hard row.
         start: `m`.
+        is_over: asked before each Newton step whether time is over; then the best so far is given.
     """
     if not len(required):
         return required, True, True
@@ -47,7 +51,7 @@ def solve_one(gram: Tensor, required: Tensor, limit: Tensor, start: Tensor) -> t
     norm = gram.diagonal().clamp_min(0).sqrt()
     norm = torch.where(norm > 1e-12 * norm.amax(), norm, 1)
     box = _Box(gram / norm / norm[:, None], required / norm, limit * norm)
-    values, is_solved, is_feasible = _proximal(box, box.project(start * norm))
+    values, is_solved, is_feasible = _proximal(box, box.project(start * norm), is_over)
     return values / norm, is_solved, is_feasible
 
 
@@ -79,17 +83,17 @@ class _Box:
         return needed > CONTRADICTION_RATIO * given * max(float(self.required.abs().amax()), 1e-30)
 
 
-def _proximal(box: _Box, values: Tensor) -> tuple[Tensor, bool, bool]:
+def _proximal(box: _Box, values: Tensor, is_over: Callable[[], bool]) -> tuple[Tensor, bool, bool]:
     """Each step solves the dual plus a distance from where the step before ended, which weighs less and less."""
     scale = max(float(box.required.abs().amax()), 1e-30)
     best, least, weight, steps_left = values, box.residual(values), PROXIMAL_WEIGHT, MAX_NEWTON_STEPS
     wanted = 0.1 * scale
     for _ in range(MAX_PROXIMAL_STEPS):
-        if least <= CONDITIONS_TOLERANCE * scale or steps_left <= 0:
+        if least <= CONDITIONS_TOLERANCE * scale or steps_left <= 0 or is_over():
             break
         before = values
         wanted = max(wanted * 0.1, 0.5 * CONDITIONS_TOLERANCE * scale)
-        values, made = _newton(box, values, weight, wanted, steps_left)
+        values, made = _newton(box, values, weight, wanted, steps_left, is_over)
         steps_left -= made
         residual = box.residual(values)
         if residual < least:
@@ -100,7 +104,9 @@ def _proximal(box: _Box, values: Tensor) -> tuple[Tensor, bool, bool]:
     return best, least <= CONDITIONS_TOLERANCE * scale, True
 
 
-def _newton(box: _Box, centre: Tensor, weight: float, wanted: float, max_steps: int) -> tuple[Tensor, int]:
+def _newton(
+    box: _Box, centre: Tensor, weight: float, wanted: float, max_steps: int, is_over: Callable[[], bool]
+) -> tuple[Tensor, int]:
     """One proximal step: the minimum over x = A' z of 1/2 |x|^2 plus a smooth, piecewise quadratic penalty.
 
     Its gradient is A' (z - a), where a are the multipliers that the penalty gives at x.
@@ -116,7 +122,7 @@ def _newton(box: _Box, centre: Tensor, weight: float, wanted: float, max_steps: 
         size = float(off.abs().amax())
         stalled = 0 if size < 0.5 * least else stalled + 1
         least = min(least, size)
-        if size <= wanted or stalled > MAX_STALLED_STEPS:
+        if size <= wanted or stalled > MAX_STALLED_STEPS or is_over():
             return a, step
         direction = a - z
         free = ((raw > 0) & (raw < box.limit)).nonzero().flatten()

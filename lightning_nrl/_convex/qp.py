@@ -20,6 +20,7 @@ each step, and a GPU would wait for the host some 30,000 times a repair.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ def solve_dual(
     start: Tensor | None = None,
     *,
     max_value: float = math.inf,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> DualSolution:
     """Solves one programme, or many small ones at once.
 
@@ -58,6 +60,7 @@ def solve_dual(
         start: like `required`, multipliers to begin with, such as those of a similar programme; None: 0.
         max_value: programmes of a batch whose value exceeds it are left as they are then, as not feasible. Without it
             each of them must have a solution.
+        is_over: of one programme, asked at each step whether time is over; then the best so far is given.
 
     Returns:
         The solution, computed in float64 on the CPU: `values` on the device of `gram` and in its dtype, the rest on the
@@ -71,7 +74,7 @@ def solve_dual(
         is_feasible = ~(value > max_value)
     else:
         limits = torch.full_like(b, torch.inf) if limit is None else limit.to("cpu", torch.float64)
-        a, solved, feasible = solve_one(g, b, limits, a)
+        a, solved, feasible = solve_one(g, b, limits, a, is_over)
         value = b @ a - 0.5 * (a @ (g @ a))
         is_solved, is_feasible = torch.tensor(solved), torch.tensor(feasible)
     return DualSolution(a.to(device, dtype), value, is_solved, is_feasible)

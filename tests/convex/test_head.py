@@ -58,10 +58,10 @@ def test_where_time_is_over_passed_samples_still_stay_right() -> None:
 
     def is_over() -> bool:
         asked.append(True)
-        return len(asked) >= 2
+        return len(asked) >= 30  # in a Newton step of some round
 
     (change,) = regularization_path(own, (30.0,), is_over=is_over)
-    assert len(asked) == 2
+    assert len(asked) >= 30
     assert change.any()
     assert (own.changed(change).argmax(1) == own.label)[~own.targeted].all()
 

@@ -38,6 +38,21 @@ def test_hard_rows_that_contradict_each_other_are_told() -> None:
     assert not solve_dual(rows @ rows.T, torch.tensor([1.0, 1.0]), torch.tensor([torch.inf, torch.inf])).is_feasible
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_when_time_is_over_the_best_so_far_is_given(steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 8, generator=generator).double()
+    asked, limit = torch.rand(40, generator=generator).double() + 0.5, torch.full((40,), 2.0).double()
+    left = iter(range(steps))
+    found = solve_dual(rows @ rows.T, asked, limit, is_over=lambda: next(left, None) is None)
+    whole = solve_dual(rows @ rows.T, asked, limit)
+    assert not found.is_solved
+    assert whole.is_solved
+    assert found.is_feasible
+    assert ((found.values >= 0) & (found.values <= limit)).all()
+    assert 0 <= float(found.value) < float(whole.value) or float(found.value) == pytest.approx(float(whole.value))
+
+
 def test_an_empty_programme_is_solved() -> None:
     nothing = torch.zeros(0)
     assert solve_dual(torch.zeros(0, 0), nothing, nothing).is_solved
