@@ -60,12 +60,14 @@ def load_mapping(argument: str, path: str | Path, hint: str, *, weights_only: bo
 def _check_sums(argument: str, path: str | Path) -> None:
     """Warns of a file whose checksums do not fit what is in it, which torch does not look at."""
     try:
-        with zipfile.ZipFile(path) as file:
+        file = zipfile.ZipFile(path)
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, EOFError):
+        return  # of another format
+    with file:
+        try:
             damaged = file.testzip()
-    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError):
-        damaged = None  # of another format
-    except Exception as error:  # what comes of reading damaged bytes
-        damaged = type(error).__name__
+        except Exception as error:  # what comes of reading damaged bytes
+            damaged = type(error).__name__
     if damaged is not None:
         problem = f"`{argument}`: {str(path)!r} is damaged, its checksum of {damaged!r} does not fit."
         warnings.warn(DataWarning(problem, "take another copy of the file."), stacklevel=3)

@@ -37,12 +37,12 @@ def trained_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A checkpoint for each of `CASES`, after eight epochs."""
+    """A checkpoint for each of `CASES`, after twelve epochs."""
     folder = tmp_path_factory.mktemp("tasks")
     for name, case in CASES.items():
         seed_everything(0, verbose=False)
         data, model = case.make()
-        trainer = quiet_trainer(folder, max_epochs=8, enable_checkpointing=False)
+        trainer = quiet_trainer(folder, max_epochs=12, enable_checkpointing=False)
         trainer.fit(model, datamodule=data)
         trainer.save_checkpoint(folder / f"{name}.ckpt")
     return {name: folder / f"{name}.ckpt" for name in CASES}
