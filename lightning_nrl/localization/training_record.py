@@ -151,8 +151,15 @@ class TrainingRecord:
         """The points as NeuRecover takes them; a sample of which there is no record is not known.
 
         Raises:
-            ConfigurationError: the weights of a layer to be repaired were not kept.
+            ConfigurationError: the weights of a layer to be repaired were not kept, or nothing of the targets' data.
         """
+        before = known.before
+        failing = [split for split in before.splits if bool(before.targeted[before.of(split)].any())]
+        if failing and not set(failing) & set(self.splits):
+            raise ConfigurationError(
+                f"`history` records {list(self.splits)}, the targets are in {failing}.",
+                f"record these: `TrainingHistory(splits={[*self.splits, *failing]})`.",
+            )
         rows = {split: self._rows(known.before, split) for split in known.before.splits if split in self.splits}
         return [self._point(i, point, known, rows) for i, point in enumerate(self.points)]
 

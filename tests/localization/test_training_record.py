@@ -110,3 +110,7 @@ def test_what_is_no_record_or_lacks_the_layer_is_refused(tmp_path: Path) -> None
     write_point(tmp_path / "other", 1, 0, split_points(known.before), {"bias": torch.zeros(2)})
     with pytest.raises(ConfigurationError, match="has no weights of 'weight'"):
         NeuRecover(tmp_path / "other").on(known)
+    forget_after(tmp_path / "other", -1)
+    write_point(tmp_path / "other", 1, 0, {"train": split_points(known.before)["all"]}, threshold(0.5))
+    with pytest.raises(ConfigurationError, match=r"records \['train'\], the targets are in \['all'\]"):
+        NeuRecover(tmp_path / "other").on(known)
