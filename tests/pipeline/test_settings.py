@@ -68,7 +68,7 @@ def test_settings_are_told_as_plain_values() -> None:
     assert list(plain) == [
         "target", "layer", "gate", "method", "max_time", "seed", "fitness", "localizer", "n_passed", "budget",
         "on_interrupt", "save_every", "strength", "limit", "sparse", "confidence", "mix",
-        "importance", "slices", "quotas", "protected", "set_aside", "keep", "risk",
+        "importance", "slices", "quotas", "protected", "risk", "set_aside", "keep",
     ]  # fmt: skip
     assert plain["target"] == "label 3 or confusion 1 -> 2"
     assert plain["layer"] == ["a", "b"]
