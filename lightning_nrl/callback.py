@@ -18,6 +18,7 @@ from lightning_nrl._tracking import declare
 from lightning_nrl._trainer.artifacts import REPAIRED_FILES, REPORT_FILES, announce, base_folder, report_files
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.data_splits import DataRequest
+from lightning_nrl._trainer.result_box import ResultBox
 from lightning_nrl._trainer.resume_folders import saved_work
 from lightning_nrl._trainer.saved_files import SavedFiles
 from lightning_nrl._trainer.signals import heeding_signals
@@ -25,6 +26,7 @@ from lightning_nrl._trainer.trainer_checks import (
     check_order,
     check_packages,
     check_strategy,
+    check_twins,
     check_whole,
     warn_without_step,
 )
@@ -89,7 +91,7 @@ class RegressionFreeRepair(CallbackBase):
         verbose: whether the report is printed at the end.
 
     Attributes:
-        report: what was done, once it is done. With strategies that start processes (`ddp_spawn`) read the files.
+        report: what was done, once it is done.
 
     Raises:
         ConfigurationError: an argument that cannot be used, as early as that can be known.
@@ -144,7 +146,8 @@ class RegressionFreeRepair(CallbackBase):
         )
         self.dirpath = dirpath
         self.verbose = verbose
-        self.report: RepairReport | None = None
+        self._report: RepairReport | None = None
+        self._box = ResultBox()
         self._parameters: State | None = None
         self._pending = False
         self._ran = False
@@ -166,6 +169,17 @@ class RegressionFreeRepair(CallbackBase):
             ConfigurationError: Table II has no such row.
         """
         return cls(**with_paper_row(row, arguments))
+
+    @property
+    def report(self) -> RepairReport | None:
+        """What was done, once it is done; also where a strategy had it done in processes of its own."""
+        if text := self._box.take():
+            self._report = RepairReport.from_json(text)
+        return self._report
+
+    @report.setter
+    def report(self, report: RepairReport | None) -> None:
+        self._report = report
 
     @property
     def repaired_model_path(self) -> str:
@@ -191,6 +205,7 @@ class RegressionFreeRepair(CallbackBase):
         check_packages(trainer)
         if stage == "fit":
             check_strategy(trainer)
+            check_twins(self, trainer)
             check_order(self, trainer, (WeightInterpolation,), self.data.start_from)
             if hparams := logged_hparams(trainer):  # which Lightning logs next
                 declare(trainer.loggers, hparams)
@@ -239,8 +254,11 @@ class RegressionFreeRepair(CallbackBase):
         """Puts the repaired weights into the file, whatever other callbacks have put there.
 
         That is so while `repaired.ckpt` is saved, before the live weights change, and afterwards as long as the live
-        layer holds the repaired weights: weight averaging would save its average instead.
+        layer holds the repaired weights: weight averaging would save its average instead. The report goes there as the
+        state of this callback.
         """
+        if self.report is not None:
+            checkpoint.setdefault("callbacks", {})[self.state_key] = {"report": self.report.to_json()}
         if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
             state = checkpoint["state_dict"]
             saved = saved_names(pl_module)
@@ -249,12 +267,9 @@ class RegressionFreeRepair(CallbackBase):
                     state[key] = value.to(state.get(key, value).device, copy=True)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.report is None else {"report": self.report.to_json()}
-
-    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if "report" in state_dict:
+        """Takes the report; `state_dict` is not there, since Lightning would refuse twins before `setup` says why."""
+        if isinstance(state_dict, dict) and "report" in state_dict:
             try:
                 self.report = RepairReport.from_json(state_dict["report"])
             except ConfigurationError as error:
@@ -299,7 +314,9 @@ class RegressionFreeRepair(CallbackBase):
                     if start is not None:
                         start.keep = accepted
                     self._work.done()
-                self.report = saved.tell(report, accepted)
+                self.report = report = saved.tell(report, accepted)
+            if trainer.is_global_zero:
+                self._box.put(report.to_json())
         except BaseException:
             if self._pending:
                 self.report = self._parameters = None

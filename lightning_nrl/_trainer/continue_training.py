@@ -27,6 +27,7 @@ from lightning_nrl._trainer.augmented_targets import Augment, AugmentingCollate,
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet
 from lightning_nrl._trainer.loaders import LoaderSource, batch_size_of, loader_like, sample_index
+from lightning_nrl._trainer.saved_training import TrainingSeams
 from lightning_nrl._trainer.time_budget import CannotTrainError, TimeBudget, TrainingTrial
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.distributed import Collective
@@ -114,7 +115,8 @@ class ContinuedTraining:
         """
 
         def work(piece: Piece) -> State | None:
-            return self._gone_on(time.perf_counter() + seconds, clock, epochs, _Course(seed, start or {}, weight, rate))
+            how = _Course(seed, start or {}, weight, rate, piece)
+            return self._gone_on(clock.now() + seconds, clock, epochs, how)
 
         return self.work.piece("training", work)
 
@@ -153,23 +155,38 @@ class ContinuedTraining:
             )
         )
 
-    def _trained(self, end: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
+    def _trained(self, until: float, clock: StageTimer, epochs: int, course: _Course, folder: str) -> State | None:
+        """Until a time of the repair's clock, which goes by leaps where saved work is gone on with."""
         collective, planned = Collective.current(self.model.device), epochs
+        left = course.piece.left()
+        end = time.perf_counter() + until - clock.now()
         # What a module does with its own optimizers, such as reading their second group, need not work with another.
         optional = course.rate is not None
-        if math.isfinite(end):
+        if left is not None:
+            epochs = left["epochs"]
+        elif math.isfinite(end):
             pace = TrainingTrial(end, collective, optional=optional)
             self._fit(pace, epochs, course, folder)
             epochs = min(epochs, pace.epochs(end))
         epochs = int(collective.agreed(torch.tensor(epochs)))
         if epochs < min(FEWEST_EPOCHS, planned):
             return None
-        state = self._fit(TimeBudget(end, collective, clock, optional=optional), epochs, course, folder)
+        budget = TimeBudget(end, collective, clock, optional=optional)
+        state = self._fit(budget, epochs, course, folder, is_saved=True, left=left)
         state = {name: collective.agreed(value.to(self.model.device)) for name, value in state.items()}
         return state if all(bool(value.isfinite().all()) for value in state.values()) else None
 
-    def _fit(self, budget: TimeBudget, epochs: int, course: _Course, folder: str) -> State:
-        """The state of a copy after training."""
+    def _fit(
+        self,
+        budget: TimeBudget,
+        epochs: int,
+        course: _Course,
+        folder: str,
+        *,
+        is_saved: bool = False,
+        left: Mapping[str, Any] | None = None,
+    ) -> State:
+        """The state of a copy after training, which is saved meanwhile if a later process could do the same."""
         outer, seed = self.trainer, course.seed
 
         def copies() -> tuple[LightningModule, Trainer, DataLoader[Any]]:
@@ -197,7 +214,13 @@ class ContinuedTraining:
             # A fit waits for all ranks when it begins.
             model, trainer, loader = budget.on_all_ranks(copies)
             data = data_module_of(outer)
-            given = {"train_dataloaders": loader} if data is None else {"datamodule": copied_data_module(data, loader)}
+            given: dict[str, Any] = {"train_dataloaders": loader}
+            if data is not None:
+                given = {"datamodule": copied_data_module(data, loader)}
+            if is_saved and outer.world_size == 1 and not loader.num_workers:
+                seams = TrainingSeams(course.piece, loader, folder, epochs, left)
+                trainer.callbacks.append(seams)  # type: ignore[attr-defined]
+                given["ckpt_path"] = seams.checkpoint()
             budget.on_all_ranks(partial(trainer.fit, model, **given))
         state = snapshot(model.eval())  # adapters are merged then, as they are in the model that is repaired
         del model, trainer, loader, given
@@ -254,6 +277,7 @@ class _Course:
     start: State
     weight: Tensor | None
     rate: float | None
+    piece: Piece = field(default_factory=Piece)
 
 
 class Shuffled(Sampler[int]):
@@ -266,10 +290,10 @@ class Shuffled(Sampler[int]):
     def __init__(self, n: int, seed: int, rank: int = 0, world_size: int = 1, *, weight: Tensor | None = None) -> None:
         self._rank, self._world_size, self._weight = rank, world_size, weight
         self._all, self._n = n, n if weight is None else int((weight > 0).sum())
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(self._all, generator=self._generator)
+        order = torch.randperm(self._all, generator=self.generator)
         if self._weight is not None:
             order = self._drawn(order)
         yield from order[self._rank :: self._world_size][: len(self)].tolist()
@@ -278,9 +302,9 @@ class Shuffled(Sampler[int]):
         """Samples in random order, each as often as it weighs: the broken part of a weight by chance."""
         assert self._weight is not None
         weight = self._weight[order]
-        chance = torch.rand(len(order), generator=self._generator, dtype=torch.float64)
+        chance = torch.rand(len(order), generator=self.generator, dtype=torch.float64)
         drawn = order.repeat_interleave((weight.floor() + (chance < weight.frac())).long())
-        drawn = drawn[torch.randperm(len(drawn), generator=self._generator)]
+        drawn = drawn[torch.randperm(len(drawn), generator=self.generator)]
         if len(drawn) < self._n:
             # What is too few is made up for by the first ones, once more.
             allowed = order[weight > 0]

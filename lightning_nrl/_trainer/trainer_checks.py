@@ -19,7 +19,7 @@ from lightning_nrl._lightning import (
 )
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
-__all__ = ["check_order", "check_packages", "check_strategy", "check_whole", "warn_without_step"]
+__all__ = ["check_order", "check_packages", "check_strategy", "check_twins", "check_whole", "warn_without_step"]
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 """How the names of strategies begin under which no process holds whole layers."""
@@ -106,6 +106,17 @@ def check_order(
         raise ConfigurationError(
             f"`start_from='best'`: the best checkpoint lacks what {whose} does.",
             hint if repairs else "leave `start_from='best'` out; the repair goes on from what it left.",
+        )
+
+
+def check_twins(callback: Callback, trainer: Trainer) -> None:
+    """Refuses two callbacks of one kind whose states a checkpoint could not tell apart."""
+    twins = [c for c in callbacks_of(trainer) if type(c) is type(callback) and c.state_key == callback.state_key]
+    if len(twins) > 1:
+        name = type(callback).__name__
+        raise ConfigurationError(
+            f"`callbacks`: there are {len(twins)} {name} of the same layer and target.",
+            "leave one of them out, or name another `layer` or `target`.",
         )
 
 

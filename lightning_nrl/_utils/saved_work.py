@@ -97,7 +97,7 @@ class SavedWork:
         self._clock, self._collective, self._device = StageTimer(), Collective(), torch.device("cpu")
         self._origin = ""
         self._folder: Path | None = None  # of the first rank, as long as it can be written
-        self._used: list[Path] = []
+        self._made: list[Path] = []
         self._is_active = self._resumes = False
         self._reset()
 
@@ -125,7 +125,7 @@ class SavedWork:
         if collective.rank == 0:
             self._origin = json.dumps(dict(origin), indent=2)
             self._folder = self._parent / f"{PREFIX}{hashlib.sha256(self._origin.encode()).hexdigest()[:16]}"
-            self._used.append(self._folder)
+            self._made.append(self._folder)
             found = self._find(self._folder, origin)
         self._resumes = collective.any(found)
         if self._resumes:
@@ -161,9 +161,9 @@ class SavedWork:
 
     def done(self) -> None:
         """Removes what was saved of this work: it is not needed any more."""
-        for folder in self._used:
+        for folder in self._made:
             shutil.rmtree(folder, ignore_errors=True)
-        self._folder, self._used, self._is_active = None, [], False
+        self._folder, self._made, self._is_active = None, [], False
 
     @contextmanager
     def _numbered(self, name: str) -> Iterator[_Begun]:
@@ -284,13 +284,15 @@ class SavedWork:
         return self._collective.first_bytes(data)
 
     def _find(self, folder: Path, origin: Mapping[str, str]) -> bool:
-        """Whether there is saved work of this origin; that of an earlier run is copied into the folder of this one."""
+        """Whether there is saved work of this origin; that of an earlier run goes into the folder of this one."""
         for place in (folder, *(place / folder.name for place in self._elsewhere)):
             with suppress(OSError):
                 if (place / ORIGIN).read_text(encoding="utf-8") == self._origin:
                     if place != folder:
-                        shutil.copytree(place, folder, dirs_exist_ok=True)
-                        self._used.append(place)
+                        # Should the earlier run be alive, it makes a new one.
+                        shutil.rmtree(folder, ignore_errors=True)
+                        folder.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.move(place, folder)
                     return True
         self._say_what_is_not_used(folder, origin)
         return False

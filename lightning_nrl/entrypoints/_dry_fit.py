@@ -139,7 +139,3 @@ class _WithoutTraining(CallbackBase):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.callback.on_save_checkpoint(trainer, pl_module, checkpoint)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.callback.state_dict()

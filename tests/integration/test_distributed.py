@@ -11,7 +11,7 @@ import torch
 from digit_models import Classifier, Digits, right
 from two_processes import in_two_processes, spawning
 
-from lightning_nrl import RepairReport
+from lightning_nrl import RegressionFreeRepair, RepairReport
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,9 @@ def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weigh
     trainer, model = distributed_fit.fit(together, [203], spawning(), 2)
     report = assert_like_one_process(alone / "203", together / "203")
     assert report.status == "repaired"
+    (callback,) = (one for one in trainer.callbacks if isinstance(one, RegressionFreeRepair))
+    assert callback.report == report
+    assert callback.repaired_model_path == report.files["checkpoint"]
     assert trainer.callback_metrics["repair/accepted"] == 1.0
     saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

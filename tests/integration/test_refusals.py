@@ -86,6 +86,11 @@ def test_the_repair_must_not_stand_before_what_overwrites_it(tmp_path: Path, lat
     assert f"`callbacks`: {later} comes after the repair" in message
 
 
+def test_two_repairs_of_the_same_are_refused(tmp_path: Path) -> None:
+    message = refused(tmp_path, Digits(), quick_repair(target="label 3"), quick_repair(target="label 3", seed=1))
+    assert "`callbacks`: there are 2 RegressionFreeRepair of the same layer and target." in message
+
+
 def test_a_second_repair_must_not_go_back_behind_the_first(tmp_path: Path) -> None:
     second = quick_repair(layer="network.3", start_from="best")
     message = refused(tmp_path, Digits(), quick_repair(), second)

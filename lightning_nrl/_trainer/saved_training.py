@@ -1,0 +1,98 @@
+"""A training that goes on for a repair, saved at the end of an epoch, and gone on with from there."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
+from lightning_nrl._utils.saved_values import UnsavableValueError
+from lightning_nrl._utils.saved_work import Piece
+
+__all__ = ["TrainingSeams"]
+
+
+class TrainingSeams(CallbackBase):
+    """Lets a piece of work save a trainer's training after each epoch: what a checkpoint has, and random states.
+
+    Those of workers that load data are not known here: with workers nothing is to be saved.
+
+    Args:
+        piece: the training.
+        loader: of the training data; its sampler, if any, has its generator as `generator`, too.
+        folder: where a checkpoint may be for a moment.
+        planned: how many epochs are made.
+        left: what was saved before.
+    """
+
+    def __init__(
+        self, piece: Piece, loader: DataLoader[Any], folder: str, planned: int, left: Mapping[str, Any] | None
+    ) -> None:
+        self._piece, self._loader, self._planned, self._left = piece, loader, planned, left
+        self._path = Path(folder) / "left.ckpt"
+
+    def checkpoint(self) -> str | None:
+        """The path of the checkpoint to go on from, for `fit`; None: there is none."""
+        if self._left is None:
+            return None
+        torch.save(self._left["checkpoint"], self._path)
+        return str(self._path)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last hook before data are read."""
+        if self._left is not None:
+            for generator, state in zip(self._generators(), self._left["generators"], strict=True):
+                generator.set_state(state)
+            _restore_random(self._left["random"])
+            self._left = None
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._piece.seam(partial(self._saved, trainer))
+
+    def _saved(self, trainer: Trainer) -> dict[str, Any]:
+        randomness = _random()
+        trainer.save_checkpoint(self._path, weights_only=False)
+        try:
+            checkpoint = torch.load(self._path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a module's own objects are in it
+            raise UnsavableValueError(str(error)) from error
+        finally:
+            self._path.unlink(missing_ok=True)
+        generators = [generator.get_state() for generator in self._generators()]
+        return {"checkpoint": checkpoint, "generators": generators, "random": randomness, "epochs": self._planned}
+
+    def _generators(self) -> list[torch.Generator]:
+        found = (self._loader.generator, getattr(self._loader.sampler, "generator", None))
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _random() -> dict[str, Any]:
+    """The global random states as plain values."""
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    inner = {**numpy["state"], "key": numpy["state"]["key"].tolist()}
+    cuda: Any = torch.cuda
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": {**numpy, "state": inner},
+        "python": random.getstate(),
+        "cuda": cuda.get_rng_state_all() if cuda.is_initialized() else [],
+    }
+
+
+def _restore_random(saved: Mapping[str, Any]) -> None:
+    torch.set_rng_state(saved["torch"])
+    inner = saved["numpy"]["state"]
+    np.random.set_state({**saved["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
+    random.setstate(saved["python"])
+    if saved["cuda"]:
+        torch.cuda.set_rng_state_all(saved["cuda"])
