@@ -258,7 +258,7 @@ class RegressionFreeRepair(CallbackBase):
         state of this callback.
         """
         if self.report is not None:
-            checkpoint.setdefault("callbacks", {})[self.state_key] = {"report": self.report.to_json()}
+            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
             state = checkpoint["state_dict"]
             saved = saved_names(pl_module)
