@@ -11,7 +11,7 @@ from toy_repairs import known, mlp, quick
 
 from lightning_nrl import BoundOptions, ParticleSwarm, Settings, TensorSource
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.methods import BUNDLES, Convex, FineTunePolish, Linearized, LocalSearch, Polish, bundle
+from lightning_nrl.methods import BUNDLES, Auto, Convex, FineTunePolish, Linearized, LocalSearch, Polish, bundle
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.search import CmaEs
 from lightning_nrl.tasks import Multilabel, NamedHead, Regression, Segmentation, Sequence
@@ -51,7 +51,7 @@ def _published(name: str) -> LocalSearch:
 
 
 METHODS: dict[str, Settings] = {
-    "auto": Settings(),
+    "auto": Settings(method=Auto(swarm=ParticleSwarm(particles=20, iterations=15))),
     "finetune-polish": Settings(method=FineTunePolish()),
     "convex": Settings(method=Convex()),
     "linearized": Settings(method=Linearized()),
@@ -66,10 +66,14 @@ CASES: dict[str, tuple[Any, Settings]] = {
     "swarm, convolution": (Conv, swarm(layer="first")),
     "swarm, two layers": (Conv, swarm(layer=["second", "head"])),
     "swarm, attention": (Attention, swarm(layer="block.linear1")),
-    "swarm, a small budget": (Conv, swarm(layer="first", budget=300_000)),
+    "swarm, a small budget": (
+        Conv,
+        swarm(layer="first", budget=300_000, method=ParticleSwarm(particles=6, iterations=5)),
+    ),
     "linearized, two layers": (Conv, Settings(method=Linearized(), layer=["first", "second"])),
 }
 LONG_CASES: dict[str, tuple[Any, Settings]] = {
+    "auto as it is": (mlp, Settings()),
     "polish": (mlp, Settings(method=Polish())),
     "sparse": (mlp, Settings(method=Convex(), bounds=BoundOptions(sparse=0.2))),
 }

@@ -25,7 +25,7 @@ STRICT = sys.modules.get("strict_cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 counting = pytest.mark.skipif(STRICT is None, reason="counts on the strict device")
 
-SEARCHES = [name for name in CASES if name.startswith("swarm")]
+SEARCHES = ["swarm with weights", "swarm with protected samples", "swarm, convolution", "swarm, attention"]
 
 
 def waits_raise(yes: bool) -> None:
@@ -115,7 +115,7 @@ def nothing() -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize(("name", "n"), [("convolution", 1500), ("head", 2000)])
+@pytest.mark.parametrize(("name", "n"), [("convolution", 600), ("head", 1500)])
 def test_blocks_do_not_shrink_with_the_data(name: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     make, layer = (Conv, "first") if name == "convolution" else (mlp, "auto")
     settings = quick(layer=layer, method=ParticleSwarm(particles=100, iterations=1))
@@ -128,14 +128,14 @@ def test_blocks_do_not_shrink_with_the_data(name: str, n: int, monkeypatch: pyte
     assert rows[1] > 0.9 * rows[0]
 
 
-LAUNCHES = {"head": 275, "convolution": 275, "weights": 300}
+LAUNCHES = {"convolution": 275, "weights": 300}
 """At most, an iteration of one swarm on two splits; 1.1 times what was counted."""
 
 
 @counting
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_of_an_iteration(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launches_of(name, monkeypatch, 250) <= LAUNCHES[name]
+    assert launches_of(name, monkeypatch, 120) <= LAUNCHES[name]
 
 
 def launches_of(name: str, monkeypatch: pytest.MonkeyPatch, n: int) -> float:
@@ -143,15 +143,15 @@ def launches_of(name: str, monkeypatch: pytest.MonkeyPatch, n: int) -> float:
     more: dict[str, Any] = {"importance": "focal"} if name == "weights" else {}
     counts = []
     with grabbed(monkeypatch, STRICT.watch) as found:  # type: ignore[union-attr]
-        for iterations in (10, 20):
-            method = ParticleSwarm(particles=100, iterations=iterations, patience=100)
+        for iterations in (2, 6):
+            method = ParticleSwarm(particles=10, iterations=iterations, patience=100)
             repair_module(trained(make).to(GPU), sources(GPU, n), quick(layer=layer, method=method, **more))
             counts.append(found[-1][1].n_launches)
-    return (counts[1] - counts[0]) / 10
+    return (counts[1] - counts[0]) / 4
 
 
 @counting
-@pytest.mark.parametrize(("name", "allocations"), [("swarm", (0, 160, 640, 1500)), ("linearized", (640,))])
+@pytest.mark.parametrize(("name", "allocations"), [("swarm", (0, 640, 1500)), ("linearized", (640,))])
 def test_memory_that_runs_out_once_changes_nothing(name: str, allocations: tuple[int, ...]) -> None:
     make, settings = CASES[name]
     model = trained(make).to(GPU)
