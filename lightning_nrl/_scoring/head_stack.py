@@ -6,6 +6,7 @@ rounded up a little, so that a swarm goes through the same products and sums alo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -24,6 +25,9 @@ __all__ = ["HeadStack", "SwarmHeads", "stack_heads"]
 UNIT_STEPS, WEIGHT_STEPS, SAMPLE_STEPS = 2, 1, 4
 """Numbers are rounded up to one of so many between a power of two and the next, so that few shapes are left. Padding of
 weights costs least, since they are few beside the candidates."""
+MOST_PADDING = 4
+"""Rounding alone makes at most so much of the inputs that weights meet; where classes have very different numbers of
+changed weights, padding makes more of them."""
 
 OF_UNITS = ("rivals", "is_before")
 """Tables of changed classes."""
@@ -47,6 +51,16 @@ class SwarmHeads:
         most = max((bucket.columns.shape[1] for bucket in delta.buckets), default=0) + delta.site.include_bias
         n = sum(head.true_logit.shape[-1] for head in self.heads)
         return rounded_up(len(delta.units), UNIT_STEPS), rounded_up(most, WEIGHT_STEPS), rounded_up(n, SAMPLE_STEPS)
+
+    @property
+    def padded_nbytes(self) -> int:
+        """What the inputs that its weights meet take in a stack."""
+        return math.prod(self.shape) * self.heads[0].true_logit.element_size()
+
+    @property
+    def is_mostly_padding(self) -> bool:
+        """Whether that is much more than they take by themselves."""
+        return self.padded_nbytes > MOST_PADDING * sum(x.nbytes for head in self.heads for x in head.gathered.x)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -233,7 +235,9 @@ def make_scorer(
         else min(1.0, float(weight[failed.view(-1, failed.shape[-1]).any(0)].min())),
         credit=credit,
     )
-    return scorer if gives_up else stacked(scorer, where.shape[-1], max(1, min(GPU_BLOCK_BYTES, budget // 6)))
+    if gives_up:
+        return scorer
+    return stacked(scorer, where.shape[-1], max(1, min(GPU_BLOCK_BYTES, budget // 6)), room=budget // 4)
 
 
 def is_stacked_on(device: torch.device) -> bool:
@@ -241,30 +245,40 @@ def is_stacked_on(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int) -> SwarmScorer:
+def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float = math.inf) -> SwarmScorer:
     """The same, with stacks of all groups whose samples are in front of a last layer; what is kept, is kept once.
 
-    `n_columns` is K, `block_bytes` what the logits of one block may take.
+    `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what stacks may take that are mostly
+    padding.
     """
     groups, roles = [], (list[SwarmHeads](), list[SwarmHeads]())
+    each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
     for group in scorer.groups:
         parts = (group.failed, group.passed)
         n_samples = max(sum(len(part.chunk) for part in role) for role in parts)
         if n_samples > MAX_SAMPLES_GPU or any(part.head is None for role in parts for part in role):
             groups.append(group)
             continue
+        columns = None if isinstance(group.columns, slice) else group.columns
+        found = [_heads_of(group.swarms[0], columns, role) if role else None for role in parts]
+        if any(one is not None and one.is_mostly_padding and one.padded_nbytes > each for one in found):
+            groups.append(group)
+            continue
         groups.append(replace(group, is_stacked=True))
-        for swarms, role in zip(roles, parts, strict=True):
-            heads = tuple(part.head for part in role if part.head is not None)
-            weights = [part.weight for part in role if part.weight is not None]
-            columns = None if isinstance(group.columns, slice) else group.columns
-            if heads:
-                weight = torch.cat(weights) if weights else None
-                swarms += [SwarmHeads(swarm, columns, heads, weight) for swarm in group.swarms]
+        for swarms, one, role in zip(roles, found, parts, strict=True):
+            if one is not None:
+                swarms += [replace(one, swarm=swarm) for swarm in group.swarms]
             for part in role:
                 part.head = None
     stacks = [(i, one) for i, swarms in enumerate(roles) for one in stack_heads(swarms, n_columns, block_bytes)]
     return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
+
+
+def _heads_of(swarm: int, columns: Tensor | None, role: Sequence[ChunkScorer]) -> SwarmHeads:
+    """The samples of one role of a swarm."""
+    weights = [part.weight for part in role if part.weight is not None]
+    heads = tuple(part.head for part in role if part.head is not None)
+    return SwarmHeads(swarm, columns, heads, torch.cat(weights) if weights else None)
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import Scores, make_scorer
 from lightning_nrl._scoring.head_stack import rounded_up
-from lightning_nrl._scoring.scorer import stacked
+from lightning_nrl._scoring.scorer import SwarmScorer, stacked
 from lightning_nrl.evaluation import Evaluator
 
 EVALUATOR = Evaluator(nn.Identity())
@@ -111,6 +111,23 @@ def test_what_is_in_front_of_another_layer_is_left_to_its_group() -> None:
     scorer = make_scorer(inner.recording(N), torch.arange(K), FAILED, ~FAILED, EVALUATOR)
     assert stacked(scorer, K, LARGE).stacks == ()
     assert not stacked(scorer, K, LARGE).groups[0].is_stacked
+
+
+def test_classes_with_few_weights_are_not_padded_to_one_with_many_where_there_is_no_room() -> None:
+    g = torch.Generator().manual_seed(0)
+    model, x = nn.Linear(64, 20).eval(), torch.randn(N, 64, generator=g)
+    own = Problem(model, find_layers(model, ""), (x,), torch.arange(N) % 20)
+    where = torch.cat([torch.arange(64), torch.arange(1, 20) * 64])  # all weights of class 0, one of each other
+    values = own.space.flat()[where] + torch.randn(1, P, len(where), generator=g)
+
+    def scorer() -> SwarmScorer:
+        return make_scorer(own.recording(N), where, FAILED, ~FAILED, EVALUATOR)
+
+    few, many = (stacked(scorer(), len(where), LARGE, room) for room in (100_000, LARGE))
+    assert [one.groups[0].is_stacked for one in (few, many)] == [False, True]
+    assert sum(stack.x.nbytes for _, stack in many.stacks) > 100_000
+    for one in (few, many):
+        same(one(values), scorer()(values))
 
 
 class Operations(TorchDispatchMode):
