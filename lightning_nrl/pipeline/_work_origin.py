@@ -41,7 +41,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
         "scope": list(problem.scope),
         "training": None if training is None else (training.epochs, training.visits),
         "update": problem.update,
-        "tensors of the method": _tensors_of(settings.method),
+        "tensors of the method": _tensors_of((settings.method, settings.localizer)),
     }
     return {
         "weights": hash_tensors(current_state(model)),
@@ -66,7 +66,10 @@ def _tensors_of(value: Any) -> Any:
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):
-        return hash_tensors(value)
+        own = {str(key): item for key, item in value.items()}
+        return [hash_tensors(own), {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)}]
+    if isinstance(value, (list, tuple)):
+        return [_tensors_of(item) for item in value]
     if isinstance(value, (str, Path)) and Path(value).is_file():
         return hashlib.sha256(Path(value).read_bytes()).hexdigest()
     if is_dataclass(value) and not isinstance(value, type):

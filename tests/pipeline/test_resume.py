@@ -20,8 +20,10 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl._utils.saved_work import SavedWork
-from lightning_nrl.methods import Auto, Convex, FineTunePolish, Linearized, Polish
+from lightning_nrl.localization import NeuRecover
+from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
+from lightning_nrl.pipeline._work_origin import _tensors_of
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),
@@ -131,6 +133,15 @@ def test_what_ctrl_c_does_and_how_often_it_saves_may_be_changed(tmp_path: Path) 
     with pytest.raises(Death):
         repaired(tmp_path, 8)
     assert "goes on" in repaired(tmp_path, on_interrupt="best", save_every=1.0)[1].said
+
+
+def test_earlier_models_in_a_list_are_told_apart(tmp_path: Path) -> None:
+    path, seen = tmp_path / "a.pt", []
+    for model in (trained(seed=1), trained(seed=2)):
+        torch.save(model.state_dict(), path)
+        for given in ([model], [model.state_dict()], [{"state_dict": model.state_dict()}], [path]):
+            seen.append(json.dumps(_tensors_of((Apricot(given), NeuRecover(tuple(given))))))
+    assert len(set(seen)) == len(seen)
 
 
 def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -> None:
