@@ -14,6 +14,7 @@ from lightning_nrl._scoring.scores import Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.state import State, current_state
 from lightning_nrl._utils.timing import Deadline
+from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
@@ -94,6 +95,7 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
         budget=half_budget(problem),
         passed_loss=needs_passed_loss(fitness),
         fragility=before.loss,
+        reserve=rounding_reserve(problem.evaluator.precision, before),
         weight=before.finite_weight if before.weighted else None,
         credit=needs_credit(fitness),
     )

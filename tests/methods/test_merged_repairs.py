@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,6 +79,13 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
             torch.testing.assert_close(one.double(), other.double(), atol=1e-5, rtol=1e-5)
     if weighted:
         assert whole.harm.tolist() == [[0, 0, 3, 0, 0]]
+
+
+def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
+    # At 0.69 the target 0.7 passes by 0.01; bfloat16 rounds the median margin of 1.25 by 0.02.
+    for context, patched in ((nullcontext, 1), (partial(torch.autocast, "cpu", torch.bfloat16), 0)):
+        found = _scorer(on_a_line(context=context), [threshold(0.69)], Fitness())(torch.ones(1, 1, 1))
+        assert (int(found.patched), int(found.intact)) == (patched, 5)
 
 
 def test_whole_networks_are_merged_by_whole_passes() -> None:
