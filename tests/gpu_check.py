@@ -11,6 +11,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -323,8 +324,6 @@ def repeatable(strict: bool) -> list[Row]:
 
 def precisions(strict: bool) -> list[Row]:
     """A fit and its repair in each precision of a Trainer, on the card."""
-    import tempfile
-
     from digit_models import Classifier, Digits
     from lightning_package import Trainer
 
@@ -362,16 +361,19 @@ exec(compile(text, "quickstart.py", "exec"), {"__name__": "__main__"})
 
 
 def in_a_process(code: str, seconds: float) -> tuple[int, str, float]:
-    """Runs Python; its status, what it printed, and how long it took."""
+    """Runs Python; its status, what it printed, and how long it took. From a file, which ddp starts once more."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])}
     began = time.perf_counter()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=environment, timeout=seconds,
-            capture_output=True, text=True,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return 124, f"not over after {seconds:.0f} s", seconds
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "check.py"
+        script.write_text(code, encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", str(script)], cwd=ROOT, env=environment, timeout=seconds,
+                capture_output=True, text=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return 124, f"not over after {seconds:.0f} s", seconds
     return done.returncode, done.stdout + done.stderr, time.perf_counter() - began
 
 

@@ -1,6 +1,6 @@
 """Launches and waits of repairs, by place, on the strict device; no times. `device.py swarm` counts one of them.
 
-PYTHONPATH=tests/device python tests/benchmarks/device.py
+PYTHONPATH=tests/device:tests:. python tests/benchmarks/device.py
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gpu_check import in_a_process
 from repository import ROOT
 from strict_build import built, reason_not_to
 
@@ -29,3 +30,9 @@ def test_what_needs_a_device_holds_on_a_strict_one() -> None:
     gpu = [*command, "-m", "gpu", str(HERE), str(ROOT / "tests" / "scoring" / "test_device.py")]
     done = subprocess.run(gpu, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_a_process_of_the_check_can_be_started_once_more() -> None:
+    """As ddp does for each further rank."""
+    status, text, _ = in_a_process("import os, sys; print(os.path.isfile(os.path.abspath(sys.argv[0])))", 60)
+    assert (status, text.strip()) == (0, "True")
