@@ -93,9 +93,11 @@ def run(seed: int) -> dict[str, list[float]]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """The mean, and its interval at 95 % by Student's t."""
+    """The mean, and its interval at 95 % by Student's t; of one seed alone there is none."""
     from scipy.stats import t
 
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
     half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.mean(values):.2f} ± {half:.2f}"
 

@@ -39,7 +39,7 @@ class RiskTable:
         for key, level in risk.items():
             check_whole(f"risk[{key!r}]", level, 1)
             match = PAIR.fullmatch(key) if isinstance(key, str) else None
-            number = int(key) if isinstance(key, str) and key.strip().isdigit() else key
+            number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
             pair = (int(match[1]), int(match[2])) if match else key
             if isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_class, pair)) and pair[0] != pair[1]:
                 pairs[pair[0], pair[1]] = level

@@ -395,7 +395,7 @@ def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> 
         table.weigh(replace(results, label=torch.full((4,), -1)))
 
 
-@pytest.mark.parametrize("risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}])
+@pytest.mark.parametrize("risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}, {"²": 2}])
 def test_what_is_no_risk_is_refused(risk: Any) -> None:
     with pytest.raises(ConfigurationError, match="risk"):
         SampleOptions(risk=risk)
