@@ -55,6 +55,7 @@ def release(
         EvaluationError: a split's samples are not there exactly once.
 
     Example:
+        >>> import torch
         >>> from lightning_nrl import TensorSource
         >>> old, new = torch.nn.Linear(1, 2), torch.nn.Linear(1, 2)
         >>> for model, bias in ((old, 0.0), (new, -1.5)):

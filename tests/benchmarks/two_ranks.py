@@ -2,7 +2,7 @@
 
 A convolution in the last stage of a residual network of 27, 100 particles; processor seconds of the rank that takes
 longest, since wall time says little on a busy machine. Both find the same weights. Run with
-`python tests/benchmarks/ranks.py`.
+`python tests/benchmarks/two_ranks.py`.
 """
 
 from __future__ import annotations
