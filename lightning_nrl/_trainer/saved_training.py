@@ -56,8 +56,18 @@ class TrainingSeams(CallbackBase):
             self._left = None
 
     @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._piece.seam(partial(self._saved, trainer))
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves behind the module's own end of an epoch, which is later than that of callbacks.
+
+        Training that goes on does not make it up. The module is a copy of the user's.
+        """
+        own = pl_module.on_train_epoch_end
+
+        def ended() -> None:
+            own()
+            self._piece.seam(partial(self._saved, trainer))
+
+        pl_module.on_train_epoch_end = ended  # type: ignore[method-assign]
 
     def _saved(self, trainer: Trainer) -> dict[str, Any]:
         randomness = _random()

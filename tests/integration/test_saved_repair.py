@@ -22,11 +22,16 @@ class Death(BaseException):
 
 
 class Randomised(Classifier):
-    """Trains by a schedule on augmented images, in which dropout leaves out some units."""
+    """Trains by a schedule on augmented images; the ends of epochs change weights at random."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         images = batch[0] + 0.1 * torch.randn_like(batch[0])
         return super().training_step((images, *batch[1:]), batch_idx)
+
+    def on_train_epoch_end(self) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(1 + 0.01 * torch.rand(()))
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
