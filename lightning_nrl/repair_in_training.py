@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_nrl._lightning import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning import LightningModule, Trainer, callbacks_of, rank_zero_warn
 from lightning_nrl._trainer.trainer_state import starting_weights
 from lightning_nrl._utils.state import changed
 from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callbacks.training_history import TrainingHistory
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_choice, check_kind, check_real, check_whole
 from lightning_nrl.report import RepairReport
 
@@ -90,6 +91,18 @@ class RepairInTraining(RegressionFreeRepair):
         return (Path(self.dirpath or "") / self._name if named else self.dirpath), self._name
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._best = None  # of an earlier training; that of a checkpoint is loaded after this
+            callbacks = callbacks_of(trainer)
+            if any(isinstance(one, TrainingHistory) for one in callbacks[callbacks.index(self) :]):
+                problem = "TrainingHistory comes after RepairInTraining: it would record repaired weights"
+                raise ConfigurationError(
+                    f"`callbacks`: {problem} with the validation of those before.", "put TrainingHistory before it."
+                )
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.reports, self._last_step, self._warned = [], None, False
@@ -103,6 +116,7 @@ class RepairInTraining(RegressionFreeRepair):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
+            self.report = self._parameters = None  # of the repair before, while this one is not decided
             super().on_train_end(trainer, pl_module)
             self._done(trainer)
             return

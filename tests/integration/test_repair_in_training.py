@@ -12,6 +12,7 @@ from lightning_package import Callback, CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import RepairReport
+from lightning_nrl.callbacks import TrainingHistory
 from lightning_nrl.errors import ConfigurationError, TrainingWarning
 from lightning_nrl.repair_in_training import RepairInTraining
 
@@ -114,6 +115,38 @@ def test_the_last_step_is_not_repaired_twice(tmp_path: Path) -> None:
     repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files")
     fit(tmp_path, repair, epochs=1)
     assert [Path(report.files["json"]).parent for report in repair.reports] == [tmp_path / "files" / "repair-step-12"]
+
+
+def test_a_best_of_an_earlier_training_does_not_count(tmp_path: Path, monkeypatch: Any) -> None:
+    repair, found = in_training(monitor="slice", at_end=False), []
+    monkeypatch.setattr(RepairInTraining, "_repair", lambda self, trainer, module: found.append(trainer.global_step))
+    for numbers in ([0.1], [0.3, 0.2]):
+        fit(tmp_path, repair, model=Scripted(numbers), epochs=len(numbers))
+    assert found == []
+
+
+def test_a_stop_of_the_repair_at_the_end_is_not_said_to_come_after_it(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    repair, attempt = in_training(every_n_epochs=1), RepairInTraining.attempt
+
+    def stopped(self: Any, trainer: Any, *rest: Any) -> Any:
+        if self.reports:
+            raise KeyboardInterrupt
+        return attempt(self, trainer, *rest)
+
+    monkeypatch.setattr(RepairInTraining, "attempt", stopped)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, repair, epochs=2, limit_train_batches=2, max_steps=3)
+    assert len(repair.reports) == 1
+    said = capsys.readouterr().err
+    assert "The repair was stopped" in said
+    assert "The repair was over before" not in said
+
+
+def test_a_record_behind_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="TrainingHistory comes after RepairInTraining"):
+        fit(tmp_path, in_training(every_n_epochs=1), TrainingHistory())
 
 
 @pytest.mark.parametrize(
