@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -36,6 +38,7 @@ from lightning_nrl._utils.saved_work import Piece, SavedWork
 from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
+from lightning_nrl.pipeline.settings import plain_value
 
 __all__ = ["ContinuedTraining"]
 
@@ -62,12 +65,14 @@ class ContinuedTraining:
     augment: Augment | None = None  # changes a batch of targets
     targeted: Tensor | None = None  # N bool by row of the results, which samples are targets; None: none is known
     work: SavedWork = field(default_factory=SavedWork, repr=False)  # saves it while it goes on
-    modes: tuple[bool, ...] = field(init=False, repr=False)  # the training flag of each part of the model
+    modes: tuple[bool, ...] = field(default=(), repr=False)  # the training flag of each part; (): as it is now
 
     def __post_init__(self) -> None:
-        whole = self.model.training
-        modes = tuple(module.training or not whole for module in self.model.modules())
-        object.__setattr__(self, "modes", modes)
+        if not self.modes:
+            # Once only: while a repair works, the model is in evaluation mode.
+            whole = self.model.training
+            modes = tuple(module.training or not whole for module in self.model.modules())
+            object.__setattr__(self, "modes", modes)
         if self.trained_on is None:
             # Once only: a data module may make its data anew every time.
             object.__setattr__(self, "trained_on", find_loader("train", self.trainer, self.model))
@@ -80,6 +85,29 @@ class ContinuedTraining:
     def visits(self) -> int:
         """How many samples the training went through, each counted at each visit."""
         return self.epochs * len(sample_index(self._like()))
+
+    @property
+    def origin(self) -> list[Any]:
+        """What weights come of it depends on, in plain values, as far as it can be known without training."""
+        outer, like = self.trainer, self._like()
+        source = ""
+        with suppress(OSError, TypeError):  # there is none of what was typed into an interpreter
+            source = inspect.getsource(type(self.model))
+        steppers = [
+            [
+                type(one).__qualname__,
+                plain_value(one.defaults),
+                [group.get("initial_lr", group.get("lr")) for group in one.param_groups],
+            ]
+            for one in outer.optimizers
+        ]
+        return [
+            source,
+            plain_value(dict(self.model.hparams)),
+            steppers,
+            [outer.precision, outer.gradient_clip_val, outer.gradient_clip_algorithm, outer.accumulate_grad_batches],
+            [batch_size_of(like), like.drop_last, _name_of(like.collate_fn), _name_of(self.augment)],
+        ]
 
     @property
     def obstacle(self) -> str:
@@ -313,6 +341,10 @@ class Shuffled(Sampler[int]):
 
     def __len__(self) -> int:
         return self._n // self._world_size
+
+
+def _name_of(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _cannot_collate(parts: Sequence[Dataset[Any]], collate: Any) -> str:

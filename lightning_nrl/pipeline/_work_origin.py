@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def origin_of(problem: Problem, baseline: Baseline, settings: Settings) -> dict[
         "weights": hash_tensors(current_state(model)),
         "data": _text_hash([_table(problem.before), None if calibration is None else _table(calibration.before)]),
         "settings": _text_hash([type(model).__qualname__, plain, surroundings]),
+        "training": _text_hash(getattr(training, "origin", None)),
         "versions": f"lightning_nrl {__version__}, torch {torch.__version__}",
     }
 
@@ -62,7 +64,10 @@ def _table(results: SampleResults) -> list[Any]:
 
 
 def _tensors_of(value: Any) -> Any:
-    """Hashes of models, states and files that a method was given, which its plain form does not tell apart."""
+    """Hashes of models, states and files that a method was given, which its plain form does not tell apart.
+
+    Of a folder, names and sizes of its files.
+    """
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
     if isinstance(value, Mapping):
@@ -70,8 +75,13 @@ def _tensors_of(value: Any) -> Any:
         return [hash_tensors(own), {key: _tensors_of(item) for key, item in own.items() if isinstance(item, Mapping)}]
     if isinstance(value, (list, tuple)):
         return [_tensors_of(item) for item in value]
-    if isinstance(value, (str, Path)) and Path(value).is_file():
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    if isinstance(value, (str, Path)):
+        with suppress(OSError, ValueError):
+            path = Path(value)
+            if path.is_file():
+                return hashlib.sha256(path.read_bytes()).hexdigest()
+            if str(value) and path.is_dir():
+                return sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _tensors_of(getattr(value, f.name)) for f in fields(value)}
     return None

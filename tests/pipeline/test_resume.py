@@ -129,6 +129,20 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
     assert_same(repaired(None)[0], repaired(tmp_path)[0])
 
 
+def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.1"], raising=False)
+    with pytest.raises(Death):
+        repaired(tmp_path, 28, "auto")
+    monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
+    assert "is of one with other training; delete it" in repaired(tmp_path, method="auto")[1].said
+
+
+def test_files_of_a_folder_that_a_method_names_are_looked_at(tmp_path: Path) -> None:
+    once = _tensors_of(Apricot(str(tmp_path)))
+    (tmp_path / "one.ckpt").write_text("more")
+    assert once != _tensors_of(Apricot(str(tmp_path)))
+
+
 def test_what_ctrl_c_does_and_how_often_it_saves_may_be_changed(tmp_path: Path) -> None:
     with pytest.raises(Death):
         repaired(tmp_path, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Continue(Callback):
         self.passed, self.seconds, self.given = passed, seconds, given
         self.states: list[Any] = []
         self.told: list[Any] = []
+        self.origins: list[Any] = []
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         Net.notes.clear()
@@ -101,8 +103,11 @@ class Continue(Callback):
             ]
             start, seeds = self.given.get("start"), self.given.get("seeds", (0,))
             training = ContinuedTraining(trainer, pl_module, known, self.given.get("epochs", 3), left_out=(Continue,))
+            self.origins.append(json.dumps(training.origin))
             before = picture(trainer, pl_module)
             with preserve(pl_module):
+                # As in a repair: told of the targets while the model is in evaluation mode.
+                training = training.for_targets(torch.zeros(sum(len(one.index) for one in known), dtype=torch.bool))
                 for seed in seeds:
                     state = training(
                         seconds=self.seconds,
@@ -405,6 +410,27 @@ def test_what_is_frozen_stays_frozen() -> None:
     model = PartlyFrozen()
     state = fit(model, Continue())
     assert moved(state, model) == {"head.weight", "head.bias"}
+
+
+def test_another_rate_batch_or_clipping_is_another_training() -> None:
+    class Slower(Net):
+        rate = 0.05
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), self.rate)
+
+    def origin(rate: float = 0.05, data: Any = None, **trainer: Any) -> str:
+        callback, model = Continue(seeds=()), Slower()
+        callback.states.append(None)
+        model.rate = rate
+        fit(model, callback, data, **trainer)
+        (found,) = callback.origins
+        return found
+
+    once = origin()
+    assert once == origin()
+    others = origin(0.04), origin(data=train_loader(batch_size=8)), origin(gradient_clip_val=1.0)
+    assert len({once, *others}) == 4
 
 
 class MadeAnew(Net):
