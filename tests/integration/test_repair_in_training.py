@@ -128,7 +128,7 @@ def test_a_best_of_an_earlier_training_does_not_count(tmp_path: Path, monkeypatc
 def test_a_stop_of_the_repair_at_the_end_is_not_said_to_come_after_it(
     tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    repair, attempt = in_training(every_n_epochs=1), RepairInTraining.attempt
+    repair, attempt = in_training(every_n_epochs=2), RepairInTraining.attempt
 
     def stopped(self: Any, trainer: Any, *rest: Any) -> Any:
         if self.reports:
@@ -137,7 +137,7 @@ def test_a_stop_of_the_repair_at_the_end_is_not_said_to_come_after_it(
 
     monkeypatch.setattr(RepairInTraining, "attempt", stopped)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit(tmp_path, repair, epochs=2, limit_train_batches=2, max_steps=3)
+        fit(tmp_path, repair, epochs=3, limit_train_batches=2)
     assert len(repair.reports) == 1
     said = capsys.readouterr().err
     assert "The repair was stopped" in said
