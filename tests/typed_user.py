@@ -11,4 +11,9 @@ from lightning_nrl.analysis.sweep import SweepResult
 
 def calls(trainer: Trainer, model: LightningModule) -> tuple[RepairReport, Diagnosis, Comparison, SweepResult]:
     assert RegressionFreeRepair(Target.label(3)).report is None
-    return repair(trainer, model), diagnose(trainer, model), compare(trainer, model), sweep(trainer, model, settings=["EXP-C1"])
+    return (
+        repair(trainer, model),
+        diagnose(trainer, model),
+        compare(trainer, model),
+        sweep(trainer, model, settings=["EXP-C1"]),
+    )

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._trainer.trainer_repair import TrainedModel
-from lightning_nrl.analysis.comparison import Comparison, Methods, compare_module, parse_methods
+from lightning_nrl.analysis.comparison import Comparison
+from lightning_nrl.analysis.comparison.compare_models import Methods, compare_module, parse_methods
 from lightning_nrl.entrypoints._arguments import callback_with, check_model
 from lightning_nrl.entrypoints._dry_fit import dry_fit
 

@@ -4,7 +4,7 @@ In: a module, known and unseen data, and names of methods. Out: a `Comparison`: 
 several strengths, as data, a page and a figure.
 """
 
-from lightning_nrl.analysis.comparison.compare_call import Methods, compare_module, parse_methods
+from lightning_nrl.analysis.comparison.compare_models import Methods, compare_module, parse_methods
 from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry, HeadToHead
 from lightning_nrl.analysis.comparison.comparison_tables import page_of_comparison

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_nrl.analysis.baselines import BASELINES
-from lightning_nrl.analysis.comparison.compare_call import COMPARED_BY_DEFAULT
+from lightning_nrl.analysis.comparison.compare_models import COMPARED_BY_DEFAULT
 from lightning_nrl.analysis.diagnosis import (
     Cost,
     Diagnosis,
