@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,14 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import ConfigurationError, DataWarning, PerformanceWarning, check_kind, check_whole
+from lightning_nrl.errors import (
+    ConfigurationError,
+    DataWarning,
+    FilesWarning,
+    PerformanceWarning,
+    check_kind,
+    check_whole,
+)
 from lightning_nrl.localization.training_record import (
     SplitPoint,
     TrainingRecord,
@@ -174,12 +182,16 @@ class TrainingHistory(CallbackBase):
         self._forget()
         indices = self._find_splits(SplitLoaders(trainer, pl_module))
         self.recorded = tuple(indices)
-        if trainer.is_global_zero:
-            forget_after(folder, trainer.global_step if trainer.global_step else -1)
-            if any(folder.glob("point-*.pt")):
-                found = TrainingRecord.read(folder).splits
-                self._learning = {split: Learning.of(record) for split, record in found.items()}
-        trainer.strategy.barrier("history")
+
+        def earlier() -> None:
+            if trainer.is_global_zero:
+                forget_after(folder, trainer.global_step if trainer.global_step else -1)
+                if any(folder.glob("point-*.pt")):
+                    found = TrainingRecord.read(folder).splits
+                    self._learning = {split: Learning.of(record) for split, record in found.items()}
+
+        failed = "the record of an earlier training could not be read on another rank."
+        Collective.current(pl_module.device).all_or_none(earlier, failed)
         self._own = {split for split in self.recorded if self.own_pass or split_and_loader(split)[0] in OWN_SPLITS}
         self._tallies = {split: SampleTally(self.task, index) for split, index in indices.items()}
 
@@ -313,7 +325,12 @@ class TrainingHistory(CallbackBase):
             points = {split: found[split] for split in self.recorded}
             if not batch_limit(trainer):
                 weights = self._weights(pl_module)
-                write_point(self.folder, trainer.global_step, trainer.current_epoch, points, weights)
+                try:
+                    write_point(self.folder, trainer.global_step, trainer.current_epoch, points, weights)
+                except OSError as error:
+                    problem = f"`TrainingHistory` could not write step {trainer.global_step:,} of its record: {error}."
+                    hint = "make room, or give it another `dirpath`; the training goes on, and later steps are tried."
+                    warnings.warn(FilesWarning(problem, hint), stacklevel=2)
             numbers = self._learned(points)
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.history import HistoryPoint, Known
@@ -281,9 +283,9 @@ def _point_files(folder: Path) -> dict[int, Path]:
 
 def _replace(value: Mapping[str, Any], file: Path) -> None:
     """Writes a file whole or not at all."""
-    made = file.with_suffix(".tmp")
-    torch.save(value, made)
-    made.replace(file)
+    held = BytesIO()
+    torch.save(value, held)  # to a file, a full disk is a RuntimeError
+    replacing(file, lambda path: path.write_bytes(held.getvalue()))
 
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)

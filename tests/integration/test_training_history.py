@@ -17,8 +17,8 @@ from two_processes import in_two_processes
 from lightning_nrl import RegressionFreeRepair, SearchOptions
 from lightning_nrl._trainer.trainer_repair import RecordsHistory
 from lightning_nrl.callbacks import TrainingHistory
-from lightning_nrl.errors import ConfigurationError, PerformanceWarning
-from lightning_nrl.localization import NeuRecover, TrainingRecord
+from lightning_nrl.errors import ConfigurationError, FilesWarning, PerformanceWarning
+from lightning_nrl.localization import NeuRecover, TrainingRecord, training_record
 from lightning_nrl.methods import bundle
 
 
@@ -210,6 +210,23 @@ def test_a_step_that_cannot_be_listened_to_costs_a_pass_of_its_own(tmp_path: Pat
     record = TrainingRecord.read(tmp_path / "history")
     assert record.splits["train"].taken == ("own",)
     assert torch.equal(record.splits["train"].passed[0], outputs(dict(record.points[0].weights), "train")[0])
+
+
+def test_a_full_disk_costs_a_point_and_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    real = training_record.replacing
+
+    def replacing(path: Path, write: Any) -> None:
+        written.append(path)
+        if len(written) == 3:  # the samples and the first epoch are there
+            raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(training_record, "replacing", replacing)
+    with pytest.warns(FilesWarning, match=r"could not write step .*No space left"):
+        trainer = fit(tmp_path, TrainingHistory(own_pass=True, dirpath=tmp_path / "history"), epochs=3)
+    assert trainer.current_epoch == 3
+    assert [point.epoch for point in TrainingRecord.read(tmp_path / "history").points] == [0, 2]
 
 
 def test_every_some_steps(tmp_path: Path) -> None:
