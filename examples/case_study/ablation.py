@@ -14,24 +14,21 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from published import State, cost_of, half_interval, train
 from rich import print
 from rich.table import Table
-from scipy import stats
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
-from weak_digit import EPOCHS, WEAK, DigitCNN, WeakDigit
+from weak_digit import WEAK, DigitCNN, WeakDigit
 
 from lightning_nrl import BoundOptions, Gate, ParticleSwarm, Settings, Target, TensorSource, repair_module
 from lightning_nrl.localization import (
@@ -53,9 +50,6 @@ BUDGET = ParticleSwarm(particles=50, iterations=40, patience=40)
 DRAWS = 10
 ANYTHING, AS_FOUND = Gate.tolerance(10**9), BoundOptions(strength=1.0)
 """What is found is counted as it is, whatever it breaks."""
-CHECKPOINTS = 10
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,27 +74,11 @@ class Run:
         return self.unseen_repaired - self.unseen_broken
 
 
-class Checkpoints(Callback):
-    """Keeps the weights of some epochs."""
-
-    def __init__(self) -> None:
-        self.states: list[State] = []
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: DigitCNN) -> None:
-        if (trainer.current_epoch + 1) % (EPOCHS // CHECKPOINTS) == 0:
-            self.states.append({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
-
-
 def trained(seed: int, folder: Path) -> tuple[DigitCNN, list[State]]:
     """The network of a seed and its checkpoints, from a file if it was trained before."""
     file = folder / f"weak_digit_{seed}.pt"
     if not file.exists():
-        seed_everything(seed, verbose=False)
-        kept = Checkpoints()
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-        trainer = Trainer(max_epochs=EPOCHS, callbacks=[kept], enable_progress_bar=False, **quiet)
-        trainer.fit(DigitCNN(), datamodule=WeakDigit(seed))
-        torch.save(kept.states, file)
+        torch.save(train(seed, WeakDigit(seed))[1], file)
     states = torch.load(file, weights_only=True)
     model = DigitCNN()
     model.load_state_dict(states[-1])
@@ -162,9 +140,7 @@ def run(seed: int, folder: Path, layers: Sequence[str]) -> list[Run]:
             report = repair_module(model, known, settings, unseen=[unseen]).report
             on_known, on_unseen = report.pooled("known").counts, report.pooled("unseen").counts
             counts = (on_known.repaired_in_target, on_known.broken, on_unseen.repaired, on_unseen.broken)
-            seconds = sum(spent for stage, spent in report.seconds.items() if stage not in ("collect", "judge"))
-            note = report.steps[-1].note if report.steps else report.reason
-            made = Run(name, layer, fitness, seed, on_known.targeted, *counts, seconds, note)
+            made = Run(name, layer, fitness, seed, on_known.targeted, *counts, *cost_of(report))
             file.write_text(json.dumps(asdict(made)))
         found.append(Run(**json.loads(file.read_text())))
     return found
@@ -179,7 +155,7 @@ def difference(pairs: Sequence[float]) -> str:
     """Mean difference with its 95 % t interval, and the p of an exact sign-flip test."""
     if len(pairs) < 2:
         return "-"
-    mean, half = fmean(pairs), stats.t.ppf(0.975, len(pairs) - 1) * stdev(pairs) / math.sqrt(len(pairs))
+    mean, half = fmean(pairs), half_interval(pairs)
     flips = [
         abs(sum(s * x for s, x in zip(signs, pairs, strict=True)))
         for signs in itertools.product((1, -1), repeat=len(pairs))

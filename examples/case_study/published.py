@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
 
 from weak_digit import EPOCHS, SPLITS, WEAK, DigitCNN, WeakDigit
 
-from lightning_nrl import BoundOptions, SearchOptions, Target, repair
+from lightning_nrl import BoundOptions, RepairReport, SearchOptions, Target, repair
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, bundle
 
@@ -84,16 +84,22 @@ def quiet(**arguments: Any) -> Trainer:
     return Trainer(**shown, **arguments)
 
 
+def train(seed: int, data: WeakDigit) -> tuple[Trainer, list[State]]:
+    """The trainer of a new network, and the weights that it had on the way."""
+    seed_everything(seed, verbose=False)
+    kept = Checkpoints()
+    trainer = quiet(max_epochs=EPOCHS, callbacks=[kept])
+    trainer.fit(DigitCNN(), datamodule=data)
+    return trainer, kept.states
+
+
 def trained(problem: str, seed: int, folder: Path) -> tuple[Path, list[State]]:
     """The checkpoint of a seed's network and its weights on the way there; from files if it was trained before."""
     states, checkpoint = folder / f"{problem}_{seed}.pt", folder / f"{problem}_{seed}.ckpt"
     if not states.exists():
-        seed_everything(seed, verbose=False)
-        kept, trainer = Checkpoints(), quiet(max_epochs=EPOCHS)
-        trainer.callbacks.append(kept)
-        trainer.fit(DigitCNN(), datamodule=WeakDigit(seed, PROBLEMS[problem]))
+        trainer, kept = train(seed, WeakDigit(seed, PROBLEMS[problem]))
         trainer.save_checkpoint(checkpoint)
-        torch.save(kept.states, states)
+        torch.save(kept, states)
     return checkpoint, torch.load(states, weights_only=True)
 
 
@@ -145,8 +151,7 @@ def one_run(problem: str, seed: int, checkpoint: Path, name: str, arguments: Map
             **arguments,
         )
     known, unseen = report.pooled("known").counts, report.pooled("unseen").counts
-    seconds = sum(spent for stage, spent in report.seconds.items() if stage not in ("collect", "judge"))
-    note = report.steps[-1].note if report.steps else report.reason
+    seconds, note = cost_of(report)
     return Run(
         name,
         seed,
@@ -163,12 +168,22 @@ def one_run(problem: str, seed: int, checkpoint: Path, name: str, arguments: Map
     )
 
 
+def cost_of(report: RepairReport) -> tuple[float, str]:
+    """Seconds without collecting and judging, and what the last step says of itself."""
+    seconds = sum(spent for stage, spent in report.seconds.items() if stage not in ("collect", "judge"))
+    return seconds, report.steps[-1].note if report.steps else report.reason
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95 % t interval of a mean."""
+    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
 def interval(values: Sequence[float], digits: int = 1) -> str:
     """Mean and half of its 95 % t interval."""
     if len(values) < 2:
         return f"{fmean(values):.{digits}f}"
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return f"{fmean(values):.{digits}f} ± {half:.{digits}f}"
+    return f"{fmean(values):.{digits}f} ± {half_interval(values):.{digits}f}"
 
 
 def table(runs: Sequence[Run], title: str) -> Table:

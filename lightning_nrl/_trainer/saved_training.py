@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
+from lightning_nrl._utils.preserve import CpuRandomState
 from lightning_nrl._utils.saved_values import UnsavableValueError
 from lightning_nrl._utils.saved_work import Piece
 
@@ -88,21 +87,12 @@ class TrainingSeams(CallbackBase):
 
 def _random() -> dict[str, Any]:
     """The global random states as plain values."""
-    numpy: dict[str, Any] = np.random.get_state(legacy=False)
-    inner = {**numpy["state"], "key": numpy["state"]["key"].tolist()}
     cuda: Any = torch.cuda
-    return {
-        "torch": torch.get_rng_state(),
-        "numpy": {**numpy, "state": inner},
-        "python": random.getstate(),
-        "cuda": cuda.get_rng_state_all() if cuda.is_initialized() else [],
-    }
+    on_devices = cuda.get_rng_state_all() if cuda.is_initialized() else []
+    return {**CpuRandomState.current().as_plain(), "cuda": on_devices}
 
 
 def _restore_random(saved: Mapping[str, Any]) -> None:
-    torch.set_rng_state(saved["torch"])
-    inner = saved["numpy"]["state"]
-    np.random.set_state({**saved["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
-    random.setstate(saved["python"])
+    CpuRandomState.from_plain(saved).restore()
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])
