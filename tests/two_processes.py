@@ -25,7 +25,7 @@ def in_two_processes(function: Callable[..., Any], *args: Any, seconds: float = 
         RuntimeError: a rank failed, or took too long; its own message is on stderr.
     """
     context = server()
-    port = str(_free_port())
+    port = str(free_port())
     ranks = [context.Process(target=_on_rank, args=(rank, port, function, args)) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
@@ -62,7 +62,8 @@ def _on_rank(rank: int, port: str, function: Callable[..., Any], args: tuple[Any
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this machine, for a process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

@@ -67,8 +67,7 @@ def distill(
         try:
             while run.epoch(rows):
                 rows = run.hard_and_some_easy()
-                if problem.collective.world_size == 1:
-                    piece.seam(partial(run.saved, rows))
+                piece.seam(partial(run.saved, rows))
         except DeviceMemoryError as error:
             message = f"the fit ended after {run.visits:,} samples: {error}"
             warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)

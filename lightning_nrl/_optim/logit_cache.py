@@ -82,12 +82,20 @@ class LogitCache:
         self._known[index] = True
 
     def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from: logits that were computed in other batches need not be the same to the bit."""
-        return {"known": self._known, "table": self._table, "varied": self.has_varied, "bytes": self._max_bytes}
+        """What `restore` goes on from: logits that were computed in other batches need not be the same to the bit.
+
+        Each rank has those of its own samples.
+        """
+        rows = None if self._table is None else self._table[self._known.nonzero().flatten().to(self._table.device)]
+        size = 0 if self._table is None else len(self._table)
+        return {"known": self._known, "rows": rows, "size": size, "varied": self.has_varied, "bytes": self._max_bytes}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Takes the place of the cache of which `saved` gave this."""
-        self._known, self._table = saved["known"], saved["table"]
+        self._known, rows, self._table = saved["known"], saved["rows"], None
+        if rows is not None:
+            self._table = rows.new_zeros((saved["size"], *rows.shape[1:]))
+            self._table[self._known.nonzero().flatten().to(rows.device)] = rows
         self.has_varied, self._max_bytes = saved["varied"], saved["bytes"]
 
     def _rows_for(self, least: int) -> int:

@@ -143,7 +143,7 @@ def polish(
             phase = run.restore(left)
         while phase is not Phase.DONE:
             phase = run.advance(phase)
-            if phase in (Phase.STEP, Phase.VERIFY) and problem.collective.world_size == 1:
+            if phase in (Phase.STEP, Phase.VERIFY):
                 piece.seam(partial(run.saved, phase))
         assert run.best is not None
         return replace(run.best, course=tuple(run.course))

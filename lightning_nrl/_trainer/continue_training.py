@@ -245,8 +245,8 @@ class ContinuedTraining:
             given: dict[str, Any] = {"train_dataloaders": loader}
             if data is not None:
                 given = {"datamodule": copied_data_module(data, loader)}
-            if is_saved and outer.world_size == 1 and not loader.num_workers:
-                seams = TrainingSeams(course.piece, loader, folder, epochs, left)
+            if is_saved and not loader.num_workers:
+                seams = TrainingSeams(course.piece, loader, folder, epochs, left, budget.meet)
                 trainer.callbacks.append(seams)  # type: ignore[attr-defined]
                 given["ckpt_path"] = seams.checkpoint()
             budget.on_all_ranks(partial(trainer.fit, model, **given))

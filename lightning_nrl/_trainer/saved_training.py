@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,19 @@ class TrainingSeams(CallbackBase):
         folder: where a checkpoint may be for a moment.
         planned: how many epochs are made.
         left: what was saved before.
+        meet: is called before ranks exchange what is saved, so that one that failed is met there.
     """
 
     def __init__(
-        self, piece: Piece, loader: DataLoader[Any], folder: str, planned: int, left: Mapping[str, Any] | None
+        self,
+        piece: Piece,
+        loader: DataLoader[Any],
+        folder: str,
+        planned: int,
+        left: Mapping[str, Any] | None,
+        meet: Callable[[], object],
     ) -> None:
-        self._piece, self._loader, self._planned, self._left = piece, loader, planned, left
+        self._piece, self._loader, self._planned, self._left, self._meet = piece, loader, planned, left, meet
         self._path = Path(folder) / "left.ckpt"
 
     def checkpoint(self) -> str | None:
@@ -64,6 +71,7 @@ class TrainingSeams(CallbackBase):
 
         def ended() -> None:
             own()
+            self._meet()
             self._piece.seam(partial(self._saved, trainer))
 
         pl_module.on_train_epoch_end = ended  # type: ignore[method-assign]

@@ -100,7 +100,7 @@ class TimeBudget(CallbackBase):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Averages gradients over ranks; those that are accumulated are the same on all ranks, and stay so."""
         if self._collective.world_size > 1:
-            self._meet()
+            self.meet()
             _average_gradients(pl_module, self._collective)
 
     @override
@@ -112,11 +112,12 @@ class TimeBudget(CallbackBase):
         total = int(trainer.num_training_batches) * int(trainer.max_epochs or 1)
         if self._clock is not None and (self._done % max(1, total // 200) == 0 or self._done == total):
             self._clock.tell(self._done, total)
-        is_over = math.isfinite(self._end) and self._meet(is_over=self._is_over(pl_module.device))
+        is_over = math.isfinite(self._end) and self.meet(is_over=self._is_over(pl_module.device))
         if is_over or is_ending_early():
             trainer.should_stop = True
 
-    def _meet(self, is_over: bool = False) -> bool:
+    def meet(self, is_over: bool = False) -> bool:
+        """Where ranks are in step; whether the time of any is over. See `check_ranks`."""
         try:
             return check_ranks(self._collective, is_over=is_over)
         except RepairError:

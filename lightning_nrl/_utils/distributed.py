@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,12 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_nrl import errors
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.out_of_memory import is_out_of_memory, none_if_out_of_memory
 from lightning_nrl.errors import OtherRankError, RepairError
 
 __all__ = ["Collective"]
 
 Result = TypeVar("Result")
+MAX_EXCHANGED_BYTES = 2**24
+"""Of the first rank's bytes, what is sent at once."""
 PACKAGE_ERRORS: dict[str, type[RepairError]] = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, RepairError)
 }
@@ -91,15 +94,24 @@ class Collective:
         texts = (bytes(row.tolist()).decode() for row in rows)
         return next(filter(None, texts), "")
 
-    def first_bytes(self, data: bytes) -> bytes:
-        """The bytes of the first rank, on every rank."""
+    def first_bytes(self, data: bytes) -> bytes | bytearray:
+        """The bytes of the first rank, on every rank; empty on all of them where one has no memory for them."""
         if self.world_size == 1:
             return data
         size = int(self.agreed(torch.tensor(len(data))))
-        own = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0 and data:
-            own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return self.agreed(own).numpy().tobytes()
+        buffer = data if self.rank == 0 else none_if_out_of_memory(lambda: bytearray(size))
+        if not size or self.any(buffer is None):
+            return b""
+        assert buffer is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the first rank are read only
+            found = torch.frombuffer(buffer, dtype=torch.uint8)
+        # Part by part, so that the exchange itself takes little.
+        for part in found.split(MAX_EXCHANGED_BYTES):
+            sent = self.agreed(part)
+            if self.rank:
+                part.copy_(sent)
+        return buffer
 
     def all_or_none(self, work: Callable[[], Result], failed: str) -> Result:
         """What work gives on this rank; it exchanges nothing. If one rank fails all do, so that none waits for ever.

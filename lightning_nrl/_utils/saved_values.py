@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DamagedValueError", "UnsavableValueError", "from_bytes", "record_fields", "to_bytes"]
+from lightning_nrl._utils.hashing import hash_tensors
+
+__all__ = [
+    "Bytes",
+    "DamagedValueError",
+    "UnsavableValueError",
+    "from_bytes",
+    "record_fields",
+    "tensor_hashes",
+    "to_bytes",
+]
 
 MAGIC = b"lightning_nrl saved value 1\n"
+
+Bytes = bytes | bytearray | memoryview
+
+LIKE = ()
+"""Stands for a tensor that is the same in another value. There are no other tuples: these are written as lists."""
 
 
 class UnsavableValueError(TypeError):
@@ -29,42 +44,93 @@ def record_fields(value: Any) -> dict[str, Any]:
     return {name: getattr(value, name) for name in _names(value) or ()}
 
 
-def to_bytes(value: Any) -> bytes:
+def tensor_hashes(value: Any) -> list[bytes]:
+    """SHA-256 of each tensor in a value that can be saved, in the order of `to_bytes`."""
+    return [bytes.fromhex(hash_tensors({"": tensor})) for tensor in _tensors(_plain(value))]
+
+
+def to_bytes(value: Any, like: Sequence[bytes] = ()) -> bytes:
     """A value as bytes, with a checksum.
 
     None, bools, numbers, text, tensors on any device, tuples, lists, dicts, and records of such values.
 
+    Args:
+        value: what is to be saved.
+        like: hashes of the tensors of another value. What is the same at the same place is left out.
+
     Raises:
         UnsavableValueError: there is anything else in it.
     """
+    plain = _plain(value)
+    if like:
+        plain = _without(plain, iter(like))
     stream = io.BytesIO()
-    torch.save(_plain(value), stream)
+    torch.save(plain, stream)
     content = stream.getbuffer()
     return b"".join((MAGIC, hashlib.sha256(content).digest(), content))
 
 
-def from_bytes(data: bytes, kinds: Iterable[type] = (), device: torch.device | None = None) -> Any:
+def from_bytes(
+    data: Bytes, kinds: Iterable[type] = (), device: torch.device | None = None, like: Bytes | None = None
+) -> Any:
     """The value of which `to_bytes` made these bytes.
 
     Args:
         data: the bytes.
         kinds: of the records that may be in it.
         device: where tensors go that were not on the CPU; None: the CPU.
+        like: bytes of the other value, from which tensors were left out that are the same there.
 
     Raises:
-        DamagedValueError: the checksum is wrong, or there is something in it that is not expected.
+        DamagedValueError: the checksum is wrong, there is something in it that is not expected, or there is no memory
+            for it.
     """
-    start = len(MAGIC)
-    digest, content = data[start : start + 32], memoryview(data)[start + 32 :]
-    if data[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
-        raise DamagedValueError("the checksum is wrong")
     try:
-        plain = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        plain = _loaded(data)
+        if like is not None:
+            plain = _with(plain, iter(_tensors(_loaded(like))))
         return _value(plain, {kind.__name__: kind for kind in kinds}, device or torch.device("cpu"))
     except DamagedValueError:
         raise
     except Exception as error:
         raise DamagedValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+
+
+def _loaded(data: Bytes) -> Any:
+    start = len(MAGIC)
+    view = memoryview(data)
+    digest, content = view[start : start + 32], view[start + 32 :]
+    if view[:start] != MAGIC or hashlib.sha256(content).digest() != digest:
+        raise DamagedValueError("the checksum is wrong")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _tensors(plain: Any) -> list[Tensor]:
+    if isinstance(plain, Tensor):
+        return [plain]
+    items = plain.values() if isinstance(plain, Mapping) else plain if isinstance(plain, list) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _without(plain: Any, like: Iterator[bytes]) -> Any:
+    """The same without each tensor of which the hash is the next one."""
+    if isinstance(plain, Tensor):
+        return LIKE if bytes.fromhex(hash_tensors({"": plain})) == next(like, b"") else plain
+    if isinstance(plain, Mapping):
+        return {name: _without(item, like) for name, item in plain.items()}
+    return [_without(item, like) for item in plain] if isinstance(plain, list) else plain
+
+
+def _with(plain: Any, like: Iterator[Tensor]) -> Any:
+    """What `_without` was given, with the tensors of the other value at the same places."""
+    if isinstance(plain, Tensor):
+        next(like, None)
+        return plain
+    if isinstance(plain, tuple):
+        return next(like)
+    if isinstance(plain, Mapping):
+        return {name: _with(item, like) for name, item in plain.items()}
+    return [_with(item, like) for item in plain] if isinstance(plain, list) else plain
 
 
 def _names(value: Any) -> tuple[str, ...] | None:

@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,10 +26,17 @@ import torch
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import is_ending_early
-from lightning_nrl._utils.saved_values import DamagedValueError, UnsavableValueError, from_bytes, to_bytes
+from lightning_nrl._utils.saved_values import (
+    Bytes,
+    DamagedValueError,
+    UnsavableValueError,
+    from_bytes,
+    tensor_hashes,
+    to_bytes,
+)
 from lightning_nrl._utils.timing import StageTimer, TimeMark
 from lightning_nrl._utils.whole_files import replacing, write_text
-from lightning_nrl.errors import FilesWarning
+from lightning_nrl.errors import FilesWarning, OtherRankError
 
 __all__ = ["SAVE_EVERY", "Piece", "SavedWork"]
 
@@ -46,31 +55,41 @@ ORIGIN, UNDER_WAY, FINISHED = "origin.json", "under-way", ".finished"
 
 
 class _UnderWay(NamedTuple):
-    """Of the file of that name: the innermost piece, when it and those around it began, when it was saved."""
+    """Of the file of that name: the innermost piece, when it and those around it began, when it was saved.
+
+    `states` has what each rank goes on from, or one state for all of them.
+    """
 
     path: str
     began: Mapping[str, TimeMark]
     now: TimeMark
-    state: bytes
+    states: Sequence[Bytes]
 
 
 class Piece:
     """A piece of work in progress."""
 
-    def __init__(self, save: Callable[[Callable[[], Any]], None] | None = None, left: Callable[[], Any] | None = None):
+    def __init__(
+        self, save: Callable[[Callable[[], Any], bool], None] | None = None, left: Callable[[], Any] | None = None
+    ) -> None:
         self._save, self._left = save, left
 
     def left(self) -> Any:
         """What an earlier process had when it saved this piece for the last time; None: begin at the beginning.
 
-        To be called once. The time of the work is then what it was, so deadlines are to be made before.
+        To be called once, on all ranks; either each has what it had, or none has anything. The time of the work is then
+        what it was, so deadlines are to be made before.
         """
         return None if self._left is None else self._left()
 
-    def seam(self, state: Callable[[], Any]) -> None:
-        """A place to go on from: `state` gives what is needed for that, and is called if it is time to save it."""
+    def seam(self, state: Callable[[], Any], *, same: bool = False) -> None:
+        """A place to go on from: `state` gives what is needed for that, and is called if it is time to save it.
+
+        All ranks come here together. Where each has the `same` state they exchange nothing, and that of the first one
+        is saved. `state` may exchange nothing either.
+        """
         if self._save is not None:
-            self._save(state)
+            self._save(state, same)
 
 
 @dataclass
@@ -150,7 +169,7 @@ class SavedWork:
                 self._clock.set(found[1])
                 return result
             left = self._left(own, kinds)
-            result = work(Piece(lambda state: self._at_seam(own, state), left))
+            result = work(Piece(partial(self._at_seam, own), left))
             self._finish(own, result)
             return result
 
@@ -186,21 +205,61 @@ class SavedWork:
         if saved.path != own.path:
             return None
 
+        def decode() -> tuple[Any]:
+            first, *others = saved.states
+            if not others or not self._collective.rank:
+                return (from_bytes(first, kinds, self._device),)
+            return (from_bytes(others[self._collective.rank - 1], kinds, self._device, like=first),)
+
         def left() -> Any:
             self._under_way = None
-            try:
-                state = from_bytes(saved.state, kinds, self._device)
-            except DamagedValueError as error:
-                self._warn(f"{UNDER_WAY!r} is not used, {error}")
+            found = self._decoded(UNDER_WAY, decode)
+            if found is None:
                 return None
             self._clock.set(saved.now)
-            return state
+            return found[0]
 
         return left
 
-    def _at_seam(self, own: _Begun, state: Callable[[], Any]) -> None:
-        if own.has_seams and self._is_due():
-            self._save(own, state)
+    def _at_seam(self, own: _Begun, state: Callable[[], Any], same: bool) -> None:
+        due = own.has_seams and self._is_due()
+        if same or self._collective.world_size == 1:
+            if due:
+                self._save(own, lambda: [to_bytes(state())])
+        elif self._collective.any(due):
+            began, states = time.perf_counter(), self._of_ranks(own, state)
+            if due and states is not None:
+                self._save(own, lambda: states, began)
+
+    def _of_ranks(self, own: _Begun, state: Callable[[], Any]) -> list[bytes] | None:
+        """What each rank has as bytes, of others than the first what differs from it; None where one cannot say it.
+
+        To be called on all ranks. Most of it is the same: weights, optimizers, margins.
+        """
+        ranks = self._collective
+        value = self._on_all_ranks(own, state)
+        hashes = None if value is None else self._on_all_ranks(own, lambda: b"".join(tensor_hashes(value)))
+        if hashes is None:
+            return None
+        first = ranks.first_bytes(hashes)
+        like = [bytes(first[at : at + 32]) for at in range(0, len(first), 32)] if ranks.rank else []
+        data = self._on_all_ranks(own, lambda: torch.frombuffer(bytearray(to_bytes(value, like)), dtype=torch.uint8))
+        return None if data is None else [part.numpy().tobytes() for part in ranks.gather(data)]
+
+    def _on_all_ranks(self, own: _Begun, work: Callable[[], Result]) -> Result | None:
+        """What work gives, which is not None; None on all ranks where one cannot do it, and then less is saved."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        if not self._collective.any(error is not None):
+            return result
+        if isinstance(error, UnsavableValueError):
+            own.has_seams = False
+        else:
+            self._give_up(error or OtherRankError("another rank has nothing to save.", "look at its own error."))
+        return None
 
     def _finish(self, own: _Begun, result: Any) -> None:
         for path in [path for path in self._finished if path.startswith(own.path)]:
@@ -214,24 +273,31 @@ class SavedWork:
         # What was ended early is not what would have come of it.
         return self._folder is not None and not is_ending_early() and time.perf_counter() >= self._due
 
-    def _save(self, own: _Begun | None = None, state: Callable[[], Any] | None = None) -> None:
+    def _save(
+        self, own: _Begun | None = None, states: Callable[[], Sequence[bytes]] | None = None, began: float | None = None
+    ) -> None:
         """Writes what was finished and what is under way; what cannot be written costs a message."""
         assert self._folder is not None
-        began = time.perf_counter()
+        began = time.perf_counter() if began is None else began
         try:
             if not (self._folder / ORIGIN).exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_text(self._folder / ORIGIN, self._origin)
             for path in list(self._finished):
                 self._write_finished(self._folder, path)
-            if own is not None and state is not None:
-                self._write_under_way(self._folder, own, state)
+            if own is not None and states is not None:
+                self._write_under_way(self._folder, own, states)
         except Exception as error:
-            problem = f"a repair cannot be saved while it works, in {self._folder} ({type(error).__name__}: {error})."
-            warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=2)
-            self._folder = None
+            self._give_up(error)
         now = time.perf_counter()
         self._due = now + max(self._every, (now - began) / MAX_SHARE if self._every else 0.0)
+
+    def _give_up(self, error: Exception) -> None:
+        """Saves no more; on the first rank, with a message."""
+        if self._folder is not None:
+            problem = f"a repair cannot be saved while it works, in {self._folder} ({type(error).__name__}: {error})."
+            warnings.warn(FilesWarning(problem, "make room; if it is stopped, it begins anew."), stacklevel=3)
+            self._folder = None
 
     def _write_finished(self, folder: Path, path: str) -> None:
         result, mark = self._finished.pop(path)
@@ -242,44 +308,62 @@ class SavedWork:
                 if file.name != f"{path[:-1]}{FINISHED}":
                     file.unlink(missing_ok=True)
 
-    def _write_under_way(self, folder: Path, own: _Begun, state: Callable[[], Any]) -> None:
+    def _write_under_way(self, folder: Path, own: _Begun, states: Callable[[], Sequence[bytes]]) -> None:
         try:
-            content = to_bytes(state())
+            contents = states()
         except UnsavableValueError:
             own.has_seams = False
             return
-        head = to_bytes((own.path, {one.path: one.began for one in self._begun[1:]}, self._clock.mark()))
-        data = b"".join((len(head).to_bytes(8, "big"), head, content))
+        began = {one.path: one.began for one in self._begun[1:]}
+        head = to_bytes((own.path, began, self._clock.mark(), [len(content) for content in contents]))
+        data = b"".join((len(head).to_bytes(8, "big"), head, *contents))
         replacing(folder / UNDER_WAY, lambda part: part.write_bytes(data))
 
     def _read_under_way(self) -> _UnderWay | None:
-        data = self._read(UNDER_WAY)
-        size, content = int.from_bytes(data[:8], "big"), data[8:]
+        data = memoryview(self._read(UNDER_WAY))
         if not data:
             return None
-        try:
-            path, began, now = from_bytes(content[:size], (TimeMark,))
-            return _UnderWay(path, began, now, content[size:])
-        except DamagedValueError as error:
-            self._warn(f"{UNDER_WAY!r} is not used, {error}")
-            return None
+
+        def decode() -> _UnderWay:
+            start = 8 + int.from_bytes(data[:8], "big")
+            path, began, now, sizes = from_bytes(data[8:start], (TimeMark,))
+            ends = [start + sum(sizes[:number]) for number in range(len(sizes) + 1)]
+            return _UnderWay(path, began, now, [data[a:b] for a, b in pairwise(ends)])
+
+        return self._decoded(UNDER_WAY, decode)
 
     def _read_finished(self, path: str, kinds: Collection[type]) -> tuple[Any, TimeMark] | None:
-        data = self._read(f"{path[:-1]}{FINISHED}")
+        name = f"{path[:-1]}{FINISHED}"
+        data = self._read(name)
         if not data:
             return None
-        try:
-            result, mark = from_bytes(data, (*kinds, TimeMark), self._device)
-        except DamagedValueError as error:
-            self._warn(f"'{path[:-1]}{FINISHED}' is not used, {error}")
-            return None
-        return result, mark
 
-    def _read(self, name: str) -> bytes:
-        """A file of the first rank, the same on each; empty where there is none."""
+        def decode() -> tuple[Any, TimeMark]:
+            result, mark = from_bytes(data, (*kinds, TimeMark), self._device)
+            return result, mark
+
+        return self._decoded(name, decode)
+
+    def _decoded(self, name: str, decode: Callable[[], Result]) -> Result | None:
+        """What a file holds; None on all ranks where one cannot read it, as for want of memory, which is warned of."""
+        result, problem = None, ""
+        try:
+            result = decode()
+        except DamagedValueError as error:
+            problem = str(error)
+        if not self._collective.any(bool(problem)):
+            return result
+        problem = self._collective.first_text(problem)
+        if self._collective.rank == 0:
+            message = f"{self._folder}: {name!r} is not used, {problem}."
+            warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=2)
+        return None
+
+    def _read(self, name: str) -> Bytes:
+        """A file of the first rank, the same on each; empty where there is none, or no memory for it."""
         data = b""
         if self._folder is not None:
-            with suppress(OSError):
+            with suppress(OSError, MemoryError):
                 data = (self._folder / name).read_bytes()
         return self._collective.first_bytes(data)
 
@@ -307,8 +391,3 @@ class SavedWork:
             differ = " and ".join(name for name in origin if other.get(name) != origin[name])
             why = f"{newest.parent} is of one with other {differ}; delete it if it is of no use"
             self._clock.announce(f"Repair: begins anew, since {why}.")
-
-    def _warn(self, problem: str) -> None:
-        if self._collective.rank == 0:
-            message = f"{self._folder}: {problem}."
-            warnings.warn(FilesWarning(message, "that part of the repair is made once more."), stacklevel=2)

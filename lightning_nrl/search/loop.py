@@ -154,7 +154,7 @@ def search_many(
 
     rows, over = log.read(), deadline is not None and deadline.is_over()
     while log.done < method.iterations and bool((rows[-1, -1] < method.patience).any()) and not over:
-        piece.seam(lambda: course.saved(original, time.perf_counter() - began))
+        piece.seam(lambda: course.saved(original, time.perf_counter() - began), same=True)
         for _ in range(min(interval - log.done % interval, method.iterations - log.done)):
             state = method.ask(course.state, streams)
             scores = _score(scorer, state, original.dtype, value, before, log.frozen)

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import FakeTraining, retrained, same
+from ranks import on_ranks
+from toy_problems import FakeTraining, normed, retrained, same, shares
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
+from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
@@ -102,6 +105,42 @@ def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str
     assert "goes on where it was stopped" in observer.said
     assert_same(whole, found)
     work.done()
+    assert not list(tmp_path.iterdir())
+
+
+def on_two_ranks(folder: Path | None, life: int | None, method: str) -> list[tuple[Outcome, Mortal] | Death]:
+    def work(collective: Collective) -> tuple[Outcome, Mortal] | Death:
+        model, observer = trained(normed), Mortal(life)
+        saved = SavedWork(folder, every=0)
+        try:
+            outcome = repair_module(
+                Evaluator(model, collective=collective),
+                shares(known(), collective.rank, 2),
+                quick(method=METHODS[method]),
+                unseen=shares(unseen(), collective.rank, 2),
+                observer=observer,
+                work=saved,
+            )
+        except Death as death:
+            return death
+        saved.done()
+        return outcome, observer
+
+    return on_ranks(2, work)
+
+
+def test_two_ranks_go_on_as_one_does(tmp_path: Path) -> None:
+    """`test_killed_ranks.py` kills real ones."""
+    method = "finetune-polish"
+    whole, other = on_two_ranks(None, None, method)
+    for life in (20, 12):
+        died = on_two_ranks(tmp_path, life, method)
+        assert all(isinstance(one, Death) for one in died)
+        assert any(tmp_path.glob("*/under-way"))
+    for found in on_two_ranks(tmp_path, None, method):
+        assert_same(whole[0], found[0])
+        assert found[1].told < whole[1].told
+    assert_same(whole[0], other[0])
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import on_ranks
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
@@ -195,6 +196,77 @@ def test_damaged_files_are_not_used(tmp_path: Path, name: str, how: str) -> None
         with pytest.warns(FilesWarning, match="is not used, the checksum is wrong"):
             assert two(begun(tmp_path), made) == 8
     assert len(made) >= 3
+
+
+Steps = tuple[list[str], list[float]]
+
+
+def stepping(folder: Path, collective: Collective, dies_at: int | None = None) -> Steps:
+    """Four steps on weights that all ranks have and on a number of each rank's own; says what it began with."""
+    saved, said = SavedWork(folder, every=0), []
+    saved.begin({"data": "a"}, StageTimer(), collective, torch.device("cpu"))
+
+    def work(piece: Piece) -> list[float]:
+        weights, own, start = torch.zeros(1000), torch.tensor([float(collective.rank)]), 0
+        left = piece.left()
+        if left is not None:
+            weights, own, start = left["weights"], left["own"], left["step"]
+            said.append(f"from {start}")
+        for step in range(start, 4):
+            piece.seam(partial(dict, weights=weights, own=own, step=step))
+            if step == dies_at:
+                raise Death
+            weights, own = weights + 1, own * 2 + collective.rank
+        return [float(weights[0]), float(own)]
+
+    try:
+        return said, saved.piece("steps", work)
+    except Death:
+        return said, []
+
+
+def test_each_rank_goes_on_from_its_own_state_and_what_all_have_is_saved_once(tmp_path: Path) -> None:
+    assert on_ranks(3, lambda one: stepping(tmp_path, one, 2)) == [([], [])] * 3
+    (path,) = tmp_path.glob("*/under-way")
+    assert 4_000 < path.stat().st_size < 12_000
+    found = on_ranks(3, lambda one: stepping(tmp_path, one))
+    assert found == [(["from 2"], [4.0, 31.0 * rank]) for rank in range(3)]
+
+
+def test_where_one_rank_cannot_read_what_was_saved_all_begin_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_ranks(2, lambda one: stepping(tmp_path, one, 2))
+
+    def starved(data: Any, *args: Any, like: Any = None) -> Any:
+        if like is not None:  # the second rank
+            raise DamagedValueError("MemoryError: no memory for it")
+        return from_bytes(data, *args, like=like)
+
+    monkeypatch.setattr("lightning_nrl._utils.saved_work.from_bytes", starved)
+    with pytest.warns(FilesWarning, match="'under-way' is not used, MemoryError: no memory for it"):
+        found = on_ranks(2, lambda one: stepping(tmp_path, one))
+    assert found == [([], [4.0, 31.0 * rank]) for rank in range(2)]
+
+
+def test_where_one_rank_cannot_save_none_waits(tmp_path: Path) -> None:
+    def work(collective: Collective) -> int:
+        saved = SavedWork(tmp_path, every=0)
+        saved.begin({"data": "a"}, StageTimer(), collective, torch.device("cpu"))
+
+        def state() -> int:
+            if collective.rank:
+                raise MemoryError
+            return 1
+
+        def inner(piece: Piece) -> int:
+            piece.seam(state)
+            return int(collective.sum(torch.tensor(1)))
+
+        return saved.piece("work", inner)
+
+    with pytest.warns(FilesWarning, match="another rank has nothing to save"):
+        assert on_ranks(2, work) == [2, 2]
 
 
 def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
