@@ -121,9 +121,7 @@ def run(name: str, layer: str, seed: int, folder: Path) -> list[Run]:
     search = LAST_LAYER if layer == problem.layers[0] else DEEPER
     settings = [
         {"name": f"{fitness}/{of}", "fitness": fitness, "localizer": localizer, "n_passed": search.n_passed}
-        for fitness, (of, localizer) in itertools.product(
-            FITNESSES, localizers(CheckpointRuns(states), search.draws)
-        )
+        for fitness, (of, localizer) in itertools.product(FITNESSES, localizers(CheckpointRuns(states), search.draws))
     ]
     base = Settings(target=problem.target, layer=layer, method=search.swarm)
     result = sweep_module(model, known, settings, seeds=[seed], base=base, unseen=[unseen])
@@ -132,9 +130,7 @@ def run(name: str, layer: str, seed: int, folder: Path) -> list[Run]:
         fitness, of = one.setting.split("/")
         on_unseen = one.counts("unseen")
         counts = (one.known.targeted, one.known.repaired_in_target, one.known.broken)
-        run = Run(
-            name, layer, fitness, of, seed, one.n_localized, *counts, on_unseen.repaired, on_unseen.broken
-        )
+        run = Run(name, layer, fitness, of, seed, one.n_localized, *counts, on_unseen.repaired, on_unseen.broken)
         runs.append(run)
     file.write_text(json.dumps([asdict(one) for one in runs]))
     return runs

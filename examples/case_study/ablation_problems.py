@@ -73,9 +73,7 @@ def upside_down(batch: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 PROBLEMS: Mapping[str, Problem] = {
-    "weak-digit": Problem(
-        WeakDigit, DigitCNN, EPOCHS, Target.label(WEAK), ("classifier", "features.10", "features.6")
-    ),
+    "weak-digit": Problem(WeakDigit, DigitCNN, EPOCHS, Target.label(WEAK), ("classifier", "features.10", "features.6")),
     "fashion": Problem(
         DriftingFashion,
         FashionNet,
