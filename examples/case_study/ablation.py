@@ -3,11 +3,11 @@
     python examples/case_study/ablation.py --problems weak-digit fashion --seeds 10
     python examples/case_study/ablation.py --problems vehicles-A vehicles-B vehicles-C --seeds 5
 
-Each localiser gets the same network, layer, number of weights, searcher, fitness and budget of candidates; random weights
-are drawn ten times, in deeper layers five times. Data, training and search have the seed. NeuRecover has nine checkpoints
-of the training. In deeper layers the search scores 300 sampled passed samples; what is broken is counted on all that are
-known. No gate judges. A difference to random weights is that of one seed and layer to the mean of its ten draws, with a 95 % t
-interval and an exact sign-flip test over seeds. What was run before is read from `runs/ablation`.
+Each localiser gets the same network, layer, number of weights, searcher, fitness and budget of candidates; random
+weights are drawn ten times, in deeper layers five times. Data, training and search have the seed. NeuRecover has nine
+checkpoints of the training. In deeper layers the search scores 300 sampled passed samples; what is broken is counted on
+all that are known. No gate judges. A difference to random weights is that of one seed and layer to the mean of its
+draws, with a 95 % t interval and an exact sign-flip test over seeds. What was run before is read from `runs/ablation`.
 """
 
 from __future__ import annotations

