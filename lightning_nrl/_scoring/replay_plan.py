@@ -56,7 +56,9 @@ class LeafSpec:
         if not self.repeats:
             return next(stored).to(device)
         if copies == 1:
-            return next(stored).to(device, copy=not read_only) if self.live else self.layout.expand(self.value, n).clone()
+            if not self.live:
+                return self.layout.expand(self.value, n).clone()
+            return next(stored).to(device, copy=not read_only)
         base = next(stored).to(device) if self.live else self.layout.expand(self.value, n)
         return CandidateTensor.repeated(base, copies) if self.layout.dim == 0 else self.layout.expand(base, copies)
 
