@@ -134,8 +134,11 @@ def interruptible(
     try:
         yield
         watch.poll()
-    except Interrupted as interrupted:
-        raise (KeyboardInterrupt() if interrupted.signum == signal.SIGINT else terminated()) from None
+    except (Interrupted, SystemExit):
+        # A trainer inside sees a SIGTERM too, and ends with the status of success.
+        if not watch.noted:
+            raise
+        raise (KeyboardInterrupt() if watch.noted == signal.SIGINT else terminated()) from None
     finally:
         watch.close()
         _Watch.current = None

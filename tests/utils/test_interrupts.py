@@ -46,6 +46,14 @@ def test_work_that_never_asks_ends_when_it_is_over() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success() -> None:
+    with pytest.raises(Terminated), interruptible(terminated=Terminated, say=str):
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit
+    with pytest.raises(SystemExit), interruptible(terminated=Terminated, say=str):
+        raise SystemExit
+
+
 def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "OVERDUE_SECONDS", 0.05)
     began = time.monotonic()
