@@ -42,6 +42,7 @@ __all__ = [
     "set_batch_sampler",
     "set_callbacks",
     "shared_with_copies",
+    "starts_own_processes",
     "trainer_of",
     "validating",
     "validation_loaders",
@@ -239,3 +240,13 @@ def averaging_callbacks() -> tuple[type[Callback], ...]:
     """Callbacks that put averaged weights into the model when training ends; Lightning 2.5 has no `WeightAveraging`."""
     names = "StochasticWeightAveraging", "WeightAveraging"
     return tuple(kind for name in names for kind in classes(f"pytorch.callbacks.{name}"))
+
+
+def starts_own_processes(trainer: Trainer) -> bool:
+    """Whether what a trainer does is done in processes that it starts and that end with it, as under `ddp_spawn`.
+
+    `Strategy.launcher` is public, its classes are not.
+    """
+    launcher = trainer.strategy.launcher
+    multiprocessing = "pytorch.strategies.launchers.multiprocessing._MultiProcessingLauncher"
+    return isinstance(launcher, class_for(trainer, multiprocessing))

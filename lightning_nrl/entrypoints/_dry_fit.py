@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of, starts_own_processes
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, borrowed, epochs_of, epochs_saved, untracked
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.errors import ConfigurationError, RepairError
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.repair_module import Outcome
 
 __all__ = ["Work", "dry_fit", "without_training"]
@@ -45,8 +45,16 @@ def dry_fit(
         whole: whether each rank reads all of the data.
         weights_only: whether a `ckpt_path` with more in it than tensors and plain values is refused.
         **arguments: `datamodule` and `ckpt_path`, as for `fit`.
+
+    Raises:
+        ConfigurationError: the strategy starts processes that end with the fit.
     """
     check_packages(trainer, model=model, datamodule=arguments.get("datamodule"))
+    if starts_own_processes(trainer):
+        problem = (
+            f"`strategy`: {type(trainer.strategy).__name__} starts processes of its own, and results stay in them."
+        )
+        raise ConfigurationError(problem, "use one device, or `strategy='ddp'`.")
     results: list[Result] = []
 
     def inside(trainer: Trainer, module: LightningModule, epochs: int) -> None:
@@ -55,10 +63,6 @@ def dry_fit(
 
     with untracked(trainer), without_training(trainer, callback, inside, weights_only):
         trainer.fit(model, *loaders, **arguments)
-    if not results:
-        raise RepairError(
-            "the result was made in another process.", "use a strategy that starts no processes of its own."
-        )
     return results[0]
 
 

@@ -42,6 +42,12 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
     assert constrained.how == "3 more epochs of training, then a polish"
 
 
+def test_processes_that_end_with_the_fit_are_refused(tmp_path: Path, trained: Classifier) -> None:
+    trainer = quiet_trainer(tmp_path, strategy="ddp_spawn", devices=2)
+    with pytest.raises(ConfigurationError, match=r"DDPStrategy starts processes of its own[\s\S]*HINT: use one device"):
+        diagnose(trainer, trained, datamodule=Digits())
+
+
 def test_the_best_checkpoint_of_the_trainer_can_be_diagnosed(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path / "best", monitor="val_loss")
     trainer = quiet_trainer(tmp_path, best, logger=CSVLogger(tmp_path))

@@ -8,10 +8,10 @@ from pathlib import Path
 import distributed_fit
 import pytest
 import torch
-from digit_models import Classifier, Digits, right
+from digit_models import Classifier, Digits, quick_repair, right
 from two_processes import in_two_processes, spawning
 
-from lightning_nrl import RegressionFreeRepair, RepairReport
+from lightning_nrl import RegressionFreeRepair, RepairReport, repair
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +82,14 @@ def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weigh
     saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, ranks(together / "203")[1]["state"][name]) for name, value in saved.items())
+
+
+def test_spawned_processes_repair_a_checkpoint_and_the_main_process_gets_it(alone: Path, together: Path) -> None:
+    folder, model = alone.with_name("spawned") / "checkpoint", Classifier()
+    trainer = distributed_fit.trainer_on(folder, spawning(), 2)
+    callback = quick_repair(unseen="test", dirpath=folder)
+    path, data = alone.with_name("trained.ckpt"), distributed_fit.FewRepairs(203)
+    report = repair(trainer, model, datamodule=data, ckpt_path=path, callback=callback)
+    assert report.splits == report_in(together / "checkpoint").splits
+    saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Mortal:
     def search(self, *args: Any) -> None:
         self.told += 1
         if self.life is not None and self.told > self.life:
-            raise Death
+            raise Death(self.said)
 
     def announce(self, text: str) -> None:
         self.said = text
@@ -80,6 +81,12 @@ def repaired(
     return outcome, observer, work
 
 
+@cache
+def whole(method: str) -> Outcome:
+    """What a repair gives that was never stopped."""
+    return repaired(None, method=method)[0]
+
+
 def timeless(value: Any) -> Any:
     """A report without seconds."""
     if isinstance(value, dict):
@@ -97,13 +104,12 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 @pytest.mark.parametrize(("method", "lives"), [("swarm", (8,)), ("finetune-polish", (20, 12)), ("auto", (28,))])
 def test_a_repair_that_died_ends_as_one_that_did_not(tmp_path: Path, method: str, lives: tuple[int, ...]) -> None:
     """NRL_DEATHS tries every moment of every method."""
-    whole, _, _ = repaired(None, method=method)
     for life in lives:
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
     found, observer, work = repaired(tmp_path, method=method)
     assert "goes on where it was stopped" in observer.said
-    assert_same(whole, found)
+    assert_same(whole(method), found)
     work.done()
     assert not list(tmp_path.iterdir())
 
@@ -132,27 +138,27 @@ def on_two_ranks(folder: Path | None, life: int | None, method: str) -> list[tup
 def test_two_ranks_go_on_as_one_does(tmp_path: Path) -> None:
     """`test_killed_ranks.py` kills real ones."""
     method = "finetune-polish"
-    whole, other = on_two_ranks(None, None, method)
+    one, other = on_two_ranks(None, None, method)
     for life in (20, 12):
         died = on_two_ranks(tmp_path, life, method)
         assert all(isinstance(one, Death) for one in died)
         assert any(tmp_path.glob("*/under-way"))
     for found in on_two_ranks(tmp_path, None, method):
-        assert_same(whole[0], found[0])
-        assert found[1].told < whole[1].told
-    assert_same(whole[0], other[0])
+        assert_same(one[0], found[0])
+        assert found[1].told < one[1].told
+    assert_same(one[0], other[0])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif("NRL_DEATHS" not in os.environ, reason="it takes minutes")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_repair_may_die_at_any_moment(tmp_path: Path, method: str) -> None:
-    whole, observer, _ = repaired(None, method=method)
+    observer = repaired(None, method=method)[1]
     for life in range(observer.told):
         with pytest.raises(Death):
             repaired(tmp_path, life, method)
         found, _, work = repaired(tmp_path, method=method)
-        assert_same(whole, found)
+        assert_same(whole(method), found)
         work.done()
 
 
@@ -160,12 +166,12 @@ def test_saved_work_of_another_repair_is_not_used_and_that_is_said(tmp_path: Pat
     with pytest.raises(Death):
         repaired(tmp_path, 8)
     for what, given in (("settings", {"max_time": 500.0}), ("weights and data", {"seed": 3})):
-        whole, _, _ = repaired(None, **given)
+        fresh, _, _ = repaired(None, **given)
         found, observer, work = repaired(tmp_path, **given)
         assert f"is of one with other {what}; delete it" in observer.said
-        assert_same(whole, found)
+        assert_same(fresh, found)
         work.done()
-    assert_same(repaired(None)[0], repaired(tmp_path)[0])
+    assert_same(whole("swarm"), repaired(tmp_path)[0])
 
 
 def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +179,8 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Death):
         repaired(tmp_path, 28, "auto")
     monkeypatch.setattr(FakeTraining, "origin", ["a rate of 0.2"], raising=False)
-    assert "is of one with other training; delete it" in repaired(tmp_path, method="auto")[1].said
+    with pytest.raises(Death, match="is of one with other training; delete it"):
+        repaired(tmp_path, 3, "auto")
 
 
 def test_files_of_a_folder_that_a_method_names_are_looked_at(tmp_path: Path) -> None:
@@ -211,7 +218,7 @@ def test_damaged_files_are_not_used_and_the_result_is_the_same(tmp_path: Path) -
         warnings.simplefilter("always")
         found, _, _ = repaired(tmp_path, method="auto")
     assert any("is not used, the checksum is wrong" in str(one.message) for one in warned)
-    assert_same(repaired(None, method="auto")[0], found)
+    assert_same(whole("auto"), found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
@@ -227,4 +234,4 @@ def test_a_killed_process_is_gone_on_with(tmp_path: Path) -> None:
         time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert_same(repaired(None, method="finetune-polish")[0], repaired(tmp_path, method="finetune-polish")[0])
+    assert_same(whole("finetune-polish"), repaired(tmp_path, method="finetune-polish")[0])

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -46,12 +47,16 @@ def test_work_that_never_asks_ends_when_it_is_over() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success() -> None:
-    with pytest.raises(Terminated), interruptible(terminated=Terminated, say=str):
-        signal.raise_signal(signal.SIGTERM)
+@pytest.mark.parametrize(("signum", "raised"), [(signal.SIGTERM, Terminated), (0, SystemExit)])
+def test_a_trainer_inside_that_heeds_the_signal_first_does_not_end_with_success(signum: int, raised: Any) -> None:
+    @interruptible(terminated=Terminated, say=str)
+    def work() -> None:
+        if signum:
+            signal.raise_signal(signum)
         raise SystemExit
-    with pytest.raises(SystemExit), interruptible(terminated=Terminated, say=str):
-        raise SystemExit
+
+    with pytest.raises(raised):
+        work()
 
 
 def test_work_that_does_not_ask_for_long_is_interrupted_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
