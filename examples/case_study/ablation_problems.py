@@ -68,17 +68,13 @@ def vehicles(experiment: str) -> Problem:
     return Problem(lambda seed: Vehicles(experiment, seed), VehicleNet, 12, TARGETS[experiment], layers)
 
 
-def upside_down(batch: Sequence[torch.Tensor]) -> torch.Tensor:
-    return batch[2]
-
-
 PROBLEMS: Mapping[str, Problem] = {
     "weak-digit": Problem(WeakDigit, DigitCNN, EPOCHS, Target.label(WEAK), ("classifier", "features.10", "features.6")),
     "fashion": Problem(
         DriftingFashion,
         FashionNet,
         10,
-        Target.where(upside_down, name="upside down"),
+        TARGETS["fashion"],
         ("classifier", "features.17", "features.11"),
     ),
     **{f"vehicles-{experiment}": vehicles(experiment) for experiment in "ABC"},
