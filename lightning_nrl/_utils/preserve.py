@@ -111,7 +111,7 @@ def random_state() -> Iterator[None]:
     cuda: Any = torch.cuda
     if cuda.is_initialized():
         states.append((cuda.set_rng_state_all, cuda.get_rng_state_all()))
-    else:
+    elif cuda.is_available():
         # To ask for its state would start CUDA. When it starts, it takes the last seed that torch was given.
         states.append((cuda.manual_seed_all, torch.initial_seed()))
     if torch.backends.mps.is_available():
@@ -170,8 +170,17 @@ class CpuRandomState:
 
 def seed_all(seed: int) -> None:
     """Seeds torch on all devices, numpy and Python."""
-    for seed_global in (torch.manual_seed, np.random.seed, random.seed):
+    seed_torch = torch.manual_seed if _has_device() else torch.default_generator.manual_seed
+    for seed_global in (seed_torch, np.random.seed, random.seed):
         seed_global(seed)
+
+
+def _has_device() -> bool:
+    """Whether torch may draw elsewhere than on the CPU.
+
+    Where it cannot, it would keep what is to be seeded for later, each time with the stack of the call: milliseconds.
+    """
+    return torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available()
 
 
 def seed_cpu(seed: int) -> None:

@@ -11,6 +11,8 @@ from typing import Any, cast, get_args, get_type_hints
 
 __all__ = ["UNWRITTEN", "Derives", "dumps", "flat", "null_is", "to_plain"]
 
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # made once: json.dumps makes one a call
+
 
 class Derives:
     """A dataclass that is written with more than its fields."""
@@ -69,7 +71,7 @@ def dumps(value: Any, indent: str = "") -> str:
     if isinstance(value, list):
         return f"[{', '.join(dumps(item) for item in value)}]"
     finite = not isinstance(value, float) or math.isfinite(value)
-    return json.dumps(value if finite else None, allow_nan=False, ensure_ascii=False)
+    return _encode(value if finite else None)
 
 
 def _one_line(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import Target, repair_module
-from lightning_nrl._utils.preserve import evaluating, preserve, random_state
+from lightning_nrl._utils.preserve import evaluating, preserve, random_state, seed_all
 from lightning_nrl._utils.state import holding
 from lightning_nrl.gate import Instance
 from lightning_nrl.localization import AllWeights
@@ -279,9 +279,25 @@ def test_modules_without_values_are_left_alone() -> None:
 
 def test_the_seed_of_a_device_that_was_not_started_is_as_found(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
     torch.manual_seed(5)
     with random_state():
         torch.manual_seed(7)
     assert seeds == [5, 7, 5]
     assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_devices_are_seeded_where_there_are_any(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    with random_state():
+        before = len(seeds)
+        seed_all(5)
+        drawn = torch.rand(2)
+        assert seeds[before:] == [5] * there
+        torch.default_generator.manual_seed(5)
+        assert torch.equal(torch.rand(2), drawn)
+    assert bool(seeds) == there
