@@ -60,8 +60,10 @@ class InMemory:
     layouts: Sequence[SampleLayout]  # where the samples are in each
     device: torch.device
     half: bool = False  # whether they are kept in half the precision
+    expected: int = 0  # samples for which memory is taken from the first batch on; what comes beyond them is joined
     dtypes: list[torch.dtype] = field(default_factory=list)  # that they came in
     parts: list[list[Tensor]] = field(default_factory=list)  # of each, batch by batch; one is left when it is finished
+    filled: list[int] = field(default_factory=list)  # entries of each first part that are taken, where it is reserved
 
     @property
     def nbytes(self) -> int:
@@ -72,12 +74,31 @@ class InMemory:
         """Keeps a batch."""
         if not self.parts:
             self.parts, self.dtypes = [[] for _ in tensors], [x.dtype for x in tensors]
-        for parts, x in zip(self.parts, tensors, strict=True):
-            parts.append((halved(x) if self.half else x).to(self.device))
+            self.filled = [0] * len(tensors)
+        for i, x in enumerate(tensors):
+            kept = (halved(x) if self.half else x).to(self.device)
+            if not self._is_filled_in(i, kept):
+                self.parts[i].append(kept)
+
+    def _is_filled_in(self, i: int, kept: Tensor) -> bool:
+        """Whether a batch of one tensor went to where memory was taken before."""
+        parts, layout, start = self.parts[i], self.layouts[i], self.filled[i]
+        reserved = self.expected * layout.m if self.device.type == "cpu" and layout.dim == 0 else 0
+        stop = start + kept.shape[layout.dim]
+        if stop > reserved or len(parts) > 1 or (parts and not start):
+            return False
+        if not parts:
+            # Its pages are taken as they fill.
+            parts.append(kept.new_empty(reserved, *kept.shape[1:]))
+        parts[0][start:stop] = kept
+        self.filled[i] = stop
+        return True
 
     def finish(self, pin: bool = False) -> None:
         """Makes one tensor of each."""
-        for parts, layout in zip(self.parts, self.layouts, strict=True):
+        for i, (parts, layout) in enumerate(zip(self.parts, self.layouts, strict=True)):
+            if self.filled[i]:
+                parts[0] = parts[0][: self.filled[i]]
             whole = _joined(parts, layout.dim)
             parts[:] = [whole.pin_memory() if pin else whole]
 

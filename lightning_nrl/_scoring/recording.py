@@ -61,7 +61,7 @@ def record(
         raise ReplayError(space.obstacle)
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
     choice = _storage_choice(space.device, budget, disk, draw is not None)
-    n_wanted = int(keep.sum()) / evaluator.collective.world_size
+    n_wanted = -(-int(keep.sum()) // evaluator.collective.world_size)
     sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
         poll()
@@ -84,7 +84,7 @@ def record(
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
         again = None if draw is None else partial(_stored_again, cache.model, group, draw)
         alike = partial(_half_is_alike, cache.model, group, stored, target, len(index))
-        _place(cache, group, stored, choice, n_wanted / len(index), alike).add(stored, target, rows[index], again)
+        _place(cache, group, stored, choice, n_wanted, len(index), alike).add(stored, target, rows[index], again)
     for group in cache.groups:
         group.finish(
             pin=space.device.type == "cuda" and group.kind in ("memory", "half") and group.device.type == "cpu"
@@ -216,16 +216,19 @@ def _place(
     group: ReplayGroup,
     stored: list[Tensor],
     choice: StorageChoice,
-    n_batches: float,
+    n_wanted: int,
+    n: int,
     half_is_alike: Callable[[], bool],
 ) -> ReplayGroup:
-    """The group for passes like these of a batch where that is to be kept, made where there is none."""
+    """The group for passes like these of `n` samples where these are to be kept, made where there is none."""
     same = _first_equal(stored)
     kept = [stored[i] for i in sorted(set(same))]
     nbytes, half = sum(x.nbytes for x in kept), sum(half_nbytes(x) for x in kept)
-    kind, device = choice.next(nbytes, half, n_batches, half_is_alike)
+    kind, device = choice.next(nbytes, half, n_wanted / n, half_is_alike)
     if not group.rows:
         group.kind, group.device, group.same = kind, device, same
+        fits = (half if kind == "half" else nbytes) * (n_wanted / n - 1) <= choice.memory.get(device, 0)
+        group.expected = n_wanted if len(cache.groups) == 1 and fits else 0
     for other in cache.groups:
         if other.constants is group.constants and (other.kind, other.device, other.same) == (kind, device, same):
             return other

@@ -41,6 +41,7 @@ class ReplayGroup:
     same: tuple[int, ...] = ()  # for each stored tensor the first one that is equal to it, itself where none is
     shapes: list[torch.Size] = field(default_factory=list)  # of the stored tensors without their first dimension
     storage: RecordedTensors | None = None  # of those that differ; None before the first batch
+    expected: int = 0  # samples that are about to come, as far as that is known
     targets: list[Any] = field(default_factory=list)  # trees of truths, batch by batch, on the CPU
     rows: list[Tensor] = field(default_factory=list)  # in the results, batch by batch
 
@@ -51,7 +52,7 @@ class ReplayGroup:
 
     def empty_like(self, kind: StorageKind, device: torch.device, same: tuple[int, ...]) -> ReplayGroup:
         """A group for passes like these that are kept elsewhere."""
-        return replace(self, kind=kind, device=device, same=same, storage=None, targets=[], rows=[])
+        return replace(self, kind=kind, device=device, same=same, storage=None, expected=0, targets=[], rows=[])
 
     def add(self, stored: Sequence[Tensor], target: Any, rows: Tensor, again: Recompute | None = None) -> None:
         """Takes in a batch: its stored tensors, the truth, the rows in the results; `again` is for what is not kept."""
@@ -75,7 +76,7 @@ class ReplayGroup:
                 return [stored[i] for i in kept]
 
             return Recomputed(remade, layouts)
-        return InMemory(layouts, self.device, half=self.kind == "half")
+        return InMemory(layouts, self.device, half=self.kind == "half", expected=self.expected)
 
     def finish(self, pin: bool = False) -> None:
         """Ends the recording; page-locked (`pin`) memory is what a GPU takes without a wait."""

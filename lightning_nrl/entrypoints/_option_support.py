@@ -46,6 +46,7 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "search.fitness": SEARCHES,
     "search.localizer": SEARCHES,
     "search.n_passed": SEARCHES,
+    "search.n_scored": (*REPAIRS, "compare"),
     "search.budget": SEARCHES,
     "search.on_interrupt": ("RegressionFreeRepair", "repair"),
     "search.save_every": ("RegressionFreeRepair", "repair"),

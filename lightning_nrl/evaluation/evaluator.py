@@ -127,7 +127,7 @@ class Evaluator:
             marker = _Marker(target, source.split, everywhere or source.failed)
             tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
             _check_classes(source, tables[-1])
-        columns: dict[str, Any] = {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+        columns: dict[str, Any] = {name: _joined([table.pop(name) for table in tables]) for name in list(tables[0])}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
@@ -153,9 +153,8 @@ class Evaluator:
                 raise
             for name, column in columns.items():
                 parts[name].append(column)
-        return {
-            name: torch.cat(rows).cpu() if rows else torch.zeros(0, dtype=DTYPES[name]) for name, rows in parts.items()
-        }
+        # Column by column, so that each is held twice for a moment only.
+        return {name: torch.cat(parts.pop(name) or [torch.zeros(0, dtype=DTYPES[name])]).cpu() for name in DTYPES}
 
 
 @dataclass
@@ -267,13 +266,20 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table
     }
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """All parts in one; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
     """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
-    whole = {name: torch.cat(collective.gather(column)) for name, column in mine.items()}
-    position = whole.pop("position")
+    whole = {name: _joined(collective.gather(mine.pop(name))) for name in list(mine)}
+    position, expected = whole.pop("position"), torch.arange(len(source.index))
+    if torch.equal(position, expected):
+        return {"index": source.index, **whole}
     order = position.argsort()
-    if not torch.equal(position[order], torch.arange(len(source.index))):
+    if not torch.equal(position[order], expected):
         raise EvaluationError(
             f"`{source.split}` data: {len(position)} samples came for {len(source.index)} in the data set.",
             "over all ranks each must come once; a collate function must neither drop nor add samples.",

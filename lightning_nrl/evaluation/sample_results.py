@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,14 +51,20 @@ class SampleResults:
 
     def __post_init__(self) -> None:
         if self.weight is NO_COLUMN:
-            object.__setattr__(self, "weight", torch.ones(len(self.passed), dtype=torch.float64))
+            # One number, shown so many times.
+            object.__setattr__(self, "weight", torch.ones(1, dtype=torch.float64).expand(len(self.passed)))
         if self.group is NO_COLUMN:
-            object.__setattr__(self, "group", torch.full((len(self.passed),), -1))
+            object.__setattr__(self, "group", torch.full((1,), -1).expand(len(self.passed)))
         if self.in_target is NO_COLUMN:
             object.__setattr__(self, "in_target", self.targeted)
 
     def __len__(self) -> int:
         return len(self.passed)
+
+    def sharing(self, other: SampleResults) -> SampleResults:
+        """The same, with samples and true classes held once for both where they are equal."""
+        names = [name for name in ("index", "label") if torch.equal(getattr(self, name), getattr(other, name))]
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     def rows(self, split: str, position: Tensor) -> Tensor:
         """Rows of the samples at these positions (`Batch.position`) of a split."""

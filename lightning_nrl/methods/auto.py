@@ -161,5 +161,5 @@ def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts,
     for proposal in (result.solution.proposal, *result.solution.others):
         if proposal is not None:
             yield problem.target_counts(proposal.after), result.held_out
-    for counts in result.tried:
+    for counts in (*result.solution.tried, *result.tried):
         yield counts, result.held_out

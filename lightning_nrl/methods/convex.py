@@ -10,19 +10,15 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_nrl._convex.head import ConvexHead, regularization_path
 from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring import ActivationCache, Chunk
-from lightning_nrl._scoring.plan_search import same_values
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._scoring import ActivationCache
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
+from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.methods._known_activations import record_known
+from lightning_nrl.methods._head_inputs import check_last, record_head
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.run_records import Step
 
@@ -34,15 +30,21 @@ SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 N_FOLDS = 4
 """Of the samples that came in with the failed ones, each is held out once."""
 
-ROWS_PER_COPY = 4096
-"""Samples whose features are copied out of a recording at once."""
-
 REGRESSION_PRICE = 1
 """Held-out repairs that a held-out regression costs: the path is followed as long as its steps repair more than they
 break, so that the whole of it repairs several times as many."""
 
 DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 """Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
+
+
+RECORDING_PASSES = 2.0
+"""What it takes to record the layer's inputs and to compare its outputs with the model's."""
+
+NO_TIME = "there was no time left to solve anything."
+
+TRIAL_PASSES = 2.0
+"""Passes for which there must be time where another of these fractions is tried: its own, and the verdict's."""
 
 
 class _HeldOutFlips(NamedTuple):
@@ -59,6 +61,46 @@ class _HeldOutFlips(NamedTuple):
         repaired = self.gained + self.others
         failing = n_targeted + n_others - repaired
         return TargetCounts(n_passed - self.lost, self.lost, repaired, failing, n_targeted, self.gained)
+
+
+class _Point(NamedTuple):
+    """What a change does to the known samples, counted on what was recorded."""
+
+    repaired: int  # targets
+    broken: int
+    missing: int  # repairs that slices lack
+    counts: TargetCounts
+
+    def step(self, strength: float, seconds: float, held: _HeldOutFlips) -> Step:
+        """A line for the report."""
+        note = f"strength {strength:g}; held out {held.gained} repaired, {held.lost} broken"
+        return Step(f"convex {strength:g}", self.repaired, self.broken, round(seconds, 3), note)
+
+
+@dataclass(frozen=True)
+class _KnownHead:
+    """The layer on the known samples: those that count, `N` bool, and the rest."""
+
+    rows: Tensor
+    head: ConvexHead
+    rest: ConvexHead
+
+    @classmethod
+    def recorded(cls, problem: Problem) -> _KnownHead:
+        """Runs the model once over all known data."""
+        found = record_head(problem, _bias_name(problem) is not None)
+        before = problem.before
+        rows = before.passed | before.targeted
+        return cls(rows, found.head(problem, rows, before.targeted), found.head(problem, ~rows, before.targeted))
+
+    def point(self, problem: Problem, change: Tensor) -> _Point:
+        """What a change does."""
+        before, right = problem.before, torch.zeros_like(problem.before.passed)
+        right[self.rows] = self.head.right(change).cpu()
+        right[~self.rows] = _right_of_rest(self.rest, change).cpu()
+        after = replace(before, passed=right)
+        found = problem.counted("convex", {}, after)
+        return _Point(found.repaired, found.broken, found.missing, problem.target_counts(after))
 
 
 @dataclass(frozen=True)
@@ -89,9 +131,7 @@ class Convex:
             ConfigurationError: as above.
         """
         _check_layers(recording.space)
-        for chunk in recording.chunks(ROWS_PER_COPY):
-            if _direct(recording, chunk) is None:
-                raise _not_last(recording.space.sites[0].name)
+        check_last(recording)
 
     def __call__(self, problem: Problem) -> Solution:
         """Solves along strengths, and takes the strongest that held-out samples speak for.
@@ -103,24 +143,24 @@ class Convex:
         began = time.perf_counter()
         _check_layers(problem.space)
         check_needs(Convex.needs, problem.before, problem.task)
+        if not problem.deadline_of_method().leaves(RECORDING_PASSES * problem.clock.one_pass):
+            return Solution(None, NO_TIME)
         with problem.clock.stage("record"):
-            features, logits = _recorded(problem)
+            known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
-            end = problem.deadline_of_method().within(self.seconds)
-            changes, held = _path(problem, features, logits, self.patience, end)
-        if not len(changes):
-            return Solution(None, "there was no time left to solve anything.")
-        points = [
-            _point(problem, features, logits, change, strength)
-            for change, strength in zip(changes, SLACK_COSTS, strict=False)
-        ]
+            # What is chosen is counted once more by the model that is deployed.
+            end = problem.deadline_of_method().earlier(problem.clock.one_pass).within(self.seconds)
+            changes, held = _path(problem, known, self.patience, end)
+            if not len(changes):
+                return Solution(None, NO_TIME)
+            points = [known.point(problem, change) for change in changes]
+        del known
         seconds = (time.perf_counter() - began) / len(points)
         steps = [
-            point.step(seconds, f"strength {strength:g}; held out {one.gained} repaired, {one.lost} broken")
-            for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
+            point.step(strength, seconds, one) for point, strength, one in zip(points, SLACK_COSTS, held, strict=False)
         ]
         best = _best(held, points)
-        others = tuple(point for i, point in enumerate(points) if i != best and point.repaired)
+        tried = tuple(point.counts for i, point in enumerate(points) if i != best and point.repaired)
         folded, before = _folds(problem) >= 0, problem.before
         kinds = (before.passed, before.targeted, ~before.passed & ~before.targeted)
         held_out = held[best].counts(*(int((folded & kind).sum()) for kind in kinds))
@@ -132,8 +172,8 @@ class Convex:
             steps.append(proposal.step(seconds, note) if proposal else Step("convex", 0, 0, round(seconds, 3), note))
         if proposal is None:
             reason = "no change of the layer that held-out samples speak for repairs a target without a regression."
-            return Solution(None, reason, tuple(steps), others, held_out=held_out)
-        return Solution(proposal, steps=tuple(steps), others=others, held_out=held_out)
+            return Solution(None, reason, tuple(steps), tried=tried, held_out=held_out)
+        return Solution(proposal, steps=tuple(steps), tried=tried, held_out=held_out)
 
 
 def _check_layers(space: ParameterSpace) -> None:
@@ -148,66 +188,16 @@ def _check_layers(space: ParameterSpace) -> None:
 
 
 @torch.no_grad()
-def _recorded(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The layer's inputs, `N x d`, with a column of ones if its bias may change, and its outputs, by row."""
-    site = problem.space.sites[0]
-    try:
-        recording = record_known(problem, torch.ones_like(problem.before.passed))
-    except InseparableBatchError as error:
-        raise _not_last(site.name) from error
-    n_in, n_out, has_bias = site.module.weight.shape[1], site.module.weight.shape[0], _bias_name(problem) is not None
-    # Filled part by part, so that beside the recording it is held once.
-    own = torch.ones(len(recording.rows), n_in + has_bias + n_out, device=problem.space.device)
-    start, is_last = 0, True
-    for chunk in recording.chunks(ROWS_PER_COPY):
-        part = _direct(recording, chunk)
-        if part is None:
-            is_last = False
-            break
-        if part[0].dtype != own.dtype:
-            own = own.to(part[0].dtype)
-        here = slice(start, start + len(chunk))
-        own[here, :n_in], own[here, n_in + has_bias :] = part
-        start += len(chunk)
-    # On all ranks alike, also where one has no such samples, or none at all.
-    if problem.collective.any(not is_last):
-        raise _not_last(site.name)
-    rows = torch.cat(problem.collective.gather(recording.rows))
-    del recording
-    whole = torch.cat(problem.collective.gather(own)) if problem.collective.world_size > 1 else own
-    if not torch.equal(rows, torch.arange(len(rows))):
-        whole = whole[rows.argsort().to(whole.device)]
-    return whole[:, : n_in + has_bias], whole[:, n_in + has_bias :]
-
-
-def _not_last(name: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"`method='convex'`: the output of `layer={name!r}` is not what the model returns as logits.",
-        "name the last Linear layer, or use `method='linearized'`.",
-    )
-
-
-def _direct(recording: ActivationCache, chunk: Chunk) -> tuple[Tensor, Tensor] | None:
-    """A chunk's input and output of the layer; None unless the output is what the model returns."""
-    if recording.is_replayable(chunk):
-        x, y = recording.activations(chunk)
-        logits = recording.replay(chunk, lambda site, x, y: y)
-        if x.ndim == 2 and same_values(y, logits):
-            return at_least_float32(x), at_least_float32(y)
-    return None
-
-
-@torch.no_grad()
 def _path(
-    problem: Problem, features: Tensor, logits: Tensor, patience: int | None, end: Deadline
+    problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
 ) -> tuple[list[Tensor], list[_HeldOutFlips]]:
     """The change at each strength, `C x d`, and what it did to held-out samples; one rank solves for all."""
-    collective, n = problem.collective, len(SLACK_COSTS)
-    changes = torch.zeros(n, logits.shape[1], features.shape[1], device=features.device, dtype=features.dtype)
+    collective, n, logits = problem.collective, len(SLACK_COSTS), known.head.logits
+    changes = torch.zeros(n, logits.shape[1], known.head.n_features, device=logits.device, dtype=logits.dtype)
     held = torch.zeros(n, 5, dtype=torch.float64)
     made = torch.zeros((), dtype=torch.int64)
     if collective.rank == 0:
-        for i, (change, *found) in enumerate(_solved(problem, features, logits, patience, end)):
+        for i, (change, *found) in enumerate(_solved(problem, known, patience, end)):
             changes[i], held[i] = change, torch.tensor(found)
             made += 1
     changes, held, made = (collective.agreed(x) for x in (changes, held, made))
@@ -217,42 +207,40 @@ def _path(
 
 
 def _solved(
-    problem: Problem, features: Tensor, logits: Tensor, patience: int | None, end: Deadline
+    problem: Problem, known: _KnownHead, patience: int | None, end: Deadline
 ) -> Iterator[tuple[Tensor, int, int, float, float, int]]:
     """The change at each strength that all samples ask for, and what changes made without a fold do on that fold.
 
     How many targets they repair, how many passed samples they break, what these weigh, and how many other failures they
     repair. A strength that time cuts short is left out, but for the first.
     """
-    before, device = problem.before, features.device
 
     def is_over() -> bool:
         # Of this rank, which solves for all.
         return end.seconds_left <= 0
 
-    known = (before.passed | before.targeted).to(device)
-    weight = before.weight.to(features)[known] if before.weighted else None
-    head = ConvexHead(
-        features[known], logits[known], before.label.to(device)[known], before.targeted.to(device)[known], weight
-    )
+    head, rest, device = known.head, known.rest, known.head.label.device
     by_row = _folds(problem)
     folds = by_row.to(device)
-    fold, others = folds[known], ~known & (folds >= 0)
-    other_labels = before.label.to(device)[others]
-    used = [None, *(~problem.copies(by_row == number).to(device)[known] for number in range(N_FOLDS))]
+    fold, fold_of_rest = folds[known.rows.to(device)], folds[~known.rows.to(device)]
+    used = [None, *(~problem.copies(by_row == number)[known.rows].to(device) for number in range(N_FOLDS))]
     paths = [regularization_path(head, SLACK_COSTS, rows, is_over) for rows in used]
-    counts = before.finite_weight.to(device)[known]
+    counts = problem.before.finite_weight[known.rows].to(device)
     worth: list[float] = []
-    for change, *without in zip(*paths, strict=True):
+    for _ in SLACK_COSTS:
+        made = []
+        for path in paths:
+            if worth and is_over():
+                return
+            made.append(next(path))
+        change, *without = made
         if worth and is_over():
             return
         flipped, n_others = torch.zeros_like(head.targeted), 0
-        for number, made in enumerate(without):
+        for number, one in enumerate(without):
             out = fold == number
-            right = head.changed(made)[out].argmax(1) == head.label[out]
-            flipped[out] = right == head.targeted[out]
-            outputs = logits[others] + (features[others].to(made) @ made.T).to(logits)
-            n_others += int(((outputs.argmax(1) == other_labels) & (folds[others] == number)).sum())
+            flipped[out] = (head.right(one) == head.targeted)[out]
+            n_others += int((_right_of_rest(rest, one) & (fold_of_rest == number)).sum())
         gained, lost = flipped & head.targeted, flipped & ~head.targeted
         weights = float(counts[gained].sum()), float(counts[lost].sum())
         yield change, int(gained.sum()), int(lost.sum()), *weights, n_others
@@ -260,6 +248,15 @@ def _solved(
         is_past = patience is not None and len(worth) - 1 - worth.index(max(worth)) >= patience
         if is_over() or is_past:
             return
+
+
+def _right_of_rest(rest: ConvexHead, change: Tensor) -> Tensor:
+    """`n` bool, which of the samples that are neither kept nor targets are right under a change."""
+    right = torch.zeros_like(rest.targeted)
+    for some in rest.blocks():
+        outputs = rest.outputs(some) + (rest.inputs(some).to(change) @ change.T).to(rest.logits)
+        right[some] = outputs.argmax(1) == rest.label[some]
+    return right
 
 
 def _folds(problem: Problem) -> Tensor:
@@ -278,27 +275,17 @@ def _folds(problem: Problem) -> Tensor:
     return fold
 
 
-def _best(held: list[_HeldOutFlips], points: list[Proposal]) -> int:
+def _best(held: list[_HeldOutFlips], points: list[_Point]) -> int:
     """Of the points whose slices lack the fewest repairs, what held-out samples speak for most; then the weakest."""
     worth = [one.gain - REGRESSION_PRICE * one.harm for one in held]
     return max(range(len(worth)), key=lambda i: (-points[i].missing, worth[i], points[i].repaired > 0, -i))
 
 
-def _point(problem: Problem, features: Tensor, logits: Tensor, change: Tensor, strength: float) -> Proposal:
-    """A point of the path, counted on the recorded features."""
-    new, before = (logits + features @ change.T).cpu(), problem.before
-    gaps = (new.gather(1, before.label[:, None]) - new).scatter(1, before.label[:, None], torch.inf).amin(1)
-    loss = F.cross_entropy(new, before.label, reduction="none")
-    prediction = new.argmax(1)
-    after: SampleResults = replace(
-        before, prediction=prediction, passed=prediction == before.label, margin=gaps, loss=loss.to(before.loss)
-    )
-    return problem.counted(f"convex {strength:g}", _state(problem, change), after)
-
-
 def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]:
     """The greatest share of a change that breaks nothing when the deployed model runs with it."""
-    for share in DEPLOYED_FRACTIONS:
+    for number, share in enumerate(DEPLOYED_FRACTIONS):
+        if number and not problem.deadline.leaves(TRIAL_PASSES * problem.clock.one_pass):
+            break
         proposal = problem.propose("convex", _state(problem, share * change))
         if not proposal.broken:
             return (proposal if proposal.repaired else None), share

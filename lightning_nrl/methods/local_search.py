@@ -23,6 +23,7 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
+from lightning_nrl.methods._scored_samples import choose_samples, n_to_score, preparation_seconds
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import (
     FITNESSES,
@@ -62,12 +63,14 @@ class LocalSearchResult:
     search: SearchResult  # the best candidate and the course of the search
     state: State | None  # whole tensors with the best candidate; None: the weights are as they were before
     storage: str = ""  # where known data were kept, in words; empty if in memory
+    n_passed: int = 0  # how many passed samples candidates were scored on
+    chosen: str = ""  # how many of how many samples the search looked at, in words; empty if at all
 
     @property
     def note(self) -> str:
         """For a line of the report."""
         made = f"{len(self.search.values):,} weights, {self.search.iterations:,} iterations"
-        return f"{made}; {self.storage}" if self.storage else made
+        return "; ".join(part for part in (made, self.chosen, self.storage) if part)
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,23 @@ class LocalSearch:
             problem = replace(problem, localizer=LOCALIZERS.parse("localizer", self.localizer))
         if self.fitness is not None:
             problem = replace(problem, fitness=FITNESSES.parse("fitness", self.fitness))
+        if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
+            return Solution(
+                None, f"no time was left for a search after {problem.clock.elapsed:.1f} s; raise `max_time`."
+            )
         end = problem.deadline_of_method().within(self.seconds)
         reserve = rounding_reserve(problem.evaluator.precision, before)
         goal = SearchGoal(before.targeted, problem.passed, problem.passed, problem.fitness, reserve, end)
         found = localize_and_search(problem, searcher, goal)
         if found.state is None:
             reason = "the search found nothing better than the original weights."
-            return Solution(None, reason, localization=found.localization, result=found.search)
+            return Solution(None, reason, localization=found.localization, result=found.search, n_passed=found.n_passed)
         with problem.clock.stage("judge"):
             proposal = problem.propose(_name_of(searcher), found.state)
         steps = (proposal.step(found.search.seconds, found.note),)
-        return Solution(proposal, steps=steps, localization=found.localization, result=found.search)
+        return Solution(
+            proposal, steps=steps, localization=found.localization, result=found.search, n_passed=found.n_passed
+        )
 
 
 def _name_of(searcher: Searcher[Any]) -> str:
@@ -153,13 +162,17 @@ def _localized_and_searched(
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
+    choice = choose_samples(
+        before, scored | goal.failed, goal.passed | goal.constrained, n_to_score(problem, goal.deadline), problem.seed
+    )
+    scored, kept = scored & choice.recorded, goal.constrained & choice.recorded
+    failed, passed = goal.failed & choice.recorded, goal.passed & choice.representative
     with clock.stage("localize"):
-        # All that pass, so that a batch's share of a sum is, bit for bit, what it is in a sweep.
-        recording = record_known(problem, scored | goal.failed | before.passed | goal.passed | goal.constrained)
+        recording = record_known(problem, choice.recorded)
         localizer = on_data(problem.localizer, Known(problem.evaluator, problem.known, before, space))
-        localization = localizer(recording, problem.evaluator, failed=goal.failed, passed=goal.passed)
+        localization = localizer(recording, problem.evaluator, failed=failed, passed=passed)
     where = localization.weights.to(space.device)
-    passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(goal.constrained.sum())
+    passed_loss, n_constrained = needs_passed_loss(goal.fitness), int(kept.sum())
 
     def tell(done: int, history: SearchHistory) -> None:
         broken = n_constrained - int(history.intact[-1])
@@ -171,7 +184,7 @@ def _localized_and_searched(
             recording,
             where,
             scored,
-            goal.constrained,
+            kept,
             problem.evaluator,
             budget=half_budget(problem),
             passed_loss=passed_loss,
@@ -198,4 +211,4 @@ def _localized_and_searched(
     values = problem.collective.agreed(result.values)
     unchanged = torch.equal(values, space.flat()[where])
     state = None if unchanged else space.changed(where, values)
-    return LocalSearchResult(localization, result, state, recording.storage)
+    return LocalSearchResult(localization, result, state, recording.storage, n_constrained, choice.note)

@@ -21,14 +21,18 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.methods._scored_samples import preparation_seconds
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
 __all__ = ["warm_started_search"]
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
+
+NO_TIME = "not run: no time was left"
 
 KEPT_MARGIN_SHARE = 0.5
 """The part of its margin that a sample must keep."""
@@ -66,7 +70,9 @@ def warm_started_search(
     start = next((proposal for proposal in proposals if proposal.state is base), None)
     if start is None and not base:
         start = problem.original("base")
-    elif start is None:
+    if not problem.deadline_of_method().leaves(preparation_seconds(problem)):
+        return _without_search(better([start, *proposals]))
+    if start is None:
         with problem.clock.stage("judge"):
             start = problem.propose("base", base)
     best = better([start, *proposals])
@@ -111,8 +117,14 @@ def warm_started_search(
         steps=(step,),
         localization=found.localization,
         result=found.search,
-        n_passed=int(goal.constrained.sum()),
+        n_passed=found.n_passed,
     )
+
+
+def _without_search(best: Proposal | None) -> Solution:
+    """What there is already, where time is over."""
+    step = Step("swarm", 0, 0, 0.0, NO_TIME) if best is None else replace(best.step(0.0, NO_TIME), name="swarm")
+    return Solution(best, "there was no time left for a search.", steps=(step,))
 
 
 def _narrow(problem: Problem, proposal: Proposal) -> Tensor:

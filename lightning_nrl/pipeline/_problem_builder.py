@@ -46,6 +46,7 @@ def build_problem(
         clock=StageTimer() if clock is None else clock,
         seed=settings.seed,
         budget=settings.search.budget,
+        n_scored=settings.search.n_scored,
         training=training,
         whole=settings.layer == "auto",
         update=update,

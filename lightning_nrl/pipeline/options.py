@@ -10,6 +10,7 @@ from lightning_nrl._utils.saved_work import SAVE_EVERY
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer
+from lightning_nrl.problem.problem import N_SCORED
 from lightning_nrl.search import FITNESSES
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.stats.binomial import check_confidence
@@ -31,6 +32,9 @@ class SearchOptions:
             else `neurecover-lite`.
         n_passed: how many passed samples the search scores (#pos in the paper), drawn from the `passed` data; None:
             all that are known.
+        n_scored: how many known samples a search records, localises on and scores, at most: failed ones, those nearest
+            to the border, and a draw from all others; fewer where `max_time` is too short to prepare it. What it finds
+            is counted, and judged, on all known samples.
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
             activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
             kept in half the precision, in a temporary file, or computed again each time; the step's note says which.
@@ -54,6 +58,7 @@ class SearchOptions:
     budget: int | None = None
     on_interrupt: Literal["untouched", "best"] = "untouched"
     save_every: float | None = SAVE_EVERY
+    n_scored: int = N_SCORED
 
     def __post_init__(self) -> None:
         if self.fitness is not None:
@@ -63,6 +68,7 @@ class SearchOptions:
         for name, value in (("n_passed", self.n_passed), ("budget", self.budget)):
             if value is not None:
                 check_whole(name, value, 1)
+        check_whole("n_scored", self.n_scored, 2)
         check_choice("on_interrupt", self.on_interrupt, ("untouched", "best"))
         if self.save_every is not None:
             check_real("save_every", self.save_every, "time", "give seconds from 0, or None to save nothing.", least=0)

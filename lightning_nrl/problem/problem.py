@@ -25,7 +25,10 @@ from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
-__all__ = ["Allowance", "Method", "NoneAllowed", "Problem", "TargetedTraining", "Training"]
+__all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "TargetedTraining", "Training"]
+
+N_SCORED = 100_000
+"""Known samples that a search looks at, at most, unless something else is said."""
 
 JUDGING_PASSES = 3
 """Passes over known data after a method: its result is judged, unseen data are counted."""
@@ -127,6 +130,7 @@ class Problem:
         clock: what stages took, and what is left of the time.
         seed: of everything random.
         budget: bytes that the search may use on the device; None takes a share of what is free.
+        n_scored: how many known samples a search looks at, at most; what it finds is counted on all.
         training: goes on with the training; None where it is not known how the model was trained.
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
@@ -149,6 +153,7 @@ class Problem:
     clock: StageTimer = field(default_factory=StageTimer)
     seed: int = 0
     budget: int | None = None
+    n_scored: int = N_SCORED
     training: Training | None = None
     whole: bool = True
     update: bool = False
@@ -194,7 +199,7 @@ class Problem:
 
     def evaluate(self, state: State) -> SampleResults:
         """What the deployed model does on all known data under a state: one forward pass over them."""
-        return self.evaluator.run_with(state, self.known)
+        return self.evaluator.run_with(state, self.known).sharing(self.before)
 
     def propose(self, name: str, state: State) -> Proposal:
         """A state as a proposal, counted on all known data."""

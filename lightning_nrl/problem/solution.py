@@ -67,7 +67,8 @@ class Solution:
         proposal: the best it has; None if it has nothing better than the original weights.
         reason: why there is no proposal, in words.
         steps: what it did, in order.
-        others: further proposals worth keeping, such as those along a path over strength.
+        others: further proposals worth keeping.
+        tried: what became of the known samples under other weights, such as those along a path over strength.
         localization: which weights a swarm searched, if one did.
         result: the course of that search.
         n_passed: how many passed samples that search scored; None: those of `Problem.passed`.
@@ -81,6 +82,7 @@ class Solution:
     reason: str = ""
     steps: tuple[Step, ...] = ()
     others: tuple[Proposal, ...] = ()
+    tried: tuple[TargetCounts, ...] = ()
     localization: Localization | None = None
     result: SearchResult | None = None
     n_passed: int | None = None

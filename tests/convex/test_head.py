@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lightning_nrl._convex.head as convex_head
 from lightning_nrl._convex.head import ConvexHead, regularization_path
 
 
@@ -47,10 +50,51 @@ def test_all_matrices_are_of_numbers_that_a_gpu_multiplies() -> None:
 def test_passed_samples_stay_right_and_a_high_price_repairs_more(seed: int) -> None:
     own, repaired = head(seed), []
     for change in regularization_path(own, (0.1, 1.0, 30.0)):
-        now = own.changed(change).argmax(1) == own.label
+        now = own.right(change)
         assert now[~own.targeted].all()
         repaired.append(int(now[own.targeted].sum()))
     assert repaired[0] <= repaired[-1] > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_samples_are_looked_at_part_by_part_where_a_margin_may_be_too_small(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = head(seed, n=600)
+    expected = list(regularization_path(own, (0.1, 1.0, 30.0)))
+    monkeypatch.setattr(convex_head, "ROWS_PER_BLOCK", 100)
+    monkeypatch.setattr(convex_head, "ROWS_OF_MANY", 64)
+    # The samples among others, in another order.
+    mixed = torch.randperm(700, generator=torch.Generator().manual_seed(seed))[:600]
+    features, logits = torch.full((700, 5), torch.nan), torch.full((700, 3), torch.nan)
+    features[mixed], logits[mixed] = own.features, own.logits
+    many = replace(own, features=features, logits=logits, rows=mixed)
+    found, n_left = list(regularization_path(many, (0.1, 1.0, 30.0))), 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        reached = many.reached(one, torch.ones_like(own.targeted))
+        assert reached is not None
+        left = torch.ones_like(own.targeted)
+        left[reached] = False
+        n_left += int(left.sum())
+        assert (_margins(own, one)[left] >= own.required[left]).all()
+        assert torch.equal(many.right(one), _margins(own, one) > 0)
+    assert 0 < n_left < 3 * 600
+
+
+def _margins(own: ConvexHead, change: torch.Tensor) -> torch.Tensor:
+    """The least margin of each sample under a change."""
+    logits = own.logits + own.features @ change.T.float()
+    true = logits.gather(1, own.label[:, None])
+    return (true - logits.scatter(1, own.label[:, None], -torch.inf)).amin(1)
+
+
+def test_a_column_of_ones_is_put_beside_the_features_where_they_are_used() -> None:
+    own = head()
+    beside, within = replace(own, ones=True), replace(own, features=F.pad(own.features, (0, 1), value=1.0))
+    for one, other in zip(*(regularization_path(each, (0.5, 8.0)) for each in (beside, within)), strict=True):
+        assert one.shape == (3, 6)
+        assert torch.equal(one, other)
 
 
 def test_where_time_is_over_passed_samples_still_stay_right() -> None:
@@ -63,7 +107,7 @@ def test_where_time_is_over_passed_samples_still_stay_right() -> None:
     (change,) = regularization_path(own, (30.0,), is_over=is_over)
     assert len(asked) >= 30
     assert change.any()
-    assert (own.changed(change).argmax(1) == own.label)[~own.targeted].all()
+    assert own.right(change)[~own.targeted].all()
 
 
 def test_without_a_target_that_counts_nothing_changes() -> None:

@@ -165,6 +165,10 @@ def test_each_storage_gives_samples_back_in_their_layout_and_type(dtype: torch.d
     storages: list[RecordedTensors] = [
         InMemory(layouts, CPU),
         InMemory(layouts, CPU, half=True),
+        InMemory(layouts, CPU, expected=6),
+        InMemory(layouts, CPU, expected=7),
+        InMemory(layouts, CPU, expected=3),
+        InMemory(layouts, CPU, expected=1),
         MappedFile(layouts),
         Recomputed(remade, layouts),
     ]
