@@ -16,6 +16,7 @@ from lightning_nrl._utils.state import State, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.methods._known_activations import half_budget, record_known
+from lightning_nrl.methods._scored_samples import choose_samples
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.family_fitness import needs_credit
@@ -35,8 +36,7 @@ def search_coefficients(
     original = torch.zeros(k, dtype=torch.float32, device=device)
     first = torch.cat([torch.eye(k, device=device), torch.ones(2, k, device=device)])
     first[-1] /= k
-    scorer = _scorer(problem, states, fitness)
-    n_passed = int(problem.before.passed.sum())
+    scorer, n_passed = _scorer(problem, states, fitness)
 
     def tell(done: int, history: SearchHistory) -> None:
         problem.clock.tell(done, searcher.iterations, int(history.patched[-1]), n_passed - int(history.intact[-1]))
@@ -75,22 +75,26 @@ def merged(problem: Problem, states: Sequence[State], coefficients: Tensor) -> d
     return new
 
 
-def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> Scorer:
-    """Scores coefficients: on recorded activations if all changes are in the searched layers, else by whole passes."""
+def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction) -> tuple[Scorer, int]:
+    """Scores coefficients, and says on how many passed samples.
+
+    On recorded activations if all changes are in the searched layers, else by whole passes.
+    """
     space, before = problem.space, problem.before
     parameters = space.parameters
     if any(name not in parameters for state in states for name in state):
-        return WholeModelScorer(problem, states)
+        return WholeModelScorer(problem, states), int(before.passed.sum())
     own = space.flat().to(widest(space.device))
     flats = [torch.cat([{**parameters, **state}[name].detach().flatten() for name in parameters]) for state in states]
     change = torch.stack([flat.to(own) - own for flat in flats])
     where = (change != 0).any(0).nonzero().flatten()
-    recording = record_known(problem, before.targeted | before.passed)
+    recorded = choose_samples(before, before.targeted, before.passed, problem.n_scored, problem.seed).recorded
+    recording = record_known(problem, recorded)
     scorer = make_scorer(
         recording,
         where,
-        before.targeted,
-        before.passed,
+        before.targeted & recorded,
+        before.passed & recorded,
         problem.evaluator,
         budget=half_budget(problem),
         passed_loss=needs_passed_loss(fitness),
@@ -99,7 +103,7 @@ def _scorer(problem: Problem, states: Sequence[State], fitness: FitnessFunction)
         weight=before.finite_weight if before.weighted else None,
         credit=needs_credit(fitness),
     )
-    return _OnRecording(scorer, own[where], change[:, where], space.dtype)
+    return _OnRecording(scorer, own[where], change[:, where], space.dtype), int((before.passed & recorded).sum())
 
 
 @dataclass(frozen=True)

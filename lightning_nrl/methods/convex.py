@@ -41,7 +41,7 @@ DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 RECORDING_PASSES = 2.0
 """What it takes to record the layer's inputs and to compare its outputs with the model's."""
 
-NO_TIME = "there was no time left to solve anything."
+NO_TIME_TO_SOLVE = "there was no time left to solve anything."
 
 TRIAL_PASSES = 2.0
 """Passes for which there must be time where another of these fractions is tried: its own, and the verdict's."""
@@ -144,7 +144,7 @@ class Convex:
         _check_layers(problem.space)
         check_needs(Convex.needs, problem.before, problem.task)
         if not problem.deadline_of_method().leaves(RECORDING_PASSES * problem.clock.one_pass):
-            return Solution(None, NO_TIME)
+            return Solution(None, NO_TIME_TO_SOLVE)
         with problem.clock.stage("record"):
             known = _KnownHead.recorded(problem)
         with problem.clock.stage("solve"):
@@ -152,7 +152,7 @@ class Convex:
             end = problem.deadline_of_method().earlier(problem.clock.one_pass).within(self.seconds)
             changes, held = _path(problem, known, self.patience, end)
             if not len(changes):
-                return Solution(None, NO_TIME)
+                return Solution(None, NO_TIME_TO_SOLVE)
             points = [known.point(problem, change) for change in changes]
         del known
         seconds = (time.perf_counter() - began) / len(points)

@@ -32,7 +32,7 @@ __all__ = ["warm_started_search"]
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 
-NO_TIME = "not run: no time was left"
+NO_TIME_FOR_SEARCH = "not run: no time was left"
 
 KEPT_MARGIN_SHARE = 0.5
 """The part of its margin that a sample must keep."""
@@ -123,7 +123,11 @@ def warm_started_search(
 
 def _without_search(best: Proposal | None) -> Solution:
     """What there is already, where time is over."""
-    step = Step("swarm", 0, 0, 0.0, NO_TIME) if best is None else replace(best.step(0.0, NO_TIME), name="swarm")
+    step = (
+        Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
+        if best is None
+        else replace(best.step(0.0, NO_TIME_FOR_SEARCH), name="swarm")
+    )
     return Solution(best, "there was no time left for a search.", steps=(step,))
 
 

@@ -1,4 +1,4 @@
-"""Memory of repairs of large models and of many samples. Run with `python tests/benchmarks/large.py [NAME ...]`.
+"""Memory of repairs of large models. Run with `python tests/benchmarks/large.py [NAME ...]`.
 
 Each row is a process of its own, so that its peak is its own: of all memory that the process ever held (`ru_maxrss`),
 less what it held when model and data were there. Needs torchvision and transformers; weights are random, the samples
@@ -28,7 +28,6 @@ from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import SearchOptions, Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
@@ -49,7 +48,6 @@ class Case:
     budget: int | None = None  # MiB; None: as by default
     disk: bool = True  # whether temporary files may be written
     method: Any = SWARM
-    localizer: Any = "neurecover-lite"
 
 
 @dataclass(frozen=True)
@@ -92,10 +90,6 @@ def tokens(number: Tensor) -> Tensor:
     return torch.stack([torch.randint(5, 1000, (64,), generator=torch.Generator().manual_seed(int(i))) for i in number])
 
 
-def numbers(number: Tensor) -> Tensor:
-    return torch.stack([torch.sin(number * (k + 1) * 0.7311) for k in range(10)], 1).float() * 2
-
-
 def vision(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         import torchvision
@@ -121,10 +115,6 @@ class Bert(nn.Module):
         return logits
 
 
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 10))
-
-
 RESNET, VIT = ("layer4.2.conv3", "fc"), ("encoder.layers.encoder_layer_11.mlp.3", "heads.head")
 BERT = ("bert.bert.encoder.layer.3.output.dense", "bert.classifier")
 CASES = {
@@ -140,10 +130,6 @@ CASES = {
     "bert 256 x 4, fits": Case(Bert, tokens, BERT, 400, 50, 512),
     "bert 256 x 4, half": Case(Bert, tokens, BERT, 400, 50, 200),
     "bert 256 x 4, mapped": Case(Bert, tokens, BERT, 400, 50, 32),
-    "small 1e5, swarm": Case(mlp, numbers, ("2",), 10**5, 4096, localizer=AllWeights()),
-    "small 1e6, swarm": Case(mlp, numbers, ("2",), 10**6, 4096, localizer=AllWeights()),
-    "small 1e5, convex": Case(mlp, numbers, ("2",), 10**5, 4096, method="convex"),
-    "small 1e6, convex": Case(mlp, numbers, ("2",), 10**6, 4096, method="convex"),
 }
 
 
@@ -180,7 +166,7 @@ def measured(name: str) -> list[str]:
     began = time.perf_counter()
     budget = None if case.budget is None else case.budget * MIB
     layer = case.layers if len(case.layers) > 1 else case.layers[0]
-    search = SearchOptions(budget=budget, localizer=case.localizer)
+    search = SearchOptions(budget=budget)
     settings = Settings(layer=layer, method=case.method, search=search, max_time=500)
     report = repair_module(model, [source], settings).report
     whole = time.perf_counter() - began
