@@ -139,6 +139,12 @@ def _traced(problem: Problem, chosen: Tensor) -> Iterator[tuple[Tensor, dict[str
     Raises:
         ConfigurationError: they did not, on any rank.
     """
+    if problem.space.gates:
+        name = next(site.name.rpartition(".")[0] for site in problem.space.sites if site.gates is not None)
+        raise ConfigurationError(
+            f"`layer={name!r}`: steps along gradients cannot be made in a recurrent layer.",
+            "use `method='swarm'` or `method='finetune-polish'`, or name another layer.",
+        )
     layers = {site.name: site.module for site in problem.space.sites}
     missed = dict.fromkeys(layers, False)
     for parts in load_batches(problem, chosen.split(BATCH_SIZE) if len(chosen) else ()):

@@ -41,9 +41,12 @@ class SampleTally:
         self._positions: list[Positions] = []
 
     def add(self, positions: Positions, logits: Tensor, target: Any) -> None:
-        """One batch: `n` positions in the data set, its logits and its truth. Nothing waits for a device."""
+        """One batch: `n` positions in the data set, its logits and its truth. Nothing waits for a device.
+
+        Of the logits there is a copy: a module may write into the same memory again for the next batch.
+        """
         self._positions.append(positions)
-        self._held.append((logits.detach(), target))
+        self._held.append((logits.detach().clone(), target))
         self._numbers += logits.numel() + (target.numel() if isinstance(target, Tensor) else 0)
         if self._numbers > HELD_NUMBERS:
             self.judge()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from lightning_nrl._utils.whole_files import write_text
+from lightning_nrl._utils.whole_files import STALE_SECONDS, write_text
 
 __all__ = ["ResultBox"]
+
+PREFIX = "lightning_nrl-"
 
 
 class ResultBox:
@@ -19,13 +22,14 @@ class ResultBox:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._path = Path(tempfile.gettempdir()) / f"lightning_nrl-{uuid4().hex}.json"
+        self._path = Path(tempfile.gettempdir()) / f"{PREFIX}{uuid4().hex}.json"
         weakref.finalize(self, _remove, self._path, self._process)
 
     def put(self, text: str) -> None:
         """Leaves a text for the other process, in place of an earlier one; in the same process does nothing."""
         if os.getpid() != self._process:
             with suppress(OSError):
+                _remove_stale(self._path.parent)
                 write_text(self._path, text)
 
     def take(self) -> str:
@@ -43,3 +47,12 @@ class ResultBox:
 def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:
         path.unlink(missing_ok=True)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what processes left that were killed, whole or half-written."""
+    for pattern in (f"{PREFIX}*.json", f".{PREFIX}*.json.*"):
+        for left in folder.glob(pattern):
+            with suppress(OSError):  # of another user
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    left.unlink()

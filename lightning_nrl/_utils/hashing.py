@@ -1,15 +1,27 @@
-"""SHA-256 of tensors, which says which weights are meant."""
+"""SHA-256 of tensors and files, which says which weights are meant."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["hash_tensors"]
+__all__ = ["hash_file", "hash_tensors"]
+
+PART_BYTES = 2**22
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hexadecimal digits of what is in a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, Any]) -> str:

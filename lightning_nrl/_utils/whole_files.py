@@ -13,7 +13,7 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-__all__ = ["StagedFiles", "replacing", "write_text"]
+__all__ = ["STALE_SECONDS", "StagedFiles", "replacing", "write_text"]
 
 UNFINISHED = ".unfinished-"
 """How the folder begins in which files are written before they are put in their place."""

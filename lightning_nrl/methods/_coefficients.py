@@ -125,7 +125,8 @@ class _OnRecording:
 class WholeModelScorer:
     """Candidates are coefficients; each takes a pass of the whole model over all known data.
 
-    Exact whatever the changes move, and slow: for the few candidates of a search over few coefficients.
+    Exact whatever the changes move, and slow: for the few candidates of a search over few coefficients. As on
+    recorded activations, what rounding could flip in the deployed precision does not pass.
     """
 
     problem: Problem
@@ -158,14 +159,16 @@ class WholeModelScorer:
         before = self.problem.before
         after = self.problem.evaluate(merged(self.problem, self.states, coefficients))
         failed, passed, weight = before.targeted, before.passed, before.finite_weight
-        loss, credit = after.loss.double() * weight, torch.where(after.passed, 1.0, 1 / (after.loss.double() + 1))
+        reserve = rounding_reserve(self.problem.evaluator.precision, before)
+        passes = after.passed if reserve is None else after.passed & (after.margin >= reserve)
+        loss, credit = after.loss.double() * weight, torch.where(passes, 1.0, 1 / (after.loss.double() + 1))
         return (
-            float((failed & after.passed).sum()),
-            float((passed & after.passed).sum()),
+            float((failed & passes).sum()),
+            float((passed & passes).sum()),
             float(loss[failed].sum()),
             float(loss[passed].sum()),
-            float(weight[failed & after.passed].sum()),
-            float(weight[passed & ~after.passed].sum()),
+            float(weight[failed & passes].sum()),
+            float(weight[passed & ~passes].sum()),
             float(credit[failed].sum()),
             float(credit[passed].sum()),
         )

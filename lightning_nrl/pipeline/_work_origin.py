@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import __version__
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.hashing import hash_file, hash_tensors
 from lightning_nrl._utils.state import current_state
 from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.pipeline._baseline import Baseline
@@ -66,7 +66,7 @@ def _table(results: SampleResults) -> list[Any]:
 def _tensors_of(value: Any) -> Any:
     """Hashes of models, states and files that a method was given, which its plain form does not tell apart.
 
-    Of a folder, names and sizes of its files.
+    Of a folder, names and hashes of its files.
     """
     if isinstance(value, nn.Module):
         return hash_tensors(value.state_dict())
@@ -79,9 +79,9 @@ def _tensors_of(value: Any) -> Any:
         with suppress(OSError, ValueError):
             path = Path(value)
             if path.is_file():
-                return hashlib.sha256(path.read_bytes()).hexdigest()
+                return hash_file(path)
             if str(value) and path.is_dir():
-                return sorted((file.name, file.stat().st_size) for file in path.iterdir() if file.is_file())
+                return sorted((file.name, hash_file(file)) for file in path.iterdir() if file.is_file())
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: _tensors_of(getattr(value, f.name)) for f in fields(value)}
     return None

@@ -109,13 +109,14 @@ class DifferentialEvolution:
     def ask(self, state: Population, streams: RandomStreams) -> Population:
         """A trial for each member."""
         x = state.members
-        n_searches, n, n_weights = x.shape
+        _, n, n_weights = x.shape
         a, b, c = three_others(streams.uniform(x, 3, n, 1)[..., 0])
         factor = self.factor_min + (self.factor_max - self.factor_min) * streams.uniform(x, 1, 1)
         mutant = _members(x, a) + factor * (_members(x, b) - _members(x, c))
         mutant = mutant.clamp(state.lowest, state.highest)
         crossed = streams.uniform(x, n, n_weights) < self.crossover
-        sizes = x.new_tensor(streams.sizes or [n_weights] * n_searches)[:, None]
+        # From the mask, since numbers of the host would make it wait for the device.
+        sizes = n_weights if state.searched is None else state.searched.sum(-1).to(x)
         always = (streams.uniform(x, n, 1)[..., 0] * sizes).long().clamp(max=n_weights - 1)
         crossed = crossed.scatter(2, always[..., None], torch.ones_like(crossed[..., :1]))
         if state.searched is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
-from lightning_package import Trainer
+from lightning_package import TensorBoardLogger, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import server
 
 import lightning_nrl._trainer.artifacts
 from lightning_nrl import RegressionFreeRepair, RepairReport
 from lightning_nrl._utils import whole_files
+from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.errors import FilesWarning, RepairWarning
 from lightning_nrl.patches import Patch
 from lightning_nrl.pipeline import Outcome
@@ -291,38 +294,78 @@ def test_what_a_killed_process_left_goes_after_a_day(tmp_path: Path) -> None:
     assert names_in(tmp_path) == {"a", young.name}
 
 
-def save_for_ever(folder: Path, connection: Connection) -> None:
-    """Saves one repair again and again, and says so each time."""
-    RepairReport.to_html = lambda report, *_: "<!doctype html>"  # type: ignore[method-assign]
+def save_for_ever(folder: Path, connection: Connection, draws: bool) -> None:
+    """Saves and logs one repair after another, each of its own weights and with its number in all of its files."""
     torch.set_num_threads(1)
+    if not draws:  # which takes most of the time
+        RepairReport.to_html = lambda report, *_: f"<!doctype html>{report.reason}"  # type: ignore[method-assign]
     callback, model = quick_repair(dirpath=folder), Classifier()
     callback.__class__ = Unsaved
-    trainer = quiet_trainer(folder.parent, callback, enable_checkpointing=False)
+    logger = TensorBoardLogger(folder.parent, "log", "run")
+    trainer = quiet_trainer(folder.parent, callback, enable_checkpointing=False, logger=logger)
     trainer.fit(model, datamodule=Digits())
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    while True:
+    state, outcome = {name: value.clone() for name, value in model.state_dict().items()}, callback.outcome
+    for number in range(1_000_000):
         model.load_state_dict(state)
-        callback.save(trainer, model, callback.outcome)
+        new = {name: value + number * 1e-6 for name, value in outcome.parameters.items()}
+        hashes = replace(outcome.report.hashes, model_after=hash_tensors({**state, **new}))
+        report = replace(outcome.report, reason=f"Run {number}.", hashes=hashes)
+        one = replace(outcome, report=report, parameters=new)
+        callback.announce(trainer, one, callback.save(trainer, model, one))
         connection.send("saved")
+
+
+def killed_while_it_saves(folder: Path, seconds: float, draws: bool) -> None:
+    """Kills a process so many seconds after it has saved a repair, when it saves others over it."""
+    context = server()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=save_for_ever, args=(folder, sender, draws))
+    process.start()
+    try:
+        assert receiver.poll(300)
+        time.sleep(seconds)
+    finally:
+        process.kill()
+        process.join()
+
+
+def assert_whole(folder: Path) -> bool:
+    """Files can be read, and are of one run where there is a report; whether there is one."""
+    there = {name for name in names_in(folder) if not name.startswith(".unfinished-")}
+    assert there <= NAMES
+    assert "repaired.ckpt" in there
+    checkpoint = torch.load(folder / "repaired.ckpt", weights_only=True)
+    (callback,) = checkpoint["callbacks"].values()
+    own = RepairReport.from_json(callback["report"])
+    assert own.hashes is not None
+    assert hash_tensors(checkpoint["state_dict"]) == own.hashes.model_after
+    if "repair.patch.safetensors" in there:
+        Patch.load(folder / "repair.patch.safetensors")
+    # No page of one run lies beside the checkpoint of another.
+    for page in ("report.md", "report.html"):
+        if page in there:
+            assert own.reason in (folder / page).read_text()
+    if "report.json" not in there:
+        return False
+    assert there == NAMES
+    report = RepairReport.from_json((folder / "report.json").read_text())
+    assert (report.reason, report.hashes) == (own.reason, own.hashes)
+    patched = Patch.load(folder / "repair.patch.safetensors").report
+    assert patched is not None
+    assert patched.reason == report.reason
+    for log in folder.parent.rglob("events.out.tfevents.*"):
+        EventAccumulator(str(log)).Reload()
+    return True
 
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_half_written(tmp_path: Path) -> None:
-    folder, context = tmp_path / "mine", server()
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=save_for_ever, args=(folder, sender))
-    process.start()
-    try:
-        assert receiver.poll(300)
-        time.sleep(float(os.environ.get("NRL_KILL_AFTER", "0.05")))
-    finally:
-        process.kill()
-        process.join()
-    there = {name for name in names_in(folder) if not name.startswith(".unfinished-")}
-    assert there <= NAMES
-    assert "repaired.ckpt" in there
-    torch.load(folder / "repaired.ckpt", weights_only=True)
-    Patch.load(folder / "repair.patch.safetensors")
-    if "report.json" in there:
-        assert there == NAMES
-        assert RepairReport.from_json((folder / "report.json").read_text()).status == "repaired"
+    """NRL_KILLS is how many processes are killed, each at a random moment."""
+    dice, whole = random.Random(0), 0
+    kills = int(os.environ.get("NRL_KILLS", "1"))
+    for number in range(kills):
+        folder = tmp_path / str(number) / "mine"
+        draws = number % 2 == 1
+        killed_while_it_saves(folder, dice.uniform(0, 4.0 if draws else 0.4), draws)
+        whole += assert_whole(folder)
+    print(f"{kills} killed, {whole} of them left a report")

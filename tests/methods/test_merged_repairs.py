@@ -84,8 +84,10 @@ def test_recorded_activations_and_whole_passes_score_alike(weighted: bool) -> No
 def test_a_mix_in_bfloat16_passes_only_what_rounding_does_not_flip() -> None:
     # At 0.69 the target 0.7 passes by 0.01; bfloat16 rounds the median margin of 1.25 by 0.02.
     for context, patched in ((nullcontext, 1), (partial(torch.autocast, "cpu", torch.bfloat16), 0)):
-        found = _scorer(on_a_line(context=context), [threshold(0.69)], Fitness())[0](torch.ones(1, 1, 1))
-        assert (int(found.patched), int(found.intact)) == (patched, 5)
+        problem, states = on_a_line(context=context), [threshold(0.69)]
+        for scorer in (_scorer(problem, states, Fitness())[0], WholeModelScorer(problem, states)):
+            found = scorer(torch.ones(1, 1, 1))
+            assert (int(found.patched), int(found.intact)) == (patched, 5)
 
 
 def test_whole_networks_are_merged_by_whole_passes() -> None:

@@ -186,7 +186,10 @@ def test_another_training_is_another_repair(tmp_path: Path, monkeypatch: pytest.
 def test_files_of_a_folder_that_a_method_names_are_looked_at(tmp_path: Path) -> None:
     once = _tensors_of(Apricot(str(tmp_path)))
     (tmp_path / "one.ckpt").write_text("more")
-    assert once != _tensors_of(Apricot(str(tmp_path)))
+    twice = _tensors_of(Apricot(str(tmp_path)))
+    assert once != twice
+    (tmp_path / "one.ckpt").write_text("less")
+    assert twice != _tensors_of(Apricot(str(tmp_path)))
 
 
 def test_what_ctrl_c_does_and_how_often_it_saves_may_be_changed(tmp_path: Path) -> None:
