@@ -39,12 +39,13 @@ class Problem:
 
     def sources(self, seed: int) -> tuple[list[TensorSource], TensorSource]:
         """Known data, and unseen data."""
-        tensors = {split: data.tensors for split, data in self.data(seed).data.items()}
-        known = [
-            TensorSource(*tensors["train"], split="train", passed=True, batch_size=500),
-            TensorSource(*tensors["repair"], split="repair", passed=True, failed=True, batch_size=500),
-        ]
-        return known, TensorSource(*tensors["test"], split="test", batch_size=500)
+
+        def source(split: str, **roles: bool) -> TensorSource:
+            inputs, labels, *extras = data[split].tensors
+            return TensorSource(inputs, labels, split=split, extras=tuple(extras), batch_size=500, **roles)
+
+        data = self.data(seed).data
+        return [source("train", passed=True), source("repair", passed=True, failed=True)], source("test")
 
     def trained(self, seed: int, path: Path) -> tuple[LightningModule, list[State]]:
         """The network of a seed, and its weights on the way there; from a file if it was trained before."""
