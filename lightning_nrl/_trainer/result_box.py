@@ -14,7 +14,7 @@ from lightning_nrl._utils.whole_files import STALE_SECONDS, write_text
 
 __all__ = ["ResultBox"]
 
-PREFIX = "lightning_nrl-"
+FILE_PREFIX = "lightning_nrl-"
 
 
 class ResultBox:
@@ -22,7 +22,7 @@ class ResultBox:
 
     def __init__(self) -> None:
         self._process = os.getpid()
-        self._path = Path(tempfile.gettempdir()) / f"{PREFIX}{uuid4().hex}.json"
+        self._path = Path(tempfile.gettempdir()) / f"{FILE_PREFIX}{uuid4().hex}.json"
         weakref.finalize(self, _remove, self._path, self._process)
 
     def put(self, text: str) -> None:
@@ -51,7 +51,7 @@ def _remove(path: Path, process: int) -> None:
 
 def _remove_stale(folder: Path) -> None:
     """Removes what processes left that were killed, whole or half-written."""
-    for pattern in (f"{PREFIX}*.json", f".{PREFIX}*.json.*"):
+    for pattern in (f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*"):
         for left in folder.glob(pattern):
             with suppress(OSError):  # of another user
                 if time.time() - left.stat().st_mtime > STALE_SECONDS:
