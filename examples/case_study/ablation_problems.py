@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from fashion_mnist import DriftingFashion, FashionNet
-from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule
 from network import VehicleNet, Vehicles
-from published import CheckpointsOfTraining, State, quiet
+from published import State, train
 from repairs import TARGETS
 from weak_digit import EPOCHS, WEAK, DigitCNN, WeakDigit
 
@@ -50,13 +50,7 @@ class Problem:
     def trained(self, seed: int, path: Path) -> tuple[LightningModule, list[State]]:
         """The network of a seed, and its weights on the way there; from a file if it was trained before."""
         if not path.exists():
-            seed_everything(seed, verbose=False)
-            kept = CheckpointsOfTraining(self.epochs)
-            data = self.data(seed)
-            quiet(max_epochs=self.epochs, callbacks=[kept]).fit(
-                self.network(), train_dataloaders=data.train_dataloader()
-            )
-            torch.save(kept.states, path)
+            torch.save(train(seed, self.network, self.data(seed), self.epochs)[1], path)
         states = torch.load(path, weights_only=True)
         model = self.network()
         model.load_state_dict(states[-1])

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich import print
 from rich.table import Table
 from scipy import stats
@@ -86,12 +86,14 @@ def quiet(**arguments: Any) -> Trainer:
     return Trainer(**shown, **arguments)
 
 
-def train(seed: int, data: WeakDigit) -> tuple[Trainer, list[State]]:
+def train(
+    seed: int, network: Callable[[], LightningModule], data: LightningDataModule, epochs: int
+) -> tuple[Trainer, list[State]]:
     """The trainer of a new network, and the weights that it had on the way."""
     seed_everything(seed, verbose=False)
-    kept = CheckpointsOfTraining(EPOCHS)
-    trainer = quiet(max_epochs=EPOCHS, callbacks=[kept])
-    trainer.fit(DigitCNN(), datamodule=data)
+    kept = CheckpointsOfTraining(epochs)
+    trainer = quiet(max_epochs=epochs, callbacks=[kept])
+    trainer.fit(network(), train_dataloaders=data.train_dataloader())
     return trainer, kept.states
 
 
@@ -99,7 +101,7 @@ def trained(problem: str, seed: int, folder: Path) -> tuple[Path, list[State]]:
     """The checkpoint of a seed's network and its weights on the way there; from files if it was trained before."""
     states, checkpoint = folder / f"{problem}_{seed}.pt", folder / f"{problem}_{seed}.ckpt"
     if not states.exists():
-        trainer, kept = train(seed, WeakDigit(seed, PROBLEMS[problem]))
+        trainer, kept = train(seed, DigitCNN, WeakDigit(seed, PROBLEMS[problem]), EPOCHS)
         trainer.save_checkpoint(checkpoint)
         torch.save(kept, states)
     return checkpoint, torch.load(states, weights_only=True)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from lightning_nrl._utils.whole_files import STALE_SECONDS, write_text
+from lightning_nrl._utils.whole_files import remove_stale, write_text
 
 __all__ = ["ResultBox"]
 
@@ -29,7 +28,7 @@ class ResultBox:
         """Leaves a text for the other process, in place of an earlier one; in the same process does nothing."""
         if os.getpid() != self._process:
             with suppress(OSError):
-                _remove_stale(self._path.parent)
+                remove_stale(self._path.parent, f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*")
                 write_text(self._path, text)
 
     def take(self) -> str:
@@ -47,12 +46,3 @@ class ResultBox:
 def _remove(path: Path, process: int) -> None:
     if os.getpid() == process:
         path.unlink(missing_ok=True)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Removes what processes left that were killed, whole or half-written."""
-    for pattern in (f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*"):
-        for left in folder.glob(pattern):
-            with suppress(OSError):  # of another user
-                if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                    left.unlink()

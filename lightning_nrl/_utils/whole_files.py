@@ -13,7 +13,7 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-__all__ = ["STALE_SECONDS", "StagedFiles", "replacing", "write_text"]
+__all__ = ["StagedFiles", "remove_stale", "replacing", "write_text"]
 
 UNFINISHED = ".unfinished-"
 """How the folder begins in which files are written before they are put in their place."""
@@ -40,6 +40,15 @@ def replacing(path: str | Path, write: Callable[[Path], object]) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Writes text in UTF-8, whole or not at all."""
     replacing(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def remove_stale(folder: Path, *patterns: str) -> None:
+    """Removes files and folders of such names that are so old that processes left them that were killed."""
+    for pattern in patterns:
+        for left in folder.glob(pattern):
+            with suppress(OSError):  # of another user
+                if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 class StagedFiles:
@@ -88,7 +97,7 @@ class StagedFiles:
     def place(self, name: str) -> Path:
         """Where a file is until `commit`."""
         if self._stage is None:
-            _remove_stale(self.folder)
+            remove_stale(self.folder, f"{UNFINISHED}*")
             self._stage = Path(tempfile.mkdtemp(dir=self.folder, prefix=UNFINISHED))
         return self._stage / name
 
@@ -137,13 +146,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _remove_stale(folder: Path) -> None:
-    for left in folder.glob(f"{UNFINISHED}*"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left)
 
 
 def _make_readable(path: Path) -> None:
