@@ -316,7 +316,7 @@ class RegressionFreeRepair(CallbackBase):
                     self._work.done()
                 self.report = report = saved.tell(report, accepted)
             if trainer.is_global_zero:
-                self._box.put(report.to_json())
+                self._box.put(report.to_json)
         except BaseException:
             if self._pending:
                 self.report = self._parameters = None

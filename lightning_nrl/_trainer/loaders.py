@@ -95,8 +95,7 @@ class LoaderSource:
         """The first raw batch of the split on the device, the same on every rank; seeds the global generators."""
         seed_all(self.seed)
         first = torch.arange(len(self.index))[: self.batch_size]
-        samples = [self.samples[i] for i in self._codes(first)]
-        raw = self.transfer(self.loader.collate_fn(samples))
+        raw = self.transfer(self.loader.collate_fn(self.samples.__getitems__(self._codes(first))))
         self._taken_apart(raw)  # says what does not fit
         return raw
 

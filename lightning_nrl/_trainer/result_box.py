@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -24,12 +25,12 @@ class ResultBox:
         self._path = Path(tempfile.gettempdir()) / f"{FILE_PREFIX}{uuid4().hex}.json"
         weakref.finalize(self, _remove, self._path, self._process)
 
-    def put(self, text: str) -> None:
-        """Leaves a text for the other process, in place of an earlier one; in the same process does nothing."""
+    def put(self, text: Callable[[], str]) -> None:
+        """Leaves a text for the other process, in place of an earlier one; in the same process does not ask for it."""
         if os.getpid() != self._process:
             with suppress(OSError):
                 remove_stale(self._path.parent, f"{FILE_PREFIX}*.json", f".{FILE_PREFIX}*.json.*")
-                write_text(self._path, text)
+                write_text(self._path, text())
 
     def take(self) -> str:
         """The text that another process has left since the last time; empty if none has."""

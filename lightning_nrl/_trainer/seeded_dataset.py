@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 from torch.utils.data import Dataset, get_worker_info
 
 from lightning_nrl._utils.preserve import CpuRandomState, mixed_seed, seed_cpu
 
 __all__ = ["SeededDataset", "init_worker"]
-
-
-@runtime_checkable
-class _ReadsBatches(Protocol):
-    def __getitems__(self, index: list[int]) -> list[Any]: ...
 
 
 class SeededDataset(Dataset[Any]):
@@ -60,7 +55,8 @@ class SeededDataset(Dataset[Any]):
     def _unseeded(self, index: list[int]) -> list[Any]:
         dataset, n = self.dataset, len(self)
         index = [i % n for i in index]
-        return dataset.__getitems__(index) if isinstance(dataset, _ReadsBatches) else [dataset[i] for i in index]
+        whole: Callable[[list[int]], list[Any]] | None = getattr(dataset, "__getitems__", None)
+        return [dataset[i] for i in index] if whole is None else whole(index)
 
     def _seeded(self, i: int) -> Any:
         seed_cpu(mixed_seed(self.seed, i))

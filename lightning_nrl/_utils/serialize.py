@@ -39,15 +39,15 @@ def null_is(value: float) -> Mapping[str, Any]:
 
 def to_plain(value: Any) -> Any:
     """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text."""
+    # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
+    if value is None or type(value) in (bool, int, float, str):
+        return value
     if is_dataclass(value) and not isinstance(value, type):
         return _plain_record(value)
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(item) for item in value]
-    # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
-    if value is None or type(value) in (bool, int, float, str):
-        return value
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
     for kind in (int, float, str):

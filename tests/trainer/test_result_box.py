@@ -15,11 +15,11 @@ def test_a_text_of_another_process_is_taken_once_and_no_file_is_left(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     box, own = ResultBox(), os.getpid()
-    box.put("of this process")
+    box.put(lambda: pytest.fail("nobody waits for it"))
     assert not list(tmp_path.iterdir())
     for _ in range(2):
         monkeypatch.setattr(os, "getpid", lambda: own + 1)
-        box.put("of another")
+        box.put(lambda: "of another")
         assert box.take() == ""
         monkeypatch.setattr(os, "getpid", lambda: own)
     assert (box.take(), box.take()) == ("of another", "")
@@ -34,7 +34,7 @@ def test_what_killed_processes_left_goes_after_a_day(tmp_path: Path, monkeypatch
             os.utime(tmp_path / name, (time.time() - 2 * 24 * 3600,) * 2)
     box, own = ResultBox(), os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: own + 1)
-    box.put("of another")
+    box.put(lambda: "of another")
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {box._path.name, "lightning_nrl-young.json", "other.json"}
     assert box.take() == "of another"
