@@ -230,8 +230,10 @@ class _PairProgramme:
         features = head.white(sample)
         margin = head.margins(sample).gather(1, rival[:, None]).squeeze(1)
         required = (head.required[sample] - margin).to(features.dtype)
-        price = self.price if head.weight is None else self.price * head.weight[sample]
-        limit = torch.where(head.targeted[sample], price, torch.inf).to(features.dtype)
+        price = features.new_full((len(sample),), self.price)  # huge inputs give prices beyond single precision
+        if head.weight is not None:
+            price *= head.weight[sample]
+        limit = torch.where(head.targeted[sample], price, torch.inf)
         sides = pair_sides(head.label[sample], rival, head.logits).to(features.dtype)
         gram = pair_gram(features, sides)
         self._multipliers = solve_dual(gram, required, limit, self._multipliers, is_over=self.is_over).values

@@ -124,3 +124,14 @@ def test_passed_features_have_a_second_moment_of_one_when_whitened() -> None:
 def test_only_the_rows_asked_for_are_whitened() -> None:
     own, rows = head(), torch.tensor([7, 3])
     torch.testing.assert_close(own.white(rows), own.features[rows].double() @ own.root)
+
+
+def test_a_price_may_be_beyond_single_precision() -> None:
+    """Targets whose features are tiny beside those of passed samples cost that much."""
+    own = head()
+    tiny = replace(own, features=torch.where(own.targeted[:, None], 1e-22 * own.features, own.features))
+    missing, white = (tiny.required - tiny.narrowest)[tiny.targeted], tiny.white(tiny.targeted)
+    assert 30.0 * float((missing / (2 * white.square().sum(1))).median()) > torch.finfo(torch.float32).max
+    (change,) = regularization_path(tiny, (30.0,))
+    assert change.isfinite().all()
+    assert tiny.right(change)[~own.targeted].all()
