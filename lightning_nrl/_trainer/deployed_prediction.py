@@ -149,14 +149,31 @@ def deployed_adapter(model: LightningModule, evaluator: Evaluator, adapter: Adap
 def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw: Any) -> list[str] | None:
     """The layers that could be repaired and that the prediction calls, by dotted name in the order of last calls.
 
-    None where it cannot be run, which is said when the model is evaluated.
+    The last Linear layers of a network are left out if they have no part in the logits, such as a second head. None
+    where the prediction cannot be run, which is said when the model is evaluated.
     """
     args, kwargs, _ = adapter(raw)
+    run = partial(run_model, model, args, kwargs)
     try:
         with _as_evaluated(model, evaluator):
-            return _called(model, partial(run_model, model, args, kwargs))
+            called = _called(model, run)
     except Exception:
         return None
+    with _as_evaluated(model, evaluator):
+        linear = [name for name, layer in layers_of(model).items() if isinstance(layer, nn.Linear) and name in called]
+        while len(linear) > 1 and not _has_part(model, linear[-1], lambda: evaluator.task.logits(run())):
+            called.remove(linear.pop())
+    return called
+
+
+def _has_part(model: nn.Module, name: str, run: Callable[[], Tensor]) -> bool:
+    """Whether logits come from a layer: where it gives NaN, they are. True where the model raises on that."""
+    layer = model.get_submodule(name)
+    with layer.register_forward_hook(lambda module, args, output: torch.full_like(output, torch.nan)):
+        try:
+            return bool(run().isnan().any())
+        except Exception:
+            return True
 
 
 def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:
