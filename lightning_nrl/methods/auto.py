@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,9 @@ from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.ladder import choice_text
+from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import ParticleSwarm, Searcher
+from lightning_nrl.search.loop import TIME_WAS_OVER
 
 __all__ = ["Auto", "chosen_rung"]
 
@@ -74,15 +77,18 @@ class Auto:
             return LocalSearch(self.swarm)(problem)
         results = list(_rungs(problem, self.swarm, None if problem.update else held_out_rows(problem)))
         number, why = chosen_rung(results)
+        steps = [step for result in results for step in result.solution.steps]
+        if number is not None:
+            results[number], more = _searched_on(problem, self.swarm, results[number])
+            steps.extend(more)
         taken = None if number is None else results[number].solution
         searched = [r.solution for r in results if r.solution.result is not None]
         shown = taken if taken is not None and taken.result is not None else next(reversed(searched), None)
         rungs = tuple(result.record(problem, number == i) for i, result in enumerate(results))
-        steps = tuple(step for result in results for step in result.solution.steps)
         solution = Solution(
             None if taken is None else taken.proposal,
             why if taken is None else "",
-            steps,
+            tuple(steps),
             held_out=None if taken is None else taken.held_out,
             rungs=rungs,
             choice="" if taken is None else choice_text(rungs, why),
@@ -120,6 +126,25 @@ def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
         last = search_or_keep(problem, searcher, solution.proposal, seconds=search_seconds(problem))
         solution = replace(last, steps=(*solution.steps, *last.steps))
     return RungResult("polish", solution, problem.clock.elapsed - began)
+
+
+def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) -> tuple[RungResult, tuple[Step, ...]]:
+    """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps.
+
+    Without a limit of time no search is cut short.
+    """
+    base = result.solution
+    if result.name not in ("search", "exact") or base.result is None or base.result.stopped != TIME_WAS_OVER:
+        return result, ()
+    began = problem.clock.elapsed
+
+    def search(piece: Piece) -> Solution:
+        assert base.proposal is not None
+        return search_or_keep(problem, searcher, base.proposal, seconds=math.inf)
+
+    last = problem.work.piece("search on", search, SOLUTION_KINDS)
+    solution = replace(last, held_out=base.held_out, others=base.others, tried=base.tried)
+    return replace(result, solution=solution, seconds=result.seconds + problem.clock.elapsed - began), last.steps
 
 
 def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:

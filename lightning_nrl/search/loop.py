@@ -26,7 +26,10 @@ from lightning_nrl.search.saved_search import SearchCourse
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
 from lightning_nrl.search.weight_stats import WeightStats, search_dtype
 
-__all__ = ["search", "search_many"]
+__all__ = ["TIME_WAS_OVER", "search", "search_many"]
+
+TIME_WAS_OVER = "time was over"
+"""Why a search ended that a deadline cut short."""
 
 PROGRESS_EVERY = 10
 """Iterations between two reports, and between two looks at the stop rule where looking makes a device wait."""
@@ -215,7 +218,7 @@ def _score(
 def _reason(stale: Tensor, iterations: int, method: Searcher[Any]) -> str:
     if iterations == method.iterations:
         return f"all {iterations} iterations were made"
-    return "time was over" if stale < method.patience else f"no better fitness in {method.patience} iterations"
+    return TIME_WAS_OVER if stale < method.patience else f"no better fitness in {method.patience} iterations"
 
 
 def _check(

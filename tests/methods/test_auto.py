@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -207,6 +208,20 @@ def test_without_time_nothing_is_broken(seconds: float) -> None:
     own = problem(clock=StageTimer(max_time=seconds))
     solution = AUTO(own)
     assert solution.proposal is None or broken(own, solution.proposal.state) == 0
+
+
+def test_what_is_left_of_the_time_goes_to_the_search_where_nothing_trains() -> None:
+    ticks = itertools.count()
+    own = problem("2", clock=StageTimer(max_time=2.0, now=lambda: 0.005 * next(ticks)))
+    solution = checked(own, AUTO(own))
+    assert [rung.name for rung in solution.rungs] == ["search", "exact"]
+    cut_short, last = (step for step in solution.steps[1:] if step.name == "swarm")
+    assert "12 iterations" not in cut_short.note
+    assert "12 iterations" in last.note
+    assert last.repaired >= cut_short.repaired
+    assert solution.result is not None
+    assert solution.result.iterations == 12
+    assert next(rung for rung in solution.rungs if rung.taken).repaired_in_target == last.repaired
 
 
 def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
