@@ -8,57 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_nrl._lightning import (
-    CallbackBase,
-    LightningModule,
-    Trainer,
-    averaging_callbacks,
-    batch_limit,
-    callbacks_of,
-    rank_zero_warn,
-    validating,
-)
+from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit, rank_zero_warn
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._tracking import Learning, track_history
 from lightning_nrl._trainer.artifacts import base_folder, parse_prefix
-from lightning_nrl._trainer.batch_order import OrderObserver, Positions
 from lightning_nrl._trainer.data_splits import SplitLoaders
-from lightning_nrl._trainer.forward_record import ForwardRecorder, SampleTally
-from lightning_nrl._trainer.loaders import (
-    check_data,
-    check_loader,
-    make_source,
-    parse_adapter,
-    sample_index,
-    split_and_loader,
-)
-from lightning_nrl._trainer.reference_validation import batches_in_order, validation_loader
+from lightning_nrl._trainer.loaders import check_data, parse_adapter, split_and_loader
+from lightning_nrl._trainer.pass_listener import PassListener
+from lightning_nrl._trainer.recorded_splits import find_splits, run_splits
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
-from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.errors import (
-    ConfigurationError,
-    DataWarning,
-    FilesWarning,
-    PerformanceWarning,
-    check_kind,
-    check_whole,
-)
-from lightning_nrl.localization.training_record import (
-    SplitPoint,
-    TrainingRecord,
-    forget_after,
-    split_points,
-    write_point,
-)
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_kind, check_whole
+from lightning_nrl.localization.training_record import SplitPoint, TrainingRecord, forget_after, write_point
 from lightning_nrl.tasks import Task, parse_task
 
 __all__ = ["TrainingHistory"]
@@ -99,7 +64,6 @@ class TrainingHistory(CallbackBase):
 
     Attributes:
         folder: where the record is, once training has begun.
-        seconds: what records and what is done in each batch have taken in this training.
         recorded: the splits of this training, once it has begun.
 
     Raises:
@@ -143,22 +107,17 @@ class TrainingHistory(CallbackBase):
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
         self.folder: Path | None = None
-        self.seconds = 0.0
         self.recorded: tuple[str, ...] = ()
         self._resumed: str | None = None
-        self._order = OrderObserver()
-        self._recorder = ForwardRecorder(self.task, self.adapter)
-        self._forget()
-
-    def _forget(self) -> None:
+        self._listener = PassListener(self.task, self.adapter)
+        self._recording = 0.0  # seconds
         self._last: int | None = None
         self._learning: dict[str, Learning] = {}
-        self._tallies: dict[str, SampleTally] = {}
-        self._why_not: dict[str, str] = {}
-        self._own: set[str] = set()  # splits that need a pass of their own, the same on every rank
-        self._validated: dict[str, int] = {}  # the step at which each split was validated last
-        self._batches: dict[str, tuple[Any, list[Positions]]] = {}  # of each validated loader
-        self._positions: Positions | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What records and what is done in each batch have taken in this training."""
+        return self._recording + self._listener.seconds
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -166,21 +125,19 @@ class TrainingHistory(CallbackBase):
         if stage == "fit":
             check_strategy(trainer, "which are needed whole", "train with a single device or with ddp.")
             self._names(pl_module)
-            self._release()
+            self._listener.close()
             if not self.own_pass:
-                self._recorder.attach(pl_module)
-                if self.splits == ("auto",) or "train" in self.splits:
-                    self._order.begin(trainer)
+                trains = self.splits == ("auto",) or "train" in self.splits
+                self._listener.attach(trainer, pl_module, trains=trains)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._order.on_train_start(trainer)
+        self._listener.training_starts(trainer)
         folder = base_folder(self.dirpath, trainer, "history")
         if self.dirpath is None and self._resumed is not None and trainer.global_step:
             folder = Path(self._resumed)
-        self.folder, self.seconds = folder, 0.0
-        self._forget()
-        indices = self._find_splits(SplitLoaders(trainer, pl_module))
+        self.folder, self._recording, self._last, self._learning = folder, 0.0, None, {}
+        indices = find_splits(self.splits, SplitLoaders(trainer, pl_module))
         self.recorded = tuple(indices)
 
         def earlier() -> None:
@@ -192,35 +149,23 @@ class TrainingHistory(CallbackBase):
 
         failed = "the record of an earlier training could not be read on another rank."
         Collective.current(pl_module.device).all_or_none(earlier, failed)
-        self._own = {split for split in self.recorded if self.own_pass or split_and_loader(split)[0] in OWN_SPLITS}
-        self._tallies = {split: SampleTally(self.task, index) for split, index in indices.items()}
+        own = [split for split in self.recorded if self.own_pass or split_and_loader(split)[0] in OWN_SPLITS]
+        self._listener.begin(indices, own)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._listens("train"):
-            self._order.on_epoch_start(trainer)
+        self._listener.epoch_starts(trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._listens("train"):
-            return
-        began = time.perf_counter()
-        positions = self._order.on_batch_start(batch_idx)
         wanted = self.every_n_steps is not None or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        self._positions = positions if wanted else None
-        if wanted:
-            unknown = "the samples of its batches are not known"
-            why_not = self._order.why_not() or (unknown if positions is None else "")
-            self._give_up("train", why_not or self._recorder.begin(trainer, pl_module, batch))
-        self.seconds += time.perf_counter() - began
+        self._listener.batch_starts(trainer, pl_module, batch, batch_idx, wanted=wanted)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._positions is not None and self._listens("train"):
-            self._take("train", trainer, pl_module, batch, self._positions)
-            self._positions = None
+        self._listener.batch_ends(trainer, pl_module, batch)
         n = self.every_n_steps
         if n is not None and trainer.global_step % n == 0 and trainer.global_step != self._last:
             self.record(trainer, pl_module)
@@ -232,33 +177,15 @@ class TrainingHistory(CallbackBase):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        for split in self.recorded:
-            which = split_and_loader(split)[1] or "0"
-            if not split.startswith("val") or not self._listens(split):
-                continue
-            if any(isinstance(one, averaging_callbacks()) for one in callbacks_of(trainer)):
-                self._give_up(split, "a callback may validate other weights than those that are trained")
-                continue
-            try:
-                loader, most = validation_loader(trainer, int(which))
-                if split not in self._batches or self._batches[split][0] is not loader:
-                    with random_state():
-                        order = [np.array(batch, dtype=np.int64) for batch in batches_in_order(loader, most)]
-                    self._batches[split] = loader, order
-            except (ConfigurationError, ValueError) as error:
-                self._give_up(split, str(error).partition("\n")[0].rstrip("."))
-            # What an earlier validation found is of other weights.
-            self._tallies[split] = SampleTally(self.task, self._tallies[split].index)
+        if _is_of_fit(trainer):
+            self._listener.validation_starts(trainer)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        split = self._validated_split(trainer, dataloader_idx)
-        if split is not None:
-            self._give_up(split, self._recorder.begin(trainer, pl_module, batch))
+        if _is_of_fit(trainer):
+            self._listener.validation_batch_starts(trainer, pl_module, batch, dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -270,31 +197,28 @@ class TrainingHistory(CallbackBase):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        split = self._validated_split(trainer, dataloader_idx)
-        if split is not None:
-            order = self._batches[split][1]
-            positions = order[batch_idx] if batch_idx < len(order) else np.zeros(0, np.int64)
-            self._take(split, trainer, pl_module, batch, positions)
+        if _is_of_fit(trainer):
+            self._listener.validation_batch_ends(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validated |= dict.fromkeys(self._batches, trainer.global_step)
+            self._listener.validation_ends(trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
+        self._listener.close()
         if trainer.is_global_zero and self.folder is not None and any(self.folder.glob("point-*.pt")):
             record = TrainingRecord.read(self.folder)
             track_history(record, trainer.loggers, step=trainer.global_step, name=self.prefix)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
+        self._listener.close()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._listener.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -310,16 +234,10 @@ class TrainingHistory(CallbackBase):
         Modes and random states are left as found. To be called on all ranks.
         """
         began = time.perf_counter()
-        ranks = Collective.current(pl_module.device)
-        self._agree(ranks)
-        found = {
-            split: self._tallies[split].point(ranks, "training" if split == "train" else "validation")
-            for split in self.recorded
-            if split not in self._own and (split == "train" or self._validated.get(split) == trainer.global_step)
-        }
+        found = self._listener.points(Collective.current(pl_module.device), trainer.global_step)
         own = [split for split in self.recorded if split not in found]
         if own:
-            found |= self._run(trainer, pl_module, own)
+            found |= run_splits(own, trainer, pl_module, self.task, self.adapter)
         self._last = trainer.global_step
         if trainer.is_global_zero and self.folder is not None:
             points = {split: found[split] for split in self.recorded}
@@ -334,68 +252,7 @@ class TrainingHistory(CallbackBase):
             numbers = self._learned(points)
             for logger in trainer.loggers:
                 logger.log_metrics(numbers, step=trainer.global_step)
-        self.seconds += time.perf_counter() - began
-
-    def _find_splits(self, loaders: SplitLoaders) -> dict[str, Tensor]:
-        """Positions in the data set of the samples of each split that is to be recorded."""
-        if self.splits != ("auto",):
-            return {split: sample_index(check_loader(loaders.get(split), split)) for split in self.splits}
-        found: dict[str, Tensor] = {}
-        for name in ("train", "val"):
-            given = loaders.get(name)
-            several = len(given) if isinstance(given, (list, tuple)) else 1
-            for split in [name] if several == 1 else [f"{name}:{i}" for i in range(several)]:
-                if given is not None:
-                    try:
-                        found[split] = sample_index(check_loader(loaders.get(split), split))
-                    except ConfigurationError as error:
-                        problem, _, hint = str(error).partition("\nHINT: ")
-                        rank_zero_warn(DataWarning(f"`TrainingHistory` does not record {problem}", hint))
-        if not found:
-            hint = "name data that can be read by index: `splits='repair'`."
-            raise ConfigurationError("`splits='auto'`: no training or validation data can be recorded.", hint)
-        return found
-
-    def _run(self, trainer: Trainer, pl_module: LightningModule, splits: Sequence[str]) -> dict[str, SplitPoint]:
-        limit = batch_limit(trainer)
-        with random_state(), validating(trainer), torch.no_grad(), preserve(pl_module):
-            pl_module.eval()
-            loaders = SplitLoaders(trainer, pl_module)
-            how: dict[str, Any] = {"trainer": trainer, "model": pl_module, "adapter": self.adapter, "limit": limit}
-            sources = [make_source(loaders.get(split), split, **how) for split in splits]
-            return split_points(make_evaluator(trainer, pl_module, self.task).run(sources))
-
-    def _listens(self, split: str) -> bool:
-        return split in self.recorded and split not in self._own and split not in self._why_not
-
-    def _validated_split(self, trainer: Trainer, dataloader_idx: int) -> str | None:
-        """The split of a loader that is validated, if it is listened to."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return None
-        names = ("val", f"val:{dataloader_idx}") if dataloader_idx == 0 else (f"val:{dataloader_idx}",)
-        return next((one for one in names if self._listens(one) and one in self._batches), None)
-
-    def _take(self, split: str, trainer: Trainer, pl_module: LightningModule, batch: Any, positions: Positions) -> None:
-        began = time.perf_counter()
-        self._give_up(split, self._recorder.end(trainer, pl_module, batch, positions, self._tallies[split]))
-        self.seconds += time.perf_counter() - began
-
-    def _give_up(self, split: str, why_not: str) -> None:
-        if why_not:
-            self._why_not.setdefault(split, why_not)
-
-    def _agree(self, ranks: Collective) -> None:
-        """Splits that one rank cannot listen to take a pass of their own on all."""
-        for split in self.recorded:
-            if split not in self._own and (why_not := ranks.first_text(self._why_not.get(split, ""))):
-                self._own.add(split)
-                problem = f"`TrainingHistory` makes a pass of its own over `{split}` data at every record: {why_not}."
-                hint = "record less often (`every_n_epochs=5`), or call `self(x)` once in the step."
-                rank_zero_warn(PerformanceWarning(problem, hint))
-
-    def _release(self) -> None:
-        self._order.close()
-        self._recorder.detach()
+        self._recording += time.perf_counter() - began
 
     def _names(self, model: LightningModule) -> list[str]:
         """Parameters to be kept."""
@@ -420,3 +277,8 @@ class TrainingHistory(CallbackBase):
             self._learning[split] = before.after(point)
             numbers |= self._learning[split].numbers(self.prefix, split)
         return numbers
+
+
+def _is_of_fit(trainer: Trainer) -> bool:
+    """Whether a validation is one of the training, not the trainer's own check before it."""
+    return not trainer.sanity_checking and trainer.state.fn == "fit"
