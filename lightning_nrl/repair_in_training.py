@@ -5,26 +5,42 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_nrl._lightning import LightningModule, Trainer, callbacks_of, rank_zero_warn
-from lightning_nrl._trainer.trainer_state import starting_weights
+from lightning_nrl._lightning import LightningModule, Trainer, rank_zero_warn, rerun_validation
+from lightning_nrl._trainer.hook_followers import follow_hook, release_hook
+from lightning_nrl._trainer.trainer_state import starting_weights, untracked
+from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import changed
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.callbacks.training_history import TrainingHistory
-from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_choice, check_kind, check_real, check_whole
+from lightning_nrl.errors import (
+    ConfigurationError,
+    DataWarning,
+    TrainingWarning,
+    check_choice,
+    check_kind,
+    check_real,
+    check_whole,
+)
 from lightning_nrl.report import RepairReport
 
 __all__ = ["RepairInTraining"]
+
+HOOK = "on_train_epoch_end"
+"""Of the module: repairs follow it."""
 
 
 class RepairInTraining(RegressionFreeRepair):
     """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
 
     Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
+    It comes right after the module's own `on_train_epoch_end`, so what the module does there is in what is repaired and
+    saved, and before callbacks that save or stop by a metric.
     What it promises is about the samples that were right before it; what the training does to them afterwards it
     cannot hold. States of optimizers and schedules stay as they are: moments go on as if the weights had moved by
     a step. Files go to `<log_dir>/repair-step-<step>/`, and what loggers get has that name, also as a run of
@@ -36,7 +52,7 @@ class RepairInTraining(RegressionFreeRepair):
     Args:
         every_n_epochs: epochs between two repairs; None: none by the count of epochs.
         monitor: a metric that validation logs, such as that of a slice: an epoch ends with a repair if the metric is
-            worse than its best since the last repair.
+            worse than its best since the last repair. A repaired model is validated once more for it, without logging.
         mode: whether the best of the metric is its `min` or its `max`.
         min_delta: by more than how much it has to be worse, from 0.
         at_end: whether the model is repaired when training ends, unless the last step was followed by a repair.
@@ -95,12 +111,6 @@ class RepairInTraining(RegressionFreeRepair):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._best = None  # of an earlier training; that of a checkpoint is loaded after this
-            callbacks = callbacks_of(trainer)
-            if any(isinstance(one, TrainingHistory) for one in callbacks[callbacks.index(self) :]):
-                problem = "TrainingHistory comes after RepairInTraining: it would record repaired weights"
-                raise ConfigurationError(
-                    f"`callbacks`: {problem} with the validation of those before.", "put TrainingHistory before it."
-                )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,9 +119,12 @@ class RepairInTraining(RegressionFreeRepair):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Metrics may differ between ranks; the first one decides.
-        if trainer.strategy.broadcast(self._is_due(trainer)):
-            self._repair(trainer, pl_module)
+        # What the module does there belongs to what is repaired and saved; Lightning calls callbacks before it.
+        follow_hook(pl_module, HOOK, partial(self._epoch_ends, trainer, pl_module))
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        release_hook(pl_module, HOOK)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,17 +138,38 @@ class RepairInTraining(RegressionFreeRepair):
             self._parameters = None  # the training went on from them
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **({} if self._best is None else {"best": self._best})}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        # Not in `state_dict`, for which Lightning would refuse twins before `setup` says why.
+        if self._best is not None:
+            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._best = state_dict.get("best")
+        self._best = None
+        if not isinstance(state_dict, dict):
+            return self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
+        found = state_dict.get("best")
+        if isinstance(found, Real) and not isinstance(found, bool) and math.isfinite(found):
+            self._best = float(found)
+        elif found is not None:
+            self._warn_of(f"`best` in the checkpoint is {type(found).__name__} {str(found)[:20]!r}, no number")
+        return None
+
+    def _warn_of(self, problem: str) -> None:
+        hint = "training goes on, and the next validation is the first that counts; the weights are the checkpoint's."
+        rank_zero_warn(DataWarning(f"`RepairInTraining`: {problem}.", hint))
+
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Metrics may differ between ranks; the first one decides.
+        if trainer.strategy.broadcast(self._is_due(trainer)):
+            self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
         began = time.perf_counter()
         self.report = self._parameters = None
+        measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
         self._name = f"repair-step-{trainer.global_step}"
         try:
             with self.heeding_signals(trainer), starting_weights("last", trainer, pl_module) as start:
@@ -145,6 +179,7 @@ class RepairInTraining(RegressionFreeRepair):
             self._name = "repair"
         self.announce(trainer, outcome, name)
         self._done(trainer)
+        self._best = measured if outcome.parameters is None else self._measured(trainer)
         if self._fit_timer is not None:  # what the repair took is no part of the training
             self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
 
@@ -152,6 +187,15 @@ class RepairInTraining(RegressionFreeRepair):
         self._last_step = trainer.global_step
         assert self.report is not None
         self.reports.append(self.report)
+
+    def _measured(self, trainer: Trainer) -> float | None:
+        """The metric of a repaired model; None where it is not known."""
+        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            return None
+        with random_state(), untracked(trainer, kept=()):
+            rerun_validation(trainer)
+        value = float(trainer.callback_metrics[self.monitor])
+        return None if math.isnan(value) else value
 
     def _is_due(self, trainer: Trainer) -> bool:
         n = self.every_n_epochs
@@ -171,6 +215,6 @@ class RepairInTraining(RegressionFreeRepair):
             return due
         best = value if self._best is None else sign * self._best
         due |= value > best + self.min_delta
-        # After a repair what it left is the measure.
+        # After a repair that is refused, what it was made for is the measure.
         self._best = sign * (value if due else min(best, value))
         return due

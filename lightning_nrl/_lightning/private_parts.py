@@ -38,6 +38,7 @@ __all__ = [
     "overrides",
     "prepare_batch",
     "release_copy",
+    "rerun_validation",
     "sampler_of",
     "set_batch_sampler",
     "set_callbacks",
@@ -160,6 +161,25 @@ def validation_loaders(trainer: Trainer) -> ValidationLoaders | None:
     if combined is None:
         return None
     return ValidationLoaders(list(combined.flattened), list(loop.max_batches), combined._mode)
+
+
+def rerun_validation(trainer: Trainer) -> None:
+    """Validates within a fit once more, so that the trainer's metrics are those of the model as it is now.
+
+    `val_loop` of the epoch loop with its hooks. What it counts (`batch_progress`, `_seen_batches_per_dataloader`) and
+    what the logger connector knows of the hook that calls this (`_first_loop_iter`, `_current_fx`) stay as found.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    connector: Any = trainer._logger_connector
+    progress, seen = loop.batch_progress.state_dict(), dict(loop._seen_batches_per_dataloader)
+    known = connector._first_loop_iter, connector._current_fx
+    try:
+        with validating(trainer):
+            loop.run()
+    finally:
+        connector._first_loop_iter, connector._current_fx = known
+        loop.batch_progress.load_state_dict(progress)
+        loop._seen_batches_per_dataloader.update(seen)
 
 
 def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:

@@ -86,15 +86,15 @@ def borrowed(trainer: Trainer, callback: Callback, *, weights_only: bool = True)
 
 
 @contextmanager
-def untracked(trainer: Trainer) -> Iterator[None]:
-    """The trainer with loggers that write nothing, and without callbacks that tune, show or stop.
+def untracked(trainer: Trainer, kept: tuple[type, ...] = (Checkpoint, ProgressBar)) -> Iterator[None]:
+    """The trainer with loggers that write nothing, and without callbacks that tune, show, save or stop, but those kept.
 
-    Its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as found
-    afterwards, such as their folder, which they would now take from a logger that writes nothing.
+    By default its checkpoint callbacks stay, since they know which checkpoint is the best; what they remember is as
+    found afterwards, such as their folder, which they would now take from a logger that writes nothing.
     """
     loggers, callbacks = trainer.loggers, callbacks_of(trainer)
     remembered = [(vars(c), dict(vars(c))) for c in callbacks if isinstance(c, Checkpoint)]
-    stay = [c for c in callbacks if isinstance(c, (Checkpoint, ProgressBar)) or not isinstance(c, LEFT_OUT)]
+    stay = [c for c in callbacks if isinstance(c, kept) or not isinstance(c, LEFT_OUT)]
     try:
         with tempfile.TemporaryDirectory() as folder:
             trainer.loggers = [NullLogger(folder) for _ in loggers]

@@ -22,9 +22,12 @@ class Odd(Digits):
 
 def on_rank(folder: Path) -> None:
     history = TrainingHistory(["train", "val", "repair"], layers="all", dirpath=folder / "history")
-    repair = RepairInTraining(every_n_epochs=1, at_end=False, method="convex", dirpath=folder / "files", verbose=False)
+    when = {"every_n_epochs": 1, "monitor": "val_loss", "min_delta": 1000.0, "at_end": False}
+    repair = RepairInTraining(**when, method="convex", dirpath=folder / "files", verbose=False)
     trainer = quiet_trainer(folder, history, repair, devices=2, strategy="ddp", max_epochs=2)
     # Only repairs move its weights, so that what each sample met in training can be found again.
     model = Frozen()
     trainer.fit(model, datamodule=Odd())
     torch.save(model.state_dict(), folder / f"rank{trainer.global_rank}.pt")
+    # The repaired model was validated once more, on both ranks.
+    assert repair._best == float(trainer.callback_metrics["val_loss"])

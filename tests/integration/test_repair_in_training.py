@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from digit_models import Classifier, Digits, quiet_trainer, right
-from lightning_package import Callback, CSVLogger, TensorBoardLogger
+from lightning_package import Callback, CSVLogger, ModelCheckpoint, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import RepairReport
+from lightning_nrl import DataOptions, RepairReport
 from lightning_nrl.callbacks import TrainingHistory
-from lightning_nrl.errors import ConfigurationError, TrainingWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
+from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.repair_in_training import RepairInTraining
 
 
@@ -144,9 +148,152 @@ def test_a_stop_of_the_repair_at_the_end_is_not_said_to_come_after_it(
     assert "The repair was over before" not in said
 
 
-def test_a_record_behind_it_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="TrainingHistory comes after RepairInTraining"):
-        fit(tmp_path, in_training(every_n_epochs=1), TrainingHistory())
+def test_a_record_behind_it_is_of_the_weights_before_the_repair(tmp_path: Path) -> None:
+    watch, repair = Watch(), in_training(every_n_epochs=1, at_end=False, dirpath=tmp_path / "files")
+    history = TrainingHistory("val", layers="all", dirpath=tmp_path / "history")
+    fit(tmp_path, watch, repair, history, epochs=1)
+    (point,) = TrainingRecord.read(tmp_path / "history").points
+    assert repair.reports[0].status == "repaired"
+    assert dict.fromkeys(point.weights, True) == {
+        name: torch.equal(value, watch.ended[0][0][name]) for name, value in point.weights.items()
+    }
+
+
+class Counting(Classifier):
+    """Counts its epochs in a buffer, and moves its weights, when an epoch has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("epochs", torch.zeros((), dtype=torch.int64))
+        self.moved: list[torch.Tensor] = []
+
+    def on_train_epoch_end(self) -> None:
+        self.epochs += 1
+        with torch.no_grad():
+            self.network[1].weight.round_(decimals=2)
+        self.moved.append(self.network[1].weight.clone())
+        self.log("counted", float(self.epochs))
+
+
+def test_what_the_module_does_when_an_epoch_ends_is_in_the_file(tmp_path: Path) -> None:
+    model, saved = Counting(), ModelCheckpoint(tmp_path, monitor="counted", filename="{epoch}", save_top_k=-1)
+    # The metric is one that the module logs in the very hook.
+    first = in_training(monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "first")
+    twin = in_training(every_n_epochs=2, at_end=False, dirpath=tmp_path / "twin")
+    fit(tmp_path, first, twin, saved, model=model, epochs=2)
+    assert "on_train_epoch_end" not in vars(model)
+    assert [len(first.reports), len(twin.reports)] == [1, 1]
+    found = torch.load(tmp_path / "first" / "repair-step-24" / "repaired.ckpt", weights_only=True)
+    assert found["state_dict"]["epochs"] == 2
+    assert torch.equal(found["state_dict"]["network.1.weight"], model.moved[1])
+    assert first.reports[0].status == "repaired"
+    # What saves by a metric comes after both.
+    last = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, last[name]) for name, value in model.state_dict().items())
+    # A training that goes on from the file begins with the next epoch.
+    again, path = Counting(), str(tmp_path / "first" / "repair-step-24" / "repaired.ckpt")
+    resumed = in_training(monitor="counted", at_end=False, target="label 8", dirpath=tmp_path / "again")
+    quiet_trainer(tmp_path, resumed, max_epochs=3).fit(again, datamodule=Digits(), ckpt_path=path)
+    assert resumed.reports == []
+    assert (int(again.epochs), len(again.moved)) == (3, 1)
+
+
+class Failing(Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        copy.deepcopy(pl_module).on_train_epoch_end()  # a copy's hook is not followed
+        raise ArithmeticError
+
+
+def test_the_module_has_its_own_hook_after_an_error(tmp_path: Path) -> None:
+    model = Classifier()
+    repairs = [in_training(every_n_epochs=1, target=target, dirpath=tmp_path) for target in ("label 3", "label 8")]
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path, *repairs, Failing(), model=model, epochs=1)
+    assert "on_train_epoch_end" not in vars(model)
+    assert [repair.reports for repair in repairs] == [[], []]
+
+
+class Wrong(Classifier):
+    """Logs how many samples of the validation data it gets wrong, and notes when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated: list[tuple[int, int]] = []
+
+    def on_validation_epoch_end(self) -> None:
+        wrong = int((~right(self, Digits().val)).sum())
+        self.log("wrong", float(wrong))
+        if not self.trainer.sanity_checking:
+            self.validated.append((self.trainer.global_step, wrong))
+
+
+def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
+    model, logger = Wrong(), CSVLogger(tmp_path)
+    best = ModelCheckpoint(tmp_path, monitor="wrong", filename="{epoch}", save_top_k=-1)
+    repair = in_training(
+        every_n_epochs=2, monitor="wrong", min_delta=1000, at_end=False, data=DataOptions(failed="val")
+    )
+    fit(tmp_path, repair, best, model=model, epochs=3, logger=logger)
+    (_, first), (at, before), (again, after), (_, last) = model.validated
+    assert [report.status for report in repair.reports] == ["repaired"]
+    assert (at, again) == (24, 24)
+    assert after < before
+    key = repair.state_key
+    files = {epoch: torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True) for epoch in (0, 1, 2)}
+    bests = [files[epoch]["callbacks"][key]["best"] for epoch in (0, 1, 2)]
+    assert bests == [first, after, min(after, last)]
+    assert "best" not in torch.load(repair.reports[0].files["checkpoint"], weights_only=True)["callbacks"][key]
+    # Whoever saves by the metric knows that of the weights that are saved; loggers have each step once.
+    assert files[1]["callbacks"][best.state_key]["current_score"] == after
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
+    assert [(int(row["step"]), float(row["wrong"])) for row in rows if row["wrong"]] == [
+        (11, first),
+        (23, before),
+        (35, last),
+    ]
+    assert files[1]["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]["ready"] == 2
+
+
+def test_a_repair_that_is_refused_is_not_validated(tmp_path: Path) -> None:
+    model = Wrong()
+    repair = in_training(monitor="wrong", every_n_epochs=1, at_end=False, target="where test_repair_in_training:never")
+    fit(tmp_path, repair, model=model, epochs=1)
+    assert repair.reports[0].status == "nothing to repair"
+    assert model.validated == [(12, repair._best)]
+
+
+def never(batch: Any) -> Any:
+    return torch.zeros(len(batch[0]), dtype=torch.bool)
+
+
+def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
+    twins = [in_training(every_n_epochs=n, layer="network.3") for n in (1, 2)]
+    with pytest.raises(ConfigurationError, match="there are 2 RepairInTraining of the same layer and target"):
+        fit(tmp_path, *twins)
+
+
+@pytest.mark.parametrize(
+    ("state", "best", "said"),
+    [
+        ({"best": 0.25}, 0.25, None),
+        ({"best": 2}, 2.0, None),
+        ({}, None, None),
+        ({"best": "0.25"}, None, "`best` in the checkpoint is str '0.25', no number"),
+        ({"best": [0.25]}, None, "`best` in the checkpoint is list"),
+        ({"best": True}, None, "`best` in the checkpoint is bool 'True'"),
+        ({"best": float("nan")}, None, "`best` in the checkpoint is float 'nan'"),
+        (["best"], None, "the state in the checkpoint is a list"),
+        ({"report": 3}, None, "the report in the checkpoint cannot be read"),
+    ],
+)
+def test_a_state_that_is_none_of_its_own_is_said_and_costs_nothing(state: Any, best: Any, said: str | None) -> None:
+    repair = in_training(monitor="slice")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        repair.load_state_dict(state)
+    assert [type(one.message) for one in caught] == ([] if said is None else [DataWarning])
+    assert said is None or said in str(caught[0].message)
+    assert (repair._best, repair.report) == (best, None)
 
 
 @pytest.mark.parametrize(
