@@ -1,14 +1,21 @@
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl.analysis.sweep import Grid
 from lightning_nrl.callback import RegressionFreeRepair
-from lightning_nrl.callbacks import PositiveCongruentTraining, RegressionMetrics, ReleaseGate, WeightInterpolation
+from lightning_nrl.callbacks import (
+    PositiveCongruentTraining,
+    RegressionMetrics,
+    ReleaseGate,
+    TrainingHistory,
+    WeightInterpolation,
+)
 from lightning_nrl.data import Target, TensorSource
 from lightning_nrl.entrypoints import compare, diagnose, repair, sweep
-from lightning_nrl.errors import ConfigurationError, RepairError, RepairWarning
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline import BoundOptions, SearchOptions, Settings, repair_module
 from lightning_nrl.reference import OldModel
+from lightning_nrl.repair_in_training import RepairInTraining
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import ParticleSwarm
 
@@ -26,14 +33,14 @@ __all__ = [
     "RegressionFreeRepair",
     "RegressionMetrics",
     "ReleaseGate",
-    "RepairError",
+    "RepairInTraining",
     "RepairReport",
-    "RepairWarning",
     "SampleOptions",
     "SearchOptions",
     "Settings",
     "Target",
     "TensorSource",
+    "TrainingHistory",
     "WeightInterpolation",
     "compare",
     "diagnose",

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from lightning_nrl import RegressionFreeRepair, RepairReport, Target, compare, diagnose, repair, sweep
+from lightning_nrl import (
+    RegressionFreeRepair,
+    RepairInTraining,
+    RepairReport,
+    Target,
+    TrainingHistory,
+    compare,
+    diagnose,
+    repair,
+    sweep,
+)
 from lightning_nrl._lightning import LightningModule, Trainer
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.diagnosis import Diagnosis
@@ -17,3 +27,8 @@ def calls(trainer: Trainer, model: LightningModule) -> tuple[RepairReport, Diagn
         compare(trainer, model),
         sweep(trainer, model, settings=["EXP-C1"]),
     )
+
+
+def reports(within: RepairInTraining, history: TrainingHistory) -> tuple[list[RepairReport], float]:
+    assert within.report is None
+    return within.reports, history.seconds

@@ -28,8 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from digits import DigitNet, SlashedZeros, slashed_zero
 
-from lightning_nrl import Target, repair
-from lightning_nrl.repair_in_training import RepairInTraining
+from lightning_nrl import RepairInTraining, Target, repair
 
 EPOCHS = 15
 EARLY = (3, 6, 10)

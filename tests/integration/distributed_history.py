@@ -9,8 +9,7 @@ from digit_models import Digits, quiet_trainer
 from distributed_fit import Frozen
 from torch.utils.data import DataLoader, Subset
 
-from lightning_nrl.callbacks import TrainingHistory
-from lightning_nrl.repair_in_training import RepairInTraining
+from lightning_nrl import RepairInTraining, TrainingHistory
 
 
 class Odd(Digits):

@@ -11,7 +11,7 @@ from digit_models import Classifier, Digits
 from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
-from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
+from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecover, NeuRecoverLite
 from lightning_nrl.methods import Auto, LocalSearch, bundle
@@ -77,9 +77,11 @@ def camera(batch: Any) -> list[str]:
     return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
-def cli(folder: Path, repair: str, *arguments: str, run: bool = True) -> LightningCLI:
+def cli(
+    folder: Path, repair: str, *arguments: str, run: bool = True, kind: type = RegressionFreeRepair
+) -> LightningCLI:
     config = yaml.safe_load(TRAINER)
-    entry = {"class_path": "lightning_nrl.RegressionFreeRepair", "init_args": yaml.safe_load(repair) or {}}
+    entry = {"class_path": f"lightning_nrl.{kind.__name__}", "init_args": yaml.safe_load(repair) or {}}
     config["trainer"] |= {"callbacks": [entry], "default_root_dir": str(folder)}
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
@@ -103,6 +105,29 @@ def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
     assert settings.method == ParticleSwarm(particles=10, iterations=5)
     assert repair_of(found).report.target == "label 3 and not where test_cli:is_noisy"
     assert (tmp_path / "repair" / "report.json").exists()
+
+
+WITHIN = """
+every_n_epochs: 2
+monitor: val_loss
+mode: min
+min_delta: 100
+at_end: false
+layer: network.3
+target: label 3 or label 8
+method: convex
+verbose: false
+"""
+
+
+def test_a_file_makes_repairs_within_the_training(tmp_path: Path) -> None:
+    found = cli(tmp_path, WITHIN, "--trainer.max_epochs=3", kind=RepairInTraining)
+    repair = repair_of(found)
+    assert isinstance(repair, RepairInTraining)
+    assert (repair.every_n_epochs, repair.monitor, repair.min_delta, repair.at_end) == (2, "val_loss", 100, False)
+    assert repair.settings.target == Target.label(3) | Target.label(8)
+    assert [report.settings["layer"] for report in repair.reports] == ["network.3"]
+    assert sorted(path.parent.name for path in tmp_path.rglob("report.json")) == ["repair-step-24"]
 
 
 def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:

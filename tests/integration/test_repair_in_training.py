@@ -14,11 +14,9 @@ from digit_models import Classifier, Digits, quiet_trainer, right
 from lightning_package import Callback, CSVLogger, ModelCheckpoint, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_nrl import DataOptions, RepairReport
-from lightning_nrl.callbacks import TrainingHistory
+from lightning_nrl import DataOptions, RepairInTraining, RepairReport, TrainingHistory
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.repair_in_training import RepairInTraining
 
 
 class Watch(Callback):

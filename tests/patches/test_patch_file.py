@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, safe_open, save_file
 
-from lightning_nrl import ConfigurationError, RepairError
 from lightning_nrl._utils import whole_files
+from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.patches import Patch, safetensors_file
 from lightning_nrl.patches.patch_file import _digest
 
