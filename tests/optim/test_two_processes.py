@@ -1,4 +1,4 @@
-"""A fit and a polish in two processes of a real group, as in one."""
+"""A fit, a polish and moves toward checkpoints in two processes of a real group, as in one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from two_processes import in_two_processes
 from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.distributed import Collective
+from lightning_nrl.methods import Apricot
 from lightning_nrl.problem import Problem
 
 
 def results(problem: Problem) -> dict[str, Any]:
     polished = polish(problem, barely(problem, retrained(problem.model)))
+    moved = Apricot([retrained(problem.model, seed) for seed in range(2)], rate=0.005)(problem)
+    assert moved.proposal is not None
     return {
         "fit": distill(problem),
         "polish": dict(polished.state),
         "counts": (polished.repaired, polished.broken, polished.rounds, polished.strength),
+        "apricot": dict(moved.proposal.state),
+        "moves": [(step.name, step.repaired, step.broken, step.note) for step in moved.steps],
     }
 
 
@@ -53,7 +58,7 @@ def alone() -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("part", ["fit", "polish"])
+@pytest.mark.parametrize("part", ["fit", "polish", "apricot"])
 def test_both_ranks_have_the_weights_of_one_process(part: str, ranks: list[dict], alone: dict[str, Any]) -> None:
     first, second = (rank[part] for rank in ranks)
     assert same(first, second)
@@ -67,3 +72,13 @@ def test_both_count_what_one_counts(ranks: list[dict], alone: dict[str, Any]) ->
     assert ranks[0]["counts"] == ranks[1]["counts"] == alone["counts"]
     assert alone["counts"][1] == 0 < alone["counts"][2]
     assert broken(make_problem(trained(normed), known()), ranks[0]["polish"]) == 0
+
+
+def test_both_move_as_one_moves(ranks: list[dict], alone: dict[str, Any]) -> None:
+    assert ranks[0]["moves"] == ranks[1]["moves"] == alone["moves"]
+    ((name, repaired, n_broken, _),) = alone["moves"]
+    assert (name, n_broken) == ("apricot", 0)
+    assert repaired > 0
+    assert broken(make_problem(trained(normed), known()), ranks[1]["apricot"]) == 0
+    # How far a move goes is known from what all samples do, the same on every rank.
+    assert same(ranks[0]["apricot"], alone["apricot"])
