@@ -1,10 +1,10 @@
-"""Trains a small network on handwritten digits and repairs it on slashed zeros, as the quickstart does, in seconds."""
+"""Trains a small network on handwritten digits, with a record, and repairs it on slashed zeros, in seconds."""
 
 from __future__ import annotations
 
 import torch
 
-from lightning_nrl import RegressionFreeRepair, Target
+from lightning_nrl import RegressionFreeRepair, Target, TrainingHistory
 
 
 def slashed_zero(batch):
@@ -21,7 +21,7 @@ def main() -> None:
     trainer = Trainer(
         max_epochs=15,
         accelerator="cpu",
-        callbacks=[repair],
+        callbacks=[TrainingHistory("val", prefix="training"), repair],
         log_every_n_steps=20,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -8,6 +8,7 @@ import pytest
 from live_tensorboard import SCREENSHOTS, Browser
 
 from lightning_nrl import RepairReport
+from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.report import SplitReport
 
 pytestmark = pytest.mark.browser
@@ -34,6 +35,20 @@ def test_time_series_say_what_the_report_says(browser: Browser, report: RepairRe
         # Under the chart stand run, value and step.
         browser.until(lambda: RUN in _behind_the_heads(browser))
         assert _behind_the_heads(browser) == [RUN, f"{value:,}"], tag
+
+
+@pytest.mark.skipif(SCREENSHOTS is not None, reason="the quickstart records no history")
+def test_a_history_has_its_curves(browser: Browser, log_dir: Path) -> None:
+    record = TrainingRecord.read(log_dir / "version_0" / "history")
+    assert len(record.points) == 15
+    learned = int(record.splits["val"].passed[-1].sum())
+    assert learned > 100
+    browser.open("?tagFilter=%5Etraining%2Fval%2Flearned%24&smoothing=0#timeseries")
+    browser.until(lambda: "version_0" in _behind_the_heads(browser))
+    assert _behind_the_heads(browser) == ["version_0", f"{learned}"]
+    browser.open("?tagFilter=%5Etraining_figures#timeseries", 1360, 1000)
+    browser.shows("training_figures", "/val, by class")
+    assert min(browser.until(lambda: browser.image_sizes("img"))[0]) > 100
 
 
 def _behind_the_heads(browser: Browser) -> list[str]:
