@@ -6,7 +6,6 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,13 +148,13 @@ class RepairInTraining(RegressionFreeRepair):
         super().load_state_dict(state_dict)
         self._best = None
         if not isinstance(state_dict, dict):
-            return self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
-        found = state_dict.get("best")
-        if isinstance(found, Real) and not isinstance(found, bool) and math.isfinite(found):
-            self._best = float(found)
-        elif found is not None:
-            self._warn_of(f"`best` in the checkpoint is {type(found).__name__} {str(found)[:20]!r}, no number")
-        return None
+            self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
+        elif "best" in state_dict:
+            found = state_dict["best"]
+            if isinstance(found, float) and math.isfinite(found):
+                self._best = found
+            else:
+                self._warn_of(f"`best` in the checkpoint is no finite number (found a {type(found).__name__})")
 
     def _warn_of(self, problem: str) -> None:
         hint = "training goes on, and the next validation is the first that counts; the weights are the checkpoint's."
@@ -190,11 +189,12 @@ class RepairInTraining(RegressionFreeRepair):
 
     def _measured(self, trainer: Trainer) -> float | None:
         """The metric of a repaired model; None where it is not known."""
-        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+        # All ranks validate or none does, whatever each of them logs.
+        if self.monitor is None or not trainer.strategy.broadcast(self.monitor in trainer.callback_metrics):
             return None
         with random_state(), untracked(trainer, kept=()):
             rerun_validation(trainer)
-        value = float(trainer.callback_metrics[self.monitor])
+        value = float(trainer.callback_metrics.get(self.monitor, math.nan))
         return None if math.isnan(value) else value
 
     def _is_due(self, trainer: Trainer) -> bool:
