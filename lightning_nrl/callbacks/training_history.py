@@ -226,7 +226,13 @@ class TrainingHistory(CallbackBase):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = state_dict.get("folder")
+        found = state_dict.get("folder") if isinstance(state_dict, dict) else state_dict
+        if isinstance(state_dict, dict) and isinstance(found, str | None):
+            self._resumed = found
+            return
+        problem = f"`TrainingHistory`: the state in the checkpoint names no folder (found a {type(found).__name__})"
+        hint = "the training goes on with a record of its own; give `dirpath` to go on with the old one."
+        rank_zero_warn(DataWarning(f"{problem}.", hint))
 
     def record(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes a point of what was listened to, the model running once over the other splits.

@@ -17,7 +17,7 @@ from two_processes import in_two_processes
 from lightning_nrl import RegressionFreeRepair, SearchOptions
 from lightning_nrl._trainer.trainer_repair import RecordsHistory
 from lightning_nrl.callbacks import TrainingHistory
-from lightning_nrl.errors import ConfigurationError, FilesWarning, PerformanceWarning
+from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, PerformanceWarning
 from lightning_nrl.localization import NeuRecover, TrainingRecord, training_record
 from lightning_nrl.methods import bundle
 
@@ -272,3 +272,9 @@ def test_two_processes_record_each_sample_once(tmp_path: Path) -> None:
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         TrainingHistory(**arguments)
+
+
+@pytest.mark.parametrize("state", [["runs"], {"folder": 3}, None])
+def test_a_foreign_state_is_a_warning(state: Any) -> None:
+    with pytest.warns(DataWarning, match="`TrainingHistory`: the state in the checkpoint names no folder"):
+        TrainingHistory().load_state_dict(state)
