@@ -131,19 +131,21 @@ def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
 def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) -> tuple[RungResult, tuple[Step, ...]]:
     """The rung that is taken, searched on in the time that was kept for training if that came to nothing; the steps.
 
-    Without a limit of time no search is cut short.
+    Without a limit of time nothing was kept; where no time is left, the rung stays as it is.
     """
-    base = result.solution
-    if result.name not in ("search", "exact") or base.result is None or base.result.stopped != TIME_WAS_OVER:
+    base, start = result.solution, result.solution.proposal
+    cut_short = base.result is not None and base.result.stopped == TIME_WAS_OVER
+    if start is None or result.name not in ("search", "exact") or not cut_short or math.isinf(problem.deadline.end):
         return result, ()
     began = problem.clock.elapsed
 
     def search(piece: Piece) -> Solution:
-        assert base.proposal is not None
-        return search_or_keep(problem, searcher, base.proposal, seconds=math.inf)
+        return search_or_keep(problem, searcher, start, seconds=math.inf)
 
     last = problem.work.piece("search on", search, SOLUTION_KINDS)
-    solution = replace(last, held_out=base.held_out, others=base.others, tried=base.tried)
+    if last.result is None:
+        return result, ()
+    solution = replace(last, held_out=base.held_out, others=(*base.others, start), tried=base.tried)
     return replace(result, solution=solution, seconds=result.seconds + problem.clock.elapsed - began), last.steps
 
 

@@ -224,6 +224,27 @@ def test_what_is_left_of_the_time_goes_to_the_search_where_nothing_trains() -> N
     assert next(rung for rung in solution.rungs if rung.taken).repaired_in_target == last.repaired
 
 
+@pytest.mark.parametrize(("seconds", "taken"), [(0.8, "exact"), (0.2, "search")])
+def test_where_no_time_is_left_the_rung_that_is_taken_stays_as_it_is(seconds: float, taken: str) -> None:
+    ticks = itertools.count()
+    own = problem("2", clock=StageTimer(max_time=seconds, now=lambda: 0.005 * next(ticks)))
+    solution = checked(own, AUTO(own))
+    assert [rung.name for rung in solution.rungs if rung.taken] == [taken]
+    assert "not run: no time was left" not in [step.note for step in solution.steps]
+    assert solution.localization is not None
+    assert solution.result is not None
+    assert solution.result.stopped == "time was over"
+
+
+def test_without_a_limit_of_time_a_search_that_took_its_share_is_over() -> None:
+    ticks = itertools.count()
+    own = problem("2", clock=StageTimer(now=lambda: 2.0 * next(ticks)))
+    solution = checked(own, AUTO(own))
+    notes = [step.note for step in solution.steps if step.name == "swarm"]
+    assert len(notes) == 2
+    assert not any("12 iterations" in note for note in notes)
+
+
 def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
     assert isinstance(Settings().method, Auto)
     one, other = (repair_module(trained(), known(), Settings(method=AUTO, seed=3)) for _ in range(2))
