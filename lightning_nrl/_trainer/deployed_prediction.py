@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from lightning_nrl._model.layers import layers_of
 from lightning_nrl._model.per_sample_grad import OutputProbe
 from lightning_nrl._scoring.forward_trace import force_eager
 from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
 from lightning_nrl.data.batch import Adapter, tensors_in
 from lightning_nrl.data.model_call import ADAPTER_HINT, ModelAdapter, ModelCall, run_model
@@ -159,21 +160,33 @@ def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw:
             called = _called(model, run)
     except Exception:
         return None
-    with _as_evaluated(model, evaluator):
-        linear = [name for name, layer in layers_of(model).items() if isinstance(layer, nn.Linear) and name in called]
-        while len(linear) > 1 and not _has_part(model, linear[-1], lambda: evaluator.task.logits(run())):
-            called.remove(linear.pop())
+    modules = layers_of(model)
+    linear = [name for name in modules if name in called and isinstance(modules[name], nn.Linear)]
+    linear.sort(key=lambda name: modules[name].weight.requires_grad)  # `auto` takes a frozen one last
+    if len(linear) > 1:
+        with _as_evaluated(model, evaluator):
+            without = partial(_logits_without, model, lambda: evaluator.task.logits(run()))
+            logits = without(None)
+            while len(linear) > 1 and logits is not None and _is_same(without(modules[linear[-1]]), logits):
+                called.remove(linear.pop())
     return called
 
 
-def _has_part(model: nn.Module, name: str, run: Callable[[], Tensor]) -> bool:
-    """Whether logits come from a layer: where it gives NaN, they are. True where the model raises on that."""
-    layer = model.get_submodule(name)
-    with layer.register_forward_hook(lambda module, args, output: torch.full_like(output, torch.nan)):
+def _logits_without(model: nn.Module, run: Callable[[], Tensor], layer: nn.Module | None) -> Tensor | None:
+    """The logits, where a layer is given with NaN as its output; None where that raises. States stay as they were."""
+    with attributes_kept(model), ExitStack() as stack:
+        if layer is not None:
+            hook = layer.register_forward_hook(lambda module, args, output: torch.full_like(output, torch.nan))
+            stack.callback(hook.remove)
+        seed_all(0)
         try:
-            return bool(run().isnan().any())
+            return run()
         except Exception:
-            return True
+            return None
+
+
+def _is_same(logits: Tensor | None, others: Tensor) -> bool:
+    return logits is not None and logits.shape == others.shape and torch.allclose(logits, others)
 
 
 def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:

@@ -7,11 +7,9 @@ So the last layer is listened to, in the module's own step and in our evaluation
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -22,6 +20,7 @@ from lightning_nrl._lightning import LightningModule, Trainer, overrides, rank_z
 from lightning_nrl._scoring.forward_trace import force_eager
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
 from lightning_nrl.data.model_call import ADAPTER_HINT, ModelAdapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
@@ -37,9 +36,6 @@ SPREAD_FACTOR = 3.0
 """How much farther than from each other they may lie from ours, on average, if no more than augmentation is at work."""
 LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
 """Our loss is suspicious above so many times the module's own, and so much."""
-MAX_ITEMS_KEPT = 10_000
-"""Lists and dicts with more items are not given back as they were; they are data, no state of a step."""
-
 Calls = list[tuple[Tensor, Tensor]]
 """What a layer was given and what it gave, call by call."""
 
@@ -134,7 +130,7 @@ def _run_step(
     """What a step does, None where it cannot be run at this time."""
     raw = source.first_batch()
     method = getattr(model, step)
-    with untracked(trainer), _without_logging(model), _attributes_kept(model), _listening(model, layer) as calls:
+    with untracked(trainer), _without_logging(model), attributes_kept(model), _listening(model, layer) as calls:
         seed_all(seed)
         try:
             with evaluator.context():
@@ -197,48 +193,3 @@ def _without_logging(model: nn.Module) -> Iterator[None]:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of modules are as found afterwards, with the tensors, lists and dicts in them: states of metrics."""
-    restores: list[Callable[[], None]] = []
-    for module in model.modules():
-        held = vars(module)
-        before = dict(held)
-
-        def restore(held: dict[str, Any] = held, before: dict[str, Any] = before) -> None:
-            held.clear()
-            held.update(before)
-
-        restores.append(restore)
-        for name, value in before.items():
-            if name not in ("_parameters", "_buffers"):
-                restores += _restores(value)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for undo in restores:
-                undo()
-
-
-def _write(value: Tensor, copy: Tensor) -> None:
-    if not torch.equal(value, copy):
-        value.data.copy_(copy)
-
-
-def _restores(value: Any, depth: int = 3) -> list[Callable[[], None]]:
-    if isinstance(value, Tensor):
-        copy = value.detach().clone()
-        return [partial(_write, value, copy)]
-    if type(value) not in (list, dict, set, deque, OrderedDict) or len(value) > MAX_ITEMS_KEPT or not depth:
-        return []
-    items = value.copy()
-
-    def restore() -> None:
-        value.clear()
-        value.extend(items) if isinstance(value, (list, deque)) else value.update(items)
-
-    inside = items.values() if isinstance(items, dict) else items
-    return [restore, *(undo for item in inside for undo in _restores(item, depth - 1))]

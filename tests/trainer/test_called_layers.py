@@ -58,3 +58,42 @@ def test_a_second_head_is_no_part_of_the_prediction(stop: bool) -> None:
 def test_a_second_head_that_adds_to_the_logits_is_one() -> None:
     model, raw = FirstOutput(Heads(joint=True)), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
     assert called_layers(model, Evaluator(model), first, raw) == ["net.body", "net.box", "net.classes"]
+
+
+class Smoothed(nn.Module):
+    """Keeps a mean of its logits in a plain attribute, and a head that nothing comes of; `end` is what comes last."""
+
+    def __init__(self, end: Any = None) -> None:
+        super().__init__()
+        self.body, self.classes, self.idle = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.mean, self.noted, self.end = torch.zeros(3), [torch.zeros(3)], end
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = F.relu(self.body(x))
+        self.noted[0] += 0.1 * self.idle(features).mean(0)
+        logits: Tensor = self.classes(features)
+        self.mean = 0.9 * self.mean + 0.1 * logits.mean(0)
+        return logits if self.end is None else self.end(logits)
+
+
+def test_what_a_model_holds_in_plain_attributes_does_not_become_nan() -> None:
+    model, raw = Smoothed(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
+    assert model.mean.isfinite().all()
+    assert model.noted[0].isfinite().all()
+
+
+@pytest.mark.parametrize("end", [torch.nan_to_num, lambda logits: logits + torch.tensor([0.0, 0.0, -torch.inf])])
+def test_logits_may_be_without_nan_or_masked(end: Any) -> None:
+    model, raw = Smoothed(end), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    assert called_layers(model, Evaluator(model), first, raw) == ["body", "classes"]
+
+
+def test_where_the_last_layer_is_frozen_the_one_that_is_taken_has_a_part() -> None:
+    net, raw = Heads(), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    classes = net.classes.requires_grad_(False)
+    del net.classes
+    net.classes = classes  # now registered behind the other head
+    model = FirstOutput(net)
+    space, _ = find_scope(model, called=called_layers(model, Evaluator(model), first, raw))
+    assert [site.name for site in space.sites] == ["net.body"]
