@@ -189,8 +189,10 @@ class RepairInTraining(RegressionFreeRepair):
 
     def _measured(self, trainer: Trainer) -> float | None:
         """The metric of a repaired model; None where it is not known."""
+        if self.monitor is None or not trainer.enable_validation:
+            return None
         # All ranks validate or none does, whatever each of them logs.
-        if self.monitor is None or not trainer.strategy.broadcast(self.monitor in trainer.callback_metrics):
+        if not trainer.strategy.broadcast(self.monitor in trainer.callback_metrics):
             return None
         with random_state(), untracked(trainer, kept=()):
             rerun_validation(trainer)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from digit_models import Classifier, Digits, quiet_trainer, right
-from lightning_package import Callback, CSVLogger, ModelCheckpoint, TensorBoardLogger
+from lightning_package import Callback, CSVLogger, LightningDataModule, ModelCheckpoint, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import DataOptions, RepairInTraining, RepairReport, TrainingHistory
@@ -262,6 +262,17 @@ def test_a_repair_that_is_refused_is_not_validated(tmp_path: Path) -> None:
 
 def never(batch: Any) -> Any:
     return torch.zeros(len(batch[0]), dtype=torch.bool)
+
+
+class Unvalidated(Digits):
+    val_dataloader = LightningDataModule.val_dataloader
+
+
+def test_without_validation_data_a_metric_of_the_training_is_not_known_of_the_repaired_model(tmp_path: Path) -> None:
+    repair = in_training(monitor="counted", every_n_epochs=1, at_end=False, dirpath=tmp_path / "files")
+    quiet_trainer(tmp_path, repair, max_epochs=1).fit(Counting(), datamodule=Unvalidated())
+    assert [report.status for report in repair.reports] == ["repaired"]
+    assert repair._best is None
 
 
 def test_two_of_the_same_layer_and_target_are_refused(tmp_path: Path) -> None:
