@@ -26,11 +26,13 @@ from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.methods import _rungs as rungs_module
+from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods._price_of_zero import price_points
 from lightning_nrl.methods._rungs import RungResult
 from lightning_nrl.methods.auto import chosen_rung
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
+from lightning_nrl.search.loop import TIME_WAS_OVER
 
 AUTO = Auto(ParticleSwarm(particles=12, iterations=12))
 
@@ -224,25 +226,18 @@ def test_what_is_left_of_the_time_goes_to_the_search_where_nothing_trains() -> N
     assert next(rung for rung in solution.rungs if rung.taken).repaired_in_target == last.repaired
 
 
-@pytest.mark.parametrize(("seconds", "taken"), [(0.8, "exact"), (0.2, "search")])
-def test_where_no_time_is_left_the_rung_that_is_taken_stays_as_it_is(seconds: float, taken: str) -> None:
-    ticks = itertools.count()
-    own = problem("2", clock=StageTimer(max_time=seconds, now=lambda: 0.005 * next(ticks)))
-    solution = checked(own, AUTO(own))
-    assert [rung.name for rung in solution.rungs if rung.taken] == [taken]
-    assert "not run: no time was left" not in [step.note for step in solution.steps]
-    assert solution.localization is not None
-    assert solution.result is not None
-    assert solution.result.stopped == "time was over"
-
-
-def test_without_a_limit_of_time_a_search_that_took_its_share_is_over() -> None:
-    ticks = itertools.count()
-    own = problem("2", clock=StageTimer(now=lambda: 2.0 * next(ticks)))
-    solution = checked(own, AUTO(own))
-    notes = [step.note for step in solution.steps if step.name == "swarm"]
-    assert len(notes) == 2
-    assert not any("12 iterations" in note for note in notes)
+@pytest.mark.parametrize(("max_time", "goes_on"), [(60.0, True), (0.0, False), (None, False)])
+def test_a_search_that_was_cut_short_goes_on_in_what_is_left_of_a_limit(max_time: float | None, goes_on: bool) -> None:
+    own = problem("2")
+    rung = rungs_module.search_rung(own, AUTO.swarm, None)
+    assert rung.solution.result is not None
+    rung = replace(rung, solution=replace(rung.solution, result=replace(rung.solution.result, stopped=TIME_WAS_OVER)))
+    limited = replace(own, clock=StageTimer(max_time=max_time))
+    after, steps = auto_module._searched_on(limited, AUTO.swarm, rung)
+    assert [step.name for step in steps] == (["swarm"] if goes_on else [])
+    assert (after is rung) is not goes_on
+    assert after.solution.result is not None
+    assert after.solution.localization is not None
 
 
 def test_the_same_seed_gives_the_same_weights_and_auto_is_the_default() -> None:
