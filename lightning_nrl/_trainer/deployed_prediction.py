@@ -160,16 +160,28 @@ def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw:
             called = _called(model, run)
     except Exception:
         return None
-    modules = layers_of(model)
-    linear = [name for name in modules if name in called and isinstance(modules[name], nn.Linear)]
-    linear.sort(key=lambda name: modules[name].weight.requires_grad)  # `auto` takes a frozen one last
+    linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
     if len(linear) > 1:
         with _as_evaluated(model, evaluator):
-            without = partial(_logits_without, model, lambda: evaluator.task.logits(run()))
-            logits = without(None)
-            while len(linear) > 1 and logits is not None and _is_same(without(modules[linear[-1]]), logits):
-                called.remove(linear.pop())
+            idle = _idle_at_end(linear, partial(_logits_without, model, lambda: evaluator.task.logits(run())))
+        called = [name for name in called if name not in idle]
     return called
+
+
+def _idle_at_end(linear: dict[str, nn.Linear], without: Callable[[nn.Module | None], Tensor | None]) -> set[str]:
+    """The last layers that the logits do not need, up to the first that they do; likewise of those not frozen."""
+    logits = without(None)
+    needed, idle = set[str](), set[str]()
+    # `auto` takes the last one that is not frozen, others the last one.
+    for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
+        left = [name for name in order if name not in idle]
+        while logits is not None and len(left) > 1 and left[-1] not in needed:
+            last = left[-1]
+            if _is_same(without(linear[last]), logits):
+                idle.add(left.pop())
+            else:
+                needed.add(last)
+    return idle
 
 
 def _logits_without(model: nn.Module, run: Callable[[], Tensor], layer: nn.Module | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._model.layers import find_scope, last_linear
 from lightning_nrl._trainer.deployed_prediction import called_layers
 from lightning_nrl.evaluation.evaluator import Evaluator
 
@@ -97,3 +97,13 @@ def test_where_the_last_layer_is_frozen_the_one_that_is_taken_has_a_part() -> No
     model = FirstOutput(net)
     space, _ = find_scope(model, called=called_layers(model, Evaluator(model), first, raw))
     assert [site.name for site in space.sites] == ["net.body"]
+
+
+def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_have_a_part() -> None:
+    model, raw = FirstOutput(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    model.net.get_submodule("classes").requires_grad_(False)
+    model.net.get_submodule("box").requires_grad_(False)
+    called = called_layers(model, Evaluator(model), first, raw)
+    assert called == ["net.body", "net.classes"]
+    assert last_linear(model, called)[0] == "net.classes"
+    assert [site.name for site in find_scope(model, called=called)[0].sites] == ["net.body"]
