@@ -205,7 +205,7 @@ class RepairInTraining(RegressionFreeRepair):
         if self.monitor is None:
             return due
         if self.monitor not in trainer.callback_metrics:
-            if not self._warned:
+            if not self._warned and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 self._warned = True
                 problem = f"`monitor={self.monitor!r}`: nothing of that name was logged"
                 hint = f"there are {sorted(trainer.callback_metrics)}; log it in `validation_step`."

@@ -113,6 +113,14 @@ def test_a_metric_that_is_not_there_is_said(tmp_path: Path) -> None:
     assert repair.reports == []
 
 
+def test_an_epoch_without_a_validation_does_not_say_so(tmp_path: Path) -> None:
+    repair = in_training(monitor="slice", at_end=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        fit(tmp_path, repair, model=Scripted([0.1, 0.1]), epochs=2, check_val_every_n_epoch=2)
+    assert repair._best == pytest.approx(0.1)
+
+
 def test_the_last_step_is_not_repaired_twice(tmp_path: Path) -> None:
     repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files")
     fit(tmp_path, repair, epochs=1)
