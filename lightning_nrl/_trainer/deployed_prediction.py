@@ -192,7 +192,7 @@ def _logits_without(model: nn.Module, run: Callable[[], Tensor], layer: nn.Modul
             stack.callback(hook.remove)
         seed_all(0)
         try:
-            return run()
+            return run().clone()  # a model may write the next ones into the same memory
         except Exception:
             return None
 

@@ -36,6 +36,7 @@ SPREAD_FACTOR = 3.0
 """How much farther than from each other they may lie from ours, on average, if no more than augmentation is at work."""
 LOSS_FACTOR, LOSS_OFFSET = 2.0, 0.5
 """Our loss is suspicious above so many times the module's own, and so much."""
+
 Calls = list[tuple[Tensor, Tensor]]
 """What a layer was given and what it gave, call by call."""
 

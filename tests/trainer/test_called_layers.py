@@ -107,3 +107,20 @@ def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_ha
     assert called == ["net.body", "net.classes"]
     assert last_linear(model, called)[0] == "net.classes"
     assert [site.name for site in find_scope(model, called=called)[0].sites] == ["net.body"]
+
+
+class Reused(FirstOutput):
+    """Writes its logits, never NaN, into the same memory each time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.register_buffer("out", torch.zeros(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.get_buffer("out").copy_(super().forward(x).nan_to_num())
+        return out
+
+
+def test_logits_may_share_their_memory() -> None:
+    model, raw = Reused(Heads()), (torch.randn(5, 4), torch.zeros(5, dtype=torch.int64))
+    assert called_layers(model, Evaluator(model), first, raw) == ["net.body", "net.classes"]
