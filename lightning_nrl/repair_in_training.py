@@ -114,6 +114,7 @@ class RepairInTraining(RegressionFreeRepair):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        release_hook(pl_module, HOOK)  # of a training that ended where no callback heard of it
         self.reports, self._last_step, self._warned = [], None, False
 
     @override

@@ -219,6 +219,22 @@ def test_the_module_has_its_own_hook_after_an_error(tmp_path: Path) -> None:
     assert [repair.reports for repair in repairs] == [[], []]
 
 
+class Deaf(Callback):
+    """Keeps others from hearing of an error."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        raise RuntimeError
+
+
+def test_what_an_earlier_training_left_undone_is_not_done_in_the_next(tmp_path: Path) -> None:
+    model = Classifier()
+    repair = in_training(every_n_epochs=1, at_end=False, dirpath=tmp_path)
+    with pytest.raises(RuntimeError):
+        fit(tmp_path, Deaf(), repair, Failing(), model=model, epochs=1)
+    fit(tmp_path, in_training(every_n_epochs=9, at_end=False, dirpath=tmp_path), model=model, epochs=1)
+    assert repair.reports == []
+
+
 class Wrong(Classifier):
     """Logs how many samples of the validation data it gets wrong, and notes when."""
 
