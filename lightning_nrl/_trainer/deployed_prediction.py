@@ -30,6 +30,10 @@ __all__ = ["PredictStep", "as_deployed", "called_layers", "deployed_adapter"]
 SAME_OUTPUT_TOLERANCE = 1e-3
 """Two ways to the same outputs differ by less than this part of the largest one."""
 
+OTHER_OUTPUTS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
+"""Other outputs of a layer, to see whether the logits depend on it: those of other samples, and smaller ones. A model
+knows their kind; a NaN that becomes an index would end the work of a GPU."""
+
 
 @dataclass(frozen=True)
 class PredictStep(ModelCall):
@@ -163,33 +167,37 @@ def called_layers(model: nn.Module, evaluator: Evaluator, adapter: Adapter, raw:
     linear = {name: x for name, x in layers_of(model).items() if isinstance(x, nn.Linear) and name in called}
     if len(linear) > 1:
         with _as_evaluated(model, evaluator):
-            idle = _idle_at_end(linear, partial(_logits_without, model, lambda: evaluator.task.logits(run())))
+            idle = _idle_at_end(linear, partial(_logits_with, model, lambda: evaluator.task.logits(run())))
         called = [name for name in called if name not in idle]
     return called
 
 
-def _idle_at_end(linear: dict[str, nn.Linear], without: Callable[[nn.Module | None], Tensor | None]) -> set[str]:
+def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]) -> set[str]:
     """The last layers that the logits do not need, up to the first that they do; likewise of those not frozen."""
-    logits = without(None)
+    logits = run()
     needed, idle = set[str](), set[str]()
     # `auto` takes the last one that is not frozen, others the last one.
     for order in (list(linear), sorted(linear, key=lambda name: linear[name].weight.requires_grad)):
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
             last = left[-1]
-            if _is_same(without(linear[last]), logits):
+            if all(_is_same(run(linear[last], change), logits) for change in OTHER_OUTPUTS):
                 idle.add(left.pop())
             else:
                 needed.add(last)
     return idle
 
 
-def _logits_without(model: nn.Module, run: Callable[[], Tensor], layer: nn.Module | None) -> Tensor | None:
-    """The logits, where a layer is given with NaN as its output; None where that raises. States stay as they were."""
+def _logits_with(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    layer: nn.Module | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """The logits, where a layer's output is changed; None where that raises. States stay as they were."""
     with attributes_kept(model), ExitStack() as stack:
-        if layer is not None:
-            hook = layer.register_forward_hook(lambda module, args, output: torch.full_like(output, torch.nan))
-            stack.callback(hook.remove)
+        if layer is not None and change is not None:
+            stack.callback(layer.register_forward_hook(lambda module, args, output: change(output)).remove)
         seed_all(0)
         try:
             return run().clone()  # a model may write the next ones into the same memory

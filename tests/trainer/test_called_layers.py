@@ -109,6 +109,28 @@ def test_where_the_heads_are_frozen_both_the_last_layer_and_the_last_free_one_ha
     assert [site.name for site in find_scope(model, called=called)[0].sites] == ["net.body"]
 
 
+class Looked(nn.Module):
+    """Its second layer gives a class by its number, or a direction, so that its size does not matter."""
+
+    def __init__(self, by_place: bool) -> None:
+        super().__init__()
+        self.rows, self.place, self.by_place = nn.Linear(4, 3), nn.Linear(4, 3), by_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.by_place:
+            return self.rows(x) + F.normalize(self.place(x), dim=1)
+        place = self.place(x).sigmoid()[:, :1].mul(2.99).long()
+        assert ((place >= 0) & (place < 3)).all()  # outside, a GPU could not go on
+        return torch.eye(3)[place.squeeze(1)] + self.rows(x)
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_a_layer_may_give_places_or_directions(by_place: bool) -> None:
+    torch.manual_seed(0)
+    model, raw = Looked(by_place), (3 * torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
+    assert set(called_layers(model, Evaluator(model), first, raw) or ()) == {"rows", "place"}
+
+
 class Reused(FirstOutput):
     """Writes its logits, never NaN, into the same memory each time."""
 
