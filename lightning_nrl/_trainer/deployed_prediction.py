@@ -30,8 +30,8 @@ __all__ = ["PredictStep", "as_deployed", "called_layers", "deployed_adapter"]
 SAME_OUTPUT_TOLERANCE = 1e-3
 """Two ways to the same outputs differ by less than this part of the largest one."""
 
-OTHER_OUTPUTS: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
-"""Other outputs of a layer, to see whether the logits depend on it: those of other samples, and smaller ones. A model
+OUTPUT_CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x.roll(1, 0), lambda x: 0.5 * x)
+"""What is done to a layer's outputs to see whether logits depend on them: those of other samples, smaller ones. A model
 knows their kind; a NaN that becomes an index would end the work of a GPU."""
 
 
@@ -181,7 +181,7 @@ def _idle_at_end(linear: dict[str, nn.Linear], run: Callable[..., Tensor | None]
         left = [name for name in order if name not in idle]
         while logits is not None and len(left) > 1 and left[-1] not in needed:
             last = left[-1]
-            if all(_is_same(run(linear[last], change), logits) for change in OTHER_OUTPUTS):
+            if all(_is_same(run(linear[last], change), logits) for change in OUTPUT_CHANGES):
                 idle.add(left.pop())
             else:
                 needed.add(last)
