@@ -120,7 +120,7 @@ def _p_value(statistic: float, counts: Counts, expected: Counts) -> float:
         half = torch.tensor([counts.shape[1] - 1, statistic], dtype=torch.float64) / 2
         return float(torch.special.gammaincc(half[0], half[1]))
     generator = np.random.default_rng(0)
-    smaller = int(counts.sum(1).argmin())
+    smaller = int(np.argmin(counts.sum(1)))
     drawn = generator.multivariate_hypergeometric(counts.sum(0), int(counts[smaller].sum()), RANDOM_TABLES)
     as_large = _chi_squared(drawn, expected[[1 - smaller, smaller]]) >= statistic * (1 - 1e-9)
     return float(as_large.sum() + 1) / (RANDOM_TABLES + 1)
