@@ -14,7 +14,7 @@ import torch
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import is_ending_early, poll
 
-__all__ = ["Clock", "Deadline", "Observer", "StageTimer", "TimeMark"]
+__all__ = ["Clock", "Deadline", "Observer", "StageTimer", "TimeMark", "in_milliseconds"]
 
 Clock = Callable[[], float]
 """Tells the time in seconds, from any beginning."""
@@ -154,8 +154,7 @@ class StageTimer:
                 yield
         finally:
             inner = sum(self.seconds.values()) - inside
-            spent = self.seconds.get(name, 0.0) + self.now() - start - inner
-            self.seconds[name] = round(spent, 3)
+            self.seconds[name] = max(0.0, self.seconds.get(name, 0.0) + self.now() - start - inner)
 
     def tell(self, done: int, total: int, repaired: int | None = None, broken: int | None = None) -> None:
         """Inside a stage: how many steps of how many were made, and the best candidate's counts, if there are any."""
@@ -167,3 +166,8 @@ class StageTimer:
         """What will be done, and about how long it takes, in a sentence for the screen."""
         if self.observer:
             self.observer.announce(text)
+
+
+def in_milliseconds(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of stages for a report, rounded to three decimals."""
+    return {name: round(spent, 3) for name, spent in seconds.items()}

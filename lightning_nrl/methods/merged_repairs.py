@@ -157,7 +157,7 @@ class MergedRepairs:
             solution = Solution(None, str(error).partition("\n")[0])
         for stage, spent in own.seconds.items():
             if stage != "collect":
-                clock.seconds[stage] = round(clock.seconds.get(stage, 0.0) + spent, 3)
+                clock.seconds[stage] = clock.seconds.get(stage, 0.0) + spent
         n, took = int(rows.sum()), time.perf_counter() - began
         if solution.proposal is None:
             return None, Step(name, 0, 0, round(took, 3), solution.reason)

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State, current_state
+from lightning_nrl._utils.timing import in_milliseconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -154,7 +155,7 @@ class ReportBuilder:
             leaked=self.baseline.leaked,
             judge=judge_record(self.evaluator, self.baseline.known, after.get("known")),
             seed=self.settings.seed,
-            seconds=dict(self.seconds),
+            seconds=in_milliseconds(self.seconds),
             settings=self.settings.plain(),
             **rest,
         )

@@ -9,7 +9,7 @@ import pytest
 from ranks import on_ranks
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.timing import Deadline, StageTimer
+from lightning_nrl._utils.timing import Deadline, StageTimer, in_milliseconds
 
 
 class Time:
@@ -51,6 +51,14 @@ def test_a_stage_takes_its_time_and_takes_more_when_it_is_entered_again(now: Tim
             now.now += seconds
     assert clock.seconds == {"collect": 2.0, "fit": 7.0}
     assert clock.elapsed == 10.0
+
+
+def test_a_pass_of_less_than_a_millisecond_is_not_nothing(now: Time) -> None:
+    clock = StageTimer(now=now)
+    with clock.stage("collect"):
+        now.now += 2**-12
+    assert clock.one_pass == 2**-12
+    assert in_milliseconds({**clock.seconds, "fit": 1.23456}) == {"collect": 0.0, "fit": 1.235}
 
 
 def test_a_stage_inside_another_takes_its_time_from_it(now: Time) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_nrl._model.layers import last_linear, layers_of
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.timing import Observer, StageTimer
+from lightning_nrl._utils.timing import Observer, StageTimer, in_milliseconds
 from lightning_nrl.analysis.diagnosis._advice import advise
 from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis._fixability import REQUIRED_MARGIN
@@ -94,7 +94,7 @@ def diagnose_module(
         layers=rooms,
         costs=costs(pace, epochs),
         notes=tuple(notes),
-        seconds=dict(clock.seconds),
+        seconds=in_milliseconds(clock.seconds),
     )
     if isinstance(last, LastLayer):
         targets, binding, check, mixing, doubts, _ = last
