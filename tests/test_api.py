@@ -8,6 +8,7 @@ import inspect
 import itertools
 import pkgutil
 import re
+import types
 from pathlib import Path
 from types import ModuleType
 
@@ -43,8 +44,10 @@ def public_modules() -> list[ModuleType]:
 def summary(module: ModuleType, name: str) -> str:
     """The first line of the docstring, of a constant that of the text below it; empty if there is none."""
     value = getattr(module, name)
-    if inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value):
-        inherited = inspect.isclass(value) and "__doc__" not in vars(value)
+    # Python 3.10 takes an alias such as `Callable[[Any], str]` for a class.
+    is_class = inspect.isclass(value) and not isinstance(value, types.GenericAlias)
+    if is_class or inspect.isroutine(value) or inspect.ismodule(value):
+        inherited = is_class and "__doc__" not in vars(value)
         return "" if inherited or not value.__doc__ else " ".join(value.__doc__.strip().split("\n\n")[0].split())
     for path in Path(lightning_nrl.__file__).parent.rglob("*.py"):
         source = path.read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ def _margins(axes: Any, diagnosis: Diagnosis) -> None:
         bins=MARGIN_BINS,
         range=(least, 0) if least < 0 else None,
         stacked=True,
-        color=colours,
+        color=list(colours),  # two in a tuple are a colour and its opacity for matplotlib 3.8
         label=labels,
         edgecolor="white",
         linewidth=0.5,
