@@ -183,6 +183,7 @@ class FakeComet(loggers.CometLogger):
         self._prefix = None
         self.notes = Calls(
             __internal_api__log_metrics__=lambda dic, step, epoch, prefix, framework: {"metrics": dic, "step": step},
+            log_metrics=lambda dic, step, epoch: {"metrics": dic, "step": step},  # Lightning 2.5.0
             log_figure=lambda figure_name=None, figure=None, overwrite=False, step=None: {"name": figure_name},
             log_image=lambda image_data, name=None, overwrite=False, step=None: {"name": name, "step": step},
             log_text=lambda text, step=None, metadata=None: {"text": text},
@@ -200,7 +201,8 @@ def test_comet_gets_numbers_figures_images_a_table_and_assets(log: RepairLog) ->
     logger = FakeComet()
     track(log, [logger])
     notes = logger.notes
-    assert {"metrics": final_numbers(log.report), "step": 120} in notes.of("__internal_api__log_metrics__")
+    metrics = [*notes.of("__internal_api__log_metrics__"), *notes.of("log_metrics")]
+    assert {"metrics": final_numbers(log.report), "step": 120} in metrics
     assert notes.of("log_html") == [{"html": "this is report.html"}]
     assert notes.of("log_asset") == [{"to": f"repair/{name}"} for name in FILES]
     assert notes.of("log_image") == [{"name": f"repair_samples/broken in val/{CAPTION}", "step": 120}]
