@@ -867,46 +867,6 @@ def _oversampling(folder: Path) -> Any:
 # Two models in service, and the release of a new one.
 
 
-@case("switch")
-def _switch(folder: Path) -> Any:
-    old, new = trained(n=60, seed=3), data.retrained()
-    x, y = blobs(200, 0.8, seed=21)
-    later = blobs(120, 0.8, seed=22)
-    with torch.no_grad():
-        answers = old(x), new(x), y
-    found: dict[str, Any] = {"thresholds": {}, "weights": {}}
-    for limit in ("instance", "accuracy", "tolerance:3", "tolerance:1%", 2, 0.02):
-        choice = names.choose_threshold(*answers, limit)
-        found["thresholds"][str(limit)] = {
-            "threshold": choice.threshold,
-            "choice": choice,
-            "page": choice.render(100).splitlines(),
-        }
-    found["thresholds"]["predictions"] = names.choose_threshold(answers[0].argmax(1), *answers[1:], "tolerance:3")
-    for limit in (None, "instance", "tolerance:2%"):
-        weight = names.choose_weight(*answers, limit)
-        found["weights"][str(limit)] = {"choice": weight, "page": weight.render(100).splitlines()}
-    switch = names.MarginSwitch(old, new, 1.0)
-    counted = names.report_switch(switch, [source(*later, "later")], runs=1)
-    wide = data.fitted(lambda: data.mlp(14, 5), *blobs(100, 0.5, seed=6), seed=6)
-    wider = names.MarginSwitch(old, wide, 0.5, classes={0: 0, 1: 1, 2: 2})
-    ensemble = names.WeightedEnsemble(old, new, 0.3)
-    with torch.no_grad():
-        found["served"] = {
-            "switch": switch(later[0]),
-            "wider": wider(later[0]),
-            "ensemble": ensemble(later[0]),
-            "old": names.MarginSwitch(old, new, float("inf"))(later[0]),
-        }
-    found["counted"] = {"threshold": counted.threshold, "splits": counted.splits}
-    found["state"] = sorted(switch.state_dict())
-    found["words"] = [str(switch), str(ensemble)]
-    module = names.SwitchedModule(loaded(), loaded("conv"), threshold=2.0)
-    (tested,) = quiet_trainer(folder).test(module, datamodule=Digits(), verbose=False)
-    found["module"] = {"tested": tested, "state": sorted(module.state_dict()), "class": type(module).__name__}
-    return found
-
-
 RULES = ["accuracy", "nfr:10%", "slice-nfr:50%", "slices", "slices:count", "tolerance:3", "tolerance:1%"]
 
 

@@ -44,8 +44,6 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
-from lightning_nrl.serving.switch_report import SwitchReport, SwitchSplit, Timing
-from lightning_nrl.serving.threshold import ThresholdChoice, ThresholdPoint
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 SPLIT = SplitReport(
@@ -138,12 +136,6 @@ REPORTS: dict[str, Record] = {
         "all",
         "head",
         VERSIONS,
-    ),
-    "switch": SwitchReport(0.5, (SwitchSplit("test", FLIPS, FLIPS, 3),), Timing(8, "cpu", 3, 0.1, 0.2, 0.25)),
-    "threshold": ThresholdChoice(
-        ThresholdPoint(1.5, FLIPS, 0.5),
-        (ThresholdPoint(-math.inf, FLIPS, 1.0), ThresholdPoint(1.5, FLIPS, 0.5)),
-        "instance",
     ),
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
