@@ -123,7 +123,7 @@ __all__ = [
 FLAT = (
     *("target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time"),
     *("strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside"),
-    *("confidence", "mix"),
+    "confidence",
 )
 """Arguments of a repair, in the words of the cases and of the frozen settings."""
 
