@@ -79,7 +79,7 @@ class RepairReport(Report, Plotted):
         bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
-        judge: the device and the precision in which the model was judged; None in reports of older versions.
+        judge: the device and the precision in which the model was judged; None if that is not known.
         seed: what reproduces the run.
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
