@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from digit_models import Classifier, Digits, quick_repair
+from digit_models import Classifier, Digits, quick_repair, state_of
 from lightning_package import Callback, Trainer
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
 
@@ -47,7 +47,7 @@ class Leave(Callback):
         self.repair = repair
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        state = state_of(pl_module)
         left = {"state": state, "report": self.repair.report.to_json()}
         torch.save(left, Path(self.repair.dirpath) / f"rank{trainer.global_rank}.pt")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import distributed_fit
 import pytest
 import torch
-from digit_models import Classifier, Digits, quick_repair, right
+from digit_models import Classifier, Digits, quick_repair, right, same
 from two_processes import in_two_processes, spawning
 
 from lightning_nrl import RegressionFreeRepair, RepairReport, repair
@@ -38,7 +38,7 @@ def assert_like_one_process(one: Path, two: Path) -> RepairReport:
         assert (a.split, a.n, a.passed, a.targeted_ids) == (b.split, b.n, b.passed, b.targeted_ids)
     first, second = ranks(two)
     assert first["state"].keys() == second["state"].keys()
-    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    assert same(first["state"], second["state"])
     reports = [RepairReport.from_json(rank["report"]) for rank in (first, second)]
     assert reports[0].splits == reports[1].splits == together.splits
     assert reports[0].hashes == reports[1].hashes
@@ -62,7 +62,7 @@ def test_two_processes_repair_as_one(alone: Path, together: Path) -> None:
 
 def test_what_is_judged_is_what_is_saved_where_every_rank_has_statistics_of_its_own(together: Path) -> None:
     first, second = (rank["state"] for rank in ranks(together / "batch_norm"))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert same(first, second)
     report = report_in(together / "batch_norm")
     assert report.status == "repaired"
     model = Classifier.load_from_checkpoint(report.files["checkpoint"])
@@ -80,8 +80,8 @@ def test_two_spawned_processes_repair_as_one_and_the_main_process_gets_the_weigh
     assert callback.repaired_model_path == report.files["checkpoint"]
     assert trainer.callback_metrics["repair/accepted"] == 1.0
     saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-    assert all(torch.equal(value, ranks(together / "203")[1]["state"][name]) for name, value in saved.items())
+    assert same(model, saved)
+    assert same(saved, ranks(together / "203")[1]["state"])
 
 
 def test_spawned_processes_repair_a_checkpoint_and_the_main_process_gets_it(alone: Path, together: Path) -> None:
@@ -92,4 +92,4 @@ def test_spawned_processes_repair_a_checkpoint_and_the_main_process_gets_it(alon
     report = repair(trainer, model, datamodule=data, ckpt_path=path, callback=callback)
     assert report.splits == report_in(together / "checkpoint").splits
     saved = torch.load(report.files["checkpoint"], weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert same(model, saved)
