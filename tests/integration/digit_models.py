@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,45 @@ class Classifier(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=self.hparams["lr"])
 
 
+class Flat(nn.Module):
+    """Another architecture, for other inputs: ten classes in reverse order."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.inside(pixels.view(-1, 1, 8, 8)).flip(1)
+
+
+def flattened(batch: Any) -> Any:
+    """An adapter for it."""
+    return (batch[0].flatten(1),), {}, batch[1]
+
+
 class Untrainable(Classifier):
     """Fails the test if training begins."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         raise AssertionError("training has begun")
+
+
+def is_noisy(batch: Any) -> Tensor:
+    """Which samples of a batch of `Digits` are noisy."""
+    return batch["noisy"] if isinstance(batch, Mapping) else batch[2]
+
+
+def camera(batch: Any) -> list[str]:
+    """The slice of each sample of `Digits`."""
+    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
+
+
+def digit(batch: Any) -> Tensor:
+    return batch[1]
+
+
+def nobody(batch: Any) -> Tensor:
+    return torch.zeros(len(batch[0]), dtype=torch.bool)
 
 
 def overwriting(name: str) -> Any:

@@ -69,27 +69,23 @@ def test_predictions_have_no_weights_to_go_back_to(tmp_path: Path) -> None:
         WeightInterpolation(tmp_path / "old.csv")
 
 
-def column(batch: Any) -> Any:
-    return batch[1]
-
-
 TERM = {"class_path": "lightning_nrl.reference.FocalDistillation", "init_args": {"temperature": 2.0}}
 CONFIGURED: list[tuple[Any, dict[str, Any], Callable[[Any], Any], Any]] = [
     (
         PositiveCongruentTraining,
-        {"term": [TERM, "margin_hinge"], "index": "test_callbacks:column"},
+        {"term": [TERM, "margin_hinge"], "index": "digit_models:digit"},
         lambda made: (made.terms, made.index.__name__),
-        ((FocalDistillation(temperature=2.0), MarginHinge()), "column"),
+        ((FocalDistillation(temperature=2.0), MarginHinge()), "digit"),
     ),
     (
         RegressionMetrics,
-        {"slices": "test_callbacks:column", "prefix": "old"},
+        {"slices": "digit_models:digit", "prefix": "old"},
         lambda made: (made.slices.__name__, made.prefix),
-        ("column", "old"),
+        ("digit", "old"),
     ),
     (
         ReleaseGate,
-        {"rules": ["accuracy", "nfr:5%"], "slices": "test_callbacks:column"},
+        {"rules": ["accuracy", "nfr:5%"], "slices": "digit_models:digit"},
         lambda made: [str(rule) for rule in made.rules],
         ["accuracy", "nfr:5%"],
     ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right, same
+from digit_models import QUICK, Classifier, Digits, Untrainable, is_noisy, quick_repair, quiet_trainer, right, same
 from lightning_package import CSVLogger, ModelCheckpoint, TensorBoardLogger, Trainer
 from two_processes import in_two_processes
 
@@ -28,10 +28,6 @@ SWEEP: dict[str, Any] = {
 }
 
 
-def noisy(batch: Any) -> Any:
-    return batch[2]
-
-
 @contextmanager
 def without_a_trace(folder: Path, trained_path: Path) -> Iterator[tuple[Trainer, Classifier]]:
     """A trainer and a model that must hold the checkpoint afterwards; nothing may be written or drawn."""
@@ -45,7 +41,7 @@ def without_a_trace(folder: Path, trained_path: Path) -> Iterator[tuple[Trainer,
 
 
 def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path: Path) -> None:
-    data, target = Digits(), Target.where(noisy, name="noisy")
+    data, target = Digits(), Target.where(is_noisy, name="noisy")
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         found = diagnose(trainer, model, datamodule=data, ckpt_path=trained_path, target=target)
     # The failures are those of a forward pass of our own.
@@ -62,7 +58,7 @@ def test_a_checkpoint_is_diagnosed_without_a_trace(tmp_path: Path, trained_path:
 
 def test_retraining_and_repair_beside_each_other(tmp_path: Path, trained_path: Path) -> None:
     data, methods = Digits(), {**QUICKLY["methods"], "retraining": "retraining"}
-    arguments: dict[str, Any] = {"target": Target.where(noisy), "search": QUICK["search"], "methods": methods}
+    arguments: dict[str, Any] = {"target": Target.where(is_noisy), "search": QUICK["search"], "methods": methods}
     with without_a_trace(tmp_path, trained_path) as (trainer, model):
         comparison = compare(trainer, model, datamodule=data, ckpt_path=trained_path, **arguments)
     wrong = ~right(model, data.repair) & data.repair.tensors[2]

@@ -36,11 +36,11 @@ trainer:
 
 WORDS = """
 layer: network.3
-target: label 3 and not where test_cli:is_noisy
+target: label 3 and not where digit_models:is_noisy
 gate: tolerance:1%
 method: {class_path: lightning_nrl.ParticleSwarm, init_args: {particles: 10, iterations: 5}}
 search: {fitness: eq2, n_passed: 100}
-samples: {slices: "test_cli:camera", quotas: {noisy: 1}}
+samples: {slices: "digit_models:camera", quotas: {noisy: 1}}
 verbose: false
 """
 
@@ -49,7 +49,7 @@ layer: [network.1, network.3]
 target:
   class_path: lightning_nrl.data.And
   init_args:
-    left: {class_path: lightning_nrl.data.Where, init_args: {predicate: "test_cli:is_noisy"}}
+    left: {class_path: lightning_nrl.data.Where, init_args: {predicate: "digit_models:is_noisy"}}
     right:
       class_path: lightning_nrl.data.Not
       init_args: {target: {class_path: lightning_nrl.data.Label, init_args: {label: 1}}}
@@ -67,14 +67,6 @@ data: {adapter: "lightning_nrl.data.unpacking:unpack", start_from: best}
 bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
 verbose: false
 """
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
-
-
-def camera(batch: Any) -> list[str]:
-    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
 def cli(
@@ -99,11 +91,11 @@ def repair_of(found: LightningCLI) -> RegressionFreeRepair:
 def test_words_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, WORDS)
     settings = repair_of(found).settings
-    assert settings.target == Target.label(3) & ~Target.where("test_cli:is_noisy")
+    assert settings.target == Target.label(3) & ~Target.where("digit_models:is_noisy")
     assert settings.gate == Tolerance(0.01)
     assert settings.fitness == Fitness("eq2")
     assert settings.method == ParticleSwarm(particles=10, iterations=5)
-    assert repair_of(found).report.target == "label 3 and not where test_cli:is_noisy"
+    assert repair_of(found).report.target == "label 3 and not where digit_models:is_noisy"
     assert (tmp_path / "repair" / "report.json").exists()
 
 
@@ -134,7 +126,7 @@ def test_objects_in_a_file_make_a_repair(tmp_path: Path) -> None:
     found = cli(tmp_path, OBJECTS)
     settings = repair_of(found).settings
     assert settings.layer == ["network.1", "network.3"]
-    assert str(settings.target) == "where test_cli:is_noisy and not label 1"
+    assert str(settings.target) == "where digit_models:is_noisy and not label 1"
     assert settings.gate == Tolerance(3)
     assert settings.fitness == Fitness("eq1", alpha=5, perfect_intact=True)
     assert settings.method == ParticleSwarm(particles=10, iterations=5, start="half", inertia=0.6)

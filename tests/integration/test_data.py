@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, mlp, quick_repair, quiet_trainer, right
+from digit_models import Classifier, Digits, Untrainable, is_noisy, mlp, quick_repair, quiet_trainer, right
 from lightning_package import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -204,10 +204,6 @@ class NamedClassifier(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         pass
-
-
-def is_noisy(batch: Any) -> Tensor:
-    return batch["noisy"] if isinstance(batch, Mapping) else batch[2]
 
 
 @pytest.mark.parametrize(("data", "model"), [(Digits, Classifier), (NamedDigits, NamedClassifier)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import QUICK, Classifier, Digits, quiet_trainer, same, state_of
+from digit_models import QUICK, Classifier, Digits, camera, quiet_trainer, same, state_of
 from options import with_options
 from task_models import CASES
 from torch import Tensor
@@ -27,11 +27,6 @@ METHODS: dict[str, Any] = {
     "custom": SWARM,
 }
 """A method for each task."""
-
-
-def camera(batch: Any) -> list[str]:
-    """The slice of each sample of `Digits`."""
-    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
 def worth(batch: Any) -> Tensor:

@@ -22,6 +22,7 @@ from digit_models import (
     since_2_6,
     state_of,
 )
+from distributed_fit import Frozen
 from lightning_package import Callback, CSVLogger
 from torch.utils.data import DataLoader
 from two_processes import in_two_processes
@@ -227,16 +228,9 @@ def test_a_fit_without_a_step_is_warned_of(trained_path: Path, tmp_path: Path) -
         trained_on(trained_path, tmp_path, WeightInterpolation(trained_path), max_epochs=0)
 
 
-class Still(Classifier):
-    """Takes no step, so that one process and two choose between the same weights."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
 def distributed_fit(folder: Path, network: str, strategy: str, devices: int) -> dict[str, Any]:
     """What this rank is left with; the new model is the old one with some noise."""
-    old, new = Classifier(network), Still(network)
+    old, new = Classifier(network), Frozen(network)
     if network == "mlp":
         old.load_state_dict(torch.load(folder / "trained.ckpt", weights_only=True)["state_dict"])
     new.load_state_dict(old.state_dict())

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, mlp, quiet_trainer, right, same
+from digit_models import Classifier, Digits, Untrainable, digit, is_noisy, mlp, quiet_trainer, right, same
+from distributed_fit import Frozen
 from lightning_package import (
     Callback,
     CombinedLoader,
@@ -45,14 +46,6 @@ class Noisy(Digits):
 
     def val_dataloader(self) -> Any:
         return DataLoader(Subset(self.repair, range(self.n)), **{"batch_size": 64, **self.loader})
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
-
-
-def digit(batch: Any) -> Any:
-    return batch[1]
 
 
 def by_hand(was: Tensor, now: Tensor) -> dict[str, float]:
@@ -97,11 +90,6 @@ class Witness(Callback):
             assert not logged(trainer.callback_metrics)
 
 
-@pytest.fixture
-def old(trained_path: Path) -> Classifier:
-    return Classifier.load_from_checkpoint(trained_path)
-
-
 def fit(folder: Path, metrics: RegressionMetrics, *more: Callback, data: Any = None, **arguments: Any) -> Trainer:
     model = arguments.pop("model") if "model" in arguments else Classifier(lr=0.02)
     trainer = quiet_trainer(folder, metrics, *more, **{"enable_checkpointing": False, "max_epochs": 2, **arguments})
@@ -126,7 +114,7 @@ def test_every_validation_counts_as_two_plain_passes_do(
         assert {name for name in found if name.startswith("regression")} == {f"regression/{key}" for key in KEYS}
 
 
-@pytest.mark.parametrize("slices", ["test_regression_metrics:digit", Target.label(3), is_noisy])
+@pytest.mark.parametrize("slices", ["digit_models:digit", Target.label(3), is_noisy])
 def test_slices_are_counted_apart(slices: Any, old: Classifier, tmp_path: Path) -> None:
     data = Noisy()
     witness = Witness(data.counted)
@@ -364,10 +352,7 @@ def test_labels_that_moved_are_noticed(old: Classifier, tmp_path: Path) -> None:
 def distributed_fits(folder: Path, strategy: str, devices: int) -> dict[str, dict[str, float]]:
     """Metrics by slice of fits that take no step: an even split, and odd ones, where ranks see copies."""
 
-    class Still(Classifier):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
+    class Still(Frozen):
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return F.cross_entropy(self.network(batch[0]) if self.inside else self(batch[0]), batch[1])
 

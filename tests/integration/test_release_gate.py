@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quiet_trainer, right
+from digit_models import Classifier, Digits, digit, is_noisy, quiet_trainer, right
 from lightning_package import LightningModule, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -21,14 +21,6 @@ from lightning_nrl.release import ProtectedIntact, ReleaseReport
 RULES = ["accuracy", "nfr:10%", "slices"]
 
 
-def digit(batch: Any) -> Any:
-    return batch[1]
-
-
-def is_noisy(batch: Any) -> Any:
-    return batch[2]
-
-
 @pytest.fixture
 def new(trained: Classifier) -> Classifier:
     """Another model: the last layer moved a little."""
@@ -36,11 +28,6 @@ def new(trained: Classifier) -> Classifier:
         torch.manual_seed(1)
         trained.network[3].weight.add_(0.1 * torch.randn_like(trained.network[3].weight))
     return trained
-
-
-@pytest.fixture
-def old(trained_path: Path) -> Classifier:
-    return Classifier.load_from_checkpoint(trained_path)
 
 
 def gate_of(reference: Any, **arguments: Any) -> ReleaseGate:

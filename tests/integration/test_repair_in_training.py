@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, quiet_trainer, right, same, state_of
+from digit_models import QUICK, Classifier, Digits, quiet_trainer, right, same, state_of
 from lightning_package import Callback, CSVLogger, LightningDataModule, ModelCheckpoint, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -52,7 +52,7 @@ class Scripted(Classifier):
 
 
 def in_training(**arguments: Any) -> RepairInTraining:
-    return RepairInTraining(method="convex", verbose=False, **arguments)
+    return RepairInTraining(**{"method": "convex", "verbose": False, **arguments})
 
 
 def fit(folder: Path, *callbacks: Any, model: Any = None, epochs: int = 4, **more: Any) -> Any:
@@ -118,7 +118,7 @@ def test_a_metric_that_is_not_there_is_said_but_not_of_an_epoch_without_a_valida
 
 
 def test_the_last_step_is_not_repaired_twice(tmp_path: Path) -> None:
-    repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files")
+    repair = in_training(every_n_epochs=1, dirpath=tmp_path / "files", **QUICK)
     fit(tmp_path, repair, epochs=1)
     assert [Path(report.files["json"]).parent for report in repair.reports] == [tmp_path / "files" / "repair-step-12"]
 
@@ -132,7 +132,7 @@ def test_a_best_of_an_earlier_training_does_not_count(tmp_path: Path, monkeypatc
 
 
 def test_a_stop_of_the_last_repair_is_not_said_to_come_after_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    repair, attempt = in_training(every_n_epochs=2), RepairInTraining.attempt
+    repair, attempt = in_training(every_n_epochs=2, **QUICK), RepairInTraining.attempt
 
     def stopped(self: Any, trainer: Any, *rest: Any) -> Any:
         if self.reports:
@@ -271,14 +271,10 @@ def test_the_best_is_that_of_the_repaired_model(tmp_path: Path) -> None:
 
 def test_a_repair_that_is_refused_is_not_validated(tmp_path: Path) -> None:
     model = Wrong()
-    repair = in_training(monitor="wrong", every_n_epochs=1, at_end=False, target="where test_repair_in_training:never")
+    repair = in_training(monitor="wrong", every_n_epochs=1, at_end=False, target="where digit_models:nobody")
     fit(tmp_path, repair, model=model, epochs=1)
     assert repair.reports[0].status == "nothing to repair"
     assert model.validated == [(12, repair._best)]
-
-
-def never(batch: Any) -> Any:
-    return torch.zeros(len(batch[0]), dtype=torch.bool)
 
 
 class Unvalidated(Digits):

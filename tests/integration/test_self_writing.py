@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from digit_models import QUICK, Digits, quick_repair, quiet_trainer
+from digit_models import QUICK, Digits, nobody, quick_repair, quiet_trainer
 from lightning_package import Callback, Trainer
 from self_writing import SELF_WRITING, NothingAtAll, classifier, fingerprint
-from torch import Tensor
 
 from lightning_nrl import Target, diagnose, repair
 
@@ -32,10 +30,6 @@ class Watch(Callback):
     @property
     def state_key(self) -> str:
         return f"Watch {id(self)}"
-
-
-def nobody(batch: Any) -> Tensor:
-    return torch.zeros(len(batch[0]), dtype=torch.bool)
 
 
 ENDS: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Remember, quick_repair, quiet_trainer, right, same
+from digit_models import Classifier, Digits, Remember, camera, quick_repair, quiet_trainer, right, same
 from lightning_package import (
     Callback,
     CSVLogger,
@@ -102,10 +102,6 @@ def test_every_logger_is_told_what_the_report_says(tmp_path: Path, kinds: list[A
             columns = hparam_columns(Path(logger.log_dir))
             assert {"network", "repair/gate"} <= columns == hparam_columns(Path(logger.log_dir) / "repair")
     assert trainer.callback_metrics["repair/known_broken"] == 0.0
-
-
-def camera(batch: Any) -> list[str]:
-    return ["noisy" if noisy else "clean" for noisy in batch[2].tolist()]
 
 
 def test_slices_reach_report_markdown_and_tensorboard(tmp_path: Path) -> None:

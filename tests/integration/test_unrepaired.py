@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Remember, quick_repair, quiet_trainer, right, same
+from digit_models import Classifier, Digits, Remember, nobody, quick_repair, quiet_trainer, right, same
 from torch import Tensor
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, Target
@@ -25,12 +25,8 @@ def fit(path: Path, repair: RegressionFreeRepair, model: Classifier | None = Non
     return model
 
 
-def no_sample(batch: Any) -> Tensor:
-    return torch.zeros(len(batch[0]), dtype=torch.bool)
-
-
 def test_without_failed_samples_in_the_target_there_is_nothing_to_repair(tmp_path: Path) -> None:
-    repair = quick_repair(target=Target.where(no_sample, name="purple digits"))
+    repair = quick_repair(target=Target.where(nobody, name="purple digits"))
     fit(tmp_path, repair)
     assert repair.report.status == "nothing to repair"
     assert repair.report.reason.startswith("no failed sample of repair is in the target (where purple digits)")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from digit_models import Classifier, Digits, Untrainable, quiet_trainer, right
+from digit_models import Classifier, Digits, Flat, Untrainable, flattened, quiet_trainer, right
 from options import with_options
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_nrl import ConfigurationError, OldModel, RegressionFreeRepair, RepairReport, repair
 
@@ -42,21 +42,6 @@ def test_what_fit_has_broken_is_brought_back(trained_path: Path, tmp_path: Path)
     again = Classifier.load_from_checkpoint(updated.repaired_model_path)
     assert torch.equal(right(again, data.test), right(model, data.test))
     assert RepairReport.from_json((tmp_path / "repair" / "report.json").read_text()).update == report.update
-
-
-class Flat(nn.Module):
-    """Another architecture, for other inputs: ten classes in reverse order."""
-
-    def __init__(self, inside: nn.Module) -> None:
-        super().__init__()
-        self.inside = inside
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.inside(pixels.view(-1, 1, 8, 8)).flip(1)
-
-
-def flattened(batch: Any) -> Any:
-    return (batch[0].flatten(1),), {}, batch[1]
 
 
 def test_a_reference_with_other_inputs_layers_and_classes(
