@@ -584,17 +584,24 @@ def test_subsets_that_overlap_are_known_in_both(tmp_path: Path) -> None:
     assert_true(report, "repair", model, TensorDataset(images[200:], labels[200:]))
 
 
+class Paired(NamedClassifier):
+    """Fails where a batch has another number of names than of images."""
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        assert len(batch["name"]) == len(batch["image"])
+        return super().training_step(batch, batch_idx)
+
+
 def test_the_training_of_a_repair_goes_on_with_changed_targets(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 
     def darker(batch: Any) -> Any:
-        images, digits, *rest = batch
-        seen.append(digits)
-        return [images / 2, digits, *rest]
+        seen.append(batch["label"])
+        return {**batch, "image": batch["image"] / 2}
 
     repair = quick_repair(method="finetune-polish", target=Target.label(3), data=DataOptions(augment=darker))
     torch.manual_seed(0)
-    quiet_trainer(tmp_path, repair, max_epochs=2).fit(Classifier(), datamodule=Digits())
+    quiet_trainer(tmp_path, repair, max_epochs=2).fit(Paired(), datamodule=NamedDigits())
     assert repair.report.steps[0].note == "continued training"
     targets = repair.report.pooled("known").counts.targeted
     assert torch.cat(seen).unique().tolist() == [3]

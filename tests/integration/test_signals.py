@@ -15,6 +15,7 @@ import pytest
 import torch
 from digit_models import QUICK, Classifier, Digits, quiet_trainer, same, state_of
 from distributed_fit import Continued
+from lightning_package import pl
 from options import with_options
 from test_faults import assert_same, picture
 
@@ -71,7 +72,8 @@ def test_a_signal_leaves_everything_as_it_was_and_that_is_said(
     trainer = quiet_trainer(tmp_path)
     before = picture(trainer, trained)
     signal_at_tell(monkeypatch, signal.Signals[signum])
-    with pytest.raises(SystemExit) as error:
+    stopped = pl.utilities.exceptions.SIGTERMException if signum == "SIGTERM" else SystemExit
+    with pytest.raises(stopped) as error:
         repaired(trained, tmp_path, method)
     # A job that is stopped does not end as if it were done.
     assert error.value.code == 143 or signum == "SIGINT"

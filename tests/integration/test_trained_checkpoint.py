@@ -121,8 +121,8 @@ class Asking(Classifier):
         return loss
 
 
-@pytest.mark.parametrize("kind", [Classifier, Asking])
-def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: type[Classifier]) -> None:
+@pytest.mark.parametrize("kind", [Classifier, Asking, lambda: torch.compile(Classifier(), backend="eager")])
+def test_the_trainer_is_as_before_and_can_train(tmp_path: Path, kind: Any) -> None:
     trainer, model = quiet_trainer(tmp_path, ModelCheckpoint(tmp_path), max_epochs=1), kind()
     before = settings(trainer)
     repair(trainer, model, datamodule=Digits(), **QUICK)
