@@ -16,7 +16,7 @@ from lightning_nrl.evaluation._slices import renumbered
 from lightning_nrl.evaluation.flips import Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
+from lightning_nrl.report.run_records import CalibrationBounds, SliceLimit
 from lightning_nrl.stats import SliceBounds, check_mix, weighted_bound
 from lightning_nrl.stats.post_selection import Selection, limit_after
 from lightning_nrl.stats.slice_bounds import Name

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from platform import python_version
 from typing import Any, Literal
 
+from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.report_base import Report
+from lightning_nrl.report.page import Page, Report, Tone
+from lightning_nrl.report.repair_figures import draw_repair
+from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
 from lightning_nrl.report.run_records import (
+    CalibrationBounds,
     Hashes,
     Judge,
     LocalizationReport,
@@ -26,6 +29,7 @@ from lightning_nrl.report.run_records import (
     StrengthPoint,
     WeightChange,
 )
+from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.schema import SCHEMA, upgraded
 from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
@@ -128,8 +132,8 @@ class RepairReport(Report, Plotted):
         """Reads what `to_dict` gives, also that of an older version.
 
         Raises:
-            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
-                message names the place. A newer version wrote it.
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+                A newer version wrote it.
         """
         return super().from_dict(upgraded(data))
 
@@ -141,6 +145,23 @@ class RepairReport(Report, Plotted):
             if split is not None:
                 counts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
+
+    @property
+    def tone(self) -> Tone:
+        """The colour of the verdict: `good` or `warn`."""
+        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
+
+    def page(self, full: bool = False) -> Page:
+        """See `Report.page`."""
+        return page_of_repair(self, full)
+
+    def figure(self) -> Any:
+        """See `Plotted.figure`."""
+        return draw_repair(self)
+
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+        """See `Report.to_html`."""
+        return html_of_repair(self, views, changes)
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

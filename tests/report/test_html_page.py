@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lightning_nrl.report.html_page import HtmlTable, html_fragment, html_page, svg_of
+from lightning_nrl.report.html import HtmlTable, html_fragment, html_page, svg_of
 from lightning_nrl.report.page import Facts, Heading, Page, Row, Table, Text
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.test/i.png> & `code`'

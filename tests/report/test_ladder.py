@@ -8,7 +8,8 @@ import pytest
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.report import PricePoint, Rung
-from lightning_nrl.report.ladder import choice_text, estimate_text, price_table, price_text, rungs_table
+from lightning_nrl.report.repair_page import estimate_text, price_table, price_text, rungs_table
+from lightning_nrl.report.run_records import choice_text
 
 HELD_OUT = TargetCounts(kept=96, broken=4, repaired=12, failing=8, targeted=15, repaired_in_target=10)
 

@@ -12,12 +12,17 @@ import torch
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, UpdateSplit
 from lightning_nrl.report._figures import image_of
-from lightning_nrl.report.repair_plot import draw_repair, gallery_figures, repair_figures
-from lightning_nrl.report.sample_records import ConfusionCell
+from lightning_nrl.report.repair_figures import (
+    draw_repair,
+    gallery_figures,
+    grid_of,
+    repair_figures,
+    search_figure,
+    weight_figures,
+)
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.search_plot import search_figure
-from lightning_nrl.report.summary_plot import HARM_COLOUR, summary_figure, summary_rows
-from lightning_nrl.report.weight_plot import grid_of, weight_figures
+from lightning_nrl.report.splits import ConfusionCell
+from lightning_nrl.report.summary_figure import HARM_COLOUR, summary_figure, summary_rows
 
 KNOWN = SplitReport("val", "known", TargetCounts(90, 0, 7, 3, targeted=10, repaired_in_target=7))
 UNSEEN = SplitReport("test", "unseen", TargetCounts(15, 1, 3, 1, targeted=4, repaired_in_target=3))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
-from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint, repair_html
-from lightning_nrl.report.repair_plot import draw_repair, gallery_figures, repair_figures
-from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint, repair_page
+from lightning_nrl.report.repair_figures import draw_repair, gallery_figures, repair_figures
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 
 SPLIT = SplitReport(
     "val",
@@ -86,7 +86,7 @@ def test_where_many_classes_changed_the_largest_changes_are_bars() -> None:
 
 
 def test_without_matplotlib_the_page_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repair_html, "find_spec", lambda name: None)
+    monkeypatch.setattr(repair_page, "find_spec", lambda name: None)
     text = REPORT.to_html()
     assert "<svg" not in text
     assert "they need matplotlib" in text

@@ -27,7 +27,7 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.sample_records import FlippedSample
+from lightning_nrl.report.splits import FlippedSample
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
 
 

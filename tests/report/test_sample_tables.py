@@ -6,8 +6,8 @@ from dataclasses import replace
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.report import Page, RepairReport, SplitReport, UpdateSplit
 from lightning_nrl.report.page import Heading, Row
-from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample
-from lightning_nrl.report.sample_tables import (
+from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample
+from lightning_nrl.report.tables import (
     class_table,
     confusion_changes,
     most_telling,

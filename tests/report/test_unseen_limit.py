@@ -6,7 +6,7 @@ import pytest
 
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport, UpdateSplit
-from lightning_nrl.report.unseen_limit import unseen_limit, unseen_text
+from lightning_nrl.report.repair_page import unseen_limit, unseen_text
 
 KNOWN = SplitReport("val", "known", TargetCounts(90, 0, 5, 5))
 UNSEEN = SplitReport("test", "unseen", TargetCounts(904, 4, 60, 32))
