@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -78,6 +78,6 @@ def svg_of(figure: Any) -> str:
     return found[found.index("<svg") :]
 
 
-def _macro(name: str) -> Any:
+def _macro(name: str) -> Callable[..., str]:
     macro = getattr(TEMPLATES.get_template("page.html.jinja").module, name)
     return lambda *arguments: str(macro(*arguments))
