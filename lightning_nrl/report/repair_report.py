@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report.page import Page, Report, Tone
 from lightning_nrl.report.repair_figures import draw_repair
@@ -30,13 +31,14 @@ from lightning_nrl.report.run_records import (
     WeightChange,
 )
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.schema import SCHEMA, upgraded
 from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
+SCHEMA = 1
+"""The version of the form in which reports are written; docs/report_schema.md describes it."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -88,7 +90,7 @@ class RepairReport(Report, Plotted):
         files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
         class_names: of the task's classes, in their order; empty where they are not known.
-        schema: the version of the form in which it is written (`lightning_nrl.report.schema`).
+        schema: the version of the form in which it is written (docs/report_schema.md).
     """
 
     status: Status
@@ -129,13 +131,19 @@ class RepairReport(Report, Plotted):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` gives, also that of an older version.
+        """Reads what `to_dict` gives.
 
         Raises:
             ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
-                A newer version wrote it.
+                Another version wrote it.
         """
-        return super().from_dict(upgraded(data))
+        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
+        if type(found) is not int or found != SCHEMA:
+            raise ConfigurationError(
+                f"schema: expected {SCHEMA}, found {found!r}.",
+                "read the report with the version of lightning_nrl that wrote it.",
+            )
+        return super().from_dict(data)
 
     def __repr__(self) -> str:
         """One line: how it ended, and the counts of known and unseen data."""

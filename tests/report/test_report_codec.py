@@ -37,7 +37,6 @@ from lightning_nrl.report import (
     RepairReport,
     SearchReport,
     SetAside,
-    SliceLimit,
     SliceReport,
     SplitReport,
     Step,
@@ -46,8 +45,6 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
-from lightning_nrl.serving.switch_report import SwitchReport, SwitchSplit, Timing
-from lightning_nrl.serving.threshold import ThresholdChoice, ThresholdPoint
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 SPLIT = SplitReport(
@@ -82,7 +79,7 @@ REPORTS: dict[str, Record] = {
         steps=(Step("fit", 2, 1, 0.5),),
         strength=(StrengthPoint(0.5, 1, FLIPS), StrengthPoint(1.0, 2, FLIPS, FLIPS, True, 1.5)),
         chosen_strength=1.0,
-        bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1, (SliceLimit("day", 1, 3, 0.8),), {"day": 1.0}, 0.8),
+        bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1),
         change=WeightChange(3, 8, 0.5, math.nan, 0.25),
         hashes=Hashes("a", "b"),
         seed=3,
@@ -140,12 +137,6 @@ REPORTS: dict[str, Record] = {
         "all",
         "head",
         VERSIONS,
-    ),
-    "switch": SwitchReport(0.5, (SwitchSplit("test", FLIPS, FLIPS, 3),), Timing(8, "cpu", 3, 0.1, 0.2, 0.25)),
-    "threshold": ThresholdChoice(
-        ThresholdPoint(1.5, FLIPS, 0.5),
-        (ThresholdPoint(-math.inf, FLIPS, 1.0), ThresholdPoint(1.5, FLIPS, 0.5)),
-        "instance",
     ),
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -239,3 +230,9 @@ def test_damaged_text_is_refused_or_read_as_it_is(name: str, data: st.DataObject
     text = REPORTS[name].to_json()
     at = data.draw(st.integers(0, len(text) - 1))
     check_refused_or_read(name, text[:at] + data.draw(st.text(max_size=2)) + text[at + data.draw(st.integers(0, 3)) :])
+
+
+@pytest.mark.parametrize("schema", [2, 0, -1, "1", None, True, 1.0])
+def test_a_report_of_another_version_is_refused(schema: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)^schema: expected 1, .*HINT: .* version of lightning_nrl"):
+        RepairReport.from_dict({**REPORTS["repair"].to_dict(), "schema": schema})
