@@ -10,26 +10,6 @@ import numpy as np
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = [
-    "BLUE",
-    "GREEN",
-    "GREY",
-    "INK",
-    "LINE_COLOUR",
-    "ORANGE",
-    "PALETTE",
-    "RED",
-    "TONE_COLOURS",
-    "Plotted",
-    "dress",
-    "image_of",
-    "label_axes",
-    "literal",
-    "new_figure",
-    "panel_grid",
-    "shorten_name",
-]
-
 INK, LINE_COLOUR, GREY = "#333333", "#DDDDDD", "#999999"
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PALETTE = (BLUE, RED, GREEN, "#CC79A7", "#56B4E9", "#B8860B", "#000000", "#7F7F7F", "#882255")

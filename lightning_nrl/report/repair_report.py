@@ -160,15 +160,12 @@ class RepairReport(Report, Plotted):
         return "good" if self.status in ("repaired", "nothing to repair") else "warn"
 
     def page(self, full: bool = False) -> Page:
-        """See `Report.page`."""
         return page_of_repair(self, full)
 
     def figure(self) -> Any:
-        """See `Plotted.figure`."""
         return draw_repair(self)
 
     def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
-        """See `Report.to_html`."""
         return html_of_repair(self, views, changes)
 
     def class_name(self, label: int) -> str:

@@ -123,11 +123,9 @@ class Comparison(Report, Plotted):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
-        """See `Report.page`."""
         return page_of_comparison(self)
 
     def figure(self) -> Any:
-        """See `Plotted.figure`."""
         return draw_comparison(self)
 
     def __getitem__(self, method: str) -> Entry:

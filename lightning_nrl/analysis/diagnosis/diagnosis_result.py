@@ -210,11 +210,9 @@ class Diagnosis(Report, Plotted):
     versions: Mapping[str, str] = field(default_factory=installed_versions)
 
     def page(self, full: bool = False) -> Page:
-        """See `Report.page`."""
         return page_of_diagnosis(self, full)
 
     def figure(self) -> Any:
-        """See `Plotted.figure`."""
         return draw_diagnosis(self)
 
     def count(self, fixable: Fixable) -> int:

@@ -53,7 +53,6 @@ class SweepResult(Report):
     original: Mapping[bool, Mapping[str, Tensor]] = _unwritten()
 
     def page(self, full: bool = False) -> Page:
-        """See `Report.page`."""
         return page_of_sweep(self)
 
     def of(self, setting: str) -> tuple[Run, ...]:
