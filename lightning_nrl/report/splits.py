@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lightning_nrl._utils.serialize import Derives, flat
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
@@ -34,6 +34,7 @@ ROLES: tuple[Role, ...] = ("known", "calibration", "unseen")
 
 
 Flip = Literal["repaired", "broken"]
+Counts = TypeVar("Counts", bound=FlipCounts)
 COUNTS = tuple(field.name for field in fields(TargetCounts))
 
 
@@ -227,11 +228,10 @@ class SetAside:
 
 def pool(splits: Sequence[SplitReport]) -> SplitReport:
     """The sum of several splits of one role. It has no samples, since those of different data sets do not mix."""
-    counts = TargetCounts(*(sum(getattr(s, count) for s in splits) for count in COUNTS))
     return SplitReport(
         "all",
         splits[0].role,
-        counts,
+        _sum(TargetCounts, [split.counts for split in splits]),
         confusion=_pooled_confusion(splits),
         classes=_pooled_classes(splits),
         margins=_pooled_margins([s.margins for s in splits]),
@@ -250,22 +250,20 @@ def _pooled_classes(splits: Sequence[SplitReport]) -> tuple[ClassCounts, ...]:
     found: dict[int, list[FlipCounts]] = {}
     for one in (one for split in splits for one in split.classes):
         found.setdefault(one.label, []).append(one.counts)
-    names = [f.name for f in fields(FlipCounts)]
-    return tuple(
-        ClassCounts(label, FlipCounts(*(sum(getattr(one, name) for one in counts) for name in names)))
-        for label, counts in sorted(found.items())
-    )
+    return tuple(ClassCounts(label, _sum(FlipCounts, counts)) for label, counts in sorted(found.items()))
+
+
+def _sum(kind: type[Counts], counts: Sequence[Counts]) -> Counts:
+    return kind(*(sum(getattr(one, f.name) for one in counts) for f in fields(kind)))
 
 
 def _pooled_margins(histograms: Sequence[MarginHistogram | None]) -> MarginHistogram | None:
     found = [histogram for histogram in histograms if histogram is not None]
     if not found or any(histogram.edges != found[0].edges for histogram in found):
         return None
-    sums = [
-        tuple(map(sum, zip(*columns, strict=True)))
-        for columns in zip(*((h.before, h.after) for h in found), strict=True)
-    ]
-    return MarginHistogram(found[0].edges, *sums)
+    before = tuple(map(sum, zip(*(histogram.before for histogram in found), strict=True)))
+    after = tuple(map(sum, zip(*(histogram.after for histogram in found), strict=True)))
+    return MarginHistogram(found[0].edges, before, after)
 
 
 def pool_updates(splits: Sequence[UpdateSplit]) -> UpdateSplit:

@@ -317,35 +317,26 @@ def most_telling(samples: Sequence[FlippedSample]) -> list[FlippedSample]:
 
 def sample_table(samples: Sequence[FlippedSample], name: ClassName) -> Table:
     """One line a sample: what it is, what it was and is taken for, how far it was and is from being wrong."""
-    columns = (("true", ""), ("before", ""), ("after", ""), ("margin before", ""), ("margin after", ""), ("target", ""))
+    columns = _named("true", "before", "after", "margin before", "margin after", "target")
     with_slices = any(one.slice for one in samples)
     rows = []
     for one in samples:
         cells = [name(one.label), name(one.predicted_before), name(one.predicted_after)]
         cells += [number(one.margin_before), number(one.margin_after), "yes" if one.in_target else ""]
         rows.append(Row(str(one.id), tuple(cells + [one.slice] * with_slices)))
-    return Table((*columns, *((("slice", ""),) * with_slices)), tuple(rows))
+    return Table(columns + _named("slice") * with_slices, tuple(rows))
 
 
 def class_table(classes: Sequence[ClassCounts], name: ClassName) -> Table:
     """The classes in which a sample flipped, those with the most broken ones first."""
     changed = [one for one in classes if one.counts.broken or one.counts.repaired]
     changed.sort(key=lambda one: (-one.counts.broken, -one.counts.repaired, one.label))
-    columns = ("samples", "accuracy before", "after", "repaired", "broken")
-    rows = [
-        Row(
-            name(one.label),
-            (
-                count(one.counts.n),
-                percent(one.counts.accuracy_before),
-                percent(one.counts.accuracy_after),
-                count(one.counts.repaired),
-                count(one.counts.broken),
-            ),
-        )
-        for one in changed[:LISTED_CLASSES]
-    ]
-    return Table(tuple((column, "") for column in columns), tuple(rows))
+    rows = []
+    for one in changed[:LISTED_CLASSES]:
+        c = one.counts
+        accuracies = percent(c.accuracy_before), percent(c.accuracy_after)
+        rows.append(Row(name(one.label), (count(c.n), *accuracies, count(c.repaired), count(c.broken))))
+    return Table(_named("samples", "accuracy before", "after", "repaired", "broken"), tuple(rows))
 
 
 def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
@@ -356,14 +347,11 @@ def confusion_changes(cells: Sequence[ConfusionCell]) -> list[ConfusionCell]:
 
 def confusion_table(cells: Sequence[ConfusionCell], name: ClassName) -> Table:
     """The confusions that changed most."""
-    rows = [
-        Row(
-            f"{name(cell.label)} taken for {name(cell.prediction)}",
-            (count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"),
-        )
-        for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]
-    ]
-    return Table((("before", ""), ("after", ""), ("change", "")), tuple(rows))
+    rows = []
+    for cell in confusion_changes(cells)[:LISTED_CONFUSIONS]:
+        counts = count(cell.before), count(cell.after), f"{cell.after - cell.before:+,}"
+        rows.append(Row(f"{name(cell.label)} taken for {name(cell.prediction)}", counts))
+    return Table(_named("before", "after", "change"), tuple(rows))
 
 
 def _with_totals(splits: Sequence[Column], total: Callable[[Sequence[Column]], Column]) -> list[Column]:
@@ -383,6 +371,10 @@ def _table(columns: Sequence[Column], *rows: Row) -> Table:
 
 def _row(label: str, columns: Sequence[Column], cell: Callable[[Column], str], **style: Any) -> Row:
     return Row(label, tuple(cell(split) for split in columns), **style)
+
+
+def _named(*names: str) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "") for name in names)
 
 
 def _gain(sample: FlippedSample) -> float:

@@ -120,14 +120,10 @@ class LoadedRepair:
 
 
 def _numbers(split: SplitReport) -> Plain:
-    return {
-        "n": split.n,
+    counted = ("n", "broken", "repaired", "targeted", "repaired_in_target")
+    return {name: getattr(split, name) for name in counted} | {
         "right": split.passed,
         "wrong": split.repaired + split.failing,
-        "broken": split.broken,
-        "repaired": split.repaired,
-        "targeted": split.targeted,
-        "repaired_in_target": split.repaired_in_target,
         "accuracy_before": percent(split.accuracy_before),
         "accuracy_after": percent(split.accuracy_after),
     }
