@@ -25,16 +25,17 @@ from questions import Tables, fewest_broken, interval, like
 
 from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
-from lightning_nrl.analysis.comparison.comparison_plot import COLOURS, FAINT, label_points
+from lightning_nrl.analysis.comparison.comparison_plot import FAINT
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.presets import TABLE_II
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report._figures import INK
+from lightning_nrl.report._figures import BLUE, GREEN, INK
+from lightning_nrl.report._figures import RED as VERMILLION
 
-BLUE, VERMILLION, GREEN = COLOURS[:3]
 LOOKS = {"broken": (VERMILLION, "o"), "repaired": (BLUE, "^")}
 """Shapes too, so that colour is never needed."""
+NAME_HEIGHT = 14.0  # pixels
 TICKS = (0, 1, 5, 10, 25, 50, 100, 200, 400, 800, 1600)
 KEY = (
     "Dot: a run of a setting; diamond: mean of a row of the paper's Table II, filled where it is of this experiment;\n"
@@ -189,8 +190,21 @@ def trade(experiment: str, runs: Sequence[Run], others: Sequence[Other] = ()) ->
         names.append(points)
     panels[0].set_ylabel("repaired (was wrong, now right)", color=INK)
     for axes, points in zip(panels, names, strict=True):
-        label_points(axes, points)
+        _name_points(axes, points)
     return figure
+
+
+def _name_points(axes: Any, points: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
+    """Names right of points, each below the one above it."""
+    axes.figure.draw_without_rendering()  # places are final now
+    free = float("inf")
+    for name, colour, at in sorted(points, key=lambda point: -point[2][1]):
+        x, y = axes.transData.transform(at)
+        y = min(y, free)
+        free = y - NAME_HEIGHT
+        place = axes.transData.inverted().transform((x + NAME_HEIGHT, y))
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": colour}
+        axes.annotate(name, at, place, color=colour, fontsize=9, va="center", annotation_clip=False, arrowprops=line)
 
 
 def _square_roots(axes: Any, x: Sequence[float], y: Sequence[float]) -> None:

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curves, strength_curves
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.repair_plot import gallery_figures
-from lightning_nrl.report.reviewer_figures import SEARCH_TITLE, reviewer_figures
-from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS, flipped_splits
+from lightning_nrl.report.repair_figures import SEARCH_TITLE, gallery_figures, reviewer_figures
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.summary_plot import summary_figure
+from lightning_nrl.report.summary_figure import summary_figure
+from lightning_nrl.report.tables import FLIPPED_COLUMNS, flipped_splits
 
 __all__ = ["FLIPPED_COLUMNS", "RepairLog", "written"]
 

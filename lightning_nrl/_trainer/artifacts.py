@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich import get_console
 from torch import Tensor
 
 from lightning_nrl._lightning import ModelCheckpoint, Trainer, batch_limit, logged_hparams, rank_zero_warn
@@ -116,13 +117,8 @@ def write_report(
 
 
 def show(report: Shown) -> None:
-    """Prints the report: as a rich table where rich is installed, else as plain text."""
-    try:
-        from rich import get_console
-    except ImportError:
-        print(report.render())
-    else:
-        get_console().print(report.to_table())
+    """Prints the report as tables."""
+    get_console().print(report.to_table())
 
 
 def announce(

@@ -11,9 +11,9 @@ from lightning_nrl._trainer.sample_display import display, find_normalization, t
 from lightning_nrl.data.batch import tensors_in
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.sample_records import FlippedSample
-from lightning_nrl.report.sample_tables import flipped_splits, most_telling
 from lightning_nrl.report.sample_views import SampleView, caption_of
+from lightning_nrl.report.splits import FlippedSample
+from lightning_nrl.report.tables import flipped_splits, most_telling
 
 __all__ = ["Render", "sample_views"]
 

@@ -23,8 +23,7 @@ from lightning_nrl.errors import FilesWarning
 from lightning_nrl.patches import Patch
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.sample_files import SAMPLES_FOLDER, write_sample_files
-from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
 
 __all__ = ["AnyReport", "SavedFiles"]
 

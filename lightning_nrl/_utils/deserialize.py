@@ -1,4 +1,4 @@
-"""Plain values as records: what a dataclass declares is what can be read.
+"""Decodes JSON values into dataclasses by their type hints.
 
 Whatever does not fit is one error that names the place in the file, such as
 `splits[2].broken: expected a whole number, found 'x'`.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import types
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from typing_extensions import Self
@@ -18,12 +19,11 @@ from typing_extensions import Self
 from lightning_nrl._utils.serialize import Derives, dumps, flat_kind, hints_of, to_plain, written_fields
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Record", "from_plain", "parse_json"]
-
 T = TypeVar("T")
 WHOLE_NUMBER_LIMIT = 2**63
 TYPE_NAMES: dict[object, str] = {int: "a whole number", bool: "true or false", str: "text"}
 LONGEST_SHOWN = 60  # characters of a value in a message
+PLAIN_HINT = "give what `to_json` has written."
 
 
 class Record(Derives):
@@ -31,7 +31,7 @@ class Record(Derives):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, text and numbers, with what follows from them; infinities are NaN."""
-        return cast(dict[str, Any], _without_infinities(to_plain(self)))
+        return cast(dict[str, Any], to_plain(self))
 
     def to_json(self) -> str:
         """Strict JSON: a number that is not finite is null."""
@@ -42,8 +42,7 @@ class Record(Derives):
         """Reads what `to_dict` gives.
 
         Raises:
-            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
-                message names the place.
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
         """
         return from_plain(cls, data)
 
@@ -54,7 +53,7 @@ class Record(Derives):
 
 
 def from_plain(kind: type[T], data: object) -> T:
-    """Reads what `to_plain` gives of a dataclass, and refuses what does not fit, is infinite, or contradicts the rest.
+    """Reads what `to_plain` gives of a dataclass, and refuses what does not fit or is infinite.
 
     A null or NaN in place of a number is NaN.
     """
@@ -66,47 +65,47 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, TypeError) as error:
-        hint = "give what `to_json` has written."
-        raise ConfigurationError(f"this is no strict JSON: {error}.", hint) from error
+        raise ConfigurationError(f"this is no strict JSON: {error}.", PLAIN_HINT) from error
 
 
-def _read(kind: Any, value: object, path: str, null: float = math.nan) -> Any:
+def _read(kind: Any, value: Any, path: str, null: float = math.nan) -> Any:
     """A value of a type, from plain values at a place of the file."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or kind is object:
         return _finite(value, path)
-    if origin in (Union, types.UnionType):
-        return _read_union(arguments, value, path, null)
+    if origin in (Union, UnionType):
+        others = [one for one in arguments if one is not NoneType]
+        if value is None and NoneType in arguments:
+            return None
+        return _read(next((one for one in others if type(value) is one), others[0]), value, path, null)
     if origin is Literal:
         if not any(type(value) is type(choice) and value == choice for choice in arguments):
             raise _wrong(path, f"one of {list(arguments)}", value)
         return value
     if is_dataclass(kind):
-        return _read_record(cast(type[Any], kind), _object(value, path), path)
+        return _read_record(kind, _object(value, path), path)
     if origin is tuple and arguments[-1] is not Ellipsis:
         items = zip(arguments, _list(value, path, len(arguments)), strict=True)
         return tuple(_read(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(items))
-    if origin in (tuple, list, Sequence):
+    if origin in (tuple, Sequence):
         read = [_read(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(_list(value, path))]
         return tuple(read) if origin is tuple else read
-    if origin in (dict, Mapping):
+    if origin is Mapping:
         return {key: _read(arguments[1], item, _join(path, key)) for key, item in _object(value, path).items()}
-    return _read_scalar(kind, value, path, null)
+    return _read_float(value, path, null) if kind is float else _read_scalar(kind, value, path)
 
 
-def _read_scalar(kind: Any, value: object, path: str, null: float) -> Any:
-    if kind is float:
-        return _read_float(value, path, null)
+def _read_scalar(kind: Any, value: Any, path: str) -> Any:
     if kind not in TYPE_NAMES:
         raise TypeError(f"{path}: a {kind} cannot be read")
     if type(value) is not kind:
         raise _wrong(path, TYPE_NAMES[kind], value)
-    if type(value) is int and abs(value) >= WHOLE_NUMBER_LIMIT:
+    if kind is int and abs(value) >= WHOLE_NUMBER_LIMIT:
         raise _wrong(path, "a whole number of 64 bits", value)
     return value
 
 
-def _read_float(value: object, path: str, null: float) -> float:
+def _read_float(value: Any, path: str, null: float) -> float:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return null
     if type(value) is int and abs(value) < WHOLE_NUMBER_LIMIT and int(float(value)) == value:
@@ -116,61 +115,31 @@ def _read_float(value: object, path: str, null: float) -> float:
     return value
 
 
-def _read_union(kinds: tuple[Any, ...], value: object, path: str, null: float) -> Any:
-    others = [kind for kind in kinds if kind is not type(None)]
-    if value is None and len(others) < len(kinds):
-        return None
-    fitting = [kind for kind in others if type(value) is kind]
-    return _read((fitting or others)[0], value, path, null)
-
-
-def _read_record(kind: type[Any], data: Mapping[str, object], path: str) -> Any:
+def _read_record(kind: Any, data: Mapping[str, Any], path: str) -> Any:
+    """A record with all of its fields and nothing that is not its own; what follows from them is not read."""
     hints, names = hints_of(kind), set[str]()
     read: dict[str, Any] = {}
     for f in written_fields(kind):
+        hint, null = hints[f.name], f.metadata.get("null", math.nan)
         if "flat" in f.metadata:
             prefix, part = f.metadata["flat"], flat_kind(kind, f)
             own = {g.name: _item(data, prefix + g.name, path) for g in fields(part)}
             names |= {prefix + name for name in own}
-            optional = type(None) in get_args(hints[f.name])
-            read[f.name] = None
-            if not (optional and all(value is None for value in own.values())):
-                kinds = hints_of(part)
-                parts = {name: _read(kinds[name], own[name], _join(path, prefix + name)) for name in own}
-                read[f.name] = part(**parts)
+            missing = NoneType in get_args(hint) and all(value is None for value in own.values())
+            kinds = hints_of(part)
+            parts = {} if missing else {n: _read(kinds[n], own[n], _join(path, prefix + n)) for n in own}
+            read[f.name] = None if missing else part(**parts)
         else:
-            value, null = _item(data, f.name, path), f.metadata.get("null", math.nan)
-            read[f.name] = _read(hints[f.name], value, _join(path, f.name), null)
+            read[f.name] = _read(hint, _item(data, f.name, path), _join(path, f.name), null)
             names.add(f.name)
     record = kind(**read)
-    _check_derived(record, {name: data[name] for name in data.keys() - names}, path)
+    derived = record.derived if isinstance(record, Derives) else {}
+    for name in sorted(data.keys() - names - derived.keys()):
+        raise _error(_join(path, name), "it is not known what this is")
     return record
 
 
-def _check_derived(record: object, others: Mapping[str, object], path: str) -> None:
-    """Refuses what neither is a field of a record nor follows from its fields, and what does and is not there."""
-    derived = to_plain(record.derived) if isinstance(record, Derives) else {}
-    for name in sorted(others):
-        if name not in derived:
-            raise _error(_join(path, name), "it is not known what this is")
-    for name in derived:
-        found = _item(others, name, path)
-        if not _same(derived[name], found):
-            raise _wrong(_join(path, name), f"{_shown(derived[name])}, as the rest says", found)
-
-
-def _same(expected: object, found: object) -> bool:
-    """Whether plain values are equal, where NaN, infinities and null are one."""
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        return expected.keys() == found.keys() and all(_same(expected[key], found[key]) for key in expected)
-    if isinstance(expected, list) and isinstance(found, list):
-        return len(expected) == len(found) and all(map(_same, expected, found))
-    if isinstance(expected, float) and not math.isfinite(expected):
-        return found is None or (isinstance(found, float) and math.isnan(found))
-    return expected == found and isinstance(expected, bool) == isinstance(found, bool)
-
-
-def _finite(value: object, path: str) -> object:
+def _finite(value: Any, path: str) -> Any:
     """Plain values as they are, if there is no infinite number among them."""
     if isinstance(value, Mapping):
         return {key: _finite(item, _join(path, str(key))) for key, item in value.items()}
@@ -181,19 +150,19 @@ def _finite(value: object, path: str) -> object:
     return value
 
 
-def _object(value: object, path: str) -> Mapping[str, object]:
+def _object(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong(path, "an object", value)
     return value
 
 
-def _list(value: object, path: str, length: int | None = None) -> Sequence[object]:
+def _list(value: Any, path: str, length: int | None = None) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
         raise _wrong(path, "a list" if length is None else f"a list of {length}", value)
     return value
 
 
-def _item(data: Mapping[str, object], name: str, path: str) -> object:
+def _item(data: Mapping[str, Any], name: str, path: str) -> Any:
     if name not in data:
         raise _error(_join(path, name), "this is missing")
     return data[name]
@@ -204,34 +173,22 @@ def _join(path: str, name: str) -> str:
 
 
 def _wrong(path: str, expected: str, value: object) -> ConfigurationError:
-    return _error(path, f"expected {expected}, found {_shown(value)}")
-
-
-def _shown(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+    shown = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+    return _error(path, f"expected {expected}, found {shown}")
 
 
 def _error(path: str, problem: str) -> ConfigurationError:
-    return ConfigurationError(f"{path or 'the file'}: {problem}.", "give what `to_json` has written.")
+    return ConfigurationError(f"{path or 'the file'}: {problem}.", PLAIN_HINT)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} is there twice")
-        found[key] = value
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key!r} is there twice")
     return found
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number of JSON")
-
-
-def _without_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_infinities(item) for item in value]
-    return math.nan if isinstance(value, float) and math.isinf(value) else value

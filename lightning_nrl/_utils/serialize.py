@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
-from typing import Any, cast, get_args, get_type_hints
-
-__all__ = ["UNWRITTEN", "Derives", "dumps", "flat", "null_is", "to_plain"]
+from typing import Any, get_args, get_type_hints
 
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode  # made once: json.dumps makes one a call
 
@@ -19,7 +17,7 @@ class Derives:
 
     @property
     def derived(self) -> Mapping[str, object]:
-        """What follows from the fields: written beside them, and checked when they are read."""
+        """What follows from the fields: written beside them for other readers, and not read."""
         return {}
 
 
@@ -38,9 +36,14 @@ def null_is(value: float) -> Mapping[str, Any]:
 
 
 def to_plain(value: Any) -> Any:
-    """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text."""
+    """Dicts, lists, text, numbers, bools and None; of dataclasses the fields, of arrays the numbers, else text.
+
+    Infinities are NaN.
+    """
     # By exact type: a numpy float is a float too, and a checkpoint that holds one does not load with weights_only=True.
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) is float:
+        return math.nan if math.isinf(value) else value
+    if value is None or type(value) in (bool, int, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
         return _plain_record(value)
@@ -50,10 +53,7 @@ def to_plain(value: Any) -> Any:
         return [to_plain(item) for item in value]
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
-    for kind in (int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return str(value)
+    return to_plain(next((kind(value) for kind in (int, float, str) if isinstance(value, kind)), str(value)))
 
 
 def dumps(value: Any, indent: str = "") -> str:
@@ -69,7 +69,7 @@ def dumps(value: Any, indent: str = "") -> str:
         lines = [deeper + (_one_line(item) or dumps(item, deeper)) for item in value]
         return "[\n" + ",\n".join(lines) + f"\n{indent}]"
     if isinstance(value, list):
-        return f"[{', '.join(dumps(item) for item in value)}]"
+        return f"[{', '.join(map(dumps, value))}]"
     finite = not isinstance(value, float) or math.isfinite(value)
     return _encode(value if finite else None)
 
@@ -81,24 +81,20 @@ def _one_line(value: Any) -> str:
     return "{" + ", ".join(f"{json.dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
 
 
-def written_fields(kind: type[Any]) -> list[Field[Any]]:
+def written_fields(kind: Any) -> list[Field[Any]]:
     """The fields of a dataclass that are written and read."""
     return [f for f in fields(kind) if not f.metadata.get("unwritten", False)]
 
 
-def flat_kind(kind: type[Any], f: Field[Any]) -> type[Any]:
+def flat_kind(kind: Any, f: Field[Any]) -> Any:
     """The dataclass of a flat field, which may be optional."""
     hint = hints_of(kind)[f.name]
-    return cast(type[Any], next((one for one in get_args(hint) if is_dataclass(one)), hint))
-
-
-def hints_of(kind: type[Any]) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
-    return _hints(cast(Hashable, kind))
+    return next((one for one in get_args(hint) if is_dataclass(one)), hint)
 
 
 @cache
-def _hints(kind: Any) -> dict[str, Any]:
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
     return get_type_hints(kind)
 
 
@@ -112,6 +108,4 @@ def _plain_record(record: Any) -> dict[str, Any]:
         names = [g.name for g in fields(flat_kind(type(record), f))]
         own = dict.fromkeys(names) if value is None else to_plain(value)
         found |= {f.metadata["flat"] + name: item for name, item in own.items()}
-    if isinstance(record, Derives):
-        found |= to_plain(record.derived)
-    return found
+    return found | (to_plain(record.derived) if isinstance(record, Derives) else {})

@@ -16,8 +16,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.patches import Patch, patch_checkpoint
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table
-from lightning_nrl.report.report_base import Report
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table
 
 __all__ = ["inspect_command", "patch_command", "report_command"]
 

@@ -28,8 +28,7 @@ from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.report.ladder import choice_text
-from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import Step, choice_text
 from lightning_nrl.search import ParticleSwarm, Searcher
 from lightning_nrl.search.loop import TIME_WAS_OVER
 

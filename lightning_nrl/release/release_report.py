@@ -17,9 +17,8 @@ from lightning_nrl.metrics.rates import UPDATE_RATES, Rate
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, MaxNegativeFlipRate, Rule, sign_test
 from lightning_nrl.report._formatting import from_here, list_ids, percent
-from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
+from lightning_nrl.report.page import Block, Facts, Heading, Page, Report, Row, Table, Text
 from lightning_nrl.report.repair_report import installed_versions
-from lightning_nrl.report.report_base import Report, page_of
 from lightning_nrl.stats import Bound
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
@@ -126,10 +125,12 @@ class ReleaseReport(Report):
     def derived(self) -> Mapping[str, object]:
         return {"exit_status": self.exit_status}
 
+    def page(self, full: bool = False) -> Page:
+        """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
+        return _page(self, full)
 
-@page_of.register
-def page_of_release(report: ReleaseReport, full: bool = False) -> Page:
-    """The verdict, the rules, the numbers of every split and slice, the samples, and what it was decided on."""
+
+def _page(report: ReleaseReport, full: bool) -> Page:
     rules = tuple((one.rule, f"{'' if one.passed else 'NOT '}satisfied: {one.reason}") for one in report.findings)
     blocks: list[Block] = [
         Heading(report.status.capitalize(), 1, "good" if report.accepted else "warn"),

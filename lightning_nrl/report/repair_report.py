@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from importlib import metadata
-from platform import python_version
-from typing import Any, Literal
-
-from typing_extensions import Self
-
 from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.calibration import CalibrationBounds
-from lightning_nrl.report.report_base import Report
-from lightning_nrl.report.run_records import (
-    Hashes,
-    Judge,
-    LocalizationReport,
-    PricePoint,
-    Rung,
-    SearchReport,
-    Step,
-    StrengthPoint,
-    WeightChange,
-)
-from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
+from lightning_nrl.report.page import Page
+from lightning_nrl.report.page import Report
+from lightning_nrl.report.page import Tone
+from lightning_nrl.report.repair_figures import draw_repair
+from lightning_nrl.report.repair_page import html_of_repair
+from lightning_nrl.report.repair_page import page_of_repair
+from lightning_nrl.report.run_records import CalibrationBounds
+from lightning_nrl.report.run_records import Hashes
+from lightning_nrl.report.run_records import Judge
+from lightning_nrl.report.run_records import LocalizationReport
+from lightning_nrl.report.run_records import PricePoint
+from lightning_nrl.report.run_records import Rung
+from lightning_nrl.report.run_records import SearchReport
+from lightning_nrl.report.run_records import Step
+from lightning_nrl.report.run_records import StrengthPoint
+from lightning_nrl.report.run_records import WeightChange
+from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.splits import ROLES
+from lightning_nrl.report.splits import Role
+from lightning_nrl.report.splits import SetAside
+from lightning_nrl.report.splits import SliceReport
+from lightning_nrl.report.splits import SplitReport
+from lightning_nrl.report.splits import UpdateSplit
+from lightning_nrl.report.splits import pool
+from lightning_nrl.report.splits import pool_updates
+from platform import python_version
+from torch import Tensor
+from typing import Any
+from typing import Literal
+from typing_extensions import Self
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
@@ -130,8 +143,8 @@ class RepairReport(Report, Plotted):
         """Reads what `to_dict` gives.
 
         Raises:
-            ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
-                message names the place. Another version wrote it.
+            ConfigurationError: something is missing, unknown, of another type or infinite; the message names the place.
+                Another version wrote it.
         """
         found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
         if type(found) is not int or found != SCHEMA:
@@ -149,6 +162,20 @@ class RepairReport(Report, Plotted):
             if split is not None:
                 counts.append(f"{role} {split.repaired} repaired, {split.broken} broken of {split.n}")
         return f"<RepairReport: {'; '.join((self.status, *counts))}>"
+
+    @property
+    def tone(self) -> Tone:
+        """The colour of the verdict: `good` or `warn`."""
+        return "good" if self.status in ("repaired", "nothing to repair") else "warn"
+
+    def page(self, full: bool = False) -> Page:
+        return page_of_repair(self, full)
+
+    def figure(self) -> Any:
+        return draw_repair(self)
+
+    def to_html(self, views: Sequence[SampleView] = (), changes: Mapping[str, Tensor] | None = None) -> str:
+        return html_of_repair(self, views, changes)
 
     def class_name(self, label: int) -> str:
         """What a class is called: its name where that is known, else its number; `-` for none."""

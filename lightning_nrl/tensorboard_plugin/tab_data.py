@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from lightning_nrl.report import RepairReport, SplitReport, page_of_repair, pool
+from lightning_nrl.report import RepairReport, SplitReport, pool
 from lightning_nrl.report._formatting import percent
-from lightning_nrl.report.html_page import html_blocks
+from lightning_nrl.report.html import html_blocks
 from lightning_nrl.report.page import Table
-from lightning_nrl.report.repair_page import STATUS_TONES
-from lightning_nrl.report.sample_files import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
-from lightning_nrl.report.sample_tables import confusion_changes, flipped_splits, most_telling
+from lightning_nrl.report.repair_page import unseen_limit, unseen_text
+from lightning_nrl.report.sample_views import SAMPLE_KINDS, SAMPLES_FOLDER, sample_name
 from lightning_nrl.report.splits import ROLES
-from lightning_nrl.report.tables import calibration_facts
-from lightning_nrl.report.unseen_limit import unseen_limit, unseen_text
+from lightning_nrl.report.tables import calibration_facts, confusion_changes, flipped_splits, most_telling
 from lightning_nrl.stats.binomial import percent_up
 from lightning_nrl.tensorboard_plugin.repair_folders import RepairFolder
 
@@ -30,7 +28,7 @@ class LoadedRepair:
     """A report that was read, and the folder that it was read from.
 
     Raises:
-        ConfigurationError: the file is no report, contradicts itself, or a newer version wrote it.
+        ConfigurationError: the file is no report, or a newer version wrote it.
         OSError: it cannot be read.
     """
 
@@ -51,7 +49,7 @@ class LoadedRepair:
             "name": self.folder.name,
             "modified": self.folder.modified // 1_000_000,
             "status": report.status,
-            "tone": STATUS_TONES[report.status],
+            "tone": report.tone,
             "target": report.target,
             "layers": ", ".join(report.layers),
             "gate": report.gate,
@@ -66,7 +64,7 @@ class LoadedRepair:
         """All that the tab shows of this repair."""
         report = self.report
         splits = flipped_splits(report)
-        _, reason, *blocks = page_of_repair(report, full=True).blocks
+        _, reason, *blocks = report.page(full=True).blocks
         first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks) - 1) + 1
         return {
             **self.summary,
@@ -122,14 +120,10 @@ class LoadedRepair:
 
 
 def _numbers(split: SplitReport) -> Plain:
-    return {
-        "n": split.n,
+    counted = ("n", "broken", "repaired", "targeted", "repaired_in_target")
+    return {name: getattr(split, name) for name in counted} | {
         "right": split.passed,
         "wrong": split.repaired + split.failing,
-        "broken": split.broken,
-        "repaired": split.repaired,
-        "targeted": split.targeted,
-        "repaired_in_target": split.repaired_in_target,
         "accuracy_before": percent(split.accuracy_before),
         "accuracy_after": percent(split.accuracy_after),
     }

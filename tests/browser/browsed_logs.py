@@ -16,7 +16,7 @@ from repository import ROOT
 
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
-from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
+from lightning_nrl.report.splits import ConfusionCell, FlippedSample
 
 HOSTILE = "<img src=x onerror=window.hacked=1><b>cat"
 HOSTILE_NAME = "hostile/repair"

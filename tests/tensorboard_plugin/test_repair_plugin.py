@@ -19,9 +19,8 @@ from werkzeug.test import Client
 
 from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
 from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint
-from lightning_nrl.report.sample_files import write_sample_files
-from lightning_nrl.report.sample_records import ConfusionCell, FlippedSample
-from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.sample_views import SampleView, write_sample_files
+from lightning_nrl.report.splits import ConfusionCell, FlippedSample
 from lightning_nrl.tensorboard_plugin import RepairPlugin, repair_plugin
 
 HOSTILE = "<img src=x onerror=alert(1)>"

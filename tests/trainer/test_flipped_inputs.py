@@ -14,7 +14,7 @@ from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
-from lightning_nrl.report.sample_records import FlippedSample
+from lightning_nrl.report.splits import FlippedSample
 
 
 def source(x: torch.Tensor) -> LoaderSource:

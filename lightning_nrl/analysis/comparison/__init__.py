@@ -5,9 +5,7 @@ several strengths, as data, a page and a figure.
 """
 
 from lightning_nrl.analysis.comparison.compare_models import Methods, compare_module, parse_methods
-from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
 from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry, HeadToHead
-from lightning_nrl.analysis.comparison.comparison_tables import page_of_comparison
 
 __all__ = [
     "Comparison",
@@ -16,7 +14,5 @@ __all__ = [
     "HeadToHead",
     "Methods",
     "compare_module",
-    "draw_comparison",
-    "page_of_comparison",
     "parse_methods",
 ]

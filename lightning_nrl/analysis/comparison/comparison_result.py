@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
+from lightning_nrl.analysis.comparison.comparison_tables import page_of_comparison
 from lightning_nrl.errors import check_choice
 from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report import Page, Report, installed_versions
 from lightning_nrl.report._figures import Plotted
 
 __all__ = ["Comparison", "CurvePoint", "Entry", "HeadToHead"]
@@ -118,6 +121,12 @@ class Comparison(Report, Plotted):
     layer: str
     seed: int
     versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+    def page(self, full: bool = False) -> Page:
+        return page_of_comparison(self)
+
+    def figure(self) -> Any:
+        return draw_comparison(self)
 
     def __getitem__(self, method: str) -> Entry:
         """The entry of a method.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
+from typing import TYPE_CHECKING
+
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.report_base import page_of
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.comparison.comparison_result import Comparison, CurvePoint, Entry
 
 __all__ = ["page_of_comparison"]
 
 SCALED_NOTE = "Scaled to t: the weights w0 + t (w - w0) at the largest t found to break no known sample."
 
 
-@page_of.register
-def page_of_comparison(comparison: Comparison, full: bool = False) -> Page:
+def page_of_comparison(comparison: Comparison) -> Page:
     """One line a method, and where it breaks known samples a second one for its weights scaled back until none is."""
     shown = [entry for entry in comparison.entries if entry.curve]
     blocks: list[Block] = [Heading("Comparison", 1), Text(_summary(comparison))]

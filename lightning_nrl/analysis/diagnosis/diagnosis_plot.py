@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
-from lightning_nrl.report._figures import INK, figure_of, new_figure
+from lightning_nrl.report._figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINE_COLOUR,
+    ORANGE,
+    RED,
+    dress,
+    new_figure,
+    shorten_name,
+)
 from lightning_nrl.report._formatting import rough_percent
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable
 
 __all__ = ["draw_diagnosis"]
 
-BLUE, RED, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#999999"
-"""Okabe and Ito's colours, told apart by colour-blind readers too."""
-GRID_COLOUR = "#DDDDDD"
 VERDICT_STYLES: dict[Fixable, tuple[str, str, str]] = {
     "yes": ("can be fixed", BLUE, ""),
     "no": ("cannot be fixed", RED, "///"),
@@ -26,7 +36,6 @@ LAYER_NAME_LENGTH = 28  # characters of a layer's name
 LAYERS_TITLE = "Room: the layer that must change least"
 
 
-@figure_of.register
 def draw_diagnosis(diagnosis: Diagnosis) -> Any:
     """Margins of the targets by what the last layer can do; agreement with neighbours; the change each layer needs."""
     layers = min(len(diagnosis.layers), PLOTTED_LAYERS)
@@ -90,6 +99,8 @@ def _mixing(axes: Any, diagnosis: Diagnosis) -> None:
 
 def _room(axes: Any, diagnosis: Diagnosis) -> None:
     """A dot a layer on a logarithmic axis, which has no 0 for bars to begin at."""
+    from matplotlib.ticker import LogLocator
+
     best = diagnosis.easiest_layer
     layers = [layer for layer in diagnosis.layers if math.isfinite(layer.change) and layer.change > 0]
     shown = set(sorted(layers, key=lambda layer: layer.change)[:PLOTTED_LAYERS])
@@ -102,37 +113,21 @@ def _room(axes: Any, diagnosis: Diagnosis) -> None:
     for at, layer in zip(places, layers, strict=True):
         marked = layer == best or layer.layer == diagnosis.head
         colour = GREEN if layer == best else INK if marked else BLUE
-        axes.plot([left, layer.change], [at, at], color=GRID_COLOUR, linewidth=1.2, zorder=1)
+        axes.plot([left, layer.change], [at, at], color=LINE_COLOUR, linewidth=1.2, zorder=1)
         axes.plot(layer.change, at, "o", color=colour, markersize=7 if marked else 5, zorder=2)
         if marked:
             note = f"{rough_percent(layer.change)}, {'least' if layer == best else 'last layer'}"
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
             axes.annotate(note, (layer.change, at), (8, 0), **style)
-    axes.set_yticks(list(places), [_short(layer.layer) for layer in layers], fontsize=8)
+    axes.set_yticks(list(places), [shorten_name(layer.layer, LAYER_NAME_LENGTH) for layer in layers], fontsize=8)
     axes.set_ylim(len(layers) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlim(left, 2.5 * max(layer.change for layer in layers))
-    _percent_ticks(axes)
-    _dress(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
-
-
-def _percent_ticks(axes: Any) -> None:
-    """Few enough round percentages not to touch each other."""
-    from matplotlib.ticker import NullFormatter, NullLocator
-
     low, high = axes.get_xlim()
-    wide = high / low > 30
-    steps = (1,) if high / low > 1000 else (1, 3) if wide else (1, 2, 5)
-    ticks = [step * 10.0**power for power in range(-8, 3) for step in steps]
-    ticks = [tick for tick in ticks if low <= tick <= high / 1.1]
-    axes.set_xticks(ticks, [f"{100 * tick:g}%" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _short(name: str) -> str:
-    """The end of a long name, which tells it from its neighbours."""
-    return name if len(name) <= LAYER_NAME_LENGTH else f"...{name[3 - LAYER_NAME_LENGTH :]}"
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axes.xaxis.set_major_formatter(lambda tick, _: f"{100 * tick:g}%")
+    axes.minorticks_off()
+    _dress(axes, LAYERS_TITLE, "change that fixes a typical target, % of the layer's norm", "")
 
 
 def _nothing(axes: Any, title: str, text: str) -> None:
@@ -143,9 +138,4 @@ def _nothing(axes: Any, title: str, text: str) -> None:
 
 def _dress(axes: Any, title: str, across: str, up: str) -> None:
     axes.set_title(title, fontsize=10, color=INK, loc="left")
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.set_ylabel(up, fontsize=9, color=INK)
-    axes.tick_params(colors=INK, labelsize=8)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x" if not up else "y", color=GRID_COLOUR, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes, across, up, grid="y" if up else "x")

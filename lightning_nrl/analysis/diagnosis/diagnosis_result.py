@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lightning_nrl._utils.serialize import null_is
-from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.analysis.diagnosis.diagnosis_plot import draw_diagnosis
+from lightning_nrl.analysis.diagnosis.diagnosis_tables import page_of_diagnosis
+from lightning_nrl.report import Page, Report, installed_versions
 from lightning_nrl.report._figures import Plotted
 
 __all__ = [
@@ -206,6 +208,12 @@ class Diagnosis(Report, Plotted):
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=installed_versions)
+
+    def page(self, full: bool = False) -> Page:
+        return page_of_diagnosis(self, full)
+
+    def figure(self) -> Any:
+        return draw_diagnosis(self)
 
     def count(self, fixable: Fixable) -> int:
         """How many targets have this verdict."""

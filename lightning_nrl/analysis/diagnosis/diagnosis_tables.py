@@ -6,12 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median_high
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
 from lightning_nrl.report._formatting import rough_percent, rough_time
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.report_base import page_of
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, Fixable, TargetFinding
 
 __all__ = ["page_of_diagnosis"]
 
@@ -21,7 +22,6 @@ LISTED_ROWS = 8
 """Samples, classes and layers that are shown; the JSON has all."""
 
 
-@page_of.register
 def page_of_diagnosis(diagnosis: Diagnosis, full: bool = False) -> Page:
     """The advice, then what it rests on; in full with all samples, classes and layers, not the first few."""
     most = 10**9 if full else LISTED_ROWS

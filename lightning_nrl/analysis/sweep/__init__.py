@@ -9,7 +9,6 @@ from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run
 from lightning_nrl.analysis.sweep.study import SweepObserver
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.analysis.sweep.sweep_settings import Seeds, check_trials, parse_seeds, swarming, sweep_module
-from lightning_nrl.analysis.sweep.sweep_tables import page_of_sweep
 from lightning_nrl.analysis.sweep.trials import Trials, regression_free_repairs
 
 __all__ = [
@@ -23,7 +22,6 @@ __all__ = [
     "Sweepable",
     "Trials",
     "check_trials",
-    "page_of_sweep",
     "parse_seeds",
     "parse_settings",
     "regression_free_repairs",

@@ -17,9 +17,10 @@ from lightning_nrl._utils.state import write
 from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
 from lightning_nrl.analysis.sweep.run import RUN_COLUMNS, Run, run_of_text
+from lightning_nrl.analysis.sweep.sweep_tables import page_of_sweep
 from lightning_nrl.errors import ConfigurationError, check_choice
 from lightning_nrl.gate import Gate
-from lightning_nrl.report import Report, installed_versions
+from lightning_nrl.report import Page, Report, installed_versions
 from lightning_nrl.report.splits import ROLES, Role
 
 __all__ = ["SweepResult"]
@@ -50,6 +51,9 @@ class SweepResult(Report):
     settings: Mapping[str, Setting] = _unwritten()
     weights: Mapping[tuple[str, int], StoredRun] = _unwritten()
     original: Mapping[bool, Mapping[str, Tensor]] = _unwritten()
+
+    def page(self, full: bool = False) -> Page:
+        return page_of_sweep(self)
 
     def of(self, setting: str) -> tuple[Run, ...]:
         """The runs of one setting.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean, stdev
+from typing import TYPE_CHECKING
 
-from lightning_nrl.analysis.sweep.run import Run
-from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 from lightning_nrl.evaluation.flips import FlipCounts
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
-from lightning_nrl.report.report_base import page_of
 from lightning_nrl.report.splits import ROLES, Role
+
+if TYPE_CHECKING:
+    from lightning_nrl.analysis.sweep.run import Run
+    from lightning_nrl.analysis.sweep.sweep_result import SweepResult
 
 __all__ = ["page_of_sweep"]
 
@@ -21,8 +23,7 @@ SWEEP_NOTE = (
 )
 
 
-@page_of.register
-def page_of_sweep(result: SweepResult, full: bool = False) -> Page:
+def page_of_sweep(result: SweepResult) -> Page:
     """What there is to say, then the table."""
     blocks: list[Block] = [Heading("Sweep", 1), Text(_summary(result))]
     blocks += [_table(result), Text(SWEEP_NOTE)] if result.runs else []

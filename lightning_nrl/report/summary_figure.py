@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_nrl.report._figures import INK, literal, new_figure
+from lightning_nrl.report._figures import INK, TONE_COLOURS, literal, new_figure
 from lightning_nrl.report._formatting import count, percent
-from lightning_nrl.report.repair_report import RepairReport, Status
 from lightning_nrl.report.splits import ROLES, Role, pool
+
+if TYPE_CHECKING:
+    from lightning_nrl.report.repair_report import RepairReport
 
 __all__ = ["summary_figure", "summary_rows"]
 
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS = 2.6
 TARGET_CHARACTERS = 46
-STATUS_COLOURS: dict[Status, str] = {
-    "repaired": "#00795C",
-    "refused": "#B34B00",
-    "not repaired": "#B34B00",
-    "nothing to repair": "#00795C",
-}
-HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = "#B34B00", "#CCCCCC", "#666666"
+HARM_COLOUR, RULE_COLOUR, MUTED_COLOUR = TONE_COLOURS["warn"], "#CCCCCC", "#666666"
 
 
 def summary_rows(report: RepairReport) -> tuple[tuple[Role, ...], list[tuple[str, tuple[str, ...]]]]:
@@ -61,9 +57,8 @@ def summary_figure(report: RepairReport) -> Any:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(n_lines, 0))
-    axes.text(
-        0.03, 0.95, _verdict(report), color=STATUS_COLOURS[report.status], fontsize=15, weight="bold", va="center"
-    )
+    verdict = report.status.capitalize() + (" (what it would do)" if report.candidate else "")
+    axes.text(0.03, 0.95, verdict, color=TONE_COLOURS[report.tone], fontsize=15, weight="bold", va="center")
     about = shorten(f"{report.target}; gate {report.gate}", TARGET_CHARACTERS, placeholder=" ...")
     axes.text(0.03, 1.95, literal(about), color=MUTED_COLOUR, fontsize=9, va="center")
     ends = [0.97 - (len(roles) - 1 - i) * COLUMN_WIDTH / width for i in range(len(roles))]
@@ -79,11 +74,6 @@ def summary_figure(report: RepairReport) -> Any:
             colour = HARM_COLOUR if harm else INK
             axes.text(x, y, cell, color=colour, fontsize=10, weight="bold", ha="right", va="center")
     return figure
-
-
-def _verdict(report: RepairReport) -> str:
-    would = " (what it would do)" if report.candidate else ""
-    return report.status.capitalize() + would
 
 
 def _share(part: int, whole: int) -> str:
