@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
+from platform import python_version
+from typing import Any, Literal
+
+from torch import Tensor
+from typing_extensions import Self
+
 from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
-from lightning_nrl.report.page import Page
-from lightning_nrl.report.page import Report
-from lightning_nrl.report.page import Tone
+from lightning_nrl.report.page import Page, Report, Tone
 from lightning_nrl.report.repair_figures import draw_repair
-from lightning_nrl.report.repair_page import html_of_repair
-from lightning_nrl.report.repair_page import page_of_repair
-from lightning_nrl.report.run_records import CalibrationBounds
-from lightning_nrl.report.run_records import Hashes
-from lightning_nrl.report.run_records import Judge
-from lightning_nrl.report.run_records import LocalizationReport
-from lightning_nrl.report.run_records import PricePoint
-from lightning_nrl.report.run_records import Rung
-from lightning_nrl.report.run_records import SearchReport
-from lightning_nrl.report.run_records import Step
-from lightning_nrl.report.run_records import StrengthPoint
-from lightning_nrl.report.run_records import WeightChange
+from lightning_nrl.report.repair_page import html_of_repair, page_of_repair
+from lightning_nrl.report.run_records import (
+    CalibrationBounds,
+    Hashes,
+    Judge,
+    LocalizationReport,
+    PricePoint,
+    Rung,
+    SearchReport,
+    Step,
+    StrengthPoint,
+    WeightChange,
+)
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.report.splits import ROLES
-from lightning_nrl.report.splits import Role
-from lightning_nrl.report.splits import SetAside
-from lightning_nrl.report.splits import SliceReport
-from lightning_nrl.report.splits import SplitReport
-from lightning_nrl.report.splits import UpdateSplit
-from lightning_nrl.report.splits import pool
-from lightning_nrl.report.splits import pool_updates
-from platform import python_version
-from torch import Tensor
-from typing import Any
-from typing import Literal
-from typing_extensions import Self
+from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
