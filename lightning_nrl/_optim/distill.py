@@ -24,21 +24,18 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import PACE_STEPS, VISITS_PER_SAMPLE
 
-__all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "WEIGHT_DECAY", "distill"]
+__all__ = ["EASY_MARGIN", "WEIGHT_DECAY", "distill"]
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
 """Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
-VISITS_PER_SAMPLE = 16
-"""Times that a sample is trained on, on average, if time allows; it still pays up to here."""
 TARGET_EMPHASIS = 3.0
 """How much more the loss of a target counts than that of another sample."""
 EASY_MARGIN = 3 / 8
 """Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
 EASY_FRACTION = 0.25
 """The part of the easy samples that an epoch trains on."""
-PACE_STEPS = 4
-"""Steps that are timed, after a first one, to find how many there is time for."""
 
 
 def distill(

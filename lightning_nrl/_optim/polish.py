@@ -46,19 +46,15 @@ from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import MAX_RETREATS, MAX_ROUNDS, MAX_STALLED_ROUNDS, RESERVED_PASSES
 
 __all__ = ["Phase", "polish"]
 
 NEEDS: tuple[Need, ...] = ("margins",)
-MAX_STALLED_ROUNDS, MAX_ROUNDS = 20, 100
-"""Rounds from one start, since it began, since something was found that keeps within the gate, or since fewer samples
-were open than ever, as long as these are not more than the second number in all."""
-RETREAT_FACTOR, MAX_RETREATS = 0.9, 4
+RETREAT_FACTOR = 0.9
 """How much of the way from the original weights is left after a retreat, where fewer samples are broken."""
 HOLDING_STARTS = 3
 """From so many starts steps hold what was repaired; from later ones it may be lost, since it stands in the way."""
-RESERVED_PASSES = 3.0
-"""Passes over known data that are left when rounds end: where a step back leads is counted."""
 
 
 class Phase(Enum):

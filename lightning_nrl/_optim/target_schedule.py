@@ -12,13 +12,9 @@ from torch import Tensor
 from lightning_nrl._optim.active_set import ActiveSet
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION
 
 __all__ = ["TargetSchedule"]
-
-FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION = 4, 0.4
-"""Where time is limited, targets are insisted on for so many rounds, or for this part of the time. Those that are not
-right then are let go until what broke on the way is mended, so that there is a result. Then they are insisted on again,
-for twice as many rounds."""
 
 
 class TargetSchedule:

@@ -39,11 +39,9 @@ from lightning_nrl._utils.state import State, current_state, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.pipeline.settings import plain_value
+from lightning_nrl.problem.budget import FEWEST_EPOCHS
 
 __all__ = ["ContinuedTraining"]
-
-FEWEST_EPOCHS = 3
-"""A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
 
 
 @dataclass(frozen=True)

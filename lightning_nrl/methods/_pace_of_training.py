@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from lightning_nrl.methods.finetune_polish import POLISH_PASSES
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import PASSES_PER_VISIT, POLISH_PASSES
 
 __all__ = ["epoch_seconds", "leaves_time_for_epochs"]
-
-SECONDS_PER_VISIT = 3.0
-"""Of a training step on a sample, in forward passes."""
 
 
 def epoch_seconds(problem: Problem) -> float:
     """Of training over all known data, by the time that the fit took, or by that of one pass."""
     training, n = problem.training, len(problem.before)
     if training is None or training.fit_seconds is None:
-        return SECONDS_PER_VISIT * problem.clock.one_pass
+        return PASSES_PER_VISIT * problem.clock.one_pass
     return n * training.fit_seconds / max(1, training.visits)
 
 

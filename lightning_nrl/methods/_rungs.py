@@ -21,28 +21,20 @@ from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.problem import Method, Problem, Proposal, Solution
+from lightning_nrl.problem.budget import (
+    EPOCHS_WORTH_TIME,
+    EXACT_ALONE_TIME_SHARE,
+    EXACT_TIME_SHARE,
+    FIT_SHARE_OF_SEARCH,
+    MIN_SEARCH_SECONDS,
+    SEARCH_TIME_SHARE,
+    SOLVING_FACTOR,
+    UNKNOWN_FIT_SECONDS,
+)
 from lightning_nrl.report.run_records import Rung, Step
 from lightning_nrl.search import Searcher
 
 __all__ = ["RungResult", "exact_rung", "search_or_keep", "search_rung"]
-
-SEARCH_TIME_SHARE = 0.05
-"""Of the time that is left, what one search may take."""
-
-EXACT_TIME_SHARE, EXACT_ALONE_TIME_SHARE = 0.2, 0.8
-"""Of the time that is left, what solving the last layer may take, and where no training fits in the rest."""
-
-SOLVING_FACTOR = 3.0
-"""How much longer than one search it may take where time is not limited: where data contradict each other, and there
-are many of them, programmes grow large."""
-
-EPOCHS_WORTH_TIME = 5.0
-"""Training is left time for where so many epochs of it fit in."""
-
-MIN_SEARCH_SECONDS, FIT_SHARE_OF_SEARCH = 5.0, 0.25
-"""Without a limit of time a search may take so long, or this part of what the fit took, if that is more."""
-
-UNKNOWN_FIT_SECONDS = 60.0
 
 PATIENCE_OF_STRENGTHS = 3
 """See `Convex.patience`."""

@@ -15,6 +15,7 @@ from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
 
 __all__ = ["SampleChoice", "choose_samples", "n_to_score", "preparation_seconds"]
 
@@ -23,16 +24,6 @@ MOST_REPRESENTATIVE = 20_000
 
 FAILED_SHARE = 0.5
 """Of the samples of a search, what those that fail may be."""
-
-PREPARATION_TIME_SHARE = 0.5
-"""Of the time of a search, what preparing it may take: recording, localising, the scorer."""
-
-PREPARATION_PASSES, PREPARATION_SECONDS = 10.0, 3e-5
-"""What a sample takes there: so many passes of it, to record and replay it, and forward and backward to localise; and
-so many seconds however small the network is."""
-
-FEWEST_SAMPLES = 10_000
-"""However short the time is, a search looks at so many."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds
 from lightning_nrl.methods._training_trials import (
-    FEWEST_EPOCHS_AFTER,
-    FINAL_SHARE,
     Trial,
     best_trial,
     fit_weights,
@@ -32,18 +30,12 @@ from lightning_nrl.methods._training_trials import (
     untried,
     visit_budget,
 )
-from lightning_nrl.methods.finetune_polish import POLISH_PASSES
 from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.problem.budget import FEWEST_EPOCHS, FINAL_SHARE, MIN_ANNOUNCED_SECONDS, POLISH_FACTOR, POLISH_PASSES
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 
 __all__ = ["training_rung"]
-
-MIN_ANNOUNCED_SECONDS = 3.0
-"""What takes less is not worth a line."""
-
-POLISH_FACTOR = 1.2
-"""Of the time of all training, with the polish."""
 
 
 def training_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -> RungResult | None:
@@ -80,7 +72,7 @@ def _fitted(problem: Problem, trial: Trial, deadline: Deadline, steps: list[Step
     clock = problem.clock
     with clock.stage("fit"):
         began = clock.elapsed
-        state = fit_weights(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS_AFTER, deadline, trial.state)
+        state = fit_weights(problem, trial.steps, FINAL_SHARE, FEWEST_EPOCHS, deadline, trial.state)
         found = trial.state if state is None else state
         fitted = problem.propose("fit", scaled(problem, found, trial.strength))
         note = "not enough time: the trial's weights" if state is None else trial.steps.name

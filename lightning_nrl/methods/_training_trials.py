@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_nrl._optim.distill import VISITS_PER_SAMPLE, distill
+from lightning_nrl._optim.distill import distill
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips, TargetCounts
@@ -20,11 +20,21 @@ from lightning_nrl.methods._held_out_estimate import FEWEST_REPAIRS_SHARE, MAX_S
 from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
 from lightning_nrl.problem import Problem, Proposal
+from lightning_nrl.problem.budget import (
+    FEWEST_EPOCHS,
+    FEWEST_LIMITED_EPOCHS,
+    FEWEST_TRIAL_EPOCHS,
+    LIMITED_EPOCHS,
+    MAX_TRIALS,
+    SMALL_BUDGET,
+    SMALL_FIT_FACTOR,
+    TRIAL_SHARE,
+    TRIAL_SHARE_OF_TIME,
+    VISITS_PER_SAMPLE,
+)
 from lightning_nrl.report.run_records import Step
 
 __all__ = [
-    "FEWEST_EPOCHS_AFTER",
-    "FINAL_SHARE",
     "StepKind",
     "Trial",
     "best_trial",
@@ -38,27 +48,6 @@ __all__ = [
 
 OWN_RATES = (1e-3, 1e-4)
 """Of AdamW through the owner's `training_step`: the usual one for small networks, and for pre-trained ones."""
-
-TRIAL_SHARE, FINAL_SHARE = 0.2, 0.8
-"""Of the visits that the fit made, what each trial makes, and what goes on from the best."""
-
-FEWEST_LIMITED_EPOCHS = 5
-"""A trial in limited time is not made for less; the pace is measured first, which takes a part of its time."""
-
-TRIAL_SHARE_OF_TIME = 0.3
-"""Of the time that is left, where it is limited."""
-
-MAX_TRIALS = 2
-"""After so many another one follows only if all of them do harm."""
-
-FEWEST_TRIAL_EPOCHS, FEWEST_EPOCHS_AFTER = 2, 3
-"""Schedules are not squeezed further, unless the fit had fewer."""
-
-SMALL_BUDGET, SMALL_FIT_FACTOR = 60_000, 2
-"""Visits that are seconds' work for a small network: after a smaller fit, training may make twice as many as that."""
-
-LIMITED_EPOCHS = 40
-"""Where time is limited, so many epochs are the most that it is filled with, unless the fit had more."""
 
 HEALTHY_REPAIRS = 1 / 3
 """A trial that repairs this part of the targets that it may use will do."""
@@ -147,7 +136,7 @@ def untried(problem: Problem, deadline: Deadline, steps: list[Step]) -> Trial | 
     for kind in (StepKind("continued training"), StepKind("distilled steps", distilled=True)):
         with clock.stage("fit"):
             began = clock.elapsed
-            state = fit_weights(problem, kind, 1.0, FEWEST_EPOCHS_AFTER, deadline)
+            state = fit_weights(problem, kind, 1.0, FEWEST_EPOCHS, deadline)
             if state is not None:
                 proposal = problem.propose("fit", scaled(problem, state, FIT_STRENGTH))
                 note = f"{kind.name}, {FIT_STRENGTH:.0%} of the way; no time for a trial"

@@ -28,15 +28,13 @@ from lightning_nrl.methods._training_rung import training_rung
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
 from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.problem.budget import UPDATE_TIME_SHARE
 from lightning_nrl.report.ladder import choice_text
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import ParticleSwarm, Searcher
 from lightning_nrl.search.loop import TIME_WAS_OVER
 
 __all__ = ["Auto", "chosen_rung"]
-
-UPDATE_TIME_SHARE = 0.9
-"""Of the time that is left, what the polish of an update may take; the rest is the search's."""
 
 
 @dataclass(frozen=True)

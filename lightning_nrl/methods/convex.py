@@ -20,6 +20,7 @@ from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.methods._head_inputs import check_last, record_head
 from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.problem.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.report.run_records import Step
 
 __all__ = ["Convex"]
@@ -38,13 +39,7 @@ DEPLOYED_FRACTIONS = (1.0, 0.98, 0.9, 0.75, 0.5, 0.25)
 """Fractions of a change that are tried on the deployed model: rounding may differ from that of the recording."""
 
 
-RECORDING_PASSES = 2.0
-"""What it takes to record the layer's inputs and to compare its outputs with the model's."""
-
 NO_TIME_TO_SOLVE = "there was no time left to solve anything."
-
-TRIAL_PASSES = 2.0
-"""Passes for which there must be time where another of these fractions is tried: its own, and the verdict's."""
 
 
 class _HeldOutFlips(NamedTuple):

@@ -18,11 +18,9 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.problem.budget import POLISH_PASSES
 
-__all__ = ["FIT_STRENGTH", "POLISH_PASSES", "FineTunePolish", "visits_per_epoch"]
-
-POLISH_PASSES = 12.0
-"""Passes over known data that a polish takes; so much time is kept for it."""
+__all__ = ["FIT_STRENGTH", "FineTunePolish", "visits_per_epoch"]
 
 FIT_STRENGTH = 0.9
 """How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""

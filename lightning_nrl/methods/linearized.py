@@ -23,6 +23,7 @@ from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.problem.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
 from lightning_nrl.report.run_records import Step
 
 __all__ = ["Linearized"]
@@ -30,9 +31,6 @@ __all__ = ["Linearized"]
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 """A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.
 More than for a last layer, since gradients err."""
-
-MAX_LINEARIZATIONS = 10
-"""Linearisations at most; 3 to 6 were enough where all could be repaired."""
 
 MAX_STALLED_LINEARIZATIONS = 2
 """Rounds in a row without a further repair, after which it ends."""
@@ -52,9 +50,6 @@ STEP_FRACTIONS = (0.5, 0.25)
 
 REGRESSION_COST = 3
 """Repairs that a regression outweighs when the next step goes on from weights that break something for the moment."""
-
-FIRST_ROUND_PASSES = 5.0
-"""Passes that the first round is expected to take."""
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,12 @@ from lightning_nrl.methods._coefficients import merged, search_coefficients
 from lightning_nrl.methods.family import bundle
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.problem import Method, Problem, Proposal, Solution, better
+from lightning_nrl.problem.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import FITNESSES, SEARCHERS, ParticleSwarm, Searcher
 from lightning_nrl.search.fitness import FitnessFunction
 
 __all__ = ["MergedRepairs"]
-
-TIME_SHARE_OF_PARTS = 0.7
-"""Of the time that is left, what the repairs of the parts may take; the rest is for the search of the coefficients."""
 
 OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
 """What searches the few coefficients."""

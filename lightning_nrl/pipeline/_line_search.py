@@ -12,6 +12,7 @@ from lightning_nrl.gate import Gate
 from lightning_nrl.pipeline._held_out import HeldOut
 from lightning_nrl.pipeline._patch_path import PATH_STRENGTHS, PatchPath
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import CURVE_TIME_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHES
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.stats.post_selection import Selection
 
@@ -22,16 +23,6 @@ LIMIT_STRENGTHS = tuple(step / 20 for step in range(1, 27))
 
 LIMIT_STATES = len(LIMIT_STRENGTHS) + sum(t < 1 for t in LIMIT_STRENGTHS)
 """Sets of weights that calibration data might choose under a limit: at each strength, before the patch polished too."""
-
-CURVE_TIME_SHARE = 0.1
-"""Points that decide nothing, as none does without calibration data, are counted for this part of the time that the
-repair took before them."""
-
-FULL_CURVE_SAMPLES = 4096
-"""So few known samples are counted at all points, however long that takes: the report is the same each time."""
-
-MAX_POLISHES = 3
-"""In the search for the strongest: each may break calibration samples that were not broken before."""
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,13 @@ from torch import Tensor
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, changed, live_tensors
 from lightning_nrl.problem import Problem, Proposal
+from lightning_nrl.problem.budget import MAX_POLISHED_SIZES
 from lightning_nrl.report.run_records import Step
 
 __all__ = ["sparsify"]
 
 SIZE_TOLERANCE = 1.1
 """The size is bisected until it is known up to this factor."""
-
-MAX_POLISHED_SIZES = 4
-"""How many sizes are polished at most, each half of or twice the one before."""
 
 GAIN_ROUNDING = 1e-9
 """Of sums of sample weights."""

@@ -34,15 +34,13 @@ from lightning_nrl.pipeline._sparsify import sparsify
 from lightning_nrl.pipeline._work_origin import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
+from lightning_nrl.problem.budget import QUOTA_ROUNDS
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
 
 __all__ = ["Observer", "Outcome", "repair_module"]
-
-QUOTA_ROUNDS = 2
-"""How often a method is run again where slices lack repairs, each time with more weight on them."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localizer
+from lightning_nrl.problem.budget import JUDGING_PASSES
 from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
@@ -29,9 +30,6 @@ __all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "Targete
 
 N_SCORED = 100_000
 """Known samples that a search looks at, at most, unless something else is said."""
-
-JUDGING_PASSES = 3
-"""Passes over known data after a method: its result is judged, unseen data are counted."""
 
 LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
