@@ -11,7 +11,8 @@ from lightning_nrl.tasks import Task
 
 __all__ = ["Need", "check_needs"]
 
-Need = Literal["margins", "classes"]
+Need = Literal["margins", "classes", "recording"]
+"""`recording`: batches that can be taken apart sample by sample, so that what the model computes can be recorded."""
 
 
 def check_needs(

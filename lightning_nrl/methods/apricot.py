@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -85,6 +85,15 @@ class Apricot:
         check_real("Apricot.rate", self.rate, "rate", "give a finite number above 0.", above=0)
         for name, least in (("rounds", 1), ("patience", 1), ("epochs", 0)):
             check_whole(f"Apricot.{name}", getattr(self, name), least)
+
+    @property
+    def wants_checkpoints(self) -> bool:
+        """True if those of the Trainer are meant."""
+        return self.checkpoints is None
+
+    def with_checkpoints(self, paths: Sequence[str]) -> Apricot:
+        """The same method with these checkpoints."""
+        return replace(self, checkpoints=tuple(paths))
 
     def __call__(self, problem: Problem) -> Solution:
         """Moves, counts, and trains on.

@@ -111,7 +111,7 @@ class Convex:
         ConfigurationError: on construction, for a patience below 1.
     """
 
-    needs: ClassVar[tuple[Need, ...]] = ("classes",)
+    needs: ClassVar[tuple[Need, ...]] = ("classes", "recording")
     patience: int | None = None
     seconds: float = math.inf
 
@@ -119,12 +119,8 @@ class Convex:
         if self.patience is not None:
             check_whole("Convex.patience", self.patience, 1)
 
-    def check(self, recording: ActivationCache) -> None:
-        """Refuses layers that are not the one last Linear, by a recording of some samples.
-
-        Raises:
-            ConfigurationError: as above.
-        """
+    def check_recording(self, recording: ActivationCache) -> None:
+        """Refuses layers that are not the one last Linear by a `ConfigurationError`."""
         _check_layers(recording.space)
         check_last(recording)
 

@@ -6,7 +6,6 @@ docs/methods.md has their equations, and where they differ from the published te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from lightning_nrl.errors import check_choice
@@ -67,5 +66,4 @@ def bundle(
         RandomWeights(n_weights=None, seed=0, include_bias=False)
     """
     check_choice("name", name, tuple(BUNDLES))
-    parts: dict[str, Any] = {"localizer": localizer, "fitness": fitness, "searcher": searcher}
-    return replace(BUNDLES[name](), **{part: value for part, value in parts.items() if value is not None})
+    return BUNDLES[name]().with_parts(localizer=localizer, fitness=fitness, searcher=searcher)

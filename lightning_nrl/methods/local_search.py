@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.evaluation.requirements import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
 from lightning_nrl.methods._known_activations import half_budget, record_known
 from lightning_nrl.methods._scored_samples import choose_samples, n_to_score, preparation_seconds
@@ -28,8 +29,6 @@ from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import (
     FITNESSES,
     SEARCHERS,
-    CmaEs,
-    DifferentialEvolution,
     Searcher,
     SearchHistory,
     SearchResult,
@@ -92,6 +91,7 @@ class LocalSearch:
         ArachneDEFitness(aggressiveness=10.0)
     """
 
+    needs: ClassVar[tuple[Need, ...]] = ("recording",)
     searcher: str | Searcher[Any] = "swarm"
     seconds: float = math.inf
     localizer: str | Localizer | None = None
@@ -102,6 +102,10 @@ class LocalSearch:
         for name, registry in (("localizer", LOCALIZERS), ("fitness", FITNESSES)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, registry.parse(name, getattr(self, name)))
+
+    def with_parts(self, **parts: Any) -> LocalSearch:
+        """The same search with the parts that the user asked for; None leaves its own."""
+        return replace(self, **{name: part for name, part in parts.items() if part is not None})
 
     def __call__(self, problem: Problem) -> Solution:
         """Localises weights of the chosen layers and searches new values for them.
@@ -126,17 +130,11 @@ class LocalSearch:
             reason = "the search found nothing better than the original weights."
             return Solution(None, reason, localization=found.localization, result=found.search, n_passed=found.n_passed)
         with problem.clock.stage("judge"):
-            proposal = problem.propose(_name_of(searcher), found.state)
+            proposal = problem.propose(getattr(searcher, "label", "swarm"), found.state)
         steps = (proposal.step(found.search.seconds, found.note),)
         return Solution(
             proposal, steps=steps, localization=found.localization, result=found.search, n_passed=found.n_passed
         )
-
-
-def _name_of(searcher: Searcher[Any]) -> str:
-    """How steps of a report call a search."""
-    others = {CmaEs: "CMA-ES", DifferentialEvolution: "differential evolution"}
-    return next((name for kind, name in others.items() if isinstance(searcher, kind)), "swarm")
 
 
 def localize_and_search(

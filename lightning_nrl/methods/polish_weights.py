@@ -50,11 +50,7 @@ class Polish:
         check_kind("Polish.new", self.new, fits, "model", "Polish(model), Polish('new.ckpt') or Polish(state_dict)")
 
     def check(self, model: nn.Module) -> None:
-        """Refuses weights that cannot be read, or are of another architecture.
-
-        Raises:
-            ConfigurationError: as above.
-        """
+        """Refuses weights that cannot be read, or are of another architecture, by a `ConfigurationError`."""
         if self.new is not None:
             fitting("Polish.new", read_state("Polish.new", self.new), model)
 

@@ -26,7 +26,7 @@ from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.problem import Problem, Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
-from lightning_nrl.search.fitness import Fitness, FitnessFunction
+from lightning_nrl.search.fitness import FitnessFunction
 
 __all__ = ["warm_started_search"]
 
@@ -179,11 +179,11 @@ def _reserve(problem: Problem, start: Proposal) -> Tensor | None:
 def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     """The fitness with every passed sample as a hard constraint, but for as many as the gate allows to break."""
     fitness = problem.fitness
-    if not isinstance(fitness, Fitness):
+    if not hasattr(fitness, "as_constraint"):
         return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    tolerated = float(problem.allowance.allowed(counts))
-    return replace(fitness, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
+    constrained: FitnessFunction = fitness.as_constraint(float(problem.allowance.allowed(counts)))
+    return constrained
 
 
 def _gain(best: Proposal, final: Proposal) -> str:

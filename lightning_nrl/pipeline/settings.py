@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lightning_nrl.errors import check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import Localizer, NeuRecoverLite
-from lightning_nrl.methods import METHODS, AnyMethod, Auto, LocalSearch
+from lightning_nrl.methods import METHODS, AnyMethod, Auto
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 
@@ -65,11 +65,11 @@ class Settings:
         object.__setattr__(self, "target", parse_target(self.target))
         check_kind("gate", self.gate, isinstance(self.gate, Gate), "Gate", "Gate.instance() or Gate.parse('accuracy')")
         object.__setattr__(self, "method", METHODS.parse("method", self.method))
-        if isinstance(self.method, LocalSearch):
+        with_parts = getattr(self.method, "with_parts", None)
+        if with_parts is not None:
             # What the user asked for goes before the method's own parts.
-            asked = {"localizer": self.search.localizer, "fitness": self.search.fitness}
-            parts: dict[str, Any] = {name: part for name, part in asked.items() if part is not None}
-            object.__setattr__(self, "method", replace(self.method, **parts))
+            own = with_parts(localizer=self.search.localizer, fitness=self.search.fitness)
+            object.__setattr__(self, "method", own)
         layer_names(self.layer)
         check_whole("seed", self.seed, 0, 2**32 - 1)
         if self.max_time is not None:

@@ -255,9 +255,14 @@ class Problem:
 class Method(Protocol):
     """How new weights are found. A method of your own is a frozen dataclass with this call.
 
-    With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
-    the first step of training whether that will be possible. With `needs`, of `Need` in
-    `lightning_nrl.evaluation.requirements`, it says what it needs of the task, which is checked then, too.
+    It may have more, which is used before the first step of training and has a default:
+
+    - `trains = True`: it goes on with the training where it can; it is checked that this will be possible.
+    - `needs`, of `Need` in `lightning_nrl.evaluation.requirements`: what it needs of the task and the data.
+    - `check(model)`, `check_recording(recording)`: refuse what does not suit it by a `ConfigurationError`.
+    - `fitness`, `localizer`: how candidates are ranked and weights chosen, unless the user says so; a method that has
+      them even where the user does takes the user's by `with_parts(**parts)`.
+    - `wants_checkpoints`, `with_checkpoints(paths)`: it looks at earlier models and is given those of the Trainer.
     """
 
     def __call__(self, problem: Problem) -> Solution:

@@ -205,7 +205,7 @@ def _score(
     if not isinstance(scorer, QuittingScorer):
         return scorer(candidates)
     threshold, limit = state.threshold, None
-    if threshold is not None and isinstance(value, Fitness):
+    if threshold is not None and hasattr(value, "most_broken"):
         limit = value.most_broken(threshold, before.n_failed)
     if scorer.gives_up and len(frozen) > 1 and bool(frozen.any()):
         if limit is None:
