@@ -87,7 +87,7 @@ class ActiveSet:
         before = problem.before
         self._held = torch.full_like(before.passed, holds_repairs)
         self.problem, self.insisted, self._state = problem, insisted, state
-        self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
+        self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
         reserve = rounding_reserve(problem.evaluator.precision, before)

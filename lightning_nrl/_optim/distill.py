@@ -92,7 +92,7 @@ class _Distillation:
         weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
         weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
         self._weights = torch.stack(weights, 1).to(problem.device)
-        self._easy = EASY_MARGIN * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
+        self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
         self.margin = before.margin.clone()
         self.visits, self.planned, self._most = 0, planned, planned
 

@@ -90,6 +90,11 @@ class SampleResults:
         return self.passed & self.weight.isinf()
 
     @property
+    def margin_unit(self) -> float:
+        """Median margin of the passed samples, the unit of all margins; NaN without any."""
+        return float(self.margin[self.passed].median())
+
+    @property
     def finite_weight(self) -> Tensor:
         """`N`, the weights, those of protected samples as large as all others of passed samples together and 1 more."""
         infinite = self.weight.isinf()

@@ -38,12 +38,8 @@ MIN_HELD_OUT_FAILURES = 2
 def held_out_rows(problem: Problem) -> Tensor | None:
     """The known samples to be held out, `N` bool, the same on every rank; None where there are too few failures."""
     before = problem.before
-    came = torch.zeros_like(before.passed)
-    for source in problem.known:
-        if source.failed:
-            came[before.of(source.split)] = True
+    came, chosen = problem.came_with_failures, torch.zeros_like(before.passed)
     generator = torch.Generator().manual_seed(problem.seed)
-    chosen = torch.zeros_like(came)
     # What may not break at all is not to be left out.
     kinds = (before.targeted, ~before.passed & ~before.targeted, before.passed & ~before.protected)
     most = MAX_HELD_OUT_PASSED * int(before.passed.sum()) / max(1, int((came & kinds[-1]).sum()))

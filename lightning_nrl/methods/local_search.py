@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
@@ -23,7 +22,7 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.requirements import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
-from lightning_nrl.methods._known_activations import half_budget, record_known
+from lightning_nrl.methods._known_activations import record_known, scorer_for
 from lightning_nrl.methods._scored_samples import choose_samples, n_to_score, preparation_seconds
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import (
@@ -35,7 +34,6 @@ from lightning_nrl.search import (
     WeightStats,
     search,
 )
-from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
@@ -178,18 +176,15 @@ def _localized_and_searched(
 
     with clock.stage("search"), torch.no_grad():
         known = None if elites is None else elites(where, searcher.n_candidates // 2)
-        scorer = make_scorer(
+        scorer = scorer_for(
+            problem,
             recording,
             where,
             scored,
             kept,
-            problem.evaluator,
-            budget=half_budget(problem),
-            passed_loss=passed_loss,
-            fragility=before.loss,
+            goal.fitness,
             reserve=goal.reserve,
-            weight=before.finite_weight if before.weighted and goal.scored is None else None,
-            credit=needs_credit(goal.fitness),
+            weighted=goal.scored is None,
         )
         result = search(
             scorer,

@@ -139,7 +139,7 @@ def _narrow(problem: Problem, proposal: Proposal) -> Tensor:
 
 
 def _sufficient(problem: Problem) -> float:
-    return SUFFICIENT_MARGIN * float(problem.before.margin[problem.before.passed].median())
+    return SUFFICIENT_MARGIN * problem.before.margin_unit
 
 
 def _elites(

@@ -229,6 +229,15 @@ class Problem:
         passed = self.passed & ~held_out
         return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
 
+    @property
+    def came_with_failures(self) -> Tensor:
+        """`N` bool, the samples that came in with the failed ones: the model was not trained on them."""
+        came = torch.zeros_like(self.before.passed)
+        for source in self.known:
+            if source.failed:
+                came[self.before.of(source.split)] = True
+        return came
+
     def copies(self, rows: Tensor) -> Tensor:
         """`N` bool, these rows and all that are the same place of the same data set, where sources know that."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import Target, TensorSource, repair_module
-from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
 from lightning_nrl._model.layer_inputs import windows
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
@@ -30,6 +29,7 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import METHODS, Linearized
+from lightning_nrl.methods.linearized import LinearizedMargins, TrustRadius
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task

@@ -7,34 +7,28 @@ lie by some margin. With features h, label y and rival c, a change D of the weig
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Programme", "add_cutting_planes", "margins_over_rivals", "pair_gram", "pair_sides", "sum_of_pairs"]
 
+def add_cutting_planes(
+    solve: Callable[[], None],
+    add_violated: Callable[[], bool],
+    max_rounds: int,
+    is_over: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Solves under the present rows and adds violated ones in turns; True if none is violated at the end.
 
-class Programme(Protocol):
-    """A programme, or many at once, under the rows that were added so far."""
-
-    def solve(self) -> None:
-        """Solves under the present rows."""
-        ...
-
-    def add_violated(self) -> bool:
-        """The separation oracle: adds the rows that the solution violates most; whether there were any."""
-        ...
-
-
-def add_cutting_planes(programme: Programme, max_rounds: int, is_over: Callable[[], bool] = lambda: False) -> bool:
-    """Solves and adds violated rows in turns; whether an end was reached at which none is violated.
-
-    `is_over` is asked after each round whether there is no time for another one.
+    Args:
+        solve: solves a programme, or many at once, under the rows that were added so far.
+        add_violated: adds the rows that the solution violates most (the separation oracle); True if there were any.
+        max_rounds: how often at most.
+        is_over: is asked after each round whether there is no time for another one.
     """
     for _ in range(max_rounds):
-        programme.solve()
-        if not programme.add_violated():
+        solve()
+        if not add_violated():
             return True
         if is_over():
             break

@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._convex.cutting_planes import (
+from lightning_nrl._optim.cutting_planes import (
     add_cutting_planes,
     margins_over_rivals,
     pair_gram,
     pair_sides,
     sum_of_pairs,
 )
-from lightning_nrl._convex.qp import solve_dual
+from lightning_nrl._optim.qp import solve_dual
 from lightning_nrl._utils.precision import widest
-
-__all__ = ["KEPT_MARGIN_RATIO", "ConvexHead", "regularization_path"]
 
 KEPT_MARGIN_RATIO = 0.5
 """Of its margin, a passed sample keeps at least this part."""
@@ -200,7 +198,7 @@ def regularization_path(
     programme = _PairProgramme(head, used, is_over)
     for strength in strengths:
         programme.begin(strength * unit)
-        add_cutting_planes(programme, MAX_PATH_ROUNDS, is_over)
+        add_cutting_planes(programme.solve, programme.add_violated, MAX_PATH_ROUNDS, is_over)
         yield _scale_back(head, programme.change @ head.root, used)
 
 
