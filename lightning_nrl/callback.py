@@ -43,7 +43,7 @@ from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
-from lightning_nrl.pipeline._input_checks import check_limit
+from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.presets import with_paper_row
 from lightning_nrl.problem import Method
 from lightning_nrl.reference.old_model import Reference, parse_reference

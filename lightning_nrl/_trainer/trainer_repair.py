@@ -47,7 +47,7 @@ from lightning_nrl.errors import (
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.localization import Known, NeuRecoverLite, on_data
-from lightning_nrl.pipeline._input_checks import check_task
+from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference

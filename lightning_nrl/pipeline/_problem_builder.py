@@ -9,7 +9,7 @@ from lightning_nrl._utils.saved_work import SavedWork
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.pipeline._input_checks import passed_rows
+from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Training
 from lightning_nrl.problem.problem import TargetedTraining

@@ -17,7 +17,7 @@ from lightning_nrl import __version__
 from lightning_nrl._utils.hashing import hash_file, hash_tensors
 from lightning_nrl._utils.state import current_state
 from lightning_nrl.evaluation import SampleResults
-from lightning_nrl.pipeline._baseline import Baseline
+from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.problem import Problem
 

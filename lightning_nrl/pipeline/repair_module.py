@@ -23,16 +23,16 @@ from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
 from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS, found_once
-from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline._calibration_bounds import bounds_after
-from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
-from lightning_nrl.pipeline._line_search import LineSearchResult, line_search
 from lightning_nrl.pipeline._loaded_weights import to_be_loaded
 from lightning_nrl.pipeline._problem_builder import build_problem
-from lightning_nrl.pipeline._report_builder import ReportBuilder
-from lightning_nrl.pipeline._sparsify import sparsify
 from lightning_nrl.pipeline._work_origin import origin_of
+from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
+from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.sparsify import sparsify
+from lightning_nrl.pipeline.strength import LineSearchResult, line_search
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.problem.budget import QUOTA_ROUNDS
 from lightning_nrl.reference.old_model import Reference

@@ -15,8 +15,8 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict, judge
 from lightning_nrl.localization import AllWeights
-from lightning_nrl.pipeline._baseline import Baseline
-from lightning_nrl.pipeline._report_builder import ReportBuilder
+from lightning_nrl.pipeline.baseline import Baseline
+from lightning_nrl.pipeline.report_builder import ReportBuilder
 from lightning_nrl.report import Hashes
 
 

@@ -7,8 +7,13 @@ import torch
 
 from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.pipeline._report_parts import split_report
-from lightning_nrl.pipeline._sample_records import class_counts, confusion_cells, margin_edges, margin_histogram
+from lightning_nrl.pipeline.report_parts import (
+    class_counts,
+    confusion_cells,
+    margin_edges,
+    margin_histogram,
+    split_report,
+)
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
 from lightning_nrl.report.splits import pool
 

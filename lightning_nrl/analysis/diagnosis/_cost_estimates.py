@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
-from lightning_nrl.pipeline._patch_path import PATH_STRENGTHS
+from lightning_nrl.pipeline.strength import PATH_STRENGTHS
 from lightning_nrl.problem.budget import (
     CONVEX_SOLVES,
     LADDER_SEARCHES,

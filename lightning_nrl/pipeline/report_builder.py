@@ -16,11 +16,11 @@ from lightning_nrl.evaluation import DOUBTFUL, Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
-from lightning_nrl.pipeline._baseline import Baseline
-from lightning_nrl.pipeline._line_search import LineSearchResult
-from lightning_nrl.pipeline._report_parts import (
+from lightning_nrl.pipeline.baseline import Baseline
+from lightning_nrl.pipeline.report_parts import (
     judge_record,
     localization_report,
+    margin_edges,
     search_report,
     set_aside_samples,
     slice_reports,
@@ -29,8 +29,8 @@ from lightning_nrl.pipeline._report_parts import (
     update_text,
     weight_change,
 )
-from lightning_nrl.pipeline._sample_records import margin_edges
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.strength import LineSearchResult
 from lightning_nrl.problem import Solution
 from lightning_nrl.report import (
     CalibrationBounds,
@@ -42,8 +42,6 @@ from lightning_nrl.report import (
     Status,
     UpdateSplit,
 )
-
-__all__ = ["ReportBuilder"]
 
 NOTHING: Mapping[Role, SampleResults] = MappingProxyType({})
 UNDECIDED = LineSearchResult(chosen=None)

@@ -20,8 +20,6 @@ from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.problem.budget import MAX_POLISHED_SIZES
 from lightning_nrl.report.run_records import Step
 
-__all__ = ["sparsify"]
-
 SIZE_TOLERANCE = 1.1
 """The size is bisected until it is known up to this factor."""
 

@@ -17,16 +17,6 @@ from lightning_nrl.gate import InstanceInTarget
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
 
-__all__ = [
-    "check_limit",
-    "check_losses",
-    "check_sources",
-    "check_targets",
-    "check_task",
-    "given_or_default",
-    "passed_rows",
-]
-
 CLASSES: tuple[Need, ...] = ("classes",)
 
 
