@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
-from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
+from lightning_nrl._optim.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline

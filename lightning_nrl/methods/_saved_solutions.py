@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_nrl._optim.polish_result import PolishResult
+from lightning_nrl._optim.polish import PolishResult
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import Localization

@@ -21,7 +21,7 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.methods._known_activations import record_known
+from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.problem.budget import RECORDING_PASSES, TRIAL_PASSES
 from lightning_nrl.report.run_records import Step

@@ -22,8 +22,13 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.requirements import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
-from lightning_nrl.methods._known_activations import record_known, scorer_for
-from lightning_nrl.methods._scored_samples import choose_samples, n_to_score, preparation_seconds
+from lightning_nrl.methods.search_samples import (
+    choose_samples,
+    n_to_score,
+    preparation_seconds,
+    record_known,
+    scorer_for,
+)
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import (
     FITNESSES,

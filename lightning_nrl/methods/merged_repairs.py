@@ -19,10 +19,9 @@ from lightning_nrl.data.target_parsing import parse_target
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
-from lightning_nrl.methods._known_activations import record_known, scorer_for
-from lightning_nrl.methods._scored_samples import choose_samples
-from lightning_nrl.methods.family import bundle
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.published_methods import bundle
+from lightning_nrl.methods.search_samples import choose_samples, record_known, scorer_for
 from lightning_nrl.problem import Method, Problem, Proposal, Solution, better
 from lightning_nrl.problem.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.report.run_records import Step

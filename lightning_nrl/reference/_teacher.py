@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._optim.logit_cache import LogitCache
+from lightning_nrl._optim.teacher import LogitCache
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.data.model_call import bound, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning

@@ -25,11 +25,10 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
-from lightning_nrl.methods import _rungs as rungs_module
 from lightning_nrl.methods import auto as auto_module
-from lightning_nrl.methods._price_of_zero import price_points
-from lightning_nrl.methods._rungs import RungResult
-from lightning_nrl.methods.auto import chosen_rung
+from lightning_nrl.methods import auto_rungs as rungs_module
+from lightning_nrl.methods.auto import chosen_rung, price_points
+from lightning_nrl.methods.auto_rungs import RungResult
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
 from lightning_nrl.search.loop import TIME_WAS_OVER

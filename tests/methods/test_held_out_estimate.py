@@ -13,7 +13,7 @@ from toy_repairs import blobs, known, trained
 from lightning_nrl import TensorSource
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods import Convex
-from lightning_nrl.methods._held_out_estimate import best_index, estimate, held_out_rows, net_rate
+from lightning_nrl.methods.held_out import best_index, estimate, held_out_rows, net_rate
 
 
 def counts(repaired: int, broken: int, passed: int = 100, failing: int = 20) -> TargetCounts:

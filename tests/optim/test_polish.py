@@ -33,8 +33,7 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import ConfigurationError, Target, TensorSource
-from lightning_nrl._optim.polish import polish
-from lightning_nrl._optim.polish_result import PolishResult
+from lightning_nrl._optim.polish import PolishResult, polish
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.flips import Flips

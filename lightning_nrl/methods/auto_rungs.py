@@ -1,4 +1,4 @@
-"""The rungs of the default's ladder inside the chosen layer, and what a rung is."""
+"""The rungs of the default's ladder inside the chosen layer, what a rung is, and how long an epoch takes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
 from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.methods._held_out_estimate import estimate
-from lightning_nrl.methods._pace_of_training import leaves_time_for_epochs
 from lightning_nrl.methods._saved_solutions import found_once
 from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.problem import Method, Problem, Proposal, Solution
@@ -27,14 +26,14 @@ from lightning_nrl.problem.budget import (
     EXACT_TIME_SHARE,
     FIT_SHARE_OF_SEARCH,
     MIN_SEARCH_SECONDS,
+    PASSES_PER_VISIT,
+    POLISH_PASSES,
     SEARCH_TIME_SHARE,
     SOLVING_FACTOR,
     UNKNOWN_FIT_SECONDS,
 )
 from lightning_nrl.report.run_records import Rung, Step
 from lightning_nrl.search import Searcher
-
-__all__ = ["RungResult", "exact_rung", "search_or_keep", "search_rung"]
 
 PATIENCE_OF_STRENGTHS = 3
 """See `Convex.patience`."""
@@ -183,3 +182,17 @@ def _caught(
 
 def _note(solution: Solution) -> str:
     return solution.steps[-1].note if solution.steps else solution.reason
+
+
+def epoch_seconds(problem: Problem) -> float:
+    """Of training over all known data, by the time that the fit took, or by that of one pass."""
+    training, n = problem.training, len(problem.before)
+    if training is None or training.fit_seconds is None:
+        return PASSES_PER_VISIT * problem.clock.one_pass
+    return n * training.fit_seconds / max(1, training.visits)
+
+
+def leaves_time_for_epochs(problem: Problem, epochs: float, share: float) -> bool:
+    """Whether a share of the time that is left is enough for so many epochs and a polish; always without a limit."""
+    seconds = epochs * epoch_seconds(problem) + POLISH_PASSES * problem.clock.one_pass
+    return problem.deadline_of_method().leaves(seconds / share)

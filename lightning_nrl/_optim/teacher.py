@@ -14,8 +14,6 @@ from lightning_nrl._utils.state import State, holding, live_tensors
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.problem import Problem
 
-__all__ = ["DISTILLATION_WEIGHT", "LogitCache", "Teacher"]
-
 DISTILLATION_WEIGHT = 5.0
 """How much the divergence of a taught sample from its teacher counts beside its loss."""
 

@@ -16,8 +16,6 @@ from lightning_nrl.evaluation.flips import Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 
-__all__ = ["FEWEST_REPAIRS_SHARE", "MAX_STANDARD_ERRORS", "best_index", "estimate", "held_out_rows", "net_rate"]
-
 HELD_OUT_FRACTION = 1 / 3
 """Of each kind of sample: targets, other failures, passed ones."""
 
