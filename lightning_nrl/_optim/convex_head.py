@@ -82,7 +82,6 @@ class ConvexHead:
 
     @property
     def n_features(self) -> int:
-        """How many, the column of ones included."""
         return self.features.shape[1] + self.ones
 
     def blocks(self, chosen: Tensor | None = None) -> Iterator[Tensor | slice]:
@@ -99,7 +98,6 @@ class ConvexHead:
         return F.pad(own, (0, 1), value=1.0) if self.ones else own
 
     def outputs(self, some: Tensor | slice) -> Tensor:
-        """`m x C`, the logits of some samples."""
         return self.logits[some if self.rows is None else self.rows[some]]
 
     def margins(self, some: Tensor | slice) -> Tensor:
@@ -113,7 +111,6 @@ class ConvexHead:
 
     @cached_property
     def unit(self) -> float:
-        """The median margin of passed samples: what margins are measured in."""
         return float(self.narrowest[~self.targeted].median().clamp_min(1e-12))
 
     @cached_property

@@ -17,8 +17,6 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.problem import Problem
 
-__all__ = ["MAX_SAMPLE_WEIGHT", "Descent", "Loss"]
-
 MAX_SAMPLE_WEIGHT = 10.0
 """A loss with a larger weight would drown all others."""
 

@@ -26,8 +26,6 @@ from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
 from lightning_nrl.problem.budget import PACE_STEPS, VISITS_PER_SAMPLE
 
-__all__ = ["EASY_MARGIN", "WEIGHT_DECAY", "distill"]
-
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
 """Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
 TARGET_EMPHASIS = 3.0

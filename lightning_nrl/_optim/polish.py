@@ -345,12 +345,10 @@ class PolishResult(Proposal):
     def counted(
         cls, problem: Problem, state: State, after: SampleResults, rounds: int, strength: float = 1.0
     ) -> PolishResult:
-        """A state with what it repairs and breaks on known data."""
         return cls(**vars(problem.counted("polish", state, after)), rounds=rounds, strength=strength)
 
     @property
     def note(self) -> str:
-        """How it went, for a line of the report."""
         back = f", then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
         return f"{self.rounds} round{'' if self.rounds == 1 else 's'}{back}"
 

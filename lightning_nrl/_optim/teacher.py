@@ -122,7 +122,6 @@ class Teacher:
 
     @property
     def cache(self) -> LogitCache:
-        """The logits that are known."""
         return self._cache
 
     def prepare(self, rows: Tensor) -> None:

@@ -166,7 +166,6 @@ def chosen_rung(results: Sequence[RungResult]) -> tuple[int | None, str]:
 
 
 def _tried(problem: Problem, result: RungResult) -> Iterator[tuple[TargetCounts, TargetCounts | None]]:
-    """What all weights that a rung counted do to known samples, and its estimate."""
     for proposal in (result.solution.proposal, *result.solution.others):
         if proposal is not None:
             yield problem.target_counts(proposal.after), result.held_out

@@ -138,7 +138,6 @@ def _solved(problem: Problem, method: Method, name: str) -> Solution:
 
 
 def _solving_seconds(problem: Problem) -> float:
-    """How long solving the last layer may take; it ends between two rounds of cutting planes."""
     if math.isinf(problem.clock.left):
         return SOLVING_FACTOR * search_seconds(problem)
     trains = problem.whole and leaves_time_for_epochs(problem, EPOCHS_WORTH_TIME, 1 - EXACT_TIME_SHARE)

@@ -292,7 +292,6 @@ def _tried_search(
 
 
 def _announce(problem: Problem) -> None:
-    """Says what comes and about how long it takes, if that is longer than a few seconds."""
     clock, training, n = problem.clock, problem.training, len(problem.before)
     seconds = POLISH_FACTOR * epoch_seconds(problem) * visit_budget(problem) / max(1, n)
     if math.isfinite(clock.left):

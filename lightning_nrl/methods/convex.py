@@ -267,7 +267,6 @@ def _deployed(problem: Problem, change: Tensor) -> tuple[Proposal | None, float]
 
 
 def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
-    """The layer's whole parameters with a change added."""
     module, n_in = problem.space.sites[0].module, problem.space.sites[0].module.weight.shape[1]
     weight = module.weight.detach()
     state = {next(iter(problem.space.sites[0].parameters)): (weight + change[:, :n_in]).to(weight.dtype)}
@@ -278,7 +277,6 @@ def _state(problem: Problem, change: Tensor) -> dict[str, Tensor]:
 
 
 def _bias_name(problem: Problem) -> str | None:
-    """The bias, if there is one and it may change."""
     name = next(iter(problem.space.sites[0].parameters)).removesuffix("weight") + "bias"
     has = problem.space.sites[0].module.bias is not None
     return name if has and (name in problem.scope or problem.space.sites[0].include_bias) else None
@@ -370,7 +368,6 @@ def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | N
 
 
 def _copied(recording: ActivationCache, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    """The same copied out of the recording, part by part."""
     n, (n_out, n_in) = len(recording.rows), shape
     features, logits = (torch.empty(n, size, device=recording.space.device) for size in (n_in, n_out))
     start = 0

@@ -83,7 +83,6 @@ class FineTunePolish:
 
 
 def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
-    """Weights that repair, and in words how they came about; None if there is no time for it."""
     seconds = deadline.agreed_seconds_left()
     if seconds > 0 and problem.whole and problem.training is not None:
         weight = visits_per_epoch(problem)

@@ -124,12 +124,10 @@ class _TrustRegionSteps:
 
     @property
     def repaired(self) -> int:
-        """Targets that the best proposal repairs."""
         return self.found[-1].repaired if self.found else 0
 
     @property
     def gain(self) -> float:
-        """What these are worth."""
         return self.found[-1].gain if self.found else 0.0
 
     def round(self) -> bool:

@@ -178,7 +178,6 @@ class MergedRepairs:
 
 
 def _parsed(method: Any) -> Any:
-    """A method by the name of a published one or of a searcher, or as it is."""
     if isinstance(method, str):
         return SEARCHERS.parse("MergedRepairs.method", method) if method in SEARCHERS else bundle(method)
     check_kind("MergedRepairs.method", method, callable(method) or isinstance(method, Searcher), "method", "'arachne'")
@@ -246,7 +245,6 @@ class _OnRecording:
     dtype: torch.dtype  # of the weights as deployed
 
     def __call__(self, values: Tensor) -> Scores:
-        """Scores candidates, `S x P x K`."""
         factors = values.clamp(0, 1).to(self.change)
         return self.scorer((self.original + factors @ self.change).to(self.dtype))
 
@@ -263,7 +261,6 @@ class WholeModelScorer:
     states: Sequence[State]
 
     def __call__(self, values: Tensor) -> Scores:
-        """Scores candidates, `S x P x K`."""
         rows = [self._row(one) for one in values.clamp(0, 1).flatten(0, 1)]
         table = torch.tensor(rows, dtype=widest(values.device), device=values.device)
         columns = table.view(*values.shape[:2], -1).movedim(-1, 0)

@@ -87,7 +87,6 @@ class Polish:
 
 
 def _check_scope(problem: Problem, state: State) -> None:
-    """Refuses weights that differ outside of what the user lets change."""
     if problem.whole:
         return
     parameters = {name for name, _ in problem.model.named_parameters()}

@@ -122,7 +122,6 @@ def warm_started_search(
 
 
 def _without_search(best: Proposal | None) -> Solution:
-    """What there is already, where time is over."""
     step = (
         Step("swarm", 0, 0, 0.0, NO_TIME_FOR_SEARCH)
         if best is None
@@ -187,7 +186,6 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
 
 
 def _gain(best: Proposal, final: Proposal) -> str:
-    """What a search added to what it started from."""
     parts = []
     if final.broken != best.broken:
         parts.append(f"{final.broken - best.broken:+,} broken")

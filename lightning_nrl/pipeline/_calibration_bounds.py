@@ -21,8 +21,6 @@ from lightning_nrl.stats import SliceBounds, check_mix, weighted_bound
 from lightning_nrl.stats.post_selection import Selection, limit_after
 from lightning_nrl.stats.slice_bounds import Name
 
-__all__ = ["Groups", "bounds_after", "groups_of"]
-
 
 @dataclass(frozen=True)
 class Groups:

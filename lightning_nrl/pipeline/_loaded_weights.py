@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from lightning_nrl._utils.preserve import has_own_modes
 from lightning_nrl._utils.state import State, changed, live_tensors, snapshot, write
 
-__all__ = ["to_be_loaded"]
-
 
 def to_be_loaded(
     model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
@@ -63,7 +61,6 @@ def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: Stat
 
 
 def _reload(model: nn.Module, saved: State) -> None:
-    """The model as it is when it is loaded in training mode and then goes to evaluation."""
     model.train()
     write(model, saved)
     model.eval()

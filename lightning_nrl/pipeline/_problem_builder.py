@@ -14,8 +14,6 @@ from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Training
 from lightning_nrl.problem.problem import TargetedTraining
 
-__all__ = ["build_problem"]
-
 
 def build_problem(
     evaluator: Evaluator,

@@ -21,8 +21,6 @@ from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.problem import Problem
 
-__all__ = ["origin_of"]
-
 FREE = ("on_interrupt", "save_every")
 """Settings that the result does not depend on."""
 

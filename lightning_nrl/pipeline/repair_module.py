@@ -182,7 +182,6 @@ def _repair(problem: Problem, builder: ReportBuilder, rewritten: Mapping[int, Te
 
 
 def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewritten: Mapping[int, Tensor]) -> Outcome:
-    """From a method's solution to an outcome: sparse patch, line search, verdict."""
     settings = builder.settings
     solution = _sparsified(problem, solution, settings.bounds.sparse)
     builder = builder.solved(solution, int(problem.passed.sum()))
@@ -223,7 +222,6 @@ def _run_method(problem: Problem, settings: Settings) -> Solution:
 
 
 def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Solution:
-    """The solution with as few changed weights as the user's loss of repairs allows."""
     if loss is None or solution.proposal is None:
         return solution
     with problem.clock.stage("sparse"):
@@ -273,12 +271,10 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
 
 
 def _changes(old: State, new: State) -> State:
-    """What was added to each weight of the new tensors, on the CPU."""
     return {name: (new[name].cpu().double() - old[name].cpu().double()).float() for name in new}
 
 
 def _nothing_passes(problem: Problem) -> str:
-    """Why there is nothing to keep, in words; empty if there is something."""
     if problem.passed.any():
         return ""
     if not problem.before.passed.any():
@@ -288,7 +284,6 @@ def _nothing_passes(problem: Problem) -> str:
 
 
 def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Settings) -> str:
-    """Why there is nothing to repair, in words."""
     target = settings.target
     if baseline.update is not None:
         return (

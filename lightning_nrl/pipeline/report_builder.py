@@ -160,7 +160,6 @@ class ReportBuilder:
 
     @property
     def _before(self) -> dict[Role, SampleResults]:
-        """What the original model does, known data first."""
         return {"known": self.baseline.known, **{role: data.before for role, data in self.baseline.held_out.items()}}
 
     @cached_property
@@ -191,5 +190,4 @@ class ReportBuilder:
         )
 
     def _hash_model(self, changed: State) -> str:
-        """Of the whole state dict with some tensors changed."""
         return hash_tensors({**current_state(self.evaluator.model), **changed})

@@ -103,12 +103,10 @@ class _SortedPatch:
 
     @property
     def total(self) -> int:
-        """All weights of the parameters that differ."""
         return sum(value.numel() for value in self.new.values())
 
     @cached_property
     def size(self) -> int:
-        """How many weights differ."""
         return sum(int((self.new[name] != self.old[name]).sum()) for name in self.new)
 
     @cached_property
@@ -125,12 +123,10 @@ class _SortedPatch:
         return {name: part.view_as(self.new[name]) for name, part in zip(self.new, parts, strict=True)}
 
     def state(self, size: int) -> State:
-        """The patch with so many changed weights."""
         masks = self.masks(size)
         return self.buffers | {name: torch.where(masks[name], self.new[name], self.old[name]) for name in self.new}
 
     def polished(self, size: int) -> Proposal:
-        """The same after a polish in which only these weights move."""
         masks = {name: mask for name, mask in self.masks(size).items() if mask.any()}
         problem = replace(self.problem, scope=tuple(masks))
         found = polish(problem, self.state(size), masks=masks, deadline=problem.deadline)
