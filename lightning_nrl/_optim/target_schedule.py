@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -38,23 +34,6 @@ class TargetSchedule:
     def insists_on_all(self) -> bool:
         """Whether no target is let go for the time being."""
         return torch.equal(self.insisted, self.wanted)
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        until = self._until.end - self._until.now()
-        return {
-            "wanted": self.wanted,
-            "insisted": self.insisted,
-            "rounds": (self._rounds, self._max_rounds),
-            "until": until,
-        }
-
-    def restore(self, saved: Mapping[str, Any], deadline: Deadline) -> None:
-        """Takes the place of the schedule of which `saved` gave this, some deadline being there for the clock."""
-        self.wanted.copy_(saved["wanted"])
-        self.insisted.copy_(saved["insisted"])
-        self._rounds, self._max_rounds = saved["rounds"]
-        self._until = replace(deadline, end=deadline.now() + saved["until"])
 
     def begin(self, deadline: Deadline) -> None:
         """From now on targets are insisted on for some rounds or a part of the time, if that is limited."""

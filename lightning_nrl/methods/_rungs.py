@@ -16,7 +16,6 @@ from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, Rep
 from lightning_nrl.evaluation.flips import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._pace_of_training import leaves_time_for_epochs
-from lightning_nrl.methods._saved_solutions import found_once
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.linearized import Linearized
 from lightning_nrl.methods.warm_start import warm_started_search
@@ -143,7 +142,7 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
 
 
 def _solved(problem: Problem, method: Method, name: str) -> Solution:
-    return found_once(problem, name, partial(_caught, problem, partial(method, problem), name=name))
+    return problem.work.once(name, partial(_caught, problem, partial(method, problem), name=name), Solution)
 
 
 def _solving_seconds(problem: Problem) -> float:
