@@ -33,7 +33,7 @@ from lightning_nrl._trainer.trainer_checks import (
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
 from lightning_nrl.data.target_parsing import parse_target
@@ -152,7 +152,7 @@ class RegressionFreeRepair(CallbackBase):
         self._pending = False
         self._ran = False
         self._fit_timer: FitTimer | None = None
-        self._work = SavedWork()
+        self._work = ResumeStore()
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:

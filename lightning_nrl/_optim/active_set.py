@@ -8,10 +8,6 @@ working set are rehearsed, which holds the model where it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -87,7 +83,7 @@ class ActiveSet:
     ) -> None:
         before = problem.before
         self._held = torch.full_like(before.passed, holds_repairs)
-        self.problem, self.insisted, self._state = problem, insisted, state
+        self.problem, self.insisted = problem, insisted
         self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
@@ -127,25 +123,6 @@ class ActiveSet:
     def hopeless(self) -> Tensor:
         """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        return {
-            "right": self._right,
-            "margin": self.margin,
-            "working": self.working,
-            "multiplier": self.multiplier,
-            "random": self._generator.get_state(),
-            "logits": self._teacher.cache.saved(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes the place of the set of which `saved` gave this, and which began at the same state."""
-        self._right = saved["right"]
-        self._teacher = Teacher(self.problem, (self._state, {}), (~self._right).long())
-        self._teacher.cache.restore(saved["logits"])
-        self.margin, self.working, self.multiplier = saved["margin"], saved["working"], saved["multiplier"]
-        self._generator.set_state(saved["random"])
 
     def update(self, after: SampleResults) -> None:
         """Takes the margins of all known samples; those that came close to the boundary join the working set."""
@@ -248,23 +225,6 @@ class TargetSchedule:
     def insists_on_all(self) -> bool:
         """Whether no target is let go for the time being."""
         return torch.equal(self.insisted, self.wanted)
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        until = self._until.end - self._until.now()
-        return {
-            "wanted": self.wanted,
-            "insisted": self.insisted,
-            "rounds": (self._rounds, self._max_rounds),
-            "until": until,
-        }
-
-    def restore(self, saved: Mapping[str, Any], deadline: Deadline) -> None:
-        """Takes the place of the schedule of which `saved` gave this, some deadline being there for the clock."""
-        self.wanted.copy_(saved["wanted"])
-        self.insisted.copy_(saved["insisted"])
-        self._rounds, self._max_rounds = saved["rounds"]
-        self._until = replace(deadline, end=deadline.now() + saved["until"])
 
     def begin(self, deadline: Deadline) -> None:
         """From now on targets are insisted on for some rounds or a part of the time, if that is limited."""

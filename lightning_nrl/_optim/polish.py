@@ -29,14 +29,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet, TargetSchedule
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
@@ -125,22 +123,14 @@ def polish(
     """
     check_needs(NEEDS, problem.before, problem.task)
 
-    def work(piece: Piece) -> PolishResult:
-        end = deadline or Deadline()
-        left = piece.left()
-        if left is None:
-            run, phase = _Polish(problem, state, end, masks, after, insist), Phase.START
-        else:
-            run = _Polish(problem, left["state"], end, masks, left["after"], insist)
-            phase = run.restore(left)
+    def work() -> PolishResult:
+        run, phase = _Polish(problem, state, deadline or Deadline(), masks, after, insist), Phase.START
         while phase is not Phase.DONE:
             phase = run.advance(phase)
-            if phase in (Phase.STEP, Phase.VERIFY):
-                piece.seam(partial(run.saved, phase))
         assert run.best is not None
         return replace(run.best, course=tuple(run.course))
 
-    return problem.work.piece("polish", work, (PolishResult, SampleResults, TargetCounts))
+    return problem.work.once("polish", work, PolishResult)
 
 
 class _Polish:
@@ -172,31 +162,6 @@ class _Polish:
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
-
-    def saved(self, phase: Phase) -> dict[str, Any]:
-        """What `restore` goes on from, while steps are made."""
-        return {
-            "phase": phase.name,
-            "state": self.state,
-            "after": self.after,
-            "best": self.best,
-            "course": self.course,
-            "counts": (self.rounds, self.retreats, self._rounds_left, self._fewest_open),
-            "one_pass": self._one_pass,
-            "targets": self.targets.saved(),
-            "active_set": self.active_set.saved(),
-            "descent": self.descent.saved(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> Phase:
-        """Takes the place of the polish of which `saved` gave this, begun with its state; gives the next phase."""
-        self.best, self.course, self._one_pass = saved["best"], saved["course"], saved["one_pass"]
-        self.rounds, self.retreats, self._rounds_left, self._fewest_open = saved["counts"]
-        self.targets.restore(saved["targets"], self._deadline)
-        self.active_set, self.descent = self._new_active_set(), self._new_descent()
-        self.active_set.restore(saved["active_set"])
-        self.descent.restore(saved["descent"])
-        return Phase[saved["phase"]]
 
     def advance(self, phase: Phase) -> Phase:
         """Does what a phase is for; gives the next one."""

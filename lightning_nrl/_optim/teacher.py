@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,23 +78,6 @@ class LogitCache:
         table[index.to(table.device, non_blocking=True)] = logits.to(table.device, table.dtype)
         self._known[index] = True
 
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from: logits that were computed in other batches need not be the same to the bit.
-
-        Each rank has those of its own samples.
-        """
-        rows = None if self._table is None else self._table[self._known.nonzero().flatten().to(self._table.device)]
-        size = 0 if self._table is None else len(self._table)
-        return {"known": self._known, "rows": rows, "size": size, "varied": self.has_varied, "bytes": self._max_bytes}
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes the place of the cache of which `saved` gave this."""
-        self._known, rows, self._table = saved["known"], saved["rows"], None
-        if rows is not None:
-            self._table = rows.new_zeros((saved["size"], *rows.shape[1:]))
-            self._table[self._known.nonzero().flatten().to(rows.device)] = rows
-        self.has_varied, self._max_bytes = saved["varied"], saved["bytes"]
-
     def _rows_for(self, least: int) -> int:
         """How many rows the table is to have so that `least` fit; it at least doubles where it grows."""
         if self._n_samples is not None:
@@ -119,10 +101,6 @@ class Teacher:
         self._states = [{name: new.get(id(value), value) for name, value in own.items()} for new in given]
         self._problem, self._which = problem, which
         self._cache = LogitCache(len(which))
-
-    @property
-    def cache(self) -> LogitCache:
-        return self._cache
 
     def prepare(self, rows: Tensor) -> None:
         """Runs for those of some rows, of any rank's share, that are not cached yet, in batches as large as a step's.

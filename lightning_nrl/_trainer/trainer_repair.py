@@ -29,7 +29,7 @@ from lightning_nrl._trainer.stability import report_stability
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data._observed_source import ObservedSource
 from lightning_nrl.data.batch import Batch, Source
@@ -118,7 +118,7 @@ class TrainerRepair:
         model: LightningModule,
         epochs: int,
         fit_seconds: float | None = None,
-        work: SavedWork | None = None,
+        work: ResumeStore | None = None,
     ) -> Outcome:
         """Searches a repair. The model, the trainer and the random state are left as found; see `opened`.
 
@@ -142,9 +142,9 @@ class TrainerRepair:
             return replace(outcome, report=report, views=views)
 
     def _repaired(
-        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: SavedWork | None
+        self, trainer: Trainer, trained: TrainedModel, fit_seconds: float | None, work: ResumeStore | None
     ) -> Outcome:
-        training = replace(trained.training, fit_seconds=fit_seconds, work=work or SavedWork())
+        training = replace(trained.training, fit_seconds=fit_seconds, work=work or ResumeStore())
         return repair_module(
             trained.evaluator,
             trained.known,

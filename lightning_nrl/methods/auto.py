@@ -10,10 +10,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl.errors import check_kind
 from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS
 from lightning_nrl.methods.auto_rungs import (
     RungResult,
     exact_rung,
@@ -106,13 +104,9 @@ def _rungs(problem: Problem, searcher: Searcher[Any], held_out: Tensor | None) -
         "training": lambda: None if one_layer else training_rung(problem, searcher, held_out),
     }
     for name in ("search", "polish") if problem.update else ("search", "exact", "training"):
-        result = problem.work.piece(name, partial(_climbed, climbs[name]), (RungResult, *SOLUTION_KINDS))
+        result = problem.work.once(name, climbs[name], RungResult)
         if result is not None:
             yield result
-
-
-def _climbed(climb: Callable[[], RungResult | None], piece: Piece) -> RungResult | None:
-    return climb()
 
 
 def _update_rung(problem: Problem, searcher: Searcher[Any]) -> RungResult:
@@ -136,10 +130,7 @@ def _searched_on(problem: Problem, searcher: Searcher[Any], result: RungResult) 
         return result, ()
     began = problem.clock.elapsed
 
-    def search(piece: Piece) -> Solution:
-        return search_or_keep(problem, searcher, start, seconds=math.inf)
-
-    last = problem.work.piece("search on", search, SOLUTION_KINDS)
+    last = problem.work.once("search on", lambda: search_or_keep(problem, searcher, start, seconds=math.inf), Solution)
     if last.result is None:
         return result, ()
     solution = replace(last, held_out=base.held_out, others=(*base.others, start), tried=base.tried)

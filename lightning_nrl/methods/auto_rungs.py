@@ -14,7 +14,6 @@ from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
 from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.methods._saved_solutions import found_once
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.linearized import Linearized
@@ -134,7 +133,7 @@ def exact_rung(problem: Problem, searcher: Searcher[Any], held_out: Tensor | Non
 
 
 def _solved(problem: Problem, method: Method, name: str) -> Solution:
-    return found_once(problem, name, partial(_caught, problem, partial(method, problem), name=name))
+    return problem.work.once(name, partial(_caught, problem, partial(method, problem), name=name), Solution)
 
 
 def _solving_seconds(problem: Problem) -> float:

@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
@@ -150,8 +148,8 @@ def localize_and_search(
 
     `elites` gives known good values, `M x K`, of the weights at some positions (`K` int64), at most so many.
     """
-    kinds = (LocalSearchResult, Localization, SearchResult, SearchHistory, Scores)
-    return problem.work.piece("search", partial(_localized_and_searched, problem, searcher, goal, elites), kinds)
+    work = partial(_localized_and_searched, problem, searcher, goal, elites)
+    return problem.work.once("search", work, LocalSearchResult)
 
 
 def _localized_and_searched(
@@ -159,7 +157,6 @@ def _localized_and_searched(
     searcher: Searcher[Any],
     goal: SearchGoal,
     elites: Callable[[Tensor, int], Tensor] | None,
-    piece: Piece,
 ) -> LocalSearchResult:
     space, clock, before = problem.space, problem.clock, problem.before
     scored = before.targeted if goal.scored is None else goal.scored
@@ -201,7 +198,6 @@ def _localized_and_searched(
             elites=known,
             deadline=goal.deadline,
             on_progress=tell,
-            piece=piece,
         )
     if not passed_loss:
         unknown = torch.full_like(result.history.loss_passed, torch.nan)

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, make_scorer, record
 from lightning_nrl._scoring.scores import Scorer
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation._head_features import drawn
@@ -48,20 +47,16 @@ class SampleChoice:
 
 
 def n_to_score(problem: Problem, deadline: Deadline) -> int:
-    """How many samples a search may look at, the same on every rank and when a repair goes on after it was killed.
+    """How many samples a search may look at, the same on every rank.
 
     As many as the problem says; fewer only where preparing it would take too large a part of the time until then.
     """
     most = problem.n_scored
     if not math.isfinite(deadline.end) or min(most, len(problem.before)) <= FEWEST_SAMPLES:
         return most
-
-    def fitting(piece: Piece) -> int:
-        seconds = PREPARATION_TIME_SHARE * max(0.0, deadline.seconds_left)
-        n = min(most, int(seconds / preparation_seconds(problem, 1)))
-        return int(problem.collective.agreed(torch.tensor(max(FEWEST_SAMPLES, n))))
-
-    return problem.work.piece("number of samples", fitting)
+    seconds = PREPARATION_TIME_SHARE * max(0.0, deadline.seconds_left)
+    n = min(most, int(seconds / preparation_seconds(problem, 1)))
+    return int(problem.collective.agreed(torch.tensor(max(FEWEST_SAMPLES, n))))
 
 
 def preparation_seconds(problem: Problem, n: int = FEWEST_SAMPLES) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
@@ -26,7 +26,7 @@ def build_problem(
     training: Training | None = None,
     update: bool = False,
     needed: Mapping[str, int] | None = None,
-    work: SavedWork | None = None,
+    work: ResumeStore | None = None,
 ) -> Problem:
     """What a method is given; `layers` as `find_scope` gives them, without a clock there is no limit of time."""
     space, scope = layers
@@ -50,5 +50,5 @@ def build_problem(
         update=update,
         needed={} if needed is None else needed,
         allowance=settings.gate,
-        work=SavedWork() if work is None else work,
+        work=ResumeStore() if work is None else work,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.saved_work import Piece, SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, holding, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
@@ -22,7 +22,6 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
-from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS, found_once
 from lightning_nrl.pipeline._calibration_bounds import bounds_after
 from lightning_nrl.pipeline._loaded_weights import to_be_loaded
 from lightning_nrl.pipeline._problem_builder import build_problem
@@ -95,7 +94,7 @@ def repair_module(
     training: Training | None = None,
     reference: Reference | None = None,
     observer: Observer | None = None,
-    work: SavedWork | None = None,
+    work: ResumeStore | None = None,
 ) -> Outcome:
     """Evaluates the model, finds new weights and judges them. The model is left as found: `Outcome.write` changes it.
 
@@ -207,14 +206,14 @@ def _finished(problem: Problem, solution: Solution, builder: ReportBuilder, rewr
 
 def _run_method(problem: Problem, settings: Settings) -> Solution:
     """What the method finds; where slices lack repairs of their quotas, with more weight on these, as time allows."""
-    solution = found_once(problem, "method", partial(solve, settings.method, problem))
+    solution = problem.work.once("method", partial(solve, settings.method, problem), Solution)
     for _ in range(QUOTA_ROUNDS if problem.needed else 0):
         best, began = solution.proposal, problem.clock.elapsed
         again = problem.steered(problem.before if best is None else best.after)
         if again is problem or not problem.deadline.leaves(began):
             break
         problem = again
-        found = found_once(problem, "method for quotas", partial(solve, settings.method, problem))
+        found = problem.work.once("method for quotas", partial(solve, settings.method, problem), Solution)
         steps = (*solution.steps, *(replace(step, name=f"{step.name}, for quotas") for step in found.steps))
         chosen = found if better([best, found.proposal]) is not best else solution
         solution = replace(chosen, steps=steps)
@@ -225,14 +224,9 @@ def _sparsified(problem: Problem, solution: Solution, loss: float | None) -> Sol
     if loss is None or solution.proposal is None:
         return solution
     with problem.clock.stage("sparse"):
-        proposal, step = problem.work.piece(
-            "sparse", partial(_sparse, problem, solution.proposal, loss), SOLUTION_KINDS
-        )
+        work = partial(sparsify, problem, solution.proposal, loss)
+        proposal, step = problem.work.once("sparse", work, tuple[Proposal, Step])
     return replace(solution, proposal=proposal, steps=(*solution.steps, step))
-
-
-def _sparse(problem: Problem, proposal: Proposal, loss: float, piece: Piece) -> tuple[Proposal, Step]:
-    return sparsify(problem, proposal, loss)
 
 
 def _search_strength(problem: Problem, patch: State, proposal: Proposal, builder: ReportBuilder) -> LineSearchResult:

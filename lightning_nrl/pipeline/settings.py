@@ -49,8 +49,8 @@ class SearchOptions:
         on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
             `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
             Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.
-        save_every: seconds between two times that a repair in a trainer saves what it has done, from 0: the same call
-            goes on from there after it was stopped or killed. None: it saves nothing.
+        save_every: seconds that a step of a repair in a trainer takes at least for its result to be saved. The same
+            call does not repeat saved steps after it was stopped or killed. None: nothing is saved.
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range.

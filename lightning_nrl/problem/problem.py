@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data._sample_identity import Identified, is_among
@@ -137,7 +137,7 @@ class Problem:
         held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
             They are neither passed nor targeted in `before`.
         unmasked: with samples held out, what the model does on all known data.
-        work: saves pieces of a method's work while it is done, see `SavedWork`.
+        work: saves the results of finished steps, see `ResumeStore`.
     """
 
     evaluator: Evaluator
@@ -159,7 +159,7 @@ class Problem:
     allowance: Allowance = field(default_factory=NoneAllowed)
     held_out: Tensor | None = None
     unmasked: SampleResults | None = None
-    work: SavedWork = field(default_factory=SavedWork)
+    work: ResumeStore = field(default_factory=ResumeStore)
 
     @property
     def model(self) -> nn.Module:
