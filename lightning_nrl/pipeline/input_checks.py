@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from lightning_nrl.data.batch import Source
-from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError, check_kind
+from lightning_nrl.errors import ConfigurationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -101,31 +97,3 @@ def check_targets(before: SampleResults, settings: Settings) -> None:
         raise ConfigurationError(
             f"`known`: no sample {what} ({settings.target}).", "give data on which there is something to repair."
         )
-
-
-def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
-    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper).
-
-    Warns:
-        DataWarning: there are fewer of them than asked for; all are taken.
-    """
-    if settings.search.n_passed is None:
-        return before.passed
-    pool = torch.zeros_like(before.passed)
-    for source in known:
-        if source.passed:
-            pool[before.of(source.split)] = before.passed[before.of(source.split)]
-    rows = pool.nonzero().flatten()
-    generator = torch.Generator().manual_seed(settings.seed)
-    if 0 < len(rows) < settings.search.n_passed:
-        splits = " and ".join(source.split for source in known if source.passed)
-        warnings.warn(
-            DataWarning(
-                f"`n_passed={settings.search.n_passed}`: only {len(rows):,} samples of {splits} pass; all are scored.",
-                "leave `n_passed` out to score every known passed sample, or mark more data as `passed`.",
-            ),
-            stacklevel=2,
-        )
-    drawn = torch.zeros_like(pool)
-    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
-    return drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
-from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.preserve import has_own_modes, preserve
 from lightning_nrl._utils.saved_work import ResumeStore
-from lightning_nrl._utils.state import State, changed, current_state, holding, write
+from lightning_nrl._utils.state import State, changed, current_state, holding, live_tensors, snapshot, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
@@ -23,12 +23,11 @@ from lightning_nrl.evaluation._quotas import needed
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
 from lightning_nrl.pipeline._calibration_bounds import bounds_after
-from lightning_nrl.pipeline._loaded_weights import to_be_loaded
-from lightning_nrl.pipeline._problem_builder import build_problem
-from lightning_nrl.pipeline._work_origin import origin_of
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.report_builder import ReportBuilder
+from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.pipeline.strength import LineSearchResult, line_search
@@ -292,3 +291,55 @@ def _nothing_targeted(baseline: Baseline, known: Sequence[Source], settings: Set
 def _give_up(builder: ReportBuilder, reason: str, stacklevel: int = 3) -> Outcome:
     warnings.warn(f"not repaired: {reason}", category=NotRepairedWarning, stacklevel=stacklevel)
     return Outcome(builder.without_candidate("not repaired", reason))
+
+
+def to_be_loaded(
+    model: nn.Module, patch: dict[str, Tensor], rewritten: Mapping[int, Tensor]
+) -> tuple[State, dict[str, Tensor]]:
+    """What to save so that `eval()` makes of it what is wanted, as nearly as the module lets it.
+
+    Args:
+        model: in evaluation mode, inside of `preserve`, which brings it back afterwards.
+        patch: whole tensors by name, as they should be in evaluation mode.
+        rewritten: the tensors to which `eval()` wrote, as they were before (see `preserve`).
+
+    Returns:
+        The tensors to save, and those that the model then has in evaluation mode, as far as either differs from what it
+        has now. Where `train()` and `eval()` are torch's own, both are the patch.
+    """
+    if not patch or not has_own_modes(model):
+        return patch, patch
+    evaluated = snapshot(model)
+    trained = {name: rewritten.get(id(x), evaluated[name]).to(x.device) for name, x in live_tensors(model).items()}
+    wanted = {**evaluated, **patch}
+    best: tuple[float, State, State] | None = None
+    for saved in _candidates(model, evaluated, trained, wanted):
+        _reload(model, saved)
+        found = snapshot(model)
+        gap = sum(float((found[name].double() - wanted[name].double()).square().sum()) for name in wanted)
+        if best is None or gap < best[0]:
+            best = gap, {name: x for name, x in saved.items() if not torch.equal(x, trained[name])}, found
+        if not gap:
+            break
+    assert best is not None
+    _reload(model, trained)
+    write(model, evaluated)
+    return best[1], changed(model, best[2])
+
+
+def _candidates(model: nn.Module, evaluated: State, trained: State, wanted: State) -> Iterator[State]:
+    """The module's own way back by `train()`, the same change before `eval()`, and the weights wanted."""
+    write(model, wanted)
+    model.train()
+    yield snapshot(model)
+    yield {
+        name: wanted[name] if torch.equal(x, trained[name]) else (trained[name] + (wanted[name] - x)).to(x.dtype)
+        for name, x in evaluated.items()
+    }
+    yield wanted
+
+
+def _reload(model: nn.Module, saved: State) -> None:
+    model.train()
+    write(model, saved)
+    model.eval()

@@ -26,7 +26,7 @@ from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
-__all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "TargetedTraining", "Training"]
+__all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "Training"]
 
 N_SCORED = 100_000
 """Known samples that a search looks at, at most, unless something else is said."""
@@ -58,7 +58,11 @@ class NoneAllowed:
 
 
 class Training(Protocol):
-    """Goes on with the training of the model, the known failures added to the training data."""
+    """Goes on with the training of the model, the known failures added to the training data.
+
+    One that treats targets in another way than other samples has `for_targets(targeted)`, which gives the same training
+    told which samples are targets, `N` bool by row of the results.
+    """
 
     @property
     def epochs(self) -> int:
@@ -98,15 +102,6 @@ class Training(Protocol):
             rate: of AdamW, in place of the module's own optimizers and schedules, whose `training_step` it stays; None:
                 these.
         """
-        ...
-
-
-@runtime_checkable
-class TargetedTraining(Protocol):
-    """A training that treats targets in another way than other samples."""
-
-    def for_targets(self, targeted: Tensor) -> Training:
-        """The same training, told which samples, `N` bool by row of the results, are targets."""
         ...
 
 

@@ -27,7 +27,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._work_origin import _tensors_of
+from lightning_nrl.pipeline.resume_key import _tensors_of
 
 METHODS: dict[str, Any] = {
     "auto": Auto(ParticleSwarm(particles=12, iterations=12)),

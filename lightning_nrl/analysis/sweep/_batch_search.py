@@ -19,7 +19,7 @@ from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import Known, Localization, on_data
 from lightning_nrl.methods.search_samples import record_known, scorer_for
-from lightning_nrl.pipeline.input_checks import passed_rows
+from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
+from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.pipeline.input_checks import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Training
-from lightning_nrl.problem.problem import TargetedTraining
 
 
 def build_problem(
@@ -30,8 +33,9 @@ def build_problem(
 ) -> Problem:
     """What a method is given; `layers` as `find_scope` gives them, without a clock there is no limit of time."""
     space, scope = layers
-    if isinstance(training, TargetedTraining):
-        training = training.for_targets(before.targeted)
+    for_targets = getattr(training, "for_targets", None)
+    if for_targets is not None:
+        training = for_targets(before.targeted)
     return Problem(
         evaluator,
         known,
@@ -52,3 +56,31 @@ def build_problem(
         allowance=settings.gate,
         work=ResumeStore() if work is None else work,
     )
+
+
+def passed_rows(before: SampleResults, known: Sequence[Source], settings: Settings) -> Tensor:
+    """I_pos, `N` bool: every known passed sample, or a sample of those from the passed data (#pos in the paper).
+
+    Warns:
+        DataWarning: there are fewer of them than asked for; all are taken.
+    """
+    if settings.search.n_passed is None:
+        return before.passed
+    pool = torch.zeros_like(before.passed)
+    for source in known:
+        if source.passed:
+            pool[before.of(source.split)] = before.passed[before.of(source.split)]
+    rows = pool.nonzero().flatten()
+    generator = torch.Generator().manual_seed(settings.seed)
+    if 0 < len(rows) < settings.search.n_passed:
+        splits = " and ".join(source.split for source in known if source.passed)
+        warnings.warn(
+            DataWarning(
+                f"`n_passed={settings.search.n_passed}`: only {len(rows):,} samples of {splits} pass; all are scored.",
+                "leave `n_passed` out to score every known passed sample, or mark more data as `passed`.",
+            ),
+            stacklevel=2,
+        )
+    drawn = torch.zeros_like(pool)
+    drawn[rows[torch.randperm(len(rows), generator=generator)[: settings.search.n_passed]]] = True
+    return drawn
