@@ -60,10 +60,11 @@ def make_problem(
     task: Task | None = None,
     context: Context = nullcontext,
     collective: Any = None,
+    bias: bool = False,
     **rest: Any,
 ) -> Problem:
     """The model in evaluation mode on known data, all failures of the marked sources to be repaired."""
-    space, scope = find_scope(model.eval(), layer)
+    space, scope = find_scope(model.eval(), layer, include_bias=bias)
     evaluator = Evaluator(model, task or Multiclass(), context, collective or Collective())
     before = evaluator.run(sources, Target.all() if target is None else target)
     given: dict[str, Any] = {"scope": scope, "whole": layer == "auto", **rest}

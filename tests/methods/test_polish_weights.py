@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_problems import (
-    Marginless,
     barely,
     broken,
     cast,
@@ -187,11 +186,6 @@ def test_weights_that_differ_beyond_the_layer_are_refused() -> None:
     solution = Polish(head)(problem)
     state = head if solution.proposal is None else solution.proposal.state
     assert torch.equal(state["0.weight"], problem.model[0].weight)
-
-
-def test_a_task_without_margins_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"`task`: Marginless has no `margin`"):
-        Polish("no such file")(make_problem(trained(), known(), task=Marginless()))
 
 
 def test_time_is_left_for_what_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
