@@ -13,12 +13,12 @@ from toy_problems import (
     Marginless,
     barely,
     broken,
+    checked,
     left_alone,
     make_problem,
     normed,
     on_a_line,
     retrained,
-    right,
     same,
     threshold,
     together,
@@ -39,15 +39,6 @@ def few_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "VISITS_PER_SAMPLE", 12)
     monkeypatch.setattr(fit_module, "DISTILL_RATE", 0.01)
     monkeypatch.setattr(module, "FIT_STRENGTH", 1.0)
-
-
-def checked(problem: Problem, solution: Solution) -> Solution:
-    assert solution.proposal is not None
-    now = right(problem, solution.proposal.state)
-    assert broken(problem, solution.proposal.state) == solution.proposal.broken == 0
-    assert solution.proposal.repaired == int((problem.before.targeted & now).sum()) > 0
-    assert torch.equal(solution.proposal.after.passed, now)
-    return solution
 
 
 def test_training_goes_on_and_is_polished() -> None:
