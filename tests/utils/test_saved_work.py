@@ -129,11 +129,6 @@ def test_finished_steps_are_not_run_again(tmp_path: Path, dies_at: int) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_short_steps_are_not_saved(tmp_path: Path) -> None:
-    assert counted(begun(tmp_path, every=60), []) == 7
-    assert not list(tmp_path.iterdir())
-
-
 def test_results_of_another_origin_are_not_used_and_that_is_said(tmp_path: Path) -> None:
     class Said:
         text = ""
@@ -153,12 +148,11 @@ def test_results_of_another_origin_are_not_used_and_that_is_said(tmp_path: Path)
 
 
 def test_results_of_an_earlier_run_are_taken_over_and_removed_in_the_end(tmp_path: Path) -> None:
-    made: list[int] = []
     with pytest.raises(Death):
-        counted(begun(tmp_path / "first"), made, 3)
-    work = begun(tmp_path / "second", elsewhere=[tmp_path / "none", tmp_path / "first"])
+        counted(begun(tmp_path / "first"), [], 3)
+    work, made = begun(tmp_path / "second", elsewhere=[tmp_path / "none", tmp_path / "first"]), list[int]()
     assert counted(work, made) == 7
-    assert made == [1, 2, 3, 4]
+    assert made == [3, 4]
     work.done()
     assert [list(folder.iterdir()) for folder in tmp_path.iterdir()] == [[], []]
 
@@ -215,9 +209,10 @@ def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest
     assert len(warned) == 1
 
 
-def test_a_result_that_cannot_be_saved_is_made_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        assert callable(begun(tmp_path).once("odd", lambda: lambda: 1))
+def test_short_steps_and_results_that_cannot_be_saved_leave_no_file(tmp_path: Path) -> None:
+    assert counted(begun(tmp_path, every=60), []) == 7
+    assert callable(begun(tmp_path).once("odd", lambda: lambda: 1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_time_that_was_spent_on_finished_steps_counts(tmp_path: Path) -> None:
