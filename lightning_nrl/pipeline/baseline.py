@@ -22,7 +22,6 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation._neighbors import find_label_issues
 from lightning_nrl.evaluation._quotas import normalised
-from lightning_nrl.pipeline._calibration_bounds import Groups, groups_of
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference._update import Update, look_back
@@ -41,7 +40,6 @@ class Baseline:
         held_out: data that no search uses, and its results on them, by role; roles without data are left out.
         set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
-        groups: the slices of calibration and repair data; None without calibration data.
         leaked: by unseen split, how many of its samples are known too; splits without any are left out.
     """
 
@@ -50,7 +48,6 @@ class Baseline:
     held_out: Mapping[Role, HeldOut]
     set_aside: Tensor
     update: Update | None = None
-    groups: Groups | None = None
     leaked: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -83,7 +80,6 @@ def evaluate_baseline(
         with clock.stage("unseen"):
             others[role] = evaluate_held_out(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
-    groups = groups_of(known, before, others["calibration"], settings) if "calibration" in others else None
     check_losses(before)
     check_task(settings, before, evaluator.task)
     update, own = None, before
@@ -103,7 +99,6 @@ def evaluate_baseline(
         {role: HeldOut(held_out[role], results) for role, results in others.items()},
         set_aside,
         update,
-        groups,
         leaked,
     )
 

@@ -20,9 +20,9 @@ from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation._quotas import needed
+from lightning_nrl.evaluation.flips import FlipCounts, Flips
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
-from lightning_nrl.pipeline._calibration_bounds import bounds_after
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
@@ -34,9 +34,10 @@ from lightning_nrl.pipeline.strength import LineSearchResult, line_search
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.problem.budget import QUOTA_ROUNDS
 from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.stats.post_selection import Selection, limit_after
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -257,10 +258,21 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
         if "calibration" in later:
             verdict = check_protected(verdict, baseline.held_out["calibration"].before, later["calibration"])
     bounds = None
-    if baseline.groups is not None and verdict.accepted:
-        before = baseline.held_out["calibration"].before
-        bounds = bounds_after(before, later["calibration"], baseline.groups, builder.line_search.selection, settings)
+    if verdict.accepted and "calibration" in later:
+        flips = Flips.between(baseline.held_out["calibration"].before, later["calibration"])
+        bounds = _bounds(flips.counts(), builder.line_search.selection, settings.bounds.confidence)
     return builder.with_candidate(verdict, patch, after, later, bounds)
+
+
+def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
+    return CalibrationBounds(
+        broken=counts.broken,
+        n=counts.passed,
+        confidence=confidence,
+        upper=limit_after(counts.broken, counts.passed, selection, confidence),
+        states=selection.states,
+        allowed=selection.allowed,
+    )
 
 
 def _changes(old: State, new: State) -> State:

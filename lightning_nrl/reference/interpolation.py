@@ -29,7 +29,6 @@ DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 ACCURACY_TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
-SERVING_HINT = "combine other models in their outputs: see `lightning_nrl.serving`"
 """For a hint: what there is for two architectures."""
 
 Data = Source | Iterable[Any]
@@ -133,7 +132,7 @@ def interpolate(
     """
     check_share(share)
     evaluator = Evaluator.of(new)
-    before = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT)
+    before = fitting("old", read_state("old", old), evaluator.model)
     mixed = between(before, snapshot(evaluator.model), 1 - share)
     return mixed | (_statistics(evaluator, mixed, training, **estimating) if 0 < share < 1 else {})
 
@@ -194,7 +193,7 @@ def choose_share(
         check_share(share, "shares")
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
-    before, after = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT), snapshot(evaluator.model)
+    before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
     was_right, label = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
