@@ -146,7 +146,7 @@ class RegressionMetrics(CallbackBase):
                 self._warn_once()
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
-        right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
+        right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))
 
     @override

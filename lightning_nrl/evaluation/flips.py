@@ -10,7 +10,12 @@ from torch import Tensor
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["FlipCounts", "Flips", "TargetCounts"]
+__all__ = ["FlipCounts", "Flips", "TargetCounts", "flip_masks"]
+
+
+def flip_masks(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns masks of the kept, broken, repaired and failing samples, from which are right before and after."""
+    return before & after, before & ~after, ~before & after, ~before & ~after
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,7 @@ class FlipCounts:
     @staticmethod
     def of(before: Tensor, after: Tensor) -> FlipCounts:
         """Counts samples, `N` bool each: which were right before, and which are after."""
-        masks = (before & after, before & ~after, ~before & after, ~before & ~after)
-        return FlipCounts(*(int(mask.sum()) for mask in masks))
+        return FlipCounts(*(int(mask.sum()) for mask in flip_masks(before, after)))
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,7 @@ class Flips:
                 f"results before ({_shape(before)}) and after ({_shape(after)}) is not about the same samples.",
                 "collect both from the same data, without shuffling.",
             )
-        old, new = (results.passed & results.loss.isfinite() for results in (before, after))
-        return cls(kept=old & new, broken=old & ~new, repaired=~old & new, failing=~old & ~new)
+        return cls(*flip_masks(before.right, after.right))
 
     def counts(self, rows: Tensor | slice = slice(None)) -> FlipCounts:
         """How many of the chosen rows (a mask or a slice; all by default) went which way."""

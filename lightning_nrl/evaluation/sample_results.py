@@ -80,6 +80,11 @@ class SampleResults:
         return slice(start, start + self.sizes[self.splits.index(split)])
 
     @property
+    def right(self) -> Tensor:
+        """`N` bool, samples that passed with a finite loss; all others count as wrong."""
+        return self.passed & self.loss.isfinite()
+
+    @property
     def weighted(self) -> bool:
         """Whether not all samples count alike."""
         return bool((self.weight != 1).any())

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.flips import flip_masks
 from lightning_nrl.metrics.rates import RATES, flip_rates
 
 __all__ = [
@@ -64,8 +65,8 @@ def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tenso
     """
     for argument, preds in (("old_preds", old_preds), ("new_preds", new_preds)):
         _flips_validate(argument, preds, target)
-    old, new = _flips_format(old_preds, target), _flips_format(new_preds, target)
-    return torch.stack([mask.sum() for mask in (old & new, old & ~new, ~old & new, ~old & ~new)])
+    masks = flip_masks(_flips_format(old_preds, target), _flips_format(new_preds, target))
+    return torch.stack([mask.sum() for mask in masks])
 
 
 def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:

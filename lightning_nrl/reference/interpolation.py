@@ -273,7 +273,7 @@ def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) ->
             with evaluator.context():
                 output = task.logits(run_model(model, args, kwargs))
             task.check(output, target)
-            right, label = task.passed(output, target) & task.loss(output, target).isfinite(), task.label(target)
+            right, label = task.right(output, target), task.label(target)
             rights.append(right)
             labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
         return _joined(rights), _joined(labels)

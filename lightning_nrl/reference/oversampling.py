@@ -97,7 +97,7 @@ class Oversampler(Sampler[int]):
             for args, kwargs, target in unpacked(batches, bind_adapter(adapter, model), device_of(model)):
                 output = task.logits(run_model(model, args, kwargs))
                 task.check(output, target)
-                right = task.passed(output, target) & task.loss(output, target).isfinite()
+                right = task.right(output, target)
                 margin = task.margin(output, target)
                 passed.append(right)
                 margins.append(torch.full(right.shape, torch.nan) if margin is None else margin)

@@ -52,6 +52,12 @@ class Task(ABC):
             passed = passed & (margin >= reserve)
         return passed, self.loss(output, target) if with_loss else None
 
+    def right(self, output: Tensor, target: Any) -> Tensor:
+        """Whether each sample counts as right, `n` bool: it passes and its loss is finite."""
+        passed, loss = self.passed_and_loss(output, target)
+        assert loss is not None
+        return passed & loss.isfinite()
+
     def check(self, output: Tensor, target: Any) -> None:
         """Refuses an output and a target that do not fit each other; asked once a batch before anything is counted.
 
