@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
+from typing import ClassVar, final
 
 from torch import Tensor
 
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance", "read_number"]
@@ -25,6 +26,9 @@ class Gate(ABC):
     `Gate.instance()`, `Gate.accuracy()` and `Gate.tolerance(limit)` make the usual ones, `Gate.parse(text)` reads
     them from text. A gate of your own is a frozen dataclass with `allowed`, `rule` and `__str__`.
 
+    Attributes:
+        needs_target: whether only broken samples in the target count (`Target.covers`), and protected ones.
+
     Example:
         >>> Gate.parse("tolerance:1%")
         Tolerance(limit=0.01)
@@ -32,17 +36,41 @@ class Gate(ABC):
         56
     """
 
+    needs_target: ClassVar[bool] = False
+
     @abstractmethod
     def allowed(self, counts: FlipCounts) -> int:
         """The most broken samples that the gate lets through, given what became of all known samples."""
 
+    @final
+    def excess(self, before: SampleResults, flips: Flips) -> float:
+        """By how much the broken samples exceed what is allowed, by their weights; 0 if the gate accepts them."""
+        return self.excess_of(flips.counts(), self.harm(before, flips.broken))
+
+    @final
+    def excess_of(self, counts: FlipCounts, harm: float | None = None) -> float:
+        """By how much broken samples exceed what is allowed; 0 if the gate accepts them.
+
+        Args:
+            counts: what became of all samples.
+            harm: what the broken ones count; None: all samples count alike.
+
+        Raises:
+            ConfigurationError: the gate is about the target, and the counts are of data without one.
+        """
+        if harm is None and self.needs_target:
+            if not isinstance(counts, TargetCounts):
+                raise ConfigurationError(
+                    f"`gate='{self}'`: no failures are targeted here, so nothing is in the target.",
+                    "write `instance` or `tolerance:1%`.",
+                )
+            harm = counts.broken_in_target
+        return max(0.0, (counts.broken if harm is None else harm) - self.allowed(counts))
+
+    @final
     def harm(self, before: SampleResults, broken: Tensor) -> float:
         """What broken samples, `N` bool, count against what is allowed; infinite if a protected one is among them."""
-        return before.harm(broken)
-
-    def lets_through(self, counts: FlipCounts) -> bool:
-        """Whether no more break than is allowed, where all samples count alike."""
-        return counts.broken <= self.allowed(counts)
+        return before.harm(broken & (before.in_target | before.protected) if self.needs_target else broken)
 
     @property
     @abstractmethod
@@ -126,24 +154,10 @@ class InstanceInTarget(Gate):
     A model that repairs one class at the price of another passes: look at `broken`, too.
     """
 
+    needs_target: ClassVar[bool] = True
+
     def allowed(self, counts: FlipCounts) -> int:
         return 0
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        return before.harm(broken & (before.in_target | before.protected))
-
-    def lets_through(self, counts: FlipCounts) -> bool:
-        """Whether none in the target breaks.
-
-        Raises:
-            ConfigurationError: the counts are of data without a target.
-        """
-        if not isinstance(counts, TargetCounts):
-            raise ConfigurationError(
-                "`gate='instance-in-target'`: no failures are targeted here, so nothing is in the target.",
-                "write `instance` or `tolerance:1%`.",
-            )
-        return counts.broken_in_target == 0
 
     @property
     def rule(self) -> str:

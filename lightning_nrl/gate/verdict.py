@@ -13,7 +13,7 @@ from typing import Literal
 from lightning_nrl.evaluation._quotas import below
 from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate.gates import Gate, InstanceInTarget, allowance
+from lightning_nrl.gate.gates import Gate, allowance
 
 __all__ = ["Verdict", "check_protected", "judge"]
 
@@ -67,7 +67,7 @@ def judge(
     status: Literal["repaired", "refused", "not repaired"] = "repaired"
     if target.repaired == 0:
         status = "not repaired"
-    elif lacking or gate.harm(before, flips.broken) > gate.allowed(counts):
+    elif lacking or gate.excess(before, flips):
         status = "refused"
     broken = before.ids(flips.broken)
     return Verdict(
@@ -112,7 +112,7 @@ def _reason(status: str, gate: Gate, counts: TargetCounts, target: FlipCounts, b
     loss = f"of {counts.passed:,} known samples that passed before, {_count(counts.broken)} {breaks}"
     loss += f" ({split})" if split else ""
     limit = allowance(gate, counts)
-    if isinstance(gate, InstanceInTarget):
+    if gate.needs_target:
         limit += f" ({_count(counts.broken_in_target)} of {counts.passed_in_target:,} {breaks})"
     if status == "refused":
         sentences = f"{loss}; {limit}", gain

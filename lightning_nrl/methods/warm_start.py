@@ -182,7 +182,7 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     if not isinstance(fitness, Fitness):
         return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    tolerated = float(problem.allowance.allowed(counts))
+    tolerated = float(problem.gate.allowed(counts))
     return replace(fitness, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
 
 

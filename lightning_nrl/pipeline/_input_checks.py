@@ -13,7 +13,6 @@ from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSample
 from lightning_nrl.evaluation import DOUBTFUL
 from lightning_nrl.evaluation.requirements import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate import InstanceInTarget
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
 
@@ -67,9 +66,9 @@ def _kinds(sources: object) -> str:
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Refuses a limit and a mix where there are no calibration data that they are about, and a limit on the target."""
-    if isinstance(settings.limit, InstanceInTarget):
+    if settings.limit is not None and settings.limit.needs_target:
         raise ConfigurationError(
-            "`limit='instance-in-target'`: a limit is about all calibration data.", "write `tolerance:1%`."
+            f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
         )
     for name, value in (("limit", settings.limit), ("mix", settings.bounds.mix)):
         if value is not None and not calibrated:

@@ -51,6 +51,6 @@ def build_problem(
         whole=settings.layer == "auto",
         update=update,
         needed={} if needed is None else needed,
-        allowance=settings.gate,
+        gate=settings.gate,
         work=SavedWork() if work is None else work,
     )

@@ -88,7 +88,7 @@ class AtMostBroken(Rule):
 
     def __post_init__(self) -> None:
         gate = Gate.parse(self.gate)
-        gate.lets_through(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
+        gate.excess_of(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
         object.__setattr__(self, "gate", gate)
         object.__setattr__(self, "splits", _names(self.splits))
 
@@ -101,7 +101,7 @@ class AtMostBroken(Rule):
         for split in check_splits(str(self), self.splits, pair.splits):
             rows = pair.rows(split)
             counts = pair.flips.counts(rows)
-            if not self.gate.lets_through(counts):
+            if self.gate.excess_of(counts):
                 bad |= rows & pair.flips.broken
             words.append(
                 f"{split}: {counts.broken:,} of {counts.passed:,} that were right broke; "
