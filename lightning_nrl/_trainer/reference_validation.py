@@ -103,7 +103,7 @@ def evaluate_reference(
         with preserve(model):
             new = evaluator.run([recorder], forward=probe)
         answers = reference.answers(evaluator, [source], new)
-    names, group = recorder.gathered(collective)
+    names, group = recorder.named(collective)
     rows = torch.searchsorted(source.index, mine)
     return ReferenceResults(
         loader,

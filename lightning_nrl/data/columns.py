@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.data.target_parsing import target_in
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = ["Column", "Field", "column_values", "find_column", "numbers"]
@@ -101,11 +99,4 @@ def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -
         ConfigurationError: the column cannot be had, or is not one number or bool a sample.
     """
     found = column_values(argument, column, batch, label)
-    values = found.detach().cpu() if isinstance(found, Tensor) else np.asarray(found)
-    kind = values.dtype.kind if isinstance(values, np.ndarray) else "c" if values.is_complex() else "f"
-    if tuple(values.shape) != (len(batch),) or kind not in "biuf":
-        raise ConfigurationError(
-            f"`{argument}` gave {type(found).__name__} {list(values.shape)} for a batch of {len(batch)} samples.",
-            "give one number or bool for each sample.",
-        )
-    return torch.as_tensor(values).double()
+    return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

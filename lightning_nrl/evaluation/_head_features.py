@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data.batch import Source
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.batch import Source, run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.evaluation.evaluator import Evaluator, Forward
 from lightning_nrl.evaluation.sample_results import SampleResults

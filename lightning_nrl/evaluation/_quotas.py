@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.checks import read_number
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -32,13 +33,7 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
     found: dict[str, int | float] = {}
     for name, quota in quotas.items():
-        number: Any = quota
-        if isinstance(quota, str):
-            try:
-                percent = quota.strip().endswith("%")
-                number = float(Fraction(quota.strip()[:-1]) / 100) if percent else float(Fraction(quota))
-            except ValueError:
-                number = math.nan
+        number: Any = read_number(f"`quotas[{name!r}]`", quota.strip(), hint) if isinstance(quota, str) else quota
         whole = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
         share = isinstance(number, Real) and not isinstance(number, Integral) and 0 < float(number) <= 1
         if not whole and not share:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.checks import is_class
 from lightning_nrl.errors import ConfigurationError, check_whole
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -41,9 +42,9 @@ class RiskTable:
             match = PAIR.fullmatch(key) if isinstance(key, str) else None
             number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
             pair = (int(match[1]), int(match[2])) if match else key
-            if isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_class, pair)) and pair[0] != pair[1]:
+            if isinstance(pair, tuple) and len(pair) == 2 and all(map(is_class, pair)) and pair[0] != pair[1]:
                 pairs[pair[0], pair[1]] = level
-            elif _is_class(number):
+            elif is_class(number):
                 classes[number] = level
             else:
                 raise ConfigurationError(
@@ -81,7 +82,3 @@ class RiskTable:
                 "`risk` is for confusions of classes, and the task has none.", "use `importance` and `protected`."
             )
         return self.of(results.label, results.prediction), self.worst(results.label)
-
-
-def _is_class(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Batch, Source
-from lightning_nrl.data._observed_source import ObservedSource
+from lightning_nrl.data.batch import RecordingSource
 from lightning_nrl.data.columns import Column, numbers
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation._quotas import normalised
@@ -22,29 +21,17 @@ from lightning_nrl.evaluation._slices import renumbered
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-__all__ = ["ColumnRecorder", "breaking_costs", "values_by_id", "with_repair_worth", "with_slices"]
+__all__ = ["breaking_costs", "column_recorder", "values_by_id", "with_repair_worth", "with_slices"]
 
 
-class ColumnRecorder(ObservedSource):
-    """A source that notes columns of its batches; the task knows the labels."""
+def column_recorder(source: Source, columns: Mapping[str, Column], task: Task) -> RecordingSource:
+    """A source that notes columns of its batches, `n x C` float64; the task knows the labels."""
 
-    def __init__(self, source: Source, columns: Mapping[str, Column], task: Task) -> None:
-        self.columns, self.task = columns, task
-        super().__init__(source)
+    def note(batch: Batch) -> Tensor:
+        label = task.label(batch.target)
+        return torch.stack([numbers(name, column, batch, label) for name, column in columns.items()], 1)
 
-    def begin(self) -> None:
-        """Forgets an earlier pass."""
-        super().begin()
-        self._values: dict[str, list[Tensor]] = {name: [] for name in self.columns}
-
-    def observe(self, batch: Batch) -> None:
-        """Notes the columns of a batch."""
-        for name, column in self.columns.items():
-            self._values[name].append(numbers(name, column, batch, self.task.label(batch.target)))
-
-    def gathered(self, name: str, collective: Collective) -> Tensor:
-        """The column of all ranks in the order of the source, float64."""
-        return self.in_order(self._values[name], torch.zeros(0, dtype=torch.float64), collective)
+    return RecordingSource(source, note, torch.zeros(0, len(columns), dtype=torch.float64))
 
 
 def with_slices(results: SampleResults, slices: Sequence[tuple[tuple[str, ...], Tensor]]) -> SampleResults:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.checks import Kind, check_per_sample
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
-from lightning_nrl.data.batch import Batch, Source, tensors_in
-from lightning_nrl.data.batch_structure import adapter_hint, describe
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.adapters import adapter_hint, describe
+from lightning_nrl.data.batch import Batch, Source, run_model, tensors_in
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
@@ -238,20 +238,14 @@ def _explain_devices(split: str, batch: Batch, device: torch.device, error: Runt
 
 
 def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table:
-    n, name_of_task = len(batch), type(task).__name__
+    n = len(batch)
     label, prediction, margin = task.label(batch.target), task.prediction(output), task.margin(output, batch.target)
     passed, loss = task.passed(output, batch.target), task.loss(output, batch.target)
     given = {"passed": passed, "loss": loss, "label": label, "prediction": prediction, "margin": margin}
     for name, column in given.items():
-        # Other shapes would be spread out silently, such as `n x 1` against `n`.
-        if column is not None and column.shape != (n,):
-            raise ConfigurationError(
-                f"`task`: `{name}` of {name_of_task} gave {list(column.shape)} for a batch of {n} samples.",
-                f"return one value a sample, [{n}]; the model's output and the target must count the same samples.",
-            )
-    if passed.dtype != torch.bool:
-        problem = f"`task`: `passed` of {name_of_task} gave {passed.dtype}."
-        raise ConfigurationError(problem, "return one bool a sample.")
+        if column is not None:
+            kind: Kind = "bool" if name == "passed" else "number"
+            check_per_sample(f"`task`: `{name}` of {type(task).__name__}", column, n, kind, tensors_only=True)
     unknown, loss = torch.full_like(passed, -1, dtype=torch.int64), at_least_float32(loss)
     targeted, in_target = marker(batch, label, prediction, passed)
     return {

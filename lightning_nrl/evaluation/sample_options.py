@@ -15,8 +15,8 @@ from lightning_nrl.errors import ConfigurationError, check_choice, check_real
 from lightning_nrl.evaluation._quotas import Quota, checked_quotas
 from lightning_nrl.evaluation._risk import RiskTable
 from lightning_nrl.evaluation._sample_weights import (
-    ColumnRecorder,
     breaking_costs,
+    column_recorder,
     values_by_id,
     with_repair_worth,
     with_slices,
@@ -151,13 +151,13 @@ class SampleOptions:
         asked |= {"importance": self.importance, "set_aside": self.set_aside} if known else {}
         columns = {name: find_column(name, value) for name, value in asked.items() if self._is_column(name, value)}
         slices = None if self.slices is None else find_column("slices", self.slices)
-        recorders = [ColumnRecorder(source, columns, evaluator.task) for source in sources]
-        slicing = [SliceRecorder(source, slices, evaluator.task) for source in recorders]
-        observed = slicing if columns or slices is not None else sources
-        results = evaluator.run(observed, target, everywhere=everywhere)
+        recording = [column_recorder(source, columns, evaluator.task) for source in sources] if columns else []
+        slicing = [SliceRecorder(source, slices, evaluator.task) for source in recording or sources]
+        results = evaluator.run(slicing, target, everywhere=everywhere)
         if slices is not None:
-            results = with_slices(results, [one.gathered(evaluator.collective) for one in slicing])
-        values = {name: torch.cat([one.gathered(name, evaluator.collective) for one in recorders]) for name in columns}
+            results = with_slices(results, [one.named(evaluator.collective) for one in slicing])
+        noted = torch.cat([one.gathered(evaluator.collective) for one in recording]) if columns else torch.zeros(0, 0)
+        values = dict(zip(columns, noted.T, strict=True))
         for name, value in asked.items():
             if value is not None and name not in columns and not isinstance(value, (str, Focal)):
                 splits = [source.split for source in sources if source.failed or name == "protected"]

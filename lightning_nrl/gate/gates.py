@@ -11,12 +11,13 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
+from lightning_nrl._utils.checks import read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance", "read_number"]
+__all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Gate(ABC):
         make = GATES.factory(argument, kind) if kind in GATES else None
         if make is None or bool(limit) != (make is Tolerance):
             raise GATES.unreadable(f"`{argument}={gate!r}`", kind)
-        return make(_number(limit.strip(), gate, argument)) if limit else make()
+        hint = f"write one of {list(GATES.forms)}."
+        return make(read_number(f"`{argument}={gate!r}`", limit.strip(), hint)) if limit else make()
 
 
 GATES: Registry[Gate] = Registry("gate", "pass a `Gate`", lambda value: isinstance(value, Gate))
@@ -221,22 +223,6 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
-
-
-def read_number(text: str) -> int | float:
-    """A whole number, or a share, also in percent; else a `ValueError`."""
-    if text.endswith("%"):
-        return float(Fraction(text[:-1].strip()) / 100)
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def _number(text: str, gate: str, argument: str) -> int | float:
-    try:
-        return read_number(text)
-    except ValueError as error:
-        raise ConfigurationError(
-            f"`{argument}={gate!r}`: {text!r} is no number.", f"write one of {list(GATES.forms)}."
-        ) from error
 
 
 def _checked_limit(limit: int | float) -> int | float:

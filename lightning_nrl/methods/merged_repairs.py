@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.methods._coefficients import merged, search_coefficients
 from lightning_nrl.methods.family import bundle

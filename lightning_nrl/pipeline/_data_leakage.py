@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data import Source
-from lightning_nrl.data._sample_identity import ContentRecorder, Identified, is_among
+from lightning_nrl.data.batch import RecordingSource
+from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.report import Role
 
@@ -29,9 +30,9 @@ class LeakCheck:
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
         watched = any(held_out.values())
-        self.known: Sequence[Source] = [ContentRecorder(source) for source in known] if watched else known
+        self.known: Sequence[Source] = [content_recorder(source) for source in known] if watched else known
         self.held_out: dict[Role, Sequence[Source]] = {
-            role: [ContentRecorder(source) for source in sources] for role, sources in held_out.items()
+            role: [content_recorder(source) for source in sources] for role, sources in held_out.items()
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
@@ -44,9 +45,9 @@ class LeakCheck:
             ConfigurationError: calibration samples are known too. They say nothing of data to come.
         """
         found: dict[str, int] = {}
-        others = [source for source in self.known if isinstance(source, ContentRecorder)]
+        others = [source for source in self.known if isinstance(source, RecordingSource)]
         for role in ("calibration", "unseen"):
-            own = [source for source in self.held_out.get(role, ()) if isinstance(source, ContentRecorder)]
+            own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
             for source in own:
                 again = _again(source, others, collective)
                 if not again.any():
@@ -67,10 +68,10 @@ class LeakCheck:
         return found
 
 
-def _again(source: ContentRecorder, others: Sequence[ContentRecorder], collective: Collective) -> Tensor:
+def _again(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
     """Which samples of a source are among those of others, `n` bool, the same on every rank."""
-    keys = source.keys(collective)
-    again = is_among(keys, torch.cat([other.keys(collective) for other in others]))
+    keys = source.gathered(collective)
+    again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]
     if isinstance(source.source, Identified) and identified:
         again |= is_among(source.source.identity, torch.cat(identified))

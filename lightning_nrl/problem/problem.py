@@ -14,8 +14,8 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.saved_work import SavedWork
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.data._sample_identity import Identified, is_among
 from lightning_nrl.data.batch import Source
+from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.flips import Flips, TargetCounts

@@ -15,9 +15,8 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, Source, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 

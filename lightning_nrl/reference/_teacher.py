@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._optim.logit_cache import LogitCache
-from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.model_call import bound, run_model
+from lightning_nrl._utils.checks import check_per_sample
+from lightning_nrl.data.adapters import bind_adapter
+from lightning_nrl.data.batch import Adapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.reference.loss_terms import OldAnswers
 from lightning_nrl.reference.old_model import Classes, table_for
@@ -58,7 +59,7 @@ class ModelTeacher(ReferenceTeacher):
         index: Index | None = None,
     ) -> None:
         self.model, self.task = model, task
-        self.adapter = None if adapter is None else bound(adapter, model)
+        self.adapter = None if adapter is None else bind_adapter(adapter, model)
         self.classes = table_for(task, classes)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
@@ -152,18 +153,13 @@ class PredictedTeacher(ReferenceTeacher):
 def rows_of(index: Index, raw: Any, n: int) -> Tensor:
     """The positions that a function gives for a raw batch, `n` int64; a `ConfigurationError` for anything else."""
     try:
-        found = torch.as_tensor(index(raw))
+        found = index(raw)
     except Exception as error:
         raise ConfigurationError(
             f"`index` raised {type(error).__name__}: {error}.",
             "it is called with a batch as the data loader gives it, and returns data-set positions.",
         ) from error
-    if found.shape != (n,) or found.is_floating_point() or found.dtype == torch.bool or bool((found < 0).any()):
-        raise ConfigurationError(
-            f"`index` returned {found.dtype} {list(found.shape)} for {n} samples.",
-            "return the data-set position of each sample, whole numbers from 0.",
-        )
-    return found.long()
+    return check_per_sample("`index`", found, n, "whole number from 0").long()
 
 
 def _relaid(output: Tensor, table: Mapping[int, int], classes: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
-from lightning_nrl.data.batch import Adapter, Source, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.flips import FlipCounts

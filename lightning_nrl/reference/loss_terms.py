@@ -21,7 +21,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError, check_kind, check_real
 from lightning_nrl.tasks import Task
 
-__all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "check_term", "parse_terms"]
+__all__ = ["TERMS", "FocalDistillation", "MarginHinge", "OldAnswers", "Term", "parse_terms"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +175,6 @@ def parse_terms(term: str | Term | Sequence[str | Term]) -> tuple[Term, ...]:
             f"`term`: {len(names)} terms, named {names}.", "give at least one, each with a `name` of its own."
         )
     return terms
-
-
-def check_term(term: Term, value: Tensor, n: int) -> None:
-    """Refuses a term that does not give one number for each of `n` samples."""
-    if value.shape != (n,):
-        raise ConfigurationError(
-            f"`term`: {term.name} gave {list(value.shape)} for {n} samples.", "return one number a sample."
-        )
 
 
 def _check_numbers(term: Any, above: Sequence[str], least: Sequence[str] = ()) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, device_of
+from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.data.model_call import bound
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
@@ -104,7 +105,7 @@ class OldModel:
 
     def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
         own = self.model if isinstance(self.model, nn.Module) else evaluator.model
-        adapter = None if self.adapter is None else bound(self.adapter, own)
+        adapter = None if self.adapter is None else bind_adapter(self.adapter, own)
         seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
         if state is not None:
             with preserve(evaluator.model):
@@ -150,7 +151,7 @@ def table_of(classes: Classes | None) -> dict[int, int] | None:
         return None
     if isinstance(classes, Mapping):
         table = dict(classes)
-        whole = all(isinstance(k, int) and isinstance(v, int) and k >= 0 and v >= 0 for k, v in table.items())
+        whole = all(map(is_class, (*table, *table.values())))
     else:
         both = isinstance(classes, (tuple, list)) and len(classes) == 2
         whole = both and all(isinstance(names, (tuple, list)) for names in classes)

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks import Task, parse_task
 

@@ -90,8 +90,8 @@ def evaluate_pair(
     with preserve(new.model):
         after = new.run(recording)
         before = old.answers(new, data, after)
-    names, group = _with_common_names([source.gathered(ranks) for source in slicing])
-    marked = {target: torch.cat([mark.gathered(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
+    names, group = _with_common_names([source.named(ranks) for source in slicing])
+    marked = {target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
     return ModelPair(before, after, names, group, marked)
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.strict_csv import read_csv
-from lightning_nrl.data.target_parsing import target_in
-from lightning_nrl.data.targets import Predicate, Target
+from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.release.model_pair import ModelPair, check_splits
 from lightning_nrl.release.rules import Finding, Rule

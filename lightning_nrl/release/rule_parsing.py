@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from lightning_nrl._utils.checks import read_number
 from lightning_nrl._utils.registry import Registry
-from lightning_nrl.data.target_parsing import target_in
+from lightning_nrl.data.targets import target_in
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.gate.gates import read_number
 from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.rules import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, Rule
 
@@ -82,10 +82,5 @@ def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule
     return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
 
 
-def _number(text: str, rule: Any) -> float:
-    try:
-        return float(read_number(text))
-    except ValueError as error:
-        raise ConfigurationError(
-            f"`rules`: {text!r} in {rule!r} is no number.", f"write one of {list(RULES.forms)}."
-        ) from error
+def _number(text: str, rule: str) -> float:
+    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.tasks.task import Task, class_divergence, described
+from lightning_nrl.tasks.task import Task, class_divergence
 
 __all__ = ["Multiclass", "check_whole_labels"]
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
-from lightning_nrl.tasks.task import Task, described, masked_mean
+from lightning_nrl.tasks.task import Task, masked_mean
 
 __all__ = ["Multilabel"]
 

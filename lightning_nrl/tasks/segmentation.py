@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks._elements import Elements, ElementsTask
@@ -67,8 +68,7 @@ class Segmentation(ElementsTask):
         check_real("Segmentation.iou", self.iou, "threshold", hint, above=0, most=1)
         if self.classes is None:
             return
-        listed = isinstance(self.classes, (list, tuple)) and bool(self.classes)
-        if not listed or not all(isinstance(c, int) and not isinstance(c, bool) and c >= 0 for c in self.classes):
+        if not isinstance(self.classes, (list, tuple)) or not self.classes or not all(map(is_class, self.classes)):
             raise ConfigurationError(
                 f"`Segmentation.classes={self.classes!r}` are no classes.", "give class numbers, such as (1,)."
             )

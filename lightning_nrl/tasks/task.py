@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
-from lightning_nrl.data.batch_structure import describe, fields_of
+from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["OUTPUT_KEYS", "Task", "class_divergence", "described", "masked_mean"]
+__all__ = ["OUTPUT_KEYS", "Task", "class_divergence", "masked_mean"]
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
 """Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
@@ -152,8 +152,3 @@ def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
     """`n`, the mean of `n x E` values over those that count, `n x E` bool; 0 where none does."""
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
-
-
-def described(value: Any) -> str:
-    """What was found where another tensor was expected, for an error."""
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -10,7 +10,7 @@ import torch
 from graphs import Graphs
 from torch import Tensor
 
-from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.data.adapters import adapter_hint, describe
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.data.model_call import ModelAdapter, as_adapter, bound, run_model
+from lightning_nrl.data.adapters import ModelAdapter, as_adapter, bind_adapter
+from lightning_nrl.data.batch import run_model
 
 
 def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -18,7 +19,7 @@ def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 def test_an_adapter_of_two_parameters_runs_the_module() -> None:
     model, other = nn.Linear(2, 2), nn.Linear(2, 2)
     x, y = torch.ones(3, 2), torch.tensor([0, 1, 0])
-    args, kwargs, target = bound(halved, model)((x, y))
+    args, kwargs, target = bind_adapter(halved, model)((x, y))
     assert target is y
     output = run_model(model, args, kwargs)
     assert torch.equal(output, model(x / 2))
@@ -32,7 +33,7 @@ def test_it_gives_no_inputs_without_a_module() -> None:
 
 
 def test_what_is_no_pair_is_refused() -> None:
-    adapter = bound(lambda module, batch: module(batch[0]), nn.Linear(2, 2))
+    adapter = bind_adapter(lambda module, batch: module(batch[0]), nn.Linear(2, 2))
     with pytest.raises(ConfigurationError, match=r"returned Tensor, not \(logits, target\)"):
         adapter((torch.ones(3, 2), torch.zeros(3)))
 

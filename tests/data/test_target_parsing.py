@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning_nrl import ConfigurationError, RegressionFreeRepair, Settings, Target
 from lightning_nrl.data import And, Confusion, Label, Not, Or, Where, parse_target
 from lightning_nrl.data.columns import Field, find_column
-from lightning_nrl.data.target_parsing import target_in
+from lightning_nrl.data.targets import target_in
 from lightning_nrl.release import ProtectedIntact, parse_rules
 
 CLASSES = st.integers(0, 10**18 - 1)

@@ -13,7 +13,7 @@ from graphs import Graphs
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.data.unpacking import INPUT_KEYS, TARGET_KEYS, ForwardSignature, bind_adapter, unpack
+from lightning_nrl.data.adapters import INPUT_KEYS, TARGET_KEYS, ForwardSignature, bind_adapter, unpack
 
 X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
 A, B = torch.zeros(2, 4), torch.ones(2, 5)

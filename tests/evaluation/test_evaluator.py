@@ -202,7 +202,11 @@ class Column(Task):
 
 @pytest.mark.parametrize(
     ("wrong", "found"),
-    [("passed", r"`passed` of Column gave \[5, 5\]"), ("loss", r"`loss` .* \[5, 1\]"), ("dtype", "float32")],
+    [
+        ("passed", r"`passed` of Column returned .* \[5, 5\]"),
+        ("loss", r"`loss` .* \[5, 1\]"),
+        ("dtype", "float32"),
+    ],
 )
 def test_a_task_that_does_not_judge_one_sample_at_a_time_is_refused(wrong: str, found: str) -> None:
     with pytest.raises(ConfigurationError, match=f"`task`: .*{found}"):

@@ -139,7 +139,7 @@ def test_slices_by_a_column_a_function_or_a_target() -> None:
         ({"importance": True}, "type bool is no column"),
         ({"quotas": {"night": 3}}, "needs slices, and there are none"),
         ({"slices": 2, "quotas": {"night": 0}}, "0 for 'night' is no quota"),
-        ({"slices": 2, "quotas": {"night": "half"}}, "'half' for 'night' is no quota"),
+        ({"slices": 2, "quotas": {"night": "half"}}, "`quotas.'night'.`: 'half' is no number"),
         ({"slices": 2, "quotas": [3]}, "`quotas`: found a list"),
     ],
 )
@@ -157,7 +157,10 @@ def test_what_means_nothing_is_refused_at_once(arguments: dict[str, Any], messag
             SampleOptions(importance=lambda batch: batch[2] - 3),
             r"`importance` is -2.0 for 3 failed samples \(new: \[0, 2, 4\]",
         ),
-        (SampleOptions(importance=lambda batch: batch[2][:1]), r"gave Tensor \[1\] for a batch of 4 samples"),
+        (
+            SampleOptions(importance=lambda batch: batch[2][:1]),
+            r"returned torch.float32 \[1\] for a batch of 4",
+        ),
         (SampleOptions(importance={99: 1.0}), "'new' data have no sample 99"),
         (SampleOptions(protected=lambda batch: batch[2] / 2), "`protected` is 4.5 for 3 passed samples"),
         (SampleOptions(set_aside={"old": [1]}), "`set_aside` names the split 'old'"),
