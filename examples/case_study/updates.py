@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.reference import choose_share, interpolate
 from lightning_nrl.serving import WeightedEnsemble, choose_threshold, choose_weight
 from lightning_nrl.serving.margin_switch import SwitchRule

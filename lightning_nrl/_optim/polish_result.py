@@ -9,8 +9,7 @@ import torch
 from lightning_nrl._optim.active_set import ActiveSet
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.problem import Problem, Proposal
 
 __all__ = ["PolishResult", "better_of", "scale_back"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["Evaluator", "Forward"]
+__all__ = ["Evaluator", "Forward", "Need", "check_needs"]
 
 Forward = Callable[..., Any]
 """A model, or a function that calls it."""
@@ -279,3 +279,35 @@ def _exchanged(source: Source, read: Callable[[], Table], collective: Collective
             "over all ranks each must come once; a collate function must neither drop nor add samples.",
         )
     return {"index": source.index, **{name: column[order] for name, column in whole.items()}}
+
+
+Need = Literal["margins", "classes"]
+
+
+def check_needs(
+    needs: Collection[Need],
+    results: SampleResults,
+    task: Task,
+    by: str = "`method='convex'`",
+    hint: str = "use `method='linearized'` for one layer, or leave `method` at 'auto'.",
+) -> None:
+    """Refuses a task that does not have what a method needs.
+
+    Args:
+        needs: `margins`, with gradients; `classes`, one a sample, the right one that with the largest logit.
+        results: of some samples at least.
+        task: that they were judged by.
+        by: what needs classes.
+        hint: what to do where there are none.
+
+    Raises:
+        ConfigurationError: it lacks one.
+    """
+    name = type(task).__name__
+    if "margins" in needs and len(results) and bool(results.margin.isnan().all()):
+        raise ConfigurationError(
+            f"`task`: {name} has no `margin`, so there is nothing that steps could improve.",
+            "give it a `margin`, or repair with `method='swarm'`, which needs no gradients.",
+        )
+    if "classes" in needs and bool((results.label < 0).any()):
+        raise ConfigurationError(f"{by} needs a class for each sample, the task {name} has none.", hint)

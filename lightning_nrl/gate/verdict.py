@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from lightning_nrl.evaluation._quotas import below
-from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.quotas import below
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 from lightning_nrl.gate.gates import Gate, allowance
 
 __all__ = ["Verdict", "check_protected", "judge"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation._head_features import drawn
+from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.problem import Problem
 
 __all__ = ["half_budget", "record_known"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._pace_of_training import leaves_time_for_epochs
 from lightning_nrl.methods._saved_solutions import found_once

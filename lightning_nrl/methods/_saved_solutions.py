@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_nrl._optim.polish_result import PolishResult
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.run_records import PricePoint, Rung, Step

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods._held_out_estimate import estimate
 from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods._rungs import RungResult, search_or_keep, search_seconds

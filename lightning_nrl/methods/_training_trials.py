@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_nrl._optim.distill import VISITS_PER_SAMPLE, distill
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.sample_results import Flips, TargetCounts
 from lightning_nrl.methods._held_out_estimate import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate
 from lightning_nrl.methods._pace_of_training import epoch_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch

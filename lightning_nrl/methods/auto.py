@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl.errors import check_kind
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods._held_out_estimate import best_index, held_out_rows
 from lightning_nrl.methods._price_of_zero import price_points
 from lightning_nrl.methods._rungs import (

@@ -16,8 +16,8 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring import ActivationCache
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, check_whole
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods._head_inputs import check_last, record_head
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.run_records import Step

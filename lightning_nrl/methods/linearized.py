@@ -20,7 +20,7 @@ from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
 from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
 from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.run_records import Step

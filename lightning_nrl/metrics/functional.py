@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import flip_masks
+from lightning_nrl.evaluation.sample_results import flip_masks
 from lightning_nrl.metrics.rates import RATES, flip_rates
 
 __all__ = [

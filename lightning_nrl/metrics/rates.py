@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 __all__ = ["RATES", "UPDATE_RATES", "Rate", "flip_rates", "rates_of"]
 

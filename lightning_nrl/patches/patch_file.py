@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,11 +19,53 @@ from torch import Tensor
 
 from lightning_nrl._utils.deserialize import Record, parse_json
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.patches.safetensors_file import read_tensors, write_tensors
+from lightning_nrl._utils.whole_files import replacing
+from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.patches.tensor_change import TensorChange
 
-__all__ = ["PatchParts", "read_patch", "write_patch"]
+__all__ = ["PatchParts", "read_patch", "read_tensors", "safetensors_installed", "write_patch", "write_tensors"]
+
+
+def safetensors_installed() -> bool:
+    """Whether patches can be written and read."""
+    return find_spec("safetensors") is not None
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file whole or not at all."""
+    _check_installed()
+    from safetensors.torch import save_file
+
+    replacing(path, lambda part: save_file(dict(tensors), part, dict(metadata)))
+
+
+def read_tensors(argument: str, path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, on the CPU, and the text by name.
+
+    Raises:
+        ConfigurationError: there is no such file, or it cannot be read.
+    """
+    _check_installed()
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
+    except Exception as error:  # whatever comes of reading bytes that are no such file
+        raise ConfigurationError(
+            f"`{argument}={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
+            "give a safetensors file that `Patch.save` has written.",
+        ) from error
+
+
+def _check_installed() -> None:
+    if not safetensors_installed():
+        raise RepairError(
+            "patches are safetensors files, and `safetensors` is not installed.",
+            "python -m pip install safetensors",
+        )
+
 
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."

@@ -11,8 +11,8 @@ from lightning_nrl._model.batch_statistics import refusing_batch_statistics
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
-from lightning_nrl.evaluation._neighbors import find_label_issues
-from lightning_nrl.evaluation._quotas import normalised
+from lightning_nrl.evaluation.head_features import find_label_issues
+from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.pipeline._calibration_bounds import Groups, groups_of
 from lightning_nrl.pipeline._data_leakage import LeakCheck
 from lightning_nrl.pipeline._held_out import HeldOut, evaluate_held_out

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation._slices import renumbered
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.slices import renumbered
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
 from lightning_nrl.stats import SliceBounds, check_mix, weighted_bound

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, DataWarning, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task

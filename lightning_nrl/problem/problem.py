@@ -16,10 +16,9 @@ from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.sample_identity import Identified, is_among
-from lightning_nrl.evaluation._quotas import below, raised
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.quotas import below, raised
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.solution import Proposal, Solution
@@ -238,7 +237,7 @@ class Method(Protocol):
 
     With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
     the first step of training whether that will be possible. With `needs`, of `Need` in
-    `lightning_nrl.evaluation.requirements`, it says what it needs of the task, which is checked then, too.
+    `lightning_nrl.evaluation.evaluator`, it says what it needs of the task, which is checked then, too.
     """
 
     def __call__(self, problem: Problem) -> Solution:

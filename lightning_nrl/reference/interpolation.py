@@ -17,7 +17,7 @@ from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.reference._batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page

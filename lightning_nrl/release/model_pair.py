@@ -13,10 +13,9 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation._slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.reference.old_model import Reference
 
 __all__ = ["ModelPair", "check_splits", "evaluate_pair"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.release.model_pair import ModelPair, check_splits
 from lightning_nrl.report._formatting import percent

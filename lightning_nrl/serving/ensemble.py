@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import check_real
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page

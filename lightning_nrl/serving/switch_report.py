@@ -17,7 +17,7 @@ from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind, check_whole
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.metrics.rates import RATES
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Shown, Table

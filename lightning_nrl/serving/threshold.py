@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nrl._utils.deserialize import Record
 from lightning_nrl._utils.serialize import null_is
 from lightning_nrl.errors import ConfigurationError, check_whole
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate import Gate
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from lightning_nrl._utils.checks import described
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
-from lightning_nrl.tasks.task import Task, masked_mean
+from lightning_nrl.tasks.task import TASKS, Task, masked_mean
 
 __all__ = ["Multilabel"]
 
 
+@TASKS.register("multilabel")
 @dataclass(frozen=True)
 class Multilabel(Task):
     """Multi-label classification from one logit a label, `n x L`: a sample is right if all of its labels are.

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["OUTPUT_KEYS", "Task", "class_divergence", "masked_mean"]
+__all__ = ["OUTPUT_KEYS", "TASKS", "Task", "class_divergence", "masked_mean", "parse_task"]
 
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
 """Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
@@ -152,3 +153,34 @@ def class_divergence(output: Tensor, teacher: Tensor) -> Tensor:
 def masked_mean(values: Tensor, counts: Tensor) -> Tensor:
     """`n`, the mean of `n x E` values over those that count, `n x E` bool; 0 where none does."""
     return torch.where(counts, values, 0.0).sum(1) / counts.sum(1).clamp_min(1)
+
+
+TASKS: Registry[Task] = Registry(
+    "Task",
+    "'multiclass', 'multilabel', Regression(tolerance=0.1), or an object of a class of yours",
+    lambda value: isinstance(value, Task),
+)
+"""The tasks that a name alone says."""
+
+TASKS_WITH_ARGUMENTS = {
+    "regression": "Regression(tolerance=0.1), in the units of the target",
+    "custom": "Custom(passed=function, loss=function)",
+}
+"""Tasks that a name alone does not say, and what to write."""
+
+
+def parse_task(task: Any) -> Task:
+    """A task from its name or object; None is `Multiclass`.
+
+    Raises:
+        ConfigurationError: it is neither, or the name is not enough.
+
+    Example:
+        >>> parse_task("multilabel")
+        Multilabel(threshold=0.5, wrong=0, ignore_index=-100)
+    """
+    name = task.lower() if isinstance(task, str) else "multiclass" if task is None else task
+    if isinstance(name, str) and name in TASKS_WITH_ARGUMENTS:
+        hint = f"write {TASKS_WITH_ARGUMENTS[name]}."
+        raise ConfigurationError(f"`task={task!r}` does not say enough.", hint)
+    return TASKS.parse("task", name)

@@ -26,9 +26,9 @@ from lightning_nrl._trainer.continue_training import Shuffled
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
-from lightning_nrl.evaluation._quotas import below, needed, normalised, raised
-from lightning_nrl.evaluation._risk import RiskTable
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
+from lightning_nrl.evaluation.sample_options import RiskTable
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite

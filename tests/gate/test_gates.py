@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.gate import Accuracy, Gate, Instance, Tolerance
 
 

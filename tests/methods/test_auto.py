@@ -22,7 +22,7 @@ from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.methods import _rungs as rungs_module

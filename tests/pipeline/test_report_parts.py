@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lightning_nrl.errors import EvaluationError
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.metrics import functional
 from lightning_nrl.pipeline._report_parts import split_report, weight_change
 from lightning_nrl.report import SplitReport, WeightChange, pool

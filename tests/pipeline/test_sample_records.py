@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.pipeline._report_parts import split_report
 from lightning_nrl.pipeline._sample_records import class_counts, confusion_cells, margin_edges, margin_histogram
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SliceReport, SplitReport
 from lightning_nrl.report.schema import SCHEMA, UPGRADES
 

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from two_models import Given
 
 from lightning_nrl import ConfigurationError, TensorSource
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.serving import (
     UNKNOWN,
     MarginSwitch,

@@ -25,7 +25,7 @@ from lightning_nrl.analysis.sweep._store import RunStore, StoredRun
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.command_line.file_commands import read_report
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.localization.training_record import split_points, write_point
 from lightning_nrl.patches import Patch

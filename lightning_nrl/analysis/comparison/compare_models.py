@@ -24,7 +24,7 @@ from lightning_nrl.errors import (
     ReplayError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, solve
 from lightning_nrl.pipeline._data_leakage import LeakCheck
 from lightning_nrl.pipeline._held_out import HeldOut

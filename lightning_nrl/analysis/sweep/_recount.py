@@ -13,8 +13,7 @@ from lightning_nrl._scoring.bitwise_replay import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.flips import TargetCounts, flip_masks
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts, flip_masks
 from lightning_nrl.problem import Problem
 
 __all__ = ["Recount"]
