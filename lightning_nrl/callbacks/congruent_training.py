@@ -26,8 +26,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
-from lightning_nrl.reference.loss_terms import Term, parse_terms
+from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task, parse_task

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ __all__ = ["FlipCounts", "Flips", "SampleResults", "TargetCounts", "flip_masks"]
 
 NO_COLUMN = torch.empty(0)
 """Stands for a column that is not given."""
+COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")
+"""Columns that are always given."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,19 @@ class SampleResults:
 
     def __len__(self) -> int:
         return len(self.passed)
+
+    @classmethod
+    def concat(cls, tables: Sequence[SampleResults]) -> SampleResults:
+        """Joins tables of different splits; weights, slices and what is in the target are left out."""
+        columns: dict[str, Any] = {name: torch.cat([getattr(table, name) for table in tables]) for name in COLUMNS}
+        splits, sizes = (sum((getattr(table, name) for table in tables), ()) for name in ("splits", "sizes"))
+        return cls(splits, sizes, **columns)
+
+    def only(self, splits: Sequence[str]) -> SampleResults:
+        """The rows of some splits, without weights, slices and what is in the target."""
+        rows = [self.of(split) for split in splits]
+        columns: dict[str, Any] = {name: torch.cat([getattr(self, name)[part] for part in rows]) for name in COLUMNS}
+        return SampleResults(tuple(splits), tuple(part.stop - part.start for part in rows), **columns)
 
     def sharing(self, other: SampleResults) -> SampleResults:
         """The same, with samples and true classes held once for both where they are equal."""

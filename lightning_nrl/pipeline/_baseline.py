@@ -18,8 +18,7 @@ from lightning_nrl.pipeline._data_leakage import LeakCheck
 from lightning_nrl.pipeline._held_out import HeldOut, evaluate_held_out
 from lightning_nrl.pipeline._input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference._update import Update, look_back
-from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.reference.old_model import Reference, Update, look_back
 from lightning_nrl.report import Role
 
 __all__ = ["Baseline", "evaluate_baseline"]

@@ -18,7 +18,7 @@ from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.reference._batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page
 
@@ -118,7 +118,7 @@ def interpolate(
         new: its update, on its device; left as found. An `Evaluator` says in which precision it runs.
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
-        **estimating: arguments of `lightning_nrl.reference._batch_norm.estimate_statistics`.
+        **estimating: arguments of `lightning_nrl.reference.batch_norm.estimate_statistics`.
 
     Raises:
         ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.

@@ -18,11 +18,13 @@ from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, Batch, Source
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.report import Role
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["OldModel", "Reference", "parse_reference"]
+__all__ = ["OldModel", "Reference", "Update", "look_back", "parse_reference"]
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
 """Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
@@ -190,3 +192,35 @@ class _MappedMulticlass(Multiclass):
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         return torch.full(output.shape[:1], torch.nan, device=output.device)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the replaced model does on the data, by their role, row by row as the new model's results."""
+
+    answers: Mapping[Role, SampleResults]
+
+    def regressions(self, role: Role, new: SampleResults) -> SampleResults:
+        """The new model's results, with those of its targeted failures marked that the replaced model gets right."""
+        return replace(new, targeted=new.targeted & self.answers[role].passed)
+
+    def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
+        """The new model's known results, with those samples marked as passed that may not break."""
+        return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
+
+
+def look_back(
+    reference: Reference,
+    evaluator: Evaluator,
+    sources: Mapping[Role, Sequence[Source]],
+    results: Mapping[Role, SampleResults],
+) -> Update:
+    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them.
+
+    Raises:
+        ConfigurationError: the replaced model or its predictions do not fit the data.
+    """
+    # At once, since a cache is one file; roles may not share the name of a split.
+    together = [source for own in sources.values() for source in own]
+    found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
+    return Update({role: found.only(results[role].splits) for role in sources})

@@ -18,7 +18,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-__all__ = ["Predictions"]
+__all__ = ["Predictions", "read_slices"]
 
 Rows = Mapping[int, tuple[int, bool | None]]
 """By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
@@ -146,6 +146,44 @@ class Predictions:
         loss = (~passed).to(like.loss)
         told = replace(like, prediction=said, passed=passed, loss=loss, margin=nothing)
         return replace(told, targeted=targeted, in_target=targeted)
+
+    def alone(self) -> SampleResults:
+        """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
+        rows = [(split, at, *found) for split, own in self.splits.items() for at, found in sorted(own.items())]
+        unknown = [(split, at) for split, at, _, passed in rows if passed is None]
+        if unknown or not rows:
+            problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
+            raise ConfigurationError(
+                f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
+            )
+        passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
+        nothing = torch.full((len(rows),), -1)
+        return SampleResults(
+            splits=tuple(self.splits),
+            sizes=tuple(map(len, self.splits.values())),
+            index=torch.tensor([row[1] for row in rows]),
+            label=nothing,
+            prediction=torch.tensor([row[2] for row in rows]),
+            loss=(~passed).float(),
+            passed=passed,
+            targeted=torch.zeros_like(passed),
+            margin=torch.full((len(rows),), torch.nan),
+        )
+
+
+def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
+    """Slices in a CSV file with the columns `split`, `id` and `slice`.
+
+    Raises:
+        ConfigurationError: there is no such file, or a line cannot be read; it is named.
+    """
+    found: dict[tuple[str, int], str] = {}
+    for line in read_csv("slices", path, ("split", "id", "slice")):
+        sample = line.values["split"], line.whole_number("id")
+        if sample in found:
+            raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
+        found[sample] = line.values["slice"]
+    return found
 
 
 def _key(weights: State, results: SampleResults, task: Task | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.reference.predictions import Predictions
 
-__all__ = ["ModelPair", "check_splits", "evaluate_pair"]
+__all__ = ["ModelPair", "check_missing", "check_splits", "evaluate_pair", "pair_from_files"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,22 @@ def evaluate_pair(
     return ModelPair(before, after, names, group, marked)
 
 
+def pair_from_files(
+    old: Predictions, new: Predictions, slices: Mapping[tuple[str, int], str] | None = None
+) -> ModelPair:
+    """What two models did on the samples that the new one has predictions for; those in no slice have none.
+
+    Raises:
+        ConfigurationError: samples are missing in `old`, or of one it is not known whether it was right.
+    """
+    after = new.alone()
+    samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
+    names = tuple(sorted(set((slices or {}).values())))
+    number = {name: i for i, name in enumerate(names)}
+    group = torch.tensor([number[slices[sample]] if slices and sample in slices else -1 for sample in samples])
+    return ModelPair(old.results(after), after, names, group.long())
+
+
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
     """The splits that are asked for, all if none is named; a `ConfigurationError` if one is not there."""
     unknown = [name for name in asked if name not in there]
@@ -108,3 +125,21 @@ def _with_common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple
     """The slices of all splits under common numbers."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
     return names, torch.cat([renumbered(own, group, names) for own, group in parts])
+
+
+def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
+    """How many samples have old predictions and no new ones, by split; what is left out could be what broke.
+
+    Raises:
+        ConfigurationError: samples are missing of a split that is not `allowed`, or such a split does not exist.
+    """
+    missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
+    check_splits("allow_missing", tuple(allowed), tuple(old.splits))
+    for split, ids in missing.items():
+        if ids and split not in allowed:
+            raise ConfigurationError(
+                f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
+                f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
+            )
+    return {split: len(ids) for split, ids in missing.items() if ids}

@@ -17,8 +17,7 @@ from lightning_nrl.reference.old_model import OldModel, Reference, parse_referen
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.release.rule_parsing import parse_rules
-from lightning_nrl.release.rules import Rule
+from lightning_nrl.release.rules import Rule, parse_rules
 
 __all__ = ["check_reference", "judge_pair", "release"]
 

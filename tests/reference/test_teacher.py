@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.reference import Predictions
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher
+from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher
 from lightning_nrl.tasks import Multiclass, Task
 
 TASK = Multiclass()

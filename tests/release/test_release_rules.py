@@ -24,8 +24,7 @@ from lightning_nrl.release import (
     Rule,
 )
 from lightning_nrl.release.release_report import Identity, make_report
-from lightning_nrl.release.rule_parsing import RULES, parse_rule, parse_rules
-from lightning_nrl.release.rules import sign_test
+from lightning_nrl.release.rules import RULES, parse_rule, parse_rules, sign_test
 from lightning_nrl.stats import upper_limit
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
