@@ -31,7 +31,6 @@ from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whol
 from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     ACCURACY_TOLERANCE,
-    SERVING_HINT,
     ShareChoice,
     alignment,
     check_share,
@@ -144,7 +143,7 @@ class WeightInterpolation(CallbackBase):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read now and kept, since training may overwrite the very file.
         self._reference_state = read_state("reference", self.reference.model)
-        fitting("reference", self._reference_state, pl_module, SERVING_HINT)
+        fitting("reference", self._reference_state, pl_module)
         self.choice, self._changed = None, False
 
     @override

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from textwrap import shorten
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -239,34 +239,35 @@ class TargetPair(Target):
     left: Target
     right: Target
 
+    word: ClassVar[str]
+    combine: ClassVar[Callable[[Tensor, Tensor], Tensor]]
+
     def __post_init__(self) -> None:
         _check_targets(type(self).__name__, self.left, self.right)
+
+    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        both = (target.select(batch, label, prediction) for target in (self.left, self.right))
+        return type(self).combine(*both)
+
+    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
+        both = (target.covers(batch, label, prediction) for target in (self.left, self.right))
+        return type(self).combine(*both)
+
+    def __str__(self) -> str:
+        other = Or if isinstance(self, And) else And
+        return f"{_grouped(self.left, other)} {self.word} {_grouped(self.right, And, Or)}"
 
 
 class And(TargetPair):
     """Samples that both targets choose."""
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.select(batch, label, prediction) & self.right.select(batch, label, prediction)
-
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.covers(batch, label, prediction) & self.right.covers(batch, label, prediction)
-
-    def __str__(self) -> str:
-        return f"{_grouped(self.left, Or)} and {_grouped(self.right, And, Or)}"
+    word, combine = "and", torch.logical_and
 
 
 class Or(TargetPair):
     """Samples that at least one of two targets chooses."""
 
-    def select(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.select(batch, label, prediction) | self.right.select(batch, label, prediction)
-
-    def covers(self, batch: Batch, label: Tensor | None, prediction: Tensor | None) -> Tensor:
-        return self.left.covers(batch, label, prediction) | self.right.covers(batch, label, prediction)
-
-    def __str__(self) -> str:
-        return f"{_grouped(self.left, And)} or {_grouped(self.right, And, Or)}"
+    word, combine = "or", torch.logical_or
 
 
 @dataclass(frozen=True)
@@ -402,16 +403,15 @@ class _TargetReader:
         return Target.confusion(true, self.class_number())
 
     def class_number(self) -> int:
-        word = self.words[self.at]
-        if not re.fullmatch(r"[0-9]{1,18}", word):
-            raise self.unexpected("a class, a whole number from 0")
-        self.at += 1
-        return int(word)
+        return int(self.take(r"[0-9]{1,18}", "a class, a whole number from 0"))
 
     def address(self) -> str:
+        return self.take(r".*[.:].*", "the address of a function, such as `package.module:function`")
+
+    def take(self, pattern: str, expected: str) -> str:
         word = self.words[self.at]
-        if not re.search(r"[.:]", word):
-            raise self.unexpected("the address of a function, such as `package.module:function`")
+        if not re.fullmatch(pattern, word):
+            raise self.unexpected(expected)
         self.at += 1
         return word
 

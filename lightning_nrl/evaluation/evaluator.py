@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,8 +17,8 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
-from lightning_nrl.data.adapters import adapter_hint, describe
-from lightning_nrl.data.batch import Batch, Source, run_model, tensors_in
+from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
+from lightning_nrl.data.batch import Adapter, Batch, Source, run_model, tensors_in, unpacked
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, DataWarning, EvaluationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
@@ -127,8 +127,17 @@ class Evaluator:
             marker = _Marker(target, source.split, everywhere or source.failed)
             tables.append(_exchanged(source, partial(self._read, source, marker, forward), self.collective))
             _check_classes(source, tables[-1])
-        columns: dict[str, Any] = {name: _joined([table.pop(name) for table in tables]) for name in list(tables[0])}
+        columns: dict[str, Any] = {name: torch.cat([table.pop(name) for table in tables]) for name in list(tables[0])}
         return SampleResults(splits, tuple(len(source.index) for source in sources), **columns)
+
+    def outputs(self, batches: Source | Iterable[Any], adapter: Adapter) -> Iterator[tuple[Tensor, Any]]:
+        """The logits and the truth of each batch, checked by the task; raw batches are moved and taken apart."""
+        bound = bind_adapter(adapter, self.model)
+        for args, kwargs, target in unpacked(batches, bound, device_of(self.model)):
+            with self.context():
+                output = self.task.logits(run_model(self.model, args, kwargs))
+            self.task.check(output, target)
+            yield output, target
 
     def run_with(self, state: State, sources: Sequence[Source]) -> SampleResults:
         """What the deployed model does on data under other weights; afterwards it has its own again."""
@@ -260,15 +269,10 @@ def _columns(batch: Batch, output: Tensor, task: Task, marker: _Marker) -> Table
     }
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """All parts in one; a single one as it is."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _exchanged(source: Source, read: Callable[[], Table], collective: Collective) -> Table:
     """The whole split from every rank's rows, in order. If one rank fails all do, so that none waits for ever."""
     mine = collective.all_or_none(read, f"`{source.split}` data could not be read on another rank.")
-    whole = {name: _joined(collective.gather(mine.pop(name))) for name in list(mine)}
+    whole = {name: torch.cat(collective.gather(mine.pop(name))) for name in list(mine)}
     position, expected = whole.pop("position"), torch.arange(len(source.index))
     if torch.equal(position, expected):
         return {"index": source.index, **whole}

@@ -18,7 +18,7 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
-__all__ = ["SliceRecorder", "Slices", "renumbered"]
+__all__ = ["SliceRecorder", "Slices", "common_names", "renumbered"]
 
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
@@ -64,6 +64,12 @@ class SliceRecorder(RecordingSource):
 def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
     """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
+
+
+def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+    """The slices of all splits under common numbers, from the names and numbers of each split."""
+    names = tuple(sorted({name for own, _ in parts for name in own}))
+    return names, torch.cat([renumbered(own, group, names) for own, group in parts])
 
 
 def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:

@@ -16,7 +16,7 @@ from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import saved_names, write
 from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.patches.patch_file import PatchParts, read_patch, write_patch
+from lightning_nrl.patches.patch_file import read_patch, write_patch
 from lightning_nrl.patches.tensor_change import TensorChange, hash_tensor
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_report import installed_versions
@@ -131,14 +131,7 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Writes the patch to a safetensors file, whole or not at all."""
-        parts = PatchParts(
-            changes=self.changes,
-            base=self.base,
-            result=self.result,
-            versions=self.versions,
-            report_json=self.report_json,
-        )
-        write_patch(path, parts)
+        write_patch(path, **vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:

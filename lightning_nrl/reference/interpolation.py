@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
-from lightning_nrl.data.adapters import bind_adapter, unpack
-from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
+from lightning_nrl._utils.state import State, between, holding, snapshot, write
+from lightning_nrl.data.adapters import unpack
+from lightning_nrl.data.batch import Adapter, Source
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
@@ -28,8 +28,6 @@ DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 ACCURACY_TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
-SERVING_HINT = "combine other models in their outputs: see `lightning_nrl.serving`"
-"""For a hint: what there is for two architectures."""
 
 Data = Source | Iterable[Any]
 """A source, or batches as a data loader gives them, which can be read again and again."""
@@ -132,7 +130,7 @@ def interpolate(
     """
     check_share(share)
     evaluator = Evaluator.of(new)
-    before = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT)
+    before = fitting("old", read_state("old", old), evaluator.model)
     mixed = between(before, snapshot(evaluator.model), 1 - share)
     return mixed | (_statistics(evaluator, mixed, training, **estimating) if 0 < share < 1 else {})
 
@@ -193,7 +191,7 @@ def choose_share(
         check_share(share, "shares")
     evaluator = Evaluator.of(new)
     collective = evaluator.collective
-    before, after = fitting("old", read_state("old", old), evaluator.model, SERVING_HINT), snapshot(evaluator.model)
+    before, after = fitting("old", read_state("old", old), evaluator.model), snapshot(evaluator.model)
     was_right, label = _judged(evaluator, before, data, adapter)
     curve, statistics = [], {}
     for share in sorted({0.0, *map(float, shares)}):
@@ -264,23 +262,16 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
 
 def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
-    model, task = evaluator.model, evaluator.task
 
     def run() -> tuple[Tensor, Tensor]:
-        rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
-        for args, kwargs, target in unpacked(data, bind_adapter(adapter, model), device_of(model)):
-            with evaluator.context():
-                output = task.logits(run_model(model, args, kwargs))
-            task.check(output, target)
-            right, label = task.right(output, target), task.label(target)
+        rights, labels = [], []
+        for output, target in evaluator.outputs(data, adapter):
+            right, label = evaluator.task.right(output, target), evaluator.task.label(target)
             rights.append(right)
             labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
-        return _joined(rights), _joined(labels)
+        if not rights:
+            return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+        return torch.cat(rights).cpu(), torch.cat(labels).cpu()
 
-    with preserve(model), holding(model, state):
+    with preserve(evaluator.model), holding(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor on the CPU, waiting for the device once."""
-    return torch.cat(list(parts[1:])).cpu() if len(parts) > 1 else parts[0]

@@ -207,20 +207,12 @@ Index = Callable[[Any], Any]
 """The data-set positions of the samples of a raw batch, `n` whole numbers."""
 
 
-class ReferenceTeacher:
-    """Says what the replaced model makes of a batch."""
-
-    def __call__(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, raw: Any, like: Tensor
-    ) -> OldAnswers:
-        """The answers for the `n` samples of a batch: what the new model was called with, the truth, the raw batch.
-
-        `like` are the new model's logits, first dimension `n`.
-        """
-        raise NotImplementedError
+ReferenceTeacher = Callable[[tuple[Any, ...], Mapping[str, Any], Any, Any, Tensor], OldAnswers]
+"""Says what the replaced model makes of a batch: what the new model was called with, the truth, the raw batch, and the
+new model's logits, first dimension `n`."""
 
 
-class ModelTeacher(ReferenceTeacher):
+class ModelTeacher:
     """Runs the replaced model, on the device of the new one, in evaluation mode and without gradients.
 
     Args:
@@ -299,7 +291,7 @@ class ModelTeacher(ReferenceTeacher):
         return output
 
 
-class PredictedTeacher(ReferenceTeacher):
+class PredictedTeacher:
     """Knows from a file, of one split, which samples the replaced model gets right, and nothing else."""
 
     def __init__(self, predictions: Predictions, split: str, task: Task, index: Index) -> None:

@@ -15,7 +15,7 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults
-from lightning_nrl.evaluation.slices import SliceRecorder, Slices, renumbered
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.predictions import Predictions
 
@@ -90,7 +90,7 @@ def evaluate_pair(
     with preserve(new.model):
         after = new.run(recording)
         before = old.answers(new, data, after)
-    names, group = _with_common_names([source.named(ranks) for source in slicing])
+    names, group = common_names([source.named(ranks) for source in slicing])
     marked = {target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
     return ModelPair(before, after, names, group, marked)
 
@@ -119,12 +119,6 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
             f"`{argument}` names the split {unknown[0]!r}, the data have {list(there)}.", "name one of these."
         )
     return tuple(asked) or tuple(there)
-
-
-def _with_common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """The slices of all splits under common numbers."""
-    names = tuple(sorted({name for own, _ in parts for name in own}))
-    return names, torch.cat([renumbered(own, group, names) for own, group in parts])
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:

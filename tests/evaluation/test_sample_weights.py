@@ -28,13 +28,13 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
-from lightning_nrl.evaluation.sample_options import RiskTable
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Polish
 from lightning_nrl.problem import Proposal, better
 from lightning_nrl.search import Fitness
+from lightning_nrl.tasks import Regression
 
 
 def evidence(passed: list[bool], **columns: Any) -> SampleResults:
@@ -389,13 +389,11 @@ def test_risks_of_confusions_are_what_repairs_are_worth_and_breaking_costs() -> 
         assert found.weight.tolist() == [1, 3, 1, 3, 1, 3]  # all targets are alike; a class costs its worst
     both = SampleOptions(risk={0: 2}, importance={0: 1, 2: 2, 4: 3}, protected=Target.label(1))
     assert counted(both)[0].weight.tolist() == [0.5, math.inf, 1, math.inf, 1.5, math.inf]
-    results = evidence([False, False, True, True], label=torch.tensor([0, 0, 1, 2]))
-    table = RiskTable.parse({0: 5, (0, 2): 9, (1, 2): 7})
-    results = replace(results, prediction=torch.tensor([1, 2, 1, 2]))
-    worth, cost = table.weigh(results)
-    assert (worth.tolist(), cost.tolist()) == ([5, 9, 1, 1], [9, 9, 7, 1])
+    worst = SampleOptions(risk={0: 5, (0, 2): 9, 1: 2, (1, 2): 7})
+    assert counted(worst)[0].weight.tolist() == [1, 7, 1, 7, 1, 7]
+    numbers = TensorSource(torch.zeros(2, 1), torch.zeros(2, 1), "new", failed=True)
     with pytest.raises(ConfigurationError, match="`risk` is for confusions of classes"):
-        table.weigh(replace(results, label=torch.full((4,), -1)))
+        SampleOptions(risk={0: 5}).evaluate(Evaluator(nn.Linear(1, 1), Regression(0.5)), [numbers])
 
 
 @pytest.mark.parametrize("risk", [[3], {(3, 3): 2}, {"3 > 5": 2}, {3: 0}, {3: 1.5}, {True: 2}, {"²": 2}])
