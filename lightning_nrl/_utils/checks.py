@@ -86,22 +86,14 @@ def is_class(value: Any) -> bool:
 
 
 def check_class(argument: str, value: Any) -> int:
-    """Returns a class number; refuses what is no whole number from 0.
-
-    Raises:
-        ConfigurationError: as above.
-    """
+    """Returns a class number; refuses what is no whole number from 0."""
     if not is_class(value):
         raise ConfigurationError(f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
     return operator.index(value)
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:
-    """Reads a whole number, or a share, also in percent: `5`, `0.5`, `50%`.
-
-    Raises:
-        ConfigurationError: the text is neither; it says where and gives the hint.
-    """
+    """Reads a whole number, or a share, also in percent: `5`, `0.5`, `50%`."""
     try:
         if text.endswith("%"):
             return float(Fraction(text[:-1].strip()) / 100)

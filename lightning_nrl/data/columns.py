@@ -56,9 +56,6 @@ def find_column(argument: str, value: Any) -> Column:
     A key (`"camera"`) or a place (`2`) in the batch, a function of the batch, its address as text
     (`package.module:function`), or a target, also as text (`"label 3"`). Other text with a colon or a dot is an
     address.
-
-    Raises:
-        ConfigurationError: it is none of these.
     """
     target = target_in(value) if isinstance(value, str) else value
     if isinstance(target, Target):
@@ -77,11 +74,7 @@ def find_column(argument: str, value: Any) -> Column:
 
 
 def column_values(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Any:
-    """What a column gives for a batch.
-
-    Raises:
-        ConfigurationError: it raises.
-    """
+    """What a column gives for a batch."""
     try:
         return column.select(batch, label, None) if isinstance(column, Target) else column(batch.raw)
     except Exception as error:
@@ -93,10 +86,6 @@ def column_values(argument: str, column: Column, batch: Batch, label: Tensor | N
 
 
 def numbers(argument: str, column: Column, batch: Batch, label: Tensor | None) -> Tensor:
-    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0.
-
-    Raises:
-        ConfigurationError: the column cannot be had, or is not one number or bool a sample.
-    """
+    """The column of a batch as `n` float64 on the CPU; of bools 1 and 0."""
     found = column_values(argument, column, batch, label)
     return check_per_sample(f"`{argument}`", found, len(batch)).cpu().double()

@@ -303,9 +303,6 @@ def check_needs(
         task: that they were judged by.
         by: what needs classes.
         hint: what to do where there are none.
-
-    Raises:
-        ConfigurationError: it lacks one.
     """
     name = type(task).__name__
     if "margins" in needs and len(results) and bool(results.margin.isnan().all()):

@@ -23,11 +23,7 @@ Quota = int | float | str
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
-    """The quotas by slice: whole numbers from 1, or shares above 0 and at most 1.
-
-    Raises:
-        ConfigurationError: they are no mapping, or one is neither.
-    """
+    """The quotas by slice: whole numbers from 1, or shares above 0 and at most 1."""
     hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)

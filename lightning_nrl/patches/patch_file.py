@@ -95,11 +95,7 @@ def write_patch(
 
 
 def read_patch(path: str | Path) -> dict[str, Any]:
-    """Reads the arguments of a `Patch` that `write_patch` has written.
-
-    Raises:
-        ConfigurationError: the file is not there, no patch, damaged, or contradicts itself.
-    """
+    """Reads the arguments of a `Patch` that `write_patch` has written."""
     tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         found = texts.get("format", "none")

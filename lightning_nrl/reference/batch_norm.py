@@ -70,10 +70,6 @@ def estimate_statistics(
 
     Returns:
         `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, as in the state dict.
-
-    Raises:
-        ConfigurationError: there was no batch.
-        EvaluationError: the data could not be read on another rank.
     """
     evaluator = Evaluator.of(model)
     layers, collective = batch_norms(evaluator.model), evaluator.collective

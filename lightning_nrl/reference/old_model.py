@@ -215,11 +215,7 @@ def look_back(
     sources: Mapping[Role, Sequence[Source]],
     results: Mapping[Role, SampleResults],
 ) -> Update:
-    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them.
-
-    Raises:
-        ConfigurationError: the replaced model or its predictions do not fit the data.
-    """
+    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them."""
     # At once, since a cache is one file; roles may not share the name of a split.
     together = [source for own in sources.values() for source in own]
     found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))

@@ -172,11 +172,7 @@ class Predictions:
 
 
 def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
-    """Slices in a CSV file with the columns `split`, `id` and `slice`.
-
-    Raises:
-        ConfigurationError: there is no such file, or a line cannot be read; it is named.
-    """
+    """Slices in a CSV file with the columns `split`, `id` and `slice`."""
     found: dict[tuple[str, int], str] = {}
     for line in read_csv("slices", path, ("split", "id", "slice")):
         sample = line.values["split"], line.whole_number("id")

@@ -75,10 +75,6 @@ def evaluate_pair(
 
     Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
     both; targets say what else is to be noted of the samples.
-
-    Raises:
-        ConfigurationError: the data, the slices, a target or the old model do not fit.
-        EvaluationError: a split's samples are not there exactly once.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
@@ -98,11 +94,7 @@ def evaluate_pair(
 def pair_from_files(
     old: Predictions, new: Predictions, slices: Mapping[tuple[str, int], str] | None = None
 ) -> ModelPair:
-    """What two models did on the samples that the new one has predictions for; those in no slice have none.
-
-    Raises:
-        ConfigurationError: samples are missing in `old`, or of one it is not known whether it was right.
-    """
+    """What two models did on the samples that the new one has predictions for; those in no slice have none."""
     after = new.alone()
     samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
     names = tuple(sorted(set((slices or {}).values())))
@@ -122,11 +114,7 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
 
 
 def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
-    """How many samples have old predictions and no new ones, by split; what is left out could be what broke.
-
-    Raises:
-        ConfigurationError: samples are missing of a split that is not `allowed`, or such a split does not exist.
-    """
+    """How many samples have old predictions and no new ones, by split; what is left out could be what broke."""
     missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
     check_splits("allow_missing", tuple(allowed), tuple(old.splits))
     for split, ids in missing.items():

@@ -425,11 +425,7 @@ class ProtectedIntact(Rule):
 
 
 def read_ids(path: str | Path) -> dict[str, list[int]]:
-    """Samples in a CSV file with the columns `split` and `id`.
-
-    Raises:
-        ConfigurationError: there is no such file, it holds no sample, or a line cannot be read; it is named.
-    """
+    """Samples in a CSV file with the columns `split` and `id`."""
     found: dict[str, list[int]] = {}
     for line in read_csv("ids", path, ("split", "id")):
         found.setdefault(line.values["split"], []).append(line.whole_number("id"))
