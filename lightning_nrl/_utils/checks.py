@@ -12,8 +12,6 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["as_tensor", "check_class", "check_per_sample", "described", "is_class", "read_number"]
-
 Kind = Literal["bool", "number", "whole number from 0"]
 
 

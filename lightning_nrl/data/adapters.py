@@ -15,22 +15,6 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = [
-    "ADAPTER_HINT",
-    "INPUT_KEYS",
-    "TARGET_KEYS",
-    "ForwardSignature",
-    "Graphs",
-    "ModelAdapter",
-    "adapter_hint",
-    "as_adapter",
-    "bind_adapter",
-    "describe",
-    "fields_of",
-    "required_parameters",
-    "unpack",
-]
-
 TARGET_KEYS = ("label", "labels", "target", "targets", "y", "mask", "masks")
 """Usual names of the truth. Where there are several, the first of this list is it."""
 

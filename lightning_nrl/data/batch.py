@@ -14,19 +14,6 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._utils.distributed import Collective
 
-__all__ = [
-    "Adapter",
-    "Batch",
-    "ModelCall",
-    "RecordingSource",
-    "Source",
-    "Unpacked",
-    "is_sliceable",
-    "run_model",
-    "tensors_in",
-    "unpacked",
-]
-
 Unpacked = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """`(args, kwargs, target)`: what the model is called with, and the truth."""
 Adapter = Callable[[Any], Unpacked]

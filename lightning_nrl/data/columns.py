@@ -14,8 +14,6 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Column", "Field", "column_values", "find_column", "numbers"]
-
 Column = Callable[[Any], Any] | Target
 """Takes a batch as the data loader gave it and gives one value a sample; or a target, which gives bools."""
 

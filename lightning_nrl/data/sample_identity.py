@@ -16,9 +16,6 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
-__all__ = ["Identified", "base_samples", "content_keys", "content_recorder", "is_among"]
-
-
 COLUMNS_AT_ONCE = 2**14
 """Numbers of a sample that are made integers at once, eight bytes each."""
 

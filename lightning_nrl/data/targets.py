@@ -21,20 +21,6 @@ from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 
-__all__ = [
-    "AllFailures",
-    "And",
-    "Confusion",
-    "Label",
-    "Not",
-    "Or",
-    "Predicate",
-    "Target",
-    "Where",
-    "parse_target",
-    "target_in",
-]
-
 Predicate = Callable[[Any], Any]
 """Takes a batch as the data loader gave it, extras included; gives one bool a sample: a tensor, an array or a list."""
 

@@ -25,8 +25,6 @@ from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["Evaluator", "Forward", "Need", "check_needs"]
-
 Forward = Callable[..., Any]
 """A model, or a function that calls it."""
 Table = dict[str, Tensor]

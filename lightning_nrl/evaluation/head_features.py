@@ -18,18 +18,6 @@ from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.evaluation.evaluator import Evaluator, Forward
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = [
-    "NEIGHBOURS",
-    "Features",
-    "HeadFeatures",
-    "Neighbours",
-    "collect_features",
-    "doubtful",
-    "drawn",
-    "find_label_issues",
-    "neighbours",
-]
-
 MAX_SAMPLES = 20_000
 """Samples whose features are recorded, at most: all failed, then the passed that are nearest to failing."""
 

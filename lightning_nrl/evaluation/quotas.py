@@ -16,8 +16,6 @@ from lightning_nrl._utils.checks import read_number
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["Quota", "below", "checked_quotas", "needed", "normalised", "raised"]
-
 Quota = int | float | str
 """At least so many targets of a slice, or such a share of them: `5`, `0.5` or `"50%"`."""
 

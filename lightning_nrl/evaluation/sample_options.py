@@ -21,8 +21,6 @@ from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.evaluation.slices import SliceRecorder, common_names
 from lightning_nrl.tasks import Task
 
-__all__ = ["DOUBTFUL", "KEEPS", "Focal", "Keep", "SampleOptions"]
-
 DOUBTFUL = "doubtful"
 """Sets aside the failures whose label looks wrong (`lightning_nrl.evaluation.head_features.doubtful`)."""
 

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from lightning_nrl.errors import EvaluationError
 
-__all__ = ["FlipCounts", "Flips", "SampleResults", "TargetCounts", "flip_masks"]
-
 NO_COLUMN = torch.empty(0)
 """Stands for a column that is not given."""
 COLUMNS = ("index", "label", "prediction", "loss", "passed", "targeted", "margin")

@@ -18,8 +18,6 @@ from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
-__all__ = ["SliceRecorder", "Slices", "common_names", "renumbered"]
-
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
 MAX_SLICES = 200

@@ -16,8 +16,6 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 
-__all__ = ["GATES", "Accuracy", "Gate", "Instance", "InstanceInTarget", "Tolerance", "allowance"]
-
 
 @dataclass(frozen=True)
 class Gate(ABC):

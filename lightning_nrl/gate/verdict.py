@@ -14,8 +14,6 @@ from lightning_nrl.evaluation.quotas import below
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
 from lightning_nrl.gate.gates import Gate, allowance
 
-__all__ = ["Verdict", "check_protected", "judge"]
-
 
 @dataclass(frozen=True)
 class Verdict:

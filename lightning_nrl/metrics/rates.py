@@ -16,8 +16,6 @@ from torch import Tensor
 
 from lightning_nrl.evaluation.sample_results import FlipCounts
 
-__all__ = ["RATES", "UPDATE_RATES", "Rate", "flip_rates", "rates_of"]
-
 
 @dataclass(frozen=True)
 class Rate:

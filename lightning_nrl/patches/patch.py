@@ -21,8 +21,6 @@ from lightning_nrl.patches.tensor_change import TensorChange, hash_tensor
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_report import installed_versions
 
-__all__ = ["PATCH_NAME", "Patch", "patch_checkpoint"]
-
 PATCH_NAME = "repair.patch.safetensors"
 """The file that a repair writes beside its checkpoint."""
 

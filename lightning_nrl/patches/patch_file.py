@@ -23,8 +23,6 @@ from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.patches.tensor_change import TensorChange
 
-__all__ = ["read_patch", "safetensors_installed", "write_patch"]
-
 
 def safetensors_installed() -> bool:
     """Whether patches can be written and read."""

@@ -20,8 +20,6 @@ from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
 
-__all__ = ["batch_norms", "estimate_statistics"]
-
 DEFAULT_BATCH_SIZE = 256
 """Samples at once from a source that does not say how many."""
 FEWEST_SAMPLES_AT_ONCE = 4

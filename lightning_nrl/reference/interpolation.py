@@ -22,8 +22,6 @@ from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page
 
-__all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
-
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 ACCURACY_TOLERANCE = 0.005

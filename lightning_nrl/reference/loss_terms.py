@@ -28,18 +28,6 @@ from lightning_nrl.reference.old_model import Classes, table_for
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task
 
-__all__ = [
-    "TERMS",
-    "FocalDistillation",
-    "MarginHinge",
-    "ModelTeacher",
-    "OldAnswers",
-    "PredictedTeacher",
-    "ReferenceTeacher",
-    "Term",
-    "parse_terms",
-]
-
 
 @dataclass(frozen=True, eq=False)
 class OldAnswers:

@@ -24,8 +24,6 @@ from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.report import Role
 from lightning_nrl.tasks import Multiclass, Task
 
-__all__ = ["OldModel", "Reference", "Update", "look_back", "parse_reference"]
-
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
 """Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
 

@@ -17,8 +17,6 @@ from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task, parse_task
 
-__all__ = ["Oversampler"]
-
 
 class Oversampler(Sampler[int]):
     """Every sample once an epoch in random order, those that a model fails or gets right by a narrow margin more often.

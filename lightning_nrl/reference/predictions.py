@@ -18,8 +18,6 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-__all__ = ["Predictions", "read_slices"]
-
 Rows = Mapping[int, tuple[int, bool | None]]
 """By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
 CSV_COLUMNS = ["split", "id", "prediction", "passed"]

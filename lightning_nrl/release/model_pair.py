@@ -19,8 +19,6 @@ from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.reference.predictions import Predictions
 
-__all__ = ["ModelPair", "check_missing", "check_splits", "evaluate_pair", "pair_from_files"]
-
 
 @dataclass(frozen=True)
 class ModelPair:

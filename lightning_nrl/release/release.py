@@ -19,8 +19,6 @@ from lightning_nrl.release.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
 from lightning_nrl.release.rules import Rule, parse_rules
 
-__all__ = ["check_reference", "judge_pair", "release"]
-
 
 def release(
     new: nn.Module | Evaluator,

@@ -26,20 +26,6 @@ from lightning_nrl.report._formatting import percent
 from lightning_nrl.stats import Bound, binomial_cdf
 from lightning_nrl.stats.binomial import check_confidence, percent_up, show_confidence
 
-__all__ = [
-    "RULES",
-    "AtMostBroken",
-    "Finding",
-    "MaxNegativeFlipRate",
-    "NoSliceWorse",
-    "ProtectedIntact",
-    "Rule",
-    "parse_rule",
-    "parse_rules",
-    "read_ids",
-    "sign_test",
-]
-
 Ids = Mapping[str, Sequence[int]]
 """Data-set positions, by split."""
 

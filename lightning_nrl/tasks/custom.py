@@ -14,8 +14,6 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 
-__all__ = ["Custom", "Judge"]
-
 Judge = Callable[[Tensor, Any], Tensor]
 """From an output and a target, first dimension `n`, one value a sample, `n`."""
 

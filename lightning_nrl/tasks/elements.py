@@ -17,8 +17,6 @@ from lightning_nrl._utils.precision import at_least_float32, widest
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.task import TASKS, Task, class_divergence, masked_mean
 
-__all__ = ["Elements", "ElementsTask", "Segmentation", "Sequence"]
-
 
 class Elements(NamedTuple):
     """Samples taken apart: `n` of them with `E` elements of `C` classes each."""

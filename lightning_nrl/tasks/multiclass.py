@@ -13,8 +13,6 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import TASKS, Task, class_divergence
 
-__all__ = ["Multiclass", "check_whole_labels"]
-
 PROBABILITY_ROUNDING = 1e-2
 """How far from 1 the sum of a sample's probabilities may be; half precision rounds that much."""
 

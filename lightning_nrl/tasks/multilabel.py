@@ -15,8 +15,6 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.tasks.task import TASKS, Task, masked_mean
 
-__all__ = ["Multilabel"]
-
 
 @TASKS.register("multilabel")
 @dataclass(frozen=True)

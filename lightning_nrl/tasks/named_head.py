@@ -13,8 +13,6 @@ from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.tasks.multiclass import Multiclass
 from lightning_nrl.tasks.task import Task
 
-__all__ = ["NamedHead"]
-
 
 @dataclass(frozen=True)
 class NamedHead(Task):

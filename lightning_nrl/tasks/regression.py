@@ -14,8 +14,6 @@ from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.tasks.task import Task
 
-__all__ = ["Regression"]
-
 
 @dataclass(frozen=True)
 class Regression(Task):

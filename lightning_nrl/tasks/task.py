@@ -15,8 +15,6 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["OUTPUT_KEYS", "TASKS", "Task", "class_divergence", "masked_mean", "parse_task"]
-
 OUTPUT_KEYS = ("logits", "out", "prediction", "predictions", "preds", "output", "outputs")
 """Names of the logits in an output with named parts, as Hugging Face, torchvision and others use them."""
 
