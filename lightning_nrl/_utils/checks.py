@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +89,13 @@ def check_class(argument: str, value: Any) -> int:
     if not is_class(value):
         raise ConfigurationError(f"`{argument}={value!r}` is no class.", "give a class as a whole number from 0.")
     return operator.index(value)
+
+
+def count_or_share(value: Any) -> int | float | None:
+    """A whole number from 0 as int, a share in [0, 1] as float; None for anything else."""
+    if isinstance(value, Integral):
+        return int(value) if not isinstance(value, bool) and int(value) >= 0 else None
+    return float(value) if isinstance(value, Real) and 0 <= float(value) <= 1 else None
 
 
 def read_number(where: str, text: str, hint: str) -> int | float:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.checks import read_number
+from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 
@@ -27,12 +26,11 @@ def checked_quotas(quotas: Any) -> dict[str, int | float]:
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
     found: dict[str, int | float] = {}
     for name, quota in quotas.items():
-        number: Any = read_number(f"`quotas[{name!r}]`", quota.strip(), hint) if isinstance(quota, str) else quota
-        whole = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
-        share = isinstance(number, Real) and not isinstance(number, Integral) and 0 < float(number) <= 1
-        if not whole and not share:
+        given = read_number(f"`quotas[{name!r}]`", quota.strip(), hint) if isinstance(quota, str) else quota
+        number = count_or_share(given)
+        if not number:
             raise ConfigurationError(f"`quotas`: {quota!r} for {name!r} is no quota.", hint)
-        found[str(name)] = int(number) if whole else float(number)
+        found[str(name)] = number
     return found
 
 

@@ -6,12 +6,11 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import ClassVar, final
 
 from torch import Tensor
 
-from lightning_nrl._utils.checks import read_number
+from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults, TargetCounts
@@ -197,7 +196,13 @@ class Tolerance(Gate):
     limit: int | float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "limit", _checked_limit(self.limit))
+        limit = count_or_share(self.limit)
+        if limit is None:
+            raise ConfigurationError(
+                f"`limit={self.limit!r}` is no tolerance.",
+                "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
+            )
+        object.__setattr__(self, "limit", limit)
 
     def allowed(self, counts: FlipCounts) -> int:
         if isinstance(self.limit, int):
@@ -220,14 +225,3 @@ def allowance(gate: Gate, counts: FlipCounts) -> str:
     allowed = f"{gate.allowed(counts):,}"
     here = "" if allowed == "0" or gate.rule.endswith(allowed) else f", here {allowed}"
     return f"the gate allows {gate.rule}{here}"
-
-
-def _checked_limit(limit: int | float) -> int | float:
-    if isinstance(limit, Integral) and not isinstance(limit, bool) and limit >= 0:
-        return int(limit)
-    if isinstance(limit, Real) and not isinstance(limit, Integral) and 0 <= limit <= 1:
-        return float(limit)
-    raise ConfigurationError(
-        f"`limit={limit!r}` is no tolerance.",
-        "give a whole number of samples from 0, or a fraction in [0, 1] of the samples that passed.",
-    )
