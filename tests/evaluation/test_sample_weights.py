@@ -27,7 +27,7 @@ from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Focal
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.quotas import below, needed, normalised, raised
+from lightning_nrl.evaluation.quotas import below, needed, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
@@ -179,12 +179,6 @@ def test_quotas_in_numbers_and_what_is_missing() -> None:
     repaired = torch.tensor([False, True, False, True])
     assert below(sliced, repaired, {"night": 2, "day": 1}) == {"night": (1, 2)}
     assert raised(sliced, ["night"], 4.0).weight.tolist() == pytest.approx([1, 1 / 3, 4 / 3, 4 / 3])
-
-
-def test_weights_of_equal_targets_stay_one_to_the_bit() -> None:
-    before = evidence([True] * 4 + [False] * 7, weight=torch.full((11,), 0.3).double())
-    assert normalised(before).weight[4:].tolist() == pytest.approx([1.0] * 7)
-    assert torch.equal(normalised(evidence([True, False, False])).weight, torch.ones(3).double())
 
 
 def flipped(before: SampleResults, *rows: int) -> SampleResults:
