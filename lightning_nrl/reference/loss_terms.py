@@ -24,7 +24,7 @@ from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind, check_real
-from lightning_nrl.reference.old_model import Classes, table_for
+from lightning_nrl.reference.old_model import Classes, table_of
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task
 
@@ -220,7 +220,7 @@ class ModelTeacher:
     ) -> None:
         self.model, self.task = model, task
         self.adapter = None if adapter is None else bind_adapter(adapter, model)
-        self.classes = table_for(task, classes)
+        self.classes = table_of(classes, task)
         self.index, self.cache, self._is_checked = index, LogitCache(), False
         held = next((x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()), None)
         self._dtype = None if held is None else held.dtype

@@ -89,7 +89,7 @@ class OldModel:
         if not collective.any(known is None):
             assert known is not None
             return known.results(like)
-        table = table_for(task, self.classes)
+        table = table_of(self.classes, task)
         mapped = task if table is None else _MappedMulticlass(table)
         found = self._run(replace(evaluator, task=mapped), state, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
@@ -145,10 +145,12 @@ class _Adapted:
             yield replace(batch, args=args, kwargs=kwargs)
 
 
-def table_of(classes: Classes | None) -> dict[int, int] | None:
-    """Old class numbers to new ones; a `ConfigurationError` if two old classes are one new class."""
+def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
+    """Old class numbers to new ones; refuses two old classes that are one new class, and a task without classes."""
     if classes is None:
         return None
+    if task is not None and not isinstance(task, Multiclass):
+        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
     if isinstance(classes, Mapping):
         table = dict(classes)
         whole = all(map(is_class, (*table, *table.values())))
@@ -161,14 +163,6 @@ def table_of(classes: Classes | None) -> dict[int, int] | None:
             f"`classes={classes!r}` does not say which old class is which new one.",
             "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
         )
-    return table
-
-
-def table_for(task: Task, classes: Classes | None) -> dict[int, int] | None:
-    """As `table_of`, refused for a task that has no classes."""
-    table = table_of(classes)
-    if table is not None and not isinstance(task, Multiclass):
-        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
     return table
 
 

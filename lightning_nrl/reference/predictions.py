@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.strict_csv import read_csv
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -65,18 +67,16 @@ class Predictions:
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `read` reads; it is there as a whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            if self.weights is not None:
-                file.write(f"{WEIGHTS}{self.weights}\n")
-            writer = csv.writer(file)
-            writer.writerow(CSV_COLUMNS)
-            for split, rows in self.splits.items():
-                for at, (said, passed) in rows.items():
-                    writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
-        part.replace(path)
+        file = io.StringIO()
+        if self.weights is not None:
+            file.write(f"{WEIGHTS}{self.weights}\n")
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for split, rows in self.splits.items():
+            for at, (said, passed) in rows.items():
+                writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replacing(path, lambda part: part.write_bytes(file.getvalue().encode()))
 
     @classmethod
     def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
