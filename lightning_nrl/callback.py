@@ -36,8 +36,7 @@ from lightning_nrl._utils.interrupts import uninterrupted
 from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate

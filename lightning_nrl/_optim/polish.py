@@ -38,9 +38,8 @@ from lightning_nrl._optim.descent import Descent
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.problem import Problem, Proposal
 from lightning_nrl.problem.budget import MAX_RETREATS, MAX_ROUNDS, MAX_STALLED_ROUNDS, RESERVED_PASSES
 

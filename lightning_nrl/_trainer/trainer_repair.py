@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
 from lightning_nrl._model.batch_statistics import refusing_batch_statistics
@@ -31,9 +32,8 @@ from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import check_saved
-from lightning_nrl.data._observed_source import ObservedSource
-from lightning_nrl.data.batch import Batch, Source
-from lightning_nrl.data.batch_structure import adapter_hint, describe
+from lightning_nrl.data.adapters import adapter_hint, describe
+from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.errors import (
     ConfigurationError,
     DataWarning,
@@ -302,13 +302,17 @@ def run_sanity_check(
             return
 
 
-class _LastBatch(ObservedSource):
+class _LastBatch(RecordingSource):
     """A source that keeps the batch that it gave last."""
 
     batch: Batch | None = None
 
-    def observe(self, batch: Batch) -> None:
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, self._keep, source.index[:0])
+
+    def _keep(self, batch: Batch) -> Tensor:
         self.batch = batch
+        return batch.position
 
 
 def _evaluated(evaluator: Evaluator, sources: Sequence[Source], settings: Settings) -> SampleResults:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lightning_nrl.errors import check_kind
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.auto_rungs import (
     RungResult,
     exact_rung,

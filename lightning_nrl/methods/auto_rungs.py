@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.convex import Convex
 from lightning_nrl.methods.held_out import estimate
 from lightning_nrl.methods.linearized import Linearized

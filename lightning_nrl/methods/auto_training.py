@@ -19,7 +19,7 @@ from lightning_nrl._optim.distill import distill
 from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
+from lightning_nrl.evaluation.sample_results import Flips, TargetCounts
 from lightning_nrl.methods.auto_rungs import RungResult, epoch_seconds, search_or_keep, search_seconds
 from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
 from lightning_nrl.methods.held_out import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate

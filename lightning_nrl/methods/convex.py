@@ -19,8 +19,8 @@ from lightning_nrl._scoring.plan_search import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.methods.search_samples import record_known
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.problem.budget import RECORDING_PASSES, TRIAL_PASSES

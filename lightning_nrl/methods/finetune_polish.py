@@ -16,7 +16,7 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.problem.budget import POLISH_PASSES
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.flips import Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
 from lightning_nrl.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 3

@@ -29,7 +29,7 @@ from lightning_nrl._optim.qp import solve_dual
 from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.problem.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
-from lightning_nrl.evaluation.requirements import Need
+from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
 from lightning_nrl.methods.search_samples import (
     choose_samples,

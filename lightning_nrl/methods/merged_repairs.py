@@ -15,8 +15,7 @@ from lightning_nrl._scoring.scores import Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.state import State, combined, current_state
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.methods.local_search import LocalSearch

@@ -14,7 +14,7 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.report.run_records import Step
 

@@ -17,7 +17,7 @@ from lightning_nrl._scoring import ActivationCache, make_scorer, record
 from lightning_nrl._scoring.scores import Scorer
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
-from lightning_nrl.evaluation._head_features import drawn
+from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
 from lightning_nrl.problem.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE

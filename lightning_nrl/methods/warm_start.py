@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
 from lightning_nrl.methods.search_samples import preparation_seconds
 from lightning_nrl.problem import Problem, Proposal, Solution, better
@@ -181,7 +181,7 @@ def _constrained(problem: Problem, start: Proposal) -> FitnessFunction:
     if not hasattr(fitness, "as_constraint"):
         return fitness
     counts = Flips.between(problem.before, start.after).counts(problem.used)
-    constrained: FitnessFunction = fitness.as_constraint(float(problem.allowance.allowed(counts)))
+    constrained: FitnessFunction = fitness.as_constraint(float(problem.gate.allowed(counts)))
     return constrained
 
 

@@ -17,15 +17,15 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
-from lightning_nrl.data._sample_identity import ContentRecorder, Identified, is_among
+from lightning_nrl.data.batch import RecordingSource
+from lightning_nrl.data.sample_identity import Identified, content_recorder, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
-from lightning_nrl.evaluation._neighbors import find_label_issues
-from lightning_nrl.evaluation._quotas import normalised
+from lightning_nrl.evaluation.head_features import find_label_issues
+from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference._update import Update, look_back
-from lightning_nrl.reference.old_model import Reference
+from lightning_nrl.reference.old_model import Reference, Update, look_back
 from lightning_nrl.report import Role
 
 
@@ -158,9 +158,9 @@ class LeakCheck:
 
     def __init__(self, known: Sequence[Source], held_out: Mapping[Role, Sequence[Source]]) -> None:
         watched = any(held_out.values())
-        self.known: Sequence[Source] = [ContentRecorder(source) for source in known] if watched else known
+        self.known: Sequence[Source] = [content_recorder(source) for source in known] if watched else known
         self.held_out: dict[Role, Sequence[Source]] = {
-            role: [ContentRecorder(source) for source in sources] for role, sources in held_out.items()
+            role: [content_recorder(source) for source in sources] for role, sources in held_out.items()
         }
 
     def leaked(self, collective: Collective) -> dict[str, int]:
@@ -173,9 +173,9 @@ class LeakCheck:
             ConfigurationError: calibration samples are known too. They say nothing of data to come.
         """
         found: dict[str, int] = {}
-        others = [source for source in self.known if isinstance(source, ContentRecorder)]
+        others = [source for source in self.known if isinstance(source, RecordingSource)]
         for role in ("calibration", "unseen"):
-            own = [source for source in self.held_out.get(role, ()) if isinstance(source, ContentRecorder)]
+            own = [source for source in self.held_out.get(role, ()) if isinstance(source, RecordingSource)]
             for source in own:
                 again = _again(source, others, collective)
                 if not again.any():
@@ -196,10 +196,10 @@ class LeakCheck:
         return found
 
 
-def _again(source: ContentRecorder, others: Sequence[ContentRecorder], collective: Collective) -> Tensor:
+def _again(source: RecordingSource, others: Sequence[RecordingSource], collective: Collective) -> Tensor:
     """Which samples of a source are among those of others, `n` bool, the same on every rank."""
-    keys = source.keys(collective)
-    again = is_among(keys, torch.cat([other.keys(collective) for other in others]))
+    keys = source.gathered(collective)
+    again = is_among(keys, torch.cat([other.gathered(collective) for other in others]))
     identified = [other.source.identity for other in others if isinstance(other.source, Identified)]
     if isinstance(source.source, Identified) and identified:
         again |= is_among(source.source.identity, torch.cat(identified))

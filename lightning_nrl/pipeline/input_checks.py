@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, UnusableSamplesError, check_kind
 from lightning_nrl.evaluation import DOUBTFUL
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.gate import InstanceInTarget
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.tasks import Task
 
@@ -53,9 +52,9 @@ def _kinds(sources: object) -> str:
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
     """Refuses a limit without calibration data, and one on the target."""
-    if isinstance(settings.limit, InstanceInTarget):
+    if settings.limit is not None and settings.limit.needs_target:
         raise ConfigurationError(
-            "`limit='instance-in-target'`: a limit is about all calibration data.", "write `tolerance:1%`."
+            f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
         )
     if settings.limit is not None and not calibrated:
         raise ConfigurationError(

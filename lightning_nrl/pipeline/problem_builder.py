@@ -53,7 +53,7 @@ def build_problem(
         whole=settings.layer == "auto",
         update=update,
         needed={} if needed is None else needed,
-        allowance=settings.gate,
+        gate=settings.gate,
         work=ResumeStore() if work is None else work,
     )
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lightning_nrl.evaluation.deployed_precision import rounding_margin
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.localization import Localization
 from lightning_nrl.report import (
     Judge,

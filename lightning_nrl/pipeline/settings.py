@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import layer_names
 from lightning_nrl._utils.saved_work import SAVE_EVERY
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import AllFailures, Target
+from lightning_nrl.data.targets import AllFailures, Target, parse_target
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate

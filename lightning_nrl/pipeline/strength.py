@@ -114,7 +114,7 @@ class PatchPath:
 
     def within_gate(self, point: StrengthPoint) -> bool:
         """Whether no more known samples break than the gate allows."""
-        return point.cost <= self.gate.allowed(point.known)
+        return not self.gate.excess_of(point.known, point.cost)
 
     def within_limit(self, strength: float, limit: Gate) -> bool:
         """Whether a strength keeps within a limit for calibration data and within the gate.
@@ -124,7 +124,7 @@ class PatchPath:
         point = self.point(strength)
         assert point.calibration is not None
         known = self.within_gate(point) or (strength < 1 and self.has_margins)
-        return known and point.calibration_cost <= limit.allowed(point.calibration)
+        return known and not limit.excess_of(point.calibration, point.calibration_cost)
 
     def takes_time(self, strength: float) -> bool:
         """Whether a strength has to be counted first, or polished."""

@@ -14,47 +14,25 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.data._sample_identity import Identified, is_among
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation._quotas import below, raised
+from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.quotas import below, raised
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
 from lightning_nrl.problem.budget import JUDGING_PASSES
 from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
-__all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "Training"]
+__all__ = ["N_SCORED", "Method", "Problem", "Training"]
 
 N_SCORED = 100_000
 """Known samples that a search looks at, at most, unless something else is said."""
 
 LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
-
-
-class Allowance(Protocol):
-    """How many known passed samples may break, as a gate says it."""
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        """What broken samples, `N` bool, count against what is allowed."""
-        ...
-
-    def allowed(self, counts: FlipCounts) -> float:
-        """How much harm is allowed, given what became of all known samples."""
-        ...
-
-
-class NoneAllowed:
-    """No known passed sample may break."""
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        return before.harm(broken)
-
-    def allowed(self, counts: FlipCounts) -> float:
-        return 0.0
 
 
 class Training(Protocol):
@@ -128,7 +106,7 @@ class Problem:
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
         needed: how many targets of a slice are to be repaired at least, by the name of the slice.
-        allowance: how many known passed samples may break; by default none.
+        gate: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
             They are neither passed nor targeted in `before`.
         unmasked: with samples held out, what the model does on all known data.
@@ -151,7 +129,7 @@ class Problem:
     whole: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
-    allowance: Allowance = field(default_factory=NoneAllowed)
+    gate: Gate = field(default_factory=Instance)
     held_out: Tensor | None = None
     unmasked: SampleResults | None = None
     work: ResumeStore = field(default_factory=ResumeStore)
@@ -243,8 +221,8 @@ class Problem:
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""
-        allowed = self.allowance.allowed(Flips.between(self.before, after).counts(self.used))
-        return max(0.0, self.allowance.harm(self.before, broken) - allowed)
+        counts = Flips.between(self.before, after).counts(self.used)
+        return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
         """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
@@ -262,7 +240,7 @@ class Method(Protocol):
     It may have more, which is used before the first step of training and has a default:
 
     - `trains = True`: it goes on with the training where it can; it is checked that this will be possible.
-    - `needs`, of `Need` in `lightning_nrl.evaluation.requirements`: what it needs of the task and the data.
+    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: what it needs of the task and the data.
     - `check(model)`, `check_recording(recording)`: refuse what does not suit it by a `ConfigurationError`.
     - `fitness`, `localizer`: how candidates are ranked and weights chosen, unless the user says so; a method that has
       them even where the user does takes the user's by `with_parts(**parts)`.

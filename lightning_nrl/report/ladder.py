@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, percent, plural, rough_percent
 from lightning_nrl.report.page import Row, Table, Tone
 from lightning_nrl.report.run_records import PricePoint, Rung

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_nrl._utils.serialize import flat
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 __all__ = ["ClassCounts", "ConfusionCell", "Flip", "FlippedSample", "MarginHistogram"]
 

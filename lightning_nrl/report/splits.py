@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from lightning_nrl._utils.serialize import Derives, flat
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.metrics.rates import rates_of
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, Flip, FlippedSample, MarginHistogram
 

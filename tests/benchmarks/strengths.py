@@ -19,8 +19,7 @@ from lightning_nrl import Gate, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, LineSearchResult, PatchPath, line_search

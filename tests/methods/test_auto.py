@@ -8,21 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from toy_problems import (
-    FakeTraining,
-    Marginless,
-    broken,
-    checked,
-    left_alone,
-    make_problem,
-    retrained,
-    right,
-)
+from toy_problems import FakeTraining, Marginless, broken, checked, left_alone, make_problem, retrained, right
 from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_module
 from lightning_nrl._utils.timing import StageTimer
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import Auto, Linearized
 from lightning_nrl.methods import auto as auto_module

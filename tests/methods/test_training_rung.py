@@ -108,7 +108,7 @@ def test_a_looser_gate_buys_repairs() -> None:
     new = barely(own, retrained(own.model))
     found = {}
     for gate in ("instance", "tolerance:100%"):
-        given = replace(own, training=FakeTraining(new), allowance=Gate.parse(gate))
+        given = replace(own, training=FakeTraining(new), gate=Gate.parse(gate))
         result = training_rung(given, QUICK, held_out_rows(own))
         assert result is not None
         found[gate] = result.solution.proposal

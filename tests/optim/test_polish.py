@@ -35,7 +35,7 @@ from lightning_nrl import Target, TensorSource
 from lightning_nrl._optim.polish import PolishResult, polish
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import Deadline
-from lightning_nrl.evaluation.flips import Flips
+from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.problem import Problem
 from lightning_nrl.tasks import Multiclass
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl.reference import Predictions
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher
+from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher
 from lightning_nrl.tasks import Multiclass, Task
 
 TASK = Multiclass()
@@ -142,9 +142,9 @@ def test_predictions_of_tasks_without_classes_say_themselves_what_passed() -> No
     ("index", "message"),
     [
         (lambda batch: batch[3], "`index` raised IndexError"),
-        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for 2 samples"),
+        (lambda batch: batch[2].float(), r"`index` returned torch.float32 \[2\] for a batch of 2 samples"),
         (lambda batch: batch[2][:1], r"`index` returned torch.int64 \[1\]"),
-        (lambda batch: -batch[2], "whole numbers from 0"),
+        (lambda batch: -batch[2], "whole number from 0"),
     ],
 )
 def test_an_index_that_is_none_is_refused(index: Any, message: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import PricePoint, Rung
 from lightning_nrl.report.ladder import choice_text, estimate_text, price_table, price_text, rungs_table
 

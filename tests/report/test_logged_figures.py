@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, UpdateSplit
 from lightning_nrl.report._figures import image_of
 from lightning_nrl.report.repair_plot import draw_repair, gallery_figures, repair_figures

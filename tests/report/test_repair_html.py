@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import RepairReport, SearchReport, SplitReport, StrengthPoint, repair_html
 from lightning_nrl.report.repair_plot import draw_repair, gallery_figures, repair_figures
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram

@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.localization import Localization
 from lightning_nrl.pipeline.report_parts import localization_report, search_report
 from lightning_nrl.report import (

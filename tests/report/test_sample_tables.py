@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import Page, RepairReport, SplitReport, UpdateSplit
 from lightning_nrl.report.page import Heading, Row
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport, UpdateSplit
 from lightning_nrl.report.unseen_limit import unseen_limit, unseen_text
 

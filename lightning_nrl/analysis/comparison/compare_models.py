@@ -24,7 +24,7 @@ from lightning_nrl.errors import (
     ReplayError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, solve
 from lightning_nrl.pipeline.baseline import HeldOut, LeakCheck
 from lightning_nrl.pipeline.input_checks import check_losses, check_sources, check_targets, given_or_default

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lightning_nrl.errors import check_choice
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report import Report, installed_versions
 from lightning_nrl.report._figures import Plotted
 

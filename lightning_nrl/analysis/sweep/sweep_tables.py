@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from lightning_nrl.analysis.sweep.run import Run
 from lightning_nrl.analysis.sweep.sweep_result import SweepResult
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.report_base import page_of

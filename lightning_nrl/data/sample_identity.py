@@ -14,12 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data._observed_source import ObservedSource
-from lightning_nrl.data.batch import Batch, is_sliceable, tensors_in
-
-__all__ = ["ContentRecorder", "Identified", "base_samples", "content_keys", "is_among"]
-
+from lightning_nrl.data.batch import Batch, RecordingSource, Source, is_sliceable, tensors_in
 
 COLUMNS_AT_ONCE = 2**14
 """Numbers of a sample that are made integers at once, eight bytes each."""
@@ -61,21 +56,9 @@ def is_among(samples: Tensor, others: Tensor) -> Tensor:
     return torch.isin(number[: len(samples)], number[len(samples) :])
 
 
-class ContentRecorder(ObservedSource):
-    """A source that notes a key of each sample's content, without waiting for the device."""
-
-    def begin(self) -> None:
-        """Forgets the keys of an earlier pass."""
-        super().begin()
-        self._keys: list[Tensor] = []
-
-    def observe(self, batch: Batch) -> None:
-        """Notes the keys of a batch."""
-        self._keys.append(content_keys(batch))
-
-    def keys(self, collective: Collective) -> Tensor:
-        """`n x 2` int64 over all ranks, in the order of the source, on the CPU."""
-        return self.in_order(self._keys, torch.zeros(0, 2, dtype=torch.int64), collective)
+def content_recorder(source: Source) -> RecordingSource:
+    """A source that notes a key of each sample's content, `n x 2` int64, without waiting for the device."""
+    return RecordingSource(source, content_keys, torch.zeros(0, 2, dtype=torch.int64))
 
 
 def content_keys(batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the default adapter makes of batches as they come."""
+"""What the default adapter makes of batches, what errors say of them, and adapters that run the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from graphs import Graphs
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.data.unpacking import INPUT_KEYS, TARGET_KEYS, ForwardSignature, bind_adapter, unpack
+from lightning_nrl.data.adapters import (
+    INPUT_KEYS,
+    TARGET_KEYS,
+    ModelAdapter,
+    adapter_hint,
+    as_adapter,
+    bind_adapter,
+    describe,
+    unpack,
+)
+from lightning_nrl.data.batch import run_model
 
 X, Y, EXTRA = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([True, False])
 A, B = torch.zeros(2, 4), torch.ones(2, 5)
@@ -38,28 +48,15 @@ def taken(raw: Any, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], Mappi
 
 @pytest.mark.parametrize("raw", [(X, Y), [X, Y], (X, Y, EXTRA), Pair(X, Y), (X, {"labels": Y})])
 def test_a_sequence_is_input_then_target_then_extras(raw: Any) -> None:
-    args, kwargs, target = unpack(raw)
-    assert len(args) == 1
-    assert args[0] is X
-    assert kwargs == {}
-    assert target is Y
+    (x,), kwargs, target = unpack(raw)
+    assert (x is X, kwargs, target is Y) == (True, {}, True)
 
 
 @pytest.mark.parametrize("target_key", TARGET_KEYS)
 @pytest.mark.parametrize("input_key", INPUT_KEYS)
 def test_a_mapping_with_usual_keys_is_one_input(input_key: str, target_key: str) -> None:
-    args, kwargs, target = unpack({"id": 7, input_key: X, target_key: Y})
-    assert args[0] is X
-    assert kwargs == {}
-    assert target is Y
-
-
-def test_other_mappings_become_keyword_arguments_as_text_models_expect() -> None:
-    raw = UserDict(input_ids=X, attention_mask=X > 0, labels=Y, text=["a", "b"])
-    args, kwargs, target = unpack(raw)
-    assert args == ()
-    assert sorted(kwargs) == ["attention_mask", "input_ids"]
-    assert target is Y
+    (x,), kwargs, target = unpack({"id": 7, input_key: X, target_key: Y})
+    assert (x is X, kwargs, target is Y) == (True, {}, True)
 
 
 TEXT = UserDict(input_ids=A, attention_mask=B, labels=Y)
@@ -74,6 +71,7 @@ TABLE = {"continuous": A, "categorical": B, "target": Y}
         ({"signal": X, "label": Y}, lambda self, x: 0, (X,), {}),
         ({"pixel_values": X, "labels": Y}, lambda self, **inputs: 0, (), {"pixel_values": X}),
         (TEXT, lambda self, **inputs: 0, (), {"input_ids": A, "attention_mask": B}),
+        (TEXT, lambda self, *a, **k: 0, (), {"input_ids": A, "attention_mask": B}),
         (TEXT, lambda self, input_ids, labels: 0, (), {"input_ids": A, "labels": Y}),
         (TEXT, lambda self, batch: 0, (TEXT,), {}),
         (TABLE, lambda self, x: 0, (TABLE,), {}),
@@ -109,10 +107,6 @@ def test_a_parameter_that_is_annotated_as_a_mapping_gets_the_whole_batch() -> No
     assert taken(raw, forward)[0] == (raw,)
 
 
-def test_a_module_that_takes_anything_says_nothing() -> None:
-    assert ForwardSignature.of(module_of(lambda self, *args, **kwargs: 0)) is None
-
-
 def test_an_adapter_of_the_users_own_stays_as_it_is() -> None:
     def own(batch: Any) -> Any:
         return (batch,), {}, Y
@@ -133,3 +127,93 @@ def test_an_adapter_of_the_users_own_stays_as_it_is() -> None:
 def test_what_is_no_batch_is_refused_with_the_way_out(raw: Any, found: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"`adapter`: .*{found}[\s\S]*HINT: pass `adapter=f`"):
         unpack(raw)
+
+
+@dataclass
+class Graded:
+    signal: Tensor
+    grade: Tensor
+
+
+def test_the_structure_has_names_types_and_shapes() -> None:
+    raw = {"signal": X, "meta": {"class": Y, "names": ["a", "b"]}, "ragged": [X[0]] * 9, "fold": 3}
+    assert describe(raw).splitlines() == [
+        "    batch: dict of 4",
+        "      signal: float32 [2, 3]",
+        "      meta: dict of 2",
+        "        class: int64 [2]",
+        "        names: list of 2",
+        "          [0]: str of 1",
+        "          [1]: str of 1",
+        "      ragged: list of 9",
+        "        [0]: float32 [3]",
+        "        [1]: float32 [3]",
+        "        [2]: float32 [3]",
+        "      fold: 3",
+    ]
+
+
+def test_of_many_fields_the_first_are_shown() -> None:
+    lines = describe({str(i): X for i in range(40)}).splitlines()
+    assert len(lines) == 12
+    assert lines[-1].endswith("... and 30 more")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"signal": X, "meta": {"class": Y}},
+        {"id": Y, "signal": X, "label": Y},
+        (X, X, Y),
+        Graded(X, Y),
+        Graphs(X, Y, Y),
+        {"fold": 3},
+    ],
+)
+def test_the_adapter_is_python_with_the_names_of_the_batch(raw: Any) -> None:
+    code = adapter_hint(raw).partition("\n")[2]
+    names: dict[str, Any] = {"INPUT": X, "TARGET": Y}
+    exec("if True:\n" + code, names)
+    (x,), kwargs, y = names["f"](raw)
+    assert x is X
+    assert y is Y
+    assert kwargs == {}
+
+
+def test_a_column_of_bools_is_not_taken_for_the_truth_where_there_are_whole_numbers() -> None:
+    batch = {"chars": torch.zeros(4, 7), "kind": torch.arange(4), "greek": torch.ones(4, dtype=torch.bool)}
+    assert "return args, kwargs, batch['kind']" in adapter_hint(batch)
+
+
+def halved(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return module(x / 2), y
+
+
+def test_an_adapter_of_two_parameters_runs_the_module() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    x, y = torch.ones(3, 2), torch.tensor([0, 1, 0])
+    args, kwargs, target = bind_adapter(halved, model)((x, y))
+    assert target is y
+    output = run_model(model, args, kwargs)
+    assert torch.equal(output, model(x / 2))
+    assert output.requires_grad
+    assert torch.equal(run_model(other, args, kwargs), other(x / 2))
+
+
+def test_it_gives_no_inputs_without_a_module() -> None:
+    with pytest.raises(ConfigurationError, match=r"f\(module, batch\) -> \(logits, target\) cannot be used here"):
+        as_adapter(halved)((torch.ones(3, 2), torch.zeros(3)))
+
+
+def test_what_is_no_pair_is_refused() -> None:
+    adapter = bind_adapter(lambda module, batch: module(batch[0]), nn.Linear(2, 2))
+    with pytest.raises(ConfigurationError, match=r"returned Tensor, not \(logits, target\)"):
+        adapter((torch.ones(3, 2), torch.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    ("function", "runs"), [(halved, True), (lambda batch: batch, False), (lambda batch, size=2: batch, False)]
+)
+def test_an_adapter_is_known_by_its_required_parameters(function: Any, runs: bool) -> None:
+    assert isinstance(as_adapter(function), ModelAdapter) is runs

@@ -6,44 +6,31 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from fractions import Fraction
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.checks import count_or_share, read_number
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-
-__all__ = ["Quota", "below", "checked_quotas", "needed", "normalised", "raised"]
 
 Quota = int | float | str
 """At least so many targets of a slice, or such a share of them: `5`, `0.5` or `"50%"`."""
 
 
 def checked_quotas(quotas: Any) -> dict[str, int | float]:
-    """The quotas by slice: whole numbers from 1, or shares above 0 and at most 1.
-
-    Raises:
-        ConfigurationError: they are no mapping, or one is neither.
-    """
+    """The quotas by slice: whole numbers from 1, or shares above 0 and at most 1."""
     hint = "write `quotas={'night': 5, 'truck': 0.5}`: a whole number of targets from 1, or a share of them."
     if not isinstance(quotas, Mapping):
         raise ConfigurationError(f"`quotas`: found a {type(quotas).__name__}, not a mapping.", hint)
     found: dict[str, int | float] = {}
     for name, quota in quotas.items():
-        number: Any = quota
-        if isinstance(quota, str):
-            try:
-                percent = quota.strip().endswith("%")
-                number = float(Fraction(quota.strip()[:-1]) / 100) if percent else float(Fraction(quota))
-            except ValueError:
-                number = math.nan
-        whole = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
-        share = isinstance(number, Real) and not isinstance(number, Integral) and 0 < float(number) <= 1
-        if not whole and not share:
+        given = read_number(f"`quotas[{name!r}]`", quota.strip(), hint) if isinstance(quota, str) else quota
+        number = count_or_share(given)
+        if not number:
             raise ConfigurationError(f"`quotas`: {quota!r} for {name!r} is no quota.", hint)
-        found[str(name)] = int(number) if whole else float(number)
+        found[str(name)] = number
     return found
 
 

@@ -15,13 +15,10 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, Source, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, Source, run_model, unpacked
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
-
-__all__ = ["batch_norms", "estimate_statistics"]
 
 DEFAULT_BATCH_SIZE = 256
 """Samples at once from a source that does not say how many."""
@@ -71,10 +68,6 @@ def estimate_statistics(
 
     Returns:
         `running_mean`, `running_var` and `num_batches_tracked` of each layer that was called, as in the state dict.
-
-    Raises:
-        ConfigurationError: there was no batch.
-        EvaluationError: the data could not be read on another rank.
     """
     evaluator = Evaluator.of(model)
     layers, collective = batch_norms(evaluator.model), evaluator.collective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl.data._observed_source import ObservedSource
-from lightning_nrl.data.batch import Batch, Source
+from lightning_nrl.data.batch import Batch, RecordingSource, Source
 from lightning_nrl.data.columns import column_values
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
-
-__all__ = ["SliceRecorder", "Slices", "renumbered"]
 
 Slices = Callable[[Any], Any] | Target
 """Which slice each sample of a raw batch is in: names, numbers or bools; or a target, whose samples are one slice."""
@@ -27,28 +24,29 @@ MAX_SLICES = 200
 """Slices, each with its own curves: more are most likely ids."""
 
 
-class SliceRecorder(ObservedSource):
-    """A source that notes which slice each sample is in: with None in none. `argument` is for errors."""
+class SliceRecorder(RecordingSource):
+    """A source that notes which slice each sample is in; with None in none. `argument` is for errors."""
 
     def __init__(self, source: Source, slices: Slices | None, task: Task, argument: str = "slices") -> None:
+        super().__init__(source, self._note, torch.zeros(0, dtype=torch.int64))
         self.slices, self.task, self.argument = slices, task, argument
-        super().__init__(source)
+        self._numbers: dict[str, int] = {}
 
-    def begin(self) -> None:
-        """Forgets an earlier pass."""
-        super().begin()
-        self._named: list[tuple[int, str]] = []
+    def __iter__(self) -> Iterator[Batch]:
+        self._numbers = {}
+        return super().__iter__()
 
-    def observe(self, batch: Batch) -> None:
-        """Notes the slices of a batch."""
-        if self.slices is not None:
-            names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
-            pairs = zip(batch.position.tolist(), names, strict=True)
-            self._named += [(at, name) for at, name in pairs if name is not None]
+    def _note(self, batch: Batch) -> Tensor:
+        if self.slices is None:
+            return torch.full((len(batch),), -1)
+        names = _names(self.slices, batch, self.task.label(batch.target), self.argument)
+        return torch.tensor(
+            [-1 if name is None else self._numbers.setdefault(name, len(self._numbers)) for name in names]
+        )
 
-    def gathered(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
+    def named(self, collective: Collective) -> tuple[tuple[str, ...], Tensor]:
         """All slices over all ranks, and the number of each sample's, in the order of the source; -1: none."""
-        mine = json.dumps(sorted({name for _, name in self._named})).encode()
+        mine = json.dumps(list(self._numbers)).encode()
         lists = collective.gather(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         names = sorted({name for row in lists for name in json.loads(bytes(row.tolist()))})
         if len(names) > MAX_SLICES:
@@ -56,17 +54,20 @@ class SliceRecorder(ObservedSource):
                 f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                 f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
-        number = {name: i for i, name in enumerate(names)}
-        rows = torch.tensor([[at, number[name]] for at, name in self._named], dtype=torch.int64).view(-1, 2)
-        rows = torch.cat(collective.gather(rows))
-        group = torch.full((len(self.source.index),), -1)
-        group[rows[:, 0]] = rows[:, 1]
-        return tuple(names), group
+        self.noted = [(at, renumbered(list(self._numbers), group, names)) for at, group in self.noted]
+        self._numbers = {name: i for i, name in enumerate(names)}
+        return tuple(names), self.gathered(collective)
 
 
 def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
     """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
+
+
+def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
+    """The slices of all splits under common numbers, from the names and numbers of each split."""
+    names = tuple(sorted({name for own, _ in parts for name in own}))
+    return names, torch.cat([renumbered(own, group, names) for own, group in parts])
 
 
 def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:
