@@ -33,17 +33,16 @@ from lightning_nrl._trainer.trainer_checks import (
 from lightning_nrl._trainer.trainer_repair import TrainerRepair
 from lightning_nrl._trainer.trainer_state import FitTimer, StartingWeights, epochs_of, starting_weights
 from lightning_nrl._utils.interrupts import uninterrupted
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, changed, saved_names
 from lightning_nrl.callbacks.weight_interpolation import WeightInterpolation
-from lightning_nrl.data.target_parsing import parse_target
-from lightning_nrl.data.targets import Target
+from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, DataWarning, TrainingWarning
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.gate import Gate
 from lightning_nrl.methods import METHODS
 from lightning_nrl.pipeline import BoundOptions, Outcome, SearchOptions, Settings
-from lightning_nrl.pipeline._input_checks import check_limit
+from lightning_nrl.pipeline.input_checks import check_limit
 from lightning_nrl.presets import with_paper_row
 from lightning_nrl.problem import Method
 from lightning_nrl.reference.old_model import Reference, parse_reference
@@ -152,7 +151,7 @@ class RegressionFreeRepair(CallbackBase):
         self._pending = False
         self._ran = False
         self._fit_timer: FitTimer | None = None
-        self._work = SavedWork()
+        self._work = ResumeStore()
 
     @classmethod
     def from_paper(cls, row: str, **arguments: Any) -> RegressionFreeRepair:

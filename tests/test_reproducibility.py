@@ -18,7 +18,7 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._input_checks import passed_rows
+from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.search import Fitness, WeightStats, search
 
 

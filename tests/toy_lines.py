@@ -13,7 +13,7 @@ from lightning_nrl._utils.state import State
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._held_out import HeldOut
+from lightning_nrl.pipeline.baseline import HeldOut
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import Fitness
 

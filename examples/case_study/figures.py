@@ -27,7 +27,7 @@ from lightning_nrl.analysis.baselines import BASELINES
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.comparison.comparison_plot import FAINT
 from lightning_nrl.analysis.sweep import Run, SweepResult
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.presets import TABLE_II
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report._figures import BLUE, GREEN, INK

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.reference import choose_share, interpolate
 
 UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from lightning_nrl._model.layer_inputs import CONVOLUTION_WEIGHT_GRAD, as_rows, pad_input
 from lightning_nrl._model.layers import Convolution, Layer
 from lightning_nrl._utils.precision import Context, at_least_float32, no_autocast, repeatable_gradients
-from lightning_nrl.data.batch import Batch, is_sliceable
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.batch import Batch, is_sliceable, run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 

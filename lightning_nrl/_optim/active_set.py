@@ -8,23 +8,20 @@ working set are rehearsed, which holds the model where it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
-from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches, merge_measurements, shuffled_batches
+from lightning_nrl._optim.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._utils.state import State, holding
+from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.problem import Problem
-
-__all__ = ["POLISH_RATE", "REFERENCE_MARGIN", "SAFETY_MARGIN", "ActiveSet"]
+from lightning_nrl.problem.budget import FIRST_INSISTING_ROUNDS, INSISTING_TIME_FRACTION
 
 REFERENCE_MARGIN = 8.0
 """The median margin of passed samples for which the margins below are meant; they grow and shrink with it."""
@@ -86,8 +83,8 @@ class ActiveSet:
     ) -> None:
         before = problem.before
         self._held = torch.full_like(before.passed, holds_repairs)
-        self.problem, self.insisted, self._state = problem, insisted, state
-        self._unit = float(before.margin[before.passed].median()) / REFERENCE_MARGIN
+        self.problem, self.insisted = problem, insisted
+        self._unit = before.margin_unit / REFERENCE_MARGIN
         safety = SAFETY_MARGIN * max(1.0, self._unit)
         self._required = torch.where(before.passed, before.margin.clamp(max=safety), safety)
         reserve = rounding_reserve(problem.evaluator.precision, before)
@@ -126,25 +123,6 @@ class ActiveSet:
     def hopeless(self) -> Tensor:
         """`N` bool: broken samples without a finite loss: no step can mend them, and their gradients spoil all."""
         return self.broken & self.margin.isnan()
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        return {
-            "right": self._right,
-            "margin": self.margin,
-            "working": self.working,
-            "multiplier": self.multiplier,
-            "random": self._generator.get_state(),
-            "logits": self._teacher.cache.saved(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes the place of the set of which `saved` gave this, and which began at the same state."""
-        self._right = saved["right"]
-        self._teacher = Teacher(self.problem, (self._state, {}), (~self._right).long())
-        self._teacher.cache.restore(saved["logits"])
-        self.margin, self.working, self.multiplier = saved["margin"], saved["working"], saved["multiplier"]
-        self._generator.set_state(saved["random"])
 
     def update(self, after: SampleResults) -> None:
         """Takes the margins of all known samples; those that came close to the boundary join the working set."""
@@ -228,3 +206,54 @@ def _margins(after: SampleResults) -> Tensor:
     """Margins, NaN where the loss is not finite, since that counts as wrong, and below 0 where a tie was lost."""
     margin = torch.where(after.passed, after.margin, after.margin.clamp(max=-SAFETY_MARGIN))
     return torch.where(after.loss.isfinite(), margin, torch.nan)
+
+
+class TargetSchedule:
+    """Targets that steps go on for, however far from being right they are.
+
+    Attributes:
+        wanted: `N` bool, those that are not given up for good.
+        insisted: `N` bool, those of them that steps go on for at present; the same tensor all the time.
+    """
+
+    def __init__(self, problem: Problem, wanted: Tensor) -> None:
+        self._weight = problem.before.weight
+        self.wanted, self.insisted = wanted, wanted.clone()
+        self._rounds, self._max_rounds, self._until = 0, FIRST_INSISTING_ROUNDS, Deadline()
+
+    @property
+    def insists_on_all(self) -> bool:
+        """Whether no target is let go for the time being."""
+        return torch.equal(self.insisted, self.wanted)
+
+    def begin(self, deadline: Deadline) -> None:
+        """From now on targets are insisted on for some rounds or a part of the time, if that is limited."""
+        self._rounds, self._until = 0, deadline.within(INSISTING_TIME_FRACTION * deadline.seconds_left)
+
+    def insist_again(self, active_set: ActiveSet, deadline: Deadline) -> None:
+        """Insists on all that are wanted, for twice as many rounds."""
+        self.insisted |= self.wanted
+        active_set.working |= self.wanted
+        self._max_rounds *= 2
+        self.begin(deadline)
+
+    def before_round(self, active_set: ActiveSet) -> None:
+        """Lets go of what is not right for the time being, where the rounds or the time for it are over."""
+        is_limited = self._until.is_set and self._rounds > 0
+        if is_limited and (self._rounds >= self._max_rounds or self._until.is_over()):
+            self.insisted &= ~active_set.open
+        self._rounds += 1
+
+    def give_up(self, active_set: ActiveSet) -> None:
+        """Lets go for good of the lesser half, by weight, of what is not right; of all where they weigh the same.
+
+        If all are right and something is broken all the same, those with the largest multiplier are in its way.
+        """
+        weight, multiplier = self._weight, active_set.multiplier
+        late = self.insisted & active_set.open
+        if not late.any() and self.insisted.any():
+            late = self.insisted & (multiplier >= multiplier[self.insisted].max())
+        if late.any():
+            given_up = late & (weight <= weight[late].median())
+            self.insisted &= ~given_up
+            self.wanted &= ~given_up

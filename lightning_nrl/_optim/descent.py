@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from lightning_nrl._utils.state import State, holding, live_tensors
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError
 from lightning_nrl.problem import Problem
-
-__all__ = ["MAX_SAMPLE_WEIGHT", "Descent", "Loss"]
 
 MAX_SAMPLE_WEIGHT = 10.0
 """A loss with a larger weight would drown all others."""
@@ -74,22 +71,6 @@ class Descent:
         """The weights as they are now, in the dtypes of the model, with what was given beyond the scope."""
         moved = {name: value.detach().to(self._dtypes[name], copy=True) for name, value in self._copies.items()}
         return {**self._given, **moved}
-
-    def saved(self) -> dict[str, Any]:
-        """What `restore` goes on from."""
-        return {
-            "weights": self._copies,
-            "optimizer": self.optimizer.state_dict(),
-            "samples_at_once": self._samples_at_once,
-        }
-
-    @torch.no_grad()
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Takes the place of the descent of which `saved` gave this."""
-        for name, value in saved["weights"].items():
-            self._copies[name].copy_(value)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self._samples_at_once = saved["samples_at_once"]
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -8,37 +8,29 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT, Descent
-from lightning_nrl._optim.logit_cache import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
-from lightning_nrl._utils.saved_work import Piece
+from lightning_nrl._optim.teacher import DISTILLATION_WEIGHT, Teacher
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import DeviceMemoryError, RepairWarning
 from lightning_nrl.problem import Problem
-
-__all__ = ["EASY_MARGIN", "VISITS_PER_SAMPLE", "WEIGHT_DECAY", "distill"]
+from lightning_nrl.problem.budget import PACE_STEPS, VISITS_PER_SAMPLE
 
 DISTILL_RATE, WEIGHT_DECAY = 1e-3, 0.01
 """Of AdamW, the rate falling to 0 along a cosine: the usual ones, which do not depend on the scale of the loss."""
-VISITS_PER_SAMPLE = 16
-"""Times that a sample is trained on, on average, if time allows; it still pays up to here."""
 TARGET_EMPHASIS = 3.0
 """How much more the loss of a target counts than that of another sample."""
 EASY_MARGIN = 3 / 8
 """Samples with a margin above this part of the median of passed ones are easy, if they had it before too."""
 EASY_FRACTION = 0.25
 """The part of the easy samples that an epoch trains on."""
-PACE_STEPS = 4
-"""Steps that are timed, after a first one, to find how many there is time for."""
 
 
 def distill(
@@ -57,23 +49,19 @@ def distill(
     original ones; where a single sample does not fit in memory, those of the last step that fitted, with a warning.
     """
 
-    def work(piece: Piece) -> State:
+    def work() -> State:
         rows = problem.used.nonzero().flatten()
         planned = VISITS_PER_SAMPLE * len(rows) if visits is None else visits
         run = _Distillation(problem, deadline or Deadline(), start or {}, planned)
-        left = piece.left()
-        if left is not None:
-            rows = run.restore(left)
         try:
             while run.epoch(rows):
                 rows = run.hard_and_some_easy()
-                piece.seam(partial(run.saved, rows))
         except DeviceMemoryError as error:
             message = f"the fit ended after {run.visits:,} samples: {error}"
             warnings.warn(RepairWarning(message, "what it reached so far is used."), stacklevel=3)
         return run.descent.state()
 
-    return problem.work.piece("distil", work)
+    return problem.work.once("distil", work)
 
 
 class _Distillation:
@@ -95,30 +83,9 @@ class _Distillation:
         weight_of_loss = torch.where(before.targeted, TARGET_EMPHASIS * weight, 1.0)
         weights = [weight_of_loss, DISTILLATION_WEIGHT * before.passed.float() * weight]
         self._weights = torch.stack(weights, 1).to(problem.device)
-        self._easy = EASY_MARGIN * float(before.margin[before.passed].median()) if before.passed.any() else math.inf
+        self._easy = EASY_MARGIN * before.margin_unit if before.passed.any() else math.inf
         self.margin = before.margin.clone()
         self.visits, self.planned, self._most = 0, planned, planned
-
-    def saved(self, rows: Tensor) -> dict[str, Any]:
-        """What `restore` goes on from, with the rows of the next epoch."""
-        return {
-            "rows": rows,
-            "margin": self.margin,
-            "visits": (self.visits, self.planned),
-            "random": self._generator.get_state(),
-            "logits": self._teacher.cache.saved(),
-            "descent": self.descent.saved(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> Tensor:
-        """Takes the place of the fit of which `saved` gave this; gives the rows of the next epoch."""
-        self.margin = saved["margin"]
-        self.visits, self.planned = saved["visits"]
-        self._generator.set_state(saved["random"])
-        self._teacher.cache.restore(saved["logits"])
-        self.descent.restore(saved["descent"])
-        rows: Tensor = saved["rows"]
-        return rows
 
     def epoch(self, rows: Tensor) -> bool:
         """Steps on these rows in random order; whether there is time for another epoch."""

@@ -12,8 +12,6 @@ from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.problem import Problem
 
-__all__ = ["BATCH_SIZE", "Part", "load_batches", "merge_measurements", "shuffled_batches"]
-
 BATCH_SIZE = 128
 """Samples in one step, over all ranks: what the recipes here were tried with."""
 

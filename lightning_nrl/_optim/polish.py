@@ -26,39 +26,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet
+from lightning_nrl._optim.active_set import POLISH_RATE, ActiveSet, TargetSchedule
 from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.polish_result import PolishResult, better_of, scale_back
-from lightning_nrl._optim.target_schedule import TargetSchedule
-from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State, between, snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import DeviceMemoryError
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.requirements import Need, check_needs
-from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.problem import Problem
-
-__all__ = ["Phase", "polish"]
+from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
+from lightning_nrl.problem import Problem, Proposal
+from lightning_nrl.problem.budget import MAX_RETREATS, MAX_ROUNDS, MAX_STALLED_ROUNDS, RESERVED_PASSES
 
 NEEDS: tuple[Need, ...] = ("margins",)
-MAX_STALLED_ROUNDS, MAX_ROUNDS = 20, 100
-"""Rounds from one start, since it began, since something was found that keeps within the gate, or since fewer samples
-were open than ever, as long as these are not more than the second number in all."""
-RETREAT_FACTOR, MAX_RETREATS = 0.9, 4
+RETREAT_FACTOR = 0.9
 """How much of the way from the original weights is left after a retreat, where fewer samples are broken."""
 HOLDING_STARTS = 3
 """From so many starts steps hold what was repaired; from later ones it may be lost, since it stands in the way."""
-RESERVED_PASSES = 3.0
-"""Passes over known data that are left when rounds end: where a step back leads is counted."""
 
 
 class Phase(Enum):
@@ -133,22 +122,14 @@ def polish(
     """
     check_needs(NEEDS, problem.before, problem.task)
 
-    def work(piece: Piece) -> PolishResult:
-        end = deadline or Deadline()
-        left = piece.left()
-        if left is None:
-            run, phase = _Polish(problem, state, end, masks, after, insist), Phase.START
-        else:
-            run = _Polish(problem, left["state"], end, masks, left["after"], insist)
-            phase = run.restore(left)
+    def work() -> PolishResult:
+        run, phase = _Polish(problem, state, deadline or Deadline(), masks, after, insist), Phase.START
         while phase is not Phase.DONE:
             phase = run.advance(phase)
-            if phase in (Phase.STEP, Phase.VERIFY):
-                piece.seam(partial(run.saved, phase))
         assert run.best is not None
         return replace(run.best, course=tuple(run.course))
 
-    return problem.work.piece("polish", work, (PolishResult, SampleResults, TargetCounts))
+    return problem.work.once("polish", work, PolishResult)
 
 
 class _Polish:
@@ -180,31 +161,6 @@ class _Polish:
         self.after = self._count(state) if after is None else after
         self.targets = TargetSchedule(problem, problem.before.targeted & insist & self.after.loss.isfinite())
         self.targets.begin(self._end_of_rounds)
-
-    def saved(self, phase: Phase) -> dict[str, Any]:
-        """What `restore` goes on from, while steps are made."""
-        return {
-            "phase": phase.name,
-            "state": self.state,
-            "after": self.after,
-            "best": self.best,
-            "course": self.course,
-            "counts": (self.rounds, self.retreats, self._rounds_left, self._fewest_open),
-            "one_pass": self._one_pass,
-            "targets": self.targets.saved(),
-            "active_set": self.active_set.saved(),
-            "descent": self.descent.saved(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> Phase:
-        """Takes the place of the polish of which `saved` gave this, begun with its state; gives the next phase."""
-        self.best, self.course, self._one_pass = saved["best"], saved["course"], saved["one_pass"]
-        self.rounds, self.retreats, self._rounds_left, self._fewest_open = saved["counts"]
-        self.targets.restore(saved["targets"], self._deadline)
-        self.active_set, self.descent = self._new_active_set(), self._new_descent()
-        self.active_set.restore(saved["active_set"])
-        self.descent.restore(saved["descent"])
-        return Phase[saved["phase"]]
 
     def advance(self, phase: Phase) -> Phase:
         """Does what a phase is for; gives the next one."""
@@ -327,3 +283,69 @@ class _Polish:
         self.course.append(self.problem.target_counts(after))
         self._one_pass = self._deadline.now() - began
         return after
+
+
+BISECTIONS = 6
+"""Halvings of the way, by what is known to be broken."""
+MAX_COUNTS = 6
+"""Counts of all known samples, each of which may show others that are broken there."""
+
+
+@dataclass(frozen=True)
+class PolishResult(Proposal):
+    """Weights that break nothing: the given ones and, where steps were made, all parameters of the scope.
+
+    Attributes:
+        rounds: of steps that were made.
+        strength: 1 if the steps sufficed; else how far from the original weights (0) to the last ones (1) it went back.
+        course: what became of the known samples, each time that all were counted.
+    """
+
+    rounds: int = 0
+    strength: float = 1.0
+    course: tuple[TargetCounts, ...] = ()
+
+    @classmethod
+    def counted(
+        cls, problem: Problem, state: State, after: SampleResults, rounds: int, strength: float = 1.0
+    ) -> PolishResult:
+        return cls(**vars(problem.counted("polish", state, after)), rounds=rounds, strength=strength)
+
+    @property
+    def note(self) -> str:
+        back = f", then back to {self.strength:.0%} of the way" if self.strength < 1 else ""
+        return f"{self.rounds} round{'' if self.rounds == 1 else 's'}{back}"
+
+
+def better_of(best: PolishResult | None, other: PolishResult) -> PolishResult:
+    """The one whose repairs are worth more, of equals the first; both break nothing."""
+    return other if best is None or other.gain > best.gain else best
+
+
+def scale_back(problem: Problem, active_set: ActiveSet, state: State, rounds: int, deadline: Deadline) -> PolishResult:
+    """The furthest of some states between the original weights and these that breaks no more than the gate allows.
+
+    What is broken says by bisection how far to go back. Then all known samples are counted; what else is broken there
+    has a say in the next bisection. Where that does not end, or time is over after the first count, it is the original
+    weights. The active set has the margins under the given state; after the deadline one more state is counted.
+    """
+    original, strength = snapshot(problem.model), 1.0
+    rows = active_set.broken.nonzero().flatten()
+    for counts in range(MAX_COUNTS):
+        low, high = 0.0, strength
+        for _ in range(BISECTIONS if len(rows) else 0):
+            middle = (low + high) / 2
+            if active_set.breaks(between(original, state, middle), rows):
+                high = middle
+            else:
+                low = middle
+        strength = low if len(rows) else high
+        if not strength or (counts and deadline.is_over()):
+            break
+        scaled = between(original, state, strength)
+        after = problem.evaluate(scaled)
+        active_set.update(after)
+        if not active_set.broken.any() or not problem.excess(after, active_set.broken):
+            return PolishResult.counted(problem, scaled, after, rounds, strength)
+        rows = torch.cat([rows, active_set.broken.nonzero().flatten()]).unique()
+    return PolishResult.counted(problem, between(original, state, 0.0), problem.before, rounds, 0.0)

@@ -24,8 +24,6 @@ from lightning_nrl._utils.state import State, holding
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.problem import Problem
 
-__all__ = ["MarginGradients", "Whitening", "fit_whitening", "margin_gradients"]
-
 MOMENT_RIDGE = 0.1
 """Added to a second moment, in parts of its mean eigenvalue. Directions that passed samples hardly show are not free:
 they help the targets, and few samples beside them."""
@@ -61,7 +59,6 @@ class Whitening:
 
     @property
     def size(self) -> int:
-        """How many coordinates there are."""
         return sum(len(outputs) * root.shape[-1] for outputs, root in zip(self.outputs, self.roots, strict=True))
 
     def state(self, change: Tensor) -> State:

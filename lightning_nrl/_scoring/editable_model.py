@@ -15,7 +15,7 @@ from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._model.recurrent import opened
 from lightning_nrl._scoring.forward_trace import ForwardTrace, edit_output, trace_forward
 from lightning_nrl._utils.state import holding
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
 

@@ -33,7 +33,7 @@ from lightning_nrl._trainer.loaders import (
 )
 from lightning_nrl._trainer.stability import draws_at_random
 from lightning_nrl._trainer.validation_view import with_validation_view
-from lightning_nrl.data._sample_identity import base_samples, is_among
+from lightning_nrl.data.sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind
 
 __all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "describe_limits", "find_data", "find_loader"]

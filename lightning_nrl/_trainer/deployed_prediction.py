@@ -19,8 +19,8 @@ from lightning_nrl._scoring.forward_trace import force_eager
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
-from lightning_nrl.data.batch import Adapter, tensors_in
-from lightning_nrl.data.model_call import ADAPTER_HINT, ModelAdapter, ModelCall, run_model
+from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
+from lightning_nrl.data.batch import Adapter, ModelCall, run_model, tensors_in
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task

@@ -16,9 +16,8 @@ from lightning_nrl._trainer.loaders import length_of
 from lightning_nrl._trainer.output_capture import Call, OutputCapture, Probe, is_same
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.model_call import ModelCall
-from lightning_nrl.data.unpacking import Unpacked, bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
+from lightning_nrl.data.batch import Adapter, ModelCall, Unpacked
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.localization.training_record import SplitPoint
 from lightning_nrl.tasks import Task

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lightning_nrl._lightning import ModelCheckpoint, Trainer, callbacks_of
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.methods import Apricot
 from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.settings import Settings
 
@@ -14,19 +14,19 @@ __all__ = ["check_kept", "with_kept_checkpoints"]
 
 
 def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:
-    """Settings whose Apricot has what the trainer's `ModelCheckpoint` callbacks have kept, unless it has others."""
-    method = settings.method
-    if not isinstance(method, Apricot) or method.checkpoints is not None:
+    """Settings whose method has what the trainer's `ModelCheckpoint` callbacks have kept, if it wants them."""
+    method: Any = settings.method
+    if not getattr(method, "wants_checkpoints", False):
         return settings
     paths = [path for callback in _callbacks(trainer) for path in sorted(callback.best_k_models)]
-    return replace(settings, method=replace(method, checkpoints=tuple(paths))) if paths else settings
+    return replace(settings, method=method.with_checkpoints(paths)) if paths else settings
 
 
 def check_kept(settings: Settings, trainer: Trainer) -> None:
-    """Refuses, before training, an Apricot that will have no checkpoints."""
-    method = settings.method
-    if isinstance(method, Apricot) and method.checkpoints is None and not _callbacks(trainer):
-        raise ConfigurationError("`Apricot.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
+    """Refuses, before training, a method that wants checkpoints and will have none."""
+    if getattr(settings.method, "wants_checkpoints", False) and not _callbacks(trainer):
+        name = type(settings.method).__name__
+        raise ConfigurationError(f"`{name}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
 
 
 def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -27,11 +27,9 @@ from lightning_nrl._lightning import LightningModule, Trainer, prepare_batch, sa
 from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state, seed_all
-from lightning_nrl.data._sample_identity import base_samples
+from lightning_nrl.data.adapters import adapter_hint, as_adapter, bind_adapter, describe, unpack
 from lightning_nrl.data.batch import Adapter, Batch
-from lightning_nrl.data.batch_structure import adapter_hint, describe
-from lightning_nrl.data.model_call import as_adapter
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, RepairError
 
 __all__ = [

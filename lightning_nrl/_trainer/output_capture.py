@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nrl._lightning import is_compiled, original_module
-from lightning_nrl.data.model_call import run_model
+from lightning_nrl.data.batch import run_model
 
 __all__ = ["Call", "OutputCapture", "Probe", "is_same"]
 

@@ -22,7 +22,8 @@ from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
-from lightning_nrl.data.model_call import ADAPTER_HINT, ModelAdapter, run_model
+from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
+from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 

@@ -28,7 +28,7 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation._slices import SliceRecorder, Slices
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
@@ -103,7 +103,7 @@ def evaluate_reference(
         with preserve(model):
             new = evaluator.run([recorder], forward=probe)
         answers = reference.answers(evaluator, [source], new)
-    names, group = recorder.gathered(collective)
+    names, group = recorder.named(collective)
     rows = torch.searchsorted(source.index, mine)
     return ReferenceResults(
         loader,

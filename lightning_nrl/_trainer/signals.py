@@ -49,7 +49,7 @@ def heeding_signals(
         else:
             place = saved_in()
             text = "The repair was stopped: the weights are as training left them, and it has written no files."
-            _say(text if place is None else f"{text} The same call goes on where it was stopped ({place}).")
+            _say(text if place is None else f"{text} The same call resumes with the steps that are finished ({place}).")
         raise
 
 

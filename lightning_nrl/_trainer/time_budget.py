@@ -16,16 +16,11 @@ from lightning_nrl._utils.interrupts import is_ending_early, poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
+from lightning_nrl.problem.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, TIMED_BATCHES, WARM_UP_BATCHES
 
 __all__ = ["CannotTrainError", "TimeBudget", "TrainingTrial", "check_ranks"]
 
 Result = TypeVar("Result")
-WARM_UP_BATCHES, TIMED_BATCHES = 3, 10
-"""Batches before the pace is even, and batches that it is measured on."""
-TRIAL_TIME_SHARE = 0.1
-"""Share of the time that measuring the pace may take."""
-RESERVED_TIME_SHARE = 0.1
-"""Share of the time that is kept for a pace slower than it was measured."""
 
 
 class CannotTrainError(RepairError):
@@ -133,7 +128,7 @@ class TrainingTrial(TimeBudget):
 
     def __init__(self, end: float, collective: Collective, *, optional: bool = False) -> None:
         began = time.perf_counter()
-        super().__init__(began + TRIAL_TIME_SHARE * (end - began), collective, optional=optional)
+        super().__init__(began + PACE_TIME_SHARE * (end - began), collective, optional=optional)
         self._ends: list[float] = []
         self._epoch = 0
 

@@ -149,18 +149,6 @@ class CpuRandomState:
             and self.python == random.getstate()
         )
 
-    def as_plain(self) -> dict[str, Any]:
-        """Tensors and plain values alone, which can be written to a file without pickle."""
-        inner = {**self.numpy["state"], "key": self.numpy["state"]["key"].tolist()}
-        return {"torch": self.torch, "numpy": {**self.numpy, "state": inner}, "python": self.python}
-
-    @classmethod
-    def from_plain(cls, saved: Mapping[str, Any]) -> CpuRandomState:
-        """What `as_plain` gave."""
-        inner = saved["numpy"]["state"]
-        numpy = {**saved["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}}
-        return cls(saved["torch"], numpy, saved["python"])
-
     def restore(self) -> None:
         """Brings the generators back to these states."""
         torch.set_rng_state(self.torch)

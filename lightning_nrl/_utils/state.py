@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "between",
     "changed",
     "check_saved",
+    "combined",
     "current_state",
     "device_of",
     "holding",
@@ -105,6 +107,28 @@ def between(old: State, new: State, strength: float) -> dict[str, Tensor]:
         if strength > 1 and name.rpartition(".")[2] == "running_var":
             mixed[name] = mixed[name].clamp_min(0)
     return mixed
+
+
+@torch.no_grad()
+def combined(base: State, states: Sequence[State], factors: Tensor) -> dict[str, Tensor]:
+    """The base plus so much of the way from it to each state; tensors that no state has are left out.
+
+    Only what is floating point moves. Variances of batch norm stay at or above 0.
+    """
+    new: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        value = base[name]
+        if not value.is_floating_point():
+            continue
+        start = value.to(widest(value.device))
+        found = start.clone()
+        for factor, state in zip(factors.tolist(), states, strict=True):
+            if name in state:
+                found += factor * (state[name].to(start) - start)
+        if name.rpartition(".")[2] == "running_var":
+            found.clamp_(min=0)
+        new[name] = found.to(value.dtype)
+    return new
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,14 +19,14 @@ from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWra
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._utils.checks import check_per_sample
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State
+from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
-from lightning_nrl.data.unpacking import bind_adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.reference._teacher import ModelTeacher, PredictedTeacher, ReferenceTeacher
-from lightning_nrl.reference.loss_terms import Term, check_term, parse_terms
+from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task, parse_task
@@ -187,7 +187,7 @@ class PositiveCongruentTraining(CallbackBase):
             self.task.check(logits, target)
             old = teacher(args, kwargs, target, batch, logits)
             for term in self.terms:
-                check_term(term, term(self.task, logits, target, old), len(logits))
+                check_per_sample(f"`term`: {term.name}", term(self.task, logits, target, old), len(logits))
         self._outputs.attach(pl_module, probe.parts or ())
         self._teacher = teacher
 

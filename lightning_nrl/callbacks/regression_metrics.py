@@ -20,9 +20,8 @@ from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
-from lightning_nrl.data.batch import Adapter
+from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
-from lightning_nrl.data.model_call import ModelCall, run_model
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
 from lightning_nrl.reference.old_model import Reference, parse_reference
@@ -146,7 +145,7 @@ class RegressionMetrics(CallbackBase):
                 self._warn_once()
             with random_state(), trainer.precision_plugin.forward_context():
                 logits = self.task.logits(run_model(pl_module, args, kwargs))
-        right = self.task.passed(logits, target) & self.task.loss(logits, target).isfinite()
+        right = self.task.right(logits, target)
         self._counter.add(batch_idx, right, self.task.label(target))
 
     @override

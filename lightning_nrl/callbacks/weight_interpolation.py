@@ -28,7 +28,7 @@ from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.state import State, write
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, TrainingWarning, check_whole
-from lightning_nrl.reference._batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.reference.interpolation import (
     ACCURACY_TOLERANCE,
     ShareChoice,

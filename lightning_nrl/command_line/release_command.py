@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lightning_nrl._trainer.artifacts import REPORT_FILES, write_report
-from lightning_nrl.reference.predictions import Predictions
-from lightning_nrl.release._prediction_files import check_missing, pair_from_files, read_slices
+from lightning_nrl.reference.predictions import Predictions, read_slices
+from lightning_nrl.release.model_pair import check_missing, pair_from_files
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.release.rule_parsing import RULES, parse_rules
+from lightning_nrl.release.rules import RULES, parse_rules
 
 __all__ = ["release_command"]
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, changed_options
 
 __all__ = ["ENTRY_POINTS", "HEEDED_BY", "OPTION_CLASSES", "check_heeded", "heeded"]
 

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from lightning_nrl._utils.precision import Context, may_use_tf32
 from lightning_nrl.evaluation.sample_results import SampleResults
 
-__all__ = ["DeployedPrecision", "coarse_rounding", "rounding_margin", "rounding_reserve"]
-
 ROUNDING_FACTOR = 2.0
 """How far rounding moves a margin, in `eps` of the deployed precision times the median margin of passed samples.
 Networks of three and four layers that learned digits, bfloat16 and float16 against float32: at most 2.0, and 1.4 for

@@ -50,7 +50,10 @@ class History(Protocol):
 
 @runtime_checkable
 class DataLocalizer(Protocol):
-    """A localiser that looks at more than a recording of the model as it is now."""
+    """A localiser that looks at more than a recording of the model as it is now.
+
+    With `wants_history`, it is given the folder of a `TrainingHistory` in the same Trainer by `with_history(folder)`.
+    """
 
     @property
     def include_bias(self) -> bool:

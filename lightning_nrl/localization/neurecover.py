@@ -7,7 +7,7 @@ row a sample may turn from right to wrong (a regression) or from wrong to right 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,15 @@ class NeuRecover:
                     f"`n_weights={self.n_weights}` and `rate={self.rate}` are both given.", "give one of them."
                 )
         _history_of(self.history)
+
+    @property
+    def wants_history(self) -> bool:
+        """True if the record of a `TrainingHistory` in the same Trainer is meant."""
+        return self.history is None
+
+    def with_history(self, folder: str) -> NeuRecover:
+        """The same localiser with this record."""
+        return replace(self, history=folder)
 
     def on(self, known: Known) -> OnHistory:
         """The localiser for these data: reads the history, running checkpoints once over the data.

@@ -16,13 +16,11 @@ from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
-from lightning_nrl.evaluation.requirements import Need, check_needs
+from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.problem.budget import POLISH_PASSES
 
-__all__ = ["FIT_STRENGTH", "POLISH_PASSES", "FineTunePolish", "visits_per_epoch"]
-
-POLISH_PASSES = 12.0
-"""Passes over known data that a polish takes; so much time is kept for it."""
+__all__ = ["FIT_STRENGTH", "FineTunePolish", "visits_per_epoch"]
 
 FIT_STRENGTH = 0.9
 """How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""
@@ -85,7 +83,6 @@ class FineTunePolish:
 
 
 def _fitted(problem: Problem, deadline: Deadline) -> tuple[State, str] | None:
-    """Weights that repair, and in words how they came about; None if there is no time for it."""
     seconds = deadline.agreed_seconds_left()
     if seconds > 0 and problem.whole and problem.training is not None:
         weight = visits_per_epoch(problem)

@@ -12,18 +12,6 @@ from torchmetrics import Metric
 from lightning_nrl.metrics.functional import _flips_update
 from lightning_nrl.metrics.rates import RATES, Rate
 
-__all__ = [
-    "BackwardErrorCompatibility",
-    "BackwardTrustCompatibility",
-    "BreakRate",
-    "FlipMetric",
-    "NegativeFlipImpact",
-    "NegativeFlipRate",
-    "PositiveFlipRate",
-    "RelativeNegativeFlipRate",
-    "RepairRate",
-]
-
 
 class FlipMetric(Metric):
     """Counts kept, broken, repaired and failing samples, and computes one rate of them, NaN where it is undefined.

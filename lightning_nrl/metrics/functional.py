@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.evaluation.sample_results import flip_masks
 from lightning_nrl.metrics.rates import RATES, flip_rates
 
 __all__ = [
@@ -40,32 +41,22 @@ __all__ = [
 ]
 
 
-def _flips_validate(argument: str, preds: Tensor, target: Tensor) -> None:
-    classes = preds.shape == target.shape and not preds.is_floating_point()
-    logits = preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape
-    if not (classes or logits):
-        raise ConfigurationError(
-            f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
-            "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
-        )
-
-
-def _flips_format(preds: Tensor, target: Tensor) -> Tensor:
+def _is_right(argument: str, preds: Tensor, target: Tensor) -> Tensor:
     """Which predictions are right, `N x ...` bool; logits with a NaN are not."""
-    if preds.is_floating_point():
+    if preds.is_floating_point() and preds.ndim == target.ndim + 1 and preds[:, 0].shape == target.shape:
         return (preds.argmax(1) == target) & ~preds.isnan().any(1)
-    return preds == target
+    if preds.shape == target.shape and not preds.is_floating_point():
+        return preds == target
+    raise ConfigurationError(
+        f"`{argument}`: {preds.dtype} {list(preds.shape)} does not fit a `target` of {list(target.shape)}.",
+        "give classes as integers in the shape of the target, or logits [samples, classes, ...] as floats.",
+    )
 
 
 def _flips_update(old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:
-    """Counts the flips of one batch, `4` int64: kept, broken, repaired, failing.
-
-    They are on the device of the target; nothing waits for it. Arguments and errors: :func:`negative_flip_rate`.
-    """
-    for argument, preds in (("old_preds", old_preds), ("new_preds", new_preds)):
-        _flips_validate(argument, preds, target)
-    old, new = _flips_format(old_preds, target), _flips_format(new_preds, target)
-    return torch.stack([mask.sum() for mask in (old & new, old & ~new, ~old & new, ~old & ~new)])
+    """Counts the flips of one batch on the target's device, `4` int64: kept, broken, repaired, failing."""
+    masks = flip_masks(_is_right("old_preds", old_preds, target), _is_right("new_preds", new_preds, target))
+    return torch.stack([mask.sum() for mask in masks])
 
 
 def _rate(name: str, old_preds: Tensor, new_preds: Tensor, target: Tensor) -> Tensor:

@@ -10,57 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.evaluation.flips import FlipCounts
-
-__all__ = ["RATES", "UPDATE_RATES", "Rate", "flip_rates", "rates_of"]
-
-
-class _Flips(NamedTuple):
-    """The four counts, each a tensor `...`, and sums of them."""
-
-    kept: Tensor
-    broken: Tensor
-    repaired: Tensor
-    failing: Tensor
-
-    @property
-    def n(self) -> Tensor:
-        return self.kept + self.broken + self.repaired + self.failing
-
-    @property
-    def right_before(self) -> Tensor:
-        return self.kept + self.broken
-
-    @property
-    def wrong_before(self) -> Tensor:
-        return self.repaired + self.failing
-
-    @property
-    def wrong_now(self) -> Tensor:
-        return self.broken + self.failing
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 
 @dataclass(frozen=True)
 class Rate:
     """One rate of an update: its name, which is that of its function and in reports, and its tag in logs.
 
-    `meaning` is the formula in words; `compute` makes of counts `...` the rate, `...`, where 0/0 is NaN.
+    `meaning` is the formula in words; `compute` makes of kept, broken, repaired and failing, each `...`, the rate,
+    `...`, where 0/0 is NaN.
     """
 
     name: str
     short: str
     meaning: str
     higher_is_better: bool
-    compute: Callable[[_Flips], Tensor]
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def __call__(self, flips: Tensor) -> Tensor:
         """The rate of counts `... x 4`, kept, broken, repaired and failing."""
-        return self.compute(_Flips(*flips.unbind(-1)))
+        return self.compute(*flips.unbind(-1))
 
     def of(self, counts: FlipCounts) -> float:
         """The rate of one set of counts, in double precision."""
@@ -78,25 +51,26 @@ class Rate:
         return f"{self.name.replace('_', ' ')}: {self.meaning}"
 
 
-def _relative(c: _Flips) -> Tensor:
+def _relative(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
     """The negative flip rate over (1 - error rate before) * error rate after."""
-    return c.broken / c.wrong_now / (c.right_before / c.n)
+    return b / (b + f) / ((k + b) / (k + b + r + f))
 
 
-def _btc(c: _Flips) -> Tensor:
+def _btc(k: Tensor, b: Tensor, r: Tensor, f: Tensor) -> Tensor:
     """1 where nothing was right before, since then nothing could break."""
-    return torch.where(c.right_before == 0, 1.0, c.kept / c.right_before)
+    return torch.where(k + b == 0, 1.0, k / (k + b))
 
 
+# k, b, r and f are kept, broken, repaired and failing.
 _ALL = (
-    Rate("negative_flip_rate", "nfr", "broken of all", False, lambda c: c.broken / c.n),
-    Rate("positive_flip_rate", "pfr", "repaired of all", True, lambda c: c.repaired / c.n),
-    Rate("negative_flip_impact", "nfi", "broken of those wrong now", False, lambda c: c.broken / c.wrong_now),
+    Rate("negative_flip_rate", "nfr", "broken of all", False, lambda k, b, r, f: b / (k + b + r + f)),
+    Rate("positive_flip_rate", "pfr", "repaired of all", True, lambda k, b, r, f: r / (k + b + r + f)),
+    Rate("negative_flip_impact", "nfi", "broken of those wrong now", False, lambda k, b, r, f: b / (b + f)),
     Rate("relative_negative_flip_rate", "relative_nfr", "1 if old and new errors were independent", False, _relative),
     Rate("backward_trust_compatibility", "btc", "kept of those right before", True, _btc),
-    Rate("backward_error_compatibility", "bec", "failing of those wrong now", True, lambda c: c.failing / c.wrong_now),
-    Rate("repair_rate", "rr", "repaired of those wrong before", True, lambda c: c.repaired / c.wrong_before),
-    Rate("break_rate", "br", "broken of those right before", False, lambda c: c.broken / c.right_before),
+    Rate("backward_error_compatibility", "bec", "failing of those wrong now", True, lambda k, b, r, f: f / (b + f)),
+    Rate("repair_rate", "rr", "repaired of those wrong before", True, lambda k, b, r, f: r / (r + f)),
+    Rate("break_rate", "br", "broken of those right before", False, lambda k, b, r, f: b / (k + b)),
 )
 RATES: Mapping[str, Rate] = MappingProxyType({rate.name: rate for rate in _ALL})
 """All rates by name."""

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.checkpoint import read_state
+from lightning_nrl._utils.checkpoint import load_mapping, read_state
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import saved_names, write
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.patches.patch_file import PatchParts, read_patch, write_patch
+from lightning_nrl.patches.patch_file import read_patch, write_patch
 from lightning_nrl.patches.tensor_change import TensorChange, hash_tensor
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_report import installed_versions
-
-__all__ = ["PATCH_NAME", "Patch"]
 
 PATCH_NAME = "repair.patch.safetensors"
 """The file that a repair writes beside its checkpoint."""
@@ -129,14 +129,7 @@ class Patch:
 
     def save(self, path: str | Path) -> None:
         """Writes the patch to a safetensors file, whole or not at all."""
-        parts = PatchParts(
-            changes=self.changes,
-            base=self.base,
-            result=self.result,
-            versions=self.versions,
-            report_json=self.report_json,
-        )
-        write_patch(path, parts)
+        write_patch(path, **vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -212,3 +205,27 @@ class Patch:
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def patch_checkpoint(
+    patch: Patch, checkpoint: str | Path, out: str | Path, *, undo: bool = False, weights_only: bool = True
+) -> None:
+    """Writes a checkpoint with a patch applied; all else in it stays as it is.
+
+    Args:
+        patch: what to apply.
+        checkpoint: of Lightning, or a file with a state dict.
+        out: the file to write, whole or not at all; it may be `checkpoint` itself.
+        undo: takes the patch out instead.
+        weights_only: refuses a checkpoint that holds more than tensors and plain values; False: you trust it.
+
+    Raises:
+        ConfigurationError: the checkpoint cannot be read, or is not of the weights that the patch was made for.
+    """
+    hint = "give a checkpoint of tensors and plain values, or say `weights_only=False` if you trust the file."
+    found = load_mapping("checkpoint", checkpoint, hint, weights_only=weights_only)
+    inside: Any = found.get("state_dict")
+    state = inside if isinstance(inside, Mapping) else found
+    new = patch.revert(state) if undo else patch.apply(state)
+    whole = {**found, "state_dict": new} if state is inside else new
+    replacing(out, lambda part: torch.save(whole, part))

@@ -10,32 +10,35 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._utils.deserialize import Record, parse_json
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.patches.safetensors_file import read_tensors, write_tensors
+from lightning_nrl._utils.whole_files import replacing
+from lightning_nrl.errors import ConfigurationError, RepairError
 from lightning_nrl.patches.tensor_change import TensorChange
 
-__all__ = ["PatchParts", "read_patch", "write_patch"]
+
+def safetensors_installed() -> bool:
+    """Whether patches can be written and read."""
+    return find_spec("safetensors") is not None
+
+
+def _check_installed() -> None:
+    if not safetensors_installed():
+        raise RepairError(
+            "patches are safetensors files, and `safetensors` is not installed.",
+            "python -m pip install safetensors",
+        )
+
 
 PATCH_FORMAT = "lightning_nrl.patch.1"
 PATCH_FILE_HINT = "give a file that `Patch.save` or a repair has written, or write it anew."
-
-
-class PatchParts(TypedDict):
-    """What a patch consists of; see `Patch`."""
-
-    changes: Mapping[str, TensorChange]
-    base: str
-    result: str
-    versions: Mapping[str, str]
-    report_json: str
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,19 @@ class PatchHeader(Record):
     tensors: Mapping[str, ChangeRecord]
 
 
-def write_patch(path: str | Path, parts: PatchParts) -> None:
-    """Writes a patch, whole or not at all."""
+def write_patch(
+    path: str | Path,
+    changes: Mapping[str, TensorChange],
+    base: str,
+    result: str,
+    versions: Mapping[str, str],
+    report_json: str,
+) -> None:
+    """Writes a patch, whole or not at all; arguments as of `Patch`."""
     records: dict[str, ChangeRecord] = {}
     tensors: dict[str, Tensor] = {}
     first: dict[int, str] = {}
-    for name, change in parts["changes"].items():
+    for name, change in changes.items():
         own = first.setdefault(id(change), name)
         dtype = str(change.old.dtype).removeprefix("torch.")
         sparse = change.index is not None
@@ -73,19 +83,18 @@ def write_patch(path: str | Path, parts: PatchParts) -> None:
         tensors |= {f"old/{own}": _stored(change.old), f"new/{own}": _stored(change.new)}
         if change.index is not None:
             tensors[f"index/{own}"] = change.index
-    header = PatchHeader(parts["base"], parts["result"], parts["versions"], records).to_json()
-    report = parts["report_json"]
-    digest = _digest(header, report, tensors)
-    write_tensors(path, tensors, {"format": PATCH_FORMAT, "patch": header, "report": report, "sha256": digest})
+    header = PatchHeader(base, result, versions, records).to_json()
+    texts = {"format": PATCH_FORMAT, "patch": header, "report": report_json}
+    _check_installed()
+    from safetensors.torch import save_file
+
+    texts["sha256"] = _digest(header, report_json, tensors)
+    replacing(path, lambda part: save_file(tensors, part, texts))
 
 
-def read_patch(path: str | Path) -> PatchParts:
-    """Reads what `write_patch` has written.
-
-    Raises:
-        ConfigurationError: the file is not there, no patch, damaged, or contradicts itself.
-    """
-    tensors, texts = read_tensors("patch", path)
+def read_patch(path: str | Path) -> dict[str, Any]:
+    """Reads the arguments of a `Patch` that `write_patch` has written."""
+    tensors, texts = _read_tensors(path)
     if texts.get("format") != PATCH_FORMAT:
         found = texts.get("format", "none")
         raise ConfigurationError(
@@ -99,7 +108,22 @@ def read_patch(path: str | Path) -> PatchParts:
         raise ConfigurationError(f"`patch={str(path)!r}` is damaged: {reason}", PATCH_FILE_HINT) from error
 
 
-def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> PatchParts:
+def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_installed()
+    from safetensors import safe_open
+
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name).clone() for name in names}, dict(file.metadata() or {})
+    except Exception as error:  # whatever comes of reading bytes that are no such file
+        raise ConfigurationError(
+            f"`patch={str(path)!r}` cannot be read ({type(error).__name__}: {error}).",
+            "give a safetensors file that `Patch.save` has written.",
+        ) from error
+
+
+def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> dict[str, Any]:
     header, report = texts["patch"], texts["report"]
     if texts["sha256"] != _digest(header, report, tensors):
         raise ValueError("its content does not have the hash that it names.")
@@ -114,7 +138,13 @@ def _parse(tensors: dict[str, Tensor], texts: dict[str, str]) -> PatchParts:
     for name, record in read.tensors.items():
         if (record.shape, record.sha256_old) != (changes[name].shape, changes[name].sha256_old):
             raise ValueError(f"`{name}` does not have the values of `{record.values_of}`.")
-    return PatchParts(changes=changes, base=read.base, result=read.result, versions=read.versions, report_json=report)
+    return {
+        "changes": changes,
+        "base": read.base,
+        "result": read.result,
+        "versions": read.versions,
+        "report_json": report,
+    }
 
 
 def _change(name: str, record: ChangeRecord, tensors: Mapping[str, Tensor]) -> TensorChange:

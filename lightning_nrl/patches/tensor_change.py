@@ -10,8 +10,6 @@ from torch import Tensor
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["TensorChange", "hash_tensor"]
-
 WHOLE_TENSOR_SHARE = 1 / 3
 """Where more than this share of a tensor changed, all of it is kept."""
 

@@ -4,8 +4,7 @@ In: a model, its known data and `Settings`. Out: an `Outcome`, the report and th
 left as it is found.
 """
 
-from lightning_nrl.pipeline.options import BoundOptions, SearchOptions
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
-from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.settings import BoundOptions, SearchOptions, Settings
 
 __all__ = ["BoundOptions", "Outcome", "SearchOptions", "Settings", "repair_module"]

@@ -11,56 +11,36 @@ from torch import Tensor, nn
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_work import SavedWork
+from lightning_nrl._utils.saved_work import ResumeStore
 from lightning_nrl._utils.state import State, device_of
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.data._sample_identity import Identified, is_among
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation._quotas import below, raised
+from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips, TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.quotas import below, raised
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
+from lightning_nrl.gate.gates import Gate, Instance
 from lightning_nrl.localization import Localizer
+from lightning_nrl.problem.budget import JUDGING_PASSES
 from lightning_nrl.problem.solution import Proposal, Solution
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.tasks import Task
 
-__all__ = ["N_SCORED", "Allowance", "Method", "NoneAllowed", "Problem", "TargetedTraining", "Training"]
+__all__ = ["N_SCORED", "Method", "Problem", "Training"]
 
 N_SCORED = 100_000
 """Known samples that a search looks at, at most, unless something else is said."""
-
-JUDGING_PASSES = 3
-"""Passes over known data after a method: its result is judged, unseen data are counted."""
 
 LACKING_SLICE_FACTOR = 4.0
 """How much more the targets of a slice count while it lacks repairs."""
 
 
-class Allowance(Protocol):
-    """How many known passed samples may break, as a gate says it."""
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        """What broken samples, `N` bool, count against what is allowed."""
-        ...
-
-    def allowed(self, counts: FlipCounts) -> float:
-        """How much harm is allowed, given what became of all known samples."""
-        ...
-
-
-class NoneAllowed:
-    """No known passed sample may break."""
-
-    def harm(self, before: SampleResults, broken: Tensor) -> float:
-        return before.harm(broken)
-
-    def allowed(self, counts: FlipCounts) -> float:
-        return 0.0
-
-
 class Training(Protocol):
-    """Goes on with the training of the model, the known failures added to the training data."""
+    """Goes on with the training of the model, the known failures added to the training data.
+
+    One that treats targets in another way than other samples has `for_targets(targeted)`, which gives the same training
+    told which samples are targets, `N` bool by row of the results.
+    """
 
     @property
     def epochs(self) -> int:
@@ -103,15 +83,6 @@ class Training(Protocol):
         ...
 
 
-@runtime_checkable
-class TargetedTraining(Protocol):
-    """A training that treats targets in another way than other samples."""
-
-    def for_targets(self, targeted: Tensor) -> Training:
-        """The same training, told which samples, `N` bool by row of the results, are targets."""
-        ...
-
-
 @dataclass(frozen=True)
 class Problem:
     """A model, what is known of it, and what may be changed to repair it.
@@ -135,11 +106,11 @@ class Problem:
         whole: whether the scope is the whole network, so that training may go on.
         update: whether the model replaces another one that gets the targets right: they are regressions of it.
         needed: how many targets of a slice are to be repaired at least, by the name of the slice.
-        allowance: how many known passed samples may break; by default none.
+        gate: how many known passed samples may break; by default none.
         held_out: `N` bool, known samples that no method may use: it is tried out on them what a method does to others.
             They are neither passed nor targeted in `before`.
         unmasked: with samples held out, what the model does on all known data.
-        work: saves pieces of a method's work while it is done, see `SavedWork`.
+        work: saves the results of finished steps, see `ResumeStore`.
     """
 
     evaluator: Evaluator
@@ -158,10 +129,10 @@ class Problem:
     whole: bool = True
     update: bool = False
     needed: Mapping[str, int] = field(default_factory=dict)
-    allowance: Allowance = field(default_factory=NoneAllowed)
+    gate: Gate = field(default_factory=Instance)
     held_out: Tensor | None = None
     unmasked: SampleResults | None = None
-    work: SavedWork = field(default_factory=SavedWork)
+    work: ResumeStore = field(default_factory=ResumeStore)
 
     @property
     def model(self) -> nn.Module:
@@ -231,6 +202,15 @@ class Problem:
         passed = self.passed & ~held_out
         return replace(self, before=before, passed=passed, needed={}, held_out=held_out, unmasked=unmasked)
 
+    @property
+    def came_with_failures(self) -> Tensor:
+        """`N` bool, the samples that came in with the failed ones: the model was not trained on them."""
+        came = torch.zeros_like(self.before.passed)
+        for source in self.known:
+            if source.failed:
+                came[self.before.of(source.split)] = True
+        return came
+
     def copies(self, rows: Tensor) -> Tensor:
         """`N` bool, these rows and all that are the same place of the same data set, where sources know that."""
         identities = [source.identity for source in self.known if isinstance(source, Identified)]
@@ -241,8 +221,8 @@ class Problem:
 
     def excess(self, after: SampleResults, broken: Tensor) -> float:
         """How much more harm broken samples, `N` bool, are than is allowed where results on known data are these."""
-        allowed = self.allowance.allowed(Flips.between(self.before, after).counts(self.used))
-        return max(0.0, self.allowance.harm(self.before, broken) - allowed)
+        counts = Flips.between(self.before, after).counts(self.used)
+        return self.gate.excess_of(counts, self.gate.harm(self.before, broken))
 
     def steered(self, after: SampleResults) -> Problem:
         """The same problem, where the targets of slices that lack repairs count `LACKING_SLICE_FACTOR` times as much.
@@ -257,9 +237,14 @@ class Problem:
 class Method(Protocol):
     """How new weights are found. A method of your own is a frozen dataclass with this call.
 
-    With an attribute `trains = True` it says that it goes on with the training where it can: then it is checked before
-    the first step of training whether that will be possible. With `needs`, of `Need` in
-    `lightning_nrl.evaluation.requirements`, it says what it needs of the task, which is checked then, too.
+    It may have more, which is used before the first step of training and has a default:
+
+    - `trains = True`: it goes on with the training where it can; it is checked that this will be possible.
+    - `needs`, of `Need` in `lightning_nrl.evaluation.evaluator`: what it needs of the task and the data.
+    - `check(model)`, `check_recording(recording)`: refuse what does not suit it by a `ConfigurationError`.
+    - `fitness`, `localizer`: how candidates are ranked and weights chosen, unless the user says so; a method that has
+      them even where the user does takes the user's by `with_parts(**parts)`.
+    - `wants_checkpoints`, `with_checkpoints(paths)`: it looks at earlier models and is given those of the Trainer.
     """
 
     def __call__(self, problem: Problem) -> Solution:

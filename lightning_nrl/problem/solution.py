@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lightning_nrl._utils.state import State
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts
 from lightning_nrl.localization import Localization
 from lightning_nrl.report.run_records import PricePoint, Rung, Step
 from lightning_nrl.search.search_log import SearchResult

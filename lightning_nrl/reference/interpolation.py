@@ -12,24 +12,20 @@ from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import State, between, device_of, holding, snapshot, write
-from lightning_nrl.data.batch import Adapter, Source, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl._utils.state import State, between, holding, snapshot, write
+from lightning_nrl.data.adapters import unpack
+from lightning_nrl.data.batch import Adapter, Source
 from lightning_nrl.errors import ConfigurationError, check_real
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.reference._batch_norm import batch_norms, estimate_statistics
+from lightning_nrl.evaluation.sample_results import FlipCounts
+from lightning_nrl.reference.batch_norm import batch_norms, estimate_statistics
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.report.page import Page, Shown, curve_page
-
-__all__ = ["ShareChoice", "SharePoint", "alignment", "check_share", "choose_share", "interpolate"]
 
 DEFAULT_SHARES = tuple(step / 20 for step in range(11))
 """Shares of the old weights that are tried."""
 ACCURACY_TOLERANCE = 0.005
 """The accuracy that fewer regressions may cost: half a point."""
-"""For a hint: what there is for two architectures."""
 
 Data = Source | Iterable[Any]
 """A source, or batches as a data loader gives them, which can be read again and again."""
@@ -118,7 +114,7 @@ def interpolate(
         new: its update, on its device; left as found. An `Evaluator` says in which precision it runs.
         share: of the old weights, in [0, 1]. At the ends the state is, bit for bit, that of one of the models.
         training: data for the statistics of batch norm layers, read once; not needed without such layers.
-        **estimating: arguments of `lightning_nrl.reference._batch_norm.estimate_statistics`.
+        **estimating: arguments of `lightning_nrl.reference.batch_norm.estimate_statistics`.
 
     Raises:
         ConfigurationError: the share is not in [0, 1], the architectures differ, or training data are needed.
@@ -264,23 +260,16 @@ def _statistics(evaluator: Evaluator, state: State, training: Data | None, **est
 
 def _judged(evaluator: Evaluator, state: State, data: Data, adapter: Adapter) -> tuple[Tensor, Tensor]:
     """Which of this rank's samples these weights get right, `n` bool, and their classes, `n`; -1 without classes."""
-    model, task = evaluator.model, evaluator.task
 
     def run() -> tuple[Tensor, Tensor]:
-        rights, labels = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)]
-        for args, kwargs, target in unpacked(data, bind_adapter(adapter, model), device_of(model)):
-            with evaluator.context():
-                output = task.logits(run_model(model, args, kwargs))
-            task.check(output, target)
-            right, label = task.passed(output, target) & task.loss(output, target).isfinite(), task.label(target)
+        rights, labels = [], []
+        for output, target in evaluator.outputs(data, adapter):
+            right, label = evaluator.task.right(output, target), evaluator.task.label(target)
             rights.append(right)
             labels.append(torch.full_like(right, -1, dtype=torch.int64) if label is None else label)
-        return _joined(rights), _joined(labels)
+        if not rights:
+            return torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
+        return torch.cat(rights).cpu(), torch.cat(labels).cpu()
 
-    with preserve(model), holding(model, state):
+    with preserve(evaluator.model), holding(evaluator.model, state):
         return evaluator.collective.all_or_none(run, "`data` could not be read on another rank.")
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor on the CPU, waiting for the device once."""
-    return torch.cat(list(parts[1:])).cpu() if len(parts) > 1 else parts[0]

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checkpoint import fitting, read_state
+from lightning_nrl._utils.checks import is_class
 from lightning_nrl._utils.preserve import preserve
 from lightning_nrl._utils.state import State, device_of
+from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter, Batch, Source
-from lightning_nrl.data.model_call import bound
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.sample_options import Keep
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.reference.predictions import Predictions
+from lightning_nrl.report import Role
 from lightning_nrl.tasks import Multiclass, Task
-
-__all__ = ["OldModel", "Reference", "parse_reference"]
 
 Classes = Mapping[int, int] | tuple[Sequence[str], Sequence[str]]
 """Old class numbers to new ones, or the names of the old classes and of the new ones, in order."""
@@ -88,7 +89,7 @@ class OldModel:
         if not collective.any(known is None):
             assert known is not None
             return known.results(like)
-        table = table_for(task, self.classes)
+        table = table_of(self.classes, task)
         mapped = task if table is None else _MappedMulticlass(table)
         found = self._run(replace(evaluator, task=mapped), state, sources)
         answer = replace(found, label=like.label, loss=(~found.passed).to(found.loss))
@@ -104,7 +105,7 @@ class OldModel:
 
     def _run(self, evaluator: Evaluator, state: State | None, sources: Sequence[Source]) -> SampleResults:
         own = self.model if isinstance(self.model, nn.Module) else evaluator.model
-        adapter = None if self.adapter is None else bound(self.adapter, own)
+        adapter = None if self.adapter is None else bind_adapter(self.adapter, own)
         seen = [source if adapter is None else _Adapted(source, adapter) for source in sources]
         if state is not None:
             with preserve(evaluator.model):
@@ -144,13 +145,15 @@ class _Adapted:
             yield replace(batch, args=args, kwargs=kwargs)
 
 
-def table_of(classes: Classes | None) -> dict[int, int] | None:
-    """Old class numbers to new ones; a `ConfigurationError` if two old classes are one new class."""
+def table_of(classes: Classes | None, task: Task | None = None) -> dict[int, int] | None:
+    """Old class numbers to new ones; refuses two old classes that are one new class, and a task without classes."""
     if classes is None:
         return None
+    if task is not None and not isinstance(task, Multiclass):
+        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
     if isinstance(classes, Mapping):
         table = dict(classes)
-        whole = all(isinstance(k, int) and isinstance(v, int) and k >= 0 and v >= 0 for k, v in table.items())
+        whole = all(map(is_class, (*table, *table.values())))
     else:
         both = isinstance(classes, (tuple, list)) and len(classes) == 2
         whole = both and all(isinstance(names, (tuple, list)) for names in classes)
@@ -160,14 +163,6 @@ def table_of(classes: Classes | None) -> dict[int, int] | None:
             f"`classes={classes!r}` does not say which old class is which new one.",
             "write {old number: new number}, or (names of the old classes, names of the new ones) in order.",
         )
-    return table
-
-
-def table_for(task: Task, classes: Classes | None) -> dict[int, int] | None:
-    """As `table_of`, refused for a task that has no classes."""
-    table = table_of(classes)
-    if table is not None and not isinstance(task, Multiclass):
-        raise ConfigurationError(f"`classes` maps classes, `task` is {type(task).__name__}.", "leave `classes` out.")
     return table
 
 
@@ -189,3 +184,31 @@ class _MappedMulticlass(Multiclass):
 
     def margin(self, output: Tensor, target: Tensor) -> Tensor:
         return torch.full(output.shape[:1], torch.nan, device=output.device)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the replaced model does on the data, by their role, row by row as the new model's results."""
+
+    answers: Mapping[Role, SampleResults]
+
+    def regressions(self, role: Role, new: SampleResults) -> SampleResults:
+        """The new model's results, with those of its targeted failures marked that the replaced model gets right."""
+        return replace(new, targeted=new.targeted & self.answers[role].passed)
+
+    def kept(self, new: SampleResults, keep: Keep) -> SampleResults:
+        """The new model's known results, with those samples marked as passed that may not break."""
+        return new if keep == "both" else replace(new, passed=new.passed & self.answers["known"].passed)
+
+
+def look_back(
+    reference: Reference,
+    evaluator: Evaluator,
+    sources: Mapping[Role, Sequence[Source]],
+    results: Mapping[Role, SampleResults],
+) -> Update:
+    """Asks the replaced model, once, about data by role: this rank's share, and what the new model does on them."""
+    # At once, since a cache is one file; roles may not share the name of a split.
+    together = [source for own in sources.values() for source in own]
+    found = reference.answers(evaluator, together, SampleResults.concat([results[role] for role in sources]))
+    return Update({role: found.only(results[role].splits) for role in sources})

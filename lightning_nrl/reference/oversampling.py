@@ -11,14 +11,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_nrl._optim.distill import EASY_MARGIN
 from lightning_nrl._utils.preserve import preserve
-from lightning_nrl._utils.state import device_of
-from lightning_nrl.data.batch import Adapter, unpacked
-from lightning_nrl.data.model_call import run_model
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import unpack
+from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, check_kind
+from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["Oversampler"]
 
 
 class Oversampler(Sampler[int]):
@@ -90,17 +87,13 @@ class Oversampler(Sampler[int]):
             ConfigurationError: the data do not fit the model or the task.
         """
         check_kind("model", model, isinstance(model, nn.Module), "module", "the module itself, its weights loaded")
-        task = parse_task(task)
+        evaluator = Evaluator(model, parse_task(task))
         passed, margins = [], []
         with preserve(model), torch.no_grad():
-            batches = DataLoader(data, **{"batch_size": 256, **loader})
-            for args, kwargs, target in unpacked(batches, bind_adapter(adapter, model), device_of(model)):
-                output = task.logits(run_model(model, args, kwargs))
-                task.check(output, target)
-                right = task.passed(output, target) & task.loss(output, target).isfinite()
-                margin = task.margin(output, target)
-                passed.append(right)
-                margins.append(torch.full(right.shape, torch.nan) if margin is None else margin)
+            for output, target in evaluator.outputs(DataLoader(data, **{"batch_size": 256, **loader}), adapter):
+                passed.append(evaluator.task.right(output, target))
+                margin = evaluator.task.margin(output, target)
+                margins.append(torch.full(passed[-1].shape, torch.nan) if margin is None else margin)
         return cls(torch.cat(passed), torch.cat(margins), oversample, seed)
 
     def set_epoch(self, epoch: int) -> None:

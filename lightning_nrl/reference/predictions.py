@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,12 @@ import torch
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.strict_csv import read_csv
+from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
-
-__all__ = ["Predictions"]
 
 Rows = Mapping[int, tuple[int, bool | None]]
 """By data-set position: the predicted class (-1: none), and whether that passed (None: if it is the label)."""
@@ -67,18 +67,16 @@ class Predictions:
 
     def save(self, path: str | Path) -> None:
         """Writes a file that `read` reads; it is there as a whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            if self.weights is not None:
-                file.write(f"{WEIGHTS}{self.weights}\n")
-            writer = csv.writer(file)
-            writer.writerow(CSV_COLUMNS)
-            for split, rows in self.splits.items():
-                for at, (said, passed) in rows.items():
-                    writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
-        part.replace(path)
+        file = io.StringIO()
+        if self.weights is not None:
+            file.write(f"{WEIGHTS}{self.weights}\n")
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+        for split, rows in self.splits.items():
+            for at, (said, passed) in rows.items():
+                writer.writerow([split, at, said if said >= 0 else "", "" if passed is None else int(passed)])
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        replacing(path, lambda part: part.write_bytes(file.getvalue().encode()))
 
     @classmethod
     def of(cls, results: SampleResults, weights: State | None = None, task: Task | None = None) -> Predictions:
@@ -146,6 +144,40 @@ class Predictions:
         loss = (~passed).to(like.loss)
         told = replace(like, prediction=said, passed=passed, loss=loss, margin=nothing)
         return replace(told, targeted=targeted, in_target=targeted)
+
+    def alone(self) -> SampleResults:
+        """What the file says as a table of its own; a `ConfigurationError` where it lacks `passed`."""
+        rows = [(split, at, *found) for split, own in self.splits.items() for at, found in sorted(own.items())]
+        unknown = [(split, at) for split, at, _, passed in rows if passed is None]
+        if unknown or not rows:
+            problem = f"of {len(unknown):,} samples, such as {unknown[0]}, it" if rows else "of no sample it"
+            raise ConfigurationError(
+                f"`new`: {problem} is known whether the prediction was right.", "give the column `passed`, 1 or 0."
+            )
+        passed = torch.tensor([row[3] for row in rows], dtype=torch.bool)
+        nothing = torch.full((len(rows),), -1)
+        return SampleResults(
+            splits=tuple(self.splits),
+            sizes=tuple(map(len, self.splits.values())),
+            index=torch.tensor([row[1] for row in rows]),
+            label=nothing,
+            prediction=torch.tensor([row[2] for row in rows]),
+            loss=(~passed).float(),
+            passed=passed,
+            targeted=torch.zeros_like(passed),
+            margin=torch.full((len(rows),), torch.nan),
+        )
+
+
+def read_slices(path: str | Path) -> dict[tuple[str, int], str]:
+    """Slices in a CSV file with the columns `split`, `id` and `slice`."""
+    found: dict[tuple[str, int], str] = {}
+    for line in read_csv("slices", path, ("split", "id", "slice")):
+        sample = line.values["split"], line.whole_number("id")
+        if sample in found:
+            raise line.refused(f"sample {sample[1]} of {sample[0]!r} is there twice")
+        found[sample] = line.values["slice"]
+    return found
 
 
 def _key(weights: State, results: SampleResults, task: Task | None) -> str:

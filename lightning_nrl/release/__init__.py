@@ -4,11 +4,17 @@ In: two models and data, or two files of predictions. Out: a `ReleaseReport` wit
 """
 
 from lightning_nrl.release.model_pair import ModelPair
-from lightning_nrl.release.protected import ProtectedIntact
 from lightning_nrl.release.release import release
 from lightning_nrl.release.release_report import Identity, ReleaseReport, ReleaseRow
-from lightning_nrl.release.rule_parsing import parse_rules
-from lightning_nrl.release.rules import AtMostBroken, Finding, MaxNegativeFlipRate, NoSliceWorse, Rule
+from lightning_nrl.release.rules import (
+    AtMostBroken,
+    Finding,
+    MaxNegativeFlipRate,
+    NoSliceWorse,
+    ProtectedIntact,
+    Rule,
+    parse_rules,
+)
 
 __all__ = [
     "AtMostBroken",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,11 @@ from lightning_nrl._utils.preserve import preserve
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation._slices import SliceRecorder, Slices, renumbered
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import Flips, SampleResults
+from lightning_nrl.evaluation.slices import SliceRecorder, Slices, common_names
 from lightning_nrl.reference.old_model import Reference
-
-__all__ = ["ModelPair", "check_splits", "evaluate_pair"]
+from lightning_nrl.reference.predictions import Predictions
 
 
 @dataclass(frozen=True)
@@ -75,10 +73,6 @@ def evaluate_pair(
 
     Each rank gives its share of the splits and gets the same tables. The evaluator holds the new model and what judges
     both; targets say what else is to be noted of the samples.
-
-    Raises:
-        ConfigurationError: the data, the slices, a target or the old model do not fit.
-        EvaluationError: a split's samples are not there exactly once.
     """
     ranks = new.collective
     slicing = [SliceRecorder(source, slices, new.task) for source in data]
@@ -90,9 +84,21 @@ def evaluate_pair(
     with preserve(new.model):
         after = new.run(recording)
         before = old.answers(new, data, after)
-    names, group = _with_common_names([source.gathered(ranks) for source in slicing])
-    marked = {target: torch.cat([mark.gathered(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
+    names, group = common_names([source.named(ranks) for source in slicing])
+    marked = {target: torch.cat([mark.named(ranks)[1] >= 0 for mark in marks]) for target, marks in marking.items()}
     return ModelPair(before, after, names, group, marked)
+
+
+def pair_from_files(
+    old: Predictions, new: Predictions, slices: Mapping[tuple[str, int], str] | None = None
+) -> ModelPair:
+    """What two models did on the samples that the new one has predictions for; those in no slice have none."""
+    after = new.alone()
+    samples = [(split, at) for split in after.splits for at in after.index[after.of(split)].tolist()]
+    names = tuple(sorted(set((slices or {}).values())))
+    number = {name: i for i, name in enumerate(names)}
+    group = torch.tensor([number[slices[sample]] if slices and sample in slices else -1 for sample in samples])
+    return ModelPair(old.results(after), after, names, group.long())
 
 
 def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
@@ -105,7 +111,15 @@ def check_splits(argument: str, asked: Sequence[str], there: Sequence[str]) -> t
     return tuple(asked) or tuple(there)
 
 
-def _with_common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
-    """The slices of all splits under common numbers."""
-    names = tuple(sorted({name for own, _ in parts for name in own}))
-    return names, torch.cat([renumbered(own, group, names) for own, group in parts])
+def check_missing(old: Predictions, new: Predictions, allowed: Collection[str] = ()) -> dict[str, int]:
+    """How many samples have old predictions and no new ones, by split; what is left out could be what broke."""
+    missing = {split: sorted(rows.keys() - new.splits.get(split, {}).keys()) for split, rows in old.splits.items()}
+    check_splits("allow_missing", tuple(allowed), tuple(old.splits))
+    for split, ids in missing.items():
+        if ids and split not in allowed:
+            raise ConfigurationError(
+                f"`new`: {len(ids):,} of {len(old.splits[split]):,} samples of `{split}` that `old` predicts are "
+                f"missing ({', '.join(map(str, ids[:5]))}), and any of them could be broken.",
+                f"predict them too, or say that they may be missing: `--allow-missing {split}`.",
+            )
+    return {split: len(ids) for split, ids in missing.items() if ids}

@@ -11,16 +11,13 @@ from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl.data.batch import Source
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.errors import ConfigurationError, check_kind
-from lightning_nrl.evaluation._slices import Slices
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.slices import Slices
 from lightning_nrl.reference.old_model import OldModel, Reference, parse_reference
 from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.release.model_pair import ModelPair, evaluate_pair
 from lightning_nrl.release.release_report import Identity, ReleaseReport, make_report
-from lightning_nrl.release.rule_parsing import parse_rules
-from lightning_nrl.release.rules import Rule
-
-__all__ = ["check_reference", "judge_pair", "release"]
+from lightning_nrl.release.rules import Rule, parse_rules
 
 
 def release(

@@ -11,8 +11,7 @@ from typing import Literal
 import torch
 
 from lightning_nrl._utils.serialize import Derives
-from lightning_nrl.evaluation.flips import FlipCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults
 from lightning_nrl.metrics.rates import UPDATE_RATES, Rate
 from lightning_nrl.release.model_pair import ModelPair
 from lightning_nrl.release.rules import Finding, MaxNegativeFlipRate, Rule, sign_test

@@ -1,4 +1,4 @@
-"""What a new model must satisfy to replace the old one: rules on what became of each sample."""
+"""What a new model must satisfy to replace the old one: rules on what became of each sample, also from text."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nrl.data.targets import Target
+from lightning_nrl._utils.checks import read_number
+from lightning_nrl._utils.registry import Registry
+from lightning_nrl._utils.strict_csv import read_csv
+from lightning_nrl.data.targets import Predicate, Target, target_in
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.gate.gates import Gate, allowance
 from lightning_nrl.release.model_pair import ModelPair, check_splits
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.stats import Bound, binomial_cdf
 from lightning_nrl.stats.binomial import check_confidence, percent_up, show_confidence
 
-__all__ = ["AtMostBroken", "Finding", "MaxNegativeFlipRate", "NoSliceWorse", "Rule", "sign_test"]
+Ids = Mapping[str, Sequence[int]]
+"""Data-set positions, by split."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,75 @@ class Rule(ABC):
         return ()
 
 
+class Part(NamedTuple):
+    """Samples that a rule counts together."""
+
+    split: str
+    name: str
+    rows: Tensor  # N bool
+    counts: FlipCounts
+
+
+class SplitRule(Rule):
+    """Base of rules that count parts of the data: each of some splits, or their slices."""
+
+    splits: tuple[str, ...]
+
+    @property
+    def counts(self) -> Literal["splits", "slices", "both"]:
+        """What the parts are."""
+        return "splits"
+
+    @property
+    @abstractmethod
+    def text(self) -> str:
+        """The rule, as text, without the splits."""
+
+    def __post_init__(self) -> None:
+        names = (self.splits,) if isinstance(self.splits, str) else self.splits
+        fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+        check_kind("splits", self.splits, fits, "list of splits", "splits=('test',)")
+        object.__setattr__(self, "splits", tuple(names))
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        check_splits(str(self), self.splits, splits)
+        if self.counts != "splits" and not sliced:
+            raise ConfigurationError(
+                f"the rule `{self}` needs slices, and `slices` is not given.",
+                "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
+            )
+
+    @abstractmethod
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        """True if the rule objects to one of so many parts."""
+
+    @abstractmethod
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        """The sentences of the reason, without full stops."""
+
+    def check(self, pair: ModelPair) -> Finding:
+        parts = self._parts(pair)
+        bad = torch.zeros(len(pair.after), dtype=torch.bool)
+        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
+        for part in worse:
+            bad |= part.rows & pair.flips.broken
+        return Finding(str(self), not worse, f"{'. '.join(self.words(parts))}.", _ids(pair, bad))
+
+    def _parts(self, pair: ModelPair) -> list[Part]:
+        found = []
+        for split in check_splits(str(self), self.splits, pair.splits):
+            named = {split: pair.rows(split)} if self.counts != "slices" else {}
+            if self.counts != "splits":
+                named |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
+            found += [Part(split, name, rows, pair.flips.counts(rows)) for name, rows in named.items()]
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.text} in {', '.join(self.splits)}" if self.splits else self.text
+
+
 @dataclass(frozen=True)
-class AtMostBroken(Rule):
+class AtMostBroken(SplitRule):
     """In each split no more samples are broken than a gate allows.
 
     Attributes:
@@ -87,34 +161,28 @@ class AtMostBroken(Rule):
     splits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         gate = Gate.parse(self.gate)
-        gate.lets_through(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
+        gate.excess_of(FlipCounts(0, 0, 0, 0))  # Refuses one that needs a target.
         object.__setattr__(self, "gate", gate)
-        object.__setattr__(self, "splits", _names(self.splits))
 
-    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        check_splits(str(self), self.splits, splits)
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return Gate.parse(self.gate).excess_of(counts) > 0
 
-    def check(self, pair: ModelPair) -> Finding:
-        assert isinstance(self.gate, Gate)
-        words, bad = [], torch.zeros(len(pair.after), dtype=torch.bool)
-        for split in check_splits(str(self), self.splits, pair.splits):
-            rows = pair.rows(split)
-            counts = pair.flips.counts(rows)
-            if not self.gate.lets_through(counts):
-                bad |= rows & pair.flips.broken
-            words.append(
-                f"{split}: {counts.broken:,} of {counts.passed:,} that were right broke; "
-                f"{allowance(self.gate, counts)} (accuracy {_accuracies(counts)})"
-            )
-        return _finding(self, pair, bad, bool(bad.any()), words)
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        return [
+            f"{part.name}: {part.counts.broken:,} of {part.counts.passed:,} that were right broke; "
+            f"{allowance(Gate.parse(self.gate), part.counts)} (accuracy {_accuracies(part.counts)})"
+            for part in parts
+        ]
 
-    def __str__(self) -> str:
-        return _with_splits(str(self.gate), self.splits)
+    @property
+    def text(self) -> str:
+        return str(self.gate)
 
 
 @dataclass(frozen=True)
-class MaxNegativeFlipRate(Rule):
+class MaxNegativeFlipRate(SplitRule):
     """In each split the negative flip rate, broken of all, is below a limit with a confidence.
 
     What must be within it is the upper limit of Clopper and Pearson (see `lightning_nrl.stats`). It speaks of data to
@@ -143,37 +211,32 @@ class MaxNegativeFlipRate(Rule):
     splits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_confidence(self.limit, "limit")
         check_confidence(self.confidence)
-        object.__setattr__(self, "splits", _names(self.splits))
 
-    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        check_splits(str(self), self.splits, splits)
-        if self.each_slice:
-            _check_sliced(self, sliced)
+    @property
+    def counts(self) -> Literal["splits", "both"]:
+        return "both" if self.each_slice else "splits"
 
-    def check(self, pair: ModelPair) -> Finding:
-        words, bad, passed = [], torch.zeros(len(pair.after), dtype=torch.bool), True
-        for split in check_splits(str(self), self.splits, pair.splits):
-            parts = {split: pair.rows(split)}
-            if self.each_slice:
-                parts |= {f"{split}, slice {name!r}": rows for name, rows in pair.slices_of(split).items()}
-            found = {name: self._bound(pair, rows) for name, rows in parts.items()}
-            above = [name for name, bound in found.items() if bound.upper > self.limit]
-            for name in above:
-                bad |= parts[name] & pair.flips.broken
-                words.append(self._words(name, found[name]))
-            passed = passed and not above
-            if not above:
-                worst = max(found, key=lambda name: found[name].upper)
-                words.append(self._words(worst, found[worst]) + (", the highest" if len(found) > 1 else ""))
-        return _finding(self, pair, bad, not passed, words)
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        return self._bound(counts).upper > self.limit
 
-    def _bound(self, pair: ModelPair, rows: Tensor) -> Bound:
-        counts = pair.flips.counts(rows)
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        words = []
+        for _, group in groupby(parts, lambda part: part.split):
+            found = {part.name: self._bound(part.counts) for part in group}
+            worst = max(found, key=lambda name: found[name].upper)
+            if found[worst].upper > self.limit:
+                words += [self._line(name, bound) for name, bound in found.items() if bound.upper > self.limit]
+            else:
+                words.append(self._line(worst, found[worst]) + (", the highest" if len(found) > 1 else ""))
+        return words
+
+    def _bound(self, counts: FlipCounts) -> Bound:
         return Bound.of(counts.broken, counts.n, self.confidence)
 
-    def _words(self, name: str, bound: Bound) -> str:
+    def _line(self, name: str, bound: Bound) -> str:
         text = (
             f"{name}: negative flip rate {percent(bound.rate)} ({bound.broken:,} of {bound.n:,}), with "
             f"{show_confidence(self.confidence)} confidence at most {percent_up(bound.upper)}"
@@ -184,13 +247,14 @@ class MaxNegativeFlipRate(Rule):
         few = f"; that takes {needed:,} samples even where none breaks" if bound.n < needed else ""
         return f"{text}, not within {_share(self.limit)}{few}"
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
         sure = "" if self.confidence == 0.95 else f":{_share(self.confidence)}"
-        return _with_splits(f"{'slice-' if self.each_slice else ''}nfr:{_share(self.limit)}{sure}", self.splits)
+        return f"{'slice-' if self.each_slice else ''}nfr:{_share(self.limit)}{sure}"
 
 
 @dataclass(frozen=True)
-class NoSliceWorse(Rule):
+class NoSliceWorse(SplitRule):
     """No slice is worse than before.
 
     By *test*, for data that are a sample: a slice is worse if so many more of its samples broke than were repaired that
@@ -220,49 +284,140 @@ class NoSliceWorse(Rule):
     splits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("by", self.by, ("test", "count"))
         check_confidence(self.level, "level")
-        object.__setattr__(self, "splits", _names(self.splits))
 
-    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
-        check_splits(str(self), self.splits, splits)
-        _check_sliced(self, sliced)
+    @property
+    def counts(self) -> Literal["slices"]:
+        return "slices"
 
-    def check(self, pair: ModelPair) -> Finding:
-        parts = {
-            f"{split}, slice {name!r}": rows
-            for split in check_splits(str(self), self.splits, pair.splits)
-            for name, rows in pair.slices_of(split).items()
-        }
-        counts = {name: pair.flips.counts(rows) for name, rows in parts.items()}
-        level = self.level / max(1, len(parts))
-        worse = [name for name, found in counts.items() if self._is_worse(found, level)]
-        bad = torch.zeros(len(pair.after), dtype=torch.bool)
-        for name in worse:
-            bad |= parts[name] & pair.flips.broken
-        words = [self._words(name, counts[name], level) for name in worse]
+    def is_worse(self, counts: FlipCounts, n_parts: int) -> bool:
+        if self.by == "count":
+            return counts.broken > counts.repaired
+        return sign_test(counts.broken, counts.repaired) < self.level / n_parts
+
+    def words(self, parts: Sequence[Part]) -> list[str]:
+        worse = [part for part in parts if self.is_worse(part.counts, len(parts))]
+        words = [self._line(part.name, part.counts, len(parts)) for part in worse]
         if not worse:
             words = [f"none of {len(parts):,} slices is worse by {self.by}"]
-        mute = [name for name, found in counts.items() if sign_test(found.passed, 0) >= level]
+        mute = [part.name for part in parts if sign_test(part.counts.passed, 0) >= self.level / len(parts)]
         if self.by == "test" and mute:
             named = "; ".join(mute[:5]) + (f" and {len(mute) - 5:,} more" if mute[5:] else "")
             words.append(f"of {len(mute):,} with too few samples the test can say nothing ({named})")
-        return _finding(self, pair, bad, bool(worse), words)
+        return words
 
-    def _is_worse(self, counts: FlipCounts, level: float) -> bool:
-        if self.by == "count":
-            return counts.broken > counts.repaired
-        return sign_test(counts.broken, counts.repaired) < level
-
-    def _words(self, name: str, counts: FlipCounts, level: float) -> str:
+    def _line(self, name: str, counts: FlipCounts, n_parts: int) -> str:
         text = f"{name} is worse: {counts.broken:,} broke, {counts.repaired:,} repaired (accuracy {_accuracies(counts)}"
         if self.by == "count":
             return f"{text})"
-        return f"{text}; p = {sign_test(counts.broken, counts.repaired):.2g}, below {level:.2g})"
+        return f"{text}; p = {sign_test(counts.broken, counts.repaired):.2g}, below {self.level / n_parts:.2g})"
+
+    @property
+    def text(self) -> str:
+        level = "" if self.level == 0.05 or self.by == "count" else f":{_share(self.level)}"
+        return f"slices{':count' if self.by == 'count' else level}"
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedIntact(Rule):
+    """Every protected sample that was right is right still.
+
+    Attributes:
+        ids: which samples, by split and position in the data set; a CSV file with the columns `split` and `id`; or
+            positions alone where there is one split.
+        where: samples chosen by what they are, also beside those of `ids`: a `Target`, a predicate on the raw batch, or
+            its address; a target also as text, such as `label 3`.
+
+    Raises:
+        ConfigurationError: on construction, if neither is given or the file cannot be read.
+
+    Example:
+        >>> print(ProtectedIntact({"test": [3, 17]}))
+        protected:2 samples
+    """
+
+    ids: Ids | Sequence[int] | str | Path | None = None
+    where: Target | Predicate | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids is None and self.where is None:
+            raise ConfigurationError(
+                "`ProtectedIntact` protects nothing.", "give `ids={'test': [3, 17]}`, a file of them, or `where`."
+            )
+        named = target_in(self.where) if isinstance(self.where, str) else None
+        where = self.where if named is None else named
+        target = where if where is None or isinstance(where, Target) else Target.where(where)
+        object.__setattr__(self, "where", target)
+        object.__setattr__(self, "_file", str(self.ids) if isinstance(self.ids, (str, Path)) else "")
+        ids = read_ids(self.ids) if isinstance(self.ids, (str, Path)) else self.ids
+        object.__setattr__(self, "ids", {"": ids} if isinstance(ids, Sequence) else ids)
+        lists = (ids,) if isinstance(ids, Sequence) else (ids or {}).values()
+        whole = all(isinstance(rows, Sequence) and all(isinstance(at, int) for at in rows) for rows in lists)
+        check_kind("ids", ids, whole, "list of samples", "ids={'test': [3, 17]}")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return (self.where,) if isinstance(self.where, Target) else ()
+
+    def check_data(self, splits: Sequence[str], sliced: bool) -> None:
+        check_splits("ids", tuple(self._by_split(splits)), splits)
+
+    def check(self, pair: ModelPair) -> Finding:
+        chosen = self._chosen(pair)
+        counts = pair.flips.counts(chosen)
+        text = f"{counts.broken:,} of {counts.passed:,} protected samples that were right broke"
+        wrong = counts.failing + counts.repaired
+        rest = f"; {wrong:,} more were wrong before, {counts.repaired:,} of these are right now" if wrong else ""
+        return Finding(str(self), not counts.broken, f"{text}{rest}.", _ids(pair, chosen & pair.flips.broken))
+
+    def _by_split(self, splits: Sequence[str]) -> Ids:
+        found: Ids = self.ids or {}  # type: ignore[assignment]
+        if "" not in found:
+            return found
+        if len(splits) != 1:
+            raise ConfigurationError(
+                f"`ids` names no split, and the data have {list(splits)}.", f"write ids={{{splits[0]!r}: [...]}}."
+            )
+        return {splits[0]: found[""]}
+
+    def _chosen(self, pair: ModelPair) -> Tensor:
+        chosen = torch.zeros(len(pair.after), dtype=torch.bool)
+        for split, ids in self._by_split(pair.splits).items():
+            wanted, rows = torch.as_tensor(list(ids), dtype=torch.int64), pair.after.of(split)
+            there = pair.after.index[rows]
+            missing = wanted[~torch.isin(wanted, there)].tolist()
+            if missing:
+                raise ConfigurationError(
+                    f"`ids`: {len(missing):,} protected samples are not in `{split}` ({missing[:5]}).",
+                    "give positions in the data set; what is not there cannot be checked.",
+                )
+            chosen[rows] |= torch.isin(there, wanted)
+        for target in self.targets:
+            if not pair.marked[target].any():
+                raise ConfigurationError(
+                    f"`where`: '{target}' chooses none of {len(chosen):,} samples, so nothing would be protected.",
+                    "give data that have such samples, or leave the rule out.",
+                )
+            chosen |= pair.marked[target]
+        return chosen
 
     def __str__(self) -> str:
-        level = "" if self.level == 0.05 or self.by == "count" else f":{_share(self.level)}"
-        return _with_splits(f"slices{':count' if self.by == 'count' else level}", self.splits)
+        listed_ids: Ids = self.ids or {}  # type: ignore[assignment]
+        n = sum(len(rows) for rows in listed_ids.values())
+        listed = self._file or (f"{n:,} sample{'s' if n != 1 else ''}" if n else "")  # type: ignore[attr-defined]
+        return "protected:" + " and ".join(filter(None, (listed, *map(str, self.targets))))
+
+
+def read_ids(path: str | Path) -> dict[str, list[int]]:
+    """Samples in a CSV file with the columns `split` and `id`."""
+    found: dict[str, list[int]] = {}
+    for line in read_csv("ids", path, ("split", "id")):
+        found.setdefault(line.values["split"], []).append(line.whole_number("id"))
+    if not found:
+        raise ConfigurationError(f"`ids={str(path)!r}` holds no sample.", "give a CSV file with the columns split,id.")
+    return found
 
 
 def sign_test(broken: int, repaired: int) -> float:
@@ -278,10 +433,8 @@ def sign_test(broken: int, repaired: int) -> float:
     return binomial_cdf(repaired, changed, 0.5) if changed else 1.0
 
 
-def _finding(rule: Rule, pair: ModelPair, bad: Tensor, failed: bool, words: Sequence[str]) -> Finding:
-    ids = {split: rows for split, rows in pair.after.ids(bad).items() if rows}
-    text = ". ".join(words)
-    return Finding(str(rule), not failed, f"{text}.", ids)
+def _ids(pair: ModelPair, rows: Tensor) -> Ids:
+    return {split: ids for split, ids in pair.after.ids(rows).items() if ids}
 
 
 def _accuracies(counts: FlipCounts) -> str:
@@ -290,24 +443,76 @@ def _accuracies(counts: FlipCounts) -> str:
     return f"{percent(counts.passed / counts.n)}, now {percent(counts.right / counts.n)}"
 
 
-def _check_sliced(rule: Rule, sliced: bool) -> None:
-    if not sliced:
-        raise ConfigurationError(
-            f"the rule `{rule}` needs slices, and `slices` is not given.",
-            "say which slice each sample is in, such as `slices=lambda batch: batch[1]`, or leave the rule out.",
-        )
-
-
-def _names(splits: object) -> tuple[str, ...]:
-    names = (splits,) if isinstance(splits, str) else splits
-    fits = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
-    check_kind("splits", splits, fits, "list of splits", "splits=('test',)")
-    return tuple(names)  # type: ignore[arg-type]
-
-
-def _with_splits(text: str, splits: Sequence[str]) -> str:
-    return f"{text} in {', '.join(splits)}" if splits else text
-
-
 def _share(share: float) -> str:
     return f"{100 * share:.12g}%"
+
+
+RULES: Registry[Rule | None] = Registry("rule", "a `Rule`", lambda value: isinstance(value, Rule))
+"""What makes a rule of text: functions of the text, its parts after the name, and the splits; None: it does not fit."""
+
+
+def parse_rules(rules: str | Rule | Sequence[str | Rule]) -> tuple[Rule, ...]:
+    """Rules from what a user may write, one or several; a `ConfigurationError` for none and for what cannot be read."""
+    listed = [rules] if isinstance(rules, (str, Rule)) else rules
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise ConfigurationError(f"`rules={rules!r}` are no rules.", "give at least one, such as ['instance'].")
+    return tuple(parse_rule(rule) for rule in listed)
+
+
+def parse_rule(rule: Any) -> Rule:
+    """A rule from text, one of `RULES.forms` with numbers of your own; a rule is given back as it is.
+
+    All but `protected` may end with ` in SPLIT, SPLIT`. What cannot be read is a `ConfigurationError`.
+
+    Example:
+        >>> parse_rule("nfr:1%:99% in test")
+        MaxNegativeFlipRate(limit=0.01, confidence=0.99, each_slice=False, splits=('test',))
+    """
+    if isinstance(rule, Rule):
+        return rule
+    text, _, named = str(rule).partition(" in ")
+    kind, *given = (part.strip() for part in text.split(":"))
+    splits = tuple(name.strip() for name in named.split(",")) if named else ()
+    made = RULES.factory("rules", kind)(str(rule), given, splits) if kind in RULES else None
+    if made is None:
+        raise RULES.unreadable(f"`rules`: {rule!r}", kind)
+    return made
+
+
+def _at_most_broken(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule:
+    return AtMostBroken(text.partition(" in ")[0], splits)
+
+
+RULES.register("instance")(_at_most_broken)
+RULES.register("accuracy")(_at_most_broken)
+RULES.register("tolerance", "tolerance:1%")(_at_most_broken)
+
+
+def _max_nfr(text: str, given: Sequence[str], splits: tuple[str, ...], each_slice: bool = False) -> Rule | None:
+    numbers = [_number(part, text) for part in given]
+    if len(numbers) not in (1, 2):
+        return None
+    return MaxNegativeFlipRate(numbers[0], numbers[1] if len(numbers) == 2 else 0.95, each_slice, splits)
+
+
+RULES.register("nfr", "nfr:1%", "nfr:1%:99%")(_max_nfr)
+RULES.register("slice-nfr", "slice-nfr:5%")(partial(_max_nfr, each_slice=True))
+
+
+@RULES.register("slices", "slices", "slices:count")
+def _no_slice_worse(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    if "count" in given:
+        return NoSliceWorse("count", splits=splits) if len(given) == 1 else None
+    numbers = [_number(part, text) for part in given]
+    return NoSliceWorse("test", numbers[0] if numbers else 0.05, splits) if len(numbers) <= 1 else None
+
+
+@RULES.register("protected", "protected:ids.csv", "protected:label 3")
+def _protected(text: str, given: Sequence[str], splits: tuple[str, ...]) -> Rule | None:
+    what = text.partition(":")[2].strip()
+    target = target_in(what)
+    return (ProtectedIntact(what) if target is None else ProtectedIntact(where=target)) if given else None
+
+
+def _number(text: str, rule: str) -> float:
+    return float(read_number(f"`rules={rule!r}`", text, f"write one of {list(RULES.forms)}."))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report._formatting import count, from_here, number, percent, plural, rough_percent, sentence, setting
 from lightning_nrl.report.html import HtmlTable, html_page, svg_of
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text, Tone

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class CmaEs:
             installed.
     """
 
+    label: ClassVar[str] = "CMA-ES"
     population: int = 50
     iterations: int = 300
     patience: int = 50

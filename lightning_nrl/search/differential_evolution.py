@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class DifferentialEvolution:
         ConfigurationError: an unknown word (the nearest is given) or a number out of its range.
     """
 
+    label: ClassVar[str] = "differential evolution"
     population: int = 100
     iterations: int = 300
     patience: int = 50

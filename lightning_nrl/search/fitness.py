@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,11 @@ from lightning_nrl.errors import check_choice, check_real
 __all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
-"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
+"""Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
+
+It may have more: `uses_passed_loss = False` and `uses_credit = True` say what it reads of the scores; `most_broken`
+lets scoring give up early; `as_constraint` makes no broken sample its first aim. `Fitness` has all of them.
+"""
 
 Number = float | Tensor
 
@@ -112,6 +116,10 @@ class Fitness:
         """Whether `Scores.loss_passed` matters; if not, passed samples that no candidate can break need no scoring."""
         return self.kind != "eq2" or (self.perfect_intact and self.infeasible == "ranked")
 
+    def as_constraint(self, tolerated: float) -> Fitness:
+        """The same fitness, but more broken samples than tolerated, by weight, make a candidate infeasible."""
+        return replace(self, perfect_intact=True, infeasible="ranked", tolerated=tolerated)
+
     def most_broken(self, value: Tensor, n_failed: int | Tensor) -> Tensor | None:
         """The most samples of I_pos that a candidate may break and still be worth more than `value`, `S x P`.
 
@@ -151,8 +159,8 @@ def exchange_rate(n_failed: int, n_passed: int, alpha: float) -> float:
 
 
 def needs_passed_loss(fitness: FitnessFunction) -> bool:
-    """Whether `Scores.loss_passed` matters to a fitness; it may to any function that is no `Fitness`."""
-    return not isinstance(fitness, Fitness) or fitness.uses_passed_loss
+    """True if `Scores.loss_passed` matters to a fitness: unless it says no by `uses_passed_loss`."""
+    return bool(getattr(fitness, "uses_passed_loss", True))
 
 
 def fitness_per_search(fitness: Sequence[Fitness], device: torch.device) -> FitnessFunction:

@@ -62,7 +62,7 @@ class Searcher(Protocol[State]):
     """A search algorithm with its settings, such as `ParticleSwarm`.
 
     Its functions are pure but for the numbers that they draw from `streams`, one stream a search: a search among many
-    has to do what it does alone.
+    has to do what it does alone. It may have a `label`, its name in the steps of a report.
     """
 
     @property

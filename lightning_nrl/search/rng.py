@@ -106,20 +106,6 @@ class RandomStreams:
             return [int(number) for number in _shifted(self.source.bits(1, 1), 33).flatten().tolist()]
         return [int(torch.randint(2**31, (1,), generator=own, device=own.device)) for own in self.source]
 
-    def state(self) -> list[Tensor]:
-        """What `restore` goes on from, on the CPU."""
-        if isinstance(self.source, CountedNumbers):
-            return [torch.tensor(self.source.draws)]
-        return [generator.get_state() for generator in self.source]
-
-    def restore(self, state: Sequence[Tensor]) -> None:
-        """Goes on where streams of the same seeds were when they gave this `state`."""
-        if isinstance(self.source, CountedNumbers):
-            self.source.draws = int(state[0])
-            return
-        for generator, own in zip(self.source, state, strict=True):
-            generator.set_state(own)
-
     def _draw(
         self, generators: Sequence[torch.Generator], sample: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]
     ) -> Tensor:

@@ -19,12 +19,10 @@ from lightning_nrl import Gate, TensorSource
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._utils.state import State
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips, SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._held_out import HeldOut
-from lightning_nrl.pipeline._line_search import LIMIT_STRENGTHS, LineSearchResult, line_search
-from lightning_nrl.pipeline._patch_path import PatchPath
+from lightning_nrl.pipeline.baseline import HeldOut
+from lightning_nrl.pipeline.strength import LIMIT_STRENGTHS, LineSearchResult, PatchPath, line_search
 from lightning_nrl.problem import Problem
 from lightning_nrl.report import StrengthPoint
 from lightning_nrl.search import Fitness

@@ -14,7 +14,7 @@ from filelock import FileLock
 from live_tensorboard import SCREENSHOTS
 from repository import ROOT
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.splits import ConfusionCell, FlippedSample
 

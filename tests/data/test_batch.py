@@ -8,8 +8,8 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_nrl import TensorSource
+from lightning_nrl.data.adapters import unpack
 from lightning_nrl.data.batch import Batch, Source, is_sliceable, unpacked
-from lightning_nrl.data.unpacking import unpack
 
 X, Y = torch.zeros(2, 3), torch.tensor([0, 1])
 Pair = namedtuple("Pair", "image digit")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from repository import ROOT
 
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.presets import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_nrl import ConfigurationError, RegressionFreeRepair
-from lightning_nrl.data.unpacking import bind_adapter, unpack
+from lightning_nrl.data.adapters import bind_adapter, unpack
 from lightning_nrl.errors import RepairError
 
 

@@ -63,7 +63,7 @@ search:
 task: {class_path: lightning_nrl.tasks.Multiclass}
 unseen: test
 calibration: val
-data: {adapter: "lightning_nrl.data.unpacking:unpack", start_from: best}
+data: {adapter: "lightning_nrl.data.adapters:unpack", start_from: best}
 bounds: {class_path: lightning_nrl.BoundOptions, init_args: {limit: "tolerance:1%", confidence: 0.9}}
 verbose: false
 """

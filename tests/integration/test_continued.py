@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from two_processes import in_two_processes
 
 from lightning_nrl import Gate, RegressionFreeRepair, repair
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 
 
 def continued(**arguments: Any) -> RegressionFreeRepair:

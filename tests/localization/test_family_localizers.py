@@ -32,7 +32,7 @@ from lightning_nrl.localization import (
     on_data,
     pareto_front,
 )
-from lightning_nrl.methods._known_activations import record_known
+from lightning_nrl.methods.search_samples import record_known
 
 EVALUATOR = Evaluator(nn.Identity())
 EVERY = torch.ones(2, dtype=torch.bool)

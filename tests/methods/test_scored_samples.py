@@ -13,8 +13,9 @@ from lightning_nrl import Settings, repair_module
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.methods import Auto, Convex, LocalSearch
-from lightning_nrl.methods._scored_samples import FEWEST_SAMPLES, choose_samples, n_to_score, preparation_seconds
+from lightning_nrl.methods.search_samples import choose_samples, n_to_score, preparation_seconds
 from lightning_nrl.problem import Problem
+from lightning_nrl.problem.budget import FEWEST_SAMPLES
 
 
 def results(margin: list[float]) -> SampleResults:

@@ -20,7 +20,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline import Outcome
-from lightning_nrl.pipeline._line_search import LIMIT_STATES, LIMIT_STRENGTHS, line_search
+from lightning_nrl.pipeline.strength import LIMIT_STATES, LIMIT_STRENGTHS, line_search
 from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.report import RepairReport
 from lightning_nrl.stats import Selection, binomial_cdf, choose, limit_after, upper_limit

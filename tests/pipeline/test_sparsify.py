@@ -19,7 +19,7 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.pipeline._sparsify import sparsify
+from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import Fitness
 

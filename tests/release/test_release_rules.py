@@ -24,8 +24,7 @@ from lightning_nrl.release import (
     Rule,
 )
 from lightning_nrl.release.release_report import Identity, make_report
-from lightning_nrl.release.rule_parsing import RULES, parse_rule, parse_rules
-from lightning_nrl.release.rules import sign_test
+from lightning_nrl.release.rules import RULES, parse_rule, parse_rules, sign_test
 from lightning_nrl.stats import upper_limit
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
@@ -209,7 +208,7 @@ def test_every_kind_that_is_offered_can_be_read(tmp_path: Path, monkeypatch: pyt
         (lambda: parse_rules(None), "`rules=None` are no rules"),
         (lambda: parse_rule("nfrr:1%"), r"'nfrr:1%' is no rule, did you mean 'nfr'\?"),
         (lambda: parse_rule("nfr"), "'nfr' is no rule"),
-        (lambda: parse_rule("nfr:few"), "'few' in 'nfr:few' is no number"),
+        (lambda: parse_rule("nfr:few"), "`rules='nfr:few'`: 'few' is no number"),
         (lambda: parse_rule("slices:count:2"), "is no rule"),
         (lambda: parse_rule("tolerance:x"), "'x' is no number"),
         (lambda: MaxNegativeFlipRate(1.0), "`limit=1.0` is no share"),

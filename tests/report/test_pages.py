@@ -14,7 +14,7 @@ from rich.console import Console
 from test_report_codec import REPORTS
 
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.report import (
     Hashes,
     Judge,

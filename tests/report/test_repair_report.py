@@ -13,9 +13,9 @@ import pytest
 import torch
 from test_pages import REFUSED, REPAIRED, TRAIN
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import Localization
-from lightning_nrl.pipeline._report_parts import localization_report, search_report
+from lightning_nrl.pipeline.report_parts import localization_report, search_report
 from lightning_nrl.report import LocalizationReport, RepairReport, SearchReport, SplitReport, WeightChange
 from lightning_nrl.report._formatting import percent
 from lightning_nrl.search.search_log import SearchHistory, SearchResult

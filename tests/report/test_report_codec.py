@@ -27,7 +27,7 @@ from lightning_nrl.analysis.diagnosis import (
 )
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.evaluation.flips import FlipCounts, TargetCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 from lightning_nrl.release.release_report import Identity, ReleaseReport, ReleaseRow
 from lightning_nrl.release.rules import Finding
 from lightning_nrl.report import (

@@ -62,14 +62,3 @@ def test_counted_numbers_have_the_moments_that_they_should(dtype: torch.dtype) -
         for a, b in ((x[:, 0], x[:, 1]), (x[0], x[1]), (x[..., 1:, :], x[..., :-1, :]), (flat[:, 1:], flat[:, :-1])):
             assert abs(float((a * b).mean())) < 6 * float(x.square().mean()) / a.numel() ** 0.5
     assert len(uniform.unique()) > 0.99 * uniform.numel()
-
-
-@pytest.mark.parametrize("streams", [counted, generated])
-def test_streams_go_on_from_their_state(streams) -> None:  # type: ignore[no-untyped-def]
-    like, first, second = torch.zeros(0), streams([1, 2]), streams([1, 2])
-    first.normal(like, 3, 4)
-    state = first.state()
-    drawn = first.uniform(like, 3, 4)
-    assert not torch.equal(second.uniform(like, 3, 4), drawn)
-    second.restore(state)
-    assert torch.equal(second.uniform(like, 3, 4), drawn)

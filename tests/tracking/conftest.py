@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import (
     LocalizationReport,
     PricePoint,

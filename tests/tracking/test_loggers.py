@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_nrl._tracking import RepairLog, declare, search_curves, track
 from lightning_nrl._tracking.repair_hparams import ASKED, MEASURED
 from lightning_nrl._tracking.scalars import final_numbers
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report import RepairReport, SplitReport
 from lightning_nrl.report.sample_views import SampleView
 

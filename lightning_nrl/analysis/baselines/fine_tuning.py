@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._optim.descent import Descent, Loss
-from lightning_nrl._optim.logit_cache import Teacher
 from lightning_nrl._optim.mini_batches import load_batches, shuffled_batches
+from lightning_nrl._optim.teacher import Teacher
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Batch

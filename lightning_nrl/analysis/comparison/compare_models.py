@@ -24,14 +24,13 @@ from lightning_nrl.errors import (
     ReplayError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleOptions
-from lightning_nrl.evaluation.flips import FlipCounts, Flips
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.methods import METHODS, AnyMethod, solve
-from lightning_nrl.pipeline._data_leakage import LeakCheck
-from lightning_nrl.pipeline._held_out import HeldOut
-from lightning_nrl.pipeline._input_checks import check_losses, check_sources, check_targets, given_or_default
-from lightning_nrl.pipeline._patch_path import PatchPath
-from lightning_nrl.pipeline._problem_builder import build_problem
+from lightning_nrl.pipeline.baseline import HeldOut, LeakCheck
+from lightning_nrl.pipeline.input_checks import check_losses, check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
+from lightning_nrl.pipeline.strength import PatchPath
 from lightning_nrl.problem import Problem, Solution, Training
 from lightning_nrl.report import StrengthPoint
 

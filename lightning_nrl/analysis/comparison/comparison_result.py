@@ -14,7 +14,7 @@ from typing import Any
 from lightning_nrl.analysis.comparison.comparison_plot import draw_comparison
 from lightning_nrl.analysis.comparison.comparison_tables import page_of_comparison
 from lightning_nrl.errors import check_choice
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report import Page, Report, installed_versions
 from lightning_nrl.report._figures import Plotted
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lightning_nrl._optim.distill import VISITS_PER_SAMPLE
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Cost
-from lightning_nrl.methods.finetune_polish import POLISH_PASSES
-from lightning_nrl.pipeline._patch_path import PATH_STRENGTHS
+from lightning_nrl.pipeline.strength import PATH_STRENGTHS
+from lightning_nrl.problem.budget import (
+    CONVEX_SOLVES,
+    LADDER_SEARCHES,
+    LINEARIZED_PASSES,
+    PASSES_PER_VISIT,
+    POLISH_PASSES,
+    SCORED_SHARE,
+    VISITS_PER_SAMPLE,
+)
 from lightning_nrl.search import ParticleSwarm
 
 __all__ = ["Timings", "costs"]
@@ -15,23 +22,6 @@ __all__ = ["Timings", "costs"]
 PASSES_AROUND_SEARCH = 4 + len(PATH_STRENGTHS)
 """Passes over the known data that any repair makes around its search: to collect, to record or localise, to count what
 was found twice, and to count it at several strengths."""
-
-PASSES_PER_STEP = 2.5
-"""A step of training in passes over its samples: one forward and one or two as dear backward."""
-
-LINEARIZED_PASSES = 40
-"""Passes that a linearized search makes."""
-
-CONVEX_SOLVES = 16.0
-"""A convex search takes as long as so many looks at every target alone: it solves for ten strengths and four folds."""
-
-SCORED_SHARE = 0.15
-"""Share of all scores that a swarm really computes: fragile samples first, and most candidates are given up early."""
-
-
-LADDER_SEARCHES = 1.0
-"""The default's searches together, each a fifth as long as a swarm's own: with and without held-out samples, from the
-solved layer, and after the polish."""
 
 
 class Timings(NamedTuple):
@@ -58,7 +48,7 @@ def costs(pace: Timings, epochs: int | None = None) -> tuple[Cost, ...]:
         if pace.alone is not None:
             found.append(Cost("convex", around + CONVEX_SOLVES * pace.alone, "exact programmes for the last Linear"))
         found.append(Cost("linearized", around + LINEARIZED_PASSES * pace.one_pass, "some steps of one layer"))
-        fit = (epochs or VISITS_PER_SAMPLE) * PASSES_PER_STEP * pace.one_pass + POLISH_PASSES * pace.one_pass
+        fit = (epochs or VISITS_PER_SAMPLE) * PASSES_PER_VISIT * pace.one_pass + POLISH_PASSES * pace.one_pass
         how = f"{epochs} more epochs of training" if epochs else f"a fit of {VISITS_PER_SAMPLE} epochs"
         found.append(Cost("finetune-polish", around + fit, f"{how}, then a polish"))
         layer = LADDER_SEARCHES * (search or 0.0) + CONVEX_SOLVES * (pace.alone or 0.0)

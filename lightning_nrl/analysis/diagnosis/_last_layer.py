@@ -18,8 +18,7 @@ from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     NeighbourMixing,
     TargetFinding,
 )
-from lightning_nrl.evaluation._head_features import Features
-from lightning_nrl.evaluation._neighbors import NEIGHBOURS, doubtful, neighbours
+from lightning_nrl.evaluation.head_features import NEIGHBOURS, Features, doubtful, neighbours
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 __all__ = ["LastLayer", "analyze_last_layer", "sample_places", "untried_targets"]

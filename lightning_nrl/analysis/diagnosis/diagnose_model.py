@@ -24,9 +24,9 @@ from lightning_nrl.analysis.diagnosis._layer_capacity import layer_capacities, s
 from lightning_nrl.analysis.diagnosis.diagnosis_result import Diagnosis, LayerCapacity
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation import Evaluator, SampleResults
-from lightning_nrl.evaluation._head_features import HeadFeatures, collect_features, drawn
+from lightning_nrl.evaluation.head_features import HeadFeatures, collect_features, drawn
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.pipeline._input_checks import check_losses, check_sources, given_or_default
+from lightning_nrl.pipeline.input_checks import check_losses, check_sources, given_or_default
 from lightning_nrl.pipeline.settings import Settings
 
 __all__ = ["diagnose_module"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import ActivationCache, make_scorer
+from lightning_nrl._scoring import ActivationCache
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.analysis.sweep.grid import Setting
@@ -18,13 +18,12 @@ from lightning_nrl.analysis.sweep.run import NO_COUNTS, Run
 from lightning_nrl.errors import EmptyLocalizationError
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.localization import Known, Localization, on_data
-from lightning_nrl.methods._known_activations import half_budget, record_known
-from lightning_nrl.pipeline._input_checks import passed_rows
+from lightning_nrl.methods.search_samples import record_known, scorer_for
+from lightning_nrl.pipeline.problem_builder import passed_rows
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem
 from lightning_nrl.search import SearchHistory, SearchResult, WeightStats, search_many
-from lightning_nrl.search.family_fitness import needs_credit
-from lightning_nrl.search.fitness import Fitness, needs_passed_loss
+from lightning_nrl.search.fitness import Fitness
 
 __all__ = ["BatchSearch", "RunRequest", "batches"]
 
@@ -121,19 +120,9 @@ class BatchSearch:
             row[: len(weights)] = weights
         fitness: list[Any] = [request.setting.fitness for request in requests]
         alike = all(one == fitness[0] for one in fitness)
-        scorer = make_scorer(
-            self.recording,
-            where,
-            before.targeted,
-            torch.stack([self.passed(request) for request in requests]),
-            problem.evaluator,
-            budget=half_budget(problem),
-            passed_loss=needs_passed_loss(fitness[0]),
-            fragility=before.loss,
-            reserve=rounding_reserve(problem.evaluator.precision, before),
-            weight=before.finite_weight if before.weighted else None,
-            credit=needs_credit(fitness[0]),
-        )
+        passed = torch.stack([self.passed(request) for request in requests])
+        reserve = rounding_reserve(problem.evaluator.precision, before)
+        scorer = scorer_for(problem, self.recording, where, before.targeted, passed, fitness[0], reserve=reserve)
         there = where.clamp_min(0).to(space.device)
         original = space.flat()[there]
         results = search_many(

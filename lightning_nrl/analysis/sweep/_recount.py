@@ -13,8 +13,7 @@ from lightning_nrl._scoring.bitwise_replay import ExactBatch, exact_batches
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.data.batch import Source
-from lightning_nrl.evaluation.flips import TargetCounts
-from lightning_nrl.evaluation.sample_results import SampleResults
+from lightning_nrl.evaluation.sample_results import SampleResults, TargetCounts, flip_masks
 from lightning_nrl.problem import Problem
 
 __all__ = ["Recount"]
@@ -42,7 +41,7 @@ class Recount:
     def __call__(self, runs: Sequence[StoredRun]) -> list[TargetCounts]:
         """Counts what the weights of some runs do."""
         before, space = self.before, self.problem.space
-        right, targeted = before.passed & before.loss.isfinite(), before.targeted
+        right, targeted = before.right, before.targeted
         spared = right & before.in_target
         sums = torch.zeros(4, len(runs), dtype=torch.int64, device=space.device)
         changed = [r for r, stored in enumerate(runs) if stored.run.changed]
@@ -54,18 +53,15 @@ class Recount:
         state: Callable[[int], Mapping[str, Tensor]] = cache(whole) if small else whole
         for batch in self._batches() if changed else ():
             was, aimed, own = (mask[batch.chunk.rows].to(space.device) for mask in (right, targeted, spared))
-            now = torch.stack([self._passed(batch, state(r)) for r in changed])
-            sums[:, changed] += torch.stack([now & aimed, now & ~was, ~now & was, ~now & own]).sum(2)
+            task, target = self.problem.task, batch.chunk.target
+            now = torch.stack([task.right(batch.logits(state(r)), target) for r in changed])
+            _, broken, repaired, _ = flip_masks(was, now)
+            sums[:, changed] += torch.stack([repaired & aimed, repaired, broken, broken & own]).sum(2)
         n, passed, n_targeted, n_spared = len(before), *(int(mask.sum()) for mask in (right, targeted, spared))
         return [
             TargetCounts(passed - broken, broken, repaired, n - passed - repaired, n_targeted, aimed, n_spared, own)
             for aimed, repaired, broken, own in sums.t().tolist()
         ]
-
-    def _passed(self, batch: ExactBatch, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Which samples are right, `n` bool; one whose loss is not finite is not."""
-        logits, target, task = batch.logits(parameters), batch.chunk.target, self.problem.task
-        return task.passed(logits, target) & task.loss(logits, target).isfinite()
 
     def _batches(self) -> Iterator[ExactBatch]:
         if self._complete:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from lightning_nrl._utils.deserialize import from_plain
 from lightning_nrl._utils.serialize import Derives, flat, hints_of
-from lightning_nrl.evaluation.flips import TargetCounts
+from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.report.splits import ROLES, Role
 
 __all__ = ["RUN_COLUMNS", "Run", "run_of_text"]

@@ -100,7 +100,7 @@ class SweepResult(Report):
             gain = calibration.repaired - calibration.broken
             return gain, -calibration.broken, known.repaired_in_target, -known.broken, known.repaired
 
-        fit = [run for run in self.runs if run.known.repaired_in_target and gate.lets_through(run.known)]
+        fit = [run for run in self.runs if run.known.repaired_in_target and not gate.excess_of(run.known)]
         return max(fit, key=worth, default=None)
 
     def arguments(self, run: Run) -> dict[str, Any]:

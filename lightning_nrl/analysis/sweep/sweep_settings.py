@@ -21,9 +21,9 @@ from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation import Evaluator, SampleResults
 from lightning_nrl.methods import Auto
-from lightning_nrl.pipeline._baseline import evaluate_baseline
-from lightning_nrl.pipeline._input_checks import check_sources, check_targets, given_or_default
-from lightning_nrl.pipeline._problem_builder import build_problem
+from lightning_nrl.pipeline.baseline import evaluate_baseline
+from lightning_nrl.pipeline.input_checks import check_sources, check_targets, given_or_default
+from lightning_nrl.pipeline.problem_builder import build_problem
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.report import Role
 from lightning_nrl.search import ParticleSwarm

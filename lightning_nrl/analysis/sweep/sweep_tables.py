@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.report._formatting import count, plural
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.splits import ROLES, Role

@@ -27,7 +27,7 @@ from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, com
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation.flips import FlipCounts
+from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.problem import Problem, Solution
 
 

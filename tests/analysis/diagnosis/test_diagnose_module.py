@@ -21,7 +21,7 @@ from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EvaluationError
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.evaluation import _head_features as features
+from lightning_nrl.evaluation import head_features as features
 from lightning_nrl.tasks import Task
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_nrl._convex.qp import solve_dual
+from lightning_nrl._optim.qp import solve_dual
 from lightning_nrl.analysis.diagnosis._fixability import (
     FEATURE_RIDGE,
     FULFILLED_FRACTION,

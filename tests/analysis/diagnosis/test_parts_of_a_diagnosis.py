@@ -23,7 +23,7 @@ from lightning_nrl.analysis.diagnosis import (
 from lightning_nrl.analysis.diagnosis._advice import advise
 from lightning_nrl.analysis.diagnosis._cost_estimates import Timings, costs
 from lightning_nrl.analysis.diagnosis._layer_capacity import GradientSketches, layer_capacities
-from lightning_nrl.evaluation._neighbors import doubtful, neighbours
+from lightning_nrl.evaluation.head_features import doubtful, neighbours
 from lightning_nrl.report._formatting import rough_percent, rough_time
 
 RIGHT, UP = [1.0, 0.0], [0.0, 1.0]
