@@ -32,7 +32,6 @@ from lightning_nrl import (
     repair,
     sweep,
 )
-from lightning_nrl.serving import SwitchedModule
 
 PACKAGES = sorted([NAME, OTHER])
 PAIRS = [(NAME, OTHER), (OTHER, NAME)]
@@ -142,15 +141,6 @@ def test_an_update_is_trained_counted_interpolated_and_released(package: str, ol
     assert "regression/nfr" in trainer.callback_metrics
     trainer.test(model, loader(60, 0.5), verbose=False)
     assert gate.report is not None
-
-
-def test_two_modules_are_served_as_one_of_their_package(repaired: tuple[str, Any, Any], tmp_path: Path) -> None:
-    package, model, _ = repaired
-    served = SwitchedModule(net(package)(), model, 0.5)
-    assert isinstance(served, import_module(package).LightningModule)
-    trainer = trainer_of(package, tmp_path)
-    trainer.test(served, loader(60, 0.5), verbose=False)
-    assert "test_loss" in trainer.callback_metrics
 
 
 @pytest.mark.parametrize(("own", "other"), PAIRS)

@@ -7,9 +7,8 @@
 The network in use has seen few front and back views, or few garments that are upside down; then more data came in. It
 is replaced by one that was trained on all of them, from scratch or from the old weights on, with or without a term in
 the loss that holds it to what the old one gets right (focal distillation); what it breaks is repaired right after.
-If it began at the old weights, it then goes a share of the way back to them, and is repaired again. And old and new are
-served together: behind a margin switch, or as an ensemble. Share, threshold and weight are chosen on a quarter of the
-test data; all counts are of the rest. What was run before is read from `runs/`.
+If it began at the old weights, it then goes a share of the way back to them, and is repaired again. The share is chosen
+on a quarter of the test data; all counts are of the rest. What was run before is read from `runs/`.
 """
 
 from __future__ import annotations
@@ -33,14 +32,8 @@ from torch.utils.data import DataLoader, Subset
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.reference import choose_share, interpolate
-from lightning_nrl.serving import WeightedEnsemble, choose_threshold, choose_weight
-from lightning_nrl.serving.margin_switch import SwitchRule
 
 UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
-LIMIT = 0.005
-"""The share of the calibration samples that the old model gets right and the switch may break."""
-SHARES = (0.2, 0.3, 0.4)
-"""Weights of the old model in an ensemble that are looked at beside the one that is chosen."""
 BETWEEN = (0.1, 0.2, 0.3)
 """Shares of the old weights that are looked at beside the one that is chosen."""
 HEADS = ("accuracy", "repaired", "broken", "NFR, %", "known\nbroken", "seconds")
@@ -50,7 +43,7 @@ Row = tuple[float, ...]
 
 
 def updated(update: str, in_use: InUse) -> dict[str, Row]:
-    """One update with one seed: rows for the model as it was trained, as it was repaired, and beside the old one."""
+    """One update with one seed: rows for the model as it was trained and as it was repaired."""
     folder = in_use.folder(update)
     old = in_use.load(in_use.checkpoint())
     if not (folder / "update.ckpt").exists():
@@ -59,14 +52,14 @@ def updated(update: str, in_use: InUse) -> dict[str, Row]:
             _train(update, old, in_use)
         _repair(folder, in_use.load(trained), in_use)
     new = in_use.load(folder / "update.ckpt")
-    rows = _rows(update, folder, old, new, in_use)
+    rows = _rows(update, folder)
     if not update.startswith("from the old weights"):
         return rows
     shares = {f"{update}, interpolated {share}": _between(old, new, share, in_use) for share in BETWEEN}
     folder /= "interpolated"
     if not (folder / "update.ckpt").exists():
         _go_back(folder, old, new, in_use)
-    return rows | shares | _rows(f"{update}, interpolated", folder, old, in_use.load(folder / "update.ckpt"), in_use)
+    return rows | shares | _rows(f"{update}, interpolated", folder)
 
 
 def _train(update: str, old: LightningModule, in_use: InUse) -> None:
@@ -139,11 +132,10 @@ def table_of(rows: Sequence[dict[str, Row]]) -> Table:
     return table
 
 
-def _rows(name: str, folder: Path, old: LightningModule, new: LightningModule, in_use: InUse) -> dict[str, Row]:
-    """Rows for a model before and after its repair, and for what is served of it and the old one."""
+def _rows(name: str, folder: Path) -> dict[str, Row]:
+    """Rows for a model before and after its repair."""
     report = RepairReport.from_json((folder / "report.json").read_text())
-    rows = {name: _row(report, "trained"), f"{name}, repaired": _row(report, "now")}
-    return rows | {f"{name}, {served}": row for served, row in _served(old, new, in_use).items()}
+    return {name: _row(report, "trained"), f"{name}, repaired": _row(report, "now")}
 
 
 def _row(report: RepairReport, which: str) -> Row:
@@ -158,17 +150,6 @@ def _between(old: LightningModule, new: LightningModule, share: float, in_use: I
     between, unseen = deepcopy(new), in_use.quarters()[1]
     between.load_state_dict(interpolate(old, new, share, in_use.known()))
     return _against(_logits(old, unseen), _logits(between, unseen), _labels(unseen))
-
-
-def _served(old: LightningModule, new: LightningModule, in_use: InUse) -> dict[str, Row]:
-    """Rows for what is served of both models, on unseen data; what is chosen is chosen on calibration data."""
-    chosen, unseen = ((_logits(old, part), _logits(new, part), _labels(part)) for part in in_use.quarters())
-    before, after, labels = unseen
-    switch = SwitchRule(choose_threshold(*chosen, limit=LIMIT).threshold)
-    found = {"switch": switch.choose(before, after)}
-    shares = {"ensemble": choose_weight(*chosen).weight} | {f"ensemble {share}": share for share in SHARES}
-    found |= {name: WeightedEnsemble(old, new, share).choose(before, after) for name, share in shares.items()}
-    return {name: _against(before, served, labels) for name, served in found.items()}
 
 
 def _against(before: Tensor, served: Tensor, labels: Tensor) -> Row:

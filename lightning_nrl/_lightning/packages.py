@@ -30,7 +30,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointIO",
     "CheckpointIOBase",
-    "CometLogger",
     "DeviceStatsMonitor",
     "DistributedSamplerWrapper",
     "DummyLoggerBase",
@@ -136,7 +135,7 @@ if TYPE_CHECKING:
         Timer,
         TQDMProgressBar,
     )
-    from pytorch_lightning.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+    from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
     from pytorch_lightning.loggers.logger import DummyLogger as DummyLoggerBase
     from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
     from pytorch_lightning.plugins.io import CheckpointIO as CheckpointIOBase
@@ -163,7 +162,6 @@ else:
     TQDMProgressBar = _union("pytorch.callbacks.TQDMProgressBar")
     Logger = _union("pytorch.loggers.Logger")
     TensorBoardLogger = _union("pytorch.loggers.TensorBoardLogger")
-    CometLogger = _union("pytorch.loggers.CometLogger")
     MLFlowLogger = _union("pytorch.loggers.MLFlowLogger")
     WandbLogger = _union("pytorch.loggers.WandbLogger")
     CheckpointIO = _union("pytorch.plugins.io.CheckpointIO")

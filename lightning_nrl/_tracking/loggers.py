@@ -11,7 +11,6 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_nrl._lightning import (
-    CometLogger,
     Logger,
     MLFlowLogger,
     TensorBoardLogger,
@@ -19,7 +18,6 @@ from lightning_nrl._lightning import (
     rank_zero_only,
     rank_zero_warn,
 )
-from lightning_nrl._tracking.comet_run import upload_to_comet, write_comet
 from lightning_nrl._tracking.history_figures import history_figures
 from lightning_nrl._tracking.mlflow_run import upload_to_mlflow, write_mlflow
 from lightning_nrl._tracking.repair_hparams import declare_columns
@@ -37,7 +35,6 @@ __all__ = ["declare", "to_each", "track", "track_history", "track_numbers", "tra
 RUNS: Mapping[Any, tuple[Callable[[RepairLog, Any], None], Callable[[Mapping[str, Path], Any, str, int], None]]] = {
     WandbLogger: (write_wandb, upload_to_wandb),
     MLFlowLogger: (write_mlflow, upload_to_mlflow),
-    CometLogger: (write_comet, upload_to_comet),
 }
 """Loggers that take more than numbers: what writes a repair, and what uploads files."""
 

@@ -42,8 +42,7 @@ def parse_with_weights(reference: object) -> OldModel:
         if getattr(found, name) is not None:
             raise ConfigurationError(
                 f"`reference`: an OldModel with `{name}` has other inputs or outputs than the new model.",
-                "only weights of one architecture with one meaning lie between each other; to combine such models, "
-                "see `lightning_nrl.serving`.",
+                "only weights of one architecture with one meaning lie between each other.",
             )
     return found
 

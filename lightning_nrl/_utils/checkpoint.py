@@ -19,7 +19,6 @@ __all__ = ["fitting", "load_mapping", "read_state", "reason"]
 
 REFUSED_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")
 """What torch's message names, behind several lines of advice and escape codes of the terminal."""
-OTHER_ARCHITECTURE_HINT = "the module itself where another architecture will do"
 
 
 def read_state(argument: str, given: nn.Module | State | str | Path) -> Mapping[str, Any]:
@@ -81,9 +80,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def fitting(
-    argument: str, new: Mapping[str, Any], model: nn.Module, otherwise: str = OTHER_ARCHITECTURE_HINT
-) -> dict[str, Tensor]:
+def fitting(argument: str, new: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Tensors in the dtypes and on the device of a model's own; refuses what is missing, more, or of another shape."""
     live, names = live_tensors(model), saved_names(model)
     own = {key: live[names.get(key, key)] for key in model.state_dict() if names.get(key, key) in live}
@@ -99,7 +96,7 @@ def fitting(
         others = len(wrong) + len(more) - 1
         raise ConfigurationError(
             f"{found}; {others} more tensors do not fit." if others else f"{found}.",
-            f"give weights of the same architecture, or {otherwise}.",
+            "give weights of the same architecture, or the module itself where another architecture will do.",
         )
     return {names.get(key, key): given[key].detach().to(x.device, x.dtype) for key, x in own.items()}
 

@@ -54,7 +54,6 @@ HEEDED_BY: Mapping[str, tuple[str, ...]] = {
     "bounds.limit": REPAIRS,
     "bounds.sparse": REPAIRS,
     "bounds.confidence": REPAIRS,
-    "bounds.mix": REPAIRS,
     "max_time": (*REPAIRS, "compare"),
     "seed": (*REPAIRS, "compare", "diagnose", "ReleaseGate"),
     "dirpath": ("RegressionFreeRepair", "repair", "sweep", "ReleaseGate"),

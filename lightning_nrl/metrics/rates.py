@@ -1,7 +1,7 @@
 """The one table of rates of an update: the name, the meaning and the formula of each.
 
 Every rate follows from four counts, kept, broken, repaired and failing, that add up over batches and machines. Reports,
-the release gate, TensorBoard, the counting of validations and the switch read this table. Where the rates come from
+the release gate, TensorBoard and the counting of validations read this table. Where the rates come from
 stands with the metrics (`flip_metrics`).
 """
 

@@ -13,7 +13,6 @@ from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
 from lightning_nrl.evaluation.quotas import normalised
-from lightning_nrl.pipeline._calibration_bounds import Groups, groups_of
 from lightning_nrl.pipeline._data_leakage import LeakCheck
 from lightning_nrl.pipeline._held_out import HeldOut, evaluate_held_out
 from lightning_nrl.pipeline._input_checks import check_losses, check_task
@@ -35,7 +34,6 @@ class Baseline:
         held_out: data that no search uses, and its results on them, by role; roles without data are left out.
         set_aside: `N` bool, known failed samples that are no targets although they are in the target.
         update: what the replaced model does; None: there is none.
-        groups: the slices of calibration and repair data; None without calibration data.
         leaked: by unseen split, how many of its samples are known too; splits without any are left out.
     """
 
@@ -44,7 +42,6 @@ class Baseline:
     held_out: Mapping[Role, HeldOut]
     set_aside: Tensor
     update: Update | None = None
-    groups: Groups | None = None
     leaked: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -77,7 +74,6 @@ def evaluate_baseline(
         with clock.stage("unseen"):
             others[role] = evaluate_held_out(evaluator, sources, settings)
     leaked = leaks.leaked(evaluator.collective)
-    groups = groups_of(known, before, others["calibration"], settings) if "calibration" in others else None
     check_losses(before)
     check_task(settings, before, evaluator.task)
     update, own = None, before
@@ -97,7 +93,6 @@ def evaluate_baseline(
         {role: HeldOut(held_out[role], results) for role, results in others.items()},
         set_aside,
         update,
-        groups,
         leaked,
     )
 

@@ -65,18 +65,16 @@ def _kinds(sources: object) -> str:
 
 
 def check_limit(settings: Settings, calibrated: bool) -> None:
-    """Refuses a limit and a mix where there are no calibration data that they are about, and a limit on the target."""
+    """Refuses a limit without calibration data, and one on the target."""
     if settings.limit is not None and settings.limit.needs_target:
         raise ConfigurationError(
             f"`limit='{settings.limit}'`: a limit is about all calibration data.", "write `tolerance:1%`."
         )
-    for name, value in (("limit", settings.limit), ("mix", settings.bounds.mix)):
-        if value is not None and not calibrated:
-            shown = repr(str(value)) if name == "limit" else "..."
-            raise ConfigurationError(
-                f"`{name}={shown}` needs calibration data, and there are none.",
-                f"give `calibration` data that the repair does not use, or leave `{name}` out.",
-            )
+    if settings.limit is not None and not calibrated:
+        raise ConfigurationError(
+            f"`limit={str(settings.limit)!r}` needs calibration data, and there are none.",
+            "give `calibration` data that the repair does not use, or leave `limit` out.",
+        )
 
 
 def check_task(settings: Settings, before: SampleResults, task: Task) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from lightning_nrl.problem.problem import N_SCORED
 from lightning_nrl.search import FITNESSES
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
 from lightning_nrl.stats.binomial import check_confidence
-from lightning_nrl.stats.weighted import check_shares
 
 __all__ = ["BoundOptions", "SearchOptions", "changed_options"]
 
@@ -85,9 +83,7 @@ class BoundOptions:
             is taken. None: there is no limit.
         sparse: the share of repaired targets, from 0 to below 1, that may be lost for a patch of fewer changed weights;
             None: no weights are spared.
-        confidence: of the limits that the report gives from calibration data, in (0, 1).
-        mix: the expected share of each slice, or without slices of each class, among samples that are right before, for
-            a limit under this mix.
+        confidence: of the limit that the report gives from calibration data, in (0, 1).
 
     Raises:
         ConfigurationError: on construction, for a value of the wrong kind or out of its range, or for a strength and a
@@ -102,7 +98,6 @@ class BoundOptions:
     limit: str | Gate | None = None
     sparse: float | None = None
     confidence: float = 0.95
-    mix: Mapping[str | int, float] | None = None
 
     def __post_init__(self) -> None:
         if self.strength is not None:
@@ -112,8 +107,6 @@ class BoundOptions:
             hint = "give a share from 0 to below 1 of the repairs, or None."
             check_real("sparse", self.sparse, "share", hint, least=0, below=1)
         check_confidence(self.confidence)
-        if self.mix is not None:
-            check_shares("mix", self.mix)
         if self.limit is not None:
             object.__setattr__(self, "limit", Gate.parse(self.limit, "limit"))
             if self.strength is not None:

@@ -20,11 +20,11 @@ from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.quotas import needed
+from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.gate import Gate, check_protected, judge
 from lightning_nrl.methods import solve
 from lightning_nrl.methods._saved_solutions import SOLUTION_KINDS, found_once
 from lightning_nrl.pipeline._baseline import Baseline, evaluate_baseline
-from lightning_nrl.pipeline._calibration_bounds import bounds_after
 from lightning_nrl.pipeline._input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline._line_search import LineSearchResult, line_search
 from lightning_nrl.pipeline._loaded_weights import to_be_loaded
@@ -35,9 +35,10 @@ from lightning_nrl.pipeline._work_origin import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
 from lightning_nrl.reference.old_model import Reference
-from lightning_nrl.report import RepairReport
+from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.stats.post_selection import Selection, limit_after
 
 __all__ = ["Observer", "Outcome", "repair_module"]
 
@@ -268,10 +269,21 @@ def _judged(problem: Problem, patch: State, builder: ReportBuilder) -> RepairRep
         if "calibration" in later:
             verdict = check_protected(verdict, baseline.held_out["calibration"].before, later["calibration"])
     bounds = None
-    if baseline.groups is not None and verdict.accepted:
-        before = baseline.held_out["calibration"].before
-        bounds = bounds_after(before, later["calibration"], baseline.groups, builder.line_search.selection, settings)
+    if verdict.accepted and "calibration" in later:
+        flips = Flips.between(baseline.held_out["calibration"].before, later["calibration"])
+        bounds = _bounds(flips.counts(), builder.line_search.selection, settings.bounds.confidence)
     return builder.with_candidate(verdict, patch, after, later, bounds)
+
+
+def _bounds(counts: FlipCounts, selection: Selection, confidence: float) -> CalibrationBounds:
+    return CalibrationBounds(
+        broken=counts.broken,
+        n=counts.passed,
+        confidence=confidence,
+        upper=limit_after(counts.broken, counts.passed, selection, confidence),
+        states=selection.states,
+        allowed=selection.allowed,
+    )
 
 
 def _changes(old: State, new: State) -> State:

@@ -19,7 +19,7 @@ from lightning_nrl.report._formatting import from_here, list_ids, percent
 from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, Text
 from lightning_nrl.report.repair_report import installed_versions
 from lightning_nrl.report.report_base import Report, page_of
-from lightning_nrl.stats import Bound, SliceBounds
+from lightning_nrl.stats import Bound
 from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = ["Identity", "ReleaseReport", "ReleaseRow", "hash_samples", "make_report"]
@@ -214,17 +214,15 @@ def hash_samples(results: SampleResults, split: str) -> str:
 def _rows(pair: ModelPair, split: str, confidence: float) -> list[ReleaseRow]:
     whole = pair.flips.counts(pair.rows(split))
     slices = {name: pair.flips.counts(rows) for name, rows in pair.slices_of(split).items()}
-    bounds = SliceBounds.of(
-        {name: counts.broken for name, counts in slices.items()},
-        {name: counts.n for name, counts in slices.items()},
-        confidence,
-    )
 
-    def row(name: str, counts: FlipCounts, bound: Bound) -> ReleaseRow:
-        return ReleaseRow(split, name, counts, bound.upper, sign_test(counts.broken, counts.repaired))
+    def row(name: str, counts: FlipCounts, level: float) -> ReleaseRow:
+        upper = Bound.at_level(counts.broken, counts.n, level).upper
+        return ReleaseRow(split, name, counts, upper, sign_test(counts.broken, counts.repaired))
 
-    first = row("", whole, Bound.of(whole.broken, whole.n, confidence))
-    return [first, *(row(name, counts, bounds[name]) for name, counts in slices.items())]
+    # The limits of the slices hold together (Bonferroni); an empty one has the limit 1 and needs no part of the level.
+    level = 1 - confidence
+    part = level / max(1, sum(counts.n > 0 for counts in slices.values()))
+    return [row("", whole, level), *(row(name, counts, part) for name, counts in slices.items())]
 
 
 def _label(row: ReleaseRow) -> str:

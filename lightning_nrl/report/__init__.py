@@ -6,7 +6,7 @@ In: nothing but counts and what a caller writes down; `pipeline` makes the parts
 """
 
 from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl.report.calibration import CalibrationBounds, SliceLimit
+from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.page import Page
 from lightning_nrl.report.repair_html import html_of_repair
 from lightning_nrl.report.repair_page import page_of_repair
@@ -39,7 +39,6 @@ __all__ = [
     "Rung",
     "SearchReport",
     "SetAside",
-    "SliceLimit",
     "SliceReport",
     "SplitReport",
     "Status",

@@ -13,7 +13,6 @@ from lightning_nrl.report.sample_tables import sample_blocks
 from lightning_nrl.report.tables import (
     Fact,
     calibration_facts,
-    calibration_table,
     change_text,
     hash_facts,
     localization_text,
@@ -47,10 +46,10 @@ def page_of_repair(report: RepairReport, full: bool = False) -> Page:
     """The verdict, a table of the splits, then what one needs next (the console) or everything else (a reviewer)."""
     if full:
         first = (*_verdict(report), *_unseen(report), *_tables(report))
-        return Page((*first, *_calibrated(report), *sample_blocks(report), *_details(report)))
+        return Page((*first, *sample_blocks(report), *_details(report)))
     course = _ladder(report) or (_steps(report) if len(report.steps) > 1 else ())
     facts = Facts((*_facts(report), *_unseen_facts(report), *_files(report, from_here)))
-    return Page((*_verdict(report), *_tables(report), *_calibrated(report), *course, facts))
+    return Page((*_verdict(report), *_tables(report), *course, facts))
 
 
 def _verdict(report: RepairReport) -> tuple[Block, ...]:
@@ -85,13 +84,6 @@ def _outcome(report: RepairReport) -> tuple[Block, ...]:
         return (unchanged,)
     refused = Heading("What the refused weights would have done"), outcome_table(report.candidate)
     return (*refused, Heading("The model as it is"), unchanged)
-
-
-def _calibrated(report: RepairReport) -> tuple[Block, ...]:
-    """The limit of each slice of the calibration data."""
-    if report.bounds is None or not report.bounds.slices:
-        return ()
-    return Heading("Calibration data, slice by slice"), calibration_table(report.bounds)
 
 
 def _ladder(report: RepairReport) -> tuple[Block, ...]:

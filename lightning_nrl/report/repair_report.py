@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from lightning_nrl import __version__
 from lightning_nrl._utils.serialize import to_plain
+from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report.calibration import CalibrationBounds
 from lightning_nrl.report.report_base import Report
@@ -26,13 +27,14 @@ from lightning_nrl.report.run_records import (
     StrengthPoint,
     WeightChange,
 )
-from lightning_nrl.report.schema import SCHEMA, upgraded
 from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
 
 __all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""
+SCHEMA = 1
+"""The version of the form in which reports are written; docs/report_schema.md describes it."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -77,14 +79,14 @@ class RepairReport(Report, Plotted):
         bounds: what calibration data say of the accepted model; None without them, or if nothing was accepted.
         change: how far the candidate's weights, accepted or not, are from the old ones; None if there was no candidate.
         hashes: which weights are meant.
-        judge: the device and the precision in which the model was judged; None in reports of older versions.
+        judge: the device and the precision in which the model was judged; None if that is not known.
         seed: what reproduces the run.
         seconds: wall time by stage, in order.
         versions: versions of the software by name.
         files: paths of what was written, by kind: `checkpoint`, `json`, `markdown`.
         settings: the arguments of the repair by name; kept as plain values.
         class_names: of the task's classes, in their order; empty where they are not known.
-        schema: the version of the form in which it is written (`lightning_nrl.report.schema`).
+        schema: the version of the form in which it is written (docs/report_schema.md).
     """
 
     status: Status
@@ -125,13 +127,19 @@ class RepairReport(Report, Plotted):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Reads what `to_dict` gives, also that of an older version.
+        """Reads what `to_dict` gives.
 
         Raises:
             ConfigurationError: something is missing, unknown, of another type, infinite, or contradicts the rest; the
-                message names the place. A newer version wrote it.
+                message names the place. Another version wrote it.
         """
-        return super().from_dict(upgraded(data))
+        found = data.get("schema", SCHEMA) if isinstance(data, Mapping) else SCHEMA
+        if type(found) is not int or found != SCHEMA:
+            raise ConfigurationError(
+                f"schema: expected {SCHEMA}, found {found!r}.",
+                "read the report with the version of lightning_nrl that wrote it.",
+            )
+        return super().from_dict(data)
 
     def __repr__(self) -> str:
         """One line: how it ended, and the counts of known and unseen data."""

@@ -24,7 +24,6 @@ from lightning_nrl.stats.binomial import percent_up, show_confidence
 
 __all__ = [
     "calibration_facts",
-    "calibration_table",
     "change_text",
     "hash_facts",
     "localization_text",
@@ -167,13 +166,6 @@ def strength_table(path: Sequence[StrengthPoint], chosen: float | None) -> Table
     return Table(tuple(columns), tuple(rows))
 
 
-def calibration_table(bounds: CalibrationBounds) -> Table:
-    """The limit of each slice of the calibration data."""
-    columns = (("right before", ""), ("broken", ""), ("at most", f"{show_confidence(bounds.confidence)}, all together"))
-    rows = (Row(part.name, (count(part.n), count(part.broken), percent_up(part.upper))) for part in bounds.slices)
-    return Table(columns, tuple(rows))
-
-
 def calibration_facts(bounds: CalibrationBounds) -> tuple[Fact, ...]:
     """What the calibration data say of the accepted model."""
     sure = show_confidence(bounds.confidence)
@@ -183,14 +175,7 @@ def calibration_facts(bounds: CalibrationBounds) -> tuple[Fact, ...]:
         limit += f" (the limit of {bounds.allowed:,} broken, up to which each strength was accepted, the weakest first)"
     elif bounds.states > 1:
         limit += f" (it holds for each of {bounds.states:,} sets of weights that these data might have chosen)"
-    facts = [("calibration", f"broken {bounds.broken:,} of {bounds.n:,}{share}; {limit}")]
-    if bounds.weighted is not None:
-        mix = ", ".join(f"{name} {100 * part:g} %" for name, part in (bounds.mix or {}).items())
-        limit = f"with {sure} confidence at most {percent_up(bounds.weighted)} of samples in the mix {mix}"
-        facts.append(("calibration, weighted", limit))
-    if bounds.warning:
-        facts.append(("warning", f"beside the repair data, {bounds.warning}"))
-    return tuple(facts)
+    return (("calibration", f"broken {bounds.broken:,} of {bounds.n:,}{share}; {limit}"),)
 
 
 def set_aside_facts(samples: Sequence[SetAside]) -> tuple[Fact, ...]:

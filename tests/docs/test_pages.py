@@ -26,13 +26,6 @@ def check_plain(found: dict[str, Any]) -> None:
     assert torch.equal(loaded[2].weight, found["model"][2].weight)
 
 
-def check_switch(found: dict[str, Any]) -> None:
-    x = found["x"]
-    assert torch.equal(found["loaded"](x), found["served"](x))
-    assert torch.equal(found["new_alone"].eval()(x), found["new"](x))
-    assert found["again"].threshold == 2
-
-
 def check_sweep(found: dict[str, Any]) -> None:
     result = found["result"]
     assert len(result.runs) == 3 * 6
@@ -54,7 +47,6 @@ def check_monitoring(found: dict[str, Any]) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "docs/monitoring.md": check_monitoring,
     "docs/plain_pytorch.md": check_plain,
-    "docs/switch.md": check_switch,
     "docs/sweep.md": check_sweep,
     "docs/training.md": check_training,
 }

@@ -281,21 +281,6 @@ def _strength(folder: Path) -> Any:
     return found | {"convex": repaired(method="convex", layer="2", calibration=calibration(), limit="tolerance:2%")}
 
 
-@case("strength-mix")
-def _mix(folder: Path) -> Any:
-    mix: dict[str | int, float] = {0: 0.5, 1: 0.25, 2: 0.25}
-    of_slices = {"slices": camera, "mix": {"day": 0.4, "night": 0.6}}
-    own = {"calibration": calibration(), "method": "finetune-polish"}
-    return {
-        "classes": repaired(pages=True, mix=mix, **own),
-        "slices": repaired(pages=True, **own, **of_slices, confidence=0.9),
-        "slices and a limit": repaired(pages=True, **own, **of_slices, limit="tolerance:2%"),
-        "greedy": repaired(
-            **quick(fitness=names.Fitness("eq1", alpha=0.5), gate="accuracy", calibration=calibration(), **of_slices)
-        ),
-    }
-
-
 @case("sparse")
 def _sparse(folder: Path) -> Any:
     return {
@@ -710,7 +695,7 @@ def _paper(folder: Path) -> Any:
 def _command_line(folder: Path) -> Any:
     flat = {"layer": "network.3", "gate": "tolerance:1%", "method": "convex", "fitness": "eq1", "n_passed": 30}
     more = {"strength": 0.8, "sparse": 0.1, "seed": 4, "slices": "tests.frozen.cases:digit", "quotas": {"3": 1}}
-    bounded = {"calibration": "val", "limit": "tolerance:2%", "confidence": 0.9, "mix": {"3": 1.0}}
+    bounded = {"calibration": "val", "limit": "tolerance:2%", "confidence": 0.9}
     found = {}
     for name, given in {"defaults": {}, "flat": {**flat, **more}, "bounded": bounded}.items():
         config = {
@@ -865,46 +850,6 @@ def _oversampling(folder: Path) -> Any:
 
 
 # Two models in service, and the release of a new one.
-
-
-@case("switch")
-def _switch(folder: Path) -> Any:
-    old, new = trained(n=60, seed=3), data.retrained()
-    x, y = blobs(200, 0.8, seed=21)
-    later = blobs(120, 0.8, seed=22)
-    with torch.no_grad():
-        answers = old(x), new(x), y
-    found: dict[str, Any] = {"thresholds": {}, "weights": {}}
-    for limit in ("instance", "accuracy", "tolerance:3", "tolerance:1%", 2, 0.02):
-        choice = names.choose_threshold(*answers, limit)
-        found["thresholds"][str(limit)] = {
-            "threshold": choice.threshold,
-            "choice": choice,
-            "page": choice.render(100).splitlines(),
-        }
-    found["thresholds"]["predictions"] = names.choose_threshold(answers[0].argmax(1), *answers[1:], "tolerance:3")
-    for limit in (None, "instance", "tolerance:2%"):
-        weight = names.choose_weight(*answers, limit)
-        found["weights"][str(limit)] = {"choice": weight, "page": weight.render(100).splitlines()}
-    switch = names.MarginSwitch(old, new, 1.0)
-    counted = names.report_switch(switch, [source(*later, "later")], runs=1)
-    wide = data.fitted(lambda: data.mlp(14, 5), *blobs(100, 0.5, seed=6), seed=6)
-    wider = names.MarginSwitch(old, wide, 0.5, classes={0: 0, 1: 1, 2: 2})
-    ensemble = names.WeightedEnsemble(old, new, 0.3)
-    with torch.no_grad():
-        found["served"] = {
-            "switch": switch(later[0]),
-            "wider": wider(later[0]),
-            "ensemble": ensemble(later[0]),
-            "old": names.MarginSwitch(old, new, float("inf"))(later[0]),
-        }
-    found["counted"] = {"threshold": counted.threshold, "splits": counted.splits}
-    found["state"] = sorted(switch.state_dict())
-    found["words"] = [str(switch), str(ensemble)]
-    module = names.SwitchedModule(loaded(), loaded("conv"), threshold=2.0)
-    (tested,) = quiet_trainer(folder).test(module, datamodule=Digits(), verbose=False)
-    found["module"] = {"tested": tested, "state": sorted(module.state_dict()), "class": type(module).__name__}
-    return found
 
 
 RULES = ["accuracy", "nfr:10%", "slice-nfr:50%", "slices", "slices:count", "tolerance:3", "tolerance:1%"]
@@ -1102,16 +1047,6 @@ def _sweep_checkpoint(folder: Path) -> Any:
 def _bounds(folder: Path) -> Any:
     own = names.bounds
     counts = [(0, 10), (0, 908), (4, 908), (10, 10), (500, 1000), (3, 110)]
-    passed = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.9
-    broken = passed & (torch.rand(1000, generator=torch.Generator().manual_seed(1)) < 0.02)
-    slices = ["usual"] * 890 + ["hidden"] * 110
-    together, alone = (
-        own.slice_bounds(broken, passed, slices),
-        own.slice_bounds(broken, passed, slices, simultaneous=False),
-    )
-    later = ["usual"] * 31 + ["hidden"] * 69
-    mixes = {"differs": own.check_mix(slices, later), "same": own.check_mix(slices, slices[::7])}
-    shares = [{"usual": 0.31, "hidden": 0.69}, {"usual": 0.99, "hidden": 0.01}]
     return {
         "upper": [[own.upper_limit(k, n, c) for c in (0.5, 0.9, 0.95, 0.999)] for k, n in counts],
         "lower": [[own.lower_limit(k, n, c) for c in (0.5, 0.9, 0.95, 0.999)] for k, n in counts],
@@ -1119,9 +1054,6 @@ def _bounds(folder: Path) -> Any:
             own.binomial_cdf(k, 50, p) for k in (0, 3, 25, 49, 50) for p in (0.001, 0.01, 0.3, 0.9, 0.999)
         ],
         "bound": [[own.Bound.of(k, n), str(own.Bound.of(k, n)), str(own.Bound.of(k, n, 0.99))] for k, n in counts],
-        "slices": [[one, str(one)] for one in (together, alone)],
-        "weighted": [[own.weighted_bound(together, share), str(own.weighted_bound(alone, share))] for share in shares],
-        "mixes": {name: [mix, mix.differs, mix.warning] for name, mix in mixes.items()},
         "chosen": [
             [choice, str(choice)]
             for choice in (
@@ -1184,7 +1116,6 @@ def _refusals(folder: Path) -> Any:
         "seed": lambda: repaired(seed=-1),
         "confidence": lambda: repaired(confidence=1.5),
         "sparse": lambda: repaired(sparse=1.0),
-        "mix": lambda: repaired(mix={"a": 0.5}),
         "quotas": lambda: repaired(quotas={"a": 1}),
         "quota": lambda: repaired(slices=camera, quotas={"night": "150%"}),
         "importance": lambda: repaired(importance={"new": dict.fromkeys(range(60), -1.0)}),
@@ -1212,9 +1143,6 @@ def _refusals(folder: Path) -> Any:
         "rule": lambda: names.release(model, model, unseen(), "nfr"),
         "rule of slices": lambda: names.release(model, model, unseen(), "slices"),
         "rule of a split": lambda: names.release(model, model, unseen(), "instance in nowhere"),
-        "threshold": lambda: names.choose_threshold(
-            torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3).long(), "instance"
-        ),
         "grid": lambda: names.sweep_tensors(model, known(), names.Grid(alfa=[1, 2]), seeds=1),
         "share": lambda: names.WeightInterpolation(CHECKPOINTS["flat"], share=2.0),
         "term": lambda: names.PositiveCongruentTraining(CHECKPOINTS["flat"], term="focal"),

@@ -48,14 +48,6 @@ from lightning_nrl.reference import (
 from lightning_nrl.release import AtMostBroken, MaxNegativeFlipRate, NoSliceWorse, ProtectedIntact, release
 from lightning_nrl.report import RepairReport
 from lightning_nrl.search import Fitness, ParticleSwarm
-from lightning_nrl.serving import (
-    MarginSwitch,
-    SwitchedModule,
-    WeightedEnsemble,
-    choose_threshold,
-    choose_weight,
-    report_switch,
-)
 from lightning_nrl.tasks import Custom, Multiclass, Multilabel, Regression, Segmentation, Task, parse_task
 from lightning_nrl.tasks import Sequence as SequenceTask
 
@@ -75,7 +67,6 @@ __all__ = [
     "Halfway",
     "Interpolation",
     "MarginHinge",
-    "MarginSwitch",
     "MaxNegativeFlipRate",
     "Multiclass",
     "Multilabel",
@@ -94,19 +85,15 @@ __all__ = [
     "Segmentation",
     "SequenceTask",
     "SweepResult",
-    "SwitchedModule",
     "Target",
     "Task",
     "TensorSource",
     "WeightInterpolation",
-    "WeightedEnsemble",
     "arguments_of",
     "bounds",
     "callback",
     "callback_of_row",
     "choose_share",
-    "choose_threshold",
-    "choose_weight",
     "compare_checkpoint",
     "compare_tensors",
     "comparison_page",
@@ -125,7 +112,6 @@ __all__ = [
     "repair_checkpoint",
     "repair_tensors",
     "report_dict",
-    "report_switch",
     "row_arguments",
     "settings_of",
     "sweep_checkpoint",
@@ -137,7 +123,7 @@ __all__ = [
 FLAT = (
     *("target", "layer", "gate", "method", "fitness", "localizer", "n_passed", "seed", "budget", "max_time"),
     *("strength", "limit", "sparse", "keep", "importance", "slices", "quotas", "protected", "set_aside"),
-    *("confidence", "mix"),
+    "confidence",
 )
 """Arguments of a repair, in the words of the cases and of the frozen settings."""
 

@@ -51,7 +51,6 @@ HEEDED: dict[str, dict[str, Any]] = {
         "calibration": "val",
         "limit": "tolerance:1",
         "confidence": 0.9,
-        "mix": {"clean": 1.0},
     },
     "ids": {
         "importance": "focal",
@@ -59,7 +58,6 @@ HEEDED: dict[str, dict[str, Any]] = {
         "set_aside": Target.label(8),
         "calibration": "val",
         "confidence": 0.8,
-        "mix": {**dict.fromkeys(range(10), 0.0), 0: 0.75, 2: 0.25},
     },
     "merged": {
         "method": MergedRepairs("label", most=2, method=bundle("arachne", searcher=SWARM), searcher=SWARM),

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.metrics import NegativeFlipRate
 from lightning_nrl.metrics import functional as F
-from lightning_nrl.metrics.functional import _flips_update
 
 # Five kept, two broken, three repaired, one failing.
 TARGET = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1])
 OLD = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 0, 1, 2])
 NEW = torch.tensor([0, 1, 2, 0, 1, 0, 1, 1, 2, 0, 0])
+DENSE = torch.tensor([[[0, 0], [1, 1]], [[1, 1], [1, 1]], [[0, 1], [1, 0]]])
+NAN = torch.tensor([[float("nan"), 0.0], [2.0, float("nan")], [0.0, 1.0]])
 Rate = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -42,24 +44,23 @@ def test_every_rate_follows_its_formula(rate: Rate, expected: float) -> None:
     assert rate(logits(OLD), logits(NEW), TARGET).item() == pytest.approx(expected)
 
 
-def test_counts_are_kept_broken_repaired_failing() -> None:
-    assert _flips_update(OLD, NEW, TARGET).tolist() == [5, 2, 3, 1]
-
-
-def test_two_models_may_know_different_numbers_of_classes() -> None:
-    assert _flips_update(logits(OLD), logits(NEW, 7), TARGET).tolist() == [5, 2, 3, 1]
-
-
-def test_dense_predictions_are_counted_position_by_position() -> None:
-    target = torch.tensor([[0, 1], [1, 0]])
-    old, new = torch.tensor([[0, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]])
-    assert _flips_update(old, new, target).tolist() == [1, 1, 1, 1]
-    assert _flips_update(logits(old), logits(new), target).tolist() == [1, 1, 1, 1]
-
-
-def test_nan_logits_are_wrong_even_where_argmax_hits_the_target() -> None:
-    new = torch.tensor([[float("nan"), 0.0], [2.0, float("nan")], [0.0, 1.0]])
-    assert _flips_update(torch.tensor([0, 1, 0]), new, torch.tensor([0, 1, 1])).tolist() == [0, 2, 1, 0]
+@pytest.mark.parametrize(
+    ("old", "new", "target", "counts"),
+    [
+        (OLD, NEW, TARGET, [5, 2, 3, 1]),
+        (logits(OLD), logits(NEW, 7), TARGET, [5, 2, 3, 1]),  # models that know different numbers of classes
+        (DENSE[0], DENSE[1], DENSE[2], [1, 1, 1, 1]),
+        (logits(DENSE[0]), logits(DENSE[1]), DENSE[2], [1, 1, 1, 1]),
+        # NaN logits are wrong even where argmax hits the target.
+        (torch.tensor([0, 1, 0]), NAN, torch.tensor([0, 1, 1]), [0, 2, 1, 0]),
+    ],
+)
+def test_kept_broken_repaired_and_failing_are_counted(
+    old: Tensor, new: Tensor, target: Tensor, counts: list[int]
+) -> None:
+    metric = NegativeFlipRate()
+    metric.update(old, new, target)
+    assert metric.flips.tolist() == counts
 
 
 @pytest.mark.parametrize(

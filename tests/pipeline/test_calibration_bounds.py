@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from toy_lines import PATCH, Line, aside, line, problem
 from toy_repairs import blobs, known, quick, trained
 
-from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
+from lightning_nrl import ConfigurationError, Gate, TensorSource, repair_module
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.targets import AllFailures
-from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.pipeline import Outcome
 from lightning_nrl.pipeline._line_search import LIMIT_STATES, LIMIT_STRENGTHS, line_search
@@ -145,37 +144,17 @@ def repaired(data: Sequence[TensorSource], **given: Any) -> Outcome:
     return repair_module(model, known(), how, calibration=data)
 
 
-def right_of_x(batch: Any) -> Any:
-    return ["left" if x < 1 else "right" for x in batch[0][:, 0].tolist()]
-
-
 def test_a_report_says_what_the_calibration_data_say() -> None:
-    data = calibration()
-    report = repaired([data], strength=1.0, slices=right_of_x, mix={"left": 0.8, "right": 0.2}).report
+    report = repaired([calibration()], strength=1.0).report
     split, bounds = report.splits[-1], report.bounds
     assert bounds is not None
     assert (bounds.broken, bounds.n, bounds.states) == (split.broken, split.passed, 1)
     assert bounds.upper == pytest.approx(upper_limit(split.broken, split.passed), abs=1e-12)
-    left = data.inputs[:, 0] < 1
-    broken = torch.zeros(len(data), dtype=torch.bool)
-    broken[list(split.broken_ids)] = True
-    assert [(part.name, part.broken) for part in bounds.slices] == [
-        ("left", int((broken & left).sum())),
-        ("right", int((broken & ~left).sum())),
-    ]
-    assert sum(part.n for part in bounds.slices) == split.passed
-    part = bounds.slices[0]
-    assert part.upper == pytest.approx(upper_limit(part.broken, part.n, 0.975), abs=1e-9)
-    assert bounds.weighted is not None
-    assert 0 < bounds.weighted <= 1
     again = RepairReport.from_json(report.to_json())
     assert again == report
     page = report.to_markdown()
     assert f"broken {bounds.broken} of {bounds.n}" in page
     assert "with 95 % confidence at most" in page
-    assert "in the mix left 80 %, right 20 %" in page
-    assert "Calibration data, slice by slice" in page
-    assert "Calibration data, slice by slice" in report.render()
 
 
 def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
@@ -185,28 +164,6 @@ def test_a_limit_that_chose_the_strength_is_what_is_said() -> None:
     assert bounds.allowed == int(0.05 * bounds.n)
     assert bounds.upper == pytest.approx(limit_at_level(bounds.allowed, bounds.n, 0.08), abs=1e-12)
     assert f"the limit of {bounds.allowed} broken, up to which each strength was accepted" in report.to_markdown()
-
-
-def test_a_mix_that_differs_from_that_of_the_repair_data_is_warned_of() -> None:
-    same = repaired([calibration(60)], strength=1.0).report
-    assert same.bounds is not None
-    assert same.bounds.warning == ""
-    assert same.bounds.slices == ()
-    x, y = blobs(600, seed=9)
-    ones = TensorSource(x[y > 0], y[y > 0], split="calibration")  # the repair data have zeros too
-    report = repaired([ones], strength=1.0).report
-    assert report.bounds is not None
-    assert "slice '0' is 0 % of the calibration data" in report.bounds.warning
-    assert "beside the repair data, the overall bound holds only for data like" in report.to_markdown()
-
-
-@pytest.mark.parametrize("slices", [right_of_x, Target.label(1)])
-def test_slices_are_told_of_the_repair_data_too(slices: Any) -> None:
-    report = repaired([calibration()], strength=1.0, slices=slices).report
-    assert report.bounds is not None
-    assert report.bounds.slices
-    # In the repair data class 0 has moved to the left.
-    assert bool(report.bounds.warning) == (slices is right_of_x)
 
 
 def test_without_an_accepted_repair_or_calibration_data_nothing_is_said() -> None:
@@ -225,49 +182,9 @@ class Never:
         raise AssertionError("the search has begun")
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"slices": lambda batch: batch[0]}, "`slices` returned Tensor"),
-    ],
-)
-def test_slices_that_do_not_fit_are_refused_before_the_search(given: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        repaired([calibration()], method=Never(), **given)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"slices": right_of_x, "mix": {"left": 1.0}}, r"`mix` has the slices \['left'\], the calibration data have"),
-        ({"mix": {0: 0.5, 1: 0.5}}, r"`mix` has the slices \['0', '1'\], the calibration data have \['0', '1', '2'\]"),
-    ],
-)
-def test_a_mix_that_does_not_fit_the_data_costs_its_limit_alone(given: Any, message: str) -> None:
-    with pytest.warns(DataWarning, match=message):
-        bounds = repaired([calibration()], **given).report.bounds
-    assert bounds is not None
-    assert (bounds.mix, bounds.weighted) == (None, None)
-    assert bounds.n > 0
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"confidence": 95}, "`confidence=95` is no share"),
-        ({"mix": {"a": 0.5}}, r"`mix=\{'a': 0.5\}` are no shares: their sum is 0.5"),
-        ({"mix": {"a": "all"}}, r"`mix=\{'a': 'all'\}` are no shares"),
-        ({"mix": 3}, "`mix=3` are no shares"),
-    ],
-)
-def test_settings_are_checked_at_once(given: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        quick(**given)
-
-
-def test_a_mix_needs_calibration_data() -> None:
-    with pytest.raises(ConfigurationError, match=r"`mix=\.\.\.` needs calibration data"):
-        repaired([], mix={0: 1.0})
+def test_slices_that_do_not_fit_are_refused_before_the_search() -> None:
+    with pytest.raises(ConfigurationError, match="`slices` returned Tensor"):
+        repaired([calibration()], method=Never(), slices=lambda batch: batch[0])
 
 
 def test_strengths_of_a_walk_are_those_of_the_path_where_both_have_them() -> None:

@@ -29,7 +29,7 @@ def test_texts_and_objects_say_the_same() -> None:
     "options",
     [
         SearchOptions("eq2", NeuRecoverLite(n_weights=5), n_passed=7, budget=10**6),
-        BoundOptions(limit="tolerance:3", sparse=0.1, confidence=0.9, mix={"day": 0.5, "night": 0.5}),
+        BoundOptions(limit="tolerance:3", sparse=0.1, confidence=0.9),
         SampleOptions(importance=Focal(3.0), slices="camera", quotas={"night": 5}, protected={"train": [1]}),
     ],
 )
@@ -71,7 +71,6 @@ def test_what_is_not_as_by_default() -> None:
         (lambda: BoundOptions(strength=0.5, limit="instance"), r"`strength=0\.5` and `limit='instance'` both"),
         (lambda: BoundOptions(limit="tollerance:1%"), "did you mean 'tolerance'"),
         (lambda: BoundOptions(confidence=1), "`confidence=1`"),
-        (lambda: BoundOptions(mix={"day": -1}), "`mix="),
         (lambda: SampleOptions(keep="all"), r"`keep='all'` is unknown"),
     ],
 )

@@ -35,7 +35,6 @@ from lightning_nrl.report import (
     RepairReport,
     SearchReport,
     SetAside,
-    SliceLimit,
     SliceReport,
     SplitReport,
     Step,
@@ -44,8 +43,6 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.sample_records import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
-from lightning_nrl.serving.switch_report import SwitchReport, SwitchSplit, Timing
-from lightning_nrl.serving.threshold import ThresholdChoice, ThresholdPoint
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 SPLIT = SplitReport(
@@ -80,7 +77,7 @@ REPORTS: dict[str, Record] = {
         steps=(Step("fit", 2, 1, 0.5),),
         strength=(StrengthPoint(0.5, 1, FLIPS), StrengthPoint(1.0, 2, FLIPS, FLIPS, True, 1.5)),
         chosen_strength=1.0,
-        bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1, (SliceLimit("day", 1, 3, 0.8),), {"day": 1.0}, 0.8),
+        bounds=CalibrationBounds(1, 6, 0.95, 0.4, 2, 1),
         change=WeightChange(3, 8, 0.5, math.nan, 0.25),
         hashes=Hashes("a", "b"),
         seed=3,
@@ -138,12 +135,6 @@ REPORTS: dict[str, Record] = {
         "all",
         "head",
         VERSIONS,
-    ),
-    "switch": SwitchReport(0.5, (SwitchSplit("test", FLIPS, FLIPS, 3),), Timing(8, "cpu", 3, 0.1, 0.2, 0.25)),
-    "threshold": ThresholdChoice(
-        ThresholdPoint(1.5, FLIPS, 0.5),
-        (ThresholdPoint(-math.inf, FLIPS, 1.0), ThresholdPoint(1.5, FLIPS, 0.5)),
-        "instance",
     ),
 }
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -227,3 +218,9 @@ def test_damaged_text_is_refused_or_read_as_it_is(name: str, data: st.DataObject
     except ConfigurationError:
         return
     assert json.loads(again.to_json()) == json.loads(damaged)
+
+
+@pytest.mark.parametrize("schema", [2, 0, -1, "1", None, True, 1.0])
+def test_a_report_of_another_version_is_refused(schema: object) -> None:
+    with pytest.raises(ConfigurationError, match=r"(?s)^schema: expected 1, .*HINT: .* version of lightning_nrl"):
+        RepairReport.from_dict({**REPORTS["repair"].to_dict(), "schema": schema})

@@ -15,14 +15,10 @@ from repository import ROOT
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.stats import (
     Bound,
-    SliceBounds,
     binomial_cdf,
-    check_mix,
     choose,
     lower_limit,
-    slice_bounds,
     upper_limit,
-    weighted_bound,
 )
 
 HOW_TO = ROOT / "docs" / "bounds.md"
@@ -148,215 +144,6 @@ def test_numbers_of_numpy_and_torch_are_counts() -> None:
     assert upper_limit(np.int64(4), torch.tensor(908)) == upper_limit(4, 908)  # type: ignore[arg-type]
 
 
-PASSED = torch.tensor([True] * 6 + [False] * 2)
-BROKEN = torch.tensor([True, False, True, False, False, False, False, False])
-SLICES = [3, 10, 3, 3, 10, 10, 10, 7]
-
-
-@pytest.mark.parametrize("column", [SLICES, torch.tensor(SLICES), np.array(SLICES)])
-def test_each_slice_is_counted_by_itself(column: Any) -> None:
-    found = slice_bounds(BROKEN, PASSED, column, simultaneous=False)
-    assert found.bounds == {3: Bound.of(2, 3), 7: Bound.of(0, 0), 10: Bound.of(0, 3)}
-    assert str(found) == "\n".join(f"{name}: {found[name]}" for name in (3, 7, 10))
-
-
-def test_to_hold_together_slices_share_the_level() -> None:
-    found = slice_bounds(BROKEN, PASSED, SLICES, confidence=0.9)
-    assert {name: bound.upper for name, bound in found.bounds.items()} == pytest.approx(
-        {3: upper_limit(2, 3, 0.95), 7: 1.0, 10: upper_limit(0, 3, 0.95)}  # two parts: of slice 7 nothing is said
-    )
-    assert str(found).endswith("\nwith 90 % confidence all of this holds together")
-    assert found[3].confidence == pytest.approx(0.95)
-
-
-def test_names_may_be_words_of_any_make() -> None:
-    words = ["b", "a", "b", "b", "a", "a", "a", "c"]
-    found = slice_bounds(BROKEN, PASSED, words)
-    assert list(found.bounds) == ["a", "b", "c"]
-    assert slice_bounds(BROKEN, PASSED, np.array(words, dtype=object)) == found
-    assert list(slice_bounds(BROKEN, PASSED, PASSED).bounds) == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((BROKEN, PASSED, SLICES[:3]), r"`broken`: torch.bool \[8\] for 3 slices"),
-        ((BROKEN.int(), PASSED, SLICES), r"`broken`: torch.int32 \[8\] for 8 slices"),
-        ((BROKEN, [True] * 8, SLICES), "`passed`: list for 8 slices"),
-        ((~PASSED, PASSED, SLICES), "`broken`: 2 of its samples are not in `passed`"),
-        ((BROKEN, PASSED, torch.rand(8)), r"`slices`: float32 \[8\] is no column of slices"),
-        ((BROKEN, PASSED, [None] * 8), r"`slices`: object \[8\] is no column"),
-        ((BROKEN, PASSED, [SLICES]), r"`slices`: int64 \[1, 8\] is no column"),
-        ((BROKEN, PASSED, SLICES, 1.5), r"`confidence=1\.5`"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(arguments: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"{message}.*\nHINT: "):
-        slice_bounds(*arguments)
-
-
-def test_counts_must_be_of_the_same_slices() -> None:
-    with pytest.raises(ConfigurationError, match=r"`broken` has the slices \[1\] and `n` has \[1, 2\]"):
-        SliceBounds.of({1: 0}, {1: 3, 2: 4})
-
-
-@quick
-@given(
-    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), max_size=40),
-    st.sampled_from([0.5, 0.9, 0.95]),
-    st.booleans(),
-)
-def test_slices_add_up_and_hold_together_only_at_a_price(
-    rows: list[tuple[bool, bool, int]], confidence: float, simultaneous: bool
-) -> None:
-    passed = torch.tensor([row[0] for row in rows], dtype=torch.bool)
-    broken = torch.tensor([row[0] and row[1] for row in rows], dtype=torch.bool)
-    found = slice_bounds(broken, passed, [row[2] for row in rows], confidence, simultaneous)
-    assert sum(bound.n for bound in found.bounds.values()) == int(passed.sum())
-    assert sum(bound.broken for bound in found.bounds.values()) == int(broken.sum())
-    for bound in found.bounds.values():
-        alone = upper_limit(bound.broken, bound.n, confidence)
-        assert bound.upper == pytest.approx(alone) if not simultaneous else bound.upper >= alone - 1e-12
-
-
-def test_mixes_are_compared_by_a_chi_squared_test() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    table = np.array([[500, 300, 208], [40, 41, 30]])
-    columns = [np.repeat(["a", "b", "c"], row) for row in table]
-    found = check_mix(*columns)
-    statistic, p_value, *_ = stats.chi2_contingency(table, correction=False)
-    assert (found.statistic, found.p_value) == pytest.approx((statistic, p_value))
-    assert found.calibration == pytest.approx({"a": 500 / 1008, "b": 300 / 1008, "c": 208 / 1008})
-    assert not found.differs
-    assert found.warning == ""
-
-
-def test_a_different_mix_is_told_with_what_makes_it_different() -> None:
-    usual, hidden = ["usual"], ["hidden"]
-    found = check_mix(usual * 890 + hidden * 110, usual * 31 + hidden * 69)
-    assert found.warning == (
-        "the overall bound holds only for data like the calibration data; slice 'hidden' is 11 % of the calibration "
-        "data and 69 % of the other; use the bounds per slice or weight them"
-    )
-    many = check_mix(np.repeat(np.arange(10), 100), np.repeat([2, 3, 4, 5], [10, 30, 30, 30]))
-    assert "slices 3, 4 are 20 % of the calibration data and 60 % of the other" in many.warning
-    most = check_mix(np.repeat(np.arange(20), 100), np.repeat(np.arange(10), 30))
-    assert "slices 0, 1, 2 and 2 more are 25 % of the calibration data and 50 % of the other" in most.warning
-    alone = check_mix([0] * 3000 + [1], [1] * 400 + [0])
-    assert "slice 1 is 0.033 % of the calibration data and 99.75 % of the other" in alone.warning
-
-
-def test_a_few_samples_of_a_slice_that_the_calibration_data_lack_are_noticed() -> None:
-    found = check_mix([0] * 1000, [1] * 4)
-    assert found.p_value == pytest.approx(1 / 2000)  # none of the random tables is as extreme
-    assert "slice 1 is 0 % of the calibration data and 100 % of the other" in found.warning
-    assert check_mix([0, 1, 1], [1, 0, 0, 1]).p_value > 0.2
-    assert check_mix([5] * 10, [5] * 3).p_value == 1
-
-
-@pytest.mark.parametrize(("sizes", "classes", "skew"), [((300, 200), 6, 0), ((1000, 50), 8, 2)])
-def test_equal_mixes_are_seldom_told_apart(sizes: tuple[int, int], classes: int, skew: int) -> None:
-    generator = np.random.default_rng(0)
-    shares = 1.0 / np.arange(1, classes + 1) ** skew
-    draws, alarms = 60, 0
-    for _ in range(draws):
-        columns = (generator.choice(classes, size, p=shares / shares.sum()) for size in sizes)
-        alarms += check_mix(*columns).differs
-    assert alarms <= next(k for k in range(draws) if binomial_cdf(k, draws, 0.01) >= 0.999)
-
-
-def test_a_check_of_mixes_leaves_random_states_alone_and_is_the_same_every_time() -> None:
-    state, legacy = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr,index]
-    first, second = (check_mix([0] * 50 + [1], [1, 1, 0]) for _ in range(2))
-    assert first == second
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (np.random.get_state()[1] == legacy).all()  # type: ignore[index]
-
-
-def test_mixes_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="`other` is empty"):
-        check_mix([1, 2], [])
-    with pytest.raises(ConfigurationError, match="`calibration` is a column of int64 and `other` of <U1"):
-        check_mix([1, 2], ["a"])
-
-
-TWO = SliceBounds.of({"usual": 2, "hidden": 3}, {"usual": 890, "hidden": 110})
-
-
-def test_the_mix_that_is_expected_weighs_the_slices() -> None:
-    found = weighted_bound(TWO, {"usual": 0.31, "hidden": 0.69})
-    assert found.construction == "split"
-    assert found.rate == pytest.approx(0.31 * 2 / 890 + 0.69 * 3 / 110)
-    usual = (0.31 / 890) / (0.31 / 890 + 0.69 / 110)
-    assert found.upper == pytest.approx(
-        0.31 * upper_limit(2, 890, 1 - 0.05 * usual) + 0.69 * upper_limit(3, 110, 1 - 0.05 * (1 - usual))
-    )
-    assert str(found) == (
-        "broken 1.95 % when weighted for the mix; with 95 % confidence at most 5.16 % of samples in that mix"
-    )
-
-
-def test_one_slice_alone_has_its_own_bound() -> None:
-    found = weighted_bound(TWO, {"usual": 0, "hidden": 1})
-    assert found.upper == pytest.approx(upper_limit(3, 110))
-    everything = SliceBounds.of({0: 4}, {0: 4})
-    assert weighted_bound(everything, {0: 1}).upper == 1
-
-
-def test_many_slices_as_dense_as_the_mix_asks_for_are_pooled() -> None:
-    slices = SliceBounds.of(dict.fromkeys(range(10), 0), dict.fromkeys(range(10), 100))
-    found = weighted_bound(slices, dict.fromkeys(range(10), 0.1))
-    assert found.construction == "pooled"
-    assert found.upper == pytest.approx(upper_limit(0, 1000))  # exact where nothing is broken
-
-
-@pytest.mark.parametrize(
-    ("slices", "shares", "message"),
-    [
-        (TWO, {"usual": 1.0}, r"`shares` has the slices \['usual'\], the calibration data have \['usual', 'hidden'\]"),
-        (TWO, {"usual": 0.5, "hidden": 0.4, "new": 0.1}, r"have \['usual', 'hidden'\].*nothing can be said"),
-        (TWO, {"usual": 0.5, "hidden": 0.4}, "their sum is 0.9"),
-        (TWO, {"usual": 1.5, "hidden": -0.5}, "are no shares"),
-        (TWO, {"usual": 0.5, "hidden": float("nan")}, "are no shares"),
-        (SliceBounds.of({1: 0, 2: 0}, {1: 5, 2: 0}), {1: 0.5, 2: 0.5}, r"no calibration sample of \[2\] was right"),
-    ],
-)
-def test_shares_that_do_not_fit_are_refused(slices: SliceBounds, shares: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"(?s){message}"):
-        weighted_bound(slices, shares)
-
-
-@pytest.mark.parametrize("sizes", [(12, 30), (25, 25), (2, 40)])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_the_weighted_limit_is_missed_no_more_often_than_it_says_whatever_the_rates(
-    sizes: tuple[int, int], share: float
-) -> None:
-    # Not drawn but summed over all counts, for a grid of rates of the two slices.
-    mix, level = {0: share, 1: 1 - share}, 0.2
-    ways = [np.array([math.comb(n, k) for k in range(n + 1)]) for n in sizes]
-    limits = np.array(
-        [
-            [
-                weighted_bound(SliceBounds.of({0: i, 1: j}, dict(enumerate(sizes))), mix, 1 - level).upper
-                for j in range(sizes[1] + 1)
-            ]
-            for i in range(sizes[0] + 1)
-        ]
-    )
-    assert (np.diff(limits, axis=0) >= 0).all()
-    assert (np.diff(limits, axis=1) >= 0).all()
-    grid = np.linspace(0, 1, 41)[:, None]
-    first, second = (
-        way * grid ** np.arange(n + 1) * (1 - grid) ** (n - np.arange(n + 1))
-        for way, n in zip(ways, sizes, strict=True)
-    )
-    true = share * grid + (1 - share) * grid.T
-    missed = np.array(
-        [[first[a] @ (limits < true[a, b] - 1e-12) @ second[b] for b in range(len(grid))] for a in range(len(grid))]
-    )
-    assert missed.max() <= level + 1e-9
-
-
 def test_candidates_are_walked_from_the_safest_until_one_fails() -> None:
     found = choose([0, 1, 9, 1, 2], n=900, limit=0.01)
     assert (found.accepted, found.index) == ((0, 1), 1)
@@ -410,7 +197,7 @@ def study() -> list[Trial]:
 
 
 def test_no_bound_is_missed_more_often_than_it_says_and_what_is_not_promised_does_not_hold(study: list[Trial]) -> None:
-    assert len(study) == 10
+    assert len(study) == 8
     for trial in study:
         assert (trial.missed <= trial.allowed) is trial.promised, trial
 

@@ -211,7 +211,7 @@ def test_links_that_lead_out_of_the_log_are_not_followed(tmp_path: Path, asked: 
     ("text", "problem"),
     [
         ('{"status": "repaired", "reason": "', "Unterminated"),
-        ('{"status": "repaired", "reason": "", "class_names": [], "schema": 99}', "schema: expected a whole"),
+        ('{"status": "repaired", "reason": "", "class_names": [], "schema": 99}', "schema: expected 1"),
         ('{"status": "repaired", "reason": ""' + " " * 3000 + "}", "1 are read at most"),
     ],
 )

@@ -1,10 +1,9 @@
-"""W&B, MLflow and Comet: the real ones where they are installed, and stand-ins with their signatures."""
+"""W&B and MLflow: the real ones where they are installed, and stand-ins with their signatures."""
 
 from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -175,51 +174,12 @@ def test_mlflow_gets_numbers_in_one_request_and_artifacts(log: RepairLog, monkey
         }
 
 
-class FakeComet(loggers.CometLogger):
-    """Lightning's logger, with an experiment that notes what is logged."""
-
-    def __init__(self) -> None:
-        Logger.__init__(self)
-        self._prefix = None
-        self.notes = Calls(
-            __internal_api__log_metrics__=lambda dic, step, epoch, prefix, framework: {"metrics": dic, "step": step},
-            log_metrics=lambda dic, step, epoch: {"metrics": dic, "step": step},  # Lightning 2.5.0
-            log_figure=lambda figure_name=None, figure=None, overwrite=False, step=None: {"name": figure_name},
-            log_image=lambda image_data, name=None, overwrite=False, step=None: {"name": name, "step": step},
-            log_text=lambda text, step=None, metadata=None: {"text": text},
-            log_table=lambda filename, tabular_data=None, headers=False: {"rows": tabular_data, "headers": headers},
-            log_html=lambda html, clear=False: {"html": html},
-            log_asset=lambda file_data, file_name=None, overwrite=False, copy_to_tmp=True, step=None: {"to": file_name},
-        )
-
-    @property
-    def experiment(self) -> Any:
-        return self.notes
-
-
-def test_comet_gets_numbers_figures_images_a_table_and_assets(log: RepairLog) -> None:
-    logger = FakeComet()
-    track(log, [logger])
-    notes = logger.notes
-    metrics = [*notes.of("__internal_api__log_metrics__"), *notes.of("log_metrics")]
-    assert {"metrics": final_numbers(log.report), "step": 120} in metrics
-    assert notes.of("log_html") == [{"html": "this is report.html"}]
-    assert notes.of("log_asset") == [{"to": f"repair/{name}"} for name in FILES]
-    assert notes.of("log_image") == [{"name": f"repair_samples/broken in val/{CAPTION}", "step": 120}]
-    assert notes.of("log_text") == [{"text": "repaired in val, 2: true dog\na bad day"}]
-    (table,) = notes.of("log_table")
-    assert (table["headers"][1], [row[1] for row in table["rows"]]) == ("position", [2, 7])
-    if log.drawn:
-        assert {"name": "repair/summary"} in notes.of("log_figure")
-
-
 def test_a_release_report_reaches_them_too(wandb: Any, log: RepairLog) -> None:
-    loggers_ = FakeWandb(), FakeMlflow(), FakeComet()
+    loggers_ = FakeWandb(), FakeMlflow()
     track_release(SimpleNamespace(files=log.report.files), loggers_, step=3)  # type: ignore[arg-type]
     (artifact,) = (call["artifact"] for call in loggers_[0].run.of("log_artifact"))
     assert artifact.added == list(FILES)
     assert [call["to"] for call in loggers_[1].client.of("log_artifact")] == ["release"] * 4
-    assert len(loggers_[2].notes.of("log_asset")) == 4
 
 
 def test_the_real_wandb_keeps_it_offline(log: RepairLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,15 +207,3 @@ def test_the_real_mlflow_keeps_it_in_a_store(log: RepairLog, tmp_path: Path) -> 
     assert [m.step for m in logger.experiment.get_metric_history(logger.run_id, "repair_search/repaired")] == [0, 1, 2]
     kept = tmp_path / "store" / logger.run_id / "artifacts" / "repair"
     assert [(kept / name).read_text() for name in FILES] == [f"this is {name}" for name in FILES]
-
-
-def test_the_real_comet_keeps_it_in_an_archive(log: RepairLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("comet_ml")
-    monkeypatch.setenv("COMET_START_ONLINE", "false")  # Lightning's `online=False` switches it off altogether
-    logger = loggers.CometLogger(project="digits", offline_directory=str(tmp_path / "comet"))
-    track(log, [logger])
-    logger.experiment.end()
-    (archive,) = (tmp_path / "comet").glob("*.zip")
-    with zipfile.ZipFile(archive) as opened:
-        kept = [opened.read(name) for name in opened.namelist()]
-    assert all(f"this is {name}".encode() in kept for name in FILES)

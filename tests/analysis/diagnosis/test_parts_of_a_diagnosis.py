@@ -110,6 +110,8 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
 
 
+WHOLE = "Use the default, method='auto', on the whole network, about 10 s:"
+LAST = "the last layer (head)"
 KNOWN = {"samples": 100, "passed": 90, "failed": 10, "targeted": 4}
 COSTS = tuple(Cost(method, 10.0, "") for method in ("convex", "linearized", "auto"))
 DEEP, HEAD = LayerCapacity("conv", "Conv2d", 9, 0.7, 0.01), LayerCapacity("head", "Linear", 9, 0.5, 0.03)
@@ -137,10 +139,28 @@ def advice_on(
     ("found", "check", "doubts", "layers", "words"),
     [
         (targets("yes", "yes", "yes", "no"), HARMLESS, [], [DEEP, HEAD], "Use method='convex', about 10 s"),
-        (targets("yes", "yes", "no", "no"), HARMLESS, [], [DEEP, HEAD], "Use the default, method='auto', on the whole"),
-        (targets(*4 * ["yes"]), HARMFUL, [], [DEEP, HEAD], "Use the default, method='auto', on the whole"),
-        (targets(*4 * ["yes"]), None, [], [DEEP, HEAD], "Use the default, method='auto', on the whole"),
-        (targets(*4 * ["yes"]), HARMLESS, [], [DEEP, FAR_HEAD], "Use the default, method='auto', on the whole"),
+        (targets("yes", "yes", "no", "no"), HARMLESS, [], [DEEP, HEAD], f"{WHOLE} {LAST} is not enough"),
+        (
+            targets(*4 * ["yes"]),
+            HARMFUL,
+            [],
+            [DEEP, HEAD],
+            f"{WHOLE} {LAST} would break too much on other data",
+        ),
+        (
+            targets(*4 * ["yes"]),
+            None,
+            [],
+            [DEEP, HEAD],
+            f"{WHOLE} what {LAST} would break on other data is not known",
+        ),
+        (
+            targets(*4 * ["yes"]),
+            HARMLESS,
+            [],
+            [DEEP, FAR_HEAD],
+            f"{WHOLE} {LAST} would have to change much more",
+        ),
         (targets(*4 * ["not tried"]), None, [], [], "Use the default, method='auto', about 10 s."),
         (targets(*4 * ["yes"]), HARMLESS, [DOUBT], [DEEP, HEAD], "Look at labels first: those of 1 of 4 targets"),
         (
@@ -169,26 +189,6 @@ def test_the_advice_follows_the_figures(
 ) -> None:
     mixing = NeighbourMixing(2, (4, 0, 0), (0, 0, 9))
     assert advice_on(found, check, layers, mixing=mixing, doubts=tuple(doubts)).startswith(words)
-
-
-@pytest.mark.parametrize(
-    ("found", "check", "layers", "words"),
-    [
-        (targets("yes", "yes", "no", "no"), HARMLESS, [DEEP, HEAD], "the last layer (head) is not enough"),
-        (targets(*4 * ["yes"]), HARMFUL, [DEEP, HEAD], "the last layer (head) would break too much on other data"),
-        (
-            targets(*4 * ["yes"]),
-            None,
-            [DEEP, HEAD],
-            "what the last layer (head) would break on other data is not known",
-        ),
-        (targets(*4 * ["yes"]), HARMLESS, [DEEP, FAR_HEAD], "the last layer (head) would have to change much more"),
-    ],
-)
-def test_why_the_last_layer_is_not_advised(
-    found: list[TargetFinding], check: HeldOutCheck | None, layers: list[LayerCapacity], words: str
-) -> None:
-    assert f"about 10 s: {words}" in advice_on(found, check, layers)
 
 
 def test_without_targets_or_passed_samples_there_is_nothing_to_advise() -> None:
