@@ -22,7 +22,7 @@ def as_tensor(value: Any) -> Any:
         return value
     try:
         array = np.asarray(value)
-    except ValueError:  # lists of different lengths
+    except (ValueError, TypeError, RuntimeError):  # lists of different lengths, of tensors elsewhere or with gradients
         return value
     if array.shape == (0,) and isinstance(value, (list, tuple)):
         return torch.zeros(0, dtype=torch.bool)

@@ -54,12 +54,12 @@ class SliceRecorder(RecordingSource):
                 f"`{self.argument}` gave {len(names):,} slices, such as {', '.join(names[:3])}.",
                 f"return one of at most {MAX_SLICES} names or numbers for each sample.",
             )
-        self.noted = [(at, renumbered(list(self._numbers), group, names)) for at, group in self.noted]
+        self.noted = [(at, _renumbered(list(self._numbers), group, names)) for at, group in self.noted]
         self._numbers = {name: i for i, name in enumerate(names)}
         return tuple(names), self.gathered(collective)
 
 
-def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
+def _renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tensor:
     """Numbers of slices among `own` as numbers among `names`; -1, in none, stays."""
     return torch.tensor([*(names.index(name) for name in own), -1])[group]
 
@@ -67,7 +67,7 @@ def renumbered(own: Sequence[str], group: Tensor, names: Sequence[str]) -> Tenso
 def common_names(parts: Sequence[tuple[tuple[str, ...], Tensor]]) -> tuple[tuple[str, ...], Tensor]:
     """The slices of all splits under common numbers, from the names and numbers of each split."""
     names = tuple(sorted({name for own, _ in parts for name in own}))
-    return names, torch.cat([renumbered(own, group, names) for own, group in parts])
+    return names, torch.cat([_renumbered(own, group, names) for own, group in parts])
 
 
 def _names(slices: Slices, batch: Batch, label: Tensor | None, argument: str) -> list[str | None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl import RegressionFreeRepair as Repair
-from lightning_nrl.tasks import Multiclass, Multilabel, Regression, Segmentation, Sequence, Task, parse_task
+from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl.tasks import Multiclass, Multilabel, NamedHead, Regression, Segmentation, Sequence, Task, parse_task
 
 NAN, INF = math.nan, math.inf
 
@@ -276,3 +279,193 @@ def test_names_stand_for_tasks_with_their_defaults() -> None:
 def test_what_is_no_task_is_refused(task: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Repair(task=task)
+
+
+LOGITS = torch.tensor([[0.0, 0.0], [0.0, 1.0], [2.0, 0.0]])
+LABELS = torch.tensor([0, 0, 1])
+
+
+class Named(NamedTuple):
+    loss: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Output:
+    prediction: Tensor
+    attention: Tensor | None = None
+
+
+def test_multiclass_passes_by_arg_max_and_loses_by_cross_entropy() -> None:
+    task = Multiclass()
+    assert task.prediction(LOGITS).tolist() == [0, 1, 0]
+    assert task.passed(LOGITS, LABELS).tolist() == [True, False, False]
+    # ln(1 + 1), ln(1 + e), ln(1 + e^2)
+    torch.testing.assert_close(task.loss(LOGITS, LABELS), torch.tensor([0.693147, 1.313262, 2.126928]))
+
+
+def test_the_margin_is_to_the_best_other_class_and_the_divergence_from_the_teacher() -> None:
+    task, output = Multiclass(), torch.tensor([[3.0, 1.0, 2.0], [0.0, 4.0, 1.0]], requires_grad=True)
+    margin = task.margin(output, torch.tensor([0, 2]))
+    assert margin.tolist() == [1.0, -3.0]
+    margin.sum().backward()
+    assert output.grad.tolist() == [[1.0, 0.0, -1.0], [0.0, -1.0, 1.0]]
+    # 1/2 ln(1/2 : 3/4) + 1/2 ln(1/2 : 1/4)
+    student, teacher = torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2)
+    torch.testing.assert_close(task.divergence(student, teacher), torch.tensor([0.143841]))
+
+
+def test_a_margin_of_no_class_does_not_raise() -> None:
+    assert Multiclass().margin(LOGITS, torch.tensor([0, -100, 1])).tolist() == [0.0, -1.0, -2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool])
+def test_labels_of_any_whole_kind_will_do(dtype: torch.dtype) -> None:
+    labels = LABELS.to(dtype)
+    assert Multiclass().label(labels).dtype == torch.int64
+    assert torch.equal(Multiclass().loss(LOGITS, labels), Multiclass().loss(LOGITS, LABELS))
+    assert Multiclass().passed(LOGITS, labels).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_of_half_precision_is_float32(dtype: torch.dtype) -> None:
+    loss = Multiclass().loss(LOGITS.to(dtype), LABELS)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, Multiclass().loss(LOGITS, LABELS))
+    assert at_least_float32(LOGITS.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 2, 4)])
+def test_output_that_is_no_logits_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigurationError, match=r"multiclass needs logits \[samples, classes\]"):
+        Multiclass().passed(torch.zeros(shape), LABELS)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        LABELS[:, None],
+        LABELS.double(),
+        LABELS[:, None].float(),
+        torch.eye(2)[LABELS],
+        torch.eye(2, dtype=torch.bool)[LABELS],
+        torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.25, 0.75]]),
+    ],
+)
+def test_labels_are_also_columns_floats_one_hot_and_soft(target: Tensor) -> None:
+    Multiclass().check(LOGITS, target)
+    assert Multiclass().label(target).tolist() == [0, 0, 1]
+    assert Multiclass().passed(LOGITS, target).tolist() == [True, False, False]
+    assert Multiclass().margin(LOGITS, target).tolist() == [0.0, -1.0, -2.0]
+
+
+def test_the_loss_of_soft_labels_is_the_cross_entropy_with_all_of_them() -> None:
+    soft = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
+    # ln 2; ln(1 + 1 / e); ln(1 + e^2) - 2 / 4
+    torch.testing.assert_close(Multiclass().loss(LOGITS, soft), torch.tensor([0.693147, 0.313262, 1.626928]))
+
+
+@pytest.mark.parametrize(
+    ("target", "found"),
+    [
+        (torch.tensor([0.0, 0.5, 1.0]), "needs whole labels"),
+        (torch.eye(3), "no probabilities of 2 classes"),
+        (torch.tensor([[1, 1], [0, 1], [1, 0]]), "no probabilities of 2 classes"),
+        (torch.zeros(6, dtype=torch.int64), "3 rows of logits for 6 targets"),
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(target: Tensor, found: str) -> None:
+    with pytest.raises(ConfigurationError, match=found):
+        Multiclass().check(LOGITS, target)
+
+
+@pytest.mark.parametrize("target", [LABELS[:, None, None], LABELS.cfloat(), torch.tensor(1), [0, 0, 1]])
+def test_targets_that_are_no_labels_are_refused(target: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"multiclass needs whole labels \[samples\]"):
+        Multiclass().label(target)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        LOGITS,
+        {"logits": LOGITS},
+        {"loss": torch.tensor(1.0), "out": LOGITS, "aux": LOGITS + 1},
+        {"loss": torch.tensor(1.0), "scores": LOGITS},
+        SimpleNamespace(logits=LOGITS),
+        Named(LABELS, LOGITS),
+        Output(LOGITS),
+        (LOGITS, LABELS),
+        (torch.tensor(1.0), LOGITS, LABELS),
+        [LOGITS],
+    ],
+)
+def test_logits_are_found_in_what_models_return(output: Any) -> None:
+    assert Multiclass().logits(output) is LOGITS
+
+
+@pytest.mark.parametrize(
+    "output", [None, {"a": LOGITS, "b": LOGITS}, (), ("a",), (torch.tensor(1.0),), SimpleNamespace(logits=None)]
+)
+def test_output_without_logits_is_refused(output: Any) -> None:
+    with pytest.raises(ConfigurationError, match="`task`: no tensor of logits"):
+        Multiclass().logits(output)
+
+
+def test_a_task_has_no_classes_unless_it_says_so() -> None:
+    class Sign(Task):
+        def passed(self, output: Tensor, target: Any) -> Tensor:
+            return output.sign() == target.sign()
+
+        def loss(self, output: Tensor, target: Any) -> Tensor:
+            return (output - target).abs()
+
+    assert Sign().prediction(LOGITS) is None
+    assert Sign().label(LABELS) is None
+
+
+HEAD, OTHER_HEAD = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.zeros(2, 5)
+HEAD_LABELS = torch.tensor([1, 1])
+
+
+@dataclass
+class Heads:
+    digit: Tensor
+    colour: Tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "target"),
+    [
+        ("digit", {"digit": HEAD, "colour": OTHER_HEAD}, {"digit": HEAD_LABELS, "colour": HEAD_LABELS - 1}),
+        ("digit", Heads(HEAD, OTHER_HEAD), HEAD_LABELS),
+        (1, (OTHER_HEAD, HEAD), (HEAD_LABELS - 1, HEAD_LABELS)),
+        ("digit", {"digit": {"logits": HEAD}}, HEAD_LABELS),
+    ],
+)
+def test_a_task_judges_the_head_as_it_would_judge_it_alone(name: Any, output: Any, target: Any) -> None:
+    task, alone = NamedHead(name), Multiclass()
+    logits = task.logits(output)
+    assert logits is HEAD
+    task.check(logits, target)
+    assert task.passed(logits, target).tolist() == [True, False]
+    assert task.margin(logits, target).tolist() == [1.0, -2.0]
+    assert task.label(target).tolist() == [1, 1]
+    assert torch.equal(task.loss(logits, target), alone.loss(HEAD, HEAD_LABELS))
+    assert torch.equal(task.passed_and_loss(logits, target, torch.tensor([2.0, 0.0]))[0], torch.tensor([False, False]))
+    assert torch.equal(task.divergence(logits, HEAD + 1, target), alone.divergence(HEAD, HEAD + 1))
+    assert task.prediction(logits).tolist() == [1, 0]
+
+
+def test_any_task_can_judge_a_head() -> None:
+    task = NamedHead("tags", Multilabel())
+    assert task.passed(HEAD - 0.5, {"tags": torch.tensor([[0, 1], [0, 1]])}).tolist() == [True, False]
+    assert task.prediction(HEAD) is None
+    assert "'tags'" in str(task)
+
+
+def test_a_head_that_is_not_there_is_refused_with_what_is() -> None:
+    with pytest.raises(ConfigurationError, match=r"no part of the output[\s\S]*colour: float32 \[2, 5\]"):
+        NamedHead("digit").logits({"colour": OTHER_HEAD})
+    with pytest.raises(ConfigurationError, match=r"NamedHead\.task"):
+        NamedHead("digit", "multiclass")  # type: ignore[arg-type]
