@@ -6,7 +6,7 @@ said where it does. Attributes that are public but have no types are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,7 +32,6 @@ __all__ = [
     "given_loaders",
     "is_compiled",
     "logged_hparams",
-    "observing_loaders",
     "original_module",
     "overfit_batches",
     "overrides",
@@ -40,7 +39,6 @@ __all__ = [
     "release_copy",
     "rerun_validation",
     "sampler_of",
-    "set_batch_sampler",
     "set_callbacks",
     "shared_with_copies",
     "starts_own_processes",
@@ -189,34 +187,6 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
         wrapped: Any = sampler.dataset
         return sampler, wrapped._sampler
     return sampler, sampler
-
-
-def set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
-    """Has a loader draw its next iteration's batches from another sampler (`DataLoader.__setattr__` refuses it)."""
-    object.__setattr__(loader, "batch_sampler", sampler)
-
-
-def observing_loaders(trainer: Trainer, see: Callable[[DataLoader[Any]], None]) -> Callable[[], None]:
-    """Shows each data loader that a trainer prepares before it is iterated; gives what ends that.
-
-    A first epoch is iterated before any hook. Between the loader's sampler and that, `Strategy.process_dataloader` is
-    the one call.
-    """
-    strategy: Any = trainer.strategy
-    process = strategy.process_dataloader
-
-    def seen(loader: Any) -> Any:
-        found = process(loader)
-        if isinstance(found, DataLoader) and found.batch_sampler is not None:
-            see(found)
-        return found
-
-    def end() -> None:
-        if vars(strategy).get("process_dataloader") is seen:
-            del strategy.process_dataloader
-
-    strategy.process_dataloader = seen
-    return end
 
 
 def original_module(module: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ from lightning_nrl.evaluation._slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["ReferenceResults", "batches_in_order", "evaluate_reference", "is_same_validation", "validation_loader"]
+__all__ = ["ReferenceResults", "evaluate_reference", "is_same_validation"]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -53,7 +53,7 @@ class ReferenceResults:
     adapter: Adapter  # with which batches are run as the new model is deployed
 
 
-def validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
     """The data loader that a trainer validates on, and how many of its batches; None: all."""
     found = validation_loaders(trainer)
     if found is None:
@@ -88,9 +88,9 @@ def evaluate_reference(
 ) -> ReferenceResults:
     """Evaluates the replaced model on the validation data, with one pass of each model. All are left as found."""
     collective = Collective.current(model.device)
-    loader, most = validation_loader(trainer, dataloader)
+    loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
-        batches = batches_in_order(loader, most)
+        batches = _batches_in_order(loader, most)
         mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
         everyone = collective.gather(mine)
         which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
@@ -121,14 +121,14 @@ def evaluate_reference(
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
     """Whether the data that are to be validated are still those that the replaced model was asked about."""
-    loader, most = validation_loader(trainer, dataloader)
+    loader, most = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
     with random_state():
-        return loader.dataset is known.loader.dataset and batches_in_order(loader, most) == known.order
+        return loader.dataset is known.loader.dataset and _batches_in_order(loader, most) == known.order
 
 
-def batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
+def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     """Data-set positions of this rank's samples, batch by batch."""
     sampler, inside = sampler_of(loader)
     shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)
