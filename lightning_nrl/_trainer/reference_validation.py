@@ -19,11 +19,9 @@ from torch.utils.data import (
 )
 
 from lightning_nrl._lightning import LightningModule, Trainer, sampler_of, validating, validation_loaders
-from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source
 from lightning_nrl._trainer.output_capture import Probe
-from lightning_nrl._trainer.own_step import check_own_step
-from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._trainer.own_step import open_sources
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
@@ -96,8 +94,7 @@ def evaluate_reference(
         which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
         again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
-        evaluator, ((source,),) = as_deployed(model, make_evaluator(trainer, model, task), [source])
-        check_own_step(trainer, model, evaluator, [source])
+        evaluator, ((source,),) = open_sources(trainer, model, task, [source])
         recorder = SliceRecorder(source, slices, task)
         probe = Probe(model)
         with preserve(model):

@@ -19,14 +19,13 @@ from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.flipped_inputs import sample_views
 from lightning_nrl._trainer.kept_checkpoints import check_kept, with_kept_checkpoints
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.own_step import check_own_step
+from lightning_nrl._trainer.own_step import open_sources
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.stability import report_stability
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.saved_work import SavedWork
@@ -178,9 +177,7 @@ class TrainerRepair:
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
         known, unseen, calibration = self.data.sources(loaders, **how)
-        evaluator = make_evaluator(trainer, model, self.task)
-        evaluator, (known, unseen, calibration) = as_deployed(model, evaluator, known, unseen, calibration)
-        check_own_step(trainer, model, evaluator, known)
+        evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, known, unseen, calibration)
         training = ContinuedTraining(
             trainer,
             model,
