@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_nrl._lightning import CometLogger
-from lightning_nrl._tracking.repair_log import FLIPPED_COLUMNS, RepairLog
-
-__all__ = ["upload_to_comet", "write_comet"]
+from lightning_nrl._tracking.repair_log import RepairLog
+from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS
 
 
 def write_comet(log: RepairLog, logger: CometLogger) -> None:

@@ -8,8 +8,6 @@ from lightning_nrl._tracking.learning_curves import MOST_CLASSES, Learning
 from lightning_nrl.localization import RecordedSplit, TrainingRecord
 from lightning_nrl.report._figures import INK, dress, new_figure
 
-__all__ = ["history_figures"]
-
 HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 

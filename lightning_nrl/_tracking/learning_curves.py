@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_nrl.localization.training_record import RecordedSplit
 
-__all__ = ["MOST_CLASSES", "Learning"]
-
 MOST_CLASSES = 20
 """Classes up to which curves are logged for each."""
 

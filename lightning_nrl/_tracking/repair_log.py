@@ -15,11 +15,9 @@ from lightning_nrl._tracking.scalars import Scalars, final_numbers, search_curve
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_plot import gallery_figures
 from lightning_nrl.report.reviewer_figures import SEARCH_TITLE, reviewer_figures
-from lightning_nrl.report.sample_tables import FLIPPED_COLUMNS, flipped_splits
+from lightning_nrl.report.sample_tables import flipped_splits
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.summary_plot import summary_figure
-
-__all__ = ["FLIPPED_COLUMNS", "RepairLog", "written"]
 
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")

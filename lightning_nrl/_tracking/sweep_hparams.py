@@ -14,8 +14,6 @@ from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import check_choice
 from lightning_nrl.report.splits import ROLES
 
-__all__ = ["sweep_rows", "track_sweep"]
-
 SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
 MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")
 

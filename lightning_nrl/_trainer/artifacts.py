@@ -20,18 +20,6 @@ from lightning_nrl.report._formatting import from_here
 from lightning_nrl.report.page import Shown
 from lightning_nrl.report.sample_views import SampleView
 
-__all__ = [
-    "REPAIRED_FILES",
-    "REPORT_FILES",
-    "announce",
-    "base_folder",
-    "output_folder",
-    "parse_prefix",
-    "report_files",
-    "show",
-    "write_report",
-]
-
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}
 

@@ -36,8 +36,6 @@ from lightning_nrl._trainer.validation_view import with_validation_view
 from lightning_nrl.data._sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind
 
-__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "describe_limits", "find_data", "find_loader"]
-
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""
 

@@ -25,8 +25,6 @@ from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = ["PredictStep", "called_layers", "deployed_adapter"]
-
 SAME_OUTPUT_TOLERANCE = 1e-3
 """Two ways to the same outputs differ by less than this part of the largest one."""
 

@@ -15,8 +15,6 @@ from lightning_nrl.report.sample_records import FlippedSample
 from lightning_nrl.report.sample_tables import flipped_splits, most_telling
 from lightning_nrl.report.sample_views import SampleView, caption_of
 
-__all__ = ["Render", "sample_views"]
-
 Render = Callable[[Any], Any]
 """Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from lightning_nrl._lightning import LightningModule
 
-__all__ = ["follow_hook", "nothing", "release_hook", "replaced"]
-
 
 @contextmanager
 def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:

@@ -39,8 +39,6 @@ from lightning_nrl._optim.distill import WEIGHT_DECAY
 from lightning_nrl._trainer.hook_followers import nothing
 from lightning_nrl._utils.state import State, write
 
-__all__ = ["LEFT_OUT", "NullLogger", "copied_data_module", "copied_module", "inner_trainer", "quiet"]
-
 LEFT_OUT: tuple[type, ...] = (
     BatchSizeFinder,
     Checkpoint,

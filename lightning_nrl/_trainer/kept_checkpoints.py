@@ -10,8 +10,6 @@ from lightning_nrl.methods import Apricot
 from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.settings import Settings
 
-__all__ = ["check_kept", "with_kept_checkpoints"]
-
 
 def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:
     """Settings whose Apricot has what the trainer's `ModelCheckpoint` callbacks have kept, unless it has others."""

@@ -34,19 +34,6 @@ from lightning_nrl.data.model_call import as_adapter
 from lightning_nrl.data.unpacking import bind_adapter, unpack
 from lightning_nrl.errors import ConfigurationError, RepairError
 
-__all__ = [
-    "LoaderSource",
-    "batch_size_of",
-    "check_data",
-    "check_loader",
-    "length_of",
-    "loader_like",
-    "make_source",
-    "parse_adapter",
-    "sample_index",
-    "split_and_loader",
-]
-
 SPLITS = ("train", "val", "repair", "test")
 
 

@@ -11,8 +11,6 @@ from lightning_nrl._trainer.output_capture import Call, logits_of, same_objects
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
-__all__ = ["ForwardPass", "add_to_loss", "find_forward_pass"]
-
 ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."

@@ -17,8 +17,6 @@ from lightning_nrl.data.model_call import run_model
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
 
-__all__ = ["Call", "OutputCapture", "Probe", "hooked", "logits_of", "same_objects"]
-
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and what came of them."""
 

@@ -30,8 +30,6 @@ from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = ["open_sources"]
-
 LAYER_TOLERANCE = 1e-3
 """Part of its size by which a layer's input or output may differ between two ways to the same."""
 SEEDS_OF_AUGMENTATION = 4

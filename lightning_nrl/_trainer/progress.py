@@ -13,8 +13,6 @@ from lightning_nrl._lightning import RichProgressBar, TQDMProgressBar, Trainer, 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["RepairProgress"]
-
 
 class RepairProgress:
     """Shows which stage a repair is in, how far the search is, and what its best candidate repairs and breaks.

@@ -17,8 +17,6 @@ from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-__all__ = ["find_splits", "run_splits"]
-
 
 def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
     """Returns the splits to be recorded; `auto`: training and validation data that can be."""

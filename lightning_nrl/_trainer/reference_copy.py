@@ -18,8 +18,6 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference.old_model import OldModel, parse_reference
 from lightning_nrl.reference.predictions import Predictions
 
-__all__ = ["parse_teacher", "parse_with_weights", "reference_module"]
-
 
 def parse_teacher(reference: object) -> OldModel | Predictions:
     """The replaced model, if it can be asked for outputs."""

@@ -30,8 +30,6 @@ from lightning_nrl.evaluation._slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["ReferenceResults", "evaluate_reference", "is_same_validation"]
-
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 

@@ -9,8 +9,6 @@ from lightning_nrl._lightning import Trainer, batch_limit
 from lightning_nrl._trainer.artifacts import base_folder
 from lightning_nrl._utils.saved_work import SavedWork
 
-__all__ = ["saved_work"]
-
 
 def saved_work(dirpath: str | Path | None, trainer: Trainer, every: float | None, name: str = "repair") -> SavedWork:
     """Saves in the folder of the repair's files; to be called on all ranks.

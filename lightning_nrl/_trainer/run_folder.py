@@ -6,8 +6,6 @@ import os
 
 from lightning_nrl._lightning import Trainer
 
-__all__ = ["run_folder"]
-
 
 def run_folder(trainer: Trainer) -> str:
     """The log folder of the first logger, as in `Trainer.log_dir`; where it has none, a folder of its run.

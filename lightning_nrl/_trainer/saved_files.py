@@ -26,8 +26,6 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_files import SAMPLES_FOLDER, write_sample_files
 from lightning_nrl.report.sample_views import SampleView
 
-__all__ = ["AnyReport", "SavedFiles"]
-
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 MARKS = ("html", "markdown", "json")
 """Reports, in the order in which they are put in their places, after pictures: where `report.json` is, all is."""

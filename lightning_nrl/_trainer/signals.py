@@ -11,8 +11,6 @@ from pathlib import Path
 from lightning_nrl._lightning import Trainer, class_for, rank_zero_only
 from lightning_nrl._utils.interrupts import interruptible
 
-__all__ = ["heeding_signals"]
-
 
 @contextmanager
 def heeding_signals(

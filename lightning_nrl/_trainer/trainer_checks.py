@@ -19,8 +19,6 @@ from lightning_nrl._lightning import (
 )
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
-__all__ = ["check_order", "check_packages", "check_strategy", "check_twins", "check_whole", "warn_without_step"]
-
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 """How the names of strategies begin under which no process holds whole layers."""
 ELSEWHERE = ("SingleDeviceXLA", "SingleTPU", "HPU", "SingleHPU")

@@ -53,8 +53,6 @@ from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.tasks import Task
 
-__all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
-
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 """torch puts them into one tensor with no other dtype."""
 

@@ -34,17 +34,6 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
 
-__all__ = [
-    "FitTimer",
-    "StartingWeights",
-    "borrowed",
-    "epochs_of",
-    "epochs_saved",
-    "make_evaluator",
-    "starting_weights",
-    "untracked",
-]
-
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""
 ASSUMED_EPOCHS = 20

@@ -14,8 +14,6 @@ from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints._option_support import OPTION_CLASSES, check_heeded
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["callback_with", "check_model"]
-
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:
     """A callback with these arguments; refuses unknown ones (the nearest is named) and those without effect here."""

@@ -17,8 +17,6 @@ from lightning_nrl.callback import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.repair_module import Outcome
 
-__all__ = ["Work", "dry_fit", "without_training"]
-
 Result = TypeVar("Result")
 Work = Callable[[Trainer, LightningModule, int], Outcome | None]
 """What is done with a trainer, its module, and the epochs that the model was trained for."""

@@ -11,8 +11,6 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import SampleOptions
 from lightning_nrl.pipeline.options import BoundOptions, SearchOptions, changed_options
 
-__all__ = ["HEEDED", "OPTION_CLASSES", "check_heeded", "heeded"]
-
 OPTION_CLASSES = {"data": DataOptions, "samples": SampleOptions, "search": SearchOptions, "bounds": BoundOptions}
 """The arguments of a repair that are option objects."""
 
