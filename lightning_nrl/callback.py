@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, logged_hparams, rank_zero_warn
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import logged_hparams
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._tracking import declare
 from lightning_nrl._trainer.artifacts import REPAIRED_FILES, REPORT_FILES, announce, base_folder, report_files
@@ -53,7 +55,28 @@ from lightning_nrl.tasks import Task, parse_task
 __all__ = ["RegressionFreeRepair"]
 
 
-class RegressionFreeRepair(CallbackBase):
+class RepairCallback(CallbackBase):
+    """A callback that repairs the model of its trainer."""
+
+    settings: Settings
+    data: DataOptions
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_packages(trainer)
+        if stage == "fit":
+            check_strategy(trainer)
+            check_twins(self, trainer)
+            check_order(self, trainer, (WeightInterpolation,), self.data.start_from, kind=RepairCallback)
+            if hparams := logged_hparams(trainer):  # which Lightning logs next
+                declare(trainer.loggers, hparams)
+
+
+class RegressionFreeRepair(RepairCallback):
     """Repairs the model that `fit` has trained, and keeps what worked working.
 
     After training, the callback collects what the model gets right and wrong, localises the weights of a layer that
@@ -141,7 +164,7 @@ class RegressionFreeRepair(CallbackBase):
             data=DataRequest(self.data, unseen, calibration),
             task=parse_task(task),
             reference=parse_reference(reference),
-            left_out=(RegressionFreeRepair, WeightInterpolation),
+            left_out=(RepairCallback, WeightInterpolation),
         )
         self.dirpath = dirpath
         self.verbose = verbose
@@ -190,25 +213,6 @@ class RegressionFreeRepair(CallbackBase):
         """The weight change as a file, for `Patch.load`; empty without an accepted repair, or without safetensors."""
         return "" if self.report is None else self.report.files.get("patch", "")
 
-    @property
-    def place(self) -> tuple[str | Path | None, str]:
-        """The folder of the files, None: one in that of the run; and the name of the repair there and in logs."""
-        return self.dirpath, "repair"
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(layer=self.settings.layer, target=str(self.settings.target))
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_packages(trainer)
-        if stage == "fit":
-            check_strategy(trainer)
-            check_twins(self, trainer)
-            check_order(self, trainer, (WeightInterpolation,), self.data.start_from)
-            if hparams := logged_hparams(trainer):  # which Lightning logs next
-                declare(trainer.loggers, hparams)
-
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_whole(pl_module)
@@ -218,6 +222,7 @@ class RegressionFreeRepair(CallbackBase):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ran = True
         self.report = self._parameters = None
         base_folder(self.dirpath, trainer)
         self.repair.check(trainer, pl_module)
@@ -238,10 +243,7 @@ class RegressionFreeRepair(CallbackBase):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with self.heeding_signals(trainer), starting_weights(self.data.start_from, trainer, pl_module) as start:
-            outcome = self.attempt(trainer, pl_module)
-            name = self.save(trainer, pl_module, outcome, start)
-        self.announce(trainer, outcome, name)
+        self.repair_now(trainer, pl_module, self.data.start_from)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,8 +258,12 @@ class RegressionFreeRepair(CallbackBase):
         layer holds the repaired weights: weight averaging would save its average instead. The report goes there as the
         state of this callback.
         """
+        self.add_to(checkpoint, pl_module, self.state_key)
+
+    def add_to(self, checkpoint: dict[str, Any], pl_module: LightningModule, state_key: str) -> None:
+        """Puts the repaired weights into a checkpoint, and the report as the state of the callback with this key."""
         if self.report is not None:
-            checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["report"] = self.report.to_json()
+            checkpoint.setdefault("callbacks", {}).setdefault(state_key, {})["report"] = self.report.to_json()
         if self._parameters and (self._pending or not changed(pl_module, self._parameters)):
             state = checkpoint["state_dict"]
             saved = saved_names(pl_module)
@@ -276,11 +282,37 @@ class RegressionFreeRepair(CallbackBase):
                 hint = "training goes on without it; the weights are those of the checkpoint."
                 rank_zero_warn(DataWarning(f"{problem}.", hint))
 
-    def attempt(self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None) -> Outcome:
+    def repair_now(
+        self, trainer: Trainer, pl_module: LightningModule, start_from: str = "last", name: str = "repair"
+    ) -> Outcome:
+        """Searches a repair, saves it, writes it into the model, logs and prints it.
+
+        Args:
+            trainer: is in a fit.
+            pl_module: the module that it trains.
+            start_from: the weights that are repaired, as for `DataOptions`.
+            name: of the folder of the files, and in logs.
+        """
+        began = time.perf_counter()
+        self.report = self._parameters = None
+        with self.heeding_signals(trainer), starting_weights(start_from, trainer, pl_module) as start:
+            outcome = self.attempt(trainer, pl_module, name=name)
+            logged = self.save(trainer, pl_module, outcome, start, name)
+        self.announce(trainer, outcome, logged)
+        if self._fit_timer is not None:  # what a repair takes is no part of the training
+            self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
+        return outcome
+
+    def training_went_on(self, pl_module: LightningModule) -> None:
+        """Forgets the weights of a repair that further training has changed."""
+        if self._parameters and changed(pl_module, self._parameters):
+            self._parameters = None
+
+    def attempt(
+        self, trainer: Trainer, pl_module: LightningModule, epochs: int | None = None, name: str = "repair"
+    ) -> Outcome:
         """Searches a repair of a model trained for so many epochs, by default those of this fit; changes nothing."""
-        self._ran = True
-        dirpath, name = self.place
-        self._work = saved_work(dirpath, trainer, self.settings.search.save_every, name)
+        self._work = saved_work(self._folder(name), trainer, self.settings.search.save_every, name)
         seconds = None
         if epochs is None:
             epochs = epochs_of(trainer)
@@ -288,15 +320,19 @@ class RegressionFreeRepair(CallbackBase):
         return self.repair.run(trainer, pl_module, epochs, seconds, self._work)
 
     def save(
-        self, trainer: Trainer, pl_module: LightningModule, outcome: Outcome, start: StartingWeights | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outcome: Outcome,
+        start: StartingWeights | None = None,
+        name: str = "repair",
     ) -> str:
         """Writes the files, and puts the repaired weights into the model at the moment at which the files are there.
 
         Gives the name of the repair in logs. What cannot be written is warned of and costs nothing else.
         """
         accepted = outcome.parameters is not None
-        dirpath, name = self.place
-        files, name = report_files(dirpath, trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
+        files, name = report_files(self._folder(name), trainer, name, REPAIRED_FILES if accepted else REPORT_FILES)
         report = self.report = replace(outcome.report, files=files)
         parameters = self._parameters = outcome.parameters
         self._pending = True
@@ -335,3 +371,7 @@ class RegressionFreeRepair(CallbackBase):
         may_end_early = self.settings.search.on_interrupt == "best"
         with heeding_signals(trainer, may_end_early, lambda: self.report is not None, lambda: self._work.place):
             yield
+
+    def _folder(self, name: str) -> str | Path | None:
+        """The folder of the files of one of several repairs; None: one of that name in the folder of the run."""
+        return self.dirpath if self.dirpath is None or name == "repair" else Path(self.dirpath) / name

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_nrl._lightning import LightningModule, Trainer, rank_zero_warn, rerun_validation
+from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import rerun_validation
 from lightning_nrl._trainer.hook_followers import follow_hook, release_hook
-from lightning_nrl._trainer.trainer_state import starting_weights, untracked
+from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.preserve import random_state
-from lightning_nrl._utils.state import changed
-from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callback import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import (
     ConfigurationError,
     DataWarning,
@@ -34,7 +31,7 @@ HOOK = "on_train_epoch_end"
 """Of the module: repairs follow it."""
 
 
-class RepairInTraining(RegressionFreeRepair):
+class RepairInTraining(RepairCallback):
     """Repairs the model at the end of chosen epochs too, and lets the training go on from what is accepted.
 
     Each repair is one of `RegressionFreeRepair`: the live weights change once, after acceptance, on every rank alike.
@@ -58,6 +55,7 @@ class RepairInTraining(RegressionFreeRepair):
         **arguments: those of `RegressionFreeRepair`.
 
     Attributes:
+        repair: the `RegressionFreeRepair` that makes each of them, with what it says of the last one.
         reports: of all repairs of this training, the oldest first.
 
     Raises:
@@ -78,7 +76,9 @@ class RepairInTraining(RegressionFreeRepair):
         at_end: bool = True,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
+        super().__init__()
+        self.repair = RegressionFreeRepair(**arguments)
+        self.settings, self.data = self.repair.settings, self.repair.data
         if every_n_epochs is None and monitor is None:
             hint = "give one of them, or take `RegressionFreeRepair`, which repairs when training ends."
             raise ConfigurationError("`every_n_epochs` and `monitor` are both None.", hint)
@@ -96,14 +96,22 @@ class RepairInTraining(RegressionFreeRepair):
         self.reports: list[RepairReport] = []
         self._best: float | None = None
         self._last_step: int | None = None
-        self._name = "repair"
         self._warned = False
 
     @property
-    @override
-    def place(self) -> tuple[str | Path | None, str]:
-        named = self.dirpath is not None and self._name != "repair"
-        return (Path(self.dirpath or "") / self._name if named else self.dirpath), self._name
+    def report(self) -> RepairReport | None:
+        """Of the last repair."""
+        return self.repair.report
+
+    @property
+    def repaired_model_path(self) -> str:
+        """The checkpoint of the last repair; empty unless it was accepted."""
+        return self.repair.repaired_model_path
+
+    @property
+    def patch_path(self) -> str:
+        """The weight change of the last repair, see `RegressionFreeRepair`."""
+        return self.repair.patch_path
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,8 +120,12 @@ class RepairInTraining(RegressionFreeRepair):
             self._best = None  # of an earlier training; that of a checkpoint is loaded after this
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_fit_start(trainer, pl_module)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+        self.repair.on_train_start(trainer, pl_module)
         release_hook(pl_module, HOOK)  # of a training that ended where no callback heard of it
         self.reports, self._last_step, self._warned = [], None, False
 
@@ -129,24 +141,29 @@ class RepairInTraining(RegressionFreeRepair):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.at_end and self._last_step != trainer.global_step:
-            self.report = self._parameters = None  # of the repair before, while this one is not decided
-            super().on_train_end(trainer, pl_module)
+            self.repair.on_train_end(trainer, pl_module)
             self._done(trainer)
-            return
-        self._ran = True
-        if self._parameters and changed(pl_module, self._parameters):
-            self._parameters = None  # the training went on from them
+        else:
+            self.repair.training_went_on(pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_fit_end(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.repair.on_test_start(trainer, pl_module)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self.repair.add_to(checkpoint, pl_module, self.state_key)
         # Not in `state_dict`, for which Lightning would refuse twins before `setup` says why.
         if self._best is not None:
             checkpoint.setdefault("callbacks", {}).setdefault(self.state_key, {})["best"] = self._best
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        self.repair.load_state_dict(state_dict)
         self._best = None
         if not isinstance(state_dict, dict):
             self._warn_of(f"the state in the checkpoint is a {type(state_dict).__name__}")
@@ -167,26 +184,15 @@ class RepairInTraining(RegressionFreeRepair):
             self._repair(trainer, pl_module)
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        began = time.perf_counter()
-        self.report = self._parameters = None
         measured, self._best = self._best, None  # which `repaired.ckpt` does not hold: it is not of its weights
-        self._name = f"repair-step-{trainer.global_step}"
-        try:
-            with self.heeding_signals(trainer), starting_weights("last", trainer, pl_module) as start:
-                outcome = self.attempt(trainer, pl_module)
-                name = self.save(trainer, pl_module, outcome, start)
-        finally:
-            self._name = "repair"
-        self.announce(trainer, outcome, name)
+        outcome = self.repair.repair_now(trainer, pl_module, name=f"repair-step-{trainer.global_step}")
         self._done(trainer)
         self._best = measured if outcome.parameters is None else self._measured(trainer)
-        if self._fit_timer is not None:  # what the repair took is no part of the training
-            self._fit_timer = replace(self._fit_timer, began=self._fit_timer.began + time.perf_counter() - began)
 
     def _done(self, trainer: Trainer) -> None:
         self._last_step = trainer.global_step
-        assert self.report is not None
-        self.reports.append(self.report)
+        assert self.repair.report is not None
+        self.reports.append(self.repair.report)
 
     def _measured(self, trainer: Trainer) -> float | None:
         """The metric of a repaired model; None where it is not known."""

@@ -12,7 +12,7 @@ from lightning_package import DistributedSamplerWrapper, LightningModule, Traine
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import lightning_nrl
-from lightning_nrl import _lightning
+from lightning_nrl._lightning import private_parts
 
 PACKAGE = Path(lightning_nrl.__file__).parent
 LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._lightning")
@@ -62,17 +62,17 @@ def test_one_module_alone_imports_lightning(path: Path) -> None:
 
 
 def test_a_module_without_a_trainer_has_none() -> None:
-    assert _lightning.trainer_of(LightningModule()) is None
+    assert private_parts.trainer_of(LightningModule()) is None
 
 
 def test_a_wrapped_sampler_is_given_with_its_wrapper() -> None:
     data = TensorDataset(torch.arange(6))
     plain = DataLoader(data, shuffle=True)
-    outer, inner = _lightning.sampler_of(plain)
+    outer, inner = private_parts.sampler_of(plain)
     assert isinstance(outer, RandomSampler)
     assert inner is outer
     wrapped = DistributedSamplerWrapper(RandomSampler(data), num_replicas=2, rank=0)
-    outer, inner = _lightning.sampler_of(DataLoader(data, sampler=wrapped))
+    outer, inner = private_parts.sampler_of(DataLoader(data, sampler=wrapped))
     assert isinstance(outer, DistributedSampler)
     assert isinstance(inner, RandomSampler)
 
@@ -80,12 +80,12 @@ def test_a_wrapped_sampler_is_given_with_its_wrapper() -> None:
 def test_a_compiled_module_is_told_from_a_plain_one() -> None:
     plain, compiled = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     compiled.compile(backend="eager")
-    assert (_lightning.is_compiled(plain), _lightning.is_compiled(compiled)) == (False, True)
+    assert (private_parts.is_compiled(plain), private_parts.is_compiled(compiled)) == (False, True)
     whole = torch.compile(plain, backend="eager")
-    assert _lightning.original_module(whole) is plain
+    assert private_parts.original_module(whole) is plain
 
 
 def test_the_batch_limit_is_that_of_a_fast_dev_run(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "default_root_dir": tmp_path}
-    assert _lightning.batch_limit(Trainer(**settings)) is None
-    assert _lightning.batch_limit(Trainer(**settings, fast_dev_run=2)) == 2
+    assert private_parts.batch_limit(Trainer(**settings)) is None
+    assert private_parts.batch_limit(Trainer(**settings, fast_dev_run=2)) == 2

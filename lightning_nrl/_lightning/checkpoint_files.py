@@ -21,8 +21,6 @@ from lightning_nrl._lightning.packages import (
 from lightning_nrl._utils.checkpoint import reason
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["CheckpointWriter", "reading_checkpoints", "writing_checkpoint"]
-
 TRUSTED_FILE_HINT = "if you trust the file, say `weights_only=False`, or load the model from it yourself."
 
 

@@ -143,30 +143,16 @@ if TYPE_CHECKING:
 else:
     load_checkpoint = _find(PACKAGES[0].__name__, "fabric.utilities.cloud_io._load")
     DistributedSamplerWrapper = _union("fabric.utilities.distributed.DistributedSamplerWrapper")
-    Callback = _union("pytorch.Callback")
-    LightningDataModule = _union("pytorch.LightningDataModule")
-    LightningModule = _union("pytorch.LightningModule")
-    Trainer = _union("pytorch.Trainer")
-    BatchSizeFinder = _union("pytorch.callbacks.BatchSizeFinder")
-    Checkpoint = _union("pytorch.callbacks.Checkpoint")
-    DeviceStatsMonitor = _union("pytorch.callbacks.DeviceStatsMonitor")
-    EarlyStopping = _union("pytorch.callbacks.EarlyStopping")
-    LearningRateFinder = _union("pytorch.callbacks.LearningRateFinder")
-    LearningRateMonitor = _union("pytorch.callbacks.LearningRateMonitor")
-    ModelCheckpoint = _union("pytorch.callbacks.ModelCheckpoint")
-    ModelPruning = _union("pytorch.callbacks.ModelPruning")
-    ModelSummary = _union("pytorch.callbacks.ModelSummary")
-    ProgressBar = _union("pytorch.callbacks.ProgressBar")
-    RichProgressBar = _union("pytorch.callbacks.RichProgressBar")
-    Timer = _union("pytorch.callbacks.Timer")
-    TQDMProgressBar = _union("pytorch.callbacks.TQDMProgressBar")
-    Logger = _union("pytorch.loggers.Logger")
-    TensorBoardLogger = _union("pytorch.loggers.TensorBoardLogger")
-    MLFlowLogger = _union("pytorch.loggers.MLFlowLogger")
-    WandbLogger = _union("pytorch.loggers.WandbLogger")
-    CheckpointIO = _union("pytorch.plugins.io.CheckpointIO")
-    TorchCheckpointIO = _union("pytorch.plugins.io.TorchCheckpointIO")
     WrappingCheckpointIO = _union("pytorch.plugins.io.wrapper._WrappingCheckpointIO")
+    for module, names in {
+        "pytorch": "Callback LightningDataModule LightningModule Trainer",
+        "pytorch.callbacks": "BatchSizeFinder Checkpoint DeviceStatsMonitor EarlyStopping LearningRateFinder "
+        "LearningRateMonitor ModelCheckpoint ModelPruning ModelSummary ProgressBar RichProgressBar Timer "
+        "TQDMProgressBar",
+        "pytorch.loggers": "Logger MLFlowLogger TensorBoardLogger WandbLogger",
+        "pytorch.plugins.io": "CheckpointIO TorchCheckpointIO",
+    }.items():
+        globals().update({name: _union(f"{module}.{name}") for name in names.split()})
     CallbackBase = _base("pytorch.Callback")
     CheckpointIOBase = _base("pytorch.plugins.io.CheckpointIO")
     DummyLoggerBase = _base("pytorch.loggers.logger.DummyLogger")

@@ -6,7 +6,7 @@ said where it does. Attributes that are public but have no types are here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,32 +22,6 @@ from lightning_nrl._lightning.packages import (
     class_for,
     classes,
 )
-
-__all__ = [
-    "ValidationLoaders",
-    "averaging_callbacks",
-    "batch_limit",
-    "callbacks_of",
-    "data_module_of",
-    "given_loaders",
-    "is_compiled",
-    "logged_hparams",
-    "observing_loaders",
-    "original_module",
-    "overfit_batches",
-    "overrides",
-    "prepare_batch",
-    "release_copy",
-    "rerun_validation",
-    "sampler_of",
-    "set_batch_sampler",
-    "set_callbacks",
-    "shared_with_copies",
-    "starts_own_processes",
-    "trainer_of",
-    "validating",
-    "validation_loaders",
-]
 
 COMPILED_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 """What Lightning replaces on a compiled module, by functions that are bound to that very module."""
@@ -189,34 +163,6 @@ def sampler_of(loader: DataLoader[Any]) -> tuple[Any, Any]:
         wrapped: Any = sampler.dataset
         return sampler, wrapped._sampler
     return sampler, sampler
-
-
-def set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
-    """Has a loader draw its next iteration's batches from another sampler (`DataLoader.__setattr__` refuses it)."""
-    object.__setattr__(loader, "batch_sampler", sampler)
-
-
-def observing_loaders(trainer: Trainer, see: Callable[[DataLoader[Any]], None]) -> Callable[[], None]:
-    """Shows each data loader that a trainer prepares before it is iterated; gives what ends that.
-
-    A first epoch is iterated before any hook. Between the loader's sampler and that, `Strategy.process_dataloader` is
-    the one call.
-    """
-    strategy: Any = trainer.strategy
-    process = strategy.process_dataloader
-
-    def seen(loader: Any) -> Any:
-        found = process(loader)
-        if isinstance(found, DataLoader) and found.batch_sampler is not None:
-            see(found)
-        return found
-
-    def end() -> None:
-        if vars(strategy).get("process_dataloader") is seen:
-            del strategy.process_dataloader
-
-    strategy.process_dataloader = seen
-    return end
 
 
 def original_module(module: nn.Module) -> nn.Module:

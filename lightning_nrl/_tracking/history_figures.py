@@ -8,8 +8,6 @@ from lightning_nrl._tracking.learning_curves import MOST_CLASSES, Learning
 from lightning_nrl.localization import RecordedSplit, TrainingRecord
 from lightning_nrl.report._figures import INK, dress, new_figure
 
-__all__ = ["history_figures"]
-
 HISTORY_CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 LEARNING_COLOURS = {"learned": "#009E73", "forgotten": "#D55E00", "never_learned": "#666666"}
 
@@ -21,14 +19,15 @@ def history_figures(record: TrainingRecord, split: str) -> dict[str, Any]:
         ConfigurationError: matplotlib is not installed.
     """
     last = Learning.of(record.splits[split])
-    figures = {split: _curves(record, split, int(last.seen.sum()))}
-    classes = last.label[last.seen].unique().tolist()
+    figures = {split: _curves(record, split)}
+    classes = last.label.unique().tolist()
     if 1 < len(classes) <= MOST_CLASSES and classes[0] >= 0:
         figures[f"{split}, by class"] = _bars(last, split, classes)
     return figures
 
 
-def _curves(record: TrainingRecord, split: str, n: int) -> Any:
+def _curves(record: TrainingRecord, split: str) -> Any:
+    n = len(record.splits[split].index)
     figure = new_figure(*HISTORY_CARD)
     axes = figure.subplots()
     epochs, steps = ([getattr(point, of) for point in record.points] for of in ("epoch", "step"))
@@ -46,11 +45,8 @@ def _curves(record: TrainingRecord, split: str, n: int) -> Any:
 
 def _counts(record: RecordedSplit) -> dict[str, list[int]]:
     """Counts of every point."""
-    right = record.right
-    was_right = (record.passed & record.known).int().cummax(0).values > 0
-    seen = record.known.int().cummax(0).values > 0
-    masks = {"learned": right, "forgotten": was_right & ~right, "never_learned": seen & ~was_right}
-    return {name: mask.sum(1).tolist() for name, mask in masks.items()}
+    points = Learning(record.label, record.passed, record.passed.int().cummax(0).values > 0)
+    return {name: mask.sum(1).tolist() for name, mask in points.masks.items()}
 
 
 def _bars(last: Learning, split: str, classes: list[int]) -> Any:
@@ -58,7 +54,7 @@ def _bars(last: Learning, split: str, classes: list[int]) -> Any:
     figure = new_figure(*HISTORY_CARD)
     axes = figure.subplots()
     below = [0.0] * len(classes)
-    sizes = [int((last.label[last.seen] == one).sum()) for one in classes]
+    sizes = [int((last.label == one).sum()) for one in classes]
     for name in ("forgotten", "never_learned"):
         counts = [int((last.label[last.masks[name]] == one).sum()) for one in classes]
         share = [100 * count / size for count, size in zip(counts, sizes, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_nrl._lightning import (
+from lightning_nrl._lightning.packages import (
     Logger,
     MLFlowLogger,
     TensorBoardLogger,
@@ -29,8 +29,6 @@ from lightning_nrl.errors import LoggingWarning
 from lightning_nrl.localization import TrainingRecord
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report._figures import image_of
-
-__all__ = ["declare", "to_each", "track", "track_history", "track_numbers", "track_release", "writer_of"]
 
 RUNS: Mapping[Any, tuple[Callable[[RepairLog, Any], None], Callable[[Mapping[str, Path], Any, str, int], None]]] = {
     WandbLogger: (write_wandb, upload_to_wandb),

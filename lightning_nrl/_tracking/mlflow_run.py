@@ -9,10 +9,9 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from lightning_nrl._lightning import MLFlowLogger
-from lightning_nrl._tracking.repair_log import FLIPPED_COLUMNS, RepairLog
-
-__all__ = ["upload_to_mlflow", "write_mlflow"]
+from lightning_nrl._lightning.packages import MLFlowLogger
+from lightning_nrl._tracking.repair_log import RepairLog
+from lightning_nrl.report.tables import FLIPPED_COLUMNS
 
 BATCH = 1_000
 """MLflow takes no more numbers in one request."""

@@ -15,8 +15,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from lightning_nrl.report import RepairReport
 
-__all__ = ["ASKED", "MEASURED", "asked", "declare_columns", "flat", "write_row"]
-
 Plain = bool | int | float | str
 
 ASKED: Mapping[str, Plain] = {

@@ -16,9 +16,7 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.report.repair_figures import SEARCH_TITLE, gallery_figures, reviewer_figures
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.summary_figure import summary_figure
-from lightning_nrl.report.tables import FLIPPED_COLUMNS, flipped_splits
-
-__all__ = ["FLIPPED_COLUMNS", "RepairLog", "written"]
+from lightning_nrl.report.tables import flipped_splits
 
 CARD = (4.2, 3.0)  # inches; loggers show figures small, so that text is to be large
 UPLOADED = ("html", "markdown", "json", "patch", "predictions")

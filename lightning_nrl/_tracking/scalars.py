@@ -14,21 +14,6 @@ from lightning_nrl.metrics.rates import UPDATE_RATES
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport, SplitReport
 
-__all__ = [
-    "SEARCH_CURVES",
-    "Scalars",
-    "final_numbers",
-    "further_numbers",
-    "outcome",
-    "release_numbers",
-    "rung_numbers",
-    "search_curves",
-    "slice_numbers",
-    "split_numbers",
-    "strength_curves",
-    "weight_numbers",
-]
-
 Scalars = dict[str, float]
 """Values by tag."""
 

@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Literal
 
-from lightning_nrl._lightning import Logger, rank_zero_only
+from lightning_nrl._lightning.packages import Logger, rank_zero_only
 from lightning_nrl._tracking.loggers import to_each, writer_of
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import check_choice
 from lightning_nrl.report.splits import ROLES
-
-__all__ = ["sweep_rows", "track_sweep"]
 
 SWEPT_COLUMNS = ("fitness", "alpha", "perfect_intact", "n_weights", "n_passed", "particles")
 MEASURED_COUNTS = ("repaired_in_target", "broken_in_target", "repaired", "broken", "accuracy_after")

@@ -13,8 +13,6 @@ from lightning_nrl._tracking.scalars import final_numbers, search_curves, streng
 from lightning_nrl.report._figures import image_of
 from lightning_nrl.report.page import Facts, Heading, Page
 
-__all__ = ["write_tensorboard"]
-
 
 def write_tensorboard(log: RepairLog, writer: SummaryWriter) -> None:
     """Writes a repair to a run of its own, a sub-run of that of training which is called as the repair is.

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl._lightning import WandbLogger
-from lightning_nrl._tracking.repair_log import FLIPPED_COLUMNS, RepairLog
+from lightning_nrl._lightning.packages import WandbLogger
+from lightning_nrl._tracking.repair_log import RepairLog
 from lightning_nrl.report._figures import image_of
-
-__all__ = ["upload_to_wandb", "write_wandb"]
+from lightning_nrl.report.tables import FLIPPED_COLUMNS
 
 MOST_ROWS = 10_000
 """W&B shows no more of a table."""

@@ -9,7 +9,8 @@ import torch
 from rich import get_console
 from torch import Tensor
 
-from lightning_nrl._lightning import ModelCheckpoint, Trainer, batch_limit, logged_hparams, rank_zero_warn
+from lightning_nrl._lightning.packages import ModelCheckpoint, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import batch_limit, logged_hparams
 from lightning_nrl._tracking import RepairLog, outcome, track
 from lightning_nrl._trainer.run_folder import run_folder
 from lightning_nrl._trainer.saved_files import AnyReport, SavedFiles
@@ -20,18 +21,6 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.report._formatting import from_here
 from lightning_nrl.report.page import Shown
 from lightning_nrl.report.sample_views import SampleView
-
-__all__ = [
-    "REPAIRED_FILES",
-    "REPORT_FILES",
-    "announce",
-    "base_folder",
-    "output_folder",
-    "parse_prefix",
-    "report_files",
-    "show",
-    "write_report",
-]
 
 REPORT_FILES = {"json": "report.json", "markdown": "report.md", "html": "report.html"}
 REPAIRED_FILES = {"checkpoint": "repaired.ckpt", "patch": PATCH_NAME, **REPORT_FILES}

@@ -8,8 +8,6 @@ from typing import Protocol, runtime_checkable
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.validation_view import innermost_datasets
 
-__all__ = ["class_names"]
-
 
 @runtime_checkable
 class _HasClasses(Protocol):

@@ -15,14 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
-from lightning_nrl._lightning import (
-    LightningModule,
-    ModelPruning,
-    Trainer,
-    callbacks_of,
-    data_module_of,
-    rank_zero_warn,
-)
+from lightning_nrl._lightning.packages import LightningModule, ModelPruning, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import callbacks_of, data_module_of
 from lightning_nrl._trainer.augmented_targets import Augment, AugmentingCollate, MarkedSamples
 from lightning_nrl._trainer.data_splits import find_loader
 from lightning_nrl._trainer.inner_trainer import copied_data_module, copied_module, inner_trainer, quiet

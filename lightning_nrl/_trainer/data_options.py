@@ -13,8 +13,6 @@ from lightning_nrl._utils.imports import import_function
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import check_choice, check_whole
 
-__all__ = ["DataOptions"]
-
 
 @dataclass(frozen=True)
 class DataOptions:

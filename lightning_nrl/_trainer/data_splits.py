@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import (
-    LightningModule,
-    Trainer,
-    batch_limit,
-    class_for,
-    data_module_of,
-    given_loaders,
-    overfit_batches,
-    rank_zero_warn,
-)
+from lightning_nrl._lightning.packages import LightningModule, Trainer, class_for, rank_zero_warn
+from lightning_nrl._lightning.private_parts import batch_limit, data_module_of, given_loaders, overfit_batches
 from lightning_nrl._trainer.data_options import DataOptions
 from lightning_nrl._trainer.loaders import (
     SPLITS,
@@ -35,8 +27,6 @@ from lightning_nrl._trainer.stability import draws_at_random
 from lightning_nrl._trainer.validation_view import with_validation_view
 from lightning_nrl.data.sample_identity import base_samples, is_among
 from lightning_nrl.errors import ConfigurationError, DataWarning, check_kind
-
-__all__ = ["DataRequest", "Found", "FoundData", "SplitLoaders", "describe_limits", "find_data", "find_loader"]
 
 Found = tuple[DataLoader[Any], str]
 """A data loader and the name that reports use for it."""

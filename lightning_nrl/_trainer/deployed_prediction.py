@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._lightning import LightningModule, overrides, rank_zero_warn
+from lightning_nrl._lightning.packages import LightningModule, rank_zero_warn
+from lightning_nrl._lightning.private_parts import overrides
 from lightning_nrl._model.layers import layers_of
 from lightning_nrl._model.per_sample_grad import OutputProbe
 from lightning_nrl._scoring.forward_trace import force_eager
-from lightning_nrl._trainer.loaders import LoaderSource
+from lightning_nrl._trainer.output_capture import hooked
 from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
@@ -24,8 +25,6 @@ from lightning_nrl.data.batch import Adapter, ModelCall, run_model, tensors_in
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
-
-__all__ = ["PredictStep", "as_deployed", "called_layers", "deployed_adapter"]
 
 SAME_OUTPUT_TOLERANCE = 1e-3
 """Two ways to the same outputs differ by less than this part of the largest one."""
@@ -66,25 +65,6 @@ class _CalledOnRaw:
 
     def __call__(self, raw: Any) -> Any:
         return (self.call, raw), {}, self.adapter(raw)[2]
-
-
-def as_deployed(
-    model: LightningModule, evaluator: Evaluator, *splits: Sequence[LoaderSource]
-) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
-    """Sources whose batches are run as the module is deployed, and an evaluator that knows which layers that calls.
-
-    It is found out on the first batch of the first source.
-
-    Raises:
-        ConfigurationError: as `deployed_adapter`.
-    """
-    first = next((source for sources in splits for source in sources), None)
-    if first is None:
-        return evaluator, tuple(list(sources) for sources in splits)
-    raw = first.first_batch()
-    adapter = deployed_adapter(model, evaluator, first.adapter, raw)
-    found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
-    return replace(evaluator, called=called_layers(model, evaluator, adapter, raw)), found
 
 
 @torch.no_grad()
@@ -195,9 +175,8 @@ def _logits_with(
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor | None:
     """The logits, where a layer's output is changed; None where that raises. States stay as they were."""
-    with attributes_kept(model), ExitStack() as stack:
-        if layer is not None and change is not None:
-            stack.callback(layer.register_forward_hook(lambda module, args, output: change(output)).remove)
+    layers = {} if layer is None else {"": layer}
+    with attributes_kept(model), hooked(layers, lambda name, args, output: change and change(output)):
         seed_all(0)
         try:
             return run().clone()  # a model may write the next ones into the same memory
@@ -210,22 +189,11 @@ def _is_same(logits: Tensor | None, others: Tensor) -> bool:
 
 
 def _called(model: nn.Module, run: Callable[[], Any]) -> list[str]:
-    called: dict[str, None] = {}
-
-    def note(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            called.pop(name, None)
-            called[name] = None
-
-        return hook
-
-    handles = [layer.register_forward_hook(note(name)) for name, layer in layers_of(model).items()]
-    try:
+    """Layers in the order of their last calls."""
+    calls: list[str] = []
+    with hooked(layers_of(model), lambda name, args, output: calls.append(name)):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(called)
+    return list(dict.fromkeys(reversed(calls)))[::-1]
 
 
 def _check_gradients(model: nn.Module, evaluator: Evaluator, call: PredictStep, raw: Any) -> None:

@@ -10,8 +10,6 @@ from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.metrics.rates import UPDATE_RATES
 
-__all__ = ["FlipCounter", "metrics_of"]
-
 
 class FlipCounter:
     """What one validation has found so far, on the device; nothing waits for it before the end."""

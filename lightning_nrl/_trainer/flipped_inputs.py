@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lightning_nrl._lightning import rank_zero_warn
+from lightning_nrl._lightning.packages import rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.sample_display import display, find_normalization, to_pixels
 from lightning_nrl.data.batch import tensors_in
@@ -14,8 +14,6 @@ from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SampleView, caption_of
 from lightning_nrl.report.splits import FlippedSample
 from lightning_nrl.report.tables import flipped_splits, most_telling
-
-__all__ = ["Render", "sample_views"]
 
 Render = Callable[[Any], Any]
 """Takes one sample as the data set gives it; gives an image (see `to_pixels`) or text."""

@@ -1,17 +1,36 @@
-"""What is to run right after a hook of a module, since Lightning calls the hooks of most callbacks before it."""
+"""Methods of a module replaced for a while, and what runs right after one of its hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lightning_nrl._lightning import LightningModule
+from lightning_nrl._lightning.packages import LightningModule
 
-__all__ = ["follow_hook", "release_hook"]
+
+@contextmanager
+def replaced(module: LightningModule, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a module has other methods; afterwards its own again, whatever was set meanwhile."""
+    own = {name: vars(module)[name] for name in methods if name in vars(module)}
+    vars(module).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            vars(module).pop(name, None)
+        vars(module).update(own)
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for a method that is left out."""
 
 
 class _FollowedHook:
-    """Stands in the place of a hook for one call, in which the module has its own again."""
+    """Stands in for a hook for one call, in which the module has its own again.
+
+    Lightning calls the hooks of most callbacks before that of the module.
+    """
 
     def __init__(self, module: LightningModule, name: str) -> None:
         self.module = module

@@ -10,8 +10,6 @@ from lightning_nrl._trainer.data_splits import Found, SplitLoaders, find_data
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.reference.interpolation import ShareChoice
 
-__all__ = ["choice_numbers", "find_calibration", "find_one"]
-
 
 def find_calibration(given: str | DataLoader[Any] | None, loaders: SplitLoaders, *, needed: bool) -> Found | None:
     """The calibration data; None where there are none and none are needed to choose a share by."""

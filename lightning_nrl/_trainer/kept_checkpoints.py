@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lightning_nrl._lightning import ModelCheckpoint, Trainer, callbacks_of
+from lightning_nrl._lightning.packages import ModelCheckpoint, Trainer
+from lightning_nrl._lightning.private_parts import callbacks_of
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.settings import Settings
-
-__all__ = ["check_kept", "with_kept_checkpoints"]
 
 
 def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:

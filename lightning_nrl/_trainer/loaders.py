@@ -23,7 +23,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_nrl._lightning import LightningModule, Trainer, prepare_batch, sampler_of
+from lightning_nrl._lightning.packages import LightningModule, Trainer
+from lightning_nrl._lightning.private_parts import prepare_batch, sampler_of
 from lightning_nrl._trainer.seeded_dataset import SeededDataset, init_worker
 from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import random_state, seed_all
@@ -31,19 +32,6 @@ from lightning_nrl.data.adapters import adapter_hint, as_adapter, bind_adapter, 
 from lightning_nrl.data.batch import Adapter, Batch
 from lightning_nrl.data.sample_identity import base_samples
 from lightning_nrl.errors import ConfigurationError, RepairError
-
-__all__ = [
-    "LoaderSource",
-    "batch_size_of",
-    "check_data",
-    "check_loader",
-    "length_of",
-    "loader_like",
-    "make_source",
-    "parse_adapter",
-    "sample_index",
-    "split_and_loader",
-]
 
 SPLITS = ("train", "val", "repair", "test")
 

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_nrl._lightning import LightningModule
-from lightning_nrl._trainer.output_capture import Call, is_same
+from lightning_nrl._trainer.output_capture import Call, logits_of, same_objects
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks import Task
-
-__all__ = ["ForwardPass", "StepWrapper", "add_to_loss", "find_forward_pass"]
 
 ONE_LINE = (
     "add `loss = loss + regression_loss(self, batch, logits)` to `training_step` "
     "(`from lightning_nrl.callbacks import regression_loss`)."
 )
 """What a user can do where the term cannot be added from outside."""
-
-
-class StepWrapper:
-    """The `training_step` of a module, wrapped for the time of a batch.
-
-    Not longer, since copies of a module that are made between batches would keep calling the original.
-    """
-
-    def __init__(self) -> None:
-        self._module: LightningModule | None = None
-        self._own: dict[str, Any] = {}
-
-    def wrap(self, module: LightningModule, around: Callable[..., Any]) -> None:
-        """From now on `training_step(*args)` is `around(training_step, *args)`."""
-        self.unwrap()
-        self._module, self._own = module, {k: v for k, v in vars(module).items() if k == "training_step"}
-        module.training_step = partial(around, module.training_step)  # type: ignore[method-assign]
-
-    def unwrap(self) -> None:
-        """The module's own again, if it is not already."""
-        if self._module is not None:
-            vars(self._module).pop("training_step", None)
-            vars(self._module).update(self._own)
-        self._module, self._own = None, {}
 
 
 class ForwardPass(NamedTuple):
@@ -65,12 +36,10 @@ def find_forward_pass(
     """
     found = []
     for given, named, output in calls:
-        with suppress(ConfigurationError):
-            logits = task.logits(output)
-            if logits.ndim and len(logits) == n:
-                found.append(
-                    (ForwardPass(tuple(given), named, logits), is_same(given, args) and is_same(named, kwargs))
-                )
+        logits = logits_of(output, n, task)
+        if logits is not None:
+            same = same_objects(given, args) and same_objects(named, kwargs)
+            found.append((ForwardPass(tuple(given), named, logits), same))
     plain = [call for call, same in found if same]
     if len(plain) == 1:
         return plain[0]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_nrl._lightning import is_compiled, original_module
+from lightning_nrl._lightning.private_parts import is_compiled, original_module
 from lightning_nrl.data.batch import run_model
-
-__all__ = ["Call", "OutputCapture", "Probe", "is_same"]
+from lightning_nrl.errors import ConfigurationError
+from lightning_nrl.tasks import Task
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any], Any]
 """Arguments, keyword arguments and what came of them."""
@@ -31,6 +32,19 @@ class _RecordedCalls:
 def _record_call(recorded: _RecordedCalls, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
     if recorded.active:
         recorded.calls[name].append((args, kwargs, output))
+
+
+@contextmanager
+def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """Inside, `hook(name, args, output)` is called after each call of a layer, and what it returns is the output."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(_call, hook, name)).remove)
+        yield
+
+
+def _call(hook: Callable[[str, Any, Any], Any], name: str, module: nn.Module, args: Any, output: Any) -> Any:
+    return hook(name, args, output)
 
 
 class OutputCapture:
@@ -69,7 +83,7 @@ class OutputCapture:
         None where neither it nor a part was called. `redirected` is as for `calls`.
         """
         _, made = self.calls(redirected=redirected)
-        same = (output for given, named, output in made if is_same(given, args) and is_same(named, kwargs))
+        same = (output for given, named, output in made if same_objects(given, args) and same_objects(named, kwargs))
         return next(same, made[0][2] if made else None)
 
     def calls(self, *, redirected: bool = False) -> tuple[str, list[Call]]:
@@ -102,18 +116,10 @@ class Probe:
         if self.parts is not None:
             return run_model(self.model, args, kwargs)
         last: dict[str, Any] = {}
-        handles = [part.register_forward_hook(partial(_note, last, name)) for name, part in _parts(self.model)]
-        try:
+        with hooked(dict(_parts(self.model)), lambda name, args, output: last.update({name: output})):
             output = run_model(self.model, args, kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.parts = tuple(name for name, _ in _parts(self.model) if last.get(name) is output)[:1]
         return output
-
-
-def _note(last: dict[str, Any], name: str, module: nn.Module, args: Any, output: Any) -> None:
-    last[name] = output
 
 
 def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -127,8 +133,17 @@ def _parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]
                 yield from _parts(part, f"{prefix}{name}.")
 
 
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two sequences or mappings hold the very same objects."""
+def same_objects(a: Any, b: Any) -> bool:
+    """True if two sequences or mappings hold the very same objects."""
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def logits_of(output: Any, n: int, task: Task) -> Tensor | None:
+    """Returns the logits of `n` samples in an output; None where it holds none."""
+    with suppress(ConfigurationError):
+        logits = task.logits(output)
+        if logits.ndim and len(logits) == n:
+            return logits
+    return None

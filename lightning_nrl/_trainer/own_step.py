@@ -9,25 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._lightning import LightningModule, Trainer, overrides, rank_zero_warn
+from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import overrides
 from lightning_nrl._scoring.forward_trace import force_eager
+from lightning_nrl._trainer.deployed_prediction import called_layers, deployed_adapter
+from lightning_nrl._trainer.hook_followers import nothing, replaced
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.trainer_state import untracked
+from lightning_nrl._trainer.output_capture import hooked
+from lightning_nrl._trainer.trainer_state import make_evaluator, untracked
 from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all
 from lightning_nrl.data.adapters import ADAPTER_HINT, ModelAdapter
 from lightning_nrl.data.batch import run_model
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation import Evaluator
-
-__all__ = ["check_own_step"]
+from lightning_nrl.tasks import Task
 
 LAYER_TOLERANCE = 1e-3
 """Part of its size by which a layer's input or output may differ between two ways to the same."""
@@ -48,7 +51,30 @@ class _StepResult:
     loss: float  # NaN where the step gives none
 
 
-def check_own_step(
+def open_sources(
+    trainer: Trainer, model: LightningModule, task: Task, *splits: Sequence[LoaderSource]
+) -> tuple[Evaluator, tuple[list[LoaderSource], ...]]:
+    """Returns an evaluator that knows which layers are called, and sources whose batches are run as deployed.
+
+    Both are found out on the first batch of the first source. The sources of the first split are checked: the module's
+    own step has to give the network what the evaluation gives it.
+
+    Raises:
+        ConfigurationError: the module cannot be run as it is deployed, or its step gives the network something else.
+    """
+    evaluator = make_evaluator(trainer, model, task)
+    first = next((source for sources in splits for source in sources), None)
+    if first is None:
+        return evaluator, tuple(list(sources) for sources in splits)
+    raw = first.first_batch()
+    adapter = deployed_adapter(model, evaluator, first.adapter, raw)
+    found = tuple([replace(source, adapter=adapter) for source in sources] for sources in splits)
+    evaluator = replace(evaluator, called=called_layers(model, evaluator, adapter, raw))
+    _check_own_step(trainer, model, evaluator, found[0])
+    return evaluator, found
+
+
+def _check_own_step(
     trainer: Trainer, model: LightningModule, evaluator: Evaluator, known: Sequence[LoaderSource]
 ) -> None:
     """Compares a module's own step with our evaluation, in evaluation mode on the first batch of known data.
@@ -132,7 +158,13 @@ def _run_step(
     """What a step does, None where it cannot be run at this time."""
     raw = source.first_batch()
     method = getattr(model, step)
-    with untracked(trainer), _without_logging(model), attributes_kept(model), _listening(model, layer) as calls:
+    with ExitStack() as stack:
+        stack.enter_context(untracked(trainer))
+        for part in model.modules():
+            if isinstance(part, LightningModule):
+                stack.enter_context(replaced(part, log=nothing, log_dict=nothing))
+        stack.enter_context(attributes_kept(model))
+        calls = stack.enter_context(_listening(model, layer))
         seed_all(seed)
         try:
             with evaluator.context():
@@ -148,15 +180,11 @@ def _listening(model: nn.Module, layer: nn.Module | None) -> Iterator[Calls]:
     """Inside, the model is in evaluation mode without gradients, and the calls of a layer are noted."""
     calls: Calls = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def note(name: str, args: tuple[Any, ...], output: Tensor) -> None:
         calls.append((args[0].detach().float().clone(), output.detach().float().clone()))
 
-    with ExitStack() as stack:
-        stack.enter_context(preserve(model))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(force_eager())
-        if layer is not None:
-            stack.callback(layer.register_forward_hook(note).remove)
+    layers = {} if layer is None else {"": layer}
+    with preserve(model), torch.no_grad(), force_eager(), hooked(layers, note):
         seed_all(0)
         yield calls
 
@@ -175,23 +203,3 @@ def _distances(calls: Calls, others: Calls) -> Iterator[float]:
             for part in parts:
                 if all(x.shape == y.shape for x, y in zip(part, b, strict=True)):
                     yield max(_distance(x, y) for x, y in zip(part, b, strict=True))
-
-
-@contextmanager
-def _without_logging(model: nn.Module) -> Iterator[None]:
-    """Inside, `self.log` of modules does nothing."""
-    parts = [part for part in model.modules() if isinstance(part, LightningModule)]
-    before = [{name: own for name, own in vars(part).items() if name in ("log", "log_dict")} for part in parts]
-    try:
-        for part in parts:
-            vars(part).update(log=_nothing, log_dict=_nothing)
-        yield
-    finally:
-        for part, own in zip(parts, before, strict=True):
-            for name in ("log", "log_dict"):
-                vars(part).pop(name, None)
-            vars(part).update(own)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass

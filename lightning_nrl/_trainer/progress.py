@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lightning_nrl._lightning import RichProgressBar, TQDMProgressBar, Trainer, rank_zero_info
+from lightning_nrl._lightning.packages import RichProgressBar, TQDMProgressBar, Trainer, rank_zero_info
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-__all__ = ["RepairProgress"]
 
 
 class RepairProgress:

@@ -6,50 +6,51 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, rank_zero_warn, validating
+from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import batch_limit, validating
 from lightning_nrl._trainer.data_splits import SplitLoaders
 from lightning_nrl._trainer.loaders import check_loader, make_source, sample_index
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning
-from lightning_nrl.localization.training_record import SplitPoint, split_points
+from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.tasks import Task
 
-__all__ = ["find_splits", "run_splits"]
 
-
-def find_splits(splits: Sequence[str], loaders: SplitLoaders) -> dict[str, Tensor]:
-    """Positions in the data set of the samples of each split that is to be recorded; `auto`: of those that can be."""
-    if tuple(splits) != ("auto",):
-        return {split: sample_index(check_loader(loaders.get(split), split)) for split in splits}
-    found: dict[str, Tensor] = {}
+def find_splits(splits: tuple[str, ...], loaders: SplitLoaders) -> tuple[str, ...]:
+    """Returns the splits to be recorded; `auto`: training and validation data that can be."""
+    if splits != ("auto",):
+        for split in splits:
+            sample_index(check_loader(loaders.get(split), split))
+        return splits
+    found: list[str] = []
     for name in ("train", "val"):
         given = loaders.get(name)
         several = len(given) if isinstance(given, (list, tuple)) else 1
         for split in [name] if several == 1 else [f"{name}:{i}" for i in range(several)]:
             if given is not None:
                 try:
-                    found[split] = sample_index(check_loader(loaders.get(split), split))
+                    sample_index(check_loader(loaders.get(split), split))
+                    found.append(split)
                 except ConfigurationError as error:
                     problem, _, hint = str(error).partition("\nHINT: ")
                     rank_zero_warn(DataWarning(f"`TrainingHistory` does not record {problem}", hint))
     if not found:
         hint = "name data that can be read by index: `splits='repair'`."
         raise ConfigurationError("`splits='auto'`: no training or validation data can be recorded.", hint)
-    return found
+    return tuple(found)
 
 
 def run_splits(
     splits: Sequence[str], trainer: Trainer, model: LightningModule, task: Task, adapter: Adapter
-) -> dict[str, SplitPoint]:
-    """What the model does on all samples of some splits, in evaluation mode; modes and random states stay as found."""
+) -> SampleResults:
+    """Evaluates the model on all samples of some splits; modes and random states stay as found."""
     limit = batch_limit(trainer)
     with random_state(), validating(trainer), torch.no_grad(), preserve(model):
         model.eval()
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"trainer": trainer, "model": model, "adapter": adapter, "limit": limit}
         sources = [make_source(loaders.get(split), split, **how) for split in splits]
-        return split_points(make_evaluator(trainer, model, task).run(sources))
+        return make_evaluator(trainer, model, task).run(sources)

@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    DistributedSampler,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from lightning_nrl._lightning import LightningModule, Trainer, sampler_of, validating, validation_loaders
-from lightning_nrl._trainer.deployed_prediction import as_deployed
+from lightning_nrl._lightning.packages import LightningModule, Trainer
+from lightning_nrl._lightning.private_parts import sampler_of, validating, validation_loaders
 from lightning_nrl._trainer.loaders import check_loader, loader_like, make_source
 from lightning_nrl._trainer.output_capture import Probe
-from lightning_nrl._trainer.own_step import check_own_step
-from lightning_nrl._trainer.trainer_state import make_evaluator
+from lightning_nrl._trainer.own_step import open_sources
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl.data.batch import Adapter
@@ -31,8 +24,6 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.slices import SliceRecorder, Slices
 from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.tasks import Task
-
-__all__ = ["ReferenceResults", "batches_in_order", "evaluate_reference", "is_same_validation", "validation_loader"]
 
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
@@ -53,7 +44,7 @@ class ReferenceResults:
     adapter: Adapter  # with which batches are run as the new model is deployed
 
 
-def validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
+def _validation_loader(trainer: Trainer, dataloader: int) -> tuple[DataLoader[Any], int | None]:
     """The data loader that a trainer validates on, and how many of its batches; None: all."""
     found = validation_loaders(trainer)
     if found is None:
@@ -88,16 +79,15 @@ def evaluate_reference(
 ) -> ReferenceResults:
     """Evaluates the replaced model on the validation data, with one pass of each model. All are left as found."""
     collective = Collective.current(model.device)
-    loader, most = validation_loader(trainer, dataloader)
+    loader, most = _validation_loader(trainer, dataloader)
     with random_state(), validating(trainer):
-        batches = batches_in_order(loader, most)
+        batches = _batches_in_order(loader, most)
         mine = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64)
         everyone = collective.gather(mine)
         which = SubsetRandomSampler(torch.cat(everyone).tolist())  # the source sorts them
         again = loader_like(loader, batch_size=max(map(len, batches), default=1), sampler=which)
         source = make_source(again, "val", trainer=trainer, model=model, adapter=adapter)
-        evaluator, ((source,),) = as_deployed(model, make_evaluator(trainer, model, task), [source])
-        check_own_step(trainer, model, evaluator, [source])
+        evaluator, ((source,),) = open_sources(trainer, model, task, [source])
         recorder = SliceRecorder(source, slices, task)
         probe = Probe(model)
         with preserve(model):
@@ -121,14 +111,14 @@ def evaluate_reference(
 
 def is_same_validation(known: ReferenceResults, trainer: Trainer, dataloader: int) -> bool:
     """Whether the data that are to be validated are still those that the replaced model was asked about."""
-    loader, most = validation_loader(trainer, dataloader)
+    loader, most = _validation_loader(trainer, dataloader)
     if loader is known.loader:
         return True
     with random_state():
-        return loader.dataset is known.loader.dataset and batches_in_order(loader, most) == known.order
+        return loader.dataset is known.loader.dataset and _batches_in_order(loader, most) == known.order
 
 
-def batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
+def _batches_in_order(loader: DataLoader[Any], most: int | None) -> list[list[int]]:
     """Data-set positions of this rank's samples, batch by batch."""
     sampler, inside = sampler_of(loader)
     shuffles = isinstance(inside, RANDOM) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)

@@ -12,8 +12,6 @@ from uuid import uuid4
 
 from lightning_nrl._utils.whole_files import remove_stale, write_text
 
-__all__ = ["ResultBox"]
-
 FILE_PREFIX = "lightning_nrl-"
 
 

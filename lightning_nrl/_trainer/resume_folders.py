@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from lightning_nrl._lightning import Trainer, batch_limit
+from lightning_nrl._lightning.packages import Trainer
+from lightning_nrl._lightning.private_parts import batch_limit
 from lightning_nrl._trainer.artifacts import base_folder
 from lightning_nrl._utils.saved_work import ResumeStore
 

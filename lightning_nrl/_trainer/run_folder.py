@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lightning_nrl._lightning import Trainer
-
-__all__ = ["run_folder"]
+from lightning_nrl._lightning.packages import Trainer
 
 
 def run_folder(trainer: Trainer) -> str:

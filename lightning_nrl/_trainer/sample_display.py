@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lightning_nrl.report._figures import INK
 
-__all__ = ["Normalization", "display", "find_normalization", "to_pixels"]
-
 Pixels = npt.NDArray[np.uint8]
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 """Means and standard deviations of channels, by which a data set has normalised its images."""

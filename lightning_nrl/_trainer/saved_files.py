@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lightning_nrl._lightning import CheckpointWriter, Trainer, rank_zero_info, rank_zero_warn, writing_checkpoint
+from lightning_nrl._lightning.checkpoint_files import CheckpointWriter, writing_checkpoint
+from lightning_nrl._lightning.packages import Trainer, rank_zero_info, rank_zero_warn
 from lightning_nrl._utils.checkpoint import REFUSED_OBJECT
 from lightning_nrl._utils.hashing import hash_tensors
 from lightning_nrl._utils.state import State, current_state, saved_names
@@ -24,8 +25,6 @@ from lightning_nrl.patches import Patch
 from lightning_nrl.release import ReleaseReport
 from lightning_nrl.report import RepairReport
 from lightning_nrl.report.sample_views import SAMPLES_FOLDER, SampleView, write_sample_files
-
-__all__ = ["AnyReport", "SavedFiles"]
 
 AnyReport = TypeVar("AnyReport", RepairReport, ReleaseReport)
 MARKS = ("html", "markdown", "json")

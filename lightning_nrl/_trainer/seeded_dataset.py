@@ -9,8 +9,6 @@ from torch.utils.data import Dataset, get_worker_info
 
 from lightning_nrl._utils.preserve import CpuRandomState, mixed_seed, seed_cpu
 
-__all__ = ["SeededDataset", "init_worker"]
-
 
 class SeededDataset(Dataset[Any]):
     """Another data set, read with random numbers that depend on a seed and on the position of the sample alone.

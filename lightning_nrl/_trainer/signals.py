@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_nrl._lightning import Trainer, class_for, rank_zero_only
+from lightning_nrl._lightning.packages import Trainer, class_for, rank_zero_only
 from lightning_nrl._utils.interrupts import interruptible
-
-__all__ = ["heeding_signals"]
 
 
 @contextmanager

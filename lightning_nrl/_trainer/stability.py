@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nrl._lightning import rank_zero_info, rank_zero_warn
+from lightning_nrl._lightning.packages import rank_zero_info, rank_zero_warn
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl._utils.preserve import random_state, seed_cpu
 from lightning_nrl.errors import DataWarning
-
-__all__ = ["Stability", "check_stability", "checked_positions", "draws_at_random", "is_same", "report_stability"]
 
 MAX_SAMPLES_CHECKED = 32
 """Samples of a split that are read twice: those that change are noticed with 95 % if they are a tenth."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import is_ending_early, poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory

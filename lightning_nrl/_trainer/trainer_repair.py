@@ -13,21 +13,21 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
+from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.private_parts import batch_limit, callbacks_of, validating
 from lightning_nrl._model.batch_statistics import refusing_batch_statistics
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.flipped_inputs import sample_views
 from lightning_nrl._trainer.kept_checkpoints import check_kept, with_kept_checkpoints
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.own_step import check_own_step
+from lightning_nrl._trainer.own_step import open_sources
 from lightning_nrl._trainer.progress import RepairProgress
 from lightning_nrl._trainer.stability import report_stability
-from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, make_evaluator
+from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
 from lightning_nrl._utils.saved_work import ResumeStore
@@ -52,8 +52,6 @@ from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.reference.old_model import OldModel, Reference
 from lightning_nrl.tasks import Task
-
-__all__ = ["TrainedModel", "TrainerRepair", "run_sanity_check"]
 
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 """torch puts them into one tensor with no other dtype."""
@@ -177,9 +175,7 @@ class TrainerRepair:
         loaders = SplitLoaders(trainer, model)
         how: dict[str, Any] = {"seed": self.settings.seed, "limit": limit, "whole": whole}
         known, unseen, calibration = self.data.sources(loaders, **how)
-        evaluator = make_evaluator(trainer, model, self.task)
-        evaluator, (known, unseen, calibration) = as_deployed(model, evaluator, known, unseen, calibration)
-        check_own_step(trainer, model, evaluator, known)
+        evaluator, (known, unseen, calibration) = open_sources(trainer, model, self.task, known, unseen, calibration)
         training = ContinuedTraining(
             trainer,
             model,

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import (
+from lightning_nrl._lightning.checkpoint_files import reading_checkpoints
+from lightning_nrl._lightning.packages import (
     BatchSizeFinder,
     Callback,
     Checkpoint,
@@ -22,28 +23,15 @@ from lightning_nrl._lightning import (
     ModelCheckpoint,
     ProgressBar,
     Trainer,
-    callbacks_of,
     rank_zero_warn,
-    reading_checkpoints,
-    set_callbacks,
 )
+from lightning_nrl._lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._trainer.inner_trainer import LEFT_OUT, NullLogger
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import has_own_modes, own_flags, random_state, set_modes
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Task
-
-__all__ = [
-    "FitTimer",
-    "StartingWeights",
-    "borrowed",
-    "epochs_of",
-    "epochs_saved",
-    "make_evaluator",
-    "starting_weights",
-    "untracked",
-]
 
 TUNING = (BatchSizeFinder, LearningRateFinder)
 """Callbacks that train before training."""

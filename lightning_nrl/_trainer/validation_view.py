@@ -14,8 +14,6 @@ from lightning_nrl._trainer.seeded_dataset import SeededDataset
 from lightning_nrl._trainer.stability import check_stability, checked_positions, draws_at_random, is_same
 from lightning_nrl.data.batch import tensors_in
 
-__all__ = ["innermost_datasets", "with_validation_view"]
-
 TRANSFORMS = ("transform", "transforms")
 """Attributes by which torchvision's data sets, and those written like them, are given their transforms."""
 

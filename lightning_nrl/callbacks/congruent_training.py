@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of, trainer_of, validating
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.artifacts import parse_prefix
+from lightning_nrl._trainer.hook_followers import replaced
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
-from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, StepWrapper, add_to_loss, find_forward_pass
+from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, add_to_loss, find_forward_pass
 from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
@@ -84,7 +86,7 @@ class PositiveCongruentTraining(CallbackBase):
         self.prefix = parse_prefix(prefix, "regression")
         self.task = parse_task(task)
         self.adapter = parse_adapter(adapter)
-        self._step, self._outputs, self._held = StepWrapper(), OutputCapture(), ExitStack()
+        self._step, self._outputs, self._held = ExitStack(), OutputCapture(), ExitStack()
         self._teacher: ReferenceTeacher | None = None
         self._called = False
 
@@ -111,18 +113,21 @@ class PositiveCongruentTraining(CallbackBase):
             except BaseException:
                 self._release()
                 raise
-        self._step.wrap(pl_module, partial(self._step_with_terms, pl_module, batch))
+        # For the time of a batch: copies that are made between batches would keep calling the original.
+        self._step.close()
+        step = partial(self._step_with_terms, pl_module, batch, pl_module.training_step)
+        self._step.enter_context(replaced(pl_module, training_step=step))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._step.unwrap()
+        self._step.close()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A batch that was skipped has no end.
-        self._step.unwrap()
+        self._step.close()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,7 +205,7 @@ class PositiveCongruentTraining(CallbackBase):
         return ModelTeacher(model, self.task, old.adapter, old.classes, self.index)
 
     def _release(self) -> None:
-        self._step.unwrap()
+        self._step.close()
         self._outputs.detach()
         self._held.close()
         self._teacher, self._called = None, False

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.artifacts import parse_prefix
 from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
 from lightning_nrl._trainer.loaders import parse_adapter
-from lightning_nrl._trainer.output_capture import OutputCapture
+from lightning_nrl._trainer.output_capture import OutputCapture, logits_of
 from lightning_nrl._trainer.reference_validation import ReferenceResults, evaluate_reference, is_same_validation
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
@@ -139,7 +138,7 @@ class RegressionMetrics(CallbackBase):
         args, kwargs, target = self._reference_results.adapter(batch)
         output = self._outputs.end(args, kwargs, redirected=trainer.strategy.model is not pl_module)
         is_forward = not (args and isinstance(args[0], ModelCall))
-        logits = self._logits(output, self._counter.size(batch_idx)) if is_forward else None
+        logits = logits_of(output, self._counter.size(batch_idx), self.task) if is_forward else None
         if logits is None:
             if is_forward:
                 self._warn_once()
@@ -165,14 +164,6 @@ class RegressionMetrics(CallbackBase):
         known = self._reference_results = evaluate_reference(self.reference, trainer, pl_module, **means)
         self._outputs.attach(pl_module, known.parts)
         return known
-
-    def _logits(self, output: Any, n: int) -> Tensor | None:
-        """Those in what was captured, if they are of `n` samples."""
-        if output is not None:
-            with suppress(ConfigurationError):
-                logits = self.task.logits(output)
-                return logits if logits.ndim and len(logits) == n else None
-        return None
 
     def _reset(self) -> None:
         self._outputs.detach()

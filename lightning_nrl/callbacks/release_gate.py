@@ -11,12 +11,12 @@ from typing import Any, Literal
 from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, batch_limit
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._lightning.private_parts import batch_limit
 from lightning_nrl._tracking import release_numbers, track_release
 from lightning_nrl._trainer.artifacts import REPORT_FILES, base_folder, report_files, show, write_report
-from lightning_nrl._trainer.deployed_prediction import as_deployed
 from lightning_nrl._trainer.loaders import LoaderSource, check_loader, make_source, parse_adapter
-from lightning_nrl._trainer.own_step import check_own_step
+from lightning_nrl._trainer.own_step import open_sources
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_state import make_evaluator
 from lightning_nrl._utils.preserve import random_state
@@ -161,8 +161,7 @@ class ReleaseGate(CallbackBase):
             for name, loader in _loaders_by_name(given, stage, self.splits).items()
         ]
         with random_state():
-            evaluator, (sources,) = as_deployed(model, make_evaluator(trainer, model, self.task), sources)
-            check_own_step(trainer, model, evaluator, sources)
+            _, (sources,) = open_sources(trainer, model, self.task, sources)
         return sources
 
 

@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl._lightning import classes
+from lightning_nrl._lightning.packages import classes
 from lightning_nrl._utils.checkpoint import load_mapping
 from lightning_nrl._utils.imports import import_function
-from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callback import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError, RepairError
 
 __all__ = ["Project", "read_project"]
@@ -118,7 +118,7 @@ class _ProjectArguments:
         for entry in listed:
             if _is_repair(entry.class_path):
                 for name, value in entry.get("init_args", {}).items():
-                    if self.config.repair[name] == self.defaults[name]:
+                    if name in self.defaults and self.config.repair[name] == self.defaults[name]:
                         self.config.repair[name] = value
         self.config.trainer.callbacks = [entry for entry in listed if not _is_repair(entry.class_path)] or None
 
@@ -198,4 +198,4 @@ def _cli_class(model: str | None) -> Any:
 
 def _is_repair(class_path: str) -> bool:
     kind: Any = import_function("callbacks", class_path)
-    return isinstance(kind, type) and issubclass(kind, RegressionFreeRepair)
+    return isinstance(kind, type) and issubclass(kind, RepairCallback)

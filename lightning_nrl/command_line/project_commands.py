@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_nrl._lightning import callbacks_of, reading_checkpoints, set_callbacks
+from lightning_nrl._lightning.checkpoint_files import reading_checkpoints
+from lightning_nrl._lightning.private_parts import callbacks_of, set_callbacks
 from lightning_nrl._trainer.artifacts import show
 from lightning_nrl.callbacks import ReleaseGate
 from lightning_nrl.command_line.project import read_project

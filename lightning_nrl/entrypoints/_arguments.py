@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._lightning import LightningModule, original_module
+from lightning_nrl._lightning.packages import LightningModule
+from lightning_nrl._lightning.private_parts import original_module
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints._option_support import OPTION_CLASSES, check_heeded
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = ["callback_with", "check_model"]
 
 
 def callback_with(entry_point: str, **arguments: Any) -> RegressionFreeRepair:

@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 
 from typing_extensions import override
 
-from lightning_nrl._lightning import CallbackBase, LightningModule, Trainer, callbacks_of, starts_own_processes
+from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._lightning.private_parts import callbacks_of, starts_own_processes
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS, borrowed, epochs_of, epochs_saved, untracked
-from lightning_nrl.callback import RegressionFreeRepair
+from lightning_nrl.callback import RegressionFreeRepair, RepairCallback
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.pipeline.repair_module import Outcome
-
-__all__ = ["Work", "dry_fit", "without_training"]
 
 Result = TypeVar("Result")
 Work = Callable[[Trainer, LightningModule, int], Outcome | None]
@@ -75,9 +74,10 @@ def without_training(
     If an outcome comes of the work, it is saved, logged and written into the model. A trainer that holds a repair, or
     wants a minimum of training, is refused.
     """
-    if any(isinstance(c, RegressionFreeRepair) for c in callbacks_of(trainer)):
+    own = next((c for c in callbacks_of(trainer) if isinstance(c, RepairCallback)), None)
+    if own is not None:
         hint = "use a trainer without it, or call `fit`."
-        raise ConfigurationError("`trainer` has a RegressionFreeRepair of its own.", hint)
+        raise ConfigurationError(f"`trainer` has a {type(own).__name__} of its own.", hint)
     if trainer.min_epochs or (trainer.min_steps or 0) > 0:
         problem = "`trainer` has `min_epochs` or `min_steps`, which make it train."
         raise ConfigurationError(problem, "use a trainer without a minimum of training.")

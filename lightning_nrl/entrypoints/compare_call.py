@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
+from lightning_nrl._lightning.packages import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl.analysis.comparison import Comparison
 from lightning_nrl.analysis.comparison.compare_models import Methods, compare_module, parse_methods

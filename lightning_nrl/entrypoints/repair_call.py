@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
+from lightning_nrl._lightning.packages import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._trainer.trainer_checks import check_packages
 from lightning_nrl.callback import RegressionFreeRepair
 from lightning_nrl.entrypoints._arguments import callback_with, check_model

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
-from lightning_nrl._lightning import LightningDataModule, LightningModule, Trainer
+from lightning_nrl._lightning.packages import LightningDataModule, LightningModule, Trainer
 from lightning_nrl._tracking import track_sweep
 from lightning_nrl._trainer.trainer_repair import TrainedModel
 from lightning_nrl._trainer.trainer_state import starting_weights

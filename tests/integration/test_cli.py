@@ -12,6 +12,7 @@ from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
+from lightning_nrl.callback import RepairCallback
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecover, NeuRecoverLite
 from lightning_nrl.methods import Auto, LocalSearch, bundle
@@ -91,8 +92,8 @@ def cli(
     )
 
 
-def repair_of(found: LightningCLI) -> RegressionFreeRepair:
-    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RegressionFreeRepair))  # type: ignore[attr-defined]
+def repair_of(found: LightningCLI) -> Any:
+    (repair,) = (c for c in found.trainer.callbacks if isinstance(c, RepairCallback))  # type: ignore[attr-defined]
     return repair
 
 

@@ -20,9 +20,9 @@ def test_a_repaired_model_breaks_nothing_that_is_known(tmp_path: Path, network: 
     repair = quick_repair(layer="auto" if layer == "head" else LAYERS[network], unseen="test")
     original = repair.attempt
 
-    def attempt(trainer, module):  # type: ignore[no-untyped-def]
+    def attempt(trainer, module, **named):  # type: ignore[no-untyped-def]
         before.update(train=right(module, data.train), repair=right(module, data.repair), test=right(module, data.test))
-        return original(trainer, module)
+        return original(trainer, module, **named)
 
     repair.attempt = attempt  # type: ignore[method-assign]
     trainer = quiet_trainer(tmp_path, repair)

@@ -18,9 +18,9 @@ def test_a_deep_layer_of_a_trained_network_is_repaired_without_a_regression(tmp_
     repair = RegressionFreeRepair(method="linearized", layer=LAYERS[network], verbose=False, dirpath=tmp_path)
     original, before = repair.attempt, {}
 
-    def attempt(trainer, module):  # type: ignore[no-untyped-def]
+    def attempt(trainer, module, **named):  # type: ignore[no-untyped-def]
         before.update(train=right(module, data.train), repair=right(module, data.repair))
-        return original(trainer, module)
+        return original(trainer, module, **named)
 
     repair.attempt = attempt  # type: ignore[method-assign]
     quiet_trainer(tmp_path, repair).fit(model, datamodule=data)

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDat
 from torchmetrics.classification import MulticlassAccuracy
 from toy_repairs import blobs
 
-from lightning_nrl._lightning import validating
+from lightning_nrl._lightning.private_parts import validating
 from lightning_nrl._trainer import continue_training as continuing_module
 from lightning_nrl._trainer import time_budget as course_module
 from lightning_nrl._trainer.continue_training import ContinuedTraining, Shuffled

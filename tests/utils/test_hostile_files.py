@@ -27,7 +27,7 @@ from lightning_nrl.command_line.file_commands import read_report
 from lightning_nrl.errors import ConfigurationError, DataWarning
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import TrainingRecord
-from lightning_nrl.localization.training_record import split_points, write_point
+from lightning_nrl.localization.training_record import write_point
 from lightning_nrl.patches import Patch
 from lightning_nrl.reference.predictions import Predictions, read_slices
 from lightning_nrl.release.rules import read_ids
@@ -51,7 +51,7 @@ class Reader:
 def write_record(path: Path) -> None:
     problem = on_a_line()
     for step, at in enumerate((0.45, 0.65), 1):
-        write_point(path.parent, step, 0, split_points(problem.evaluate(threshold(at))), threshold(at))
+        write_point(path.parent, step, 0, problem.evaluate(threshold(at)), threshold(at))
 
 
 def read_record(path: Path) -> Any:
