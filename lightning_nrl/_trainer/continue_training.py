@@ -37,8 +37,6 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.pipeline.settings import plain_value
 
-__all__ = ["ContinuedTraining"]
-
 FEWEST_EPOCHS = 3
 """A schedule squeezed into fewer epochs than these leaves the model worse than it was."""
 

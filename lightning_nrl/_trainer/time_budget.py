@@ -17,8 +17,6 @@ from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 
-__all__ = ["CannotTrainError", "TimeBudget", "TrainingTrial", "check_ranks"]
-
 Result = TypeVar("Result")
 WARM_UP_BATCHES, TIMED_BATCHES = 3, 10
 """Batches before the pace is even, and batches that it is measured on."""

@@ -1,4 +1,4 @@
-"""What the work of a repair depends on, as hashes: where any of it is another one, saved work is of no use."""
+"""Hashes of all that the results of a repair depend on; saved results of another origin are not used."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from lightning_nrl.evaluation import SampleResults
 from lightning_nrl.pipeline._baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
 from lightning_nrl.problem import Problem
-
-__all__ = ["origin_of"]
 
 FREE = ("on_interrupt", "save_every")
 """Settings that the result does not depend on."""

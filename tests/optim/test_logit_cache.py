@@ -82,12 +82,6 @@ def test_a_teacher_is_not_confused_by_weights_that_are_being_moved() -> None:
         torch.testing.assert_close(problem.evaluator.output(batch), torch.tensor([[0.7, 0.0], [1.4, 0.0]]))
 
 
-def test_outputs_are_computed_in_the_context_of_the_deployed_model() -> None:
-    problem = make_problem(two_weights(), [numbers(1, 2)], context=lambda: torch.autocast("cpu", torch.bfloat16))
-    batch, _ = parts_of(problem, 0)[0]
-    assert problem.evaluator.output(batch).dtype == torch.bfloat16
-
-
 def test_where_the_device_has_no_memory_for_them_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, runs = teacher_problem()
     teacher = Teacher(problem, STATES, WHICH)
