@@ -13,8 +13,6 @@ from torch.utils.data import Dataset
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Augment", "AugmentingCollate", "MarkedSamples"]
-
 Augment = Callable[[Any], Any]
 """Takes a batch of targets as the data loader gives it, and gives another one."""
 

@@ -32,8 +32,6 @@ from lightning_nrl.errors import TrainingWarning
 from lightning_nrl.pipeline.settings import plain_value
 from lightning_nrl.problem.budget import FEWEST_EPOCHS
 
-__all__ = ["ContinuedTraining"]
-
 
 @dataclass(frozen=True)
 class ContinuedTraining:

@@ -18,8 +18,6 @@ from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError, OtherRankError, RepairError
 from lightning_nrl.problem.budget import PACE_TIME_SHARE, RESERVED_TIME_SHARE, TIMED_BATCHES, WARM_UP_BATCHES
 
-__all__ = ["CannotTrainError", "TimeBudget", "TrainingTrial", "check_ranks"]
-
 Result = TypeVar("Result")
 
 

@@ -1,4 +1,4 @@
-"""What the work of a repair depends on, as hashes: where any of it is another one, saved work is of no use."""
+"""Hashes of all that the results of a repair depend on; saved results of another origin are not used."""
 
 from __future__ import annotations
 
