@@ -20,8 +20,8 @@ import tokenize
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
-from output import start, summary
+from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
+from output import quiet_trainer, start, summary
 from rich import print
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,12 +148,5 @@ if __name__ == "__main__":
         max_time=5 if fast else None,
         verbose=False,
     )
-    trainer = Trainer(
-        max_epochs=3 if fast else 5,
-        accelerator="cpu",
-        callbacks=[repair],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
+    quiet_trainer(3 if fast else 5, repair).fit(Colours(), datamodule=Code(share=0.2 if fast else 1.0))
     print(summary(repair=repair.report))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,22 +13,25 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from vehicles import CLASSES, PAK, SPLITS, make
 
+from lightning_nrl import Target
+
 EPOCHS = 40
 FRONT, BACK = 0, 1
 
 
-class Drifting(Protocol):
-    """Data in splits `train`, `val`, `repair` and `test`, and the network for them."""
+def front_or_back(batch: tuple[Tensor, ...]) -> Tensor:
+    return (batch[2] == FRONT) | (batch[2] == BACK)
 
-    data: dict[str, TensorDataset]
 
-    def network(self) -> LightningModule:
-        """A new network for these images."""
+def occluded(batch: tuple[Tensor, ...]) -> Tensor:
+    return batch[3]
 
-    def train_dataloader(self) -> DataLoader: ...
 
-    def repair_dataloader(self) -> DataLoader:
-        """What came in after training."""
+TARGETS = {
+    "A": Target.where(occluded, name="partly occluded"),
+    "B": Target.where(front_or_back, name="front or back view"),
+    "C": Target.where(front_or_back, name="front or back view"),
+}
 
 
 class Scenes(LightningDataModule):
@@ -167,7 +169,7 @@ def augmented(images: Tensor, shift: int = 3, mirror: bool = True) -> Tensor:
     ]
 
 
-def trained(data: Drifting, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
+def trained(data: Scenes, path: Path, seed: int = 0, epochs: int = EPOCHS) -> Path:
     """The checkpoint of the network that is to be repaired; trained if it is not there yet."""
     if not path.exists():
         seed_everything(seed, verbose=False)

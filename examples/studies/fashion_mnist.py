@@ -59,15 +59,8 @@ class DriftingFashion(LightningDataModule):
         parts = zip(*(tensor.split(list(SPLITS.values())) for tensor in (images, labels, upside_down)), strict=True)
         self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
 
-    def network(self) -> FashionNet:
-        """A new network for these images."""
-        return FashionNet()
-
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.data["train"], self.batch_size, shuffle=True, drop_last=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.data["val"], 500)
 
     def repair_dataloader(self) -> DataLoader:
         return DataLoader(self.data["repair"], 500)
@@ -103,10 +96,6 @@ class FashionNet(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels, _ = batch
         return F.cross_entropy(self(flip_and_shift(images)), labels)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        images, labels, _ = batch
-        self.log("val/accuracy", (self(images).argmax(1) == labels).float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=1e-2)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from sklearn.datasets import load_digits, make_classification
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 Batch = tuple[Tensor, ...]
 SPLITS = ("train", "repair", "test")
@@ -28,7 +29,7 @@ class Splits(LightningDataModule):
     def __init__(self, inputs: Tensor, labels: Tensor, sizes: tuple[int, int, int], batch_size: int = 64) -> None:
         super().__init__()
         parts = zip(inputs.split(sizes), labels.split(sizes), strict=True)
-        self.data: dict[str, Dataset] = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
+        self.data = {split: TensorDataset(*part) for split, part in zip(SPLITS, parts, strict=True)}
         self.batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader:
@@ -42,14 +43,49 @@ class Splits(LightningDataModule):
 
 
 class Classifier(LightningModule):
-    """Trained with cross-entropy by Adam with a constant rate, unless it says otherwise."""
+    """A network that is trained with cross-entropy.
+
+    Args:
+        network: of the inputs; gives the logits.
+        optimizer: makes one for parameters.
+        schedule: makes the schedule of its rate, of the optimizer and the trainer; None: the rate is constant.
+        interval: `epoch` or `step`, after which the rate changes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[torch.optim.Optimizer, Trainer], object] | None = None,
+        interval: str = "epoch",
+    ) -> None:
+        super().__init__()
+        self.network, self.optimizer, self.schedule, self.interval = network, optimizer, schedule, interval
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         inputs, labels = batch
         return F.cross_entropy(self(inputs), labels)
 
     def configure_optimizers(self) -> object:
-        return torch.optim.Adam(self.parameters(), lr=2e-3)
+        optimizer = self.optimizer(self.parameters())
+        if self.schedule is None:
+            return optimizer
+        schedule = {"scheduler": self.schedule(optimizer, self.trainer), "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, what is read of its outputs `n x length x 32`, and a Linear layer."""
+
+    def __init__(self, layer: nn.Module, read: Callable[[Tensor], Tensor], classes: int) -> None:
+        super().__init__()
+        self.recurrent, self.read, self.classifier = layer, read, nn.Linear(32, classes)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return self.classifier(self.read(self.recurrent(series)[0]))
 
 
 def table(seed: int, n: int, features: int, classes: int, **arguments: object) -> tuple[Tensor, Tensor]:
@@ -66,25 +102,20 @@ def rare_classes(seed: int) -> Splits:
     return Splits(inputs, labels, (2_500, 900, 3_600))
 
 
-class TableNet(Classifier):
+def table_net() -> Classifier:
     """Batch norm and dropout; SGD with a one-cycle schedule."""
+    layers = (
+        *(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
+        *(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
+        nn.Linear(64, 6),
+    )
+    optimizer = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Linear(20, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
-            *(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.2)),
-            nn.Linear(64, 6),
-        )
+    def one_cycle(optimizer: torch.optim.Optimizer, trainer: Trainer) -> object:
+        steps = int(trainer.estimated_stepping_batches)
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.layers(inputs)
-
-    def configure_optimizers(self) -> object:
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return Classifier(nn.Sequential(*layers), optimizer, one_cycle, "step")
 
 
 def drifting_sensors(seed: int) -> Splits:
@@ -97,15 +128,10 @@ def drifting_sensors(seed: int) -> Splits:
     return Splits(inputs, labels, (2_500, 800, 3_200))
 
 
-class SensorNet(Classifier):
+def sensor_net() -> Classifier:
     """Linear layers without norm or dropout; Adam without a schedule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.layers(inputs)
+    layers = (nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
+    return Classifier(nn.Sequential(*layers), partial(torch.optim.Adam, lr=2e-3))
 
 
 def waves(seed: int) -> Splits:
@@ -127,21 +153,14 @@ def waves(seed: int) -> Splits:
     return Splits(series[..., None], labels, (1_400, 600, 2_400))
 
 
-class WaveNet(Classifier):
+def wave_net() -> Classifier:
     """A GRU; Adam with a cosine schedule."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent = nn.GRU(1, 32, batch_first=True)
-        self.classifier = nn.Linear(32, 5)
+    def cosine(optimizer: torch.optim.Optimizer, trainer: Trainer) -> object:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, trainer.max_epochs)
 
-    def forward(self, series: Tensor) -> Tensor:
-        return self.classifier(self.recurrent(series)[0].mean(1))
-
-    def configure_optimizers(self) -> object:
-        optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_epochs)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+    network = Recurrent(nn.GRU(1, 32, batch_first=True), lambda outputs: outputs.mean(1), 5)
+    return Classifier(network, partial(torch.optim.Adam, lr=1e-2), cosine)
 
 
 def gestures(seed: int) -> Splits:
@@ -155,19 +174,10 @@ def gestures(seed: int) -> Splits:
     return Splits(pulses + 0.9 * torch.randn(n, length, 3, generator=generator), labels, (1_200, 300, 2_500), 32)
 
 
-class GestureNet(Classifier):
+def gesture_net() -> Classifier:
     """An LSTM that is trained too briefly to fit its training data; Adam without a schedule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent = nn.LSTM(3, 32, batch_first=True)
-        self.classifier = nn.Linear(32, 6)
-
-    def forward(self, series: Tensor) -> Tensor:
-        return self.classifier(self.recurrent(series)[0][:, -1])
-
-    def configure_optimizers(self) -> object:
-        return torch.optim.Adam(self.parameters(), lr=1e-3)
+    network = Recurrent(nn.LSTM(3, 32, batch_first=True), lambda outputs: outputs[:, -1], 6)
+    return Classifier(network, partial(torch.optim.Adam, lr=1e-3))
 
 
 def noisy_labels(seed: int) -> Splits:
@@ -195,24 +205,18 @@ def noisy_labels(seed: int) -> Splits:
     return Splits(images, given, (1_800, 800, 2_400))
 
 
-class ShapeNet(Classifier):
+def shape_net() -> Classifier:
     """Two convolutions, dropout; AdamW with steps in its rate."""
+    layers = (
+        *(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(12, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(24 * 9, 48), nn.ReLU(), nn.Linear(48, 6)),
+    )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(12, 24, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(24 * 9, 48), nn.ReLU(), nn.Linear(48, 6)),
-        )
+    def steps(optimizer: torch.optim.Optimizer, trainer: Trainer) -> object:
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 16], gamma=0.2)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
-
-    def configure_optimizers(self) -> object:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [12, 16], gamma=0.2)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+    return Classifier(nn.Sequential(*layers), partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-2), steps)
 
 
 def rotated_digits(seed: int) -> Splits:
@@ -231,48 +235,31 @@ def rotated_digits(seed: int) -> Splits:
     return Splits(images, torch.tensor(digits.target)[order], (600, 300, 897), 32)
 
 
-class RotatedDigitNet(Classifier):
+def rotated_digit_net() -> Classifier:
     """Convolutions with batch norm, dropout; SGD without a schedule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Flatten(), nn.Dropout(0.3)),
-        )
-        self.classifier = nn.Linear(32 * 16, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images))
-
-    def configure_optimizers(self) -> object:
-        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4)
+    layers = (
+        *(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Dropout(0.3), nn.Linear(32 * 16, 10)),
+    )
+    return Classifier(nn.Sequential(*layers), partial(torch.optim.SGD, lr=0.02, momentum=0.9, weight_decay=1e-4))
 
 
 @dataclass(frozen=True)
 class Case:
-    """Data, a network and its training.
+    """Data from a seed, what makes a new network, and the epochs of its training."""
 
-    Attributes:
-        data: makes the data from a seed; its `data` maps split to data set.
-        network: makes a new network.
-        epochs: of the training.
-        in_target: of a batch, which samples are to be repaired where the network fails; None: all.
-    """
-
-    data: Callable[[int], LightningDataModule]
-    network: Callable[[], LightningModule]
+    data: Callable[[int], Splits]
+    network: Callable[[], Classifier]
     epochs: int
-    in_target: Callable[[Batch], Tensor] | None = None
 
 
 PROBLEMS = {
-    "table, rare classes": Case(rare_classes, TableNet, 40),
-    "table, drift": Case(drifting_sensors, SensorNet, 40),
-    "series, GRU": Case(waves, WaveNet, 20),
-    "series, LSTM": Case(gestures, GestureNet, 14),
-    "images, noisy labels": Case(noisy_labels, ShapeNet, 20),
-    "digits, drift": Case(rotated_digits, RotatedDigitNet, 40),
+    "table, rare classes": Case(rare_classes, table_net, 40),
+    "table, drift": Case(drifting_sensors, sensor_net, 40),
+    "series, GRU": Case(waves, wave_net, 20),
+    "series, LSTM": Case(gestures, gesture_net, 14),
+    "images, noisy labels": Case(noisy_labels, shape_net, 20),
+    "digits, drift": Case(rotated_digits, rotated_digit_net, 40),
 }

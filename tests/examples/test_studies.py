@@ -1,0 +1,143 @@
+"""The studies over seeds: their commands run on small data, and their statistics are those counted by hand."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from repository import ROOT
+from torch.utils.data import TensorDataset
+
+from lightning_nrl import Target
+from lightning_nrl.analysis.sweep import Run
+from lightning_nrl.evaluation.flips import TargetCounts
+
+STUDIES = ROOT / "examples" / "studies"
+sys.path.insert(0, str(STUDIES))
+
+import ablation  # noqa: E402
+import congruent  # noqa: E402
+import default_problems  # noqa: E402
+import defaults  # noqa: E402
+import early_repair  # noqa: E402
+import fashion_mnist  # noqa: E402
+import problems  # noqa: E402
+import updates  # noqa: E402
+
+
+class Tiny(problems.SlashedZeros):
+    """Few of the digits."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.data = {split: TensorDataset(*(x[:120] for x in data.tensors)) for split, data in self.data.items()}
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One problem in a few seconds, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(STUDIES), *sys.path])
+    tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
+    for name in ("slashed-zeros", "fashion"):
+        monkeypatch.setitem(problems.PROBLEMS, name, tiny)
+    monkeypatch.setitem(default_problems.PROBLEMS, "table, drift", TINY_TABLE)
+    monkeypatch.setattr(congruent, "EPOCHS", 2)
+    monkeypatch.setattr(early_repair, "EPOCHS", 10)
+    monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
+
+
+def small_table(seed: int) -> default_problems.Splits:
+    inputs, labels = default_problems.table(seed, 600, 16, 5, n_clusters_per_class=2)
+    return default_problems.Splits(inputs, labels, (200, 200, 200))
+
+
+TINY_TABLE = default_problems.Case(small_table, default_problems.sensor_net, 2)
+
+
+def printed(script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list]:
+    """The rows of the table that a command prints."""
+    monkeypatch.setattr(sys, "argv", [script, *line.split(" ")])
+    module = sys.modules.get(script.removesuffix(".py"))
+    if hasattr(module, "main"):
+        module.main()
+    else:
+        runpy.run_path(str(STUDIES / script), run_name="__main__")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+COMMANDS = {
+    "repairs.py": ("slashed-zeros --seeds 2 --max-time 2", ["default, seed 0", "default, seed 1", "default"]),
+    "updates.py": (
+        "--problem fashion --seeds 1 --updates from_the_old_weights",
+        ["", ", repaired", ", interpolated 0.1", ", interpolated 0.2", ", interpolated 0.3"],
+    ),
+    "congruent.py": ("--start old --terms plain --interpolate --seeds 1", ["plain", "plain, interpolated"]),
+    "ablation.py": ("--problems fashion --seeds 1", ["neurecover-lite", "neurecover", "neurecover, last two"]),
+    "defaults.py": ("--problems table,_drift --seeds 1", ["fine-tuning", "retraining", "default"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) -> None:
+    line, names = COMMANDS[script]
+    monkeypatch.setattr(updates, "UPDATES", ("from_the_old_weights", "from the old weights"))
+    monkeypatch.setitem(default_problems.PROBLEMS, "table,_drift", TINY_TABLE)
+    rows = printed(script, line, monkeypatch, capsys)
+    for row, name in zip(rows, names, strict=False):
+        assert row[0].endswith(name)
+    monkeypatch.setattr(problems.Trainer, "fit", None)
+    assert printed(script, line, monkeypatch, capsys) == rows
+
+
+def run(localizer: str = "gradient", seed: int = 0, layer: str = "last", repaired: int = 5) -> Run:
+    known, unseen = TargetCounts(80, 1, 9, 10, 10, repaired, 40, 0), TargetCounts(80, 2, 4, 14, 10, 4, 40, 0)
+    more = {"known": known, "unseen": unseen, "patched": 0, "intact": 0, "changed": True, "iterations": 1}
+    return Run(f"eq1/{localizer}", "eq1", 6, False, 64, None, 5, seed, layer, 64, value=1.0, **more)
+
+
+def test_a_difference_is_that_of_a_seed_and_layer_to_the_mean_of_its_draws():
+    runs = [run(), run("random 0", repaired=1), run("random 1", repaired=3)]
+    runs += [run(layer="first", repaired=9), run("random 0", layer="first", repaired=1)]
+    runs += [run(seed=1, repaired=7), run("random 0", seed=1, repaired=8)]
+    # Seed 0: 5 - 2 in one layer and 9 - 1 in the other; seed 1: 7 - 8.
+    assert ablation.paired(runs, ablation.NUMBERS["repaired"]) == {"gradient": [5.5, -1.0]}
+    assert (ablation.NUMBERS["known net"](runs[0]), ablation.NUMBERS["unseen net"](runs[0])) == (4, 2)
+
+
+def test_statistics_by_hand():
+    # Of the 8 choices of signs of 1, 2, 3 only +++ and --- reach a sum of 6; 4.3027 / sqrt(3) is half of the interval.
+    assert ablation.difference([1.0, 2.0, 3.0]) == "+2.0 [-0.5, +4.5] p=0.250"
+    assert ablation.difference([1.0]) == "-"
+    assert problems.interval([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
+    assert problems.interval([1.0]) == "1.0"
+
+
+@pytest.mark.parametrize("name", default_problems.PROBLEMS)
+def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(name):
+    case = default_problems.PROBLEMS[name]
+    first, again, other = case.data(1), case.data(1), case.data(2)
+    for split in default_problems.SPLITS:
+        inputs, labels = first.data[split].tensors
+        assert torch.equal(inputs, again.data[split].tensors[0])
+        assert not torch.equal(inputs, other.data[split].tensors[0])
+        assert labels.unique().tolist() == list(range(case.network().eval()(inputs[:2]).shape[1]))
+
+
+def test_held_out_estimates_are_beside_what_happened():
+    close = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (12, 20, 2, 20))
+    far = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (2, 20, 4, 20))
+    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates([close, far])
+    assert close.points == 25
+
+
+def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
+        fashion_mnist.DriftingFashion(0)
