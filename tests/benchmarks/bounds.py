@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_nrl.stats import SliceBounds, binomial_cdf, choose, upper_limit, weighted_bound
+from lightning_nrl.stats import binomial_cdf, choose, upper_limit
+from lightning_nrl.stats.binomial import limit_at_level
 
 DRAWS = 1000
 CONFIDENCE = 0.95
@@ -21,7 +22,6 @@ LATER = (0.31, 0.69)
 
 # Ten classes of 100 samples, each of which breaks at the rate at which the bound on all of them is tightest.
 CLASSES, EACH, RATE = 10, 100, 0.052
-ASKED = tuple((1 + i / 9) / 15 for i in range(CLASSES))
 
 # Candidates to choose from, counted on samples of their own: five are safe, fifteen break a little more than the limit.
 N, LIMIT = 915, 0.01
@@ -64,23 +64,8 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
     shares = [size / sum(SIZES) for size in SIZES]
     same, later = (sum(w * rate for w, rate in zip(mix, RATES, strict=True)) for mix in (shares, LATER))
     overall = generator.binomial(sum(SIZES), same, (draws, 1))
-    two = generator.binomial(SIZES, RATES, (draws, 2))
     classes = generator.binomial(EACH, RATE, (draws, CLASSES))
-    rising = tuple(RATE * (i + 1) / CLASSES for i in range(CLASSES))
-    uneven = generator.binomial(EACH, rising, (draws, CLASSES))
     candidates = generator.binomial(N, CANDIDATES, (draws, len(CANDIDATES)))
-
-    def slices(row: list[int], simultaneous: bool = True) -> SliceBounds:
-        sizes = SIZES if len(row) == 2 else (EACH,) * CLASSES
-        return SliceBounds.of(dict(enumerate(row)), dict(enumerate(sizes)), CONFIDENCE, simultaneous)
-
-    def weighted(mix: tuple[float, ...], rates: tuple[float, ...], construction: str) -> Callable[[list[int]], bool]:
-        def wrong(row: list[int]) -> bool:
-            found = weighted_bound(slices(row), dict(enumerate(mix)), CONFIDENCE)
-            assert found.construction == construction
-            return found.upper < sum(w * rate for w, rate in zip(mix, rates, strict=True))
-
-        return wrong
 
     def choice(ordered: bool) -> Callable[[list[int]], bool]:
         def wrong(row: list[int]) -> bool:
@@ -89,23 +74,20 @@ def trials(draws: int = DRAWS, seed: int = 0) -> list[Trial]:
 
         return wrong
 
-    def any_class(simultaneous: bool) -> Callable[[list[int]], bool]:
-        return lambda row: any(bound.upper < RATE for bound in slices(row, simultaneous).bounds.values())
+    def any_class(level: float) -> Callable[[list[int]], bool]:
+        return lambda row: any(limit_at_level(k, EACH, level) < RATE for k in row)
 
     def rashly(row: list[int]) -> bool:
         passing = [i for i, k in enumerate(row) if upper_limit(k, N, CONFIDENCE) <= LIMIT]
         return bool(passing) and CANDIDATES[passing[-1]] > LIMIT
 
     old, new = "the same mix: 11 % hidden", "another mix: 69 % hidden"
-    ten, twenty = "ten classes", "20 candidates"
+    ten, twenty, level = "ten classes", "20 candidates", 1 - CONFIDENCE
     return [
         trial("overall", old, True, overall, lambda row: upper_limit(row[0], sum(SIZES), CONFIDENCE) < same),
         trial("overall", new, False, overall, lambda row: upper_limit(row[0], sum(SIZES), CONFIDENCE) < later),
-        trial("the hidden slice's own", new, True, two, lambda row: slices(row, False)[1].upper < RATES[1]),
-        trial("weighted (`split`)", new, True, two, weighted(LATER, RATES, "split")),
-        trial("weighted (`pooled`)", f"{ten}, another mix", True, uneven, weighted(ASKED, rising, "pooled")),
-        trial("each class's own, all at once", ten, False, classes, any_class(False)),
-        trial("simultaneous", ten, True, classes, any_class(True)),
+        trial("each class's own, all at once", ten, False, classes, any_class(level)),
+        trial("simultaneous", ten, True, classes, any_class(level / CLASSES)),
         trial("the boldest whose own limit is low enough", twenty, False, candidates, rashly),
         trial("chosen in order", twenty, True, candidates, choice(True)),
         trial("chosen without an order", twenty, True, candidates, choice(False)),
