@@ -53,6 +53,7 @@ PACKAGES = {
 }
 """What is installed from the registry for each package."""
 TRAINED_SAMPLES, VALIDATED_SAMPLES = 400, 200
+AGREES = {True: "agrees", False: "DIFFERS"}
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ class Project:
         make_module: a new module, with new weights.
         make_data: a data module, or loaders of training and validation data.
         metric: what the module logs as its validation accuracy, a share of `n_validated` samples.
-        n_validated: the number of validation samples.
         epochs: how long it is trained; the old model of an update for half of them.
-        options: arguments of `RegressionFreeRepair`, `repair` and `diagnose` that this module needs.
-        counting: arguments of `RegressionMetrics` that it needs.
+        options: arguments of each repair that this module needs; `counting`: of `RegressionMetrics`.
         weights_only: False if its checkpoints hold objects.
         count: counts right validation samples where `metric` is not their share.
     """
@@ -541,14 +540,7 @@ MODULES: dict[str, tuple[str, str, Callable[[], Project]]] = {
 
 
 class Uses:
-    """The four uses of one module, in a folder.
-
-    Args:
-        project: the module and its data.
-        lightning: `lightning.pytorch` or `pytorch_lightning`, whichever the module is of.
-        folder: of all files.
-        options: of each repair.
-    """
+    """The four uses of one module, in a folder; `lightning` is the package that the module is of."""
 
     def __init__(self, project: Project, lightning: Any, folder: Path, **options: Any) -> None:
         self.project, self.lightning, self.folder = project, lightning, folder
@@ -595,7 +587,7 @@ class Uses:
         own = self.right(before), self.right(report.files.get("checkpoint") or before)
         return (
             f"{report.status}, {known.repaired_in_target} of {known.targeted} targets, {known.broken} broken; right of "
-            f"{val.n}: {ours[0]} -> {ours[1]}, its own validation {own[0]} -> {own[1]}: {agreeing(ours == own)}"
+            f"{val.n}: {ours[0]} -> {ours[1]}, its own validation {own[0]} -> {own[1]}: {AGREES[ours == own]}"
         )
 
     def fit(self) -> str:
@@ -623,7 +615,7 @@ class Uses:
         line = self.counted(callback.report, trainer.checkpoint_callback.best_model_path)
         known = next(split for split in callback.report.update if split.split == "val")
         agree = logged == self.right(self.old) and regressions == known.trained.broken
-        return f"{line}; old model {logged} right, {regressions} regressions: {agreeing(agree)}"
+        return f"{line}; old model {logged} right, {regressions} regressions: {AGREES[agree]}"
 
     def diagnose(self) -> str:
         """What can be repaired, before any repair."""
@@ -632,11 +624,7 @@ class Uses:
         targeted, judged = found.known["targeted"], found.count("yes") + found.count("no")
         agree = targeted == self.project.n_validated - self.right(self.trained)
         fixable = f"{found.count('yes')} of {judged} that could be judged" if judged else "cannot be judged"
-        return f"{targeted} failures: {agreeing(agree)}; can be fixed: {fixable}"
-
-
-def agreeing(agree: bool) -> str:
-    return "agrees" if agree else "DIFFERS"
+        return f"{targeted} failures: {AGREES[agree]}; can be fixed: {fixable}"
 
 
 def use(name: str, max_time: float, verbose: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,7 @@ class Scenes(LightningDataModule):
 
     name: str
     total: int
+    draw: Callable[[str, int, int], dict[str, np.ndarray]]
 
     def __init__(
         self, experiment: str = "C", seed: int = 0, total: int | None = None, folder: str | Path = "runs"
@@ -58,10 +61,6 @@ class Scenes(LightningDataModule):
             np.savez(path, **self.draw(experiment, seed, total))
         columns = np.load(path)
         self.data = {split: _split(columns, split) for split in SPLITS}
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        """The columns of all splits."""
-        raise NotImplementedError
 
     def network(self) -> VehicleNet:
         """A new network for these images."""
@@ -83,10 +82,7 @@ class Scenes(LightningDataModule):
 class Vehicles(Scenes):
     """Seven kinds of vehicle, as many images as in the paper."""
 
-    name, total = "vehicles", 10_186
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        return make(PAK, experiment, seed, total)
+    name, total, draw = "vehicles", 10_186, staticmethod(partial(make, PAK))
 
     def network(self) -> VehicleNet:
         return VehicleNet()
@@ -95,10 +91,7 @@ class Vehicles(Scenes):
 class Digits(Scenes):
     """Scikit-learn's digits with the same attributes, for machines without the vehicles."""
 
-    name, total = "digits", 1_797
-
-    def draw(self, experiment: str, seed: int, total: int) -> dict[str, np.ndarray]:
-        return draw(experiment, seed, total)
+    name, total, draw = "digits", 1_797, staticmethod(draw)
 
     def network(self) -> VehicleNet:
         return VehicleNet(width=8, classes=10, mirrored=False)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from repository import ROOT
 from torch.utils.data import TensorDataset
 
@@ -20,8 +19,6 @@ sys.path.insert(0, str(STUDIES))
 
 import ablation  # noqa: E402
 import congruent  # noqa: E402
-import default_problems  # noqa: E402
-import defaults  # noqa: E402
 import early_repair  # noqa: E402
 import fashion_mnist  # noqa: E402
 import problems  # noqa: E402
@@ -44,18 +41,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = problems.Problem(Tiny, problems.DigitNet, 3, Target.all(), ("classifier",))
     for name in ("slashed-zeros", "fashion"):
         monkeypatch.setitem(problems.PROBLEMS, name, tiny)
-    monkeypatch.setitem(default_problems.PROBLEMS, "table, drift", TINY_TABLE)
     monkeypatch.setattr(congruent, "EPOCHS", 2)
     monkeypatch.setattr(early_repair, "EPOCHS", 10)
     monkeypatch.setattr(ablation, "LAST_LAYER", (ablation.ParticleSwarm(particles=5, iterations=2), None, 2))
-
-
-def small_table(seed: int) -> default_problems.Splits:
-    inputs, labels = default_problems.table(seed, 600, 16, 5, n_clusters_per_class=2)
-    return default_problems.Splits(inputs, labels, (200, 200, 200))
-
-
-TINY_TABLE = default_problems.Case(small_table, default_problems.sensor_net, 2)
 
 
 def printed(script: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[list]:
@@ -78,7 +66,6 @@ COMMANDS = {
     ),
     "congruent.py": ("--start old --terms plain --interpolate --seeds 1", ["plain", "plain, interpolated"]),
     "ablation.py": ("--problems fashion --seeds 1", ["neurecover-lite", "neurecover", "neurecover, last two"]),
-    "defaults.py": ("--problems table,_drift --seeds 1", ["fine-tuning", "retraining", "default"]),
 }
 
 
@@ -87,7 +74,6 @@ COMMANDS = {
 def test_a_study_runs_and_is_read_where_it_was_run(script, monkeypatch, capsys) -> None:
     line, names = COMMANDS[script]
     monkeypatch.setattr(updates, "UPDATES", ("from_the_old_weights", "from the old weights"))
-    monkeypatch.setitem(default_problems.PROBLEMS, "table,_drift", TINY_TABLE)
     rows = printed(script, line, monkeypatch, capsys)
     for row, name in zip(rows, names, strict=False):
         assert row[0].endswith(name)
@@ -118,26 +104,7 @@ def test_statistics_by_hand():
     assert problems.interval([1.0]) == "1.0"
 
 
-@pytest.mark.parametrize("name", default_problems.PROBLEMS)
-def test_a_problem_has_the_same_data_for_the_same_seed_and_a_network_for_them(name):
-    case = default_problems.PROBLEMS[name]
-    first, again, other = case.data(1), case.data(1), case.data(2)
-    for split in default_problems.SPLITS:
-        inputs, labels = first.data[split].tensors
-        assert torch.equal(inputs, again.data[split].tensors[0])
-        assert not torch.equal(inputs, other.data[split].tensors[0])
-        assert labels.unique().tolist() == list(range(case.network().eval()(inputs[:2]).shape[1]))
-
-
-def test_held_out_estimates_are_beside_what_happened():
-    close = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (12, 20, 2, 20))
-    far = defaults.Run(20, 15, 0, 30, 5, 50, 100, 3, 2, (2, 20, 4, 20))
-    assert "repaired samples in 1, for broken ones in 2 of 2 runs" in defaults.estimates([close, far])
-    assert close.points == 25
-
-
 def test_without_garments_it_says_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "none")
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
     with pytest.raises(SystemExit, match="apt install dataset-fashion-mnist"):
         fashion_mnist.DriftingFashion(0)
