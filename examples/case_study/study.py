@@ -23,9 +23,8 @@ from pathlib import Path
 from figures import draw_all, others_of, tables_of
 from grid import studied
 from lightning.pytorch import Trainer
-from network import EPOCHS, Digits, Scenes, Vehicles, trained
+from network import EPOCHS, TARGETS, Digits, Scenes, Vehicles, trained
 from questions import answers, page
-from repairs import TARGETS
 from rich import print
 from rich.markdown import Markdown
 from vehicles import PAK

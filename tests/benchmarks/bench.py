@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import statistics
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from lightning_package import pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,6 +63,39 @@ class ResNet27(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.head(x.mean((2, 3)))
+
+
+class Validated(pl.LightningModule):
+    """The least validation step there is, around a network; training does nothing."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seconds: dict[bool, list[float]] = {True: [], False: []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        return None
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        logits = self(batch[0])
+        self.log("loss", F.cross_entropy(logits, batch[1]))
+        self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def quiet_trainer(**arguments: Any) -> pl.Trainer:
+    """A trainer on one thread that shows and writes nothing."""
+    torch.set_num_threads(1)
+    for package in ("pytorch_lightning", "lightning.pytorch"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    return pl.Trainer(accelerator="cpu", **quiet, **arguments)
 
 
 def recorded(model: nn.Module, space: ParameterSpace, x: Tensor, y: Tensor) -> ActivationCache:
