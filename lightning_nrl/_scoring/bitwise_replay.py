@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk, ReplayGroup
 from lightning_nrl._scoring.editable_model import EditableModel, Inputs
 from lightning_nrl._scoring.recording import can_be_cut, find_group, find_whole_group
-from lightning_nrl._scoring.replay_group import ReplayGroup
 from lightning_nrl._scoring.sparse_delta import output_under
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
@@ -91,7 +90,7 @@ def exact_batches(
 def _of_one_batch(
     model: EditableModel, group: ReplayGroup, stored: list[Tensor], batch: Batch, rows: Tensor
 ) -> ExactBatch:
-    own = group.empty_like("memory", model.space.device, ())
+    own = group.empty_like(model.space.device, False, ())
     own.add(stored, batch.target, rows)
     own.finish()
     cache = ActivationCache(model, [own], rows)

@@ -90,7 +90,7 @@ def not_last(name: str) -> ConfigurationError:
 
 def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | None:
     """The recorded tensors themselves, where they are as they are needed; twice None unless the layer is the last."""
-    if len(recording.groups) != 1 or recording.groups[0].kind != "memory":
+    if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
     if whole is None or not recording.is_replayable(whole):
