@@ -15,10 +15,9 @@ from lightning_nrl._scoring.candidate_tensor import CandidateTensor
 from lightning_nrl._scoring.head_scorer import HeadScorer, make_head_scorer, sum_passed
 from lightning_nrl._scoring.sample_layout import repeat_all
 from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
-from lightning_nrl._scoring.token_head import TokenHead, make_token_head
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.tasks import Sequence, Task
+from lightning_nrl.tasks import Task
 
 __all__ = ["ChunkScorer", "Sums", "summed"]
 
@@ -59,22 +58,16 @@ class ChunkScorer:
     weight: Tensor | None = None  # n, what each sample counts; None: all alike
     total_weight: float = 0.0  # what all samples count together
     is_head: bool = False  # whether the samples are in front of a last layer whose output is the model's
-    is_token_head: bool = False  # whether they are sequences in front of a last layer, whose losses are not needed
     gathered: GatheredInputs | None = None  # what the first site's change needs of the samples, if there is room
     head: HeadScorer | None = None  # the samples in front of that last layer, if there is room
-    tokens: TokenHead | None = None  # the tokens of sequences in front of that last layer, if there is room
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept from one call to the next."""
-        return sum(kept.nbytes for kept in (self.gathered, self.head, self.tokens) if kept is not None)
+        return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
         """Keeps what is the same in every call, if it takes at most `room` bytes."""
-        if self.is_token_head:
-            tokens = self._make_token_head()
-            self.tokens = tokens if tokens.nbytes <= room else None
-            return
         if not self.is_head:
             if len(self.first_delta.units):
                 gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
@@ -112,11 +105,6 @@ class ChunkScorer:
         assert label is not None
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
-    def _make_token_head(self) -> TokenHead:
-        assert isinstance(self.task, Sequence)
-        x, y = self.cache.activations(self.chunk)
-        return make_token_head(self.task, self.first_delta, x, y, self.chunk.target, self.reserve)
-
     def _blocks(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
         """Does the work for as many candidates at once as memory allows."""
         start = 0
@@ -133,8 +121,6 @@ class ChunkScorer:
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         if self.rows >= len(self.chunk):
-            if self.is_token_head and not with_loss:
-                return (self.tokens or self._make_token_head()).passed(values), None
             return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
         chunks = list(self.cache.split(self.chunk, self.rows))
         reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._scoring.head_scorer import is_plain_multiclass
 from lightning_nrl._scoring.memory import measure_allocations
 from lightning_nrl._scoring.sparse_delta import LayerDelta
-from lightning_nrl._scoring.token_head import is_plain_sequence
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.tasks import Task
@@ -43,17 +42,16 @@ def make_chunk_scorers(
     room: int,  # bytes that may be kept from one call to the next
     reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
     weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
-    with_loss: bool = True,  # whether losses will be asked for in every call
 ) -> list[ChunkScorer]:
     """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
     device = cache.space.device
     weight = None if weight is None else weight.to("cpu", widest(device))
 
-    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False, is_token_head: bool = False) -> ChunkScorer:
+    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
         own_reserve, own = (None if x is None else x[chunk.rows] for x in (reserve, weight))
         total = len(chunk) if own is None else float(own.sum())
         own_reserve, own = (None if x is None else x.to(device) for x in (own_reserve, own))
-        return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head, is_token_head)
+        return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head)
 
     def cut(group: Chunk, samples: int, make: Callable[[Chunk], ChunkScorer], room: int) -> list[ChunkScorer]:
         scorers = []
@@ -75,8 +73,6 @@ def make_chunk_scorers(
         n_units = len(whole.first_delta.units)
         is_last = cache.plan(group).is_last_layer and n_units > 0 and y.dtype in (torch.float32, torch.float64)
         is_head = is_last and y.ndim == 2 and is_plain_multiclass(task)
-        is_linear = isinstance(whole.first_delta.site.module, nn.Linear)
-        is_token_head = is_last and is_linear and y.ndim == 3 and is_plain_sequence(task) and not with_loss
         if is_head:
             block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
             rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
@@ -84,7 +80,7 @@ def make_chunk_scorers(
             rows = _rows_of_block(whole, budget, y.nbytes)
         most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
         samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
-        make = partial(scorer_of, rows=rows, is_head=is_head, is_token_head=is_token_head)
+        make = partial(scorer_of, rows=rows, is_head=is_head)
         made = none_if_out_of_memory(partial(cut, group, samples, make, room))
         while made is None:
             samples, room = max(1, samples // 2), 0

@@ -216,7 +216,7 @@ def make_scorer(
         )
         first = _most_fragile(own_passed, fragility if gives_up else None)
         fragile, others = (
-            make(mask, room=own_room, with_loss=passed_loss)
+            make(mask, room=own_room)
             for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
         )
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)

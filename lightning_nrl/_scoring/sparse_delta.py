@@ -122,10 +122,6 @@ class LayerDelta(DeltaLayout):
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
-    def changed_units(self, values: Tensor, gathered: GatheredInputs, base: Tensor) -> Tensor:
-        """Each unit's outputs under candidates `P x K`, `U x P x n x ...`, from the old ones, `U x n x ...`."""
-        return self._onto(self.weight_delta(values, base.dtype), gathered, base, None)
-
     def _onto(self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None) -> Tensor:
         """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
         with no_autocast(change.device):

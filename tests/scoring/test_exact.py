@@ -9,7 +9,7 @@ import torch
 from scoring_networks import REPLAYED, WHOLE, Case, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl._scoring.bitwise_replay import exact_batches
+from lightning_nrl.analysis.sweep._recount import exact_batches
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
 
@@ -34,7 +34,7 @@ def check(case: Case, dtype: torch.dtype = torch.float32, autocast: bool = False
                 output = torch.func.functional_call(problem.model, parameters, batch.args, dict(batch.kwargs))
             with torch.no_grad():
                 assert torch.equal(exact.logits(parameters), Multiclass().logits(output))
-        replayed.append(exact.replayed)
+        replayed.append(exact.cache.is_replayable(exact.chunk))
     return replayed
 
 
