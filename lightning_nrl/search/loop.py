@@ -133,7 +133,7 @@ def search_many(
     _check(n_searches, n_weights, seeds, fitness, sizes)
     _check_elites(original, elites, method.n_candidates)
     value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
-    streams = RandomStreams.seeded(seeds, original.device, sizes)
+    streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
 
     piece = piece or Piece()

@@ -52,7 +52,7 @@ def swarm(velocity, width=20.0, **changes):
 def begin(kind="local", particles=9, seeds=(0,), original=None, sizes=None, **changes):
     original = torch.tensor([[0.5, -1.5, 2.0]]).repeat(len(seeds), 1) if original is None else original
     how = ParticleSwarm(particles=particles, start=kind, **changes)
-    return start(original, SPREAD, how, RandomStreams.seeded(seeds, CPU, sizes))
+    return start(original, SPREAD, how, RandomStreams.seeded(seeds, sizes))
 
 
 def test_clerc_step_by_hand():
@@ -187,10 +187,10 @@ def test_local_scales_are_spread_on_a_logarithmic_scale():
 def test_spread_may_differ_from_weight_to_weight_and_from_swarm_to_swarm():
     std = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
     spread = WeightStats(mean=torch.zeros(3), std=std, lowest=0.0, highest=torch.ones(2, 1))
-    state = start(torch.ones(2, 3), spread, ParticleSwarm(particles=4), RandomStreams.seeded((0, 0), CPU))
+    state = start(torch.ones(2, 3), spread, ParticleSwarm(particles=4), RandomStreams.seeded((0, 0)))
     moved = (state.position[:, 1:] != 1).all(1)
     assert moved.tolist() == [[False, True, True], [True, False, False]]
-    assert ParticleSwarm(particles=4).ask(state, RandomStreams.seeded((0, 0), CPU)).position.shape == (2, 4, 3)
+    assert ParticleSwarm(particles=4).ask(state, RandomStreams.seeded((0, 0))).position.shape == (2, 4, 3)
 
 
 def test_half_precision_is_searched_in_float32_and_double_in_double():
@@ -214,7 +214,7 @@ def test_elite_and_padding_never_move_and_a_swarm_does_what_it_does_alone(kind, 
     seeds = [seed + s for s in range(len(sizes))]
 
     def run(rows, sizes):
-        streams = RandomStreams.seeded([seeds[s] for s in rows], CPU, sizes)
+        streams = RandomStreams.seeded([seeds[s] for s in rows], sizes)
         state = start(original[list(rows), : max(sizes)], SPREAD, how, streams)
         for _ in range(4):
             state = how.ask(how.tell(state, -state.position[..., 0].square()), streams)
@@ -238,7 +238,7 @@ def test_padding_changes_no_number_of_a_swarm():
 def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     state = begin()
-    ParticleSwarm(particles=9).ask(state, RandomStreams.seeded((1,), CPU))
+    ParticleSwarm(particles=9).ask(state, RandomStreams.seeded((1,)))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -267,7 +267,7 @@ def test_elites_are_placed_then_the_lines_to_them_then_what_is_around():
     original = torch.tensor([[1.0, 0.0]])
     elites = torch.tensor([[[3.0, 4.0], [1.0, -2.0]]])
     how = ParticleSwarm(particles=15, scale_min=1e-6, scale_max=1e-6)
-    placed = start(original, SPREAD, how, RandomStreams.seeded([0], CPU), elites).position[0]
+    placed = start(original, SPREAD, how, RandomStreams.seeded([0]), elites).position[0]
     lines = torch.tensor([[3.3, 4.6], [1.0, -2.3], [2.6, 3.2], [1.0, -1.6], [2.0, 2.0], [1.0, -1.0]])
     around = torch.cat([original, elites[0]]).repeat(2, 1)
     assert torch.equal(placed[:3], torch.cat([original, elites[0]]))
@@ -281,7 +281,7 @@ def test_elites_take_the_places_of_particles_and_leave_padding_alone(kind):
     original = torch.tensor([[1.0, 2.0, 7.0]])
     elites = torch.full((1, 6, 3), 5.0)
     without, with_ = (
-        start(original, SPREAD, ParticleSwarm(particles=8, start=kind), RandomStreams.seeded([0], CPU, [2]), given)
+        start(original, SPREAD, ParticleSwarm(particles=8, start=kind), RandomStreams.seeded([0], [2]), given)
         for given in (None, elites)
     )
     assert with_.position.shape == without.position.shape == (1, 8, 3)
