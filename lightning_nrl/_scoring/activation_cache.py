@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring.editable_model import EditableModel, Inputs, LayerEdit
 from lightning_nrl._scoring.recorded_tensors import InMemory, Recomputed
 from lightning_nrl._scoring.replay_plan import ReplayPlan
 from lightning_nrl._scoring.sample_layout import SampleLayout, index_all, to_device
+from lightning_nrl._scoring.traced_model import EditableModel, Inputs, LayerEdit
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl.errors import ReplayError
 

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["CandidateTensor", "LazyDelta"]
-
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
 """What to do instead of a function; filled by the modules `channel_*`."""
 

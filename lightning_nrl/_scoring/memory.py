@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "free_memory", "measure_allocations"]
-
 BUDGET_DIVISOR = 4
 """One part in so many of the free memory is the default budget."""
 

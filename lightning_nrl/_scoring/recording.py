@@ -17,19 +17,16 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache, ReplayGroup, split_inputs
-from lightning_nrl._scoring.editable_model import EditableModel, Inputs
 from lightning_nrl._scoring.memory import free_memory
-from lightning_nrl._scoring.plan_search import find_replay_plan, perturbed, same_values
-from lightning_nrl._scoring.replay_plan import ReplayPlan
+from lightning_nrl._scoring.replay_plan import ReplayPlan, find_replay_plan, perturbed, same_values
 from lightning_nrl._scoring.sample_layout import index_batch
 from lightning_nrl._scoring.sparse_delta import output_under
+from lightning_nrl._scoring.traced_model import EditableModel, Inputs
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning, ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
-
-__all__ = ["can_be_cut", "find_group", "find_head_group", "find_whole_group", "record"]
 
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["SampleLayout", "index_all", "index_batch", "infer_layout", "repeat_all", "to_device"]
-
 
 @dataclass(frozen=True)
 class SampleLayout:

@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl._scoring.chunking import GPU_BLOCK_BYTES, MAX_SAMPLES_GPU, make_chunk_scorers
-from lightning_nrl._scoring.head_stack import HeadStack, SwarmHeads, stack_heads
+from lightning_nrl._scoring.chunk_scorer import GPU_BLOCK_BYTES, MAX_SAMPLES_GPU, ChunkScorer, make_chunk_scorers
+from lightning_nrl._scoring.last_layer_scorer import HeadStack, SwarmHeads, stack_heads
 from lightning_nrl._scoring.memory import default_budget
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
-
-__all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
+from lightning_nrl.search.scores import Scores
 
 N_MOST_FRAGILE = 128
 """How many of the most fragile samples of I_pos are scored before the others."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._lightning import LightningModule, Trainer, overrides, rank_zero_warn
-from lightning_nrl._scoring.forward_trace import force_eager
+from lightning_nrl._scoring.traced_model import force_eager
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._trainer.trainer_state import untracked
 from lightning_nrl._utils.attributes import attributes_kept

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.scores import Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.state import State, current_state
 from lightning_nrl._utils.timing import Deadline
@@ -21,6 +20,7 @@ from lightning_nrl.problem import Problem
 from lightning_nrl.search import Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.scores import Scorer, Scores
 
 __all__ = ["WholeModelScorer", "merged", "search_coefficients"]
 

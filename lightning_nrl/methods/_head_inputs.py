@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_nrl._convex.head import ROWS_PER_BLOCK, ConvexHead
 from lightning_nrl._scoring import ActivationCache, Chunk
-from lightning_nrl._scoring.plan_search import same_values
+from lightning_nrl._scoring.replay_plan import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError
 from lightning_nrl.methods._known_activations import record_known

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import Deadline
@@ -38,6 +37,7 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.scores import Scores
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
 

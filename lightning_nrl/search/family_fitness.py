@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import check_real
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
+from lightning_nrl.search.scores import Scores
 
 __all__ = ["FITNESSES", "ArachneDEFitness", "ArachneFitness", "NeuRecoverFitness", "needs_credit"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import check_choice, check_real
+from lightning_nrl.search.scores import Scores
 
 __all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
 
@@ -77,7 +77,7 @@ class Fitness:
 
     Example:
         >>> import torch
-        >>> from lightning_nrl._scoring.scores import Scores
+        >>> from lightning_nrl.search.scores import Scores
         >>> loss = torch.ones(1, 2)
         >>> none, every = torch.tensor([[0.0]]), torch.tensor([[10.0]])
         >>> before = Scores(none, every, loss[:, :1], loss[:, :1], n_failed=4, n_passed=10)

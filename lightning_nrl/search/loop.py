@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.timing import Deadline
@@ -23,6 +22,7 @@ from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_s
 from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.saved_search import SearchCourse
+from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
 from lightning_nrl.search.weight_stats import WeightStats, search_dtype
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.saved_values import record_fields
 from lightning_nrl.search.protocol import SearchState
 from lightning_nrl.search.rng import RandomStreams
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.search.search_log import SearchLog
 
 __all__ = ["SearchCourse"]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
+from lightning_nrl.search.scores import Scores
 
 __all__ = ["SearchHistory", "SearchLog", "SearchResult", "histories"]
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from scoring_networks import REPLAYED, make_problem
 
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl._scoring.chunking import make_chunk_scorers
+from lightning_nrl._scoring.chunk_scorer import ChunkScorer, make_chunk_scorers
 from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.tasks import Multiclass
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring.delta_layout import DeltaLayout, make_delta_layout
+from lightning_nrl._scoring.sparse_delta import DeltaLayout, make_delta_layout
 
 
 def layout(layer: nn.Module, where: list[int]) -> DeltaLayout:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import Scores, make_scorer
-from lightning_nrl._scoring.head_stack import rounded_up
+from lightning_nrl._scoring import make_scorer
+from lightning_nrl._scoring.last_layer_scorer import rounded_up
 from lightning_nrl._scoring.scorer import SwarmScorer, stacked
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.search.scores import Scores
 
 EVALUATOR = Evaluator(nn.Identity())
 """Of a recording its task and its ranks matter alone."""

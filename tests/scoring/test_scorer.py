@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import Scores, make_scorer, record
+from lightning_nrl._scoring import make_scorer, record
 from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Multiclass, Task
 
 EVALUATOR = Evaluator(nn.Identity())

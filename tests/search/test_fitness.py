@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.search.fitness import FEASIBLE_FLOOR, Fitness, exchange_rate, fitness_per_search
+from lightning_nrl.search.scores import Scores
 
 BEFORE = Scores(*(torch.tensor([[x]]) for x in (0.0, 10.0, 2.0, 0.5)), n_failed=4, n_passed=10)
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search import ParticleSwarm, WeightStats, search, search_many
 from lightning_nrl.search.fitness import Fitness
+from lightning_nrl.search.scores import Scores
 
 WIDE = WeightStats(mean=0.0, std=1.0, lowest=-3.0, highest=3.0)
 N = 50

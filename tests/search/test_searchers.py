@@ -11,7 +11,6 @@ import torch
 from test_protocol import STATS, GivingUp, original, same, wall
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.search import (
     SEARCHERS,
@@ -26,6 +25,7 @@ from lightning_nrl.search import (
     search_many,
 )
 from lightning_nrl.search.differential_evolution import three_others
+from lightning_nrl.search.scores import Scores
 
 ALL = [
     pytest.param(DifferentialEvolution(population=12, iterations=40, patience=20), id="differential evolution"),

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk, ReplayGroup, split_inputs
-from lightning_nrl._scoring.editable_model import EditableModel
 from lightning_nrl._scoring.memory import default_budget
 from lightning_nrl._scoring.recording import can_be_cut, find_group
 from lightning_nrl._scoring.sparse_delta import output_under
+from lightning_nrl._scoring.traced_model import EditableModel
 from lightning_nrl.analysis.sweep._store import StoredRun
 from lightning_nrl.data.batch import Batch, Source
 from lightning_nrl.evaluation.evaluator import Evaluator
