@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Gates", "Recurrent", "gates_of", "opened"]
-
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
 """The kinds of recurrent layer that can be repaired."""
 

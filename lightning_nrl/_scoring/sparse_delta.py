@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layer_inputs import pad_input
-from lightning_nrl._model.layers import Convolution, Layer, LayerRef, ParameterSpace
+from lightning_nrl._model.layer_gradients import pad_input
+from lightning_nrl._model.layers import Convolution, LayerRef, ParameterSpace, layer_output
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor, LazyDelta
 from lightning_nrl._utils.precision import no_autocast
 
@@ -254,11 +254,6 @@ class LayerDelta(DeltaLayout):
         bias = None if module.bias is None else module.bias.detach().to(dtype).float()
         with no_autocast(x.device):
             return layer_output(module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias)
-
-
-def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a Linear or a convolution gives with other weights."""
-    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._lightning import LightningModule, overrides, rank_zero_warn
+from lightning_nrl._model.layer_gradients import OutputProbe
 from lightning_nrl._model.layers import layers_of
-from lightning_nrl._model.per_sample_grad import OutputProbe
 from lightning_nrl._scoring.traced_model import force_eager
 from lightning_nrl._trainer.loaders import LoaderSource
 from lightning_nrl._utils.attributes import attributes_kept

@@ -13,8 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from lightning_nrl._lightning import LightningModule, Trainer, batch_limit, callbacks_of, rank_zero_warn, validating
-from lightning_nrl._model.batch_statistics import refusing_batch_statistics
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._model.layers import find_scope, refusing_batch_statistics
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining

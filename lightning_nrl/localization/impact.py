@@ -6,31 +6,32 @@ zeros and the layers' inputs give every weight's gradient, whether or not the we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layer_inputs import absolute_input, as_rows, uses_per_weight
-from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._model.per_sample_grad import (
+from lightning_nrl._model.layer_gradients import (
     LayerCall,
     OutputProbe,
+    absolute_input,
+    as_rows,
     bias_gradient,
     is_by_sample,
     sample_gradients,
+    uses_per_weight,
     weight_gradient,
 )
+from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
 from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.tasks import Task
-
-__all__ = ["Aggregation", "Impact", "Replay", "measure"]
 
 Aggregation = Literal["mean_gradient", "per_sample"]
 """How many gradients become one backward impact: |their mean|, or the mean of each sample's |gradient|."""
@@ -46,23 +47,6 @@ class Impact:
     backward: Tensor  # W, the loss gradient's size for each weight, never negative
     forward: Tensor  # W, the size of what each weight passes on, never negative
     n_samples: int  # how many samples it was measured on
-
-
-class Replay(Protocol):
-    """What is needed of a recording: known data in chunks, and the model run on them with layers' outputs replaced."""
-
-    @property
-    def space(self) -> ParameterSpace:
-        """The layers to be repaired."""
-        ...
-
-    def chunks(self, size: int | None = None, keep: Tensor | None = None) -> Iterable[Any]:
-        """This rank's samples that `keep` marks by row of the results, at most `size` at once: `rows` and `target`."""
-        ...
-
-    def replay(self, chunk: Any, edit: Callable[[LayerRef, Tensor, Tensor], Tensor], copies: int = 1) -> Tensor:
-        """The logits of a chunk when `edit(site, input, output)` replaces the output of each layer."""
-        ...
 
 
 def measure(

@@ -18,12 +18,10 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
-from lightning_nrl.localization.impact import Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
+from lightning_nrl.localization.impact import Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
 from lightning_nrl.localization.neurecover_lite import default_n_weights, places
 from lightning_nrl.localization.training_record import FolderHistory
-
-__all__ = ["NeuRecover", "TrainingFlips", "localize_by_history"]
 
 
 @LOCALIZERS.register("neurecover")

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice
 from lightning_nrl.evaluation.evaluator import Evaluator
-from lightning_nrl.localization.impact import Aggregation, Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
-
-__all__ = ["NeuRecoverLite", "default_n_weights", "localize", "places", "set_sizes"]
+from lightning_nrl.localization.impact import Aggregation, Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
 
 
 @LOCALIZERS.register("neurecover-lite")

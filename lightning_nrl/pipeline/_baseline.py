@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from lightning_nrl._model.batch_statistics import refusing_batch_statistics
+from lightning_nrl._model.layers import refusing_batch_statistics
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, SampleResults

@@ -19,8 +19,6 @@ from lightning_nrl.errors import check_real
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction
 from lightning_nrl.search.scores import Scores
 
-__all__ = ["FITNESSES", "ArachneDEFitness", "ArachneFitness", "NeuRecoverFitness", "needs_credit"]
-
 FITNESSES: Registry[FitnessFunction] = Registry("Fitness", "Fitness('eq1')", callable, group="fitnesses")
 """Fitnesses by name; a function of a candidate's scores and the original's is one, too."""
 

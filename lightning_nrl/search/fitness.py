@@ -18,8 +18,6 @@ from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import check_choice, check_real
 from lightning_nrl.search.scores import Scores
 
-__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
-
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`."""
 

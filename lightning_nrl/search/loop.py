@@ -19,14 +19,18 @@ from lightning_nrl._utils.saved_work import Piece
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
-from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.saved_search import SearchCourse
 from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
-from lightning_nrl.search.weight_stats import WeightStats, search_dtype
-
-__all__ = ["TIME_WAS_OVER", "search", "search_many"]
+from lightning_nrl.search.searcher import (
+    SEARCHERS,
+    RandomStreams,
+    Searcher,
+    SearchOrigin,
+    SearchState,
+    WeightStats,
+    search_dtype,
+)
 
 TIME_WAS_OVER = "time was over"
 """Why a search ended that a deadline cut short."""

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.saved_values import record_fields
-from lightning_nrl.search.protocol import SearchState
-from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.search.search_log import SearchLog
-
-__all__ = ["SearchCourse"]
+from lightning_nrl.search.searcher import RandomStreams, SearchState
 
 
 @dataclass

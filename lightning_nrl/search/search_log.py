@@ -16,8 +16,6 @@ from torch import Tensor
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.search.scores import Scores
 
-__all__ = ["SearchHistory", "SearchLog", "SearchResult", "histories"]
-
 
 @dataclass(frozen=True)
 class SearchHistory:

@@ -18,7 +18,7 @@ from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import Target, TensorSource, repair_module
 from lightning_nrl._convex.linearized_step import LinearizedMargins, TrustRadius
-from lightning_nrl._model.layer_inputs import windows
+from lightning_nrl._model.layer_gradients import windows
 from lightning_nrl._model.layers import find_scope
 from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
 from lightning_nrl._utils.distributed import Collective

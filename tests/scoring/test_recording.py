@@ -10,8 +10,8 @@ from graphs import GraphNet, graph_loader
 from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
+from lightning_nrl._model.layer_gradients import margin_calls
 from lightning_nrl._model.layers import LayerRef, find_layers
-from lightning_nrl._model.per_sample_grad import margin_calls
 from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.data.batch import Batch

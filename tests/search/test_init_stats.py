@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from lightning_nrl._model.layers import find_layers
-from lightning_nrl.search.weight_stats import WeightStats
+from lightning_nrl.search.searcher import WeightStats
 
 
 def numbers(stats):

@@ -7,10 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.search.protocol import SearchOrigin
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
-from lightning_nrl.search.rng import RandomStreams
-from lightning_nrl.search.weight_stats import WeightStats, search_dtype
+from lightning_nrl.search.searcher import RandomStreams, SearchOrigin, WeightStats, search_dtype
 
 CPU = torch.device("cpu")
 SPREAD = WeightStats(mean=5.0, std=2.0, lowest=-1.0, highest=9.0)
