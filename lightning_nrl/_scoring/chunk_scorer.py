@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +15,12 @@ from torch import Tensor
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor
 from lightning_nrl._scoring.last_layer_scorer import HeadScorer, Sums, is_plain_multiclass, make_head_scorer, summed
-from lightning_nrl._scoring.memory import measure_allocations
+from lightning_nrl._scoring.memory import in_blocks, measure_allocations
 from lightning_nrl._scoring.sample_layout import repeat_all
 from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.tasks import Task
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -60,7 +57,8 @@ class ChunkScorer:
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs candidates `P x K`: which of them, their passes `p x n` bool, and if asked for their losses `p x n`."""
-        for part, (passed, loss) in self._blocks(values, partial(self._run, with_loss=with_loss)):
+        work = partial(self._run, with_loss=with_loss)
+        for part, (passed, loss) in in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0])):
             yield part, passed, loss
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
@@ -73,7 +71,7 @@ class ChunkScorer:
             passed, loss = self._run(values, with_loss)
             return summed(passed, loss, self.weight, with_credit)
 
-        yield from self._blocks(values, work)
+        yield from in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0]))
 
     @property
     def first_delta(self) -> LayerDelta:
@@ -86,18 +84,6 @@ class ChunkScorer:
         label = self.task.label(self.chunk.target)
         assert label is not None
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
-
-    def _blocks(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
-        """Does the work for as many candidates at once as memory allows."""
-        start = 0
-        while start < len(values):
-            part = slice(start, min(len(values), start + max(1, self.rows // len(self.chunk))))
-            done = none_if_out_of_memory(partial(work, values[part]), last_try=self.rows <= 1)
-            if done is None:
-                self.rows //= 2
-                continue
-            yield part, done
-            start = part.stop
 
     def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
         if self.is_head:
