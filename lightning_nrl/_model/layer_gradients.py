@@ -123,7 +123,6 @@ class OutputProbe:
 
     @property
     def called(self) -> list[str]:
-        """The names of the layers in the order in which they were called."""
         return [name for name, *_ in self._seen]
 
     def add_zero(self, name: str, x: Tensor, output: Tensor) -> Tensor:
@@ -153,7 +152,6 @@ class OutputProbe:
             return torch.autograd.grad(values, zeros, weights, retain_graph=retain_graph, materialize_grads=True)
 
     def calls(self, values: Tensor) -> dict[str, list[LayerCall]]:
-        """The calls of each layer, with gradients of the sum of values; none if gradients do not reach the probe."""
         calls: dict[str, list[LayerCall]] = {name: [] for name in self.layers}
         gradients = self.gradients(values, torch.ones_like(values))
         for (name, x, _), gradient in zip(self._seen, gradients, strict=bool(gradients)):

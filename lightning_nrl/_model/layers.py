@@ -50,7 +50,6 @@ class LayerRef:
 
     @property
     def size(self) -> int:
-        """How many weights it has."""
         return sum(p.numel() for p in self.parameters.values())
 
     @property
@@ -76,17 +75,14 @@ class ParameterSpace:
 
     @property
     def size(self) -> int:
-        """How many weights there are."""
         return sum(site.size for site in self.sites)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
         return self.sites[0].module.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights as deployed."""
         return self.sites[0].module.weight.dtype
 
     @property
@@ -95,7 +91,6 @@ class ParameterSpace:
         return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
 
     def flat(self) -> Tensor:
-        """A detached copy of the live weights, `size`."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:

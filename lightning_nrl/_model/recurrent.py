@@ -32,13 +32,11 @@ class GateLinear(nn.Linear):
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """`gates * hidden x in`."""
         found: Any = self.__dict__["owner"]._parameters[f"weight_{self.end}"]
         return found  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        """`gates * hidden`; None if the layer has none."""
         found: Any = self.__dict__["owner"]._parameters.get(f"bias_{self.end}")
         return found  # type: ignore[no-any-return]
 

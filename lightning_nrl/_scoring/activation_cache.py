@@ -53,11 +53,9 @@ class ReplayGroup:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory for what is stored."""
         return 0 if self.storage is None else self.storage.nbytes
 
     def empty_like(self, device: torch.device, recomputed: bool, same: tuple[int, ...]) -> ReplayGroup:
-        """Returns a group for passes like these that are kept elsewhere."""
         return replace(
             self, device=device, recomputed=recomputed, same=same, storage=None, expected=0, targets=[], rows=[]
         )
@@ -94,7 +92,6 @@ class ReplayGroup:
         ]
 
     def take(self, samples: slice | Tensor, device: torch.device) -> list[Tensor]:
-        """The stored tensors of some samples, on a device."""
         assert self.storage is not None
         kept = sorted(set(self.same))
         taken = self.storage.take(samples, device)
@@ -152,12 +149,10 @@ class ActivationCache:
 
     @property
     def space(self) -> ParameterSpace:
-        """The layers to be repaired."""
         return self.model.space
 
     @property
     def storage(self) -> str:
-        """Where samples are kept, in words; empty if all are in memory."""
         again = sum(len(group.rows[0]) for group in self.groups if group.recomputed)
         if not again:
             return ""
@@ -192,20 +187,17 @@ class ActivationCache:
             yield Chunk(chunk.group, samples, chunk.rows[part], index_all(chunk.target, part))
 
     def activations(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The first site's input and output, samples first."""
         plan, group = self.plan(chunk), self.groups[chunk.group]
         x, y = group.take_last_two(chunk.samples, self.space.device)
         dim = plan.dims[plan.first.name]
         return x.movedim(dim, 0), y.movedim(dim, 0)
 
     def plan(self, chunk: Chunk) -> ReplayPlan:
-        """How samples that are replayable are resumed."""
         plan = self.groups[chunk.group].plan
         assert plan is not None
         return plan
 
     def is_replayable(self, chunk: Chunk) -> bool:
-        """Whether the chunk is resumed at the first site; else it is run as a whole."""
         return self.groups[chunk.group].plan is not None
 
     def replay(self, chunk: Chunk, edit: LayerEdit, copies: int = 1) -> Tensor:

@@ -325,7 +325,6 @@ def _both(apply: Callable[[Tensor, Tensor], Tensor], a: CandidateTensor, b: Cand
 
 
 def _channels(x: CandidateTensor, dim: int, units: Tensor) -> Tensor:
-    """The values in some channels, `P or 1 x n x ...`."""
     if x.units is units:
         return x.changed
     base = x.base.index_select(dim, units).unsqueeze(0)

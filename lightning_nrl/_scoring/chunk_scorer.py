@@ -42,7 +42,6 @@ class ChunkScorer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept from one call to the next."""
         return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:

@@ -155,7 +155,6 @@ class HeadScorer(HeadTables):
         return true_below > best_above + rounding, true_above + rounding < best_below
 
     def subset(self, samples: Tensor) -> HeadScorer:
-        """Some of the samples, `int64`."""
 
         def some(x: Tensor) -> Tensor:
             return x.index_select(-1, samples)
@@ -235,7 +234,6 @@ class SwarmHead(NamedTuple):
 
     @property
     def padded_nbytes(self) -> int:
-        """What the inputs that its weights meet take in a stack."""
         return math.prod(self.shape) * self.head.true_logit.element_size()
 
 

@@ -134,7 +134,6 @@ class AllocationMeter(TorchDispatchMode):
 
 
 def _storage_of(x: Tensor) -> tuple[int, int]:
-    """Address and bytes of a tensor's memory; zeros where it has none of its own."""
     try:
         storage = x.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
@@ -143,7 +142,6 @@ def _storage_of(x: Tensor) -> tuple[int, int]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results, also those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -23,11 +23,9 @@ class InMemory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
         return sum(x.nbytes for parts in self.parts for x in parts)
 
     def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Keeps a batch."""
         if not self.parts:
             self.parts = [[] for _ in tensors]
             self.filled = [0] * len(tensors)
@@ -37,7 +35,6 @@ class InMemory:
                 self.parts[i].append(kept)
 
     def _is_filled_in(self, i: int, kept: Tensor) -> bool:
-        """Whether a batch of one tensor went to where memory was taken before."""
         parts, layout, start = self.parts[i], self.layouts[i], self.filled[i]
         reserved = self.expected * layout.m if self.device.type == "cpu" and layout.dim == 0 else 0
         stop = start + kept.shape[layout.dim]
@@ -51,7 +48,6 @@ class InMemory:
         return True
 
     def finish(self, pin: bool = False) -> None:
-        """Joins the batches; page-locked (`pin`) memory is what a GPU takes without a wait."""
         for i, (parts, layout) in enumerate(zip(self.parts, self.layouts, strict=True)):
             if self.filled[i]:
                 parts[0] = parts[0][: self.filled[i]]
@@ -75,11 +71,9 @@ class Recomputed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
         return sum(x.nbytes for x in self.latest[2])
 
     def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Notes which samples there are."""
         self.rows.append(rows)
 
     def finish(self, pin: bool = False) -> None:

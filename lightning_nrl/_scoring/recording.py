@@ -196,7 +196,6 @@ def find_whole_group(
 
 
 def _memory(device: torch.device, budget: int | None) -> dict[torch.device, int]:
-    """Bytes that may be taken, of the model's device first."""
     memory = {device: free_memory(device) // 2 if budget is None else budget}
     if device.type != "cpu":
         main = torch.device("cpu")
@@ -243,7 +242,6 @@ def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
-    """What is stored of some samples, from passes of their own."""
     parts = []
     for batch, own in draw(rows):
         inputs: Inputs = (batch.args, batch.kwargs)

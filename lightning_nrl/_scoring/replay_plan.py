@@ -41,11 +41,9 @@ class LeafSpec:
 
     @property
     def stored(self) -> bool:
-        """Whether the values of all samples are kept."""
         return self.layout is not None and self.live
 
     def matches(self, x: Any, n: int) -> bool:
-        """Whether `x` may be this leaf in a pass of `n` samples."""
         if not isinstance(self.value, Tensor) or not isinstance(x, Tensor):
             return type(x) is type(self.value) and (not isinstance(x, (int, float, str, bool)) or x == self.value)
         if x.dtype != self.value.dtype:
@@ -105,23 +103,19 @@ class ReplayPlan:
 
     @property
     def live_calls(self) -> frozenset[str]:
-        """Modules whose outputs are to be kept when a pass is traced."""
         numbered = pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)
         pairs = zip(self.calls, numbered[1], strict=True)
         return frozenset(name for name, tree in pairs if any(self.leaves[i].live for i in pytree.tree_leaves(tree)))
 
     @property
     def layouts(self) -> list[SampleLayout]:
-        """Where the samples are in each stored tensor."""
         return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
 
     @cached_property
     def _of_first(self) -> frozenset[int]:
-        """Leaves of the first site's input and output, which nothing changes in place."""
         return frozenset(pytree.tree_leaves(pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)[-1]))
 
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
-        """The tensors to be stored of a traced pass of `n` samples, or None if it has another shape."""
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
             return None
         leaves, spec = flatten_trace(inputs, trace)

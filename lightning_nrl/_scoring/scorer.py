@@ -267,7 +267,6 @@ def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
 
 
 def _equal_swarms(tables: list[Tensor]) -> list[tuple[int, ...]]:
-    """Numbers of the swarms that have the same rows in all tables."""
     groups: dict[tuple[bytes, ...], list[int]] = {}
     for swarm in range(len(tables[0])):
         groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)

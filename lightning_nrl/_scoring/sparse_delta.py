@@ -74,7 +74,6 @@ class DeltaLayout:
     bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
 
     def to(self, device: torch.device) -> DeltaLayout:
-        """The same on a device, in one transfer."""
         own = [self.units, self.bias]
         for b in self.buckets:
             own += [b.columns, b.kernel_index, b.channels, b.channel]
@@ -147,7 +146,6 @@ class LayerDelta(DeltaLayout):
 
     @property
     def unit_dim(self) -> int:
-        """The dimension of the layer's output that counts its units."""
         return -1 if isinstance(self.site.module, nn.Linear) else 1
 
     def output(

@@ -158,7 +158,6 @@ def force_eager() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _patched_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, the module runs `forward`, with the user's hooks around it."""
     restore = _patch_forward(module, forward, hooks=True)
     try:
         yield
@@ -224,12 +223,10 @@ class EditableModel:
 
     @property
     def model(self) -> nn.Module:
-        """The module itself."""
         return self.evaluator.model
 
     @property
     def sites(self) -> dict[str, LayerRef]:
-        """The repaired layers by name."""
         return {site.name: site for site in self.space.sites}
 
     def trace(self, inputs: Inputs, keep: Callable[[str], bool] = lambda name: True) -> tuple[ForwardTrace, Tensor]:
@@ -252,18 +249,16 @@ class EditableModel:
         return trace, self.evaluator.task.logits(output)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """The logits of a pass, which may change its inputs."""
+        """Returns the logits of a pass, which may change its inputs."""
         args, kwargs = inputs
         with opened(self.space.gates), self.evaluator.context():
             return self.evaluator.task.logits(run_model(self.model, args, kwargs))
 
     def logits(self, inputs: Inputs, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The logits of the whole model with some parameters replaced."""
         with holding(self.model, parameters):
             return self.forward(_cloned(inputs))
 
     def edited_logits(self, inputs: Inputs, edit: LayerEdit) -> Tensor:
-        """The logits of the whole model with every site's output edited."""
         with edit_outputs(self.space.sites, edit):
             return self.forward(_cloned(inputs))
 

@@ -167,7 +167,6 @@ def _starts(space: ParameterSpace) -> list[int]:
 
 
 def _sum_up(recording: Replay, rows_mask: Tensor, size: int) -> _ContributionSums:
-    """Sums over this rank's marked samples, so many at once."""
     sums = _ContributionSums.zeros(recording.space)
     with repeatable_gradients():
         for chunk in recording.chunks(size, rows_mask):
@@ -176,7 +175,6 @@ def _sum_up(recording: Replay, rows_mask: Tensor, size: int) -> _ContributionSum
 
 
 def _add(sums: _ContributionSums, recording: Replay, chunk: Any) -> None:
-    """Adds the samples of one chunk to the sums."""
     probe, logits = probed(recording, chunk)
     with torch.enable_grad(), no_autocast(logits.device):
         outputs = logits.flatten(1)

@@ -103,7 +103,6 @@ def as_many_as_fit(work: Callable[[int], Sums]) -> Sums:
 def _sum_up(
     recording: Replay, task: Task, rows_mask: Tensor, aggregation: Aggregation, weight: Tensor | None, size: int
 ) -> _Sums:
-    """Sums over this rank's marked samples, so many at once."""
     sums = _Sums.zeros(recording.space)
     unchecked = aggregation == "per_sample" or weight is not None
     with repeatable_gradients():
@@ -144,7 +143,6 @@ def _add(
     weight: Tensor | None,
     check: bool,
 ) -> None:
-    """Adds the samples of one chunk to the sums."""
     n = len(chunk.rows)
     own = None if weight is None else weight[chunk.rows.to(weight.device)].to(sums.flat)
     calls, strayed = trace(recording, chunk, lambda logits: _losses(task, logits, chunk.target, own), check)
@@ -177,7 +175,6 @@ def _losses(task: Task, logits: Tensor, target: Any, weight: Tensor | None) -> T
 
 
 def _scaled(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows, `r x ...`, each as much as its sample counts, `n`."""
     return x * weight.to(x).repeat_interleave(len(x) // len(weight)).view(-1, *[1] * (x.ndim - 1))
 
 
@@ -256,7 +253,6 @@ def flat_part(site: LayerRef, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _mean(space: ParameterSpace, sums: _Sums) -> Impact:
-    """Impacts from the sums over all samples of all ranks."""
     check_marked(sums.samples)
     for site, count, strayed in zip(space.sites, sums.positions.tolist(), sums.strayed.tolist(), strict=True):
         if strayed:

@@ -127,7 +127,6 @@ class CmaEs:
         return kind(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)
 
     def _units(self, state: Evolution, s: int, weights: Tensor) -> Tensor:
-        """Weights of a search as the library sees them: the way from the original in standard deviations."""
         own = slice(state.sizes[s])
         return ((weights - state.original[s, own]).double() / state.step[s, own].double()).cpu()
 

@@ -101,7 +101,6 @@ def needs_credit(fitness: FitnessFunction) -> bool:
 
 
 def _counts(scores: Scores) -> tuple[Tensor, Tensor]:
-    """What is repaired and kept, by weight where samples have one."""
     dtype = widest(scores.patched.device)
     patched = scores.patched if scores.gain is None else scores.gain
     intact: Any = scores.intact if scores.harm is None else scores.n_passed - scores.harm

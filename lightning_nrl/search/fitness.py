@@ -233,7 +233,6 @@ def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tenso
 
 
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-    """Those of some of several searches; a number that all share stays as it is."""
 
     def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x

@@ -189,7 +189,6 @@ def search_many(
 
 
 def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, elites: Tensor | None) -> SearchOrigin:
-    """Where the searches begin, in the dtype of the search."""
     dtype, device = search_dtype(original.dtype), original.device
     searched = None
     if sizes is not None:
@@ -278,7 +277,6 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
 
 
 def _first(scores: Scores) -> Scores:
-    """The scores of each search's first candidate, the original weights: `S x 1`."""
     columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
     patched, intact, loss_failed, loss_passed = (x[:, :1] for x in columns)
     return Scores(patched, intact, loss_failed, loss_passed, scores.n_failed, scores.n_passed)

@@ -110,7 +110,6 @@ class ParticleSwarm:
             )
 
     def _coefficient(self, name: str) -> float:
-        """A number of the step, given or as `constants` says."""
         given: float | None = getattr(self, name)
         return COEFFICIENTS[self.constants][name] if given is None else given
 

@@ -41,7 +41,6 @@ class WeightStats:
 
 
 def _moments(weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, standard deviation, least and greatest."""
     weights = weights.detach().to(search_dtype(weights.dtype))
     return weights.mean(), weights.std(correction=0), weights.min(), weights.max()
 
@@ -62,7 +61,7 @@ class RandomStreams:
     def seeded(cls, seeds: Sequence[int], sizes: Sequence[int] | None = None) -> RandomStreams:
         """Fresh streams, each from its own seed."""
         own = None if sizes is None else tuple(sizes)
-        return cls(tuple(torch.Generator().manual_seed(seed) for seed in seeds), own)
+        return cls(tuple(torch.Generator("cpu").manual_seed(seed) for seed in seeds), own)
 
     def uniform(self, like: Tensor, *shape: int) -> Tensor:
         """Numbers in [0, 1) of the dtype of `like`: `shape`, with the swarms before its last two dimensions."""
@@ -74,7 +73,7 @@ class RandomStreams:
 
     def seeds(self) -> list[int]:
         """A whole number below 2^31 a swarm, to seed something else with."""
-        return [int(torch.randint(2**31, (1,), generator=own)) for own in self.generators]
+        return [int(torch.randint(2**31, (1,), generator=own, device="cpu")) for own in self.generators]
 
     def state(self) -> list[Tensor]:
         """What `restore` goes on from, on the CPU."""
@@ -87,13 +86,14 @@ class RandomStreams:
 
     def _draw(self, sample: Callable[..., Tensor], like: Tensor, shape: tuple[int, ...]) -> Tensor:
         *lead, n_particles, n_weights = shape
+        options: dict[str, Any] = {"dtype": like.dtype, "device": "cpu"}
         if self.sizes is None or n_weights == 1:
-            own = [sample(*shape, generator=generator, dtype=like.dtype) for generator in self.generators]
+            own = [sample(*shape, generator=generator, **options) for generator in self.generators]
             drawn = own[0].unsqueeze(-3) if len(own) == 1 else torch.stack(own, -3)
         else:
-            drawn = torch.zeros(*lead, len(self.generators), n_particles, n_weights, dtype=like.dtype)
+            drawn = torch.zeros(*lead, len(self.generators), n_particles, n_weights, **options)
             for s, (generator, size) in enumerate(zip(self.generators, self.sizes, strict=True)):
-                drawn[..., s, :, :size] = sample(*lead, n_particles, size, generator=generator, dtype=like.dtype)
+                drawn[..., s, :, :size] = sample(*lead, n_particles, size, generator=generator, **options)
         # One transfer for all swarms; a GPU takes page-locked memory without a wait.
         drawn = drawn.pin_memory() if like.is_cuda else drawn
         return drawn.to(like.device, non_blocking=True)
