@@ -34,17 +34,6 @@ def test_chunks_hold_all_samples_in_order() -> None:
     assert torch.cat([part.chunk.rows for part in parts]).tolist() == list(range(300))
 
 
-def test_what_samples_weigh_together_is_summed_once() -> None:
-    weight = torch.arange(12, dtype=torch.float64)
-    assert [part.total_weight for part in cut("head", 12, weight=weight)] == [66.0]
-    assert [part.total_weight for part in cut("head", 12)] == [12]
-
-
-def test_what_does_not_fit_in_the_room_is_not_kept() -> None:
-    assert [part.nbytes for part in cut("head", 12)] == [0]
-    assert cut("head", 12, room=1 << 20)[0].nbytes > 0
-
-
 @pytest.mark.parametrize("name", ["head", "middle linear"])
 def test_where_memory_runs_out_chunks_are_halved_and_nothing_is_kept(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -50,10 +50,6 @@ def test_in_every_precision(name: str) -> None:
     check(REPLAYED[name], autocast=True)
 
 
-def test_most_networks_are_replayed() -> None:
-    assert sum(all(check(case)) for case in REPLAYED.values()) > 0.8 * len(REPLAYED)
-
-
 class Odd(nn.Module):
     """Gives other last bits while somebody looks at its head."""
 
