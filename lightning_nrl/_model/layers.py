@@ -1,29 +1,22 @@
-"""Where weights live: the layers to be repaired, seen as one flat vector of weights."""
+"""Layers to be repaired, seen as one flat vector of weights; and layers that no repair can vouch for."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_nrl._model.recurrent import Gates, Recurrent, gates_of
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = [
-    "Convolution",
-    "Layer",
-    "LayerRef",
-    "ParameterSpace",
-    "find_layers",
-    "find_scope",
-    "last_linear",
-    "layer_names",
-    "layers_of",
-]
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
@@ -57,7 +50,6 @@ class LayerRef:
 
     @property
     def size(self) -> int:
-        """How many weights it has."""
         return sum(p.numel() for p in self.parameters.values())
 
     @property
@@ -83,17 +75,14 @@ class ParameterSpace:
 
     @property
     def size(self) -> int:
-        """How many weights there are."""
         return sum(site.size for site in self.sites)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
         return self.sites[0].module.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights as deployed."""
         return self.sites[0].module.weight.dtype
 
     @property
@@ -102,7 +91,6 @@ class ParameterSpace:
         return {name: parameter for site in self.sites for name, parameter in site.parameters.items()}
 
     def flat(self) -> Tensor:
-        """A detached copy of the live weights, `size`."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters.values()])
 
     def changed(self, where: Tensor, values: Tensor) -> dict[str, Tensor]:
@@ -320,3 +308,36 @@ def last_linear(model: nn.Module, called: Collection[str] | None = None) -> tupl
         if isinstance(layer, nn.Linear) and (called is None or name in called)
     ]
     return linear[-1] if linear else (None, None)
+
+
+@contextmanager
+def refusing_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, a call of a batch norm without running statistics is an error; the model is in evaluation mode.
+
+    Raises:
+        ConfigurationError: as above; it names the layer.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None and module.running_var is None
+    }
+    handles = [module.register_forward_pre_hook(partial(_refuse, name)) for name, module in found.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse(name: str, *_: Any) -> None:
+    raise ConfigurationError(
+        f"`model`: `{name}` is a batch norm without running statistics, so that a prediction depends on the other "
+        "samples in its batch: of no sample it can be said that it stays right.",
+        "make it with `track_running_stats=True`, or put a layer norm or group norm in its place.",
+    )
+
+
+def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns the output of a Linear or a convolution with other weights."""
+    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from lightning_nrl.errors import ConfigurationError
 
-__all__ = ["Gates", "Recurrent", "gates_of", "opened"]
-
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
 """The kinds of recurrent layer that can be repaired."""
 
@@ -34,13 +32,11 @@ class GateLinear(nn.Linear):
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """`gates * hidden x in`."""
         found: Any = self.__dict__["owner"]._parameters[f"weight_{self.end}"]
         return found  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> nn.Parameter | None:  # type: ignore[override]
-        """`gates * hidden`; None if the layer has none."""
         found: Any = self.__dict__["owner"]._parameters.get(f"bias_{self.end}")
         return found  # type: ignore[no-any-return]
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._model.layer_inputs import windows
+from lightning_nrl._model.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients, windows
 from lightning_nrl._model.layers import LayerRef
-from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl._optim.mini_batches import BATCH_SIZE, load_batches
 from lightning_nrl._utils.precision import at_least_float32, no_autocast, widest
 from lightning_nrl._utils.state import State, holding

@@ -5,14 +5,13 @@ losses. `recording` makes an `ActivationCache`; `sparse_delta` follows the few c
 all candidates share; `chunk_scorer` and `scorer` count.
 """
 
-# These two lines register what `CandidateTensor` does in an operation.
-from lightning_nrl._scoring import channel_arithmetic, channel_mixing, channel_ops  # noqa: F401
+# This registers what `CandidateTensor` does in an operation.
+from lightning_nrl._scoring import candidate_ops  # noqa: F401
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
-from lightning_nrl._scoring.editable_model import LayerEdit
 from lightning_nrl._scoring.recording import record
 from lightning_nrl._scoring.scorer import SampleScores, SwarmScorer, make_scorer
-from lightning_nrl._scoring.scores import Scorer, Scores
 from lightning_nrl._scoring.sparse_delta import LayerDelta, make_layer_deltas
+from lightning_nrl._scoring.traced_model import LayerEdit
 
 __all__ = [
     "ActivationCache",
@@ -20,8 +19,6 @@ __all__ = [
     "LayerDelta",
     "LayerEdit",
     "SampleScores",
-    "Scorer",
-    "Scores",
     "SwarmScorer",
     "make_layer_deltas",
     "make_scorer",

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["CandidateTensor", "LazyDelta"]
-
 OP_HANDLERS: dict[Any, Callable[..., Any]] = {}
 """What to do instead of a function; filled by the modules `channel_*`."""
 
@@ -36,7 +34,6 @@ class LazyDelta:
     scale: Tensor | None = None  # the factor so far
 
     def times(self, factor: Tensor) -> LazyDelta:
-        """The same, each channel times a factor, `U`."""
         return LazyDelta(self.onto, factor if self.scale is None else self.scale * factor)
 
 
@@ -76,7 +73,6 @@ class CandidateTensor(Tensor):
 
     @classmethod
     def repeated(cls, base: Tensor, copies: int) -> CandidateTensor:
-        """The same for all candidates."""
         return cls(base, copies, min(1, base.ndim - 1), _no_units(base.device), NO_DELTA)
 
     @property
@@ -87,7 +83,6 @@ class CandidateTensor(Tensor):
         return self.computed
 
     def evaluated(self) -> Tensor:
-        """What is pending, computed, in memory of its own."""
         assert self.pending is not None
         base = self.base.index_select(self.axis, self.units).movedim(self.axis, 0)
         return self.pending.onto(base, self.pending.scale).movedim(0, self.axis + 1)
@@ -122,12 +117,10 @@ class CandidateTensor(Tensor):
         return self.dense()
 
     def _all_changed(self) -> Tensor:
-        """All channels, `P x n x ...`, in memory of their own that has channels first if `changed` has."""
         dim = self.axis + 1
         return self.changed.movedim(dim, 0).index_select(0, self.units.argsort()).movedim(0, dim)
 
     def assign(self, other: Any) -> CandidateTensor:
-        """Takes over another's contents, for an operation in place."""
         if isinstance(other, CandidateTensor):
             self.base, self.axis, self.units = other.base, other.axis, other.units
             self.pending, self.computed, self.materialized = other.pending, other.computed, other.materialized

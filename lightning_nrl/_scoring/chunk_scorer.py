@@ -1,48 +1,26 @@
-"""A chunk of the known data, ready to be run under many candidates at once within a memory budget."""
+"""Chunks of the known data, ready to be run under many candidates at once within a memory budget.
+
+They are as large as the memory allows, and no larger than a processor's cache likes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache, Chunk
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor
-from lightning_nrl._scoring.head_scorer import HeadScorer, make_head_scorer, sum_passed
+from lightning_nrl._scoring.last_layer_scorer import HeadScorer, Sums, is_plain_multiclass, make_head_scorer, summed
+from lightning_nrl._scoring.memory import in_blocks, measure_allocations
 from lightning_nrl._scoring.sample_layout import repeat_all
 from lightning_nrl._scoring.sparse_delta import GatheredInputs, LayerDelta, edit_layers
-from lightning_nrl._scoring.token_head import TokenHead, make_token_head
 from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
 from lightning_nrl._utils.precision import widest
-from lightning_nrl.tasks import Sequence, Task
-
-__all__ = ["ChunkScorer", "Sums", "summed"]
-
-T = TypeVar("T")
-
-
-class Sums(NamedTuple):
-    """What `p` candidates do on all samples of a chunk, `p` each."""
-
-    passed: Tensor  # how many pass
-    weight: Tensor | None  # what these weigh; None: all alike
-    loss: Tensor | None = None  # sum of (weighted) losses; None: not asked for
-    credit: Tensor | None = None  # sum of 1 if right, else 1 / (loss + 1); None: not asked for
-
-
-def summed(passed: Tensor, loss: Tensor | None, weight: Tensor | None, with_credit: bool) -> Sums:
-    """Sums over samples, the last dimension of `passed` and `loss`."""
-    wide = widest(passed.device)
-    credit = None
-    if loss is not None and with_credit:
-        credit = torch.where(passed, 1.0, 1 / (loss + 1)).sum(-1, dtype=wide)
-    if loss is not None and weight is not None:
-        loss = loss * weight
-    return Sums(*sum_passed(passed, weight), None if loss is None else loss.sum(-1, dtype=wide), credit)
+from lightning_nrl.tasks import Task
 
 
 @dataclass
@@ -59,22 +37,15 @@ class ChunkScorer:
     weight: Tensor | None = None  # n, what each sample counts; None: all alike
     total_weight: float = 0.0  # what all samples count together
     is_head: bool = False  # whether the samples are in front of a last layer whose output is the model's
-    is_token_head: bool = False  # whether they are sequences in front of a last layer, whose losses are not needed
     gathered: GatheredInputs | None = None  # what the first site's change needs of the samples, if there is room
     head: HeadScorer | None = None  # the samples in front of that last layer, if there is room
-    tokens: TokenHead | None = None  # the tokens of sequences in front of that last layer, if there is room
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept from one call to the next."""
-        return sum(kept.nbytes for kept in (self.gathered, self.head, self.tokens) if kept is not None)
+        return sum(kept.nbytes for kept in (self.gathered, self.head) if kept is not None)
 
     def keep(self, room: int) -> None:
         """Keeps what is the same in every call, if it takes at most `room` bytes."""
-        if self.is_token_head:
-            tokens = self._make_token_head()
-            self.tokens = tokens if tokens.nbytes <= room else None
-            return
         if not self.is_head:
             if len(self.first_delta.units):
                 gathered = self.first_delta.gather(*self.cache.activations(self.chunk))
@@ -85,7 +56,8 @@ class ChunkScorer:
 
     def evaluate(self, values: Tensor, with_loss: bool = True) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Runs candidates `P x K`: which of them, their passes `p x n` bool, and if asked for their losses `p x n`."""
-        for part, (passed, loss) in self._blocks(values, partial(self._run, with_loss=with_loss)):
+        work = partial(self._run, with_loss=with_loss)
+        for part, (passed, loss) in in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0])):
             yield part, passed, loss
 
     def sums(self, values: Tensor, with_loss: bool = True, with_credit: bool = False) -> Iterator[tuple[slice, Sums]]:
@@ -98,7 +70,7 @@ class ChunkScorer:
             passed, loss = self._run(values, with_loss)
             return summed(passed, loss, self.weight, with_credit)
 
-        yield from self._blocks(values, work)
+        yield from in_blocks(self, values[None], len(self.chunk), lambda _, own: work(own[0]))
 
     @property
     def first_delta(self) -> LayerDelta:
@@ -112,29 +84,10 @@ class ChunkScorer:
         assert label is not None
         return make_head_scorer(self.first_delta, self.first_delta.gather(x, y), y, label, self.reserve)
 
-    def _make_token_head(self) -> TokenHead:
-        assert isinstance(self.task, Sequence)
-        x, y = self.cache.activations(self.chunk)
-        return make_token_head(self.task, self.first_delta, x, y, self.chunk.target, self.reserve)
-
-    def _blocks(self, values: Tensor, work: Callable[[Tensor], T]) -> Iterator[tuple[slice, T]]:
-        """Does the work for as many candidates at once as memory allows."""
-        start = 0
-        while start < len(values):
-            part = slice(start, min(len(values), start + max(1, self.rows // len(self.chunk))))
-            done = none_if_out_of_memory(partial(work, values[part]), last_try=self.rows <= 1)
-            if done is None:
-                self.rows //= 2
-                continue
-            yield part, done
-            start = part.stop
-
     def _run(self, values: Tensor, with_loss: bool) -> tuple[Tensor, Tensor | None]:
         if self.is_head:
             return (self.head or self._make_head()).evaluate(values, with_loss)
         if self.rows >= len(self.chunk):
-            if self.is_token_head and not with_loss:
-                return (self.tokens or self._make_token_head()).passed(values), None
             return self.outputs(self.chunk, self.gathered, values, with_loss, self.reserve)
         chunks = list(self.cache.split(self.chunk, self.rows))
         reserves = [None] * len(chunks) if self.reserve is None else self.reserve.split(self.rows)
@@ -163,3 +116,96 @@ class ChunkScorer:
         own_reserve = None if reserve is None else reserve.repeat(p)
         passed, loss = self.task.passed_and_loss(logits, repeat_all(chunk.target, p), own_reserve, with_loss)
         return passed.view(p, -1), None if loss is None else loss.view(p, -1)
+
+
+CPU_CACHE_BYTES = 1 << 20
+"""Bytes of the first site's output, or of logits in front of a last layer, that a CPU works on at once, so that they
+stay in its cache."""
+CPU_BLOCK_BYTES = 16 << 20
+"""Bytes that a pass over a block should make on a CPU, up to eight caches of them at once: less is all overhead."""
+GPU_BLOCK_BYTES = 256 << 20
+"""The same on a GPU, enough to keep it busy."""
+MAX_SAMPLES_CPU, MAX_SAMPLES_GPU = 512, 16_384
+"""Samples a chunk at most: a GPU is only busy with many of them a launch."""
+
+
+@torch.no_grad()
+def make_chunk_scorers(
+    cache: ActivationCache,
+    deltas: tuple[LayerDelta, ...],  # the change of each site
+    where: Tensor,  # K int64, flat positions of the changed weights
+    mask: Tensor,  # N bool by row of the results, which samples
+    task: Task,
+    *,
+    budget: int,  # bytes that running a block may take
+    room: int,  # bytes that may be kept from one call to the next
+    reserve: Tensor | None = None,  # N by row of the results, the margin that each must keep to pass; None: any
+    weight: Tensor | None = None,  # N float64 by row of the results, what each counts; None: all alike
+) -> list[ChunkScorer]:
+    """Cuts samples into chunks. Where memory runs out, into smaller ones of which nothing is kept between calls."""
+    device = cache.space.device
+    weight = None if weight is None else weight.to("cpu", widest(device))
+
+    def scorer_of(chunk: Chunk, rows: int, is_head: bool = False) -> ChunkScorer:
+        own_reserve, own = (None if x is None else x[chunk.rows] for x in (reserve, weight))
+        total = len(chunk) if own is None else float(own.sum())
+        own_reserve, own = (None if x is None else x.to(device) for x in (own_reserve, own))
+        return ChunkScorer(cache, chunk, deltas, where, task, rows, own_reserve, own, total, is_head)
+
+    def cut(group: Chunk, samples: int, make: Callable[[Chunk], ChunkScorer], room: int) -> list[ChunkScorer]:
+        scorers = []
+        for chunk in cache.split(group, samples):
+            scorers.append(make(chunk))
+            if room > 0:
+                scorers[-1].keep(room)
+                room -= scorers[-1].nbytes
+        return scorers
+
+    scorers: list[ChunkScorer] = []
+    for group in cache.chunks(None, mask):
+        whole = scorer_of(group, 1)
+        if not cache.is_replayable(group):
+            whole.rows = _rows_of_block(whole, budget, 0)
+            scorers.append(whole)
+            continue
+        _, y = cache.activations(next(iter(cache.split(group, 1))))
+        n_units = len(whole.first_delta.units)
+        is_last = cache.plan(group).is_last_layer and n_units > 0 and y.dtype in (torch.float32, torch.float64)
+        is_head = is_last and y.ndim == 2 and is_plain_multiclass(task)
+        if is_head:
+            block = CPU_CACHE_BYTES if device.type == "cpu" else GPU_BLOCK_BYTES
+            rows = max(1, min(block, budget // 6) // (n_units * y.element_size()))
+        else:
+            rows = _rows_of_block(whole, budget, y.nbytes)
+        most = MAX_SAMPLES_CPU if device.type == "cpu" else MAX_SAMPLES_GPU
+        samples = max(1, min(most, len(group), rows if is_head else int(rows**0.5)))
+        make = partial(scorer_of, rows=rows, is_head=is_head)
+        made = none_if_out_of_memory(partial(cut, group, samples, make, room))
+        while made is None:
+            samples, room = max(1, samples // 2), 0
+            made = none_if_out_of_memory(partial(cut, group, samples, make, 0), last_try=samples == 1)
+        scorers += made
+        room -= sum(scorer.nbytes for scorer in made)
+    return scorers
+
+
+def _rows_of_block(scorer: ChunkScorer, budget: int, y_bytes: int) -> int:
+    """How many rows to run at once, by what a few of them take; the same on every run."""
+    few = next(iter(scorer.cache.split(scorer.chunk, 2)))
+    original = scorer.deltas[0].original
+
+    def measure(p: int) -> tuple[int, int]:
+        return measure_allocations(partial(scorer.outputs, few, None, original.expand(p, -1), True))
+
+    measures = none_if_out_of_memory(lambda: (measure(4), measure(8)))
+    if measures is None:
+        return 1
+    (_, total_of_4), (peak, total_of_8) = measures
+    together = len(few) * (8 if scorer.cache.is_replayable(scorer.chunk) else 1)
+    peak_of_row, total_of_row = peak / together, (total_of_8 - total_of_4) / (4 * len(few))
+    fitting = int(budget / max(1, peak_of_row))
+    if original.device.type != "cpu" or not y_bytes:
+        return max(1, min(fitting, int(GPU_BLOCK_BYTES / max(1, peak_of_row))))
+    wanted = int(CPU_BLOCK_BYTES / max(1, total_of_row))
+    wanted = min(max(wanted, CPU_CACHE_BYTES // y_bytes), 8 * CPU_CACHE_BYTES // y_bytes)
+    return max(1, min(fitting, wanted))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["default_budget", "free_memory", "measure_allocations"]
+from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
+
+T = TypeVar("T")
 
 BUDGET_DIVISOR = 4
 """One part in so many of the free memory is the default budget."""
@@ -54,6 +57,32 @@ def _container_limit() -> list[int]:
     except (OSError, IndexError, ValueError):
         return []
     return [max(0, limit - used + int(files))]
+
+
+class InBlocks(Protocol):
+    """Work whose blocks are halved for good when memory runs out."""
+
+    rows: int  # candidates times samples that are run at once
+
+
+def in_blocks(
+    worker: InBlocks, values: Tensor, n: int, work: Callable[[slice, Tensor], T]
+) -> Iterator[tuple[slice, T]]:
+    """Does the work on `n` samples for candidates `S x P x K`, for as many swarms at once as memory allows.
+
+    Where not even one swarm fits, for some of its candidates. Yields these and what the work gave, in their order.
+    """
+    start, candidate, (s, p, _) = 0, 0, values.shape
+    while start < s and p:
+        many = max(1, worker.rows // n)
+        part = slice(candidate, min(p, candidate + many))
+        which = slice(start, min(s, start + (1 if candidate else max(1, many // p))))
+        done = none_if_out_of_memory(partial(work, which, values[which, part]), last_try=worker.rows <= 1)
+        if done is None:
+            worker.rows //= 2
+            continue
+        yield part, done
+        start, candidate = (which.stop, 0) if part.stop == p else (start, part.stop)
 
 
 def measure_allocations(work: Callable[[], Any]) -> tuple[int, int]:
@@ -105,7 +134,6 @@ class AllocationMeter(TorchDispatchMode):
 
 
 def _storage_of(x: Tensor) -> tuple[int, int]:
-    """Address and bytes of a tensor's memory; zeros where it has none of its own."""
     try:
         storage = x.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
@@ -114,7 +142,6 @@ def _storage_of(x: Tensor) -> tuple[int, int]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operation's arguments or results, also those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

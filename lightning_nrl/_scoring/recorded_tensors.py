@@ -1,56 +1,14 @@
-"""Where recorded tensors of many samples are kept: in memory, there in half the precision, in a file, or not at all."""
+"""Recorded tensors of many samples: kept in memory, or computed again whenever they are taken."""
 
 from __future__ import annotations
 
-import mmap
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.sample_layout import SampleLayout
-from lightning_nrl.errors import ReplayError
-
-__all__ = ["InMemory", "MappedFile", "Recomputed", "RecordedTensors", "StorageKind", "half_nbytes", "halved"]
-
-StorageKind = Literal["memory", "half", "mapped", "recomputed"]
-
-HALF_OF = {torch.float64: torch.float32, torch.float32: torch.float16}
-"""What has half the precision of a type; what is narrower already stays as it is."""
-
-
-def halved(x: Tensor) -> Tensor:
-    """The tensor in half the precision, if it has one."""
-    return x.to(HALF_OF.get(x.dtype, x.dtype))
-
-
-def half_nbytes(x: Tensor) -> int:
-    """Bytes of the tensor in half the precision."""
-    return x.numel() * HALF_OF.get(x.dtype, x.dtype).itemsize
-
-
-class RecordedTensors(Protocol):
-    """Some tensors of many samples: batches are added, then samples are taken."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that are held."""
-        ...
-
-    def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Takes in a batch of samples with these rows in the results."""
-        ...
-
-    def finish(self, pin: bool = False) -> None:
-        """Ends the recording; page-locked (`pin`) memory is what a GPU takes without a wait."""
-        ...
-
-    def take(self, samples: slice | Tensor, device: torch.device, first: int = 0) -> list[Tensor]:
-        """Some samples of the tensors from the `first` on, on a device, in the precision that they came in."""
-        ...
 
 
 @dataclass
@@ -59,29 +17,24 @@ class InMemory:
 
     layouts: Sequence[SampleLayout]  # where the samples are in each
     device: torch.device
-    half: bool = False  # whether they are kept in half the precision
     expected: int = 0  # samples for which memory is taken from the first batch on; what comes beyond them is joined
-    dtypes: list[torch.dtype] = field(default_factory=list)  # that they came in
     parts: list[list[Tensor]] = field(default_factory=list)  # of each, batch by batch; one is left when it is finished
     filled: list[int] = field(default_factory=list)  # entries of each first part that are taken, where it is reserved
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all."""
         return sum(x.nbytes for parts in self.parts for x in parts)
 
     def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Keeps a batch."""
         if not self.parts:
-            self.parts, self.dtypes = [[] for _ in tensors], [x.dtype for x in tensors]
+            self.parts = [[] for _ in tensors]
             self.filled = [0] * len(tensors)
         for i, x in enumerate(tensors):
-            kept = (halved(x) if self.half else x).to(self.device)
+            kept = x.to(self.device)
             if not self._is_filled_in(i, kept):
                 self.parts[i].append(kept)
 
     def _is_filled_in(self, i: int, kept: Tensor) -> bool:
-        """Whether a batch of one tensor went to where memory was taken before."""
         parts, layout, start = self.parts[i], self.layouts[i], self.filled[i]
         reserved = self.expected * layout.m if self.device.type == "cpu" and layout.dim == 0 else 0
         stop = start + kept.shape[layout.dim]
@@ -95,7 +48,6 @@ class InMemory:
         return True
 
     def finish(self, pin: bool = False) -> None:
-        """Makes one tensor of each."""
         for i, (parts, layout) in enumerate(zip(self.parts, self.layouts, strict=True)):
             if self.filled[i]:
                 parts[0] = parts[0][: self.filled[i]]
@@ -103,59 +55,9 @@ class InMemory:
             parts[:] = [whole.pin_memory() if pin else whole]
 
     def take(self, samples: slice | Tensor, device: torch.device, first: int = 0) -> list[Tensor]:
-        """Views where nothing has to be converted or moved."""
-        chosen = [
-            layout.take(x[0], samples) for layout, x in zip(self.layouts[first:], self.parts[first:], strict=True)
-        ]
-        # Half a number is sent to a device before it is widened there.
-        moved = (x.to(device, non_blocking=True) for x in chosen)
-        return [x.to(dtype) for x, dtype in zip(moved, self.dtypes[first:], strict=True)]
-
-
-@dataclass
-class MappedFile:
-    """Tensors in temporary files that have no name, or lose it when they are closed: none is ever left behind."""
-
-    layouts: Sequence[SampleLayout]
-    nbytes: int = 0  # what is read is a copy, so that no page stays
-    dtypes: list[torch.dtype] = field(default_factory=list)
-    shapes: list[torch.Size] = field(default_factory=list)  # of one entry, samples first
-    files: list[IO[bytes]] = field(default_factory=list)  # one a tensor
-
-    def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Writes a batch; a `ReplayError` where the temporary folder takes no more."""
-        by_sample = [x.movedim(layout.dim, 0) for x, layout in zip(tensors, self.layouts, strict=True)]
-        try:
-            if not self.files:
-                self.dtypes, self.shapes = [x.dtype for x in tensors], [x.shape[1:] for x in by_sample]
-                for _ in tensors:
-                    self.files.append(tempfile.TemporaryFile(prefix="lightning_nrl-"))  # noqa: SIM115
-            for file, x in zip(self.files, by_sample, strict=True):
-                file.write(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        except OSError as error:
-            raise ReplayError(
-                f"`layer`: recorded activations could not be written to {tempfile.gettempdir()!r}: {error}",
-                "let TMPDIR name a folder with more space, or raise `SearchOptions.budget`.",
-            ) from error
-
-    def finish(self, pin: bool = False) -> None:
-        """Brings all to the file."""
-        for file in self.files:
-            file.flush()
-
-    def take(self, samples: slice | Tensor, device: torch.device, first: int = 0) -> list[Tensor]:
-        """Copies of the chosen samples."""
-        places = samples if isinstance(samples, slice) else samples.cpu()
-        taken = []
-        columns = zip(self.layouts, self.dtypes, self.shapes, self.files, strict=True)
-        for layout, dtype, shape, file in list(columns)[first:]:
-            # Private and so writable, as `torch.frombuffer` wants it; closed when the tensor is gone.
-            pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            whole = torch.frombuffer(pages, dtype=dtype).view(-1, *shape)
-            chosen = SampleLayout(0, layout.m).take(whole, places)
-            chosen = chosen.clone() if isinstance(places, slice) else chosen
-            taken.append(chosen.movedim(0, layout.dim).contiguous().to(device))
-        return taken
+        """Returns some samples of the tensors from the `first` on, as views where nothing has to be moved."""
+        kept = zip(self.layouts[first:], self.parts[first:], strict=True)
+        return [layout.take(x[0], samples).to(device, non_blocking=True) for layout, x in kept]
 
 
 @dataclass
@@ -169,11 +71,9 @@ class Recomputed:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept."""
         return sum(x.nbytes for x in self.latest[2])
 
     def add(self, tensors: Sequence[Tensor], rows: Tensor) -> None:
-        """Notes which samples there are."""
         self.rows.append(rows)
 
     def finish(self, pin: bool = False) -> None:

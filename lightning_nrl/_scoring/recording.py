@@ -2,7 +2,8 @@
 
 Nothing is taken on trust. The first pass of each shape is replayed under changed weights and compared with the whole
 model, every later one under the original weights. What cannot be replayed is kept as model inputs and run as a whole:
-slower, as exact. What is kept where is decided by `storage_choice`.
+slower, as exact. What does not fit in memory is computed again each time; the bytes alone decide that, so that a run
+can be repeated.
 """
 
 from __future__ import annotations
@@ -10,29 +11,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring.activation_cache import ActivationCache
-from lightning_nrl._scoring.editable_model import EditableModel, Inputs
+from lightning_nrl._scoring.activation_cache import ActivationCache, ReplayGroup, split_inputs
 from lightning_nrl._scoring.memory import free_memory
-from lightning_nrl._scoring.plan_search import find_replay_plan, perturbed, same_values
-from lightning_nrl._scoring.recorded_tensors import half_nbytes, halved
-from lightning_nrl._scoring.replay_group import ReplayGroup, split_inputs
-from lightning_nrl._scoring.replay_plan import ReplayPlan
+from lightning_nrl._scoring.replay_plan import ReplayPlan, find_replay_plan, perturbed, same_values
 from lightning_nrl._scoring.sample_layout import index_batch
 from lightning_nrl._scoring.sparse_delta import output_under
-from lightning_nrl._scoring.storage_choice import StorageChoice, free_disk
+from lightning_nrl._scoring.traced_model import EditableModel, Inputs
 from lightning_nrl._utils.interrupts import poll
 from lightning_nrl._utils.out_of_memory import is_out_of_memory
 from lightning_nrl.data.batch import Batch, is_sliceable
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, PerformanceWarning, ReplayError
 from lightning_nrl.evaluation.evaluator import Evaluator
-
-__all__ = ["can_be_cut", "find_group", "find_head_group", "find_whole_group", "record"]
 
 OTHER_OUTPUTS = "replaying some samples gives other outputs than the whole model"
 
@@ -49,8 +43,7 @@ def record(
     keep: Tensor,  # N bool by row of the results, which samples are wanted
     *,
     budget: int | None = None,  # bytes of memory on the model's device; None: half of what is free
-    disk: int | None = None,  # bytes of temporary files; None: most of what is free
-    draw: Draw | None = None,  # for what fits nowhere; None: it is kept in memory all the same
+    draw: Draw | None = None,  # for what does not fit; None: it is kept in memory all the same
 ) -> ActivationCache:
     """Runs the model once over known data and keeps what a repair of `space` needs; warns of what is run as a whole.
 
@@ -60,7 +53,8 @@ def record(
     if not space.sites:
         raise ReplayError(space.obstacle)
     cache = ActivationCache(EditableModel(evaluator, space), [], torch.zeros(0, dtype=torch.int64))
-    choice = _storage_choice(space.device, budget, disk, draw is not None)
+    memory = _memory(space.device, budget)
+    can_recompute = draw is not None
     n_wanted = -(-int(keep.sum()) // evaluator.collective.world_size)
     sliceable: bool | None = None  # not known before the first batch
     for batch, rows in batches:
@@ -73,7 +67,7 @@ def record(
         if sliceable is None:
             sliceable = can_be_cut(cache.model, inputs, len(rows))
             # Batches made of other samples might be padded, or put together, in another way.
-            choice.can_recompute &= sliceable and is_sliceable(inputs, len(rows))
+            can_recompute &= sliceable and is_sliceable(inputs, len(rows))
         if len(index) < len(rows):
             target = index_batch(target, index, len(rows))
             inputs = index_batch(inputs, index, len(rows)) if sliceable else inputs
@@ -83,12 +77,10 @@ def record(
             group, stored = find_head_group(cache, inputs, len(rows), space.device)
             stored = [x.index_select(0, index.to(x.device)) for x in stored]
         again = None if draw is None else partial(_stored_again, cache.model, group, draw)
-        alike = partial(_half_is_alike, cache.model, group, stored, target, len(index))
-        _place(cache, group, stored, choice, n_wanted, len(index), alike).add(stored, target, rows[index], again)
+        group = _place(cache, group, stored, memory, n_wanted, len(index), can_recompute)
+        group.add(stored, target, rows[index], again)
     for group in cache.groups:
-        group.finish(
-            pin=space.device.type == "cuda" and group.kind in ("memory", "half") and group.device.type == "cpu"
-        )
+        group.finish(pin=space.device.type == "cuda" and group.device.type == "cpu")
     cache.rows = torch.cat([cache.rows, *(group.rows[0] for group in cache.groups)])
     if cache.fallback_reason is not None:
         warnings.warn(
@@ -203,36 +195,39 @@ def find_whole_group(
     return new, stored
 
 
-def _storage_choice(device: torch.device, budget: int | None, disk: int | None, can_recompute: bool) -> StorageChoice:
+def _memory(device: torch.device, budget: int | None) -> dict[torch.device, int]:
     memory = {device: free_memory(device) // 2 if budget is None else budget}
     if device.type != "cpu":
         main = torch.device("cpu")
         memory[main] = free_memory(main) // 2
-    return StorageChoice(memory, free_disk() if disk is None else disk, can_recompute)
+    return memory
 
 
 def _place(
     cache: ActivationCache,
     group: ReplayGroup,
     stored: list[Tensor],
-    choice: StorageChoice,
-    n_wanted: int,
-    n: int,
-    half_is_alike: Callable[[], bool],
+    memory: dict[torch.device, int],
+    n_wanted: int,  # samples to be recorded in all
+    n: int,  # samples of this batch
+    can_recompute: bool,
 ) -> ReplayGroup:
-    """The group for passes like these of `n` samples where these are to be kept, made where there is none."""
+    """Returns the group for passes like these that are kept in the same place, made where there is none."""
     same = _first_equal(stored)
-    kept = [stored[i] for i in sorted(set(same))]
-    nbytes, half = sum(x.nbytes for x in kept), sum(half_nbytes(x) for x in kept)
-    kind, device = choice.next(nbytes, half, n_wanted / n, half_is_alike)
+    nbytes = sum(stored[i].nbytes for i in set(same))
+    fitting = next((device for device, left in memory.items() if nbytes <= left), None)
+    device, recomputed = fitting or list(memory)[-1], fitting is None and can_recompute
+    if not recomputed:
+        memory[device] -= nbytes
     if not group.rows:
-        group.kind, group.device, group.same = kind, device, same
-        fits = (half if kind == "half" else nbytes) * (n_wanted / n - 1) <= choice.memory.get(device, 0)
+        group.device, group.recomputed, group.same = device, recomputed, same
+        fits = nbytes * (n_wanted / n - 1) <= memory[device]
         group.expected = n_wanted if len(cache.groups) == 1 and fits else 0
     for other in cache.groups:
-        if other.constants is group.constants and (other.kind, other.device, other.same) == (kind, device, same):
+        place = other.device, other.recomputed, other.same
+        if other.constants is group.constants and place == (device, recomputed, same):
             return other
-    cache.groups.append(group.empty_like(kind, device, same))
+    cache.groups.append(group.empty_like(device, recomputed, same))
     return cache.groups[-1]
 
 
@@ -245,22 +240,8 @@ def _first_equal(stored: list[Tensor]) -> tuple[int, ...]:
     return tuple(next(j for j in range(i + 1) if j == i or equal(stored[j], x)) for i, x in enumerate(stored))
 
 
-def _half_is_alike(model: EditableModel, group: ReplayGroup, stored: list[Tensor], target: Any, n: int) -> bool:
-    """Whether the same samples pass when what is stored of them has been rounded to half the precision."""
-
-    def passed(stored: list[Tensor]) -> Tensor:
-        if group.plan is None:
-            logits = model.logits(group.inputs(stored), {})
-        else:
-            logits = group.plan.resume(model, stored, n, lambda site, x, y: y)
-        return model.evaluator.task.passed(logits, target)
-
-    return torch.equal(passed([halved(x).to(x.dtype) for x in stored]), passed(stored))
-
-
 @torch.no_grad()
 def _stored_again(model: EditableModel, group: ReplayGroup, draw: Draw, rows: Tensor) -> list[Tensor]:
-    """What is stored of some samples, from passes of their own."""
     parts = []
     for batch, own in draw(rows):
         inputs: Inputs = (batch.args, batch.kwargs)

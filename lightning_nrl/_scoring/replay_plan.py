@@ -1,9 +1,10 @@
-"""How passes of one shape are resumed at the first repaired layer: what of them is kept, and where it goes."""
+"""How passes of one shape are resumed at the first repaired layer: found by trial, checked against the whole model."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +14,20 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import LayerRef
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor
-from lightning_nrl._scoring.editable_model import EditableModel, Inputs, LayerEdit, edit_outputs
-from lightning_nrl._scoring.forward_trace import ForwardTrace, with_cached_outputs
-from lightning_nrl._scoring.sample_layout import SampleLayout
-
-__all__ = ["LeafSpec", "ReplayPlan", "flatten_trace"]
+from lightning_nrl._scoring.sample_layout import SampleLayout, index_batch, infer_layout
+from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas, output_under
+from lightning_nrl._scoring.traced_model import (
+    EditableModel,
+    ForwardTrace,
+    Inputs,
+    LayerEdit,
+    edit_outputs,
+    is_packed,
+    with_cached_outputs,
+)
+from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.precision import may_use_tf32
+from lightning_nrl.errors import ReplayError
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,9 @@ class LeafSpec:
 
     @property
     def stored(self) -> bool:
-        """Whether the values of all samples are kept."""
         return self.layout is not None and self.live
 
     def matches(self, x: Any, n: int) -> bool:
-        """Whether `x` may be this leaf in a pass of `n` samples."""
         if not isinstance(self.value, Tensor) or not isinstance(x, Tensor):
             return type(x) is type(self.value) and (not isinstance(x, (int, float, str, bool)) or x == self.value)
         if x.dtype != self.value.dtype:
@@ -95,23 +103,19 @@ class ReplayPlan:
 
     @property
     def live_calls(self) -> frozenset[str]:
-        """Modules whose outputs are to be kept when a pass is traced."""
         numbered = pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)
         pairs = zip(self.calls, numbered[1], strict=True)
         return frozenset(name for name, tree in pairs if any(self.leaves[i].live for i in pytree.tree_leaves(tree)))
 
     @property
     def layouts(self) -> list[SampleLayout]:
-        """Where the samples are in each stored tensor."""
         return [leaf.layout for leaf in self.leaves if leaf.stored and leaf.layout is not None]
 
     @cached_property
     def _of_first(self) -> frozenset[int]:
-        """Leaves of the first site's input and output, which nothing changes in place."""
         return frozenset(pytree.tree_leaves(pytree.tree_unflatten(list(range(len(self.leaves))), self.spec)[-1]))
 
     def match(self, trace: ForwardTrace, inputs: Inputs, n: int) -> list[Tensor] | None:
-        """The tensors to be stored of a traced pass of `n` samples, or None if it has another shape."""
         if tuple(trace.calls) != self.calls or trace.layer_order[0] != self.first.name:
             return None
         leaves, spec = flatten_trace(inputs, trace)
@@ -163,3 +167,152 @@ def flatten_trace(inputs: Inputs, trace: ForwardTrace) -> tuple[list[Any], pytre
 def _copy_if_recorded(new: Tensor, recorded: Tensor) -> Tensor:
     """The tensor itself, or a copy if it is the recorded one, which what comes after might change in place."""
     return new.clone() if new is recorded or (type(new) is Tensor and new.data_ptr() == recorded.data_ptr()) else new
+
+
+def find_replay_plan(model: EditableModel, inputs: Inputs, n: int) -> ReplayPlan | str:
+    """A plan for passes like this one, of `n` samples, that gave the whole model's logits for changed weights.
+
+    If there is none, why not, in words. A site that is never called is a `ReplayError`.
+    """
+    small = max(2, min(n, 6))
+    few, more = (index_batch(inputs, torch.arange(size) % n, n) for size in (small, small + 1))
+    (trace, _), (other, _) = model.trace(few), model.trace(more)
+    first_name = trace.layer_order[0]
+    if trace.layer_order.count(first_name) > 1:
+        return f"layer {first_name!r} is called {trace.layer_order.count(first_name)} times in one pass"
+    if trace.calls != other.calls or trace.layer_order != other.layer_order:
+        return "the order in which modules are called depends on the data"
+    if is_packed(trace.outputs):
+        return "a module returns a packed sequence"
+    leaves, spec = flatten_trace(few, trace)
+    others, other_spec = flatten_trace(more, other)
+    if spec != other_spec:
+        return "what modules return depends on the data"
+    try:
+        layouts = [_layout(a, b, small) for a, b in zip(leaves, others, strict=True)]
+        site_shapes = zip(trace.layer_order, trace.layer_shapes, other.layer_shapes, strict=True)
+        found = [(name, infer_layout(a, b, small, small + 1)) for name, a, b in site_shapes]
+        site_layouts = dict(found)
+    except ValueError as error:
+        return f"a module's output does not count samples in one dimension: {error}"
+    if any(layout is None for _, layout in found) or layouts[-2] is None:
+        return "a layer's output is the same for all samples"
+    if len({(name, layout.dim) for name, layout in found if layout is not None}) > len(site_layouts):
+        return "a layer is called with samples in several dimensions"
+    dims = {name: layout.dim for name, layout in site_layouts.items() if layout is not None}
+    first = model.sites[trace.layer_order[0]]
+    modules = {name: model.model.get_submodule(name) for name in trace.calls}
+    alive = _liveness(model, trace, few)
+    problem = ""
+    for live in (alive, [True] * len(leaves)):
+        made = tuple(_leaf(*parts) for parts in zip(leaves, layouts, live, strict=True))
+        site = tuple(LeafSpec(leaf.layout, True, leaf.value, repeats=False) for leaf in made[-2:])
+        plan = ReplayPlan(tuple(trace.calls), modules, first, dims, spec, (*made[:-2], *site))
+        stored = [x for leaf, x in zip(plan.leaves, leaves, strict=True) if leaf.stored]
+        try:
+            problem = _check(model, plan, stored, few, small)
+        except (RuntimeError, ValueError, IndexError, TypeError, ReplayError) as error:
+            if is_out_of_memory(error):  # which says nothing of the model
+                raise
+            problem = f"resuming it failed: {error}".splitlines()[0]
+        if not problem:
+            return replace(plan, is_last_layer=_is_last_layer(model, plan, stored, small))
+    return problem
+
+
+def same_values(a: Tensor, b: Tensor, precision: torch.dtype | None = None) -> bool:
+    """Whether two results differ by no more than rounding, in the dtype they were computed in."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not b.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(precision or b.dtype, 5e-2)
+    if b.is_cuda and tolerance == 1e-4 and may_use_tf32():
+        tolerance = 1e-2
+    finite = b[b.isfinite()].abs()
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return torch.allclose(a, b, rtol=0.0, atol=tolerance * max(scale, 1e-6), equal_nan=True)
+
+
+def _check(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], inputs: Inputs, n: int) -> str:
+    """Resumes the pass under original weights and with changed ones; says what is wrong, or nothing.
+
+    First all weights change, then a few, whose effect is followed channel by channel.
+    """
+    flat = model.space.flat()
+    changed = perturbed(flat)
+    whole = model.space.changed(torch.arange(len(flat), device=flat.device), changed)
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        if site is not plan.first:
+            x, y = x[len(x) // 2 :], y[: len(y) // 2]
+        return torch.cat([y, output_under(whole, site, x)])
+
+    where = torch.linspace(0, len(flat) - 1, min(8, len(flat)), dtype=torch.float64).long().unique().to(flat.device)
+    values = torch.stack([flat, changed])[:, where]
+    sparse = edit_layers(make_layer_deltas(model.space, where), values)
+    unchanged, few = (model.space.changed(where, v) for v in values)
+    for some_edit, weights in ((edit, ({}, whole)), (sparse, (unchanged, few))):
+        resumed = plan.resume(model, stored, n, some_edit, copies=2)
+        precision = min((stored[-1].dtype, resumed.dtype), key=lambda t: torch.finfo(t).bits)
+        halves = (resumed.dense() if isinstance(resumed, CandidateTensor) else resumed).chunk(2)
+        for half, parameters in zip(halves, weights, strict=True):
+            if not same_values(half, model.logits(inputs, parameters), precision):
+                return "resuming it after the layer gives other outputs than the whole model"
+    return ""
+
+
+def perturbed(flat: Tensor) -> Tensor:
+    """Other weights of the same size, the same ones every time."""
+    noise = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0)).to(flat)
+    return flat + noise * flat.std(correction=0).clamp_min(1e-3)
+
+
+def _is_last_layer(model: EditableModel, plan: ReplayPlan, stored: list[Tensor], n: int) -> bool:
+    """Whether the first site's output, untouched, is what the model returns."""
+    given: list[Tensor] = []
+
+    def edit(site: LayerRef, x: Tensor, y: Tensor) -> Tensor:
+        given.append(y.clone())
+        return given[-1]
+
+    logits = plan.resume(model, stored, n, edit)
+    return len(given) == 1 and logits is given[0]
+
+
+def _liveness(model: EditableModel, trace: ForwardTrace, inputs: Inputs) -> list[bool]:
+    """Which leaves reach the logits other than through the first site, by the gradients that come back to them."""
+    leaves, spec = flatten_trace(inputs, trace)
+    floats = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wanted = [x.detach().clone().requires_grad_() for x, f in zip(leaves, floats, strict=True) if f]
+            source = iter(wanted)
+            given = [next(source).clone() if f else x for x, f in zip(leaves, floats, strict=True)]
+            inputs, outputs, (_, y) = pytree.tree_unflatten(given, spec)
+            y = y.detach()
+            first = model.sites[trace.layer_order[0]].module
+            modules = dict(model.model.named_modules())
+            with with_cached_outputs(trace.calls, modules, outputs, first, lambda: y):
+                logits = model.forward(inputs)
+            found: Iterator[Tensor | None] = iter([None] * len(wanted))
+            if logits.requires_grad:
+                found = iter(torch.autograd.grad(logits.sum(), wanted, allow_unused=True))
+    except (RuntimeError, ReplayError) as error:
+        if is_out_of_memory(error):
+            raise
+        return [True] * len(leaves)
+    return [next(found) is not None if f else True for f in floats]
+
+
+def _leaf(x: Any, layout: SampleLayout | None, live: bool) -> LeafSpec:
+    if layout is None:
+        return LeafSpec(None, True, x)
+    return LeafSpec(layout, live, layout.take(x, slice(0, 1)).clone())
+
+
+def _layout(a: Any, b: Any, small: int) -> SampleLayout | None:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    return infer_layout(a.shape, b.shape, small, small + 1)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["SampleLayout", "index_all", "index_batch", "infer_layout", "repeat_all", "to_device"]
-
 
 @dataclass(frozen=True)
 class SampleLayout:
@@ -36,7 +34,6 @@ class SampleLayout:
         return x.expand(*x.shape[: self.dim], n, *x.shape[self.dim + 1 :]).flatten(self.dim, self.dim + 1)
 
     def matches(self, shape: Sequence[int], other: Sequence[int], n: int) -> bool:
-        """Whether `shape` is `other`, of any number of samples, with `n` samples."""
         expected = list(other)
         if self.dim < len(expected):
             expected[self.dim] = n * self.m

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,18 +10,15 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._scoring.activation_cache import ActivationCache
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
-from lightning_nrl._scoring.chunking import GPU_BLOCK_BYTES, MAX_SAMPLES_GPU, make_chunk_scorers
-from lightning_nrl._scoring.head_stack import HeadStack, SwarmHeads, stack_heads
+from lightning_nrl._scoring.chunk_scorer import GPU_BLOCK_BYTES, ChunkScorer, make_chunk_scorers
+from lightning_nrl._scoring.last_layer_scorer import HeadStack, Sums, SwarmHead, stack_heads
 from lightning_nrl._scoring.memory import default_budget
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.evaluator import Evaluator
-
-__all__ = ["SampleScores", "SwarmScorer", "make_scorer"]
+from lightning_nrl.search.scores import Scores
 
 N_MOST_FRAGILE = 128
 """How many of the most fragile samples of I_pos are scored before the others."""
@@ -80,7 +76,10 @@ class SwarmScorer:
         rows = 4 + 2 * self.weighted + 2 * self.credit
         sums = torch.zeros(rows, *values.shape[:2], device=device, dtype=widest(device))
         for role, stack in self.stacks:
-            self._add_stack(role, stack, values, sums)
+            several = isinstance(self.n_failed, Tensor)
+            own = values[stack.swarms] if several else values.flatten(0, 1).unsqueeze(0)
+            found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
+            _add_up(sums if several else sums.view(rows, 1, -1), role, stack.swarms, found, stack.total_weight)
         for group in self.groups:
             if group.is_stacked:
                 continue
@@ -107,22 +106,6 @@ class SwarmScorer:
             *credit,
         )
 
-    def _add_stack(self, role: int, stack: HeadStack, values: Tensor, sums: Tensor) -> None:
-        """Adds what all candidates, `S x P x K`, of some swarms do on their samples of I_neg (0) or I_pos (1)."""
-        several = isinstance(self.n_failed, Tensor)
-        own = values[stack.swarms] if several else values.flatten(0, 1).unsqueeze(0)
-        found = stack.sums(own, with_loss=role == 0 or self.passed_loss, with_credit=self.credit)
-        columns = [(role, found.passed), (2 + role, found.loss), (role - 2, found.credit)]
-        if found.weight is not None:
-            columns.append((4 + role, stack.total_weight - found.weight if role else found.weight))
-        for row, column in columns:
-            if column is None:
-                continue
-            if several:
-                sums[row, stack.swarms] = column.to(sums.dtype)
-            else:
-                sums[row] = column.view_as(sums[row])
-
     def _add(self, group: SwarmGroup, values: Tensor, limit: Tensor | None, sums: Tensor) -> None:
         """Adds what one swarm's candidates, `P x K`, do on this rank's samples to sums, rows `x P`, I_pos first."""
         alive = None if limit is None else torch.arange(len(values), device=values.device)
@@ -133,13 +116,7 @@ class SwarmScorer:
                 with_loss = role == 0 or self.passed_loss
                 for part, found in scorer.sums(chosen, with_loss=with_loss, with_credit=self.credit):
                     which = part if alive is None else alive[part]
-                    sums[role, which] += found.passed
-                    if found.weight is not None:
-                        sums[4 + role, which] += scorer.total_weight - found.weight if role else found.weight
-                    if found.loss is not None:
-                        sums[2 + role, which] += found.loss
-                    if found.credit is not None:
-                        sums[role - 2, which] += found.credit
+                    _add_up(sums, role, which, found, scorer.total_weight)
                 if role == 1 and alive is not None and limit is not None:
                     n_scored += len(scorer.chunk)
                     broken = sums[5, alive] if self.weighted else n_scored - sums[1, alive]
@@ -216,7 +193,7 @@ def make_scorer(
         )
         first = _most_fragile(own_passed, fragility if gives_up else None)
         fragile, others = (
-            make(mask, room=own_room, with_loss=passed_loss)
+            make(mask, room=own_room)
             for mask, own_room in ((first, room // 4), (own_passed & ~first, room - room // 4))
         )
         columns = slice(None) if bool(is_own.all()) else is_own.nonzero().flatten().to(device)
@@ -251,34 +228,32 @@ def stacked(scorer: SwarmScorer, n_columns: int, block_bytes: int, room: float =
     `n_columns` is K, `block_bytes` what the logits of one block may take, `room` what stacks may take that are mostly
     padding.
     """
-    groups, roles = [], (list[SwarmHeads](), list[SwarmHeads]())
+    groups, roles = [], (list[SwarmHead](), list[SwarmHead]())
     each = room / max(1, sum(len(group.swarms) for group in scorer.groups))
     for group in scorer.groups:
-        parts = (group.failed, group.passed)
-        n_samples = max(sum(len(part.chunk) for part in role) for role in parts)
-        if n_samples > MAX_SAMPLES_GPU or any(part.head is None for role in parts for part in role):
-            groups.append(group)
-            continue
         columns = None if isinstance(group.columns, slice) else group.columns
-        found = [_heads_of(group.swarms[0], columns, role) if role else None for role in parts]
-        if any(one is not None and one.is_mostly_padding and one.padded_nbytes > each for one in found):
+        parts = [(role, part) for role, scorers in ((0, group.failed), (1, group.passed)) for part in scorers]
+        heads = [(role, SwarmHead(0, columns, part.head, part.weight)) for role, part in parts if part.head is not None]
+        # At most one stretch of samples of each role, and no more padding than there is room for.
+        fits = max(len(group.failed), len(group.passed)) <= 1 and all(one.padded_nbytes <= each for _, one in heads)
+        if not fits or len(heads) < len(parts):
             groups.append(group)
             continue
         groups.append(replace(group, is_stacked=True))
-        for swarms, one, role in zip(roles, found, parts, strict=True):
-            if one is not None:
-                swarms += [replace(one, swarm=swarm) for swarm in group.swarms]
-            for part in role:
-                part.head = None
-    stacks = [(i, one) for i, swarms in enumerate(roles) for one in stack_heads(swarms, n_columns, block_bytes)]
+        for role, one in heads:
+            roles[role].extend(one._replace(swarm=swarm) for swarm in group.swarms)
+        for _, part in parts:
+            part.head = None
+    stacks = [(role, one) for role, own in enumerate(roles) for one in stack_heads(own, n_columns, block_bytes)]
     return replace(scorer, groups=tuple(groups), stacks=tuple(stacks), gives_up=False)
 
 
-def _heads_of(swarm: int, columns: Tensor | None, role: Sequence[ChunkScorer]) -> SwarmHeads:
-    """The samples of one role of a swarm."""
-    weights = [part.weight for part in role if part.weight is not None]
-    heads = tuple(part.head for part in role if part.head is not None)
-    return SwarmHeads(swarm, columns, heads, torch.cat(weights) if weights else None)
+def _add_up(sums: Tensor, role: int, which: Tensor | slice, found: Sums, total_weight: Tensor | float) -> None:
+    """Adds what some candidates do on samples of I_neg (0) or I_pos (1), whose broken ones are what is weighed."""
+    weighed = total_weight - found.weight if role and found.weight is not None else found.weight
+    for row, column in ((role, found.passed), (2 + role, found.loss), (role - 2, found.credit), (4 + role, weighed)):
+        if column is not None:
+            sums[row, which] += column
 
 
 def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
@@ -292,7 +267,6 @@ def _most_fragile(passed: Tensor, fragility: Tensor | None) -> Tensor:
 
 
 def _equal_swarms(tables: list[Tensor]) -> list[tuple[int, ...]]:
-    """Numbers of the swarms that have the same rows in all tables."""
     groups: dict[tuple[bytes, ...], list[int]] = {}
     for swarm in range(len(tables[0])):
         groups.setdefault(tuple(t[swarm].numpy().tobytes() for t in tables), []).append(swarm)

@@ -1,8 +1,8 @@
 """The sparse change of one layer: what K changed weights of a Linear or a convolution add to its output.
 
 The new output is the old one plus, for each output unit that has changed weights, a dense product of the weights'
-change with the few input values that they meet. Units with about equally many changed weights form one batched matrix
-product (`delta_layout`).
+change with the few input values that they meet. Units are grouped by how many changed weights they have, within a
+factor of two, so that each group is one batched matrix product with little padding.
 
 In half precisions the old output and the change are summed in float32 and rounded once, as matrix products in half
 precision do themselves; under autocast inputs and weights are rounded first, as autocast does.
@@ -10,6 +10,7 @@ precision do themselves; under autocast inputs and weights are rounded first, as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +19,105 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import Layer, LayerRef, ParameterSpace
+from lightning_nrl._model.layer_gradients import pad_input
+from lightning_nrl._model.layers import Convolution, LayerRef, ParameterSpace, layer_output
 from lightning_nrl._scoring.candidate_tensor import CandidateTensor, LazyDelta
-from lightning_nrl._scoring.delta_layout import DeltaLayout, make_delta_layout
 from lightning_nrl._utils.precision import no_autocast
 
-__all__ = ["GatheredInputs", "LayerDelta", "edit_layers", "layer_output", "make_layer_deltas", "output_under"]
+MIN_SHARE_OF_ALL_UNITS = 0.9
+"""Beyond this share of changed units all units are treated as changed: that saves putting them together."""
+
+
+@dataclass(frozen=True)
+class UnitBucket:
+    """`u` output units with about equally many changed weights, `m` each, padded with weights that stay."""
+
+    columns: Tensor  # u x m int64, which of the K values each weight is; K: it stays
+    kernel_index: Tensor  # u x m int64, its place in the unit's flattened kernel
+    channels: Tensor  # int64, input channels that the weights meet, ascending
+    channel: Tensor  # u x m int64, which of them each weight meets
+
+    def linear_inputs(self, x: Tensor, copies: int) -> Tensor:
+        """For each weight the input of a Linear that it meets, `u x copies x m x R`."""
+        u, m = self.kernel_index.shape
+        met = x.reshape(copies, -1, x.shape[-1]).index_select(-1, self.kernel_index.flatten())
+        return met.view(*met.shape[:2], u, m).permute(2, 0, 3, 1).contiguous()
+
+    def convolution_inputs(self, conv: Convolution, x: Tensor, out: Sequence[int], copies: int) -> Tensor:
+        """For each weight the padded input at its place in the kernel, at every output position.
+
+        `x` is `copies * n x C x ...`, candidate by candidate; `out` are the sizes of the output behind the channels.
+        """
+        u, m = self.kernel_index.shape
+        x = pad_input(conv, x.index_select(1, self.channels))
+        size, kernel = x.shape[2:], conv.kernel_size
+        index = self.channel.view(u, m, 1)
+        position = torch.zeros(1, dtype=torch.int64, device=x.device)
+        within = self.kernel_index % math.prod(kernel)
+        for d in range(len(size)):
+            inner = math.prod(kernel[d + 1 :])
+            at = within // inner % kernel[d] * conv.dilation[d]
+            index = index * size[d] + at.unsqueeze(2)
+            step = torch.arange(out[d], device=x.device) * conv.stride[d]
+            position = (position.unsqueeze(1) * size[d] + step).flatten()
+        places = (index + position).flatten()
+        flat = x.flatten(1).index_select(1, places).view(copies, -1, u, m, len(position))
+        return flat.permute(2, 0, 3, 1, 4).flatten(3)
+
+
+@dataclass(frozen=True)
+class DeltaLayout:
+    """Changed weights of one layer."""
+
+    units: Tensor  # U int64, the output units that have some, bucket by bucket
+    buckets: tuple[UnitBucket, ...]  # the units by how many changed weights they have
+    bias: Tensor  # U int64, which of the K values each unit's bias is; K: it stays
+
+    def to(self, device: torch.device) -> DeltaLayout:
+        own = [self.units, self.bias]
+        for b in self.buckets:
+            own += [b.columns, b.kernel_index, b.channels, b.channel]
+        if device.type == "cpu":
+            return self
+        moved = torch.cat([x.flatten() for x in own]).to(device).split([x.numel() for x in own])
+        units, bias, *rest = (new.view(old.shape) for new, old in zip(moved, own, strict=True))
+        return DeltaLayout(units, tuple(UnitBucket(*rest[i : i + 4]) for i in range(0, len(rest), 4)), bias)
+
+
+def make_delta_layout(site: LayerRef, where: Tensor) -> DeltaLayout:
+    """Sorts the changed weights of a layer; `where` is `K` int64 on the CPU, each once, and may lie outside of it."""
+    k, out = len(where), site.weight_shape[0]
+    size, per_unit = site.weight_shape.numel(), site.weight_shape[1:].numel()
+    is_weight, is_bias = (where >= 0) & (where < size), (where >= size) & (where < site.size)
+    unit, index, column = where[is_weight] // per_unit, where[is_weight] % per_unit, is_weight.nonzero().flatten()
+    units = torch.cat([unit, where[is_bias] - size]).unique()
+    if len(units) > MIN_SHARE_OF_ALL_UNITS * out:
+        units = torch.arange(out, device=where.device)
+    bias = torch.full((len(units),), k, device=where.device)
+    bias[torch.searchsorted(units, where[is_bias] - size)] = is_bias.nonzero().flatten()
+    slot = torch.searchsorted(units, unit)
+    counts = torch.bincount(slot, minlength=len(units))
+    level = counts.clamp_min(1).double().log2().ceil().long()
+    groups = 1 if isinstance(site.module, nn.Linear) else site.module.groups
+    kernel = math.prod(site.weight_shape[2:])
+    by_unit, first = slot.argsort(stable=True), counts.cumsum(0) - counts
+    buckets, order = [], []
+    for size_class in level.unique().tolist():
+        slots = (level == size_class).nonzero().flatten()
+        places = torch.arange(max(1, int(counts[slots].max())), device=where.device)
+        stays = places >= counts[slots].unsqueeze(1)
+        own = torch.where(stays, 0, first[slots].unsqueeze(1) + places)
+        columns, kernel_index = (
+            F.pad(x[by_unit], (0, 1))[own].masked_fill(stays, fill) for x, fill in ((column, k), (index, 0))
+        )
+        group = units[slots] // (out // groups)
+        met = group.unsqueeze(1) * site.weight_shape[1] + kernel_index // kernel
+        buckets.append(UnitBucket(columns, kernel_index, *met.unique(return_inverse=True)))
+        order.append(slots)
+    if order:
+        units, bias = units[torch.cat(order)], bias[torch.cat(order)]
+    return DeltaLayout(units, tuple(buckets), bias)
+
 
 HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 COPIED_INPUTS = 2
@@ -52,7 +146,6 @@ class LayerDelta(DeltaLayout):
 
     @property
     def unit_dim(self) -> int:
-        """The dimension of the layer's output that counts its units."""
         return -1 if isinstance(self.site.module, nn.Linear) else 1
 
     def output(
@@ -122,10 +215,6 @@ class LayerDelta(DeltaLayout):
         with no_autocast(values.device):
             return self._products(self.weight_delta(values, gathered.rounded.dtype), gathered)
 
-    def changed_units(self, values: Tensor, gathered: GatheredInputs, base: Tensor) -> Tensor:
-        """Each unit's outputs under candidates `P x K`, `U x P x n x ...`, from the old ones, `U x n x ...`."""
-        return self._onto(self.weight_delta(values, base.dtype), gathered, base, None)
-
     def _onto(self, change: Tensor, gathered: GatheredInputs, base: Tensor, scale: Tensor | None) -> Tensor:
         """Each unit's change times a factor, added to a base `U x n x ...`: `U x P x n x ...`."""
         with no_autocast(change.device):
@@ -163,11 +252,6 @@ class LayerDelta(DeltaLayout):
         bias = None if module.bias is None else module.bias.detach().to(dtype).float()
         with no_autocast(x.device):
             return layer_output(module, x.to(dtype).float(), module.weight.detach().to(dtype).float(), bias)
-
-
-def layer_output(module: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a Linear or a convolution gives with other weights."""
-    return F.linear(x, weight, bias) if isinstance(module, nn.Linear) else module._conv_forward(x, weight, bias)
 
 
 def output_under(parameters: Mapping[str, Tensor], site: LayerRef, x: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_nrl._lightning.packages import LightningModule, rank_zero_warn
 from lightning_nrl._lightning.private_parts import overrides
+from lightning_nrl._model.layer_gradients import OutputProbe
 from lightning_nrl._model.layers import layers_of
-from lightning_nrl._model.per_sample_grad import OutputProbe
-from lightning_nrl._scoring.forward_trace import force_eager
+from lightning_nrl._scoring.traced_model import force_eager
 from lightning_nrl._trainer.output_capture import hooked
 from lightning_nrl._utils.attributes import attributes_kept
 from lightning_nrl._utils.preserve import preserve, seed_all

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._lightning.private_parts import overrides
-from lightning_nrl._scoring.forward_trace import force_eager
+from lightning_nrl._scoring.traced_model import force_eager
 from lightning_nrl._trainer.deployed_prediction import called_layers, deployed_adapter
 from lightning_nrl._trainer.hook_followers import nothing, replaced
 from lightning_nrl._trainer.loaders import LoaderSource

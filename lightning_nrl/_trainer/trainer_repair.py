@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._lightning.private_parts import batch_limit, callbacks_of, validating
-from lightning_nrl._model.batch_statistics import refusing_batch_statistics
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._model.layers import find_scope, refusing_batch_statistics
 from lightning_nrl._scoring import record
 from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining

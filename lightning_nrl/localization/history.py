@@ -19,8 +19,6 @@ from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.localizer import Localizer
 
-__all__ = ["CheckpointHistory", "DataLocalizer", "History", "HistoryPoint", "Known", "on_data"]
-
 
 @dataclass(frozen=True)
 class Known:

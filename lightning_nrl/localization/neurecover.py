@@ -18,12 +18,10 @@ from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
 from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
-from lightning_nrl.localization.impact import Impact, Replay, measure
-from lightning_nrl.localization.localizer import LOCALIZERS, Localization, check_numbers
-from lightning_nrl.localization.neurecover_lite import default_n_weights, places
+from lightning_nrl.localization.impact import Impact, measure
+from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers
+from lightning_nrl.localization.neurecover_lite import default_n_weights, nearest, places
 from lightning_nrl.localization.training_record import FolderHistory
-
-__all__ = ["NeuRecover", "TrainingFlips", "localize_by_history"]
 
 
 @LOCALIZERS.register("neurecover")
@@ -260,7 +258,6 @@ def same_point(point: HistoryPoint, now: HistoryPoint) -> bool:
 
 
 def _worst_rank(*impacts: Tensor) -> Tensor:
-    """Of each weight the worst of its places."""
     return torch.stack([places(impact) for impact in impacts]).amax(0).to(impacts[0])
 
 
@@ -273,5 +270,4 @@ def _nearest_rate(enter: Tensor, leave: Tensor, size: int) -> float:
     out = torch.maximum(enter, leave)
     inside = (torch.searchsorted(x.sort().values, events, right=True) for x in (enter, out))
     sizes = next(inside) - next(inside)
-    off = (sizes - size).abs().masked_fill(sizes == 0, 2**62)
-    return float(events[int(off.argmin())])
+    return float(events[nearest(sizes, size)])

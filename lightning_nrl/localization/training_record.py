@@ -24,8 +24,6 @@ from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.history import HistoryPoint, Known
 
-__all__ = ["FolderHistory", "RecordedPoint", "RecordedSplit", "TrainingRecord", "forget_after", "write_point"]
-
 SAMPLES_FILE = "samples.pt"
 POINT_FILE = re.compile(r"point-(\d+)\.pt")
 RECORD_HINT = "give the folder that `TrainingHistory` has written, `<log_dir>/history` by default."

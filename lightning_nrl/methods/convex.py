@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._optim.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
 from lightning_nrl._scoring import ActivationCache, Chunk
-from lightning_nrl._scoring.plan_search import same_values
+from lightning_nrl._scoring.replay_plan import same_values
 from lightning_nrl._utils.precision import at_least_float32
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
@@ -354,7 +354,7 @@ def not_last(name: str) -> ConfigurationError:
 
 def _held(recording: ActivationCache) -> tuple[Tensor | None, Tensor | None] | None:
     """The recorded tensors themselves, where they are as they are needed; twice None unless the layer is the last."""
-    if len(recording.groups) != 1 or recording.groups[0].kind != "memory":
+    if len(recording.groups) != 1 or recording.groups[0].recomputed:
         return None
     whole = next(iter(recording.chunks()), None)
     if whole is None or not recording.is_replayable(whole):

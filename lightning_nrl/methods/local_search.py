@@ -28,15 +28,7 @@ from lightning_nrl.methods.search_samples import (
     scorer_for,
 )
 from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.search import (
-    FITNESSES,
-    SEARCHERS,
-    Searcher,
-    SearchHistory,
-    SearchResult,
-    WeightStats,
-    search,
-)
+from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 
 __all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.state import State, combined, current_state
 from lightning_nrl._utils.timing import Deadline, StageTimer
@@ -35,6 +34,7 @@ from lightning_nrl.search import (
     search,
 )
 from lightning_nrl.search.fitness import FitnessFunction
+from lightning_nrl.search.scores import Scorer, Scores
 
 __all__ = ["MergedRepairs"]
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._scoring import ActivationCache, make_scorer, record
-from lightning_nrl._scoring.scores import Scorer
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.head_features import drawn
@@ -23,6 +22,7 @@ from lightning_nrl.problem import Problem
 from lightning_nrl.problem.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
 from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
+from lightning_nrl.search.scores import Scorer
 
 MOST_REPRESENTATIVE = 20_000
 """Of the samples that were drawn, so many are enough for a mean over passed data."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.batch_statistics import refusing_batch_statistics
+from lightning_nrl._model.layers import refusing_batch_statistics
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer

@@ -43,7 +43,7 @@ class SearchOptions:
             is counted, and judged, on all known samples.
         budget: bytes that the search may use on the device; None: a share of what is free. Half of it is for the
             activations that are recorded of the data (beside a GPU's, main memory is used too). What does not fit is
-            kept in half the precision, in a temporary file, or computed again each time; the step's note says which.
+            computed again each time, and the step's note says so.
         on_interrupt: what Ctrl-C does while the repair works. `untouched`: it stops, and the weights stay as they are.
             `best`: it ends early with the best that it has found so far, which is judged and saved as always; a second
             Ctrl-C stops it. SIGTERM always stops it, and so does Ctrl-C where there are several ranks.

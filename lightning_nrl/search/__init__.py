@@ -15,11 +15,9 @@ from lightning_nrl.search.family_fitness import (
 )
 from lightning_nrl.search.fitness import Fitness, exchange_rate
 from lightning_nrl.search.loop import search, search_many
-from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
 from lightning_nrl.search.pso import ParticleSwarm, Swarm
-from lightning_nrl.search.rng import RandomStreams
 from lightning_nrl.search.search_log import SearchHistory, SearchResult
-from lightning_nrl.search.weight_stats import WeightStats
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, Searcher, SearchOrigin, SearchState, WeightStats
 
 __all__ = [
     "FITNESSES",

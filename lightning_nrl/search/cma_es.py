@@ -15,10 +15,7 @@ from torch import Tensor
 
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import of_origin
-from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["CmaEs", "Evolution"]
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 Covariance = Literal["auto", "full", "diagonal"]
 MOST_FULL = 320
@@ -131,7 +128,6 @@ class CmaEs:
         return kind(mean=mean, sigma=self.sigma, seed=state.seeds[s], population_size=self.population)
 
     def _units(self, state: Evolution, s: int, weights: Tensor) -> Tensor:
-        """Weights of a search as the library sees them: the way from the original in standard deviations."""
         own = slice(state.sizes[s])
         return ((weights - state.original[s, own]).double() / state.step[s, own].double()).cpu()
 

@@ -12,10 +12,7 @@ from torch import Tensor
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
-from lightning_nrl.search.protocol import SEARCHERS, SearchOrigin
-from lightning_nrl.search.rng import RandomStreams
-
-__all__ = ["DifferentialEvolution", "Population"]
+from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin
 
 
 class Population(NamedTuple):

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl.errors import check_choice, check_real
-
-__all__ = ["Fitness", "FitnessFunction", "exchange_rate", "fitness_per_search", "needs_passed_loss"]
+from lightning_nrl.search.scores import Scores
 
 FitnessFunction = Callable[[Scores, Scores], Tensor]
 """Takes the candidates' scores (`S x P`) and the original's (`S x 1`), gives the fitness of each candidate, `S x P`.
@@ -81,7 +79,7 @@ class Fitness:
 
     Example:
         >>> import torch
-        >>> from lightning_nrl._scoring.scores import Scores
+        >>> from lightning_nrl.search.scores import Scores
         >>> loss = torch.ones(1, 2)
         >>> none, every = torch.tensor([[0.0]]), torch.tensor([[10.0]])
         >>> before = Scores(none, every, loss[:, :1], loss[:, :1], n_failed=4, n_passed=10)
@@ -243,7 +241,6 @@ def _loss_term(kind: str, after: Tensor, before: Tensor, delta: Number) -> Tenso
 
 
 def _rows(scores: Scores, rows: Tensor) -> Scores:
-    """Those of some of several searches; a number that all share stays as it is."""
 
     def pick(x: Any) -> Any:
         return x[rows] if isinstance(x, Tensor) and x.ndim > 0 and len(x) > 1 else x

@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl._utils.precision import widest
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, EvaluationError
 from lightning_nrl.search.fitness import Fitness, FitnessFunction, fitness_per_search
-from lightning_nrl.search.protocol import SEARCHERS, Searcher, SearchOrigin, SearchState
-from lightning_nrl.search.rng import RandomStreams
+from lightning_nrl.search.scores import QuittingScorer, Scorer, Scores
 from lightning_nrl.search.search_log import SearchHistory, SearchLog, SearchResult, histories
-from lightning_nrl.search.weight_stats import WeightStats, search_dtype
-
-__all__ = ["TIME_WAS_OVER", "search", "search_many"]
+from lightning_nrl.search.searcher import (
+    SEARCHERS,
+    RandomStreams,
+    Searcher,
+    SearchOrigin,
+    SearchState,
+    WeightStats,
+    search_dtype,
+)
 
 TIME_WAS_OVER = "time was over"
 """Why a search ended that a deadline cut short."""
@@ -126,7 +130,7 @@ def search_many(
     _check(n_searches, n_weights, seeds, fitness, sizes)
     _check_elites(original, elites, method.n_candidates)
     value = fitness_per_search(fitness, original.device) if isinstance(fitness, Sequence) else fitness or Fitness()
-    streams = RandomStreams.seeded(seeds, original.device, sizes)
+    streams = RandomStreams.seeded(seeds, sizes)
     origin = _origin(original, stats, sizes, elites)
 
     state = method.init(origin, streams)
@@ -173,7 +177,6 @@ def search_many(
 
 
 def _origin(original: Tensor, stats: WeightStats, sizes: Sequence[int] | None, elites: Tensor | None) -> SearchOrigin:
-    """Where the searches begin, in the dtype of the search."""
     dtype, device = search_dtype(original.dtype), original.device
     searched = None
     if sizes is not None:
@@ -262,7 +265,6 @@ def _check_first(method: Searcher[Any], state: SearchState, origin: SearchOrigin
 
 
 def _first(scores: Scores) -> Scores:
-    """The scores of each search's first candidate, the original weights: `S x 1`."""
     columns = (scores.patched, scores.intact, scores.loss_failed, scores.loss_passed)
     patched, intact, loss_failed, loss_passed = (x[:, :1] for x in columns)
     return Scores(patched, intact, loss_failed, loss_passed, scores.n_failed, scores.n_passed)

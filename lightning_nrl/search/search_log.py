@@ -12,10 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._utils.precision import widest
-
-__all__ = ["SearchHistory", "SearchLog", "SearchResult", "histories"]
+from lightning_nrl.search.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Elements(NamedTuple):
         return self._above(best), rival
 
     def _others(self) -> Tensor:
-        return self.logits.scatter(1, self.label[:, None], -torch.inf)
+        return self.logits.clone().scatter_(1, self.label[:, None], -torch.inf)
 
     def _above(self, best: Tensor) -> Tensor:
         lead = self.logits.gather(1, self.label[:, None])[:, 0] - best

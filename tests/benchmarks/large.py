@@ -116,12 +116,12 @@ RESNET, VIT = ("layer4.2.conv3", "fc"), ("encoder.layers.encoder_layer_11.mlp.3"
 BERT = ("bert.bert.encoder.layer.3.output.dense", "bert.classifier")
 CASES = {
     "resnet50 64 px, fits": Case(vision("resnet50"), images(64), RESNET, 256, 32, 256),
-    "resnet50 64 px, small budget": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8),
+    "resnet50 64 px, again": Case(vision("resnet50"), images(64), RESNET, 256, 32, 8),
     "resnet50 64 px, head": Case(vision("resnet50"), images(64), ("fc",), 256, 32, 256, method="convex"),
-    "resnet50 224 px, small budget": Case(vision("resnet50"), images(224), RESNET, 16, 4, 6),
-    "vit_b_16 224 px, small budget": Case(vision("vit_b_16"), images(224), VIT, 8, 2, 8),
+    "resnet50 224 px, again": Case(vision("resnet50"), images(224), RESNET, 16, 4, 6),
+    "vit_b_16 224 px, again": Case(vision("vit_b_16"), images(224), VIT, 8, 2, 8),
     "bert 256 x 4, fits": Case(Bert, tokens, BERT, 400, 50, 512),
-    "bert 256 x 4, small budget": Case(Bert, tokens, BERT, 400, 50, 32),
+    "bert 256 x 4, again": Case(Bert, tokens, BERT, 400, 50, 32),
 }
 
 

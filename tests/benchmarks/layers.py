@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_nrl._model.layers import find_layers
 from lightning_nrl._scoring import ActivationCache, make_scorer
-from lightning_nrl._scoring.forward_trace import with_cached_outputs
+from lightning_nrl._scoring.traced_model import with_cached_outputs
 from lightning_nrl.evaluation import Evaluator
 
 EVALUATOR = Evaluator(nn.Identity())

@@ -21,7 +21,6 @@ from lightning_nrl import (
     TensorSource,
     repair_module,
 )
-from lightning_nrl._scoring.scores import Scores
 from lightning_nrl._trainer.continue_training import Shuffled
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.errors import ConfigurationError
@@ -34,6 +33,7 @@ from lightning_nrl.localization import AllWeights, NeuRecoverLite
 from lightning_nrl.methods import Polish
 from lightning_nrl.problem import Proposal, better
 from lightning_nrl.search import Fitness
+from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Regression
 
 

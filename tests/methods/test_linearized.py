@@ -16,7 +16,7 @@ from toy_problems import broken, left_alone, make_problem, right, same, together
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import TensorSource, repair_module
-from lightning_nrl._model.layer_inputs import windows
+from lightning_nrl._model.layer_gradients import windows
 from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import StageTimer

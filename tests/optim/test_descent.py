@@ -14,7 +14,7 @@ from toy_repairs import known
 from two_weights import SGD, first_logit, numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
-from lightning_nrl._model.per_sample_grad import margin_calls
+from lightning_nrl._model.layer_gradients import margin_calls
 from lightning_nrl._optim.descent import Descent
 from lightning_nrl._optim.mini_batches import load_batches
 from lightning_nrl._utils.state import holding, snapshot

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lightning_nrl._scoring.plan_search import same_values
+from lightning_nrl._scoring.replay_plan import same_values
 from lightning_nrl._utils.precision import may_use_tf32
 
 PARTS = (

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_nrl._model.layer_gradients import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl._model.layers import Layer, layers_of
-from lightning_nrl._model.per_sample_grad import LayerCall, is_by_sample, margin_calls, sample_gradients
 from lightning_nrl._optim.qp import solve_dual
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.precision import no_autocast

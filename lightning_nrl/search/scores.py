@@ -1,4 +1,4 @@
-"""What is known of candidate weights: counts and losses, the arrow from scoring to fitness."""
+"""Scores of candidate weights, counts and losses: what a scorer gives and a fitness takes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
-
-__all__ = ["QuittingScorer", "Scorer", "Scores"]
 
 
 @dataclass(frozen=True)
