@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl import SearchOptions, Target, repair
-from lightning_nrl.problem import Problem, Solution, better
+from lightning_nrl.methods import Problem, Solution, better
 from lightning_nrl.tasks import Custom
 
 

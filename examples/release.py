@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from lightning_nrl import ReleaseGate, Target, repair
-from lightning_nrl.release import ProtectedIntact
+from lightning_nrl.updates import ProtectedIntact
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

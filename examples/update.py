@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nrl import ReleaseGate, repair
-from lightning_nrl.release import ReleaseReport
+from lightning_nrl.updates import ReleaseReport
 
 RULES = [
     "instance in suite",  # nothing that is known to work may break

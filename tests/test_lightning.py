@@ -12,10 +12,10 @@ from lightning_package import DistributedSamplerWrapper, LightningModule, Traine
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import lightning_nrl
-from lightning_nrl._lightning import private_parts
+from lightning_nrl._trainer.lightning import private_parts
 
 PACKAGE = Path(lightning_nrl.__file__).parent
-LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._lightning")
+LIGHTNING = ("pytorch_lightning", "lightning_fabric", "lightning.", "lightning_nrl._trainer.lightning")
 OF_TORCH = {"_parameters", "_buffers", "_conv_forward", "_version"}
 """Private parts of torch, which other modules may touch."""
 

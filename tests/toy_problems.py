@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from toy_repairs import blobs
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._model.layers import find_scope
+from lightning_nrl._utils.device import Context
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.precision import Context
 from lightning_nrl._utils.state import State, between, holding, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods import Problem, Solution
 from lightning_nrl.search import Fitness
 from lightning_nrl.tasks import Multiclass, Task
 

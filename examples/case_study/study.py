@@ -31,7 +31,7 @@ from vehicles import PAK
 
 from lightning_nrl import sweep
 from lightning_nrl.analysis.sweep import SweepResult
-from lightning_nrl.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
 from lightning_nrl.search.fitness import LOSS_TERMS, Fitness
 
 DATA: dict[str, type[Scenes]] = {"vehicles": Vehicles, "digits": Digits}

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_nrl import PositiveCongruentTraining, RegressionFreeRepair, RepairReport, WeightInterpolation
-from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler
+from lightning_nrl.updates import FocalDistillation, MarginHinge, Oversampler
 
 SPLITS = {"first": 300, "more": 300, "val": 200, "test": 997}
 EPOCHS = 30

@@ -22,8 +22,7 @@ from problems import PROBLEMS, RUNS, State, interval, markdown, quiet_trainer, s
 
 from lightning_nrl import BoundOptions, RepairReport, SearchOptions, repair
 from lightning_nrl.localization import NeuRecover
-from lightning_nrl.methods import Apricot, bundle
-from lightning_nrl.problem import Method
+from lightning_nrl.methods import Apricot, Method, bundle
 
 AS_FOUND: dict[str, Any] = {"layer": "classifier", "gate": "tolerance:100%", "bounds": BoundOptions(strength=1.0)}
 ARACHNE = {**AS_FOUND, "search": SearchOptions(n_passed=200)}  # passed samples, as published

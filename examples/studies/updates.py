@@ -27,7 +27,7 @@ from problems import PROBLEMS, RUNS, markdown, quiet_trainer, start, trained
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from lightning_nrl import DataOptions, PositiveCongruentTraining, RepairReport, repair
-from lightning_nrl.reference import choose_share, interpolate
+from lightning_nrl.updates import choose_share, interpolate
 
 UPDATES = ("from scratch", "from scratch, congruent", "from the old weights", "from the old weights, congruent")
 BETWEEN = (0.1, 0.2, 0.3)

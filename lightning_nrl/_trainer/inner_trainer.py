@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning.packages import (
+from lightning_nrl._trainer.lightning.packages import (
     LOGGER_NAMES,
     BatchSizeFinder,
     Callback,
@@ -33,10 +33,10 @@ from lightning_nrl._lightning.packages import (
     Trainer,
     class_for,
 )
-from lightning_nrl._lightning.private_parts import release_copy, shared_with_copies
-from lightning_nrl._optim.distill import WEIGHT_DECAY
-from lightning_nrl._trainer.hook_followers import nothing
+from lightning_nrl._trainer.lightning.private_parts import release_copy, shared_with_copies
+from lightning_nrl._trainer.step_outputs import nothing
 from lightning_nrl._utils.state import State, write
+from lightning_nrl.methods._solvers.distill import WEIGHT_DECAY
 
 LEFT_OUT: tuple[type, ...] = (
     BatchSizeFinder,

@@ -6,8 +6,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_nrl._lightning.packages import Callback, ModelPruning, Trainer, packages_of, rank_zero_warn
-from lightning_nrl._lightning.private_parts import averaging_callbacks, callbacks_of, data_module_of, original_module
+from lightning_nrl._trainer.lightning.packages import Callback, ModelPruning, Trainer, packages_of, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import (
+    averaging_callbacks,
+    callbacks_of,
+    data_module_of,
+    original_module,
+)
 from lightning_nrl.errors import ConfigurationError, NotRepairedWarning
 
 SHARDED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")

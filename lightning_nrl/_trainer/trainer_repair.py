@@ -13,23 +13,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nrl._lightning.packages import LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._lightning.private_parts import batch_limit, callbacks_of, validating
-from lightning_nrl._model.layers import find_scope, refusing_batch_statistics
-from lightning_nrl._scoring import record
-from lightning_nrl._trainer.class_names import class_names
 from lightning_nrl._trainer.continue_training import ContinuedTraining
 from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders, describe_limits
-from lightning_nrl._trainer.flipped_inputs import sample_views
-from lightning_nrl._trainer.kept_checkpoints import check_kept, with_kept_checkpoints
+from lightning_nrl._trainer.lightning.packages import LightningModule, ModelCheckpoint, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit, callbacks_of, validating
 from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.own_step import open_sources
-from lightning_nrl._trainer.progress import RepairProgress
-from lightning_nrl._trainer.stability import report_stability
+from lightning_nrl._trainer.prediction import open_sources
+from lightning_nrl._trainer.progress_bar import RepairProgress
+from lightning_nrl._trainer.random_transforms import report_stability
+from lightning_nrl._trainer.sample_views import class_names, sample_views
 from lightning_nrl._trainer.trainer_state import ASSUMED_EPOCHS
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.preserve import preserve, random_state
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import check_saved
 from lightning_nrl.data.adapters import adapter_hint, describe
 from lightning_nrl.data.batch import Batch, RecordingSource, Source
@@ -45,12 +41,38 @@ from lightning_nrl.errors import (
     UnusableSamplesError,
 )
 from lightning_nrl.evaluation import Evaluator, SampleResults
+from lightning_nrl.evaluation.layers import find_scope, refusing_batch_statistics
 from lightning_nrl.localization import Known, NeuRecoverLite, on_data
+from lightning_nrl.methods.apricot import NO_CHECKPOINTS_HINT
 from lightning_nrl.pipeline.input_checks import check_task
 from lightning_nrl.pipeline.repair_module import Outcome, repair_module
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference.old_model import OldModel, Reference
+from lightning_nrl.search._scoring.recording import record
 from lightning_nrl.tasks import Task
+from lightning_nrl.updates.old_model import OldModel, Reference
+
+
+def with_kept_checkpoints(settings: Settings, trainer: Trainer) -> Settings:
+    """Settings whose method has what the trainer's `ModelCheckpoint` callbacks have kept, if it wants them."""
+    method: Any = settings.method
+    if not getattr(method, "wants_checkpoints", False):
+        return settings
+    paths = [path for callback in _callbacks(trainer) for path in sorted(callback.best_k_models)]
+    return replace(settings, method=method.with_checkpoints(paths)) if paths else settings
+
+
+def check_kept(settings: Settings, trainer: Trainer) -> None:
+    """Refuses, before training, a method that wants checkpoints and will have none."""
+    if getattr(settings.method, "wants_checkpoints", False) and not _callbacks(trainer):
+        name = type(settings.method).__name__
+        raise ConfigurationError(f"`{name}.checkpoints`: there will be none.", NO_CHECKPOINTS_HINT)
+
+
+def _callbacks(trainer: Trainer) -> list[ModelCheckpoint]:
+    """Those that keep the best ones."""
+    found = [one for one in callbacks_of(trainer) if isinstance(one, ModelCheckpoint)]
+    return [one for one in found if one.monitor is not None and one.save_top_k != 0]
+
 
 ODD_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
 """torch puts them into one tensor with no other dtype."""

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError
-
-__all__ = [
-    "State",
-    "between",
-    "changed",
-    "check_saved",
-    "combined",
-    "current_state",
-    "device_of",
-    "holding",
-    "live_tensors",
-    "saved_names",
-    "snapshot",
-    "write",
-]
 
 State = Mapping[str, Tensor]
 """Whole parameters and buffers by the names that the state dict has for them."""
@@ -203,3 +190,39 @@ def _checked(model: nn.Module, state: State) -> dict[str, Tensor]:
             found = f"has the shape {list(live[name].shape)}" if name in live else "is not there"
             raise ConfigurationError(f"`model`: its tensor {name!r} {found}.", "give the model that was repaired.")
     return live
+
+
+PART_BYTES = 2**22
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 in hexadecimal digits of what is in a file, which may be larger than memory."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(PART_BYTES):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def hash_tensors(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 in hexadecimal digits over names, dtypes, shapes and bytes of the tensors of a state dict.
+
+    It is the same on every device, in every order of the names and with any strides; what is no tensor is left out.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not isinstance(tensors[name], Tensor):
+            continue
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for part in _strided(tensor):
+            digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _strided(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What a tensor of any layout consists of."""
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    entries = tensor.to_sparse_coo().coalesce()
+    return entries.indices(), entries.values()

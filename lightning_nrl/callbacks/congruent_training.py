@@ -12,28 +12,32 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer
-from lightning_nrl._lightning.private_parts import callbacks_of, trainer_of, validating
-from lightning_nrl._trainer.artifacts import parse_prefix
-from lightning_nrl._trainer.hook_followers import replaced
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer
+from lightning_nrl._trainer.lightning.private_parts import callbacks_of, trainer_of, validating
 from lightning_nrl._trainer.loaders import length_of, parse_adapter
-from lightning_nrl._trainer.loss_injection import ONE_LINE, ForwardPass, add_to_loss, find_forward_pass
-from lightning_nrl._trainer.output_capture import OutputCapture, Probe
 from lightning_nrl._trainer.reference_copy import parse_teacher, reference_module
+from lightning_nrl._trainer.repair_files import parse_prefix
+from lightning_nrl._trainer.step_outputs import (
+    ONE_LINE,
+    ForwardPass,
+    OutputCapture,
+    Probe,
+    add_to_loss,
+    find_forward_pass,
+    replaced,
+)
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.checks import check_per_sample
-from lightning_nrl._utils.imports import import_function
 from lightning_nrl._utils.preserve import preserve
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.adapters import bind_adapter
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
-from lightning_nrl.reference.old_model import OldModel, Reference
-from lightning_nrl.reference.predictions import Predictions
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["PositiveCongruentTraining", "regression_loss"]
+from lightning_nrl.updates.loss_terms import ModelTeacher, PredictedTeacher, ReferenceTeacher, Term, parse_terms
+from lightning_nrl.updates.old_model import OldModel, Reference
+from lightning_nrl.updates.predictions import Predictions
 
 
 class PositiveCongruentTraining(CallbackBase):
@@ -49,7 +53,7 @@ class PositiveCongruentTraining(CallbackBase):
         reference: the replaced model: a module, the path of its checkpoint, or an `OldModel`; or a CSV file of its
             predictions, from which a `MarginHinge` with a `most` can learn which samples it gets right.
         term: `focal_distillation`, `margin_hinge`, a `FocalDistillation`, a `MarginHinge`, a term of your own
-            (`lightning_nrl.reference.loss_terms.Term`), or a list of them, whose sum is added.
+            (`lightning_nrl.updates.loss_terms.Term`), or a list of them, whose sum is added.
         index: a function of the batch that gives the data-set positions of its samples, or its address; the replaced
             model then sees each sample once, so only without augmentation. Needed for predictions from a file.
             None: it sees each batch, with the very inputs of the new model.

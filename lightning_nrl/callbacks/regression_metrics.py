@@ -9,13 +9,18 @@ from typing import Any
 from torch import nn
 from typing_extensions import override
 
-from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._trainer.artifacts import parse_prefix
-from lightning_nrl._trainer.flip_counter import FlipCounter, metrics_of
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
 from lightning_nrl._trainer.loaders import parse_adapter
-from lightning_nrl._trainer.output_capture import OutputCapture, logits_of
-from lightning_nrl._trainer.reference_validation import ReferenceResults, evaluate_reference, is_same_validation
+from lightning_nrl._trainer.repair_files import parse_prefix
+from lightning_nrl._trainer.step_outputs import OutputCapture, logits_of
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
+from lightning_nrl._trainer.validation_flips import (
+    FlipCounter,
+    ReferenceResults,
+    evaluate_reference,
+    is_same_validation,
+    metrics_of,
+)
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.preserve import random_state
 from lightning_nrl._utils.state import State
@@ -23,10 +28,8 @@ from lightning_nrl.data.batch import Adapter, ModelCall, run_model
 from lightning_nrl.data.columns import find_column
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError, PerformanceWarning, check_whole
-from lightning_nrl.reference.old_model import Reference, parse_reference
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["RegressionMetrics"]
+from lightning_nrl.updates.old_model import Reference, parse_reference
 
 
 class RegressionMetrics(CallbackBase):

@@ -11,24 +11,22 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_nrl._lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
-from lightning_nrl._lightning.private_parts import batch_limit
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._tracking import Learning, track_history, track_numbers
-from lightning_nrl._trainer.artifacts import base_folder, parse_prefix
-from lightning_nrl._trainer.data_splits import SplitLoaders
+from lightning_nrl._trainer.data_splits import SplitLoaders, find_splits, run_splits
+from lightning_nrl._trainer.lightning.packages import CallbackBase, LightningModule, Trainer, rank_zero_warn
+from lightning_nrl._trainer.lightning.private_parts import batch_limit
 from lightning_nrl._trainer.loaders import check_data, parse_adapter
-from lightning_nrl._trainer.recorded_splits import find_splits, run_splits
+from lightning_nrl._trainer.repair_files import base_folder, parse_prefix
+from lightning_nrl._trainer.tracking.learning_curves import Learning
+from lightning_nrl._trainer.tracking.loggers import track_history, track_numbers
 from lightning_nrl._trainer.trainer_checks import check_packages, check_strategy
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Adapter
 from lightning_nrl.errors import ConfigurationError, DataWarning, FilesWarning, check_whole
 from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization.training_record import TrainingRecord, forget_after, write_point
 from lightning_nrl.tasks import Task, parse_task
-
-__all__ = ["TrainingHistory"]
 
 
 class TrainingHistory(CallbackBase):

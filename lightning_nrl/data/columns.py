@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nrl._utils.checks import check_per_sample
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.targets import Target, target_in
 from lightning_nrl.errors import ConfigurationError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.checks import check_class, check_per_sample
-from lightning_nrl._utils.imports import import_function
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import ConfigurationError, TargetError, check_kind, explain
 

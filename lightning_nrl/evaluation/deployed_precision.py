@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._utils.precision import Context, may_use_tf32
+from lightning_nrl._utils.device import Context, may_use_tf32
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 ROUNDING_FACTOR = 2.0

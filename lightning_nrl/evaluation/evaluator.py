@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl._utils.checks import Kind, check_per_sample
+from lightning_nrl._utils.device import Context, at_least_float32
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.interrupts import poll
-from lightning_nrl._utils.precision import Context, at_least_float32
 from lightning_nrl._utils.state import State, device_of, holding
 from lightning_nrl.data.adapters import adapter_hint, bind_adapter, describe
 from lightning_nrl.data.batch import Adapter, Batch, Source, run_model, tensors_in, unpacked

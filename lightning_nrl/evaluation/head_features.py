@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import last_linear
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.data.batch import Source, run_model
 from lightning_nrl.data.targets import AllFailures, Target
 from lightning_nrl.evaluation.evaluator import Evaluator, Forward
+from lightning_nrl.evaluation.layers import last_linear
 from lightning_nrl.evaluation.sample_results import SampleResults
 
 MAX_SAMPLES = 20_000

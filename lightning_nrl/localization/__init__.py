@@ -5,14 +5,7 @@ In: the model on known data, and which samples fail and pass. Out: a `Localizati
 """
 
 from lightning_nrl.localization.arachne import Arachne, ArachneV2, contribution, first_fronts, pareto_front
-from lightning_nrl.localization.history import (
-    CheckpointHistory,
-    DataLocalizer,
-    History,
-    HistoryPoint,
-    Known,
-    on_data,
-)
+from lightning_nrl.localization.history import CheckpointHistory, DataLocalizer, History, HistoryPoint, Known, on_data
 from lightning_nrl.localization.impact import Aggregation, Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Localizer
 from lightning_nrl.localization.neurecover import NeuRecover, TrainingFlips, localize_by_history

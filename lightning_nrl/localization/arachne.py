@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
-from lightning_nrl._model.layers import LayerRef, ParameterSpace, layer_output
-from lightning_nrl._utils.precision import at_least_float32, no_autocast, repeatable_gradients, widest
+from lightning_nrl._utils.device import at_least_float32, no_autocast, repeatable_gradients, widest
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layer_gradients import as_rows, bias_gradient, uses_per_weight, weight_gradient
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace, layer_output
 from lightning_nrl.localization.impact import (
     as_many_as_fit,
     check_called,

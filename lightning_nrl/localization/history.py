@@ -10,12 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.localizer import Localizer
 

@@ -14,7 +14,10 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layer_gradients import (
+from lightning_nrl._utils.device import no_autocast, none_if_out_of_memory, repeatable_gradients, widest
+from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
+from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layer_gradients import (
     LayerCall,
     OutputProbe,
     absolute_input,
@@ -25,11 +28,7 @@ from lightning_nrl._model.layer_gradients import (
     uses_per_weight,
     weight_gradient,
 )
-from lightning_nrl._model.layers import LayerRef, ParameterSpace
-from lightning_nrl._utils.out_of_memory import none_if_out_of_memory
-from lightning_nrl._utils.precision import no_autocast, repeatable_gradients, widest
-from lightning_nrl.errors import EvaluationError, ReplayError, check_choice
-from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.tasks import Task
 

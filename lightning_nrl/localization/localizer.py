@@ -9,10 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import LayerRef, ParameterSpace
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import EmptyLocalizationError, check_whole
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import LayerRef, ParameterSpace
 
 
 @dataclass(frozen=True)

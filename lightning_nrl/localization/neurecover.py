@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_real
 from lightning_nrl.evaluation.evaluator import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.localization.history import History, HistoryPoint, Known, parse_history
 from lightning_nrl.localization.impact import Impact, measure
 from lightning_nrl.localization.localizer import LOCALIZERS, Localization, Replay, check_numbers

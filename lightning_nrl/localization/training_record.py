@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nrl._utils.atomic_files import replacing
 from lightning_nrl._utils.checkpoint import load_mapping, reason
 from lightning_nrl._utils.state import State
-from lightning_nrl._utils.whole_files import replacing
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.localization.history import HistoryPoint, Known

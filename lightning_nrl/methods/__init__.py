@@ -13,7 +13,9 @@ from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.merged_repairs import MergedRepairs
 from lightning_nrl.methods.method_registry import METHODS, AnyMethod, solve
 from lightning_nrl.methods.polish_weights import Polish
+from lightning_nrl.methods.problem import Method, Problem, Training
 from lightning_nrl.methods.published_methods import BUNDLES, bundle
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.methods.warm_start import warm_started_search
 
 __all__ = [
@@ -27,7 +29,13 @@ __all__ = [
     "Linearized",
     "LocalSearch",
     "MergedRepairs",
+    "Method",
     "Polish",
+    "Problem",
+    "Proposal",
+    "Solution",
+    "Training",
+    "better",
     "bundle",
     "solve",
     "warm_started_search",

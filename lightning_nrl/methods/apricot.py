@@ -11,14 +11,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import combined, current_state
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
-from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Apricot", "Strategy", "pull"]
 
 Strategy = Literal["both", "right", "wrong"]
 """Toward models that are right and away from wrong ones, or one of the two (the paper's strategies 1 to 3)."""

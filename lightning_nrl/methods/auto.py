@@ -21,16 +21,15 @@ from lightning_nrl.methods.auto_rungs import (
     search_seconds,
 )
 from lightning_nrl.methods.auto_training import training_rung
+from lightning_nrl.methods.budget import UPDATE_TIME_SHARE
 from lightning_nrl.methods.held_out import best_index, held_out_rows
 from lightning_nrl.methods.local_search import LocalSearch
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.problem.budget import UPDATE_TIME_SHARE
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Solution
 from lightning_nrl.report.run_records import PricePoint, Step, choice_text
 from lightning_nrl.search import ParticleSwarm, Searcher
 from lightning_nrl.search.loop import TIME_WAS_OVER
-
-__all__ = ["Auto"]
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl._utils.out_of_memory import is_out_of_memory
+from lightning_nrl._utils.device import is_out_of_memory
 from lightning_nrl._utils.state import changed
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, ReplayError
 from lightning_nrl.evaluation.sample_results import TargetCounts
-from lightning_nrl.methods.convex import Convex
-from lightning_nrl.methods.held_out import estimate
-from lightning_nrl.methods.linearized import Linearized
-from lightning_nrl.methods.warm_start import warm_started_search
-from lightning_nrl.problem import Method, Problem, Proposal, Solution
-from lightning_nrl.problem.budget import (
+from lightning_nrl.methods.budget import (
     EPOCHS_WORTH_TIME,
     EXACT_ALONE_TIME_SHARE,
     EXACT_TIME_SHARE,
@@ -31,6 +26,12 @@ from lightning_nrl.problem.budget import (
     SOLVING_FACTOR,
     UNKNOWN_FIT_SECONDS,
 )
+from lightning_nrl.methods.convex import Convex
+from lightning_nrl.methods.held_out import estimate
+from lightning_nrl.methods.linearized import Linearized
+from lightning_nrl.methods.problem import Method, Problem
+from lightning_nrl.methods.solution import Proposal, Solution
+from lightning_nrl.methods.warm_start import warm_started_search
 from lightning_nrl.report.run_records import Rung, Step
 from lightning_nrl.search import Searcher
 

@@ -15,16 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_nrl._optim.distill import distill
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.sample_results import Flips, TargetCounts
+from lightning_nrl.methods._solvers.distill import distill
+from lightning_nrl.methods._solvers.polish import polish
 from lightning_nrl.methods.auto_rungs import RungResult, epoch_seconds, search_or_keep, search_seconds
-from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
-from lightning_nrl.methods.held_out import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate
-from lightning_nrl.problem import Problem, Proposal, Solution, better
-from lightning_nrl.problem.budget import (
+from lightning_nrl.methods.budget import (
     FEWEST_EPOCHS,
     FEWEST_LIMITED_EPOCHS,
     FEWEST_TRIAL_EPOCHS,
@@ -40,6 +37,10 @@ from lightning_nrl.problem.budget import (
     TRIAL_SHARE_OF_TIME,
     VISITS_PER_SAMPLE,
 )
+from lightning_nrl.methods.finetune_polish import FIT_STRENGTH, visits_per_epoch
+from lightning_nrl.methods.held_out import FEWEST_REPAIRS_SHARE, MAX_STANDARD_ERRORS, estimate
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 

@@ -12,21 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._optim.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
-from lightning_nrl._scoring import ActivationCache, Chunk
-from lightning_nrl._scoring.replay_plan import same_values
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import ConfigurationError, InseparableBatchError, check_whole
 from lightning_nrl.evaluation.evaluator import Need, check_needs
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import TargetCounts
+from lightning_nrl.methods._solvers.convex_head import ROWS_PER_BLOCK, ConvexHead, regularization_path
+from lightning_nrl.methods.budget import RECORDING_PASSES, TRIAL_PASSES
+from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import record_known
-from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.problem.budget import RECORDING_PASSES, TRIAL_PASSES
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Convex"]
+from lightning_nrl.search._scoring.activation_cache import ActivationCache, Chunk
+from lightning_nrl.search._scoring.replay_plan import same_values
 
 SLACK_COSTS = tuple(2.0**power for power in range(-4, 6))
 """What a target's missing margin may cost, in units of what the median target would take if it were the only one."""

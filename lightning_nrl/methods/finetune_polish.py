@@ -10,17 +10,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.descent import MAX_SAMPLE_WEIGHT
-from lightning_nrl._optim.distill import distill
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.errors import check_real
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.problem import Problem, Solution
-from lightning_nrl.problem.budget import POLISH_PASSES
-
-__all__ = ["FIT_STRENGTH", "FineTunePolish", "visits_per_epoch"]
+from lightning_nrl.methods._solvers.descent import MAX_SAMPLE_WEIGHT
+from lightning_nrl.methods._solvers.distill import distill
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.budget import POLISH_PASSES
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Solution
 
 FIT_STRENGTH = 0.9
 """How far to go from the original weights to those of a fit: the rest of the way repairs few and breaks many."""

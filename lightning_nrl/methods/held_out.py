@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_nrl.evaluation.sample_results import Flips, SampleResults, TargetCounts
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods.problem import Problem
 
 HELD_OUT_FRACTION = 1 / 3
 """Of each kind of sample: targets, other failures, passed ones."""

@@ -23,19 +23,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
-from lightning_nrl._optim.convex_head import KEPT_MARGIN_RATIO
-from lightning_nrl._optim.qp import solve_dual
-from lightning_nrl._optim.whitening import Whitening, fit_whitening, margin_gradients
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
 from lightning_nrl.evaluation.evaluator import Need, check_needs
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.problem import Problem, Proposal, Solution
-from lightning_nrl.problem.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
+from lightning_nrl.methods._solvers.active_set import REFERENCE_MARGIN, SAFETY_MARGIN
+from lightning_nrl.methods._solvers.convex_head import KEPT_MARGIN_RATIO
+from lightning_nrl.methods._solvers.qp import solve_dual
+from lightning_nrl.methods._solvers.whitening import Whitening, fit_whitening, margin_gradients
+from lightning_nrl.methods.budget import FIRST_ROUND_PASSES, MAX_LINEARIZATIONS
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Linearized"]
 
 MAX_KEPT_MARGIN_OF_LAYERS, TARGET_MARGIN_OF_LAYERS = 0.2, 0.2
 """A passed sample need not keep more than this, and a target gets this, in units of the median margin of passed data.

@@ -20,6 +20,7 @@ from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
 from lightning_nrl.evaluation.evaluator import Need
 from lightning_nrl.localization import LOCALIZERS, Known, Localization, Localizer, on_data
+from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import (
     choose_samples,
     n_to_score,
@@ -27,11 +28,9 @@ from lightning_nrl.methods.search_samples import (
     record_known,
     scorer_for,
 )
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods.solution import Solution
 from lightning_nrl.search import FITNESSES, SEARCHERS, Searcher, SearchHistory, SearchResult, WeightStats, search
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
-
-__all__ = ["LocalSearch", "LocalSearchResult", "SearchGoal", "localize_and_search"]
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.state import State, combined, current_state
 from lightning_nrl._utils.timing import Deadline, StageTimer
 from lightning_nrl.data.targets import Target, parse_target
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError, check_choice, check_kind, check_whole
 from lightning_nrl.evaluation.deployed_precision import rounding_reserve
+from lightning_nrl.methods.budget import TIME_SHARE_OF_PARTS
 from lightning_nrl.methods.local_search import LocalSearch
+from lightning_nrl.methods.problem import Method, Problem
 from lightning_nrl.methods.published_methods import bundle
 from lightning_nrl.methods.search_samples import choose_samples, record_known, scorer_for
-from lightning_nrl.problem import Method, Problem, Proposal, Solution, better
-from lightning_nrl.problem.budget import TIME_SHARE_OF_PARTS
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import (
     FITNESSES,
@@ -35,8 +36,6 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.fitness import FitnessFunction
 from lightning_nrl.search.scores import Scorer, Scores
-
-__all__ = ["MergedRepairs"]
 
 OF_COEFFICIENTS = ParticleSwarm(particles=30, iterations=30, patience=10)
 """What searches the few coefficients."""

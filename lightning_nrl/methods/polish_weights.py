@@ -10,15 +10,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.checkpoint import fitting, read_state
 from lightning_nrl._utils.state import State, changed
 from lightning_nrl.errors import ConfigurationError, check_kind
 from lightning_nrl.evaluation.evaluator import Need, check_needs
-from lightning_nrl.problem import Problem, Proposal, Solution
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.methods.solution import Proposal, Solution
 from lightning_nrl.report.run_records import Step
-
-__all__ = ["Polish"]
 
 
 @dataclass(frozen=True, eq=False)

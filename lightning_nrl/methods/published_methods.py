@@ -22,8 +22,6 @@ from lightning_nrl.search import (
 )
 from lightning_nrl.search.fitness import FitnessFunction
 
-__all__ = ["BUNDLES", "bundle"]
-
 ITERATIONS, PATIENCE = 100, 10
 """When all of them stop, as published."""
 

@@ -13,13 +13,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_nrl._scoring import ActivationCache, make_scorer, record
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation.head_features import drawn
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.problem import Problem
-from lightning_nrl.problem.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
+from lightning_nrl.methods.budget import FEWEST_SAMPLES, PREPARATION_PASSES, PREPARATION_SECONDS, PREPARATION_TIME_SHARE
+from lightning_nrl.methods.problem import Problem
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.family_fitness import needs_credit
 from lightning_nrl.search.fitness import FitnessFunction, needs_passed_loss
 from lightning_nrl.search.scores import Scorer

@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.state import State, holding
 from lightning_nrl.evaluation.deployed_precision import coarse_rounding
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.sample_results import Flips
 from lightning_nrl.methods.local_search import SearchGoal, localize_and_search
+from lightning_nrl.methods.problem import Problem
 from lightning_nrl.methods.search_samples import preparation_seconds
-from lightning_nrl.problem import Problem, Proposal, Solution, better
+from lightning_nrl.methods.solution import Proposal, Solution, better
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.search import Searcher
 from lightning_nrl.search.fitness import FitnessFunction
-
-__all__ = ["warm_started_search"]
 
 ORIGINAL_WEIGHTS: State = MappingProxyType({})
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import refusing_batch_statistics
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl._utils.state import State
 from lightning_nrl._utils.timing import StageTimer
@@ -22,11 +21,12 @@ from lightning_nrl.data.sample_identity import Identified, content_recorder, is_
 from lightning_nrl.errors import ConfigurationError, DataWarning, OtherRankError, TargetError
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator, Flips, SampleResults
 from lightning_nrl.evaluation.head_features import find_label_issues
+from lightning_nrl.evaluation.layers import refusing_batch_statistics
 from lightning_nrl.evaluation.quotas import normalised
 from lightning_nrl.pipeline.input_checks import check_losses, check_task
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.reference.old_model import Reference, Update, look_back
 from lightning_nrl.report import Role
+from lightning_nrl.updates.old_model import Reference, Update, look_back
 
 
 @dataclass(frozen=True)

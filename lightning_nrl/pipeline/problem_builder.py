@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.data.batch import Source
 from lightning_nrl.errors import DataWarning
 from lightning_nrl.evaluation import Evaluator, SampleResults
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.methods import Problem, Training
 from lightning_nrl.pipeline.settings import Settings
-from lightning_nrl.problem import Problem, Training
 
 
 def build_problem(

@@ -10,19 +10,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import find_scope
-from lightning_nrl._utils.out_of_memory import twice_if_out_of_memory
+from lightning_nrl._utils.device import twice_if_out_of_memory
 from lightning_nrl._utils.preserve import has_own_modes, preserve
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.state import State, changed, current_state, holding, live_tensors, snapshot, write
 from lightning_nrl._utils.timing import Observer, StageTimer
 from lightning_nrl.data import Source
 from lightning_nrl.errors import DeviceMemoryError, EmptyLocalizationError, NotRepairedWarning
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_scope
 from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import FlipCounts, Flips
 from lightning_nrl.gate import Gate, check_protected, judge
-from lightning_nrl.methods import solve
+from lightning_nrl.methods import Problem, Proposal, Solution, Training, better, solve
+from lightning_nrl.methods.budget import QUOTA_ROUNDS
 from lightning_nrl.pipeline.baseline import Baseline, evaluate_baseline
 from lightning_nrl.pipeline.input_checks import check_limit, check_sources, given_or_default
 from lightning_nrl.pipeline.problem_builder import build_problem
@@ -31,15 +32,11 @@ from lightning_nrl.pipeline.resume_key import origin_of
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.sparsify import sparsify
 from lightning_nrl.pipeline.strength import LineSearchResult, line_search
-from lightning_nrl.problem import Problem, Proposal, Solution, Training, better
-from lightning_nrl.problem.budget import QUOTA_ROUNDS
-from lightning_nrl.reference.old_model import Reference
 from lightning_nrl.report import CalibrationBounds, RepairReport
 from lightning_nrl.report.run_records import Step
 from lightning_nrl.report.sample_views import SampleView
-from lightning_nrl.stats.post_selection import Selection, limit_after
-
-__all__ = ["Observer", "Outcome", "repair_module"]
+from lightning_nrl.report.stats import Selection, limit_after
+from lightning_nrl.updates.old_model import Reference
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._utils.hashing import hash_tensors
-from lightning_nrl._utils.state import State, current_state
+from lightning_nrl._utils.state import State, current_state, hash_tensors
 from lightning_nrl._utils.timing import in_milliseconds
 from lightning_nrl.evaluation import DOUBTFUL, Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
 from lightning_nrl.evaluation.quotas import needed
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import Verdict
+from lightning_nrl.methods import Solution
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.report_parts import (
     judge_record,
@@ -31,7 +31,6 @@ from lightning_nrl.pipeline.report_parts import (
 )
 from lightning_nrl.pipeline.settings import Settings
 from lightning_nrl.pipeline.strength import LineSearchResult
-from lightning_nrl.problem import Solution
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,

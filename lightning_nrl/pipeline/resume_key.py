@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import __version__
-from lightning_nrl._utils.hashing import hash_file, hash_tensors
-from lightning_nrl._utils.state import current_state
+from lightning_nrl._utils.state import current_state, hash_file, hash_tensors
 from lightning_nrl.evaluation import SampleResults
+from lightning_nrl.methods import Problem
 from lightning_nrl.pipeline.baseline import Baseline
 from lightning_nrl.pipeline.settings import Settings, plain_value
-from lightning_nrl.problem import Problem
 
 FREE = ("on_interrupt", "save_every")
 """Settings that the result does not depend on."""

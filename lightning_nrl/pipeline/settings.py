@@ -9,20 +9,18 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from lightning_nrl._model.layers import layer_names
-from lightning_nrl._utils.saved_work import SAVE_EVERY
+from lightning_nrl._utils.resume import SAVE_EVERY
 from lightning_nrl.data.targets import AllFailures, Target, parse_target
 from lightning_nrl.errors import ConfigurationError, check_choice, check_kind, check_real, check_whole
 from lightning_nrl.evaluation import SampleOptions
+from lightning_nrl.evaluation.layers import layer_names
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import LOCALIZERS, Localizer, NeuRecoverLite
 from lightning_nrl.methods import METHODS, AnyMethod, Auto
-from lightning_nrl.problem.problem import N_SCORED
+from lightning_nrl.methods.problem import N_SCORED
+from lightning_nrl.report.stats import check_confidence
 from lightning_nrl.search import FITNESSES
 from lightning_nrl.search.fitness import Fitness, FitnessFunction
-from lightning_nrl.stats.binomial import check_confidence
-
-__all__ = ["BoundOptions", "SearchOptions", "Settings"]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, changed, live_tensors
-from lightning_nrl.problem import Problem, Proposal
-from lightning_nrl.problem.budget import MAX_POLISHED_SIZES
+from lightning_nrl.methods import Problem, Proposal
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.budget import MAX_POLISHED_SIZES
 from lightning_nrl.report.run_records import Step
 
 SIZE_TOLERANCE = 1.1

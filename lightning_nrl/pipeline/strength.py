@@ -9,16 +9,16 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from lightning_nrl._optim.polish import polish
 from lightning_nrl._utils.state import State, between, current_state
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation import FlipCounts, Flips, SampleResults
 from lightning_nrl.gate import Gate
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.polish import polish
+from lightning_nrl.methods.budget import CURVE_TIME_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHES
 from lightning_nrl.pipeline.baseline import HeldOut
-from lightning_nrl.problem import Problem
-from lightning_nrl.problem.budget import CURVE_TIME_SHARE, FULL_CURVE_SAMPLES, MAX_POLISHES
 from lightning_nrl.report import StrengthPoint
-from lightning_nrl.stats.post_selection import Selection
+from lightning_nrl.report.stats import Selection
 
 PATH_STRENGTHS: tuple[float, ...] = (1.0, 1.15, 0.6, 0.8, 0.4, 0.2, 1.3)
 """Strengths to be counted, the most telling first, since time may be short."""

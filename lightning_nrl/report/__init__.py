@@ -4,7 +4,7 @@ In: nothing but counts and what a caller writes down; `pipeline` makes the parts
 `repair_report`), and what shows them: pages (`page`, `tables`, `repair_page`, `html`) and figures (`repair_figures`).
 """
 
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.report.page import Page, Report
 from lightning_nrl.report.repair_figures import draw_repair, repair_figures
 from lightning_nrl.report.repair_report import RepairReport, Status, installed_versions

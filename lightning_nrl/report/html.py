@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lightning_nrl.report.page import Block, Page
     from lightning_nrl.report.sample_views import SampleView
 
-__all__ = ["HtmlTable", "html_blocks", "html_fragment", "html_page", "svg_of"]
 
 PAGE_FILES = Path(__file__).parent
 TEMPLATES = Environment(loader=FileSystemLoader(PAGE_FILES), autoescape=True, trim_blocks=True, lstrip_blocks=True)

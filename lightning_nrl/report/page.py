@@ -15,13 +15,12 @@ from rich.table import Table as Grid
 from rich.text import Text as Line
 from torch import Tensor
 
-from lightning_nrl._utils.deserialize import Record
+from lightning_nrl._utils.json_records import Record
 from lightning_nrl.report.html import html_fragment, html_page
 
 if TYPE_CHECKING:
     from lightning_nrl.report.sample_views import SampleView
 
-__all__ = ["Block", "Facts", "Heading", "Page", "Report", "Row", "Shown", "Table", "Text", "Tone", "curve_page"]
 
 Tone = Literal["", "good", "warn", "gain", "harm"]
 TONE_STYLES: dict[Tone, str] = {"": "", "good": "green", "warn": "yellow", "gain": "bold green", "harm": "bold red"}

@@ -36,16 +36,6 @@ from lightning_nrl.report.tables import confusion_changes
 if TYPE_CHECKING:
     from lightning_nrl.report.repair_report import RepairReport
 
-__all__ = [
-    "SEARCH_TITLE",
-    "draw_repair",
-    "gallery_figures",
-    "grid_of",
-    "repair_figures",
-    "reviewer_figures",
-    "search_figure",
-    "weight_figures",
-]
 
 SEARCH_TITLE = "Course of the search"
 PLOTTED_CONFUSIONS = 12

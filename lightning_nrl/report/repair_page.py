@@ -15,6 +15,7 @@ from lightning_nrl.report.page import Block, Facts, Heading, Page, Row, Table, T
 from lightning_nrl.report.repair_figures import reviewer_figures
 from lightning_nrl.report.run_records import PricePoint, Rung, choice_text
 from lightning_nrl.report.sample_views import SampleView
+from lightning_nrl.report.stats import lower_limit, percent_up, show_confidence, upper_limit
 from lightning_nrl.report.tables import (
     FLIPPED_COLUMNS,
     Fact,
@@ -35,13 +36,11 @@ from lightning_nrl.report.tables import (
     unchanged_table,
     update_table,
 )
-from lightning_nrl.stats.binomial import lower_limit, percent_up, show_confidence, upper_limit
 
 if TYPE_CHECKING:
     from lightning_nrl.report.repair_report import RepairReport
     from lightning_nrl.report.splits import SplitReport
 
-__all__ = ["html_of_repair", "page_of_repair", "unseen_limit", "unseen_text"]
 
 USUAL_TASK = "Multiclass"
 FILE_KINDS = {"json": "report (JSON)", "markdown": "report (Markdown)", "html": "report (HTML)"}

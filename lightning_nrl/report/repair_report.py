@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_nrl import __version__
-from lightning_nrl._utils.serialize import to_plain
+from lightning_nrl._utils.json_records import to_plain
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.report._figures import Plotted
 from lightning_nrl.report.page import Page, Report, Tone
@@ -32,8 +32,6 @@ from lightning_nrl.report.run_records import (
 )
 from lightning_nrl.report.sample_views import SampleView
 from lightning_nrl.report.splits import ROLES, Role, SetAside, SliceReport, SplitReport, UpdateSplit, pool, pool_updates
-
-__all__ = ["RepairReport", "Status", "installed_versions"]
 
 Status = Literal["repaired", "refused", "not repaired", "nothing to repair"]
 """How a repair ended."""

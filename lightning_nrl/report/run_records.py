@@ -8,20 +8,6 @@ from dataclasses import dataclass, field
 from lightning_nrl.evaluation.deployed_precision import DeployedPrecision
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
 
-__all__ = [
-    "CalibrationBounds",
-    "Hashes",
-    "Judge",
-    "LocalizationReport",
-    "PricePoint",
-    "Rung",
-    "SearchReport",
-    "Step",
-    "StrengthPoint",
-    "WeightChange",
-    "choice_text",
-]
-
 
 @dataclass(frozen=True)
 class Judge:

@@ -16,8 +16,6 @@ import numpy.typing as npt
 from lightning_nrl.report._formatting import number
 from lightning_nrl.report.splits import Flip, FlippedSample
 
-__all__ = ["SAMPLES_FOLDER", "SAMPLE_KINDS", "SampleView", "caption_of", "sample_name", "write_sample_files"]
-
 SAMPLES_FOLDER = "flipped_samples"
 """Its name in the folder of the report."""
 SAMPLE_KINDS = {"picture": ".png", "text": ".txt"}

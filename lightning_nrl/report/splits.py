@@ -8,25 +8,9 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
-from lightning_nrl._utils.serialize import Derives, flat
+from lightning_nrl._utils.json_records import Derives, flat
+from lightning_nrl.evaluation.rates import rates_of
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.metrics.rates import rates_of
-
-__all__ = [
-    "ROLES",
-    "ClassCounts",
-    "ConfusionCell",
-    "Flip",
-    "FlippedSample",
-    "MarginHistogram",
-    "Role",
-    "SetAside",
-    "SliceReport",
-    "SplitReport",
-    "UpdateSplit",
-    "pool",
-    "pool_updates",
-]
 
 Role = Literal["known", "calibration", "unseen"]
 """Whether the search was allowed to look at a split (`known`), only the choice of a strength, or nothing at all."""
@@ -159,7 +143,7 @@ class SplitReport(_Counted):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The numbers of `lightning_nrl.metrics`, by the names of its functions; undefined ones are NaN.
+        """The numbers of `lightning_nrl.evaluation.metrics`, by the names of its functions; undefined ones are NaN.
 
         `repair_rate` is that of the target, repaired in I_neg / |I_neg|; all others are of the whole split.
         """

@@ -12,7 +12,6 @@ from lightning_nrl.report.splits import ROLES, Role, pool
 if TYPE_CHECKING:
     from lightning_nrl.report.repair_report import RepairReport
 
-__all__ = ["summary_figure", "summary_rows"]
 
 LABEL_WIDTH, COLUMN_WIDTH, ROW_HEIGHT = 2.1, 1.0, 0.3  # inches
 HEAD_ROWS = 2.6

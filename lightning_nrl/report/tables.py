@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_nrl.metrics.rates import RATES
+from lightning_nrl.evaluation.rates import RATES
 from lightning_nrl.report._formatting import count, number, percent, plural
 from lightning_nrl.report.page import Block, Heading, Row, Table
 from lightning_nrl.report.run_records import (
@@ -32,32 +32,11 @@ from lightning_nrl.report.splits import (
     pool,
     pool_updates,
 )
-from lightning_nrl.stats.binomial import percent_up, show_confidence
+from lightning_nrl.report.stats import percent_up, show_confidence
 
 if TYPE_CHECKING:
     from lightning_nrl.report.repair_report import RepairReport
 
-__all__ = [
-    "FLIPPED_COLUMNS",
-    "calibration_facts",
-    "change_text",
-    "confusion_changes",
-    "flipped_splits",
-    "hash_facts",
-    "localization_text",
-    "most_telling",
-    "outcome_table",
-    "rates_table",
-    "rounding_text",
-    "sample_blocks",
-    "search_text",
-    "set_aside_facts",
-    "slice_table",
-    "steps_table",
-    "strength_table",
-    "unchanged_table",
-    "update_table",
-]
 
 Fact = tuple[str, str]
 Column = TypeVar("Column", SplitReport, UpdateSplit)

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl.errors import ConfigurationError, check_choice, check_real, check_whole
 from lightning_nrl.search.first_positions import Start, check_scales, first_positions, of_origin
 from lightning_nrl.search.searcher import SEARCHERS, RandomStreams, SearchOrigin

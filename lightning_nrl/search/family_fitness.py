@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_nrl._utils.precision import widest
+from lightning_nrl._utils.device import widest
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.errors import check_real
 from lightning_nrl.search.fitness import FITNESS_KINDS, Fitness, FitnessFunction

@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_nrl._model.layers import ParameterSpace
 from lightning_nrl._utils.registry import Registry
+from lightning_nrl.evaluation.layers import ParameterSpace
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_nrl._utils.checks import Kind, check_per_sample
-from lightning_nrl._utils.imports import import_function
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.device import at_least_float32
+from lightning_nrl._utils.registry import import_function
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.tasks.task import Task
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_nrl._utils.checks import described
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.errors import ConfigurationError, check_real, check_whole
 from lightning_nrl.tasks.task import TASKS, Task, masked_mean
 

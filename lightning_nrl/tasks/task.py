@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl._utils.registry import Registry
 from lightning_nrl.data.adapters import describe, fields_of
 from lightning_nrl.errors import ConfigurationError

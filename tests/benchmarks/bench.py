@@ -19,10 +19,11 @@ from lightning_package import pl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import ParameterSpace
-from lightning_nrl._scoring import ActivationCache, record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import ParameterSpace
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
 
 RUNS = 7
 

@@ -22,13 +22,13 @@ from bench import show
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import record
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import SearchOptions, Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search._scoring.recording import record
 
 MIB = 2**20
 SWARM = LocalSearch(ParticleSwarm(particles=20, iterations=5))

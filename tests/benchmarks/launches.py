@@ -16,7 +16,7 @@ import strict_cuda  # before torch
 from bench import show
 from many_swarms import PARTICLES, study
 
-from lightning_nrl._scoring import chunk_scorer, scorer
+from lightning_nrl.search._scoring import chunk_scorer, scorer
 
 FEWER = 20
 

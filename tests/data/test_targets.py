@@ -20,7 +20,7 @@ from lightning_nrl.data.batch import Batch
 from lightning_nrl.data.columns import Field, find_column
 from lightning_nrl.data.targets import AllFailures, And, Confusion, Label, Not, Or, Target, Where, target_in
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.release import ProtectedIntact, parse_rules
+from lightning_nrl.updates import ProtectedIntact, parse_rules
 
 LABEL = torch.tensor([3, 3, 5, 3, 0])
 PREDICTION = torch.tensor([5, 3, 3, 0, 0])

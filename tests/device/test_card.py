@@ -22,11 +22,11 @@ from torch import nn
 from toy_repairs import mlp, quick, trained
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, SearchOptions, Settings, TensorSource, repair_module
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import NeuRecoverLite
 from lightning_nrl.methods import FineTunePolish, local_search
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 STRICT = sys.modules.get("strict_cuda")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -13,14 +13,13 @@ from device_repairs import CASES, GPU, LONG_CASES, QUICK_SWARM, TASKS, counted, 
 from toy_repairs import blobs, quick, trained
 
 from lightning_nrl import Gate, Grid, OldModel, Target, TensorSource, repair_module
-from lightning_nrl._scoring import scorer
 from lightning_nrl.analysis.comparison import compare_module
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.analysis.sweep import sweep_module
 from lightning_nrl.evaluation import Evaluator
-from lightning_nrl.metrics import NegativeFlipRate
-from lightning_nrl.reference import Predictions
-from lightning_nrl.release import release
+from lightning_nrl.evaluation.metrics import NegativeFlipRate
+from lightning_nrl.search._scoring import scorer
+from lightning_nrl.updates import Predictions, release
 
 STRICT = "strict_cuda" in sys.modules
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

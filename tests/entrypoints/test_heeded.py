@@ -19,8 +19,7 @@ from lightning_nrl import (
     SearchOptions,
     Settings,
 )
-from lightning_nrl.entrypoints._arguments import callback_with
-from lightning_nrl.entrypoints._option_support import HEEDED, OPTION_CLASSES, check_heeded
+from lightning_nrl.entrypoints.arguments import HEEDED, OPTION_CLASSES, callback_with, check_heeded
 
 OPTIONS = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
 

@@ -30,8 +30,7 @@ from lightning_nrl.evaluation.quotas import below, needed, raised
 from lightning_nrl.evaluation.sample_results import SampleResults
 from lightning_nrl.gate import check_protected, judge
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.methods import Polish
-from lightning_nrl.problem import Proposal, better
+from lightning_nrl.methods import Polish, Proposal, better
 from lightning_nrl.search import Fitness
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Regression

@@ -8,36 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import study
-from digits_in_place import draw
-from figures import (
-    Other,
-    along,
-    draw_all,
-    tables_of,
-)
-from grid import (
-    LINES,
-    studied,
-)
-from questions import (
-    Interval,
-    answers,
-    effect,
-    fewest_broken,
-    interval,
-    like,
-    page,
-    share,
-)
 from repository import ROOT
 
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.presets import TABLE_II, PaperRow
+from lightning_nrl.pipeline.presets import TABLE_II, PaperRow
 
 STUDY = ROOT / "examples" / "case_study"
 sys.path[:0] = [str(STUDY), str(STUDY.parent / "studies")]
 
+import study  # noqa: E402
+from digits_in_place import draw  # noqa: E402
+from figures import Other, along, draw_all, tables_of  # noqa: E402
+from grid import LINES, studied  # noqa: E402
+from questions import Interval, answers, effect, fewest_broken, interval, like, page, share  # noqa: E402
 
 ROW = PaperRow("eq1", 6, False, 282, 500, 200)
 

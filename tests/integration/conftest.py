@@ -10,7 +10,7 @@ from digit_models import Classifier, Digits, quiet_trainer
 from lightning_package import seed_everything
 from task_models import CASES
 
-from lightning_nrl._tracking import repair_log
+from lightning_nrl._trainer.tracking import repair_log
 from lightning_nrl.report import repair_page
 
 # Scripts that tests start find the helpers of all tests, as pytest itself does.

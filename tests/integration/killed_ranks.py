@@ -15,7 +15,7 @@ from distributed_fit import Continued, Leave
 from options import with_options
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, repair
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.methods import Auto
 

@@ -11,7 +11,7 @@ from digit_models import Classifier, Digits, quick_repair, quiet_trainer
 from torch.utils.data import TensorDataset, default_collate
 
 from lightning_nrl import DataOptions, Target
-from lightning_nrl._trainer.augmented_targets import AugmentingCollate, MarkedSamples
+from lightning_nrl._trainer.continue_training import AugmentingCollate, MarkedSamples
 from lightning_nrl.errors import ConfigurationError
 
 DATA = TensorDataset(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 2]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from digit_models import Classifier, Digits, quick_repair, quiet_trainer
 
 from lightning_nrl import RepairReport
-from lightning_nrl.stats import upper_limit
+from lightning_nrl.report.stats import upper_limit
 
 
 def test_a_fit_says_at_most_how_many_others_break(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lightning_nrl import RepairReport, Target
-from lightning_nrl.patches import PATCH_NAME
+from lightning_nrl.pipeline import PATCH_NAME
 
 
 def fit(path: Path, *callbacks: Any, network: str = "mlp", **arguments: Any) -> tuple[Trainer, Classifier]:

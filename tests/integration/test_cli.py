@@ -12,7 +12,7 @@ from lightning_package import LightningCLI
 from toy_searcher import RandomLocalSearch
 
 from lightning_nrl import ParticleSwarm, RegressionFreeRepair, RepairInTraining, Target
-from lightning_nrl.callback import RepairCallback
+from lightning_nrl.callbacks.repair import RepairCallback
 from lightning_nrl.gate import Instance, Tolerance
 from lightning_nrl.localization import NeuRecover, NeuRecoverLite
 from lightning_nrl.methods import Auto, LocalSearch, bundle

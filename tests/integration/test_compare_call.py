@@ -10,7 +10,7 @@ import torch
 from digit_models import QUICK, Classifier, Digits, Untrainable, quick_repair, quiet_trainer, right
 
 from lightning_nrl import ConfigurationError, Target, compare
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.baselines import FineTuning
 
 QUICKLY: dict[str, Any] = {"search": QUICK["search"], "methods": {"swarm": QUICK["method"]}}

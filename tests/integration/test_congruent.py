@@ -28,8 +28,8 @@ from lightning_nrl import (
     RegressionMetrics,
 )
 from lightning_nrl.callbacks import regression_loss
-from lightning_nrl.reference import FocalDistillation, MarginHinge, Oversampler, Predictions
 from lightning_nrl.tasks import Multiclass
+from lightning_nrl.updates import FocalDistillation, MarginHinge, Oversampler, Predictions
 
 
 def third(batch: Any) -> Any:
@@ -446,7 +446,7 @@ def test_arguments_are_checked_at_once(arguments: dict[str, Any], message: str) 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter", "ignore:[\\s\\S]*deprecated in v4.49.0")
 def test_a_configuration_file_is_enough(trained_path: Path, tmp_path: Path) -> None:
-    term = {"class_path": "lightning_nrl.reference.FocalDistillation", "init_args": {"temperature": 2.0}}
+    term = {"class_path": "lightning_nrl.updates.FocalDistillation", "init_args": {"temperature": 2.0}}
     written = {"reference": str(trained_path), "term": [term, "margin_hinge"], "index": "test_congruent:third"}
     congruent = configured(tmp_path, "PositiveCongruentTraining", **written)
     assert congruent.terms == (FocalDistillation(temperature=2.0), MarginHinge())

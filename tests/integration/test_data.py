@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 import lightning_nrl
 from lightning_nrl import ConfigurationError, DataOptions, RegressionFreeRepair, RepairReport, Target, repair
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
+from lightning_nrl._trainer.loaders import SeededDataset
 from lightning_nrl.errors import DataWarning
 
 

@@ -13,7 +13,7 @@ from lightning_package import CSVLogger, ModelCheckpoint
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, Target, diagnose
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.diagnosis import Diagnosis
 
 

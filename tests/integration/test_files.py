@@ -21,13 +21,12 @@ from lightning_package import TensorBoardLogger, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from two_processes import server
 
-import lightning_nrl._trainer.artifacts
+import lightning_nrl._trainer.repair_files
 from lightning_nrl import RegressionFreeRepair, RepairReport
-from lightning_nrl._utils import whole_files
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils import atomic_files as whole_files
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import FilesWarning, RepairWarning
-from lightning_nrl.patches import Patch
-from lightning_nrl.pipeline import Outcome
+from lightning_nrl.pipeline import Outcome, Patch
 
 NAMES = {"repaired.ckpt", "repair.patch.safetensors", "report.json", "report.md", "report.html"}
 REPORTS = {"report.json", "report.md", "report.html"}
@@ -155,8 +154,8 @@ def test_a_folder_that_cannot_be_made_costs_a_message(found: Repaired, tmp_path:
     [
         (RepairReport, "to_markdown", "lacks `report.md` (ZeroDivisionError: on purpose)"),
         (Patch, "save", "lacks `repair.patch.safetensors` (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.artifacts, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
-        (lightning_nrl._trainer.artifacts, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.repair_files, "track", "the report was not shown (ZeroDivisionError: on purpose)"),
+        (lightning_nrl._trainer.repair_files, "show", "the report was not shown (ZeroDivisionError: on purpose)"),
     ],
 )
 def test_an_exception_after_the_verdict_costs_a_message(
@@ -180,7 +179,7 @@ def test_an_interrupt_while_logging_leaves_the_weights_that_the_files_tell_of(
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lightning_nrl._trainer.artifacts, name, interrupted)
+    monkeypatch.setattr(lightning_nrl._trainer.repair_files, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         found.save()
     assert found.is_in_the_model

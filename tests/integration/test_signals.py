@@ -20,7 +20,7 @@ from test_faults import assert_same, picture
 
 import lightning_nrl._utils.timing
 from lightning_nrl import ParticleSwarm, RepairReport, repair
-from lightning_nrl._lightning.packages import classes
+from lightning_nrl._trainer.lightning.packages import classes
 from lightning_nrl._utils import interrupts
 from lightning_nrl.methods import Auto
 

@@ -15,7 +15,7 @@ from lightning_package import TensorBoardLogger
 from two_processes import in_two_processes
 
 from lightning_nrl import ConfigurationError, Grid, repair, sweep
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.sweep import SweepResult
 
 

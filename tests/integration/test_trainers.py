@@ -23,7 +23,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import Tensor
 
 from lightning_nrl import RegressionFreeRepair, Target
-from lightning_nrl._trainer.progress import RepairProgress
+from lightning_nrl._trainer.progress_bar import RepairProgress
 
 
 class Remember(Callback):

@@ -10,9 +10,9 @@ from test_impact import toy_linear
 from torch import nn
 from toy_problems import on_a_line, threshold
 
-from lightning_nrl._model.layers import find_layers
 from lightning_nrl.errors import ConfigurationError, EmptyLocalizationError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.localization import (
     Arachne,
     ArachneV2,

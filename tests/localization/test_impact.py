@@ -135,7 +135,7 @@ def test_gradients_of_samples_may_be_taken_piece_by_piece(recorded, monkeypatch,
         model, x, y = convolution_data(layer)
     recording, mask = recorded(model, x, y, "0" if layer is model[0] else "1", size=7), torch.ones(7, dtype=torch.bool)
     whole = measure(recording, EVALUATOR, mask, aggregation="per_sample")
-    monkeypatch.setattr("lightning_nrl._model.layer_gradients.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
+    monkeypatch.setattr("lightning_nrl.evaluation.layer_gradients.MAX_GRADIENT_ENTRIES", 2 * layer.weight.numel())
     pieces = measure(recording, EVALUATOR, mask, aggregation="per_sample")
     torch.testing.assert_close(pieces.backward, whole.backward)
 

@@ -10,7 +10,7 @@ import torch
 from toy_problems import on_a_line, threshold
 
 from lightning_nrl.analysis.diagnosis import DoubtfulLabel, diagnose_module
-from lightning_nrl.analysis.diagnosis._history_notes import history_notes
+from lightning_nrl.analysis.diagnosis.diagnose import history_notes
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.localization import Known, NeuRecover, TrainingRecord
 from lightning_nrl.localization.training_record import forget_after, write_point

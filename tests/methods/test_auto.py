@@ -15,12 +15,11 @@ from lightning_nrl import ConfigurationError, ParticleSwarm, Settings, repair_mo
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import NeuRecoverLite
-from lightning_nrl.methods import Auto, Linearized
+from lightning_nrl.methods import Auto, Linearized, Problem, Proposal, Solution
 from lightning_nrl.methods import auto as auto_module
 from lightning_nrl.methods import auto_rungs as rungs_module
 from lightning_nrl.methods.auto import chosen_rung, price_points
 from lightning_nrl.methods.auto_rungs import RungResult
-from lightning_nrl.problem import Problem, Proposal, Solution
 from lightning_nrl.search import RandomStreams, SearchOrigin, Swarm
 from lightning_nrl.search.loop import TIME_WAS_OVER
 

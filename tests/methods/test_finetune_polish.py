@@ -26,12 +26,11 @@ from toy_problems import (
 from toy_repairs import known, trained
 
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
-from lightning_nrl._optim import distill as fit_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.methods import FineTunePolish, Linearized, Polish
+from lightning_nrl.methods import FineTunePolish, Linearized, Polish, Problem, Solution
 from lightning_nrl.methods import finetune_polish as module
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods._solvers import distill as fit_module
 
 
 @pytest.fixture(autouse=True)

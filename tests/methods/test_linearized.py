@@ -16,14 +16,13 @@ from toy_problems import broken, left_alone, make_problem, right, same, together
 from toy_repairs import blobs, known, quick, trained
 
 from lightning_nrl import TensorSource, repair_module
-from lightning_nrl._model.layer_gradients import windows
-from lightning_nrl._optim.whitening import fit_whitening, margin_gradients
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import ConfigurationError
-from lightning_nrl.methods import METHODS, Linearized
+from lightning_nrl.evaluation.layer_gradients import windows
+from lightning_nrl.methods import METHODS, Linearized, Problem
+from lightning_nrl.methods._solvers.whitening import fit_whitening, margin_gradients
 from lightning_nrl.methods.linearized import LinearizedMargins
-from lightning_nrl.problem import Problem
 from lightning_nrl.tasks import Multiclass
 
 
@@ -170,7 +169,7 @@ def test_slopes_are_gradients_in_whitened_coordinates(
     layer: Any, groups: int, bias: bool, wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The promise of a small change is what the margins do under the state that belongs to it."""
-    monkeypatch.setattr("lightning_nrl._optim.whitening.MAX_FULL_MOMENT", wide)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.whitening.MAX_FULL_MOMENT", wide)
     model = Images(groups).double().eval()
     x, y = images()
     problem = make(model, [TensorSource(x.double(), y, "all", passed=True, failed=True)], layer, bias=bias)

@@ -17,7 +17,7 @@ from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, Localization, NeuRecoverLite
 from lightning_nrl.localization.localizer import Replay
 from lightning_nrl.methods import LocalSearch
-from lightning_nrl.presets import paper_arguments
+from lightning_nrl.pipeline.presets import paper_arguments
 from lightning_nrl.search import RandomStreams, SearchOrigin
 
 SWARM = ParticleSwarm(particles=12, iterations=12)

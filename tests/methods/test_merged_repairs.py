@@ -14,9 +14,8 @@ from toy_repairs import known, trained
 
 from lightning_nrl import ConfigurationError, ParticleSwarm, SampleOptions, Settings, Target, repair_module
 from lightning_nrl._utils.state import combined, current_state
-from lightning_nrl.methods import METHODS, MergedRepairs, bundle
+from lightning_nrl.methods import METHODS, MergedRepairs, Problem, Solution, bundle
 from lightning_nrl.methods.merged_repairs import WholeModelScorer, _scorer
-from lightning_nrl.problem import Problem, Solution
 from lightning_nrl.search import ArachneDEFitness, Fitness
 
 QUICK = ParticleSwarm(particles=12, iterations=12)

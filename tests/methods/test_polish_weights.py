@@ -30,10 +30,9 @@ from toy_repairs import known, mlp, trained
 from lightning_nrl import BoundOptions, ConfigurationError, Settings, repair_module
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.methods import METHODS
+from lightning_nrl.methods import METHODS, Problem, Solution
 from lightning_nrl.methods import polish_weights as module
 from lightning_nrl.methods.polish_weights import Polish
-from lightning_nrl.problem import Problem, Solution
 
 
 def as_state(state: State, folder: Path) -> Any:

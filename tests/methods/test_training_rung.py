@@ -16,10 +16,10 @@ from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.gate import Gate
 from lightning_nrl.localization import NeuRecoverLite
+from lightning_nrl.methods import Problem
 from lightning_nrl.methods.auto_rungs import RungResult
 from lightning_nrl.methods.auto_training import training_rung
 from lightning_nrl.methods.held_out import held_out_rows
-from lightning_nrl.problem import Problem
 
 QUICK = ParticleSwarm(particles=8, iterations=4)
 

@@ -14,12 +14,12 @@ from toy_problems import Marginless, cast, in_seconds, left_alone, make_problem,
 from toy_repairs import known, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._optim import distill as module
-from lightning_nrl._optim.descent import Descent
-from lightning_nrl._optim.distill import distill
 from lightning_nrl._utils.state import State, snapshot
 from lightning_nrl._utils.timing import Deadline, StageTimer
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers import distill as module
+from lightning_nrl.methods._solvers.descent import Descent
+from lightning_nrl.methods._solvers.distill import distill
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from toy_problems import make_problem, shares
 from two_weights import numbers, parts_of, two_weights
 
 from lightning_nrl import TensorSource
-from lightning_nrl._optim.mini_batches import load_batches, merge_measurements, shuffled_batches
 from lightning_nrl.data.batch import Batch
+from lightning_nrl.methods._solvers.mini_batches import load_batches, merge_measurements, shuffled_batches
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (10, [4, 3, 3])])

@@ -32,11 +32,11 @@ from toy_problems import (
 from toy_repairs import known, mlp, trained
 
 from lightning_nrl import Target, TensorSource
-from lightning_nrl._optim.polish import PolishResult, polish
 from lightning_nrl._utils.state import snapshot
 from lightning_nrl._utils.timing import Deadline
 from lightning_nrl.evaluation.sample_results import Flips
-from lightning_nrl.problem import Problem
+from lightning_nrl.methods import Problem
+from lightning_nrl.methods._solvers.polish import PolishResult, polish
 from lightning_nrl.tasks import Multiclass
 
 
@@ -274,8 +274,8 @@ def test_its_time_is_kept() -> None:
 
 
 def test_more_broken_samples_than_are_followed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_WORKING_SET", 2)
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_REHEARSED", 0)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_WORKING_SET", 2)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_REHEARSED", 0)
     model = nn.Linear(2, 2, bias=False)
     model.load_state_dict(threshold(0.75))
     x = torch.tensor([[value, 1.0] for value in (-2, 2, 0.6001, 0.6, 0.6002, 0.6004, 0.6003, 0.7)])
@@ -314,7 +314,7 @@ def test_many_targets_that_are_out_of_reach_are_repaired_all(monkeypatch: pytest
     assert counts == (60, 340)
     found = checked(problem, polish(problem, {}, after=problem.before, insist=True))
     assert found.repaired == 60
-    monkeypatch.setattr("lightning_nrl._optim.active_set.MAX_RATE_FACTOR", 1.0)
+    monkeypatch.setattr("lightning_nrl.methods._solvers.active_set.MAX_RATE_FACTOR", 1.0)
     assert polish(problem, {}, after=problem.before, insist=True).repaired < 30
 
 

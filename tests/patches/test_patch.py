@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, repair_module
-from lightning_nrl.patches import Patch, patch_checkpoint
+from lightning_nrl.pipeline import Patch, patch_checkpoint
 
 DTYPES = (
     torch.float64,

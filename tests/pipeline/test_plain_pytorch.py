@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource, repair_module
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.tasks import Task

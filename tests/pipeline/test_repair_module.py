@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy_repairs import known, quick, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Gate, Target, TensorSource, repair_module
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.errors import EmptyLocalizationError, EvaluationError
 from lightning_nrl.evaluation.sample_results import FlipCounts
 from lightning_nrl.localization import AllWeights

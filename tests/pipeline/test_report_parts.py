@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_nrl.errors import EvaluationError
+from lightning_nrl.evaluation import metrics as functional
 from lightning_nrl.evaluation.sample_results import FlipCounts, SampleResults, TargetCounts
-from lightning_nrl.metrics import functional
 from lightning_nrl.pipeline.report_parts import margin_edges, split_report, weight_change
 from lightning_nrl.report import WeightChange, pool
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram

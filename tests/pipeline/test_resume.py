@@ -22,7 +22,7 @@ from toy_repairs import known, quick, trained, unseen
 
 from lightning_nrl import ParticleSwarm, repair_module
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import ResumeStore
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import NeuRecover
 from lightning_nrl.methods import Apricot, Auto, Convex, FineTunePolish, Linearized, Polish

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nrl import ConfigurationError
-from lightning_nrl.reference import Predictions
-from lightning_nrl.reference.loss_terms import ModelTeacher, PredictedTeacher
 from lightning_nrl.tasks import Multiclass, Task
+from lightning_nrl.updates import Predictions
+from lightning_nrl.updates.loss_terms import ModelTeacher, PredictedTeacher
 
 TASK = Multiclass()
 X = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
@@ -75,7 +75,9 @@ def test_samples_that_come_back_changed_are_asked_about_each_time() -> None:
 
 
 def test_what_there_is_no_room_for_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_nrl._optim.teacher.MAX_CACHED_BYTES", 3 * 4 * 10)  # ten rows of three floats
+    monkeypatch.setattr(
+        "lightning_nrl.methods._solvers.teacher.MAX_CACHED_BYTES", 3 * 4 * 10
+    )  # ten rows of three floats
     model = Counted()
     teacher = ModelTeacher(model, TASK, index=ids)
     for _ in range(4):

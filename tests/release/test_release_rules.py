@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from lightning_nrl.data.targets import Target
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import SampleResults
-from lightning_nrl.release import (
+from lightning_nrl.report.stats import upper_limit
+from lightning_nrl.updates import (
     AtMostBroken,
     Finding,
     MaxNegativeFlipRate,
@@ -23,9 +24,8 @@ from lightning_nrl.release import (
     ProtectedIntact,
     Rule,
 )
-from lightning_nrl.release.release_report import Identity, make_report
-from lightning_nrl.release.rules import RULES, parse_rule, parse_rules, sign_test
-from lightning_nrl.stats import upper_limit
+from lightning_nrl.updates.release_report import Identity, make_report
+from lightning_nrl.updates.rules import RULES, parse_rule, parse_rules, sign_test
 
 BEFORE_AFTER = {"k": (True, True), "b": (True, False), "r": (False, True), "f": (False, False)}
 

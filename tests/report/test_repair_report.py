@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_pages import REFUSED, REPAIRED, TRAIN
+from test_stored_pages import REFUSED, REPAIRED, TRAIN
 
 from lightning_nrl.evaluation.sample_results import TargetCounts
 from lightning_nrl.localization import Localization

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nrl._utils.deserialize import Record
-from lightning_nrl._utils.serialize import Derives
+from lightning_nrl._utils.json_records import Derives, Record
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry
 from lightning_nrl.analysis.diagnosis import (
     Binding,
@@ -28,8 +27,6 @@ from lightning_nrl.analysis.diagnosis import (
 from lightning_nrl.analysis.sweep import Run, SweepResult
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation.sample_results import FlipCounts, TargetCounts
-from lightning_nrl.release.release_report import Identity, ReleaseReport, ReleaseRow
-from lightning_nrl.release.rules import Finding
 from lightning_nrl.report import (
     CalibrationBounds,
     Hashes,
@@ -45,6 +42,8 @@ from lightning_nrl.report import (
     WeightChange,
 )
 from lightning_nrl.report.splits import ClassCounts, ConfusionCell, FlippedSample, MarginHistogram
+from lightning_nrl.updates.release_report import Identity, ReleaseReport, ReleaseRow
+from lightning_nrl.updates.rules import Finding
 
 COUNTS, FLIPS = TargetCounts(5, 1, 2, 3, 4, 2), FlipCounts(5, 1, 2, 3)
 SPLIT = SplitReport(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
 
 P, N, C = 3, 4, 6
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scoring_networks import REPLAYED, make_problem
 
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer, make_chunk_scorers
-from lightning_nrl._scoring.sparse_delta import make_layer_deltas
+from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer, make_chunk_scorers
+from lightning_nrl.search._scoring.sparse_delta import make_layer_deltas
 from lightning_nrl.tasks import Multiclass
 
 

@@ -9,7 +9,7 @@ import torch
 from scoring_networks import REPLAYED, WHOLE, Case, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl.analysis.sweep._recount import exact_batches
+from lightning_nrl.analysis.sweep.batch_search import exact_batches
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.tasks import Multiclass
 

@@ -11,10 +11,9 @@ from scoring_networks import Problem
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer
-from lightning_nrl._scoring.scorer import SwarmScorer, stacked
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.scorer import SwarmScorer, make_scorer, stacked
 from lightning_nrl.search.scores import Scores
 
 EVALUATOR = Evaluator(nn.Identity())

@@ -10,13 +10,14 @@ from graphs import GraphNet, graph_loader
 from scoring_networks import REPLAYED, Problem, Residual, floats, make_problem
 from torch import Tensor, nn
 
-from lightning_nrl._model.layer_gradients import margin_calls
-from lightning_nrl._model.layers import LayerRef, find_layers
-from lightning_nrl._scoring import ActivationCache, record
-from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import InseparableBatchError, ReplayError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layer_gradients import margin_calls
+from lightning_nrl.evaluation.layers import LayerRef, find_layers
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas
 from lightning_nrl.tasks import Multiclass
 
 

@@ -15,12 +15,13 @@ from scoring_networks import REPLAYED, WHOLE, Problem, make_problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring import make_scorer, record
-from lightning_nrl._scoring.chunk_scorer import ChunkScorer
 from lightning_nrl._utils.distributed import Collective
 from lightning_nrl.errors import ConfigurationError
 from lightning_nrl.evaluation import Evaluator
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.chunk_scorer import ChunkScorer
+from lightning_nrl.search._scoring.recording import record
+from lightning_nrl.search._scoring.scorer import make_scorer
 from lightning_nrl.search.scores import Scores
 from lightning_nrl.tasks import Multiclass, Task
 
@@ -263,7 +264,7 @@ def test_labels_are_what_the_task_says(task: Task, target: Tensor) -> None:
 def test_only_who_breaks_more_than_told_is_given_up(
     name: str, passed_loss: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_nrl._scoring.scorer.N_MOST_FRAGILE", 4)
+    monkeypatch.setattr("lightning_nrl.search._scoring.scorer.N_MOST_FRAGILE", 4)
     problem = make_problem(REPLAYED[name], n=N)
     where, values = problem.candidates(9, 12)
     fragility = torch.rand(N, generator=torch.Generator().manual_seed(0))

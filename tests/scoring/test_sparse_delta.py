@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_nrl._model.layers import find_layers
-from lightning_nrl._scoring.candidate_tensor import CandidateTensor
-from lightning_nrl._scoring.sparse_delta import edit_layers, make_layer_deltas
+from lightning_nrl.evaluation.layers import find_layers
+from lightning_nrl.search._scoring.candidate_tensor import CandidateTensor
+from lightning_nrl.search._scoring.sparse_delta import edit_layers, make_layer_deltas
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -10,15 +10,16 @@ from scoring_networks import REPLAYED, WHOLE, Case, Problem, floats, make_proble
 from torch import Tensor, nn
 
 from lightning_nrl import SearchOptions, TensorSource
-from lightning_nrl._scoring import ActivationCache, make_scorer
-from lightning_nrl._scoring.recorded_tensors import InMemory, Recomputed
-from lightning_nrl._scoring.sample_layout import SampleLayout
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights
 from lightning_nrl.methods import LocalSearch
 from lightning_nrl.pipeline import Settings, repair_module
 from lightning_nrl.search import ParticleSwarm
+from lightning_nrl.search._scoring.activation_cache import ActivationCache
+from lightning_nrl.search._scoring.recorded_tensors import InMemory, Recomputed
+from lightning_nrl.search._scoring.sample_layout import SampleLayout
+from lightning_nrl.search._scoring.scorer import make_scorer
 
 CPU = torch.device("cpu")
 CASES = {**REPLAYED, **{name: case for name, (case, _) in WHOLE.items()}}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nrl._model.layers import find_layers
+from lightning_nrl.evaluation.layers import find_layers
 from lightning_nrl.search.searcher import WeightStats
 
 

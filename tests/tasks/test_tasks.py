@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_nrl import ConfigurationError
 from lightning_nrl import RegressionFreeRepair as Repair
-from lightning_nrl._utils.precision import at_least_float32
+from lightning_nrl._utils.device import at_least_float32
 from lightning_nrl.tasks import Multiclass, Multilabel, NamedHead, Regression, Segmentation, Sequence, Task, parse_task
 
 NAN, INF = math.nan, math.inf

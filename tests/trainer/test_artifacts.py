@@ -10,7 +10,7 @@ import pytest
 from toy_repairs import known, quick, trained
 
 from lightning_nrl import ConfigurationError, RepairReport, repair_module
-from lightning_nrl._trainer.artifacts import (
+from lightning_nrl._trainer.repair_files import (
     REPAIRED_FILES,
     REPORT_FILES,
     base_folder,
@@ -19,7 +19,7 @@ from lightning_nrl._trainer.artifacts import (
     report_files,
     write_report,
 )
-from lightning_nrl.patches import patch_file
+from lightning_nrl.pipeline import patch_file
 from lightning_nrl.report.sample_views import SampleView
 
 

@@ -9,8 +9,7 @@ import torch
 from lightning_package import LightningModule, Trainer
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
-from lightning_nrl._trainer.data_options import DataOptions
-from lightning_nrl._trainer.data_splits import DataRequest, SplitLoaders
+from lightning_nrl._trainer.data_splits import DataOptions, DataRequest, SplitLoaders
 from lightning_nrl._trainer.loaders import make_source
 from lightning_nrl.data.sample_identity import Identified, is_among
 from lightning_nrl.errors import ConfigurationError

@@ -8,7 +8,7 @@ import torch
 from lightning_package import Callback, LightningModule, ProgressBar, RichProgressBar, TQDMProgressBar, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nrl._trainer.progress import RepairProgress
+from lightning_nrl._trainer.progress_bar import RepairProgress
 
 
 class Tiny(LightningModule):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
-from lightning_nrl._trainer.stability import (
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.random_transforms import (
     Stability,
     check_stability,
     checked_positions,

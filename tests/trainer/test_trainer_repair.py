@@ -10,7 +10,7 @@ from lightning_nrl._trainer.trainer_repair import run_sanity_check
 from lightning_nrl.errors import ReplayError
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.localization import AllWeights, NeuRecoverLite
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods import Problem, Solution
 
 
 def test_a_repair_that_fits_is_rehearsed_without_a_trace() -> None:

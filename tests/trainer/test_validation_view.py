@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
-from lightning_nrl._trainer.loaders import LoaderSource
-from lightning_nrl._trainer.seeded_dataset import SeededDataset
-from lightning_nrl._trainer.validation_view import with_validation_view
+from lightning_nrl._trainer.loaders import LoaderSource, SeededDataset
+from lightning_nrl._trainer.random_transforms import with_validation_view
 
 Transform = Callable[[Tensor], Tensor]
 

@@ -8,8 +8,17 @@ from typing import Any, Literal
 
 import pytest
 
-from lightning_nrl._utils.deserialize import Record, from_plain, parse_json
-from lightning_nrl._utils.serialize import UNWRITTEN, Derives, dumps, flat, null_is, to_plain
+from lightning_nrl._utils.json_records import (
+    UNWRITTEN,
+    Derives,
+    Record,
+    dumps,
+    flat,
+    from_plain,
+    null_is,
+    parse_json,
+    to_plain,
+)
 from lightning_nrl.errors import ConfigurationError
 
 

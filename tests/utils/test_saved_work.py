@@ -17,8 +17,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.saved_values import DamagedValueError, from_bytes, to_bytes
-from lightning_nrl._utils.saved_work import ResumeStore
+from lightning_nrl._utils.resume import DamagedValueError, ResumeStore, from_bytes, to_bytes
 from lightning_nrl._utils.timing import StageTimer
 from lightning_nrl.errors import FilesWarning
 
@@ -194,7 +193,7 @@ def test_all_ranks_read_a_result_or_none_does(tmp_path: Path, monkeypatch: pytes
             raise DamagedValueError("MemoryError: no memory for it")
         return from_bytes(data, *args)
 
-    monkeypatch.setattr("lightning_nrl._utils.saved_work.from_bytes", reading)
+    monkeypatch.setattr("lightning_nrl._utils.resume.from_bytes", reading)
     with pytest.warns(FilesWarning, match=r"'1-all\.finished' is not used, MemoryError: no memory for it"):
         assert on_ranks(3, work) == [[1, 2, 3]] * 3
 
@@ -203,7 +202,7 @@ def test_a_disk_that_is_full_costs_a_message(tmp_path: Path, monkeypatch: pytest
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lightning_nrl._utils.saved_work.replacing", full)
+    monkeypatch.setattr("lightning_nrl._utils.resume.replacing", full)
     with pytest.warns(FilesWarning, match="No space left on device") as warned:
         assert counted(begun(tmp_path), []) == 7
     assert len(warned) == 1

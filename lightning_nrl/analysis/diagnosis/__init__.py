@@ -3,7 +3,7 @@
 In: a module and its known data. Out: a `Diagnosis`: the advice and what it rests on, as data, a page and a figure.
 """
 
-from lightning_nrl.analysis.diagnosis.diagnose_model import diagnose_module
+from lightning_nrl.analysis.diagnosis.diagnose import diagnose_module
 from lightning_nrl.analysis.diagnosis.diagnosis_result import (
     Binding,
     Cost,

@@ -20,15 +20,15 @@ from toy_repairs import QUICK, known, right, trained, unseen
 
 from lightning_nrl import ConfigurationError, Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
+from lightning_nrl.analysis import baselines as tuning
 from lightning_nrl.analysis.baselines import BASELINES, FineTuning, Interpolation
-from lightning_nrl.analysis.baselines import fine_tuning as tuning
 from lightning_nrl.analysis.comparison import Comparison, CurvePoint, Entry, compare_module, parse_methods
 from lightning_nrl.analysis.diagnosis import diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.evaluation import Evaluator
 from lightning_nrl.evaluation.sample_results import FlipCounts
-from lightning_nrl.problem import Problem, Solution
+from lightning_nrl.methods import Problem, Solution
 
 
 def threshold(at: float) -> nn.Linear:

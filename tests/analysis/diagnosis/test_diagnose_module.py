@@ -16,7 +16,7 @@ from toy_repairs import known, trained
 
 from lightning_nrl import Settings, Target, TensorSource
 from lightning_nrl._utils.distributed import Collective
-from lightning_nrl._utils.hashing import hash_tensors
+from lightning_nrl._utils.state import hash_tensors
 from lightning_nrl.analysis.diagnosis import Diagnosis, diagnose_module
 from lightning_nrl.data.batch import Batch
 from lightning_nrl.errors import EvaluationError

@@ -13,7 +13,7 @@ from lightning_package import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_nrl import ConfigurationError, Gate
-from lightning_nrl._tracking import sweep_rows, track_sweep
+from lightning_nrl._trainer.tracking.loggers import sweep_rows, track_sweep
 from lightning_nrl.analysis.sweep import RUN_COLUMNS, Run, SweepResult
 from lightning_nrl.evaluation.sample_results import TargetCounts
 
